@@ -1,0 +1,92 @@
+"""Sliding-window attention adaptation (SWAA, arXiv 2512.10411) in JAX.
+
+The public names are loaded on first use, so that ``import swaa_jax`` stays cheap:
+
+Examples:
+    >>> import swaa_jax as swaa
+    >>> policy = swaa.AttentionPolicy(window=2048, num_sink_tokens=10, decode="full")
+    >>> str(policy)
+    'window 2048 + 10 sinks, FA decode'
+"""
+
+import importlib
+import importlib.metadata
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kernels_pallas.mask import Stage
+    from swaa_jax.checkpoint.tokenizer import load_tokenizer
+    from swaa_jax.infer import generate
+    from swaa_jax.models.auto import load_model, save_model
+    from swaa_jax.policy import AttentionPolicy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionPolicy",
+    "Stage",
+    "__version__",
+    "generate",
+    "load_model",
+    "load_tokenizer",
+    "save_model",
+]
+
+_LAZY = {
+    "AttentionPolicy": "swaa_jax.policy",
+    "Stage": "kernels_pallas.mask",
+    "generate": "swaa_jax.infer",
+    "load_model": "swaa_jax.models.auto",
+    "load_tokenizer": "swaa_jax.checkpoint.tokenizer",
+    "save_model": "swaa_jax.models.auto",
+}
+
+_OLDEST_JAX = (0, 10)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Leading numbers of a version: ``"0.10.2.dev1"`` gives ``(0, 10, 2)``."""
+    return tuple(int(part) for part in re.match(r"[\d.]*", version)[0].split(".") if part)
+
+
+def _check_jax(installed: str, imported: str | None) -> None:
+    """Refuses an old JAX, installed or already imported (in a notebook, before an upgrade).
+
+    Args:
+        installed: version of the installed distribution.
+        imported: version of the module in this process, None where it is not imported yet.
+
+    Raises:
+        ImportError: either is older than ``_OLDEST_JAX``.
+    """
+    oldest = ".".join(map(str, _OLDEST_JAX))
+    if _release(installed) < _OLDEST_JAX:
+        raise ImportError(
+            f"swaa_jax needs jax >= {oldest}, but jax {installed} is installed. "
+            f'Upgrade it, pip install -U "jax>={oldest}", and restart the Python process.'
+        )
+    if imported is not None and _release(imported) < _OLDEST_JAX:
+        raise ImportError(
+            f"swaa_jax needs jax >= {oldest}. jax {installed} is installed, but this process imported "
+            f"jax {imported} before the upgrade: restart the runtime and import again."
+        )
+
+
+_check_jax(
+    importlib.metadata.version("jax"),
+    getattr(sys.modules.get("jax"), "__version__", None),
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

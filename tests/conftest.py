@@ -1,0 +1,24 @@
+"""Set up before JAX is imported: fake devices, shape checking, reproducible Hypothesis."""
+
+import os
+
+# Eight CPU devices stand in for a mesh. The flag is read once, when JAX's backend starts.
+_FLAG = "--xla_force_host_platform_device_count"
+if _FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+
+from hypothesis import HealthCheck, settings  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Every annotated function of the two packages checks its shapes and types at each call.
+install_import_hook(["swaa_jax", "kernels_pallas"], "beartype.beartype")
+
+# The same examples on every machine, and no time limit: the first call of each shape compiles.
+settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    max_examples=30,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("repeatable")
