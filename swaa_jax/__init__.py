@@ -48,7 +48,7 @@ _OLDEST_JAX = (0, 10)
 
 def _release(version: str) -> tuple[int, ...]:
     """Leading numbers of a version: ``"0.10.2.dev1"`` gives ``(0, 10, 2)``."""
-    return tuple(int(part) for part in re.match(r"[\d.]*", version)[0].split(".") if part)
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
 
 
 def _check_jax(installed: str, imported: str | None) -> None:
@@ -69,8 +69,8 @@ def _check_jax(installed: str, imported: str | None) -> None:
         )
     if imported is not None and _release(imported) < _OLDEST_JAX:
         raise ImportError(
-            f"swaa_jax needs jax >= {oldest}. jax {installed} is installed, but this process imported "
-            f"jax {imported} before the upgrade: restart the runtime and import again."
+            f"swaa_jax needs jax >= {oldest}. jax {installed} is installed, but this process "
+            f"imported jax {imported} before the upgrade: restart the runtime and import again."
         )
 
 

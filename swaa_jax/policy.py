@@ -1,0 +1,651 @@
+"""The attention policy: which keys each layer sees for prompt tokens and for answer tokens.
+
+A policy combines the first three methods of the paper (arXiv 2512.10411, section 3): FA decode,
+keeping the first k tokens, and interleaving full-attention (FA) layers with sliding-window (SWA)
+layers. Query i sees key j exactly when
+
+    j <= i  and  same segment  and
+    ( the layer is full  or  (i is an answer token and the layer decodes in full)
+      or  i - j < window  or  j - segment_start < num_sink_tokens )
+
+`AttentionPolicy` is the symbolic object that people write, save and compare. Its
+`resolve(num_layers)` gives one `LayerAttention` a layer, which is what kernels, masks, caches, the
+trainer and the exporters take.
+"""
+
+import dataclasses
+import difflib
+import json
+import operator
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import yaml
+from etils import epath
+
+from swaa_jax.typing import PathLike
+
+__all__ = ["AttentionPolicy", "LayerAttention", "LayerSelection"]
+
+LayerSelection: TypeAlias = Sequence[int] | str
+"""Layers, from 0: ints such as ``(1, 3, 5)``, or a slice of the layers in a string, ``"1::2"``."""
+
+_SLICE = re.compile(r"\s*([+-]?\d+)?\s*:\s*([+-]?\d+)?\s*(?::\s*([+-]?\d+)?\s*)?")
+# Keys of a policy file beside the policy's own fields; see `swaa_jax.configs`.
+_FILE_NOTES = ("description", "source", "models")
+_SWAA_CONFIG_KEYS = ("sliding_window_size", "keep_first", "force_fa_decode", "non_sliding_layers")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerAttention:
+    """The attention of one layer, after `AttentionPolicy.resolve`.
+
+    A full layer is ``window=None``. Nothing else can change what it sees, so the other fields of a
+    full layer are always their defaults, whatever was passed: equal behaviour compares equal.
+
+    Attributes:
+        window: keys that a query sees back from itself, itself included; None: all of them.
+        num_sink_tokens: first tokens of each segment that stay visible outside the window.
+        full_decode: answer tokens see all keys.
+        full_attention_tail: last prompt tokens that see all keys.
+
+    Examples:
+        >>> LayerAttention(window=2048, num_sink_tokens=10, full_decode=True).needs_full_cache
+        True
+        >>> LayerAttention(num_sink_tokens=10) == LayerAttention()
+        True
+    """
+
+    window: int | None = None
+    num_sink_tokens: int = 0
+    full_decode: bool = False
+    full_attention_tail: int = 0
+
+    def __post_init__(self):
+        set_field = _setter(self)
+        set_field("window", _integer_or_none("window", self.window, minimum=1))
+        if self.window is None:
+            set_field("num_sink_tokens", 0)
+            set_field("full_decode", False)
+            set_field("full_attention_tail", 0)
+            return
+        set_field("num_sink_tokens", _integer("num_sink_tokens", self.num_sink_tokens, minimum=0))
+        if not isinstance(self.full_decode, bool):
+            raise ValueError(f"full_decode must be a bool, got {self.full_decode!r}.")
+        set_field(
+            "full_attention_tail",
+            _integer("full_attention_tail", self.full_attention_tail, minimum=0),
+        )
+
+    @property
+    def is_full(self) -> bool:
+        """Every query of the layer sees all keys before it."""
+        return self.window is None
+
+    @property
+    def needs_full_cache(self) -> bool:
+        """Decoding may read any key, so none can be dropped: a full layer, or FA decode."""
+        return self.is_full or self.full_decode
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionPolicy:
+    """Window, sink tokens, full layers and FA decode of a model (arXiv 2512.10411, section 3).
+
+    Frozen and hashable, so that it may be part of a static jit argument. Lists become tuples and
+    slices stay symbolic: a policy is written without knowing the model's depth.
+
+    Layer selections (`full_attention_layers`, and `decode` for some layers only) are either
+
+    * ints: distinct, from 0; negative ones count from the last layer, as in Python. They are kept
+      sorted, since their order says nothing. ``range(1, 36, 2)`` is good too;
+    * or a slice of the layers in a string, ``"1::2"``, with a positive step. Quote it in YAML,
+      where a bare ``1:36`` is the number 96 (YAML 1.1 reads it in base sixty).
+
+    Attributes:
+        window: keys that a query sees back from itself, itself included (the reference's
+            Transformers path counts alike; its vLLM path sees one more). None: full attention in
+            all layers, and then every other field must keep its default.
+        num_sink_tokens: first tokens of each segment that stay visible outside the window, at their
+            own positions. The paper's "keep first k", section 3.2; the reference's `keep_first`.
+        full_attention_layers: layers that keep full attention. Section 3.3; the reference's
+            `non_sliding_layers`.
+        decode: ``"window"``: answer tokens see the window too; ``"full"``: they see everything, in
+            all layers (FA decode, section 3.1; the reference's `force_fa_decode`); or the layers in
+            which they see everything. FA decode saves prefill time, not memory: its layers keep all
+            keys and values.
+        full_attention_tail: this many last prompt tokens see everything, in all layers. 0 in the
+            paper, where the first answer token is predicted from a windowed row.
+
+    Raises:
+        ValueError: a field is malformed, or has no effect because `window` is None.
+
+    Examples:
+        >>> policy = AttentionPolicy(window=2048, num_sink_tokens=10, full_attention_layers="1::2")
+        >>> print(policy)
+        window 2048 + 10 sinks, full layers 1::2
+        >>> [layer.window for layer in policy.resolve(4)]
+        [2048, None, 2048, None]
+        >>> AttentionPolicy().is_full
+        True
+        >>> AttentionPolicy(window=64, full_attention_layers=[5, -1, 1]).full_attention_layers
+        (1, 5, -1)
+    """
+
+    window: int | None = None
+    num_sink_tokens: int = 0
+    full_attention_layers: LayerSelection = ()
+    decode: LayerSelection = "window"
+    full_attention_tail: int = 0
+
+    def __post_init__(self):
+        set_field = _setter(self)
+        set_field("window", _integer_or_none("window", self.window, minimum=1))
+        set_field("num_sink_tokens", _integer("num_sink_tokens", self.num_sink_tokens, minimum=0))
+        set_field(
+            "full_attention_layers",
+            _layer_selection("full_attention_layers", self.full_attention_layers),
+        )
+        set_field("decode", _decode(self.decode))
+        set_field(
+            "full_attention_tail",
+            _integer("full_attention_tail", self.full_attention_tail, minimum=0),
+        )
+        if self.window is None:
+            idle = [
+                f"{field.name}={getattr(self, field.name)!r}"
+                for field in dataclasses.fields(self)
+                if getattr(self, field.name) != field.default
+            ]
+            if idle:
+                raise ValueError(
+                    "window=None is full attention in every layer, where "
+                    f"{', '.join(idle)} would have no effect. Give a window, or leave the rest out."
+                )
+
+    def __str__(self) -> str:
+        if self.window is None:
+            return "full attention"
+        parts = [f"window {self.window}"]
+        if self.num_sink_tokens:
+            parts[0] += f" + {self.num_sink_tokens} {_plural('sink', self.num_sink_tokens)}"
+        if self.full_attention_layers:
+            parts.append(f"full layers {_format_layers(self.full_attention_layers)}")
+        if self.decode == "full":
+            parts.append("FA decode")
+        elif self.decode != "window":
+            parts.append(f"FA decode in layers {_format_layers(self.decode)}")
+        if self.full_attention_tail:
+            rows = _plural("token", self.full_attention_tail)
+            parts.append(f"last {self.full_attention_tail} prompt {rows} full")
+        return ", ".join(parts)
+
+    @property
+    def is_full(self) -> bool:
+        """Full attention in every layer, whatever the model's depth."""
+        return self.window is None
+
+    def resolve(self, num_layers: int) -> tuple[LayerAttention, ...]:
+        """The attention of each layer of a model with `num_layers` layers.
+
+        Raises:
+            ValueError: a layer is out of range, two ints name one layer (-1 and 35 of 36), or a
+                slice selects nothing or ends beyond the last layer.
+
+        Examples:
+            >>> policy = AttentionPolicy(window=64, full_attention_layers=[-1], decode="0:2")
+            >>> [(layer.window, layer.full_decode) for layer in policy.resolve(3)]
+            [(64, True), (64, True), (None, False)]
+        """
+        num_layers = _integer("num_layers", num_layers, minimum=1)
+        full = _resolve_layers("full_attention_layers", self.full_attention_layers, num_layers)
+        full_decode = _resolve_decode(self.decode, num_layers)
+        windowed = {
+            "window": self.window,
+            "num_sink_tokens": self.num_sink_tokens,
+            "full_attention_tail": self.full_attention_tail,
+        }
+        return tuple(
+            LayerAttention()
+            if self.is_full or layer in full
+            else LayerAttention(**windowed, full_decode=layer in full_decode)
+            for layer in range(num_layers)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as JSON's types (tuples become lists)."""
+        return {
+            field.name: list(value) if isinstance(value, tuple) else value
+            for field in dataclasses.fields(self)
+            for value in [getattr(self, field.name)]
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "AttentionPolicy":
+        """The inverse of `to_dict`; fields that are left out keep their defaults.
+
+        Raises:
+            ValueError: a key is no field of a policy (the nearest one is suggested), or a value is
+                malformed.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        _check_keys(fields, known, what="attention policy")
+        return cls(**fields)
+
+    def to_json(self) -> str:
+        """The fields as one JSON object."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "AttentionPolicy":
+        """Parses a policy in JSON; see `from_yaml` for the keys."""
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"The attention policy is not valid JSON: {error}.") from error
+        return cls._from_document(fields)
+
+    def to_yaml(self) -> str:
+        """The fields as a YAML mapping, slices quoted.
+
+        Examples:
+            >>> print(AttentionPolicy(window=64, full_attention_layers="1::2").to_yaml())
+            window: 64
+            num_sink_tokens: 0
+            full_attention_layers: "1::2"
+            decode: window
+            full_attention_tail: 0
+        """
+        # A JSON value is a YAML value, so the scalars need no YAML writer, and slices come quoted.
+        lines = [
+            f"{name}: {value if value in ('window', 'full') else json.dumps(value)}"
+            for name, value in self.to_dict().items()
+        ]
+        return "\n".join(lines) + "\n"
+
+    @classmethod
+    def from_yaml(cls, text: str) -> "AttentionPolicy":
+        """Parses a policy in YAML: a mapping of the policy's fields.
+
+        The notes of a policy file (`description`, `source`, `models`; see `swaa_jax.configs`) are
+        accepted and left out. Numbers in base sixty, as YAML 1.1 reads a bare ``1:36``, and
+        repeated keys are errors.
+
+        Examples:
+            >>> AttentionPolicy.from_yaml("{window: 64, decode: full}")
+            AttentionPolicy(window=64, num_sink_tokens=0, full_attention_layers=(), decode='full',
+                            full_attention_tail=0)
+
+        Raises:
+            ValueError: not YAML, not a mapping, an unknown key, or a malformed value.
+        """
+        return cls._from_document(_parse_yaml(text))
+
+    @classmethod
+    def load(cls, path: PathLike) -> "AttentionPolicy":
+        """Reads a policy from a ``.yaml``, ``.yml`` or ``.json`` file.
+
+        Raises:
+            ValueError: the file is malformed; the message names it.
+            FileNotFoundError: there is no such file.
+        """
+        path = epath.Path(path)
+        try:
+            text = path.read_text()
+            return cls.from_json(text) if path.suffix == ".json" else cls.from_yaml(text)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def save(self, path: PathLike) -> None:
+        """Writes the policy to a ``.json`` file, or to YAML under any other name."""
+        path = epath.Path(path)
+        path.write_text(self.to_json() + "\n" if path.suffix == ".json" else self.to_yaml())
+
+    @classmethod
+    def _from_document(cls, document: Any) -> "AttentionPolicy":
+        """A policy from a parsed file, without the file's notes."""
+        if not isinstance(document, Mapping):
+            raise ValueError(
+                f"An attention policy is a mapping of its fields, got {_describe(document)}."
+            )
+        return cls.from_dict({k: v for k, v in document.items() if k not in _FILE_NOTES})
+
+    @classmethod
+    def from_swaa_config(
+        cls, config: Mapping[str, Any] | PathLike, *, num_layers: int | None = None
+    ) -> "AttentionPolicy":
+        """Reads the configuration of the paper's reference code.
+
+        Args:
+            config: a mapping, or the path of a JSON file: either the four settings
+                (`sliding_window_size`, `keep_first`, `force_fa_decode`, `non_sliding_layers`), or
+                an entry of its settings lists, ``{"swaa_config": {...}, "model_list": [...]}``.
+                Settings left out are the reference's defaults. `model_list` is not used.
+            num_layers: the model's depth. The reference's own files name layers up to 47 for a
+                36-layer model, and it ignores them. With `num_layers`, layers out of range are
+                dropped with one warning; without it they stay, and `resolve` raises.
+
+        Raises:
+            ValueError: an unknown key or a malformed value.
+
+        Examples:
+            >>> print(AttentionPolicy.from_swaa_config(
+            ...     {"swaa_config": {"sliding_window_size": 2000, "keep_first": 10,
+            ...                      "force_fa_decode": True, "non_sliding_layers": [1, 3]}}))
+            window 2000 + 10 sinks, full layers 1,3, FA decode
+        """
+        if not isinstance(config, Mapping):
+            path = epath.Path(config)
+            try:
+                document = json.loads(path.read_text())
+                return cls.from_swaa_config(_one_setting(document), num_layers=num_layers)
+            except ValueError as error:  # JSON's errors are ValueErrors too
+                raise ValueError(f"{path}: {error}") from error
+        if "swaa_config" in config:
+            _check_keys(config, ("swaa_config", "model_list"), what="SWAA setting")
+            return cls.from_swaa_config(_one_setting(config["swaa_config"]), num_layers=num_layers)
+        _check_keys(config, _SWAA_CONFIG_KEYS, what="SWAA config")
+
+        window = config.get("sliding_window_size")
+        if window is None:
+            return cls()  # the reference then ignores the other settings
+        full_layers = _swaa_layers("non_sliding_layers", config.get("non_sliding_layers"))
+        decode = config.get("force_fa_decode")
+        if decode is None or isinstance(decode, bool):
+            decode = "full" if decode else "window"
+        else:
+            decode = _swaa_layers("force_fa_decode", decode)
+        if num_layers is not None:
+            dropped = {layer for layer in full_layers if layer >= num_layers}
+            full_layers = tuple(layer for layer in full_layers if layer not in dropped)
+            if isinstance(decode, tuple):
+                dropped.update(layer for layer in decode if layer >= num_layers)
+                decode = tuple(layer for layer in decode if layer < num_layers)
+            if dropped:
+                warnings.warn(
+                    f"SWAA config: dropped layers {_format_layers(sorted(dropped))}, which a model "
+                    f"with {num_layers} layers does not have.",
+                    stacklevel=2,
+                )
+        return cls(
+            window=_integer("sliding_window_size", window, minimum=1),
+            num_sink_tokens=_integer("keep_first", config.get("keep_first") or 0, minimum=0),
+            full_attention_layers=full_layers,
+            decode=decode,
+        )
+
+    def to_swaa_config(self, *, num_layers: int | None = None) -> dict[str, Any]:
+        """The configuration of the paper's reference code, ``{"swaa_config": {...}}``.
+
+        Args:
+            num_layers: the model's depth, needed where layers are given by a slice or from the end,
+                because the reference knows only explicit lists.
+
+        Raises:
+            ValueError: the reference cannot express the policy (`full_attention_tail`), or
+                `num_layers` is needed.
+
+        Examples:
+            >>> policy = AttentionPolicy(window=64, full_attention_layers="1::2")
+            >>> policy.to_swaa_config(num_layers=4)
+            {'swaa_config': {'sliding_window_size': 64, 'keep_first': 0,
+                             'force_fa_decode': False, 'non_sliding_layers': [1, 3]}}
+        """
+        if self.full_attention_tail:
+            raise ValueError(
+                f"full_attention_tail={self.full_attention_tail} cannot be expressed in the "
+                "reference's configuration. Set it to 0 to export the rest."
+            )
+
+        def explicit(name: str, layers: LayerSelection) -> list[int]:
+            if num_layers is not None:
+                return sorted(_resolve_layers(name, layers, num_layers))
+            if isinstance(layers, str) or any(layer < 0 for layer in layers):
+                raise ValueError(
+                    f"{name}={_format_layers(layers)} depends on the model's depth and the "
+                    "reference takes explicit lists: pass num_layers."
+                )
+            return list(layers)
+
+        decode = (
+            self.decode == "full"
+            if self.decode in ("full", "window")
+            else explicit("decode", self.decode)
+        )
+        return {
+            "swaa_config": {
+                "sliding_window_size": self.window,
+                "keep_first": self.num_sink_tokens,
+                "force_fa_decode": decode,
+                "non_sliding_layers": explicit("full_attention_layers", self.full_attention_layers),
+            }
+        }
+
+
+# Validation of values.
+
+
+def _setter(instance: object):
+    """Sets fields of a frozen dataclass, in its `__post_init__` only."""
+    return lambda name, value: object.__setattr__(instance, name, value)
+
+
+def _integer(name: str, value: Any, *, minimum: int) -> int:
+    """An int at least `minimum`: numpy's ints are converted, bools, floats and strings refused."""
+    if not isinstance(value, bool):
+        try:
+            number = operator.index(value)
+        except TypeError:
+            pass
+        else:
+            if number >= minimum:
+                return number
+    raise ValueError(f"{name} must be an integer, at least {minimum}; got {_describe(value)}.")
+
+
+def _integer_or_none(name: str, value: Any, *, minimum: int) -> int | None:
+    if value is None:
+        return None
+    try:
+        return _integer(name, value, minimum=minimum)
+    except ValueError as error:
+        raise ValueError(f"{str(error)[:-1]}. None means full attention.") from None
+
+
+def _decode(value: Any) -> str | tuple[int, ...]:
+    if isinstance(value, str) and value in ("window", "full"):
+        return value
+    if isinstance(value, bool):
+        raise ValueError(
+            f'decode must be "window", "full" or a selection of layers; got {value}. '
+            f'Write decode="{"full" if value else "window"}".'
+        )
+    if isinstance(value, str) and ":" not in value:
+        near = difflib.get_close_matches(value, ["window", "full"], n=1)
+        hint = f' Did you mean "{near[0]}"?' if near else ""
+        raise ValueError(
+            f'decode must be "window", "full" or a selection of layers; got "{value}".{hint}'
+        )
+    return _layer_selection("decode", value) or "window"
+
+
+def _layer_selection(name: str, value: Any) -> str | tuple[int, ...]:
+    """Distinct ints in canonical order, or a slice in canonical form."""
+    if isinstance(value, str):
+        return _canonical_slice(name, value)
+    if isinstance(value, bool) or value is None or not isinstance(value, Iterable):
+        hint = ""
+        if isinstance(value, int) and not isinstance(value, bool):
+            hint = (
+                f" For that one layer write [{value}]. If it was a slice in YAML, quote it:"
+                ' a bare 1:36 is the number 96 there, "1:36" is the slice.'
+            )
+        raise ValueError(
+            f'{name} must be a list of layers or a slice in a string such as "1::2"; '
+            f"got {_describe(value)}.{hint}"
+        )
+    layers = []
+    for item in value:
+        if isinstance(item, bool) or not hasattr(item, "__index__"):
+            hint = " A slice stands alone, not in a list." if isinstance(item, str) else ""
+            raise ValueError(
+                f"{name} must hold integers; got {_describe(item)} among its items.{hint}"
+            )
+        layers.append(operator.index(item))
+    repeated = sorted({layer for layer in layers if layers.count(layer) > 1})
+    if repeated:
+        raise ValueError(f"{name} names layers more than once: {_format_layers(repeated)}.")
+    return tuple(sorted(layers, key=lambda layer: (layer < 0, layer)))
+
+
+def _canonical_slice(name: str, text: str) -> str:
+    match = _SLICE.fullmatch(text)
+    if match is None:
+        raise ValueError(
+            f'{name} must be a list of layers or a slice in a string such as "1::2"; got "{text}".'
+        )
+    start, stop, step = (None if part is None else int(part) for part in match.groups())
+    if step is not None and step < 1:
+        raise ValueError(f'{name}: the step of a slice must be positive; got "{text}".')
+    head = f"{'' if start is None else start}:{'' if stop is None else stop}"
+    return head if step in (None, 1) else f"{head}:{step}"
+
+
+# Layers of a model with known depth.
+
+
+def _resolve_decode(decode: LayerSelection, num_layers: int) -> frozenset[int]:
+    if decode == "window":
+        return frozenset()
+    if decode == "full":
+        return frozenset(range(num_layers))
+    return _resolve_layers("decode", decode, num_layers)
+
+
+def _resolve_layers(name: str, layers: LayerSelection, num_layers: int) -> frozenset[int]:
+    """The layers, from 0, that a selection means in a model with `num_layers` layers."""
+    depth = f"the model has {num_layers} layers, 0 to {num_layers - 1}"
+    if isinstance(layers, str):
+        parts = [int(part) if part else None for part in layers.split(":")]
+        for part in parts[:2]:
+            if part is not None and not -num_layers <= part <= num_layers:
+                raise ValueError(f'{name}="{layers}" reaches out of range: {depth}.')
+        selected = frozenset(range(num_layers)[slice(*parts)])
+        if not selected:
+            raise ValueError(f'{name}="{layers}" selects no layer: {depth}.')
+        return selected
+    outside = [layer for layer in layers if not -num_layers <= layer < num_layers]
+    if outside:
+        raise ValueError(
+            f"{name}: {_plural('layer', len(outside))} {_format_layers(outside)} "
+            f"{'is' if len(outside) == 1 else 'are'} out of range: {depth}."
+        )
+    selected = [layer % num_layers for layer in layers]
+    repeated = sorted({layer for layer in selected if selected.count(layer) > 1})
+    if repeated:
+        raise ValueError(
+            f"{name}={_format_layers(layers)} names layers {_format_layers(repeated)} twice: "
+            f"{depth}."
+        )
+    return frozenset(selected)
+
+
+# The reference's configuration.
+
+
+def _swaa_layers(name: str, value: Any) -> tuple[int, ...]:
+    """An explicit list of layers; the reference has no slices, and no layers from the end."""
+    if value is None:
+        return ()
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ValueError(f"{name} must be a list of layers; got {_describe(value)}.")
+    layers = _layer_selection(name, value)
+    if any(not isinstance(layer, int) or layer < 0 for layer in layers):
+        raise ValueError(f"{name} must hold layers from 0 up; got {list(value)!r}.")
+    return tuple(int(layer) for layer in layers)
+
+
+def _one_setting(document: Any) -> Mapping[str, Any]:
+    if isinstance(document, Mapping):
+        return document
+    if isinstance(document, Sequence) and not isinstance(document, str):
+        if len(document) == 1:
+            return _one_setting(document[0])
+        raise ValueError(
+            f"a list of {len(document)} settings, and a policy is one of them: "
+            "pass the entry that you want, AttentionPolicy.from_swaa_config(settings[i])."
+        )
+    raise ValueError(f"a SWAA config is a mapping; got {_describe(document)}.")
+
+
+# Files.
+
+
+def _check_keys(fields: Mapping[str, Any], known: Sequence[str], *, what: str) -> None:
+    unknown = [key for key in fields if key not in known]
+    if not unknown:
+        return
+    hints = []
+    for key in unknown:
+        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+        hints.append(f"{key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    advice = ""
+    if what == "attention policy":
+        if {"swaa_config", *_SWAA_CONFIG_KEYS} & set(unknown):
+            advice = " This is the reference's format: read it with from_swaa_config."
+        elif "policy" in unknown:
+            advice = " Pass only what is under 'policy'."
+    raise ValueError(
+        f"Unknown {_plural('key', len(unknown))} in the {what}: {', '.join(hints)}. "
+        f"Known keys: {', '.join(known)}.{advice}"
+    )
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without base sixty and without repeated keys."""
+
+    def construct_yaml_number(self, node):
+        if ":" in node.value:
+            raise ValueError(
+                f"line {node.start_mark.line + 1}: {node.value} without quotes is a number in base "
+                f'sixty in YAML 1.1. Quote a slice of layers: "{node.value}".'
+            )
+        if node.tag.endswith(":int"):
+            return super().construct_yaml_int(node)
+        return super().construct_yaml_float(node)
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                line = node.value[index][0].start_mark.line + 1
+                raise ValueError(f"line {line}: the key {key!r} is there twice.")
+        return super().construct_mapping(node, deep=deep)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_number)
+_StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader.construct_yaml_number)
+
+
+def _parse_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"Not valid YAML: {error}") from error
+
+
+# Words.
+
+
+def _plural(noun: str, count: int) -> str:
+    return noun if count == 1 else f"{noun}s"
+
+
+def _format_layers(layers: LayerSelection) -> str:
+    return layers if isinstance(layers, str) else ",".join(map(str, layers))
+
+
+def _describe(value: Any) -> str:
+    return f"{value!r} ({type(value).__name__})"
