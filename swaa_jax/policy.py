@@ -14,28 +14,37 @@ trainer and the exporters take.
 """
 
 import dataclasses
-import difflib
 import json
-import operator
-import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import Any
 
-import yaml
 from etils import epath
 
+from swaa_jax._policy_fields import (
+    SWAA_CONFIG_KEYS,
+    LayerSelection,
+    check_keys,
+    decode_field,
+    describe,
+    field_setter,
+    format_layers,
+    integer,
+    integer_or_none,
+    layer_selection,
+    one_setting,
+    parse_yaml,
+    plural,
+    resolve_decode,
+    resolve_layers,
+    swaa_layers,
+)
 from swaa_jax.typing import PathLike
 
 __all__ = ["AttentionPolicy", "LayerAttention", "LayerSelection"]
 
-LayerSelection: TypeAlias = Sequence[int] | str
-"""Layers, from 0: ints such as ``(1, 3, 5)``, or a slice of the layers in a string, ``"1::2"``."""
-
-_SLICE = re.compile(r"\s*([+-]?\d+)?\s*:\s*([+-]?\d+)?\s*(?::\s*([+-]?\d+)?\s*)?")
 # Keys of a policy file beside the policy's own fields; see `swaa_jax.configs`.
 _FILE_NOTES = ("description", "source", "models")
-_SWAA_CONFIG_KEYS = ("sliding_window_size", "keep_first", "force_fa_decode", "non_sliding_layers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,19 +73,19 @@ class LayerAttention:
     full_attention_tail: int = 0
 
     def __post_init__(self):
-        set_field = _setter(self)
-        set_field("window", _integer_or_none("window", self.window, minimum=1))
+        set_field = field_setter(self)
+        set_field("window", integer_or_none("window", self.window, minimum=1))
         if self.window is None:
             set_field("num_sink_tokens", 0)
             set_field("full_decode", False)
             set_field("full_attention_tail", 0)
             return
-        set_field("num_sink_tokens", _integer("num_sink_tokens", self.num_sink_tokens, minimum=0))
+        set_field("num_sink_tokens", integer("num_sink_tokens", self.num_sink_tokens, minimum=0))
         if not isinstance(self.full_decode, bool):
             raise ValueError(f"full_decode must be a bool, got {self.full_decode!r}.")
         set_field(
             "full_attention_tail",
-            _integer("full_attention_tail", self.full_attention_tail, minimum=0),
+            integer("full_attention_tail", self.full_attention_tail, minimum=0),
         )
 
     @property
@@ -141,17 +150,17 @@ class AttentionPolicy:
     full_attention_tail: int = 0
 
     def __post_init__(self):
-        set_field = _setter(self)
-        set_field("window", _integer_or_none("window", self.window, minimum=1))
-        set_field("num_sink_tokens", _integer("num_sink_tokens", self.num_sink_tokens, minimum=0))
+        set_field = field_setter(self)
+        set_field("window", integer_or_none("window", self.window, minimum=1))
+        set_field("num_sink_tokens", integer("num_sink_tokens", self.num_sink_tokens, minimum=0))
         set_field(
             "full_attention_layers",
-            _layer_selection("full_attention_layers", self.full_attention_layers),
+            layer_selection("full_attention_layers", self.full_attention_layers),
         )
-        set_field("decode", _decode(self.decode))
+        set_field("decode", decode_field(self.decode))
         set_field(
             "full_attention_tail",
-            _integer("full_attention_tail", self.full_attention_tail, minimum=0),
+            integer("full_attention_tail", self.full_attention_tail, minimum=0),
         )
         if self.window is None:
             idle = [
@@ -170,15 +179,15 @@ class AttentionPolicy:
             return "full attention"
         parts = [f"window {self.window}"]
         if self.num_sink_tokens:
-            parts[0] += f" + {self.num_sink_tokens} {_plural('sink', self.num_sink_tokens)}"
+            parts[0] += f" + {self.num_sink_tokens} {plural('sink', self.num_sink_tokens)}"
         if self.full_attention_layers:
-            parts.append(f"full layers {_format_layers(self.full_attention_layers)}")
+            parts.append(f"full layers {format_layers(self.full_attention_layers)}")
         if self.decode == "full":
             parts.append("FA decode")
         elif self.decode != "window":
-            parts.append(f"FA decode in layers {_format_layers(self.decode)}")
+            parts.append(f"FA decode in layers {format_layers(self.decode)}")
         if self.full_attention_tail:
-            rows = _plural("token", self.full_attention_tail)
+            rows = plural("token", self.full_attention_tail)
             parts.append(f"last {self.full_attention_tail} prompt {rows} full")
         return ", ".join(parts)
 
@@ -199,9 +208,9 @@ class AttentionPolicy:
             >>> [(layer.window, layer.full_decode) for layer in policy.resolve(3)]
             [(64, True), (64, True), (None, False)]
         """
-        num_layers = _integer("num_layers", num_layers, minimum=1)
-        full = _resolve_layers("full_attention_layers", self.full_attention_layers, num_layers)
-        full_decode = _resolve_decode(self.decode, num_layers)
+        num_layers = integer("num_layers", num_layers, minimum=1)
+        full = resolve_layers("full_attention_layers", self.full_attention_layers, num_layers)
+        full_decode = resolve_decode(self.decode, num_layers)
         windowed = {
             "window": self.window,
             "num_sink_tokens": self.num_sink_tokens,
@@ -231,7 +240,7 @@ class AttentionPolicy:
                 malformed.
         """
         known = [field.name for field in dataclasses.fields(cls)]
-        _check_keys(fields, known, what="attention policy")
+        check_keys(fields, known, what="attention policy")
         return cls(**fields)
 
     def to_json(self) -> str:
@@ -281,7 +290,7 @@ class AttentionPolicy:
         Raises:
             ValueError: not YAML, not a mapping, an unknown key, or a malformed value.
         """
-        return cls._from_document(_parse_yaml(text))
+        return cls._from_document(parse_yaml(text))
 
     @classmethod
     def load(cls, path: PathLike) -> "AttentionPolicy":
@@ -308,7 +317,7 @@ class AttentionPolicy:
         """A policy from a parsed file, without the file's notes."""
         if not isinstance(document, Mapping):
             raise ValueError(
-                f"An attention policy is a mapping of its fields, got {_describe(document)}."
+                f"An attention policy is a mapping of its fields, got {describe(document)}."
             )
         return cls.from_dict({k: v for k, v in document.items() if k not in _FILE_NOTES})
 
@@ -340,23 +349,23 @@ class AttentionPolicy:
             path = epath.Path(config)
             try:
                 document = json.loads(path.read_text())
-                return cls.from_swaa_config(_one_setting(document), num_layers=num_layers)
+                return cls.from_swaa_config(one_setting(document), num_layers=num_layers)
             except ValueError as error:  # JSON's errors are ValueErrors too
                 raise ValueError(f"{path}: {error}") from error
         if "swaa_config" in config:
-            _check_keys(config, ("swaa_config", "model_list"), what="SWAA setting")
-            return cls.from_swaa_config(_one_setting(config["swaa_config"]), num_layers=num_layers)
-        _check_keys(config, _SWAA_CONFIG_KEYS, what="SWAA config")
+            check_keys(config, ("swaa_config", "model_list"), what="SWAA setting")
+            return cls.from_swaa_config(one_setting(config["swaa_config"]), num_layers=num_layers)
+        check_keys(config, SWAA_CONFIG_KEYS, what="SWAA config")
 
         window = config.get("sliding_window_size")
         if window is None:
             return cls()  # the reference then ignores the other settings
-        full_layers = _swaa_layers("non_sliding_layers", config.get("non_sliding_layers"))
+        full_layers = swaa_layers("non_sliding_layers", config.get("non_sliding_layers"))
         decode = config.get("force_fa_decode")
         if decode is None or isinstance(decode, bool):
             decode = "full" if decode else "window"
         else:
-            decode = _swaa_layers("force_fa_decode", decode)
+            decode = swaa_layers("force_fa_decode", decode)
         if num_layers is not None:
             dropped = {layer for layer in full_layers if layer >= num_layers}
             full_layers = tuple(layer for layer in full_layers if layer not in dropped)
@@ -365,13 +374,13 @@ class AttentionPolicy:
                 decode = tuple(layer for layer in decode if layer < num_layers)
             if dropped:
                 warnings.warn(
-                    f"SWAA config: dropped layers {_format_layers(sorted(dropped))}, which a model "
+                    f"SWAA config: dropped layers {format_layers(sorted(dropped))}, which a model "
                     f"with {num_layers} layers does not have.",
                     stacklevel=2,
                 )
         return cls(
-            window=_integer("sliding_window_size", window, minimum=1),
-            num_sink_tokens=_integer("keep_first", config.get("keep_first") or 0, minimum=0),
+            window=integer("sliding_window_size", window, minimum=1),
+            num_sink_tokens=integer("keep_first", config.get("keep_first") or 0, minimum=0),
             full_attention_layers=full_layers,
             decode=decode,
         )
@@ -401,10 +410,10 @@ class AttentionPolicy:
 
         def explicit(name: str, layers: LayerSelection) -> list[int]:
             if num_layers is not None:
-                return sorted(_resolve_layers(name, layers, num_layers))
+                return sorted(resolve_layers(name, layers, num_layers))
             if isinstance(layers, str) or any(layer < 0 for layer in layers):
                 raise ValueError(
-                    f"{name}={_format_layers(layers)} depends on the model's depth and the "
+                    f"{name}={format_layers(layers)} depends on the model's depth and the "
                     "reference takes explicit lists: pass num_layers."
                 )
             return list(layers)
@@ -422,230 +431,3 @@ class AttentionPolicy:
                 "non_sliding_layers": explicit("full_attention_layers", self.full_attention_layers),
             }
         }
-
-
-# Validation of values.
-
-
-def _setter(instance: object):
-    """Sets fields of a frozen dataclass, in its `__post_init__` only."""
-    return lambda name, value: object.__setattr__(instance, name, value)
-
-
-def _integer(name: str, value: Any, *, minimum: int) -> int:
-    """An int at least `minimum`: numpy's ints are converted, bools, floats and strings refused."""
-    if not isinstance(value, bool):
-        try:
-            number = operator.index(value)
-        except TypeError:
-            pass
-        else:
-            if number >= minimum:
-                return number
-    raise ValueError(f"{name} must be an integer, at least {minimum}; got {_describe(value)}.")
-
-
-def _integer_or_none(name: str, value: Any, *, minimum: int) -> int | None:
-    if value is None:
-        return None
-    try:
-        return _integer(name, value, minimum=minimum)
-    except ValueError as error:
-        raise ValueError(f"{str(error)[:-1]}. None means full attention.") from None
-
-
-def _decode(value: Any) -> str | tuple[int, ...]:
-    if isinstance(value, str) and value in ("window", "full"):
-        return value
-    if isinstance(value, bool):
-        raise ValueError(
-            f'decode must be "window", "full" or a selection of layers; got {value}. '
-            f'Write decode="{"full" if value else "window"}".'
-        )
-    if isinstance(value, str) and ":" not in value:
-        near = difflib.get_close_matches(value, ["window", "full"], n=1)
-        hint = f' Did you mean "{near[0]}"?' if near else ""
-        raise ValueError(
-            f'decode must be "window", "full" or a selection of layers; got "{value}".{hint}'
-        )
-    return _layer_selection("decode", value) or "window"
-
-
-def _layer_selection(name: str, value: Any) -> str | tuple[int, ...]:
-    """Distinct ints in canonical order, or a slice in canonical form."""
-    if isinstance(value, str):
-        return _canonical_slice(name, value)
-    if isinstance(value, bool) or value is None or not isinstance(value, Iterable):
-        hint = ""
-        if isinstance(value, int) and not isinstance(value, bool):
-            hint = (
-                f" For that one layer write [{value}]. If it was a slice in YAML, quote it:"
-                ' a bare 1:36 is the number 96 there, "1:36" is the slice.'
-            )
-        raise ValueError(
-            f'{name} must be a list of layers or a slice in a string such as "1::2"; '
-            f"got {_describe(value)}.{hint}"
-        )
-    layers = []
-    for item in value:
-        if isinstance(item, bool) or not hasattr(item, "__index__"):
-            hint = " A slice stands alone, not in a list." if isinstance(item, str) else ""
-            raise ValueError(
-                f"{name} must hold integers; got {_describe(item)} among its items.{hint}"
-            )
-        layers.append(operator.index(item))
-    repeated = sorted({layer for layer in layers if layers.count(layer) > 1})
-    if repeated:
-        raise ValueError(f"{name} names layers more than once: {_format_layers(repeated)}.")
-    return tuple(sorted(layers, key=lambda layer: (layer < 0, layer)))
-
-
-def _canonical_slice(name: str, text: str) -> str:
-    match = _SLICE.fullmatch(text)
-    if match is None:
-        raise ValueError(
-            f'{name} must be a list of layers or a slice in a string such as "1::2"; got "{text}".'
-        )
-    start, stop, step = (None if part is None else int(part) for part in match.groups())
-    if step is not None and step < 1:
-        raise ValueError(f'{name}: the step of a slice must be positive; got "{text}".')
-    head = f"{'' if start is None else start}:{'' if stop is None else stop}"
-    return head if step in (None, 1) else f"{head}:{step}"
-
-
-# Layers of a model with known depth.
-
-
-def _resolve_decode(decode: LayerSelection, num_layers: int) -> frozenset[int]:
-    if decode == "window":
-        return frozenset()
-    if decode == "full":
-        return frozenset(range(num_layers))
-    return _resolve_layers("decode", decode, num_layers)
-
-
-def _resolve_layers(name: str, layers: LayerSelection, num_layers: int) -> frozenset[int]:
-    """The layers, from 0, that a selection means in a model with `num_layers` layers."""
-    depth = f"the model has {num_layers} layers, 0 to {num_layers - 1}"
-    if isinstance(layers, str):
-        parts = [int(part) if part else None for part in layers.split(":")]
-        for part in parts[:2]:
-            if part is not None and not -num_layers <= part <= num_layers:
-                raise ValueError(f'{name}="{layers}" reaches out of range: {depth}.')
-        selected = frozenset(range(num_layers)[slice(*parts)])
-        if not selected:
-            raise ValueError(f'{name}="{layers}" selects no layer: {depth}.')
-        return selected
-    outside = [layer for layer in layers if not -num_layers <= layer < num_layers]
-    if outside:
-        raise ValueError(
-            f"{name}: {_plural('layer', len(outside))} {_format_layers(outside)} "
-            f"{'is' if len(outside) == 1 else 'are'} out of range: {depth}."
-        )
-    selected = [layer % num_layers for layer in layers]
-    repeated = sorted({layer for layer in selected if selected.count(layer) > 1})
-    if repeated:
-        raise ValueError(
-            f"{name}={_format_layers(layers)} names layers {_format_layers(repeated)} twice: "
-            f"{depth}."
-        )
-    return frozenset(selected)
-
-
-# The reference's configuration.
-
-
-def _swaa_layers(name: str, value: Any) -> tuple[int, ...]:
-    """An explicit list of layers; the reference has no slices, and no layers from the end."""
-    if value is None:
-        return ()
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise ValueError(f"{name} must be a list of layers; got {_describe(value)}.")
-    layers = _layer_selection(name, value)
-    if any(not isinstance(layer, int) or layer < 0 for layer in layers):
-        raise ValueError(f"{name} must hold layers from 0 up; got {list(value)!r}.")
-    return tuple(int(layer) for layer in layers)
-
-
-def _one_setting(document: Any) -> Mapping[str, Any]:
-    if isinstance(document, Mapping):
-        return document
-    if isinstance(document, Sequence) and not isinstance(document, str):
-        if len(document) == 1:
-            return _one_setting(document[0])
-        raise ValueError(
-            f"a list of {len(document)} settings, and a policy is one of them: "
-            "pass the entry that you want, AttentionPolicy.from_swaa_config(settings[i])."
-        )
-    raise ValueError(f"a SWAA config is a mapping; got {_describe(document)}.")
-
-
-# Files.
-
-
-def _check_keys(fields: Mapping[str, Any], known: Sequence[str], *, what: str) -> None:
-    unknown = [key for key in fields if key not in known]
-    if not unknown:
-        return
-    hints = []
-    for key in unknown:
-        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-        hints.append(f"{key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
-    advice = ""
-    if what == "attention policy":
-        if {"swaa_config", *_SWAA_CONFIG_KEYS} & set(unknown):
-            advice = " This is the reference's format: read it with from_swaa_config."
-        elif "policy" in unknown:
-            advice = " Pass only what is under 'policy'."
-    raise ValueError(
-        f"Unknown {_plural('key', len(unknown))} in the {what}: {', '.join(hints)}. "
-        f"Known keys: {', '.join(known)}.{advice}"
-    )
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without base sixty and without repeated keys."""
-
-    def construct_yaml_number(self, node):
-        if ":" in node.value:
-            raise ValueError(
-                f"line {node.start_mark.line + 1}: {node.value} without quotes is a number in base "
-                f'sixty in YAML 1.1. Quote a slice of layers: "{node.value}".'
-            )
-        if node.tag.endswith(":int"):
-            return super().construct_yaml_int(node)
-        return super().construct_yaml_float(node)
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                line = node.value[index][0].start_mark.line + 1
-                raise ValueError(f"line {line}: the key {key!r} is there twice.")
-        return super().construct_mapping(node, deep=deep)
-
-
-_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_number)
-_StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader.construct_yaml_number)
-
-
-def _parse_yaml(text: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"Not valid YAML: {error}") from error
-
-
-# Words.
-
-
-def _plural(noun: str, count: int) -> str:
-    return noun if count == 1 else f"{noun}s"
-
-
-def _format_layers(layers: LayerSelection) -> str:
-    return layers if isinstance(layers, str) else ",".join(map(str, layers))
-
-
-def _describe(value: Any) -> str:
-    return f"{value!r} ({type(value).__name__})"
