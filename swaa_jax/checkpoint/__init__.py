@@ -1,0 +1,51 @@
+"""Checkpoints in Hugging Face layout: safetensors in and out, the key-map engine, small files."""
+
+from swaa_jax.checkpoint.hf import (
+    copy_tokenizer_files,
+    read_attention_policy,
+    read_config,
+    read_generation_config,
+    read_provenance,
+    write_attention_policy,
+    write_config,
+    write_generation_config,
+    write_provenance,
+)
+from swaa_jax.checkpoint.keymap import (
+    Transform,
+    WeightRule,
+    dump_weights,
+    expand,
+    load_weights,
+)
+from swaa_jax.checkpoint.safetensors_io import (
+    DEFAULT_MAX_SHARD_BYTES,
+    WeightReader,
+    check_directory,
+    write_safetensors,
+)
+from swaa_jax.checkpoint.tokenizer import load_tokenizer
+from swaa_jax.storage import CheckpointError
+
+__all__ = [
+    "DEFAULT_MAX_SHARD_BYTES",
+    "CheckpointError",
+    "Transform",
+    "WeightReader",
+    "WeightRule",
+    "check_directory",
+    "copy_tokenizer_files",
+    "dump_weights",
+    "expand",
+    "load_tokenizer",
+    "load_weights",
+    "read_attention_policy",
+    "read_config",
+    "read_generation_config",
+    "read_provenance",
+    "write_attention_policy",
+    "write_config",
+    "write_generation_config",
+    "write_provenance",
+    "write_safetensors",
+]

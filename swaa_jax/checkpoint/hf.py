@@ -1,0 +1,185 @@
+"""The small files of a checkpoint directory: configs, tokenizer files, policy and provenance."""
+
+import shutil
+from importlib import metadata
+from typing import Any
+
+from etils import epath
+
+import swaa_jax
+from swaa_jax.checkpoint.safetensors_io import check_directory, read_json_object
+from swaa_jax.storage import CheckpointError, is_local, resolve_inside, sha256, write_json_atomic
+
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+POLICY_FILE = "attention_policy.json"
+PROVENANCE_FILE = "provenance.json"
+POLICY_SCHEMA_VERSION = 1
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+"""What `copy_tokenizer_files` copies, where present."""
+
+
+def read_config(directory: epath.PathLike) -> dict[str, Any]:
+    """The model's `config.json`.
+
+    Raises:
+        CheckpointError: not a directory (or it looks like a hub id), no `config.json`, malformed
+            JSON, or a quantised checkpoint (`quantization_config`).
+    """
+    directory = check_directory(directory)
+    path = directory / CONFIG_FILE
+    if not path.exists():
+        raise CheckpointError(
+            f"{directory} has no {CONFIG_FILE}; expected a checkpoint in Hugging Face layout "
+            f"({CONFIG_FILE} and safetensors weights). Check the path, or fetch the file."
+        )
+    config = read_json_object(path)
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise CheckpointError(
+            f"{path} has a quantization_config (method {method or 'not named'}): the weights are "
+            "quantised, which is not supported. Use the bfloat16, float16 or float32 checkpoint "
+            "that it was made from."
+        )
+    return config
+
+
+def read_generation_config(directory: epath.PathLike) -> dict[str, Any]:
+    """`generation_config.json`, or {} where there is none.
+
+    Raises:
+        CheckpointError: not a directory, or malformed JSON.
+    """
+    path = check_directory(directory) / GENERATION_CONFIG_FILE
+    return read_json_object(path) if path.exists() else {}
+
+
+def write_config(directory: epath.PathLike, config: dict[str, Any]) -> None:
+    """Writes `config.json`; the last file of a save, being the commit mark."""
+    write_json_atomic(epath.Path(directory) / CONFIG_FILE, config)
+
+
+def write_generation_config(directory: epath.PathLike, config: dict[str, Any]) -> None:
+    """Writes `generation_config.json`."""
+    write_json_atomic(epath.Path(directory) / GENERATION_CONFIG_FILE, config)
+
+
+def read_attention_policy(
+    directory: epath.PathLike, *, num_layers: int | None = None
+) -> dict[str, Any] | None:
+    """The policy (as `AttentionPolicy.to_dict` gave it) that the model was saved under.
+
+    Args:
+        directory: the checkpoint.
+        num_layers: the model's depth; None skips that check.
+
+    Returns:
+        The policy, or None where there is no `attention_policy.json`.
+
+    Raises:
+        CheckpointError: malformed, of another schema version, or for another number of layers.
+    """
+    path = check_directory(directory) / POLICY_FILE
+    if not path.exists():
+        return None
+    record = read_json_object(path)
+    version = record.get("schema_version")
+    if type(version) is not int or version != POLICY_SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{path}: expected schema_version {POLICY_SCHEMA_VERSION}, got {version!r}. A newer "
+            "swaa_jax may have written it: upgrade, or pass a policy yourself and it is not read."
+        )
+    policy, layers = record.get("policy"), record.get("num_layers")
+    if not isinstance(policy, dict) or type(layers) is not int or layers < 1:
+        raise CheckpointError(
+            f"{path}: expected an object 'policy' and a positive integer 'num_layers', got "
+            f"{policy!r} and {layers!r}. Write the file again, or remove it to load the model "
+            "without its policy."
+        )
+    if num_layers is not None and layers != num_layers:
+        raise CheckpointError(
+            f"{path} is for a model of {layers} layers, but the model has {num_layers}. It belongs "
+            "to another checkpoint: pass a policy yourself, or remove the file."
+        )
+    return policy
+
+
+def write_attention_policy(
+    directory: epath.PathLike, policy: dict[str, Any], *, num_layers: int
+) -> None:
+    """Writes `attention_policy.json`: the schema version, the policy, the number of layers."""
+    record = {
+        "schema_version": POLICY_SCHEMA_VERSION,
+        "policy": policy,
+        "num_layers": num_layers,
+    }
+    write_json_atomic(epath.Path(directory) / POLICY_FILE, record)
+
+
+def write_provenance(
+    directory: epath.PathLike,
+    *,
+    base: str | None,
+    revision: str | None = None,
+    seed: int | None = None,
+) -> None:
+    """Writes `provenance.json`: where the model came from and what wrote it.
+
+    Args:
+        directory: the checkpoint; its `tokenizer.json` (if any) is hashed, so write that first.
+        base: path or id of the checkpoint that this one was made from.
+        revision: its revision.
+        seed: the seed of the run that made it.
+    """
+    directory = epath.Path(directory)
+    tokenizer = directory / "tokenizer.json"
+    record = {
+        "base": base,
+        "revision": revision,
+        "tokenizer_sha256": sha256(tokenizer) if tokenizer.exists() else None,
+        "versions": {
+            "swaa_jax": swaa_jax.__version__,
+            "jax": metadata.version("jax"),
+            "flax": metadata.version("flax"),
+        },
+        "seed": seed,
+    }
+    write_json_atomic(directory / PROVENANCE_FILE, record)
+
+
+def read_provenance(directory: epath.PathLike) -> dict[str, Any] | None:
+    """`provenance.json`, or None where there is none."""
+    path = check_directory(directory) / PROVENANCE_FILE
+    return read_json_object(path) if path.exists() else None
+
+
+def copy_tokenizer_files(source: epath.PathLike, destination: epath.PathLike) -> list[str]:
+    """Copies the tokenizer's files (`TOKENIZER_FILES`), byte for byte; returns the names copied.
+
+    Raises:
+        CheckpointError: `source` is not a directory, or a file is a link that leads out of it.
+    """
+    source, destination = check_directory(source), epath.Path(destination)
+    copied = []
+    for name in TOKENIZER_FILES:
+        path = source / name
+        if not path.exists():
+            continue
+        resolve_inside(source, name)
+        if is_local(path) and is_local(destination):
+            shutil.copyfile(path, destination / name)  # the target of a link, not the link
+        else:
+            (destination / name).write_bytes(path.read_bytes())
+        copied.append(name)
+    return copied

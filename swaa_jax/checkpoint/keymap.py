@@ -1,0 +1,316 @@
+"""The key-map engine: a table of names, read forwards to load and backwards to save.
+
+A model family writes its table once (`models/<family>/params.py`):
+
+    WeightRule("model.embed_tokens.weight", "embed_tokens.embedding"),
+    WeightRule("model.layers.{layer}.self_attn.q_proj.weight",
+               "layers.{layer}.self_attn.q_proj.kernel", Transform.TRANSPOSE),
+
+Parameters are flat: {"layers.3.self_attn.q_proj.kernel": array}.
+"""
+
+import dataclasses
+import enum
+import fnmatch
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from swaa_jax.checkpoint.safetensors_io import WEIGHT_DTYPES, Index, WeightReader
+from swaa_jax.storage import CheckpointError, listing
+
+Expected = tuple[tuple[int, ...], Any, jax.sharding.Sharding | None]
+"""What a parameter must be: shape, dtype to hold it in, sharding (None: the default device)."""
+
+IGNORED = ("*.rotary_emb.inv_freq", "*.attn.masked_bias")
+"""Tensors of old checkpoints that are computed, not learned; always allowed and never read."""
+
+
+class Transform(enum.Enum):
+    """How the stored array becomes ours. Each is its own inverse."""
+
+    IDENTITY = "identity"
+    TRANSPOSE = "transpose"  # torch's Linear is [out, in], our kernels are [in, out]
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The other side's shape."""
+        return shape if self is Transform.IDENTITY else shape[::-1]
+
+    def index(self, index: Index) -> Index:
+        """The other side's index."""
+        return index if self is Transform.IDENTITY else index[::-1]
+
+    def apply(self, value: np.ndarray) -> np.ndarray:
+        """The other side's array (a view)."""
+        return value if self is Transform.IDENTITY else value.T
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightRule:
+    """One row of the table. `{layer}` in both names stands for each layer's number.
+
+    Attributes:
+        hf: the name in the checkpoint.
+        ours: the path of the parameter.
+        transform: between the two, the same both ways.
+    """
+
+    hf: str
+    ours: str
+    transform: Transform = Transform.IDENTITY
+
+    def __post_init__(self) -> None:
+        for name in (self.hf, self.ours):
+            if "{" in name.replace("{layer}", "") or name.count("{layer}") > 1:
+                raise ValueError(f"WeightRule: expected at most one {{layer}}, got {name!r}")
+        if ("{layer}" in self.hf) != ("{layer}" in self.ours):
+            raise ValueError(f"WeightRule: {{layer}} must be in both or neither, got {self}")
+
+
+def expand(rules: Iterable[WeightRule], num_layers: int) -> list[WeightRule]:
+    """The table with every `{layer}` written out.
+
+    >>> expand([WeightRule("h.{layer}.w", "layers.{layer}.kernel")], 2)[1].ours
+    'layers.1.kernel'
+
+    Raises:
+        ValueError: two rows give one name, so that the table would not be invertible.
+    """
+    rows = []
+    for rule in rules:
+        layers = range(num_layers) if "{layer}" in rule.hf else (0,)
+        for layer in layers:
+            hf = rule.hf.replace("{layer}", str(layer))
+            ours = rule.ours.replace("{layer}", str(layer))
+            rows.append(WeightRule(hf, ours, rule.transform))
+    for side in ("hf", "ours"):
+        names = [getattr(row, side) for row in rows]
+        if len(set(names)) != len(names):
+            twice = listing(n for n in names if names.count(n) > 1)
+            raise ValueError(f"rules: expected each {side} name once, got more of {twice}")
+    return rows
+
+
+def load_weights(
+    reader: WeightReader,
+    rules: Sequence[WeightRule],
+    *,
+    num_layers: int,
+    expected: Mapping[str, Expected],
+    optional: Collection[str] = frozenset(),
+    ignored: Collection[str] = (),
+    tied: Mapping[str, str] | None = None,
+) -> dict[str, jax.Array]:
+    """Reads the parameters of a model, checking every name, shape and dtype first.
+
+    Each device's slice is read from the memory map by itself, turned and cast, so host memory is a
+    few tensors at most, whatever the model's size.
+
+    Args:
+        reader: the checkpoint.
+        rules: the family's table. Rows whose parameter is not in `expected` are skipped.
+        num_layers: how many layers `{layer}` runs over.
+        expected: every parameter of the model: (shape, dtype, sharding or None).
+        optional: parameters that may be missing; they are then missing from the result.
+        ignored: patterns (`fnmatch`) of checkpoint names that may be there and are not read,
+            beside `IGNORED`.
+        tied: checkpoint names that are copies of others, such as
+            {"lm_head.weight": "model.embed_tokens.weight"} for tied embeddings. A copy may be
+            missing or present; if present it must be equal; alone it stands in for the other.
+
+    Returns:
+        {parameter path: array}, in the order of `expected`.
+
+    Raises:
+        CheckpointError: missing, unexpected and misshaped tensors, unsupported dtypes and unequal
+            tied copies, all in one message.
+        ValueError: a parameter has no row in the table.
+    """
+    tied = dict(tied or {})
+    rows = {row.ours: row for row in expand(rules, num_layers) if row.ours in expected}
+    unmapped = [path for path in expected if path not in rows]
+    if unmapped:
+        raise _no_row(unmapped)
+    names = reader.names()
+    copies = {copy: original for copy, original in tied.items() if copy in names}
+    for copy, original in copies.items():
+        if original not in names:  # the copy alone was stored
+            rows = {
+                path: dataclasses.replace(row, hf=copy) if row.hf == original else row
+                for path, row in rows.items()
+            }
+    _check(reader, rows, expected, optional, [*IGNORED, *ignored, *tied])
+    _check_copies(reader, copies)
+
+    params: dict[str, jax.Array] = {}
+    previous: jax.Array | None = None
+    for path, (shape, dtype, sharding) in expected.items():
+        row = rows[path]
+        if row.hf not in names:
+            continue
+        params[path] = _load(reader, row, shape, np.dtype(dtype), sharding)
+        if previous is not None:
+            # Transfers are asynchronous and hold their host buffers: keep one in flight, not all.
+            previous.block_until_ready()
+        previous = params[path]
+    return params
+
+
+def _no_row(paths: Iterable[str]) -> ValueError:
+    return ValueError(f"rules: expected a row for every parameter, got none for {listing(paths)}")
+
+
+def _check(
+    reader: WeightReader,
+    rows: Mapping[str, WeightRule],
+    expected: Mapping[str, Expected],
+    optional: Collection[str],
+    ignored: Collection[str],
+) -> None:
+    names = reader.names()
+    wanted = {row.hf: row for row in rows.values()}
+    faults = []
+    missing = [row.hf for path, row in rows.items() if row.hf not in names and path not in optional]
+    if missing:
+        faults.append(f"{len(missing)} missing: {listing(missing)}")
+    unexpected = [
+        name
+        for name in names
+        if name not in wanted and not any(fnmatch.fnmatchcase(name, p) for p in ignored)
+    ]
+    if unexpected:
+        faults.append(f"{len(unexpected)} unexpected: {listing(unexpected)}")
+    misshaped, mistyped = [], []
+    for path, row in rows.items():
+        if row.hf not in names:
+            continue
+        shape = row.transform.shape(tuple(expected[path][0]))
+        if reader.shape(row.hf) != shape:
+            misshaped.append(f"{row.hf!r} expected {shape}, got {reader.shape(row.hf)}")
+        if reader.stored_dtype(row.hf) not in WEIGHT_DTYPES:
+            mistyped.append(f"{row.hf} ({reader.stored_dtype(row.hf)})")
+    if misshaped:
+        faults.append(f"{len(misshaped)} of the wrong shape: {_some(misshaped)}")
+    if mistyped:
+        faults.append(
+            f"{len(mistyped)} of a dtype other than {', '.join(WEIGHT_DTYPES)}: "
+            f"{listing(mistyped)} (quantised and integer weights are not supported)"
+        )
+    if faults:
+        raise CheckpointError(
+            f"{reader.directory}: the weights do not fit the model that config.json describes: "
+            f"{'; '.join(faults)}. Check that config.json and the weights belong together, and "
+            "that the model family is the right one."
+        )
+
+
+def _some(entries: list[str], limit: int = 20) -> str:
+    more = [f"and {len(entries) - limit} more"] if len(entries) > limit else []
+    return ", ".join(entries[:limit] + more)
+
+
+def _check_copies(reader: WeightReader, copies: Mapping[str, str]) -> None:
+    """Tied weights that are both stored must be equal: where they differ Transformers unties them
+    (with a warning), so taking either one alone would be a silently wrong model.
+    """
+    names = reader.names()
+    for copy, original in copies.items():
+        if original not in names:
+            continue
+        if reader.shape(copy) != reader.shape(original):
+            raise CheckpointError(
+                f"{reader.directory}: config.json ties {copy!r} to {original!r}, but their shapes "
+                f"are {reader.shape(copy)} and {reader.shape(original)}. Set tie_word_embeddings "
+                "to false in config.json if they are two weights."
+            )
+        rows = reader.shape(copy)[0]
+        step = max(1, (1 << 24) * rows // max(1, np.prod(reader.shape(copy), dtype=int)))
+        for start in range(0, rows, step):
+            part = (slice(start, start + step),)
+            a, b = reader.read(copy, part), reader.read(original, part)
+            if not np.array_equal(a.view(np.uint8), b.view(np.uint8)):
+                raise CheckpointError(
+                    f"{reader.directory}: config.json ties {copy!r} to {original!r}, but both are "
+                    "stored and their values differ. Set tie_word_embeddings to false in "
+                    f"config.json to use both, or remove {copy!r} from the weights."
+                )
+
+
+def _load(
+    reader: WeightReader,
+    row: WeightRule,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: jax.sharding.Sharding | None,
+) -> jax.Array:
+    def part(index: Index) -> np.ndarray:
+        value = row.transform.apply(reader.read(row.hf, row.transform.index(index)))
+        return _cast(reader, row.hf, value, dtype)
+
+    if sharding is None:
+        return jax.device_put(part(tuple(slice(None) for _ in shape)))
+    # Devices that hold the same slice (replicas) share one read.
+    read_once = _once_per_index(part, shape)
+    return jax.make_array_from_callback(tuple(shape), sharding, read_once, dtype=dtype)
+
+
+def _once_per_index(
+    read: Callable[[Index], np.ndarray], shape: tuple[int, ...]
+) -> Callable[[Index | None], np.ndarray]:
+    parts: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
+
+    def read_once(index: Index | None) -> np.ndarray:
+        index = tuple(slice(None) for _ in shape) if index is None else index
+        key = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
+        if key not in parts:
+            parts[key] = read(index)
+        return parts[key]
+
+    return read_once
+
+
+def _cast(reader: WeightReader, name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if value.dtype == dtype:
+        return np.ascontiguousarray(value).reshape(value.shape)
+    with np.errstate(over="ignore"):
+        result = np.ascontiguousarray(value.astype(dtype)).reshape(value.shape)
+    if dtype == np.float16 and not np.array_equal(_finite(result), _finite(value)):
+        raise CheckpointError(
+            f"{reader.file(name)}: {name!r} has values beyond float16's range (65504). Load the "
+            "model in bfloat16 or float32."
+        )
+    return result
+
+
+def _finite(value: np.ndarray) -> np.ndarray:
+    if value.dtype == ml_dtypes.bfloat16:
+        value = value.astype(np.float32)
+    return np.isfinite(value)
+
+
+def dump_weights(
+    params: Mapping[str, jax.Array | np.ndarray], rules: Sequence[WeightRule], num_layers: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The inverse of `load_weights`: (checkpoint name, array in its stored layout), in the table's
+    order, one at a time. Dtypes are the parameters'; feed it to `write_safetensors`.
+
+    Raises:
+        ValueError: a parameter has no row in the table, or is spread over other processes.
+    """
+    rows = expand(rules, num_layers)
+    unmapped = set(params) - {row.ours for row in rows}
+    if unmapped:
+        raise _no_row(unmapped)
+    for row in rows:
+        if row.ours not in params:
+            continue
+        value = params[row.ours]
+        if isinstance(value, jax.Array) and not value.is_fully_addressable:
+            raise ValueError(
+                f"params: expected {row.ours!r} on this process's devices, got an array spread "
+                "over several processes. Replicate it first."
+            )
+        yield row.hf, row.transform.apply(np.asarray(value))

@@ -1,0 +1,376 @@
+"""Weights in Hugging Face layout: one `model.safetensors`, or shards and an index."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import safetensors
+from etils import epath
+from safetensors.numpy import save_file
+
+from swaa_jax.checkpoint._header import DTYPES, TensorInfo, read_header
+from swaa_jax.storage import (
+    CheckpointError,
+    is_local,
+    listing,
+    resolve_inside,
+    write_json_atomic,
+)
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DEFAULT_MAX_SHARD_BYTES = 4 * 2**30
+
+WEIGHT_DTYPES = ("F32", "F16", "BF16")
+"""Stored dtypes that can be loaded. Quantised and integer ones cannot."""
+
+Index = tuple[slice, ...]
+
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_OTHER_SUFFIXES = (".gguf", ".h5", ".msgpack", ".npz", ".onnx")
+
+
+class WeightReader:
+    """The tensors of a checkpoint directory, by their Hugging Face names.
+
+    Opening reads and checks the headers only: the index against the shards, each shard's size
+    against its header. Tensors are read on demand, through a memory map, and only the slice asked
+    for becomes host memory; so loading costs one tensor of memory, not one model. What this gives
+    up: damage inside the data cannot be seen (the format has no checksums), and the files must not
+    change while the reader is open.
+
+    `bytes_read` counts the bytes of the slices handed out so far.
+
+    Raises:
+        CheckpointError: one paragraph naming every file and tensor that is wrong.
+    """
+
+    def __init__(self, directory: epath.PathLike):
+        self.directory = check_directory(directory)
+        if not is_local(self.directory):
+            raise CheckpointError(
+                f"{self.directory}: weights are read from a local directory (they are memory "
+                "mapped). Copy the checkpoint to a local disk first."
+            )
+        self.bytes_read = 0
+        self._info: dict[str, TensorInfo] = {}
+        self._file_of: dict[str, str] = {}
+        self._handles: dict[str, Any] = {}
+        weight_map = _find_weights(self.directory)
+        files = [SINGLE_FILE] if weight_map is None else sorted(set(weight_map.values()))
+        self._open(files)
+        if weight_map is not None:
+            _check_index(self.directory, weight_map, self._file_of)
+
+    def _open(self, files: list[str]) -> None:
+        faults: list[str] = []
+        found: Counter[str] = Counter()
+        for file in files:
+            try:
+                path = resolve_inside(self.directory, file)
+                tensors = read_header(path)
+                self._handles[file] = safetensors.safe_open(os.fspath(path), framework="numpy")
+            except CheckpointError as error:
+                faults.append(str(error))
+                continue
+            except (safetensors.SafetensorError, OSError, ValueError) as error:
+                faults.append(f"{self.directory / file} is not a sound safetensors file: {error}.")
+                continue
+            found.update(tensors.keys())
+            self._info.update(tensors)
+            self._file_of.update(dict.fromkeys(tensors, file))
+        if faults:
+            raise CheckpointError(" ".join(faults))
+        twice = [name for name, count in found.items() if count > 1]
+        if twice:
+            raise CheckpointError(
+                f"{self.directory}: these tensors are in more than one shard: {listing(twice)}. "
+                "Expected each tensor once; save the checkpoint again."
+            )
+
+    def names(self) -> set[str]:
+        """The names of all tensors."""
+        return set(self._info)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The stored shape."""
+        return self._tensor(name).shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """The stored dtype (bfloat16 and float8 are `ml_dtypes`' types)."""
+        return DTYPES[self._tensor(name).dtype]
+
+    def stored_dtype(self, name: str) -> str:
+        """The dtype as the file spells it, such as "BF16"."""
+        return self._tensor(name).dtype
+
+    def file(self, name: str) -> epath.Path:
+        """The file that holds the tensor."""
+        self._tensor(name)
+        return self.directory / self._file_of[name]
+
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        """A tensor, or the part of it at `index`, as a fresh array in the stored dtype.
+
+        Args:
+            name: one of `names()`.
+            index: a slice for each leading axis, with step 1; None for the whole tensor.
+
+        Raises:
+            KeyError: no such tensor.
+            ValueError: `index` is longer than the shape or has a step.
+            CheckpointError: the stored dtype is not one of `WEIGHT_DTYPES`.
+        """
+        info = self._tensor(name)
+        if info.dtype not in WEIGHT_DTYPES:
+            raise CheckpointError(
+                f"{self.file(name)}: {name!r} is stored as {info.dtype}; expected one of "
+                f"{', '.join(WEIGHT_DTYPES)}. Quantised and integer weights are not supported: use "
+                "a checkpoint in bfloat16, float16 or float32."
+            )
+        bounds = _bounds(name, info.shape, index)
+        shape = tuple(stop - start for start, stop in bounds)
+        if 0 in shape:
+            return np.empty(shape, DTYPES[info.dtype])
+        handle = self._handles[self._file_of[name]]
+        if shape == info.shape:
+            value = handle.get_tensor(name)
+        else:
+            value = handle.get_slice(name)[tuple(slice(*pair) for pair in bounds)]
+        self.bytes_read += value.nbytes
+        return value
+
+    def _tensor(self, name: str) -> TensorInfo:
+        if name not in self._info:
+            raise KeyError(f"{self.directory} has no tensor {name!r}")
+        return self._info[name]
+
+
+def check_directory(directory: epath.PathLike) -> epath.Path:
+    """`directory` as a path, if it is one.
+
+    Raises:
+        CheckpointError: it does not exist, or is a file; says so when it looks like a hub id.
+    """
+    path = epath.Path(directory)
+    try:
+        if path.is_dir():
+            return path
+        exists = path.exists()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{str(directory)!r} cannot be opened as a path: {error}.") from error
+    if exists:
+        raise CheckpointError(
+            f"{path} is a file; expected the directory of a checkpoint (config.json and "
+            f"safetensors weights). Did you mean {path.parent}?"
+        )
+    hint = ""
+    parts = str(directory).split("/")
+    if len(parts) == 2 and all(parts) and parts[0] not in (".", "..", "~"):
+        hint = (
+            " It has the form of a Hugging Face hub id; this version loads local directories only, "
+            f"so download it first (`hf download {directory} --local-dir DIR`) and pass DIR."
+        )
+    raise CheckpointError(
+        f"{str(directory)!r} does not exist; expected the directory of a checkpoint (config.json "
+        f"and safetensors weights).{hint or ' Check the path.'}"
+    )
+
+
+def read_json_object(path: epath.Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: missing, unreadable, not JSON, or not an object.
+    """
+    resolve_inside(path.parent, path.name)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist. Is {path.parent} the right path?") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}).") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is not valid JSON: {error}. Fetch or write the file again."
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path} holds a JSON {type(value).__name__}; expected an object ({{...}})."
+        )
+    return value
+
+
+def _find_weights(directory: epath.Path) -> dict[str, str] | None:
+    """The index's map from tensor to file, or None for a single file."""
+    names = sorted(path.name for path in directory.iterdir())
+    if INDEX_FILE in names:
+        weight_map = _read_index(directory)
+        if SINGLE_FILE in names and SINGLE_FILE not in weight_map.values():
+            raise CheckpointError(
+                f"{directory} has both {SINGLE_FILE} and {INDEX_FILE}, whose shards are other "
+                "files, so it is not clear which weights are meant. Remove one of the two."
+            )
+        return weight_map
+    if SINGLE_FILE in names:
+        return None
+    shards = [name for name in names if name.endswith(".safetensors")]
+    if shards:
+        raise CheckpointError(
+            f"{directory} has {listing(shards)} but neither {SINGLE_FILE} nor {INDEX_FILE}. "
+            f"Expected one of them; fetch the index, or rename a single file to {SINGLE_FILE}."
+        )
+    pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
+    others = [name for name in names if name.endswith(_OTHER_SUFFIXES)]
+    if pickles or others:
+        raise CheckpointError(
+            f"{directory} has weights only as {listing(pickles + others)}; expected {SINGLE_FILE} "
+            f"or {INDEX_FILE}. Pickled weights can run code and are never opened; convert the "
+            "checkpoint with Transformers: "
+            "AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)."
+        )
+    raise CheckpointError(
+        f"{directory} has no weights: expected {SINGLE_FILE}, or {INDEX_FILE} and its shards. "
+        "Check the path, or fetch the weights."
+    )
+
+
+def _read_index(directory: epath.Path) -> dict[str, str]:
+    path = directory / INDEX_FILE
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{path} has no 'weight_map' object of tensor names to files. Fetch the index again."
+        )
+    bad = [name for name, file in weight_map.items() if not isinstance(file, str)]
+    if bad:
+        raise CheckpointError(
+            f"{path}: 'weight_map' gives no file name for {listing(bad)}. Fetch the index again."
+        )
+    files = set(weight_map.values())
+    absent = [file for file in files if not resolve_inside(directory, file).exists()]
+    if absent:
+        raise CheckpointError(
+            f"{path} names files that are not in the directory: {listing(absent)} "
+            f"({len(absent)} of {len(files)}). The download is incomplete; fetch them."
+        )
+    return weight_map
+
+
+def _check_index(
+    directory: epath.Path, weight_map: dict[str, str], file_of: dict[str, str]
+) -> None:
+    faults = []
+    absent = [n for n, file in weight_map.items() if file_of.get(n) != file]
+    if absent:
+        where = ", ".join(sorted({weight_map[n] for n in absent}))
+        faults.append(f"the index places {listing(absent)} in {where}, which does not hold them")
+    extra = [n for n in file_of if n not in weight_map]
+    if extra:
+        where = ", ".join(sorted({file_of[n] for n in extra}))
+        faults.append(f"{where} holds {listing(extra)}, which the index does not name")
+    if faults:
+        raise CheckpointError(
+            f"{directory / INDEX_FILE} disagrees with its shards: {'; '.join(faults)}. Expected "
+            "the same tensors in both; fetch or save the checkpoint again."
+        )
+
+
+def _bounds(name: str, shape: tuple[int, ...], index: Index | None) -> tuple[tuple[int, int], ...]:
+    index = () if index is None else tuple(index)
+    if len(index) > len(shape) or any(not isinstance(s, slice) for s in index):
+        raise ValueError(
+            f"index: expected at most {len(shape)} slices for {name!r} of shape {shape}, "
+            f"got {index}"
+        )
+    bounds = []
+    for size, part in zip(shape, index + (slice(None),) * (len(shape) - len(index)), strict=True):
+        start, stop, step = part.indices(size)
+        if step != 1:
+            raise ValueError(f"index: expected slices with step 1 for {name!r}, got {part}")
+        bounds.append((start, max(start, stop)))
+    return tuple(bounds)
+
+
+def write_safetensors(
+    directory: epath.PathLike,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    max_shard_size: int = DEFAULT_MAX_SHARD_BYTES,
+) -> list[str]:
+    """Writes weights in Hugging Face layout and returns the file names, the index last if any.
+
+    Tensors fill shards in the order given. One shard is written as `model.safetensors`, several as
+    `model-00001-of-0000N.safetensors` with `model.safetensors.index.json`. Host memory: one shard.
+    Not atomic by itself: call it inside `storage.atomic_directory`.
+
+    Args:
+        directory: an existing local directory.
+        tensors: names and arrays, each float32, float16 or bfloat16.
+        max_shard_size: bytes of data in a file at most; a larger tensor gets a file of its own.
+
+    Raises:
+        CheckpointError: a repeated name, a dtype that cannot be loaded back, or no tensor at all.
+        ValueError: `max_shard_size` is not positive.
+    """
+    if max_shard_size <= 0:
+        raise ValueError(
+            f"max_shard_size: expected a positive number of bytes, got {max_shard_size}"
+        )
+    directory = epath.Path(directory)
+    shards: list[list[str]] = []
+    seen: set[str] = set()
+    pending: dict[str, np.ndarray] = {}
+    pending_bytes = total = 0
+
+    def flush() -> None:
+        # The number of shards is not known yet: give each its final name at the end.
+        save_file(pending, _part(directory, len(shards)), metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, value in tensors:
+        value = np.asarray(value)
+        if name in seen:
+            raise CheckpointError(f"{directory}: the tensor {name!r} was given twice.")
+        if value.dtype not in [DTYPES[d] for d in WEIGHT_DTYPES]:
+            raise CheckpointError(
+                f"{directory}: {name!r} has dtype {value.dtype}; expected float32, float16 or "
+                "bfloat16."
+            )
+        if pending and pending_bytes + value.nbytes > max_shard_size:
+            flush()
+            pending_bytes = 0
+        seen.add(name)
+        pending_bytes += value.nbytes
+        total += value.nbytes
+        pending[name] = np.ascontiguousarray(value).reshape(value.shape)
+    if not seen:
+        raise CheckpointError(f"{directory}: there are no tensors to write.")
+    flush()
+    return _name_shards(directory, shards, total)
+
+
+def _part(directory: epath.Path, number: int) -> str:
+    return os.fspath(directory / f"part-{number + 1:05d}.safetensors")
+
+
+def _name_shards(directory: epath.Path, shards: list[list[str]], total: int) -> list[str]:
+    count = len(shards)
+    files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    if count == 1:
+        files = [SINGLE_FILE]
+    for number, file in enumerate(files):
+        os.replace(_part(directory, number), directory / file)
+    if count == 1:
+        return files
+    weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": dict(sorted(weight_map.items(), key=lambda item: item[0])),
+    }
+    write_json_atomic(directory / INDEX_FILE, index)
+    return [*files, INDEX_FILE]

@@ -1,0 +1,298 @@
+"""Paths and atomic saves: whatever is written is either all there or not there at all.
+
+Every path goes through `etils.epath`, so `gs://` works where its filesystem package is installed.
+
+    local   write in a hidden directory beside the target, then one rename
+    remote  object stores have no rename: write in a local scratch directory, copy the files up, and
+            copy the commit mark (`config.json`) last; a directory without it is not a checkpoint
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from etils import epath
+
+COMMIT_MARK = "config.json"
+"""The file that is written last, and without which a directory is not taken for a checkpoint."""
+
+_SHOWN = 20
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read or written. The message is one paragraph: which file or key, what
+    was expected, what was found, and what to do next.
+    """
+
+
+def is_local(path: epath.PathLike) -> bool:
+    """Whether `path` is on a filesystem of this machine (has rename, symlinks and mmap)."""
+    return "://" not in os.fspath(epath.Path(path))
+
+
+def listing(names: Iterable[str], *, limit: int = _SHOWN) -> str:
+    """`names` for an error message: all of them, or the first `limit` "and N more".
+
+    Where there are more than `limit`, keys that differ only in their layer number are first folded
+    into one, so that a checkpoint of the wrong depth still names every key:
+
+    >>> listing(["b.weight", "a.weight"])
+    "'a.weight', 'b.weight'"
+    >>> listing([f"layers.{i}.mlp.up.weight" for i in range(2, 36)])
+    "'layers.{2..35}.mlp.up.weight'"
+    """
+    names = sorted(set(names))
+    if len(names) > limit:
+        names = _fold_layers(names)
+    shown = [repr(name) for name in names[:limit]]
+    if len(names) > limit:
+        shown.append(f"and {len(names) - limit} more")
+    return ", ".join(shown)
+
+
+def _fold_layers(names: list[str]) -> list[str]:
+    groups: dict[str, list[int]] = {}
+    for name in names:
+        match = re.search(r"\.(\d{1,6})\.", name)
+        pattern = name if not match else f"{name[: match.start(1)]}\0{name[match.end(1) :]}"
+        groups.setdefault(pattern, []).append(int(match.group(1)) if match else 0)
+    folded = []
+    for pattern, numbers in groups.items():
+        low, high = min(numbers), max(numbers)
+        if len(numbers) > 1 and high - low + 1 == len(numbers):
+            folded.append(pattern.replace("\0", f"{{{low}..{high}}}"))
+        else:
+            folded.extend(pattern.replace("\0", str(number)) for number in numbers)
+    return folded
+
+
+def resolve_inside(directory: epath.PathLike, name: str) -> epath.Path:
+    """`directory / name`, which must not lead out of `directory`.
+
+    A checkpoint is data from elsewhere: an index that names `../../secrets`, or a symlink to a file
+    outside, is refused. The Hugging Face cache is the one layout that links outward by design
+    (`<repo>/snapshots/<revision>/x -> ../../blobs/<hash>`); links into that `blobs` are followed.
+
+    Raises:
+        CheckpointError: `name` is not a plain file name, or the link's target is outside.
+    """
+    directory = epath.Path(directory)
+    if not name or name in (".", "..") or any(c in name for c in "/\\\0"):
+        raise CheckpointError(
+            f"{directory}: {name!r} is not the name of a file in this directory. Expected a plain "
+            "file name such as 'model-00001-of-00002.safetensors'; fix or rebuild the index."
+        )
+    path = directory / name
+    if not is_local(directory):
+        return path
+    root = pathlib.Path(directory).resolve()
+    roots = [root]
+    if root.parent.name == "snapshots":
+        roots.append(root.parent.parent / "blobs")
+    try:
+        target = pathlib.Path(path).resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise CheckpointError(
+            f"{path}: the link cannot be followed ({error}). Replace it by the file itself."
+        ) from error
+    if not any(target.is_relative_to(allowed) for allowed in roots):
+        raise CheckpointError(
+            f"{path} is a symbolic link to {target}, outside the checkpoint directory {directory}, "
+            "and is refused. Expected a regular file; copy the file into the directory."
+        )
+    return path
+
+
+def sha256(path: epath.PathLike) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with epath.Path(path).open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_text_atomic(path: epath.PathLike, text: str) -> None:
+    """Writes `text` (UTF-8) to `path`; a reader sees the old file or the new one, never a part."""
+    path = epath.Path(path)
+    if not is_local(path):  # an object store's put is atomic
+        path.write_text(text, encoding="utf-8")
+        return
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def write_json_atomic(path: epath.PathLike, obj: Any) -> None:
+    """Writes `obj` as indented JSON; see `write_text_atomic`.
+
+    Raises:
+        TypeError, ValueError: `obj` has something that is not JSON (NaN included); nothing is
+            written.
+    """
+    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text_atomic(path, text)
+
+
+@contextlib.contextmanager
+def atomic_directory(
+    path: epath.PathLike, *, overwrite: bool = False, commit_mark: str = COMMIT_MARK
+) -> Iterator[epath.Path]:
+    """A directory to write in, which becomes `path` when the block ends and vanishes if it raises.
+
+        with atomic_directory("out/model") as directory:
+            (directory / "config.json").write_text("{}")
+
+    Locally the block writes in `.<name>.<random>.tmp` beside the target and one rename publishes
+    it. With `overwrite`, the old directory is moved aside, the new one moved in and the old one
+    removed: between these two renames neither is at `path` (POSIX cannot swap directories
+    portably), but both are on disk, and any exception puts the old one back. Missing parents are
+    made, and removed again on failure. A killed process can leave the hidden directory behind.
+
+    Remotely (`gs://...`) the block writes in a local scratch directory, and the files are copied up
+    with `commit_mark` last; a failure removes what was copied. That costs local disk of the
+    checkpoint's size.
+
+    Args:
+        path: the directory to make. It must not exist, or be empty.
+        overwrite: replace an existing `path`; only if it holds `commit_mark`, so that a mistyped
+            path does not cost somebody their home directory.
+        commit_mark: the file that marks a complete directory.
+
+    Raises:
+        CheckpointError: `path` exists and may not be replaced, or cannot be made. Nothing changed.
+    """
+    target = epath.Path(path)
+    if is_local(target):
+        # absolute, so that "." and "x/.." have a name and a chdir inside the block is harmless
+        target = epath.Path(os.path.abspath(target))
+    _check_target(target, overwrite=overwrite, commit_mark=commit_mark)
+    publish = _local_directory if is_local(target) else _remote_directory
+    with publish(target, commit_mark) as directory:
+        yield directory
+
+
+def _check_target(target: epath.Path, *, overwrite: bool, commit_mark: str) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise CheckpointError(
+            f"{target} exists and is a file; expected a directory to save in. Choose another path."
+        )
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise CheckpointError(
+            f"{target} exists and is not empty; nothing was written. Choose another path, or pass "
+            "overwrite=True to replace it."
+        )
+    if not (target / commit_mark).exists():
+        raise CheckpointError(
+            f"{target} exists but has no {commit_mark}, so it does not look like a saved model and "
+            "overwrite=True will not remove it. Choose another path, or remove it yourself."
+        )
+
+
+@contextlib.contextmanager
+def _local_directory(target: epath.Path, commit_mark: str) -> Iterator[epath.Path]:
+    del commit_mark  # one rename publishes all files at once
+    made = _make_parents(target)
+    scratch = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        try:
+            os.mkdir(scratch)
+        except OSError as error:
+            raise CheckpointError(
+                f"{target}: cannot make a directory there ({error.strerror}); nothing was written. "
+                "Choose a path in a directory that you may write in."
+            ) from error
+        yield epath.Path(scratch)
+        _sync_files(scratch)
+        _swap_in(scratch, target)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        for parent in made:  # innermost first; one that somebody else now uses stays
+            with contextlib.suppress(OSError):
+                os.rmdir(parent)
+        raise
+
+
+def _make_parents(target: epath.Path) -> list[pathlib.Path]:
+    missing = [p for p in pathlib.Path(target).parents if not p.exists()]
+    try:
+        pathlib.Path(target).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target}: its parent directory cannot be made ({error.strerror}: {error.filename}); "
+            "nothing was written. Choose another path."
+        ) from error
+    return missing
+
+
+def _sync_files(directory: epath.PathLike) -> None:
+    """Flushes data to the disk before the rename makes it visible, so that a power cut after the
+    save cannot leave a directory of empty files.
+    """
+    for root, _, names in os.walk(directory):
+        for name in names:
+            descriptor = os.open(os.path.join(root, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _swap_in(scratch: epath.Path, target: epath.Path) -> None:
+    if not os.path.isdir(target) or not os.listdir(target):
+        os.rename(scratch, target)  # onto nothing, or onto an empty directory
+        return
+    old = target.parent / f".{target.name}.{secrets.token_hex(4)}.old"
+    try:
+        os.rename(target, old)
+        os.rename(scratch, target)
+    except BaseException:
+        if os.path.isdir(old) and not os.path.exists(target):
+            os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _remote_directory(target: epath.Path, commit_mark: str) -> Iterator[epath.Path]:
+    with tempfile.TemporaryDirectory(prefix="swaa-save-") as scratch:
+        yield epath.Path(scratch)
+        files = [p.relative_to(scratch) for p in pathlib.Path(scratch).rglob("*") if p.is_file()]
+        files.sort(key=lambda name: (name == pathlib.Path(commit_mark), str(name)))
+        copied: list[epath.Path] = []
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            if (target / commit_mark).exists():
+                (target / commit_mark).unlink()  # from here on readers refuse the directory
+            for stale in list(target.iterdir()):
+                stale.rmtree() if stale.is_dir() else stale.unlink()
+            for name in files:
+                destination = target / name.as_posix()
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                copied.append(destination)
+                epath.Path(pathlib.Path(scratch) / name).copy(destination, overwrite=True)
+        except BaseException:
+            for destination in reversed(copied):
+                with contextlib.suppress(Exception):
+                    destination.unlink(missing_ok=True)
+            raise
