@@ -1,0 +1,19 @@
+"""Attention kernels for sliding windows with sink tokens and per-token full rows.
+
+Arrays and ints in, arrays out: nothing here knows about models or policies. Start at ``mask.py`` (the
+one visibility formula), then ``swa_prefill/api.py`` and ``swa_decode/api.py``.
+"""
+
+from kernels_pallas.backends import available_backends, resolve_backend
+from kernels_pallas.mask import Stage
+from kernels_pallas.swa_decode import swa_decode
+from kernels_pallas.swa_prefill import AttentionOutput, swa_prefill
+
+__all__ = [
+    "AttentionOutput",
+    "Stage",
+    "available_backends",
+    "resolve_backend",
+    "swa_decode",
+    "swa_prefill",
+]

@@ -1,0 +1,87 @@
+"""The registry of attention backends, and what ``backend="auto"`` means on each platform.
+
+An op (``swa_prefill``, ``swa_decode``) registers a function per backend name. The function takes the
+op's validated arguments and either computes or raises ``NotImplementedError``; nothing here falls back
+on its own, so a backend that the caller named is the one that runs.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+logger = logging.getLogger(__name__)
+
+# platform -> names in order of preference; the first one that the op has registered is taken.
+_AUTO_ORDER = {
+    "cpu": ("xla",),
+    "gpu": ("pallas_gpu", "xla"),
+    "tpu": ("pallas_tpu", "xla"),
+}
+_REGISTRY: dict[str, dict[str, Callable[..., Any]]] = {}
+
+
+def register_backend(op: str, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: make the function the backend ``name`` of ``op``.
+
+    Raises:
+      ValueError: the op already has a backend of that name.
+    """
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        backends = _REGISTRY.setdefault(op, {})
+        if name in backends:
+            raise ValueError(
+                f"backend: expected a new name for {op}, got {name!r}, which is registered already; "
+                "register under another name"
+            )
+        backends[name] = function
+        return function
+
+    return add
+
+
+def available_backends(op: str = "swa_prefill") -> tuple[str, ...]:
+    """Names that ``backend=`` takes for ``op``, sorted, without ``"auto"``.
+
+    >>> available_backends("swa_decode")
+    ('reference', 'xla')
+    """
+    return tuple(sorted(_REGISTRY.get(op, {})))
+
+
+def resolve_backend(name: str = "auto", *, op: str = "swa_prefill") -> str:
+    """The backend that ``name`` stands for on this process's default platform.
+
+    Args:
+      name: ``"auto"`` or one of :func:`available_backends`.
+      op: ``"swa_prefill"`` or ``"swa_decode"``.
+
+    Returns:
+      A registered name. What ``"auto"`` chose is logged once (logger ``kernels_pallas.backends``, INFO).
+
+    Raises:
+      ValueError: ``name`` is not registered; the message lists the names that are.
+    """
+    if name == "auto":
+        return _resolve_auto(op, jax.default_backend(), available_backends(op))
+    if name not in _REGISTRY.get(op, {}):
+        known = ", ".join(repr(known) for known in ("auto", *available_backends(op)))
+        raise ValueError(f"backend: expected one of {known} for {op}, got {name!r}")
+    return name
+
+
+def get_backend(op: str, name: str) -> Callable[..., Any]:
+    """The function registered for what ``name`` resolves to."""
+    return _REGISTRY[op][resolve_backend(name, op=op)]
+
+
+@functools.cache
+def _resolve_auto(op: str, platform: str, registered: tuple[str, ...]) -> str:
+    """Cached, so that each choice is logged once a process."""
+    order = _AUTO_ORDER.get(platform, ("xla",))
+    chosen = next(name for name in order if name in registered)
+    logger.info("%s: backend 'auto' is %r on platform %r", op, chosen, platform)
+    return chosen

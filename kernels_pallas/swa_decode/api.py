@@ -1,0 +1,86 @@
+"""``swa_decode``: the public entry, validation and dispatch."""
+
+import math
+
+from jaxtyping import Array, Bool, Float, Int
+
+from kernels_pallas.backends import get_backend
+from kernels_pallas.mask import IntOrPerRow
+from kernels_pallas.swa_decode import reference as _reference  # noqa: F401  (registers itself)
+from kernels_pallas.swa_decode import xla as _xla  # noqa: F401  (registers itself)
+from kernels_pallas.swa_decode.arguments import DecodeArguments, validate_decode
+from kernels_pallas.swa_prefill.arguments import is_static
+
+
+def swa_decode(
+    q: Float[Array, "B n N H"],
+    cache_k: Float[Array, "B S K H"],
+    cache_v: Float[Array, "B S K H"],
+    *,
+    q_positions: Int[Array, "B n"],
+    cache_positions: Int[Array, "B S"],
+    new_k: Float[Array, "B n K H"] | None = None,
+    new_v: Float[Array, "B n K H"] | None = None,
+    window: IntOrPerRow | None,
+    num_sink_tokens: IntOrPerRow = 0,
+    q_full: Bool[Array, "B n"] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
+) -> Float[Array, "B n N H"]:
+    """Attention of n new tokens a row to a cache and to themselves.
+
+    The same visibility as :func:`kernels_pallas.swa_prefill`, on positions: what a slot holds is told
+    by ``cache_positions`` alone, so a ring cache may keep its tokens in any order. The keys are
+    ``[cache | new tokens]``, scored apart and normalised by one softmax: the cache is read in place,
+    never concatenated.
+
+    Args:
+      q: queries of the new tokens.
+      cache_k: cached keys, rotated already.
+      cache_v: cached values.
+      q_positions: position of each new token.
+      cache_positions: position held by each slot; -1: the slot is empty, is never seen, and may hold
+        NaN. A position must not be both in the cache and among the new tokens.
+      new_k: keys of the new tokens; their positions are ``q_positions``. None: they are in the cache.
+      new_v: values of the new tokens.
+      window: keys a row sees up to and including itself; int, int32 ``[B]``, or None for a full layer.
+      num_sink_tokens: first positions that stay visible; int or int32 ``[B]``.
+      q_full: rows that see everything before them (answer tokens under FA decode).
+      scale: factor on ``q.k``; None: ``1 / sqrt(H)``.
+      softcap: None: no cap.
+      backend: ``"auto"``, or one of ``kernels_pallas.available_backends("swa_decode")``.
+
+    Returns:
+      Output in q's dtype; a row that sees nothing returns zeros.
+
+    Raises:
+      ValueError: a shape, dtype or value does not fit, or the backend is unknown.
+      NotImplementedError: the named backend cannot express this case.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> q, new, cache = jnp.ones((1, 1, 2, 4)), jnp.ones((1, 1, 1, 4)), jnp.ones((1, 8, 1, 4))
+      >>> slots = jnp.array([[0, 1, 2, -1, -1, -1, -1, -1]])
+      >>> swa_decode(
+      ...     q, cache, cache, q_positions=jnp.array([[3]]), cache_positions=slots,
+      ...     new_k=new, new_v=new, window=2,
+      ... ).shape
+      (1, 1, 2, 4)
+    """
+    arguments = DecodeArguments(
+        q=q,
+        cache_k=cache_k,
+        cache_v=cache_v,
+        q_positions=q_positions,
+        cache_positions=cache_positions,
+        new_k=new_k,
+        new_v=new_v,
+        window=int(window) if is_static(window) else window,
+        num_sink_tokens=int(num_sink_tokens) if is_static(num_sink_tokens) else num_sink_tokens,
+        q_full=q_full,
+        scale=1.0 / math.sqrt(q.shape[-1]) if scale is None else scale,
+        softcap=softcap,
+    )
+    validate_decode(arguments)
+    return get_backend("swa_decode", backend)(arguments)

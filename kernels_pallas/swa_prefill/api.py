@@ -1,0 +1,98 @@
+"""``swa_prefill``: the public entry, validation and dispatch."""
+
+import math
+
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.backends import get_backend
+from kernels_pallas.mask import IntOrPerRow
+from kernels_pallas.swa_prefill import reference as _reference  # noqa: F401  (registers itself)
+from kernels_pallas.swa_prefill import xla as _xla  # noqa: F401  (registers itself)
+from kernels_pallas.swa_prefill.arguments import (
+    AttentionOutput,
+    PrefillArguments,
+    is_static,
+    validate_prefill,
+)
+
+
+def swa_prefill(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    window: IntOrPerRow | None,
+    num_sink_tokens: IntOrPerRow = 0,
+    lengths: Int[Array, " B"] | None = None,
+    stage_ids: Int[Array, "B _"] | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+    q_offset: int | Int[Array, ""] | Int[Array, " B"] = 0,
+    full_attention_tail: IntOrPerRow = 0,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Float[Array, "B T N H"] | AttentionOutput:
+    r"""Causal attention under a sliding window, sink tokens and full rows.
+
+    Query row ``t`` of a batch row has absolute index ``i = q_offset + t`` and sees key ``j`` when
+
+        j <= i, in the same segment, and
+        (window is None, or row i is full, or i - j < window, or j - segment start < num_sink_tokens)
+
+    and ``out = softmax(score) v`` with ``score = scale q.k``, capped as ``softcap tanh(score /
+    softcap)`` when a soft cap is given (arXiv 2512.10411, sections 3.1-3.2).
+
+    Args:
+      q: queries, float32, bfloat16 or float16.
+      k: keys of the whole sequence, S >= T; K divides N, and query heads ``n`` reads KV head
+        ``n // (N // K)``.
+      v: values.
+      window: keys a row sees up to and including itself; an int, an int32 array ``[B]`` (a policy per
+        row), or None for a full layer.
+      num_sink_tokens: first tokens of each segment that stay visible; an int or int32 ``[B]``.
+      lengths: real tokens of each row (padding on the right); None: all S. Rows at or after the length
+        return zeros, keys there are never seen and may hold anything.
+      stage_ids: :class:`~kernels_pallas.Stage` of each query row, ``[B, T]``, or of each token by
+        absolute index, ``[B, S]``. ANSWER rows are full. None: no row is full by its stage.
+      segment_ids: ``[B, S]`` packed sequences; a segment is a maximal run of one id.
+      q_offset: absolute index of the first query row, int or traced, scalar or ``[B]``.
+      full_attention_tail: the last n rows of every maximal run of PROMPT rows are full.
+      scale: factor on ``q.k``; None: ``1 / sqrt(H)``.
+      softcap: None: no cap.
+      return_lse: also return the log-sum-exp of each row's scores.
+      backend: ``"auto"``, or one of :func:`kernels_pallas.available_backends`.
+
+    Returns:
+      ``out`` in q's dtype, or :class:`AttentionOutput` with ``return_lse=True``. Softmax statistics are
+      float32. Differentiable in q, k and v, through the log-sum-exp too.
+
+    Raises:
+      ValueError: a shape, dtype or value does not fit, or the backend is unknown.
+      NotImplementedError: the named backend cannot express this case.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> x = jnp.ones((1, 6, 2, 4))
+      >>> swa_prefill(x, x, x, window=3, num_sink_tokens=1).shape
+      (1, 6, 2, 4)
+    """
+    arguments = PrefillArguments(
+        q=q,
+        k=k,
+        v=v,
+        window=int(window) if is_static(window) else window,
+        num_sink_tokens=int(num_sink_tokens) if is_static(num_sink_tokens) else num_sink_tokens,
+        lengths=lengths,
+        stage_ids=stage_ids,
+        segment_ids=segment_ids,
+        q_offset=int(q_offset) if is_static(q_offset) else q_offset,
+        full_attention_tail=(
+            int(full_attention_tail) if is_static(full_attention_tail) else full_attention_tail
+        ),
+        scale=1.0 / math.sqrt(q.shape[-1]) if scale is None else scale,
+        softcap=softcap,
+    )
+    validate_prefill(arguments)
+    result = get_backend("swa_prefill", backend)(arguments, return_lse=return_lse)
+    return result if return_lse else result.out
