@@ -1,0 +1,36 @@
+"""Generation: prompts in, answers out, under the model's attention policy.
+
+`generate` and `stream` are the whole of it for most users. A sweep over policies reads its prompts
+once with `prefill_prompts` and answers them with `decode_from`.
+"""
+
+from swaa_jax.infer.decoding import Prefilled, compile_counts, prefill_prompts
+from swaa_jax.infer.generate import (
+    DecodeOptions,
+    Generation,
+    Stream,
+    check_prompts,
+    decode_from,
+    generate,
+    stream,
+)
+from swaa_jax.infer.prompts import COT_INSTRUCTION, encode_prompts
+from swaa_jax.infer.sampling import SamplingParams
+from swaa_jax.infer.timings import Timings
+
+__all__ = [
+    "generate",
+    "stream",
+    "Generation",
+    "Stream",
+    "Timings",
+    "DecodeOptions",
+    "SamplingParams",
+    "COT_INSTRUCTION",
+    "encode_prompts",
+    "check_prompts",
+    "prefill_prompts",
+    "decode_from",
+    "Prefilled",
+    "compile_counts",
+]

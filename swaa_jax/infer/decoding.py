@@ -1,0 +1,320 @@
+"""The compiled part: prefill, first token, a loop of decode steps. And the loop on the host.
+
+    prompts --prefill--> logits, caches --first--> token --decode (up to chunk_size steps)--> tokens
+                                                     ^------------- host: stops? --------------'
+
+The three jitted functions live at module level and take the model's graph definition as a static
+argument, so a second call of the same shapes compiles nothing: `compile_counts` tells.
+"""
+
+import collections
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from swaa_jax.attention import recast_caches
+from swaa_jax.infer.buckets import length_bucket, next_power_of_two, pad_right
+from swaa_jax.infer.sampling import SamplingParams, sample
+from swaa_jax.infer.stopping import AnswerRow
+
+_TRACES: collections.Counter[str] = collections.Counter()
+
+
+def compile_counts() -> dict[str, int]:
+    """How often each jitted function was traced in this process: prefill, first, decode, adopt."""
+    return dict(_TRACES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prefilled:
+    """Prompts that a model has read, ready to be answered, by one policy or by several.
+
+    Args:
+        logits: next-token logits, f32 `[B, V]`, B a bucket.
+        caches: the model's caches, full ones with `cache_size` slots.
+        layers: each layer's policy in the run that filled the caches.
+        prompt_lengths: of the real rows, which come first.
+        row_ids: the prompts' indices in the caller's order; they seed the sampling.
+        max_new_tokens: the longest answer that the caches have room for.
+        prefill_s, compile_s: seconds that the run and its compilation took.
+    """
+
+    logits: Array
+    caches: Any
+    layers: tuple[Any, ...] | None
+    prompt_lengths: tuple[int, ...]
+    row_ids: tuple[int, ...]
+    max_new_tokens: int
+    prefill_s: float
+    compile_s: float
+
+    @property
+    def num_rows(self) -> int:
+        """Real rows, without those that fill the batch's bucket."""
+        return len(self.prompt_lengths)
+
+
+@dataclasses.dataclass(kw_only=True)
+class DecodeClock:
+    """What one batch's decoding took; filled while it runs."""
+
+    first_token_s: float = 0.0
+    decode_s: float = 0.0
+    decode_steps: int = 0
+    compile_s: float = 0.0
+    cache_bytes: int = 0
+    cache_bytes_per_row: int = 0
+
+
+def prefill_prompts(
+    model: Any,
+    token_lists: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    row_ids: Sequence[int] | None = None,
+    pad_id: int = 0,
+    warmup: bool = False,
+) -> Prefilled:
+    """Run prompts through the model, as one batch padded on the right to its bucket.
+
+    To serve policies that differ only in `decode`, prefill under the one with `decode="full"` and
+    hand the result to `decode_from` with each `model.with_policy(policy)`.
+
+    Args:
+        model: a causal language model with `prefill`, `decode` and `config`.
+        token_lists: the encoded, checked prompts.
+        max_new_tokens: what the caches must have room for.
+        row_ids: the prompts' indices in the caller's order, by default 0, 1, ...
+        pad_id: what padding holds; it is never seen.
+        warmup: run once before the run that is timed.
+    """
+    context = getattr(model.config, "max_position_embeddings", None)
+    width = length_bucket(max(len(ids) for ids in token_lists), limit=context)
+    cache_size = width + length_bucket(max_new_tokens)
+    if context is not None:
+        cache_size = min(cache_size, context)
+    tokens, lengths = pad_right(
+        token_lists, num_rows=next_power_of_two(len(token_lists)), width=width, pad_id=pad_id
+    )
+    graphdef, state = nnx.split(model)
+    args = (state, tokens, lengths)
+    static = {"graphdef": graphdef, "cache_size": cache_size}
+    compile_s = _compile(_prefill, *args, **static)
+    if warmup:
+        jax.block_until_ready(_prefill(*args, **static))
+    start = time.perf_counter()
+    logits, caches = jax.block_until_ready(_prefill(*args, **static))
+    return Prefilled(
+        logits=logits,
+        caches=caches,
+        layers=getattr(model, "layer_attention", None),
+        prompt_lengths=tuple(len(ids) for ids in token_lists),
+        row_ids=tuple(range(len(token_lists)) if row_ids is None else row_ids),
+        max_new_tokens=max_new_tokens,
+        prefill_s=time.perf_counter() - start,
+        compile_s=compile_s,
+    )
+
+
+def decode_rows(
+    model: Any,
+    prefilled: Prefilled,
+    rows: Sequence[AnswerRow],
+    *,
+    params: SamplingParams,
+    seed: int,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    chunk_size: int,
+    steps_per_call: int,
+    keep_caches: bool,
+    clock: DecodeClock,
+) -> Iterator[None]:
+    """Answer prefilled prompts, filling `rows`; yields after the first token and after each call.
+
+    Rows that are done keep decoding beside the others, without effect; a call ends early when all
+    rows have met a stop id.
+
+    Args:
+        model: under the prefill's policy, or one that differs from it in `decode` only.
+        prefilled: from `prefill_prompts`; its caches are used up unless `keep_caches`.
+        rows: one a real row; they decide on the host when a row ends.
+        params: how tokens are drawn.
+        seed: of the draws.
+        stop_ids: tokens that end a row, checked on the device.
+        max_new_tokens: at most what was prefilled for.
+        chunk_size: the most steps of one call, part of the compiled shape.
+        steps_per_call: steps of one call, at most `chunk_size`; fewer for smooth streaming.
+        keep_caches: decode from a copy, so that the prefill can serve again.
+        clock: told what it took.
+    """
+    graphdef, state = nnx.split(model)
+    batch, vocab_size = prefilled.logits.shape
+    num_candidates = params.num_candidates(vocab_size)
+    # Numpy throughout: an array op on the device would compile a small program of its own.
+    lengths = np.ones((batch,), np.int32)
+    lengths[: prefilled.num_rows] = prefilled.prompt_lengths
+    row_ids = np.zeros((batch,), np.int32)
+    row_ids[: prefilled.num_rows] = prefilled.row_ids
+    ends = np.full((next_power_of_two(max(8, len(stop_ids))),), -1, np.int32)
+    ends[: len(stop_ids)] = stop_ids
+    draws = {"seed": np.uint32(seed), "rows": row_ids, **params.as_scalars(vocab_size)}
+
+    caches = _caches_for(model, prefilled, copy=keep_caches)
+    clock.cache_bytes = int(caches.nbytes)
+    clock.cache_bytes_per_row = clock.cache_bytes // batch
+
+    first = (prefilled.logits, lengths, draws)
+    clock.compile_s += _compile(_first, *first, num_candidates=num_candidates)
+    start = time.perf_counter()
+    token = _first(*first, num_candidates=num_candidates)
+    new_tokens = np.asarray(token)[None, :]
+    clock.first_token_s = time.perf_counter() - start
+
+    static = {"graphdef": graphdef, "num_candidates": num_candidates, "chunk_size": chunk_size}
+    produced = 1
+    while True:
+        for index, row in enumerate(rows):
+            row.push(new_tokens[:, index].tolist())
+        yield
+        if produced >= max_new_tokens or all(row.is_done for row in rows):
+            return
+        done = np.ones((batch,), bool)
+        done[: len(rows)] = [row.is_done for row in rows]
+        limit = np.int32(min(steps_per_call, max_new_tokens - produced))
+        # `token` is not in the caches yet: it stands at position lengths + produced - 1.
+        at = lengths + np.int32(produced - 1)
+        args = (state, caches, token, done, at, limit, ends, draws)
+        if produced == 1:
+            clock.compile_s += _compile(_decode, *args, **static)
+        start = time.perf_counter()
+        tokens, steps, token, caches = _decode(*args, **static)
+        num_steps = int(steps)
+        new_tokens = np.asarray(tokens)[:num_steps]
+        clock.decode_s += time.perf_counter() - start
+        clock.decode_steps += num_steps
+        produced += num_steps
+
+
+def _compile(function: Any, *args: Any, **static: Any) -> float:
+    """Compile for these arguments, which the next call then finds done; seconds it took."""
+    start = time.perf_counter()
+    function.lower(*args, **static).compile()
+    return time.perf_counter() - start
+
+
+def _caches_for(model: Any, prefilled: Prefilled, *, copy: bool) -> Any:
+    """The prefill's caches in the form that the model's policy asks for.
+
+    Raises:
+        ValueError: the model would have read the prompts otherwise than the prefill did.
+    """
+    layers = getattr(model, "layer_attention", None)
+    if layers == prefilled.layers:
+        return _adopt(prefilled.caches, layers=None, copy=True) if copy else prefilled.caches
+    for index, (ours, theirs) in enumerate(zip(layers, prefilled.layers, strict=True)):
+        if dataclasses.replace(ours, full_decode=theirs.full_decode) != theirs:
+            raise ValueError(
+                f"model: expected a policy that differs from the prefill's in decode only, but "
+                f"layer {index} has {ours}, prefilled as {theirs}; prefill again under this policy"
+            )
+    return _adopt(prefilled.caches, layers=layers, copy=copy)
+
+
+@functools.partial(jax.jit, static_argnames=("layers", "copy"))
+def _adopt(caches: Any, *, layers: Any, copy: bool) -> Any:
+    _TRACES["adopt"] += 1
+    if layers is not None:
+        caches = recast_caches(caches, layers)
+    return jax.tree.map(jnp.copy, caches) if copy else caches
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "cache_size"))
+def _prefill(
+    state: Any,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    *,
+    graphdef: Any,
+    cache_size: int,
+) -> tuple[Float[Array, "B V"], Any]:
+    _TRACES["prefill"] += 1
+    out = nnx.merge(graphdef, state).prefill(tokens, lengths=lengths, cache_size=cache_size)
+    return out.logits, out.caches
+
+
+@functools.partial(jax.jit, static_argnames=("num_candidates",))
+def _first(
+    logits: Float[Array, "B V"],
+    lengths: Int[Array, " B"],
+    draws: dict[str, Any],
+    *,
+    num_candidates: int | None,
+) -> Int[Array, " B"]:
+    _TRACES["first"] += 1
+    return sample(logits, positions=lengths, num_candidates=num_candidates, **draws)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("graphdef", "num_candidates", "chunk_size"),
+    donate_argnames=("caches",),
+)
+def _decode(
+    state: Any,
+    caches: Any,
+    token: Int[Array, " B"],
+    done: Array,
+    positions: Int[Array, " B"],
+    limit: Int[Array, ""],
+    ends: Int[Array, " E"],
+    draws: dict[str, Any],
+    *,
+    graphdef: Any,
+    num_candidates: int | None,
+    chunk_size: int,
+) -> tuple[Int[Array, "n B"], Int[Array, ""], Int[Array, " B"], Any]:
+    """Up to `limit` (<= chunk_size) steps; fewer when every row is done.
+
+    A loop with a traced end, not a scan: the last call of an answer runs the steps that are left
+    rather than a whole chunk, under the same program.
+
+    Args:
+        token: the last token of each row, not yet in the caches, at `positions`.
+        ends: ids that end a row, padded with -1.
+
+    Returns:
+        new tokens (rows past `steps` are empty), steps run, last token, caches.
+    """
+    _TRACES["decode"] += 1
+
+    def unfinished(carry):
+        step, _, done, _, _ = carry
+        return (step < limit) & ~jnp.all(done)
+
+    def one_step(carry):
+        step, token, done, tokens, caches = carry
+        # Merged here: NNX objects must not cross into the loop's own trace.
+        model = nnx.merge(graphdef, state)
+        logits, caches = model.decode(token[:, None], caches)
+        drawn = sample(
+            logits[:, -1], positions=positions + step + 1, num_candidates=num_candidates, **draws
+        )
+        token = jnp.where(done, token, drawn)
+        done = done | jnp.any(token[:, None] == ends[None, :], axis=-1)
+        return step + 1, token, done, tokens.at[step].set(token), caches
+
+    tokens = jnp.zeros((chunk_size, token.shape[0]), jnp.int32)
+    done = done | jnp.any(token[:, None] == ends[None, :], axis=-1)
+    steps, token, _, tokens, caches = jax.lax.while_loop(
+        unfinished, one_step, (jnp.int32(0), token, done, tokens, caches)
+    )
+    return tokens, steps, token, caches

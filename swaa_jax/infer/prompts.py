@@ -1,0 +1,238 @@
+"""Prompts to token ids: plain strings, chat messages, or ids; checked before any work is done."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+Messages = Sequence[Mapping[str, Any]]
+Prompt = str | Messages | Sequence[int]
+
+COT_INSTRUCTION = (
+    "Think step by step: first write down what in the text bears on the question, "
+    "then give the final answer."
+)
+"""What `cot=True` appends to the last user message (paper, method 4: chain of thought)."""
+
+
+def as_batch(prompts: Any) -> list[Any]:
+    """A list of prompts from one prompt or several.
+
+    >>> as_batch("hi"), as_batch([1, 2]), as_batch([[1], [2]])
+    (['hi'], [[1, 2]], [[1], [2]])
+    >>> as_batch([{"role": "user", "content": "hi"}])
+    [[{'role': 'user', 'content': 'hi'}]]
+
+    Raises:
+        ValueError: no prompt at all, or something that is no prompt.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, np.ndarray):
+        prompts = prompts.tolist()
+    if not isinstance(prompts, Sequence):
+        raise ValueError(
+            "prompts: expected a string, a list of messages, token ids, or a list of these, "
+            f"got {type(prompts).__name__}"
+        )
+    if not prompts:
+        raise ValueError("prompts: expected at least one prompt, got an empty list")
+    single = isinstance(prompts[0], Mapping) or _is_id(prompts[0])
+    return [list(prompts)] if single else list(prompts)
+
+
+def encode_prompts(
+    tok: Any,
+    prompts: Any,
+    *,
+    tools: Sequence[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    enable_thinking: bool | None = None,
+    cot: bool | str = False,
+) -> list[list[int]]:
+    """Token ids of each prompt.
+
+    Args:
+        tok: the tokenizer; may be None where all prompts are token ids.
+        prompts: strings (never templated), message lists (templated once, with the cue for the
+            assistant's turn; where the last message is the assistant's, it is continued), token
+            ids, or a single one of these.
+        tools: tool descriptions for the chat template.
+        chat_template_kwargs: further variables of the chat template.
+        enable_thinking: the template's variable of that name, where it has one.
+        cot: append an instruction to reason to the last user message: True for
+            `COT_INSTRUCTION`, or a text of your own.
+
+    Raises:
+        ValueError: an empty prompt, a template option for a prompt that is no message list, or a
+            template that fails.
+    """
+    for_chat = {
+        "tools": tools is not None,
+        "chat_template_kwargs": bool(chat_template_kwargs),
+        "enable_thinking": enable_thinking is not None,
+        "cot": bool(cot),
+    }
+    given = [name for name, is_given in for_chat.items() if is_given]
+    encoded = []
+    for index, prompt in enumerate(as_batch(prompts)):
+        if isinstance(prompt, np.ndarray):
+            prompt = prompt.tolist()
+        if _is_chat(prompt):
+            ids = _encode_chat(
+                tok,
+                prompt,
+                index=index,
+                cot=cot,
+                variables={
+                    **({} if tools is None else {"tools": list(tools)}),
+                    **({} if enable_thinking is None else {"enable_thinking": enable_thinking}),
+                    **(chat_template_kwargs or {}),
+                },
+            )
+        elif given:
+            raise ValueError(
+                f"{given[0]}: applies to chat messages, but prompt {index} is not a message list "
+                'and is never templated; pass [{"role": "user", "content": ...}] instead'
+            )
+        elif isinstance(prompt, str):
+            ids = _encode_text(tok, prompt, index=index)
+        else:
+            ids = _check_ids(prompt, index=index)
+        if not ids:
+            raise ValueError(f"prompt {index}: expected at least one token, got an empty prompt")
+        encoded.append(ids)
+    return encoded
+
+
+def check_context(
+    token_lists: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    vocab_size: int,
+    context: int | None,
+) -> None:
+    """Refuse what the model cannot take.
+
+    Args:
+        token_lists: the encoded prompts.
+        max_new_tokens: the longest answer asked for.
+        vocab_size: ids must be below.
+        context: the model's `max_position_embeddings`; None skips the check.
+
+    Raises:
+        ValueError: a token id out of the vocabulary, or prompt plus answer beyond the context.
+    """
+    for index, ids in enumerate(token_lists):
+        outside = [token for token in ids if not 0 <= token < vocab_size]
+        if outside:
+            raise ValueError(
+                f"prompt {index}: expected token ids from 0 to {vocab_size - 1} (the model's "
+                f"vocabulary), got {outside[0]}; does the tokenizer belong to this model?"
+            )
+        if context is not None and len(ids) + max_new_tokens > context:
+            raise ValueError(
+                f"prompt {index}: {len(ids)} prompt tokens and max_new_tokens={max_new_tokens} "
+                f"make {len(ids) + max_new_tokens}, beyond the model's context of {context} tokens "
+                "(max_position_embeddings); shorten the prompt, lower max_new_tokens, or load the "
+                "model with config_overrides that extend it"
+            )
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _is_chat(prompt: Any) -> bool:
+    return (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, str)
+        and len(prompt) > 0
+        and isinstance(prompt[0], Mapping)
+    )
+
+
+def _check_ids(prompt: Any, *, index: int) -> list[int]:
+    if not isinstance(prompt, Sequence) or not all(_is_id(token) for token in prompt):
+        raise ValueError(
+            f"prompt {index}: expected a string, a list of messages or a list of token ids, "
+            f"got {type(prompt).__name__} {str(prompt)[:60]!r}"
+        )
+    return [int(token) for token in prompt]
+
+
+def _encode_text(tok: Any, text: str, *, index: int) -> list[int]:
+    if not text.strip():
+        raise ValueError(f"prompt {index}: expected some text, got an empty prompt")
+    _need_tokenizer(tok, index)
+    # A text that a template rendered begins with BOS already: do not add a second one.
+    rendered = bool(tok.bos_token) and text.startswith(tok.bos_token)
+    return list(tok(text, add_special_tokens=not rendered)["input_ids"])
+
+
+def _encode_chat(
+    tok: Any, messages: Messages, *, index: int, cot: bool | str, variables: Mapping[str, Any]
+) -> list[int]:
+    _need_tokenizer(tok, index)
+    if not getattr(tok, "chat_template", None):
+        raise ValueError(
+            f"prompt {index}: the tokenizer has no chat template, so messages cannot be rendered; "
+            "pass a plain string"
+        )
+    for position, message in enumerate(messages):
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise ValueError(
+                f'prompt {index}, message {position}: expected {{"role": ..., "content": ...}}, '
+                f"got {str(message)[:60]!r}"
+            )
+    users = [message for message in messages if message["role"] == "user"]
+    if not any(_has_text(message) for message in messages):
+        raise ValueError(f"prompt {index}: expected some text, got an empty prompt")
+    if cot:
+        if not users:
+            raise ValueError(f"cot: prompt {index} has no user message to append to")
+        messages = _with_cot(messages, COT_INSTRUCTION if cot is True else cot)
+    if "enable_thinking" in variables and "enable_thinking" not in str(tok.chat_template):
+        log.warning("the chat template has no enable_thinking variable: it has no effect")
+    # The assistant's own last message is continued, not answered.
+    continued = messages[-1]["role"] == "assistant"
+    options = {"add_generation_prompt": not continued, "continue_final_message": continued}
+    try:
+        text = tok.apply_chat_template(
+            list(messages), tokenize=False, **(options | dict(variables))
+        )
+    except _template_errors() as error:
+        raise ValueError(f"prompt {index}: the chat template failed: {error}") from error
+    return list(tok(text, add_special_tokens=False)["input_ids"])
+
+
+def _template_errors() -> tuple[type[Exception], ...]:
+    import jinja2
+
+    return (jinja2.TemplateError,)
+
+
+def _with_cot(messages: Messages, instruction: str) -> list[Mapping[str, Any]]:
+    """A copy in which the last user message ends with the instruction."""
+    messages = list(messages)
+    last = max(i for i, message in enumerate(messages) if message["role"] == "user")
+    content = messages[last].get("content") or ""
+    if isinstance(content, str):
+        content = f"{content}\n\n{instruction}"
+    else:  # a list of typed parts
+        content = [*content, {"type": "text", "text": f"\n\n{instruction}"}]
+    messages[last] = {**messages[last], "content": content}
+    return messages
+
+
+def _has_text(message: Mapping[str, Any]) -> bool:
+    content = message.get("content")
+    return bool(content.strip()) if isinstance(content, str) else bool(content)
+
+
+def _need_tokenizer(tok: Any, index: int) -> None:
+    if tok is None:
+        raise ValueError(f"prompt {index}: text needs a tokenizer, got None; pass token ids")
