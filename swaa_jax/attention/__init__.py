@@ -1,0 +1,25 @@
+"""Attention under a policy: `attend`, `attend_cached`, and the caches they read."""
+
+from kernels_pallas import available_backends, resolve_backend
+from swaa_jax.attention.attend import attend, attend_cached
+from swaa_jax.attention.caches import (
+    EMPTY,
+    Caches,
+    FullCache,
+    RingCache,
+    build_cache,
+    recast_caches,
+)
+
+__all__ = [
+    "EMPTY",
+    "Caches",
+    "FullCache",
+    "RingCache",
+    "attend",
+    "attend_cached",
+    "available_backends",
+    "build_cache",
+    "recast_caches",
+    "resolve_backend",
+]

@@ -1,0 +1,151 @@
+"""`attend` and `attend_cached`: one layer's attention under its policy, sharded where a mesh is given."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas import Stage, swa_decode, swa_prefill
+from kernels_pallas.mask import full_rows
+from swaa_jax.attention.caches import FullCache, RingCache
+from swaa_jax.policy import LayerAttention
+from swaa_jax.sharding import attention_specs
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    *,
+    layer: LayerAttention,
+    lengths: Int[Array, " B"] | None = None,
+    stage_ids: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    mesh: Mesh | None = None,
+    backend: str = "auto",
+) -> Float[Array, "B T N H"]:
+    """Attention of whole rows under one layer's policy.
+
+    Args:
+        q, k, v: RoPE applied; N query heads share K key/value heads in groups of N // K.
+        layer: what this layer sees.
+        lengths: real tokens of each row; later ones are padding, never seen, and give zeros.
+        stage_ids: `Stage.PROMPT` or `Stage.ANSWER` of each token. None: all prompt.
+        segment_ids: which of a packed row's texts each token belongs to. None: one text a row.
+        scale: factor on the scores, by default H ** -0.5.
+        softcap: scores become softcap * tanh(scores / softcap).
+        mesh: shard batch over data and fsdp, heads over tensor, where they divide.
+        backend: a name from `available_backends()`, or "auto".
+
+    Returns:
+        What each query gathered, in q's dtype.
+    """
+    tail = layer.full_attention_tail
+    if layer.is_full:
+        stage_ids, tail = None, 0
+    elif not layer.full_decode and stage_ids is not None and tail:
+        # Answer rows stay windowed, yet they mark where the prompt's tail ends: hand the kernel
+        # the rows to see everything, marked as if they were answers.
+        rows = full_rows(
+            stage_ids, lengths=lengths, segment_ids=segment_ids, full_attention_tail=tail
+        )
+        stage_ids, tail = (rows & (stage_ids == Stage.PROMPT)).astype(jnp.int32), 0
+    elif not layer.full_decode:
+        stage_ids = None
+
+    kernel = functools.partial(
+        swa_prefill,
+        window=layer.window,
+        num_sink_tokens=layer.num_sink_tokens,
+        full_attention_tail=tail,
+        scale=scale,
+        softcap=softcap,
+        backend=backend,
+    )
+    per_row = {"lengths": lengths, "stage_ids": stage_ids, "segment_ids": segment_ids}
+    per_row = {name: value for name, value in per_row.items() if value is not None}
+    if mesh is None:
+        return kernel(q, k, v, **per_row)
+
+    heads, rows = attention_specs(mesh, batch=q.shape[0], num_kv_heads=k.shape[2])
+
+    def on_shard(q, k, v, per_row):
+        return kernel(q, k, v, **per_row)
+
+    return jax.shard_map(
+        on_shard,
+        mesh=mesh,
+        in_specs=(heads, heads, heads, {name: rows for name in per_row}),
+        out_specs=heads,
+        check_vma=False,
+    )(q, k, v, per_row)
+
+
+def attend_cached(
+    q: Float[Array, "B n N H"],
+    k: Float[Array, "B n K H"],
+    v: Float[Array, "B n K H"],
+    cache: FullCache | RingCache,
+    *,
+    layer: LayerAttention,
+    pos_B: Int[Array, " B"],
+    stage_ids: Int[Array, "B n"] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    mesh: Mesh | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Array, "B n N H"], FullCache | RingCache]:
+    """Attention of n new tokens a row to the cache and to one another, then the cache with them.
+
+    The block attends before it is written, so that its early rows lose nothing to its late ones.
+
+    Args:
+        q, k, v: the new tokens, RoPE applied at positions `pos_B`, `pos_B + 1`, ...
+        cache: what this layer kept of the tokens before.
+        layer: what this layer sees.
+        pos_B: tokens that each row has seen before these.
+        stage_ids: stages of the new tokens. None: all `Stage.ANSWER`.
+        scale, softcap, mesh, backend: as in `attend`.
+
+    Raises:
+        ValueError: a ring cache is given to a layer that needs a full one.
+    """
+    if layer.needs_full_cache and isinstance(cache, RingCache):
+        raise ValueError(
+            "cache: expected a FullCache for a layer with full attention or full-attention "
+            "decoding, got a RingCache; prefill again under this policy"
+        )
+    positions = pos_B[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
+    q_full = None
+    if layer.full_decode:
+        q_full = jnp.ones(positions.shape, bool) if stage_ids is None else stage_ids == Stage.ANSWER
+
+    kernel = functools.partial(
+        swa_decode,
+        window=layer.window,
+        num_sink_tokens=layer.num_sink_tokens,
+        scale=scale,
+        softcap=softcap,
+        backend=backend,
+    )
+    per_row = {"q_positions": positions, "cache_positions": cache.positions(pos_B)}
+    if q_full is not None:
+        per_row["q_full"] = q_full
+
+    def on_shard(q, cache_k, cache_v, new_k, new_v, per_row):
+        return kernel(q, cache_k, cache_v, new_k=new_k, new_v=new_v, **per_row)
+
+    if mesh is not None:
+        heads, rows = attention_specs(mesh, batch=q.shape[0], num_kv_heads=k.shape[2])
+        on_shard = jax.shard_map(
+            on_shard,
+            mesh=mesh,
+            in_specs=(heads,) * 5 + ({name: rows for name in per_row},),
+            out_specs=heads,
+            check_vma=False,
+        )
+    return on_shard(q, cache.k, cache.v, k, v, per_row), cache.write(k, v, pos_B)

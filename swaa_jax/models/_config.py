@@ -1,0 +1,189 @@
+"""What all decoder families' configs share, read from an HF `config.json`."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from swaa_jax.models._rope import RopeConfig, parse_rope
+from swaa_jax.policy import AttentionPolicy
+
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Shapes and constants of a pre-norm, gated, rotary decoder.
+
+    Frozen and hashable, so that it can be part of a jitted function's static arguments. A family
+    is a subclass that says how its `config.json` is read; `hf_json` keeps that file whole, so a
+    saved model has every field that the loaded one had.
+    """
+
+    model_type: ClassVar[str]
+    architecture: ClassVar[str]
+
+    vocab_size: int
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    hidden_act: str
+    tie_word_embeddings: bool
+    attention_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+    own: AttentionPolicy = AttentionPolicy()
+    """The policy that the checkpoint itself asks for: full attention unless it has a window."""
+    hf_json: str = dataclasses.field(repr=False)
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"config: num_attention_heads={self.num_heads} must be a multiple of "
+                f"num_key_value_heads={self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"config: head_dim={self.head_dim} must be even, for rotary pairs")
+        if self.hidden_act not in ACTIVATIONS:
+            raise NotImplementedError(
+                f"config: hidden_act={self.hidden_act!r} is not supported; "
+                f"supported: {list(ACTIVATIONS)}"
+            )
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> "DecoderConfig":
+        """Read a `config.json`, old form or new.
+
+        Args:
+            hf: the file's content.
+            overrides: fields, under their HF names, that replace the file's. A `rope_theta` or
+                `rope_scaling` given here replaces what either form of the file says.
+
+        Raises:
+            ValueError: a field that has no default is missing, or an override that the family
+                does not read, by name.
+            NotImplementedError: a value that this library does not support.
+        """
+        hf = {**hf, **_override(hf, overrides or {}, known=cls.hf_fields())}
+        missing = [key for key in _REQUIRED if hf.get(key) is None]
+        if missing:
+            raise ValueError(
+                f"config: expected {missing} for model_type {cls.model_type!r}, got none; "
+                "complete config.json or pass them in config_overrides"
+            )
+        num_heads = hf["num_attention_heads"]
+        eos = hf.get("eos_token_id")
+        return cls(
+            vocab_size=hf["vocab_size"],
+            num_layers=hf["num_hidden_layers"],
+            hidden_size=hf["hidden_size"],
+            intermediate_size=hf["intermediate_size"],
+            num_heads=num_heads,
+            num_kv_heads=hf.get("num_key_value_heads") or num_heads,
+            max_position_embeddings=hf["max_position_embeddings"],
+            rms_norm_eps=hf["rms_norm_eps"],
+            rope=parse_rope(hf),
+            hidden_act=hf["hidden_act"],
+            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            bos_token_id=hf.get("bos_token_id"),
+            eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+            pad_token_id=hf.get("pad_token_id"),
+            hf_json=json.dumps({**hf, "model_type": cls.model_type}, sort_keys=True),
+            **cls.family_fields(hf),
+        )
+
+    @classmethod
+    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields that families read differently: head_dim, biases, qk_norm."""
+        raise NotImplementedError
+
+    @classmethod
+    def hf_fields(cls) -> frozenset[str]:
+        """HF names of the fields that this family reads, hence those that can be overridden."""
+        return _COMMON_FIELDS
+
+    def to_hf(self) -> dict[str, Any]:
+        """The HF `config.json` of this model, every unread field included."""
+        return {**json.loads(self.hf_json), "architectures": [self.architecture]}
+
+
+def windowed_layers_policy(hf: Mapping[str, Any]) -> AttentionPolicy:
+    """The policy of a config with `use_sliding_window`, `sliding_window` and, per layer,
+    `layer_types` or the older `max_window_layers` (layers from that index on are windowed).
+
+    HF's window counts the query itself, as ours does.
+    """
+    if not hf.get("use_sliding_window") or hf.get("sliding_window") is None:
+        return AttentionPolicy()
+    num_layers = hf["num_hidden_layers"]
+    kinds = hf.get("layer_types")
+    if kinds is None:
+        if hf.get("max_window_layers") is None:
+            raise ValueError(
+                "config: use_sliding_window needs layer_types or max_window_layers, got neither"
+            )
+        full = range(min(hf["max_window_layers"], num_layers))
+    else:
+        if len(kinds) != num_layers:
+            raise ValueError(
+                f"config: layer_types expected {num_layers} entries, got {len(kinds)}"
+            )
+        full = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
+    if len(full) == num_layers:
+        return AttentionPolicy()
+    return AttentionPolicy(window=hf["sliding_window"], full_attention_layers=tuple(full))
+
+
+_REQUIRED = (
+    "vocab_size",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "hidden_act",
+)
+_ROPE_FIELDS = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
+_COMMON_FIELDS = frozenset(_REQUIRED) | _ROPE_FIELDS | {
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+    "attention_bias",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+}
+
+
+def _override(
+    hf: Mapping[str, Any], overrides: Mapping[str, Any], *, known: frozenset[str]
+) -> dict[str, Any]:
+    """The overrides with their consequences: both forms of the rope settings stay in step."""
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise ValueError(
+            f"config_overrides: {unknown} are not read for this model family; "
+            f"it reads {sorted(known)}"
+        )
+    changed = dict(overrides)
+    if not _ROPE_FIELDS.intersection(overrides):
+        return changed
+    if "rope_parameters" in overrides:
+        rope = dict(overrides["rope_parameters"] or {})
+    else:
+        theta = (hf.get("rope_parameters") or {}).get("rope_theta", hf.get("rope_theta"))
+        scaling = overrides.get("rope_scaling", hf.get("rope_scaling") or hf.get("rope_parameters"))
+        rope = {**(scaling or {}), "rope_theta": overrides.get("rope_theta", theta)}
+    # One form only in the result, so that no stale field contradicts it.
+    return {**changed, "rope_parameters": rope, "rope_scaling": None, "rope_theta": None}

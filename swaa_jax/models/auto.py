@@ -1,0 +1,247 @@
+"""`load_model` and `save_model`: a checkpoint directory in HF layout to a model and back."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+
+from swaa_jax import checkpoint
+from swaa_jax.checkpoint import WeightReader, WeightRule
+from swaa_jax.models import llama, qwen3
+from swaa_jax.models._blocks import CausalLM
+from swaa_jax.models._config import DecoderConfig
+from swaa_jax.policy import AttentionPolicy
+from swaa_jax.sharding import resolve_mesh, sharding_for
+from swaa_jax.storage import atomic_directory
+from swaa_jax.typing import PathLike
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFamily:
+    """What `load_model` needs of a family: how to read its config, build it, and fill it."""
+
+    config_class: type[DecoderConfig]
+    model_class: type[CausalLM]
+    weight_rules: Callable[[Any], tuple[WeightRule, ...]]
+
+
+FAMILIES: Mapping[str, ModelFamily] = {
+    "llama": ModelFamily(
+        config_class=llama.LlamaConfig,
+        model_class=llama.LlamaForCausalLM,
+        weight_rules=llama.weight_rules,
+    ),
+    "qwen3": ModelFamily(
+        config_class=qwen3.Qwen3Config,
+        model_class=qwen3.Qwen3ForCausalLM,
+        weight_rules=qwen3.weight_rules,
+    ),
+}
+"""Families by the `model_type` of their HF config. A new one is an entry here and a folder."""
+
+SHIPPED = {"tiny-retriever": epath.resource_path("swaa_jax") / "assets" / "tiny-retriever"}
+"""Models inside this package, by the name that `load_model` takes."""
+
+_TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def load_model(
+    path: PathLike,
+    policy: AttentionPolicy | None = None,
+    dtype: jnp.dtype | str = "bfloat16",
+    mesh: Mesh | str | None = None,
+    revision: str | None = None,
+    config_overrides: Mapping[str, Any] | None = None,
+) -> CausalLM:
+    """Load a pretrained model from a directory in Hugging Face layout.
+
+    Args:
+        path: the directory with `config.json` and the safetensors, or `"tiny-retriever"`, the
+            small model that this package ships.
+        policy: what each token may see. None takes `attention_policy.json` if the directory has
+            one, else the checkpoint's own window, else full attention; the choice is logged.
+        dtype: of parameters and activations: bfloat16, float16 or float32.
+        mesh: None (one device), `"auto"` (all devices along fsdp), or a mesh with the axes of
+            `swaa_jax.sharding.MESH_AXES`. Each device then reads only its own slices.
+        revision: of a hub id; a directory has none.
+        config_overrides: config values under their HF names that replace the checkpoint's.
+
+    Raises:
+        CheckpointError: missing, malformed or inconsistent files; it names all of them.
+        ValueError: an argument, an override, or a policy that does not fit the model.
+        NotImplementedError: a model family or a config value that is not supported.
+
+    Examples:
+        >>> model = load_model("tiny-retriever", dtype="float32")
+        >>> model.policy
+        AttentionPolicy()
+        >>> model(jnp.array([[1, 2, 3]]), logits_at="last").shape == (1, model.config.vocab_size)
+        True
+    """
+    directory = resolve_directory(path)
+    if revision is not None:
+        raise ValueError(
+            f"revision: {revision!r} was given for the local directory {directory}; "
+            "only a hub id has revisions"
+        )
+    dtype = _check_dtype(dtype)
+    family, config = _read_family(directory, config_overrides)
+    policy = _choose_policy(directory, config, policy)
+    mesh = resolve_mesh(mesh)
+
+    model = nnx.eval_shape(
+        lambda: family.model_class(config, policy=policy, dtype=dtype, mesh=mesh, rngs=nnx.Rngs(0))
+    )
+    params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    expected = {
+        _join(path): (tuple(param.shape), param.dtype, sharding_for(param, mesh))
+        for path, param in params.items()
+    }
+    arrays = checkpoint.load_weights(
+        WeightReader(directory),
+        family.weight_rules(config),
+        num_layers=config.num_layers,
+        expected=expected,
+        tied=_TIED if config.tie_word_embeddings else None,
+    )
+    for path, param in params.items():
+        param.set_value(arrays[_join(path)])
+    nnx.update(model, nnx.from_flat_state(params))
+    model.source = str(directory)
+    return model
+
+
+def model_from_config(
+    hf_config: Mapping[str, Any],
+    *,
+    policy: AttentionPolicy | None = None,
+    dtype: jnp.dtype | str = "float32",
+    mesh: Mesh | str | None = None,
+    seed: int = 0,
+) -> CausalLM:
+    """A model with random weights, from the content of an HF `config.json`.
+
+    Weights are normal with the config's `initializer_range` (0.02 where it has none), norm scales
+    one, biases zero.
+    """
+    family = _family(hf_config)
+    mesh = resolve_mesh(mesh)
+    model = family.model_class(
+        family.config_class.from_hf(hf_config),
+        policy=policy,
+        dtype=_check_dtype(dtype),
+        mesh=mesh,
+        initializer_range=hf_config.get("initializer_range", 0.02),
+        rngs=nnx.Rngs(seed),
+    )
+    if mesh is not None:
+        for param in jax.tree.leaves(
+            nnx.state(model, nnx.Param), is_leaf=lambda leaf: isinstance(leaf, nnx.Param)
+        ):
+            param.set_value(jax.device_put(param.get_value(), sharding_for(param, mesh)))
+    return model
+
+
+def save_model(
+    model: CausalLM,
+    directory: PathLike,
+    *,
+    tokenizer: Any = None,
+    max_shard_size: int = 5 * 10**9,
+    overwrite: bool = False,
+) -> epath.Path:
+    """Save in HF layout, so that Transformers and `load_model` read it; all of it or nothing.
+
+    Writes `config.json`, `generation_config.json`, safetensors shards with their index, the
+    tokenizer's files, `attention_policy.json` and `provenance.json`.
+
+    Args:
+        model: its parameters are stored in their own dtype.
+        directory: must not exist, unless `overwrite`.
+        tokenizer: saved beside the weights; by default the files of the directory that the model
+            was loaded from are copied.
+        max_shard_size: bytes a safetensors file holds at most.
+        overwrite: replace the directory, once the new one is complete.
+
+    Raises:
+        FileExistsError: the directory exists and `overwrite` is false.
+    """
+    config = model.config
+    family = FAMILIES[config.model_type]
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    params = {_join(path): param.get_value() for path, param in state}
+    tensors = checkpoint.dump_weights(params, family.weight_rules(config), config.num_layers)
+    with atomic_directory(directory, overwrite=overwrite) as target:
+        checkpoint.write_safetensors(target, tensors, max_shard_size=max_shard_size)
+        if model.source is not None:
+            generation_config = checkpoint.read_generation_config(model.source)
+            if generation_config:
+                checkpoint.write_generation_config(target, generation_config)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(target))
+        elif model.source is not None:
+            checkpoint.copy_tokenizer_files(model.source, target)
+        checkpoint.write_attention_policy(
+            target, model.policy.to_dict(), num_layers=config.num_layers
+        )
+        checkpoint.write_provenance(target, base=model.source)
+        checkpoint.write_config(target, {**config.to_hf(), "dtype": str(model.dtype)})
+    return epath.Path(directory)
+
+
+def resolve_directory(path: PathLike) -> epath.Path:
+    """The directory of a path, or of a model that this package ships (`SHIPPED`)."""
+    if isinstance(path, str) and path in SHIPPED and not epath.Path(path).exists():
+        return epath.Path(SHIPPED[path])
+    return epath.Path(path)
+
+
+def _family(hf_config: Mapping[str, Any]) -> ModelFamily:
+    model_type = hf_config.get("model_type")
+    if model_type not in FAMILIES:
+        raise NotImplementedError(
+            f"config: model_type {model_type!r} is not supported; supported: {sorted(FAMILIES)}"
+        )
+    return FAMILIES[model_type]
+
+
+def _read_family(
+    directory: epath.Path, overrides: Mapping[str, Any] | None
+) -> tuple[ModelFamily, DecoderConfig]:
+    hf_config = checkpoint.read_config(directory)
+    family = _family(hf_config)
+    return family, family.config_class.from_hf(hf_config, overrides)
+
+
+def _choose_policy(
+    directory: epath.Path, config: DecoderConfig, policy: AttentionPolicy | None
+) -> AttentionPolicy:
+    if policy is not None:
+        chosen, why = policy, "the caller's"
+    elif (saved := checkpoint.read_attention_policy(directory, num_layers=config.num_layers)) is not None:
+        chosen, why = AttentionPolicy.from_dict(saved), "from attention_policy.json"
+    else:
+        chosen, why = config.own, "from config.json"
+    logger.info("attention policy: %s (%s)", chosen, why)
+    return chosen
+
+
+def _check_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
+    name = str(np.dtype(dtype)) if not isinstance(dtype, str) else dtype
+    if name not in _DTYPES:
+        raise ValueError(f"dtype: expected one of {list(_DTYPES)}, got {name!r}")
+    return jnp.dtype(name)
+
+
+def _join(path: tuple[str | int, ...]) -> str:
+    return ".".join(str(part) for part in path)

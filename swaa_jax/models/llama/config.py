@@ -1,0 +1,28 @@
+"""Llama's config (Llama 2 to 3.3): no q/k norms, biases where asked, no window of its own."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from swaa_jax.models._config import DecoderConfig
+
+
+class LlamaConfig(DecoderConfig):
+    """See `swaa_jax.models._config.DecoderConfig`."""
+
+    model_type: ClassVar[str] = "llama"
+    architecture: ClassVar[str] = "LlamaForCausalLM"
+
+    @classmethod
+    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+        bias = bool(hf.get("attention_bias", False))
+        return {
+            "head_dim": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+            "attention_bias": bias,
+            "output_bias": bias,
+            "mlp_bias": bool(hf.get("mlp_bias", False)),
+            "qk_norm": False,
+        }
+
+    @classmethod
+    def hf_fields(cls) -> frozenset[str]:
+        return super().hf_fields() | {"mlp_bias"}

@@ -1,0 +1,30 @@
+"""Qwen3's config: per-head q/k norms, explicit head_dim, its own window where it has one."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from swaa_jax.models._config import DecoderConfig, windowed_layers_policy
+
+
+class Qwen3Config(DecoderConfig):
+    """See `swaa_jax.models._config.DecoderConfig`."""
+
+    model_type: ClassVar[str] = "qwen3"
+    architecture: ClassVar[str] = "Qwen3ForCausalLM"
+
+    @classmethod
+    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+        bias = bool(hf.get("attention_bias", False))
+        return {
+            "head_dim": hf.get("head_dim") or 128,  # Transformers' Qwen3 default
+            "attention_bias": bias,
+            "output_bias": bias,
+            "mlp_bias": False,
+            "qk_norm": True,
+            "own": windowed_layers_policy(hf),
+        }
+
+    @classmethod
+    def hf_fields(cls) -> frozenset[str]:
+        window = {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
+        return super().hf_fields() | window

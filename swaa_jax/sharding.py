@@ -1,0 +1,134 @@
+"""Device meshes, and the one table from logical axis names to mesh axes.
+
+Every parameter names its axes (`nnx.Param(value, axes=("embed", "heads"))`); `RULES` says over
+which mesh axes each name is split. An axis that its mesh axes do not divide is replicated.
+
+| logical axis | mesh axes | what it is |
+|---|---|---|
+| batch | data, fsdp | rows of a batch |
+| vocab | tensor | rows of the embedding, columns of the head |
+| embed | fsdp | the model's width D |
+| heads | tensor | query heads times head dim |
+| kv_heads | tensor | key/value heads times head dim |
+| mlp | tensor | the feed-forward width F |
+| norm | none | norm scales and head-wide vectors |
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
+
+RULES: Mapping[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "norm": (),
+}
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
+    """A mesh over `devices` (default: all) with the named axis sizes; axes not named have size 1.
+
+    >>> make_mesh(jax.devices()[:1]).shape["fsdp"]
+    1
+
+    Raises:
+        ValueError: an unknown axis, or sizes whose product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    unknown = sorted(set(sizes) - set(MESH_AXES))
+    if unknown:
+        raise ValueError(f"mesh axes: expected some of {MESH_AXES}, got {unknown}")
+    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
+    if math.prod(shape) != len(devices):
+        raise ValueError(
+            f"mesh: expected sizes whose product is the number of devices, {len(devices)}; "
+            f"got {sizes}, product {math.prod(shape)}"
+        )
+    return Mesh(
+        np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    )
+
+
+def resolve_mesh(mesh: Mesh | str | None) -> Mesh | None:
+    """A Mesh as it is, `"auto"` as all devices along fsdp, None as no mesh.
+
+    Raises:
+        ValueError: anything else, or a mesh with an axis that is not one of `MESH_AXES`.
+    """
+    if mesh is None:
+        return None
+    if isinstance(mesh, str):
+        if mesh != "auto":
+            raise ValueError(f'mesh: expected None, "auto" or a jax.sharding.Mesh, got {mesh!r}')
+        return make_mesh(fsdp=len(jax.devices()))
+    unknown = [axis for axis in mesh.axis_names if axis not in MESH_AXES]
+    if unknown:
+        raise ValueError(
+            f"mesh: expected axes among {MESH_AXES}, got {mesh.axis_names}; "
+            "swaa_jax.sharding.make_mesh(fsdp=4, tensor=2) builds one"
+        )
+    return mesh
+
+
+def spec_for(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """The partition of an array with these logical axes and this shape on `mesh`.
+
+    Raises:
+        ValueError: an axis name that `RULES` lacks, or two axes that want the same mesh axis.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"axes: expected {len(shape)} names for shape {tuple(shape)}, got {axes}")
+    entries: list[tuple[str, ...] | None] = []
+    taken: set[str] = set()
+    for axis, size in zip(axes, shape, strict=True):
+        if axis is not None and axis not in RULES:
+            raise ValueError(f"axes: expected names among {sorted(RULES)}, got {axis!r}")
+        wanted = tuple(
+            name for name in RULES.get(axis or "norm", ()) if mesh.shape.get(name, 1) > 1
+        )
+        clash = taken.intersection(wanted)
+        if clash:
+            raise ValueError(f"axes {tuple(axes)}: two of them want mesh axis {sorted(clash)[0]!r}")
+        parts = math.prod(mesh.shape[name] for name in wanted)
+        if not wanted or size % parts:
+            entries.append(None)
+            continue
+        taken.update(wanted)
+        entries.append(wanted)
+    return PartitionSpec(*entries)
+
+
+def sharding_for(param: nnx.Variable, mesh: Mesh | None) -> NamedSharding | None:
+    """The sharding that a parameter's own `axes` ask for; None without a mesh."""
+    if mesh is None:
+        return None
+    return NamedSharding(mesh, spec_for(param.axes, param.shape, mesh))
+
+
+def attention_specs(
+    mesh: Mesh, *, batch: int, num_kv_heads: int
+) -> tuple[PartitionSpec, PartitionSpec]:
+    """Partitions of `[B, T, heads, H]` arrays and of arrays that start with B, for `attend`.
+
+    Query heads are split only where the key/value heads are, so that groups stay together.
+    """
+    (rows, heads) = spec_for(("batch", "kv_heads"), (batch, num_kv_heads), mesh)
+    return PartitionSpec(rows, None, heads, None), PartitionSpec(rows)
+
+
+def constrain_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Keep activations split by rows of the batch, whole along every other axis."""
+    if mesh is None:
+        return x
+    axes = ("batch",) + (None,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec_for(axes, x.shape, mesh)))
