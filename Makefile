@@ -1,0 +1,100 @@
+# Every target makes the environment that it needs, in .venv, from the committed locks. It takes
+# python3, make and PyPI. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+UV ?= uv
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+TAG := py$(subst .,,$(VERSION))
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet
+LOCK := requirements/lock-$(TAG)
+
+# A stamp says what is installed in the environment, for which Python. Deeper ones hold the ones above.
+CORE := $(VENV)/.stamp-$(TAG)-core
+TEST := $(VENV)/.stamp-$(TAG)-test
+TORCH := $(VENV)/.stamp-$(TAG)-torch
+DEV := $(VENV)/.stamp-$(TAG)-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint smoke bench install lock clean
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+demo: $(CORE)  ## score the shipped model under the paper's policies, on the CPU
+	@$(BIN)/swaa demo
+
+test: $(TEST) $(TORCH)  ## the tests and doctests, without the slow ones
+	@$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+
+lint: $(DEV)  ## ruff, the import rules and pyright
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports
+	@$(BIN)/pyright
+
+smoke:  ## a short run on the JAX that this PYTHON's lock has, in its own environment
+	@$(MAKE) --no-print-directory VENV=.venv-$(TAG) .venv-$(TAG)/.stamp-$(TAG)-test
+	@.venv-$(TAG)/bin/python -m pytest -q -m "not slow" $(PYTEST_ARGS) \
+	    tests/swaa_jax/test_smoke.py tests/kernels_pallas
+
+bench: $(CORE) $(TORCH)  ## attention time and memory against context length, on this machine
+	@$(BIN)/python benchmarks/attention_scaling.py
+
+install: $(DEV) $(TORCH)  ## everything that development needs
+
+lock:  ## make requirements/lock-*.txt again (needs uv; UPGRADE=1 moves to newer versions)
+	@for version in 3.11 3.12 3.13; do \
+	  name=requirements/lock-py$${version%.*}$${version#*.}; \
+	  compile="$(UV) pip compile --quiet --python-version $$version \
+	    --python-platform x86_64-manylinux_2_28 --no-emit-index-url --no-header --no-annotate \
+	    $(if $(UPGRADE),--upgrade) pyproject.toml requirements/build.in"; \
+	  $$compile -o $$name.txt && \
+	  $$compile --extra test -c $$name.txt -o $$name-test.txt && \
+	  $$compile --extra test --extra dev -c $$name-test.txt -o $$name-dev.txt || exit 1; \
+	  echo "$$name: $$(grep -E '^(jax|flax)==' $$name.txt | tr '\n' ' ')"; \
+	done
+
+clean:  ## remove environments, caches and outputs
+	rm -rf .venv .venv-py* build dist demo_output .pytest_cache .ruff_cache .hypothesis
+	rm -rf .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment. One made by another Python, or moved, is made anew.
+
+$(CORE): $(LOCK).txt pyproject.toml
+	@if ! $(BIN)/python -c 'import sys; assert "%d.%d" % sys.version_info[:2] == "$(VERSION)"' \
+	    2>/dev/null; then \
+	  echo "Making $(VENV) with Python $(VERSION)"; $(PYTHON) -m venv --clear $(VENV); \
+	fi
+	@echo "Installing $(LOCK).txt in $(VENV)"
+	@$(PIP) -r $(LOCK).txt
+	@$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(TEST): $(LOCK)-test.txt $(CORE)
+	@echo "Installing $(LOCK)-test.txt in $(VENV)"
+	@$(PIP) -r $(LOCK)-test.txt
+	@touch $@
+
+# torch is the oracle of the tests. It is no part of the lock, where its CUDA packages would follow.
+$(TORCH): requirements/torch.txt $(TEST)
+	@echo "Installing requirements/torch.txt in $(VENV)"
+	@$(PIP) -r requirements/torch.txt || \
+	  echo "No torch for Python $(VERSION) here: the tests against Transformers are skipped."
+	@touch $@
+
+$(DEV): $(LOCK)-dev.txt $(TEST)
+	@echo "Installing $(LOCK)-dev.txt in $(VENV)"
+	@$(PIP) -r $(LOCK)-dev.txt
+	@touch $@
+
+requirements/lock-%.txt:
+	@echo "There is no $@: this project is locked for Python 3.11, 3.12 and 3.13," \
+	  "and $(PYTHON) is $(or $(VERSION),not found). Choose one: make PYTHON=python3.12 ..." >&2; exit 2
