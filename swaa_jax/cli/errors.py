@@ -1,0 +1,85 @@
+"""What a command's exceptions look like in a terminal.
+
+A mistake of the user's is one paragraph on stderr and exit code 2. A bug of ours keeps its
+traceback. `SWAA_TRACEBACK=1` shows the traceback of the former too.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+
+USER_ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+CLOSED_PIPE = 141  # 128 + SIGPIPE
+
+_OUR_PACKAGES = ("swaa_jax", "kernels_pallas")
+_FILE_ERRORS = (
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
+
+
+def run_command(command: Callable[[], int], *, name: str) -> int:
+    """Run a command and give its exit code, whatever happens in it.
+
+    Args:
+        command: does the work and returns the exit code.
+        name: what the message begins with, such as "swaa generate".
+    """
+    try:
+        code = command()
+        sys.stdout.flush()  # so that a closed pipe shows here and not at exit
+        return code
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        _discard_output()
+        return CLOSED_PIPE
+    except (ValueError, NotImplementedError, *_FILE_ERRORS) as error:
+        if os.environ.get("SWAA_TRACEBACK", "0") not in ("", "0") or not is_user_error(error):
+            raise
+        print(f"{name}: error: {one_paragraph(error)}", file=sys.stderr)
+        return USER_ERROR
+
+
+def is_user_error(error: BaseException) -> bool:
+    """Whether a message to the user says it all.
+
+    That is a file that cannot be read or written, or a ValueError or NotImplementedError that our
+    own code raised: theirs name the argument and the way out. The same types from deep inside
+    another library (numpy refusing to broadcast, say) are bugs.
+    """
+    if isinstance(error, _FILE_ERRORS) and error.filename is not None:
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return False
+    module = trace.tb_frame.f_globals.get("__name__", "")
+    return module.split(".")[0] in _OUR_PACKAGES
+
+
+def one_paragraph(error: BaseException) -> str:
+    r"""The error's message without line breaks.
+
+    >>> one_paragraph(ValueError("two\n  lines"))
+    'two lines'
+    >>> one_paragraph(FileNotFoundError(2, "No such file or directory", "a.txt"))
+    'No such file or directory: a.txt'
+    """
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.strerror}: {error.filename}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _discard_output() -> None:
+    """Keep the interpreter from complaining, at exit, of output that nobody reads."""
+    # Suppressed: no real file behind stdout, as under a test runner.
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

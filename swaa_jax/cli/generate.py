@@ -1,0 +1,201 @@
+"""`swaa generate`: answer prompts in the terminal."""
+
+import argparse
+import json
+import pathlib
+import sys
+from typing import Any
+
+from swaa_jax.cli.policy_args import add_policy_arguments, policy_from_args
+
+_EPILOG = """\
+examples:
+  swaa generate tiny-retriever --file prompt.txt
+      the small model that is shipped; the prompt from a file
+
+  swaa generate ~/models/Qwen3-4B "Why is the sky blue?" --no-thinking --max-new-tokens 200
+      a checkpoint in Hugging Face layout; the prompt goes through its chat template
+
+  swaa generate MODEL --file book.txt --window 2048 --sinks 10 --full-layers 1::2 --decode full
+      a sliding window of 2048 keys beside 10 sink tokens, odd layers full, FA decode
+
+  swaa generate MODEL "Hi" --policy naive --stats
+      a shipped policy; what it cost, on stderr
+
+  echo "Once upon a time" | swaa generate MODEL --raw --temperature 0.8 --top-p 0.95 --seed 1
+      no template; sampled; the prompt from standard input
+
+  swaa generate MODEL "one" "two" --json
+      several prompts in one batch; a line of JSON each
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "generate",
+        help="answer prompts under an attention policy",
+        description="Answer prompts under an attention policy. One prompt is answered as it is "
+        "generated; several are run as a batch.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "model", metavar="MODEL", help="a checkpoint directory, or tiny-retriever (shipped)"
+    )
+    parser.add_argument(
+        "prompts", metavar="PROMPT", nargs="*", help="default, and '-': standard input"
+    )
+    parser.add_argument(
+        "--file", metavar="PATH", action="append", default=[], help="a prompt from a text file"
+    )
+
+    prompt = parser.add_argument_group("prompt")
+    style = prompt.add_mutually_exclusive_group()
+    style.add_argument(
+        "--chat",
+        action="store_true",
+        default=None,
+        help="as a user message in the chat template (default, where the model has one)",
+    )
+    style.add_argument(
+        "--raw", dest="chat", action="store_false", help="as it is, without a template"
+    )
+    prompt.add_argument(
+        "--thinking",
+        action=argparse.BooleanOptionalAction,
+        help="the chat template's thinking mode, where it has one",
+    )
+    prompt.add_argument(
+        "--cot", action="store_true", help="append an instruction to reason step by step"
+    )
+
+    answer = parser.add_argument_group("answer")
+    answer.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default 256")
+    answer.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="default 0, greedy"
+    )
+    answer.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens")
+    answer.add_argument(
+        "--top-p", type=float, metavar="P", help="draw among the likeliest tokens of mass P"
+    )
+    answer.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws, default 0")
+    answer.add_argument(
+        "--sampling",
+        choices=["checkpoint"],
+        help="temperature, top-k and top-p from the checkpoint's generation config",
+    )
+    answer.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this; repeatable"
+    )
+
+    add_policy_arguments(parser)
+
+    output = parser.add_argument_group("model and output")
+    output.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32", "float16"],
+        default="bfloat16",
+        help="of weights and activations, default bfloat16",
+    )
+    output.add_argument("--json", action="store_true", help="a line of JSON for each prompt")
+    output.add_argument(
+        "--stats", action="store_true", help="speed and memory on stderr, compilation apart"
+    )
+    output.add_argument("--verbose", action="store_true", help="log what is chosen and why")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    texts = _read_prompts(args)
+    policy = policy_from_args(args)
+
+    # Slow to import, hence not above: `swaa --help` stays fast.
+    from swaa_jax import infer, load_model, load_tokenizer, runtime
+    from swaa_jax.models.auto import resolve_directory
+
+    runtime.setup_logging("INFO" if args.verbose else "WARNING")
+    runtime.enable_compilation_cache()
+    directory = resolve_directory(args.model)
+    tok = load_tokenizer(directory)
+    chat = bool(tok.chat_template) if args.chat is None else args.chat
+    prompts = [[{"role": "user", "content": text}] if chat else text for text in texts]
+    model = load_model(directory, policy=policy, dtype=args.dtype)
+
+    options = {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "seed": args.seed,
+        "sampling": args.sampling,
+        "stop": args.stop,
+        "enable_thinking": args.thinking,
+        "cot": args.cot,
+    }
+    if len(prompts) == 1 and not args.json:
+        pieces = infer.stream(model, tok, prompts[0], **options)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+        generation = pieces.generation
+    else:
+        generation = infer.generate(
+            model, tok, prompts, **options, progress=sys.stderr.isatty() and len(prompts) > 1
+        )
+        _print_all(generation, texts, as_json=args.json)
+    if args.stats and generation is not None:
+        sys.stdout.flush()
+        print(f"policy: {model.policy}", file=sys.stderr)
+        print(generation.timings, file=sys.stderr)
+    return 0
+
+
+def _read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts in order: arguments, files, and standard input where it is asked for or alone.
+
+    Raises:
+        ValueError: no prompt, an empty one, or a file that is not UTF-8 text.
+    """
+    sources = [*args.prompts, *(pathlib.Path(path) for path in args.file)]
+    if not sources:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise ValueError(
+                "no prompt: give one as an argument, with --file, or on standard input"
+            )
+        sources = ["-"]
+    texts = []
+    for source in sources:
+        name = "standard input" if source == "-" else str(source)
+        try:
+            if isinstance(source, pathlib.Path):
+                text = source.read_text(encoding="utf-8")
+            else:
+                text = sys.stdin.read() if source == "-" else source
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name}: expected UTF-8 text, got {error}") from error
+        if not text.strip():
+            where = f" in {name}" if isinstance(source, pathlib.Path) or source == "-" else ""
+            raise ValueError(f"expected some text, got an empty prompt{where}")
+        from_pipe = isinstance(source, pathlib.Path) or source == "-"
+        texts.append(text.removesuffix("\n") if from_pipe else text)
+    return texts
+
+
+def _print_all(generation: Any, texts: list[str], *, as_json: bool) -> None:
+    answers = zip(
+        texts, generation.texts, generation.tokens, generation.finish_reasons, strict=True
+    )
+    for index, (prompt, text, tokens, reason) in enumerate(answers):
+        if as_json:
+            record = {
+                "prompt": prompt,
+                "text": text,
+                "tokens": list(tokens),
+                "finish_reason": reason,
+                "timings": generation.timings.to_dict(),
+            }
+            print(json.dumps(record, ensure_ascii=False))
+        else:
+            print(f"{'' if index == 0 else chr(10)}==> prompt {index + 1} <==\n{text}")
