@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 TAG := py$(subst .,,$(VERSION))
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet
+PIP := $(BIN)/python -m pip install -qq
 LOCK := requirements/lock-$(TAG)
 
 # A stamp says what is installed in the environment, for which Python. Deeper ones hold the ones above.

@@ -39,6 +39,7 @@ from swaa_jax._policy_fields import (
     resolve_layers,
     swaa_layers,
 )
+from swaa_jax.storage import write_text_atomic
 from swaa_jax.typing import PathLike
 
 __all__ = ["AttentionPolicy", "LayerAttention", "LayerSelection"]
@@ -310,7 +311,8 @@ class AttentionPolicy:
     def save(self, path: PathLike) -> None:
         """Writes the policy to a ``.json`` file, or to YAML under any other name."""
         path = epath.Path(path)
-        path.write_text(self.to_json() + "\n" if path.suffix == ".json" else self.to_yaml())
+        text = self.to_json() + "\n" if path.suffix == ".json" else self.to_yaml()
+        write_text_atomic(path, text)
 
     @classmethod
     def _from_document(cls, document: Any) -> "AttentionPolicy":

@@ -7,11 +7,12 @@ _FLAG = "--xla_force_host_platform_device_count"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
 
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
-from jaxtyping import install_import_hook  # noqa: E402
 
 # Every annotated function of the two packages checks its shapes and types at each call.
-install_import_hook(["swaa_jax", "kernels_pallas"], "beartype.beartype")
+jaxtyping.install_import_hook(["swaa_jax", "kernels_pallas"], "beartype.beartype")
 
 # The same examples on every machine, and no time limit: the first call of each shape compiles.
 settings.register_profile(
@@ -22,3 +23,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def no_type_checks(monkeypatch):
+    """Calls as users make them, without the import hook: wrong types reach our own messages."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -1,0 +1,112 @@
+"""Every file in configs/ is parsed, and the shipped policies say what the paper's tables say."""
+
+import pathlib
+
+import pytest
+import yaml
+
+from swaa_jax import configs
+from swaa_jax.policy import AttentionPolicy
+
+ROOT = pathlib.Path(__file__).parents[2] / "configs"
+FILES = sorted(path for path in ROOT.rglob("*") if path.is_file())
+POLICIES = [path for path in FILES if path.is_relative_to(ROOT / "policies")]
+
+# Table 1 of arXiv 2512.10411 v5: window, FA layers, sinks, FA decode.
+TABLE_1 = {
+    "full": (None, (), 0, "window"),  # row 0
+    "naive": (2000, (), 0, "window"),  # row 1
+    "instruct-no-train": (2000, "1::2", 10, "full"),  # row 17
+    "thinking-no-train-efficient": (2000, (), 100, "full"),  # row 8
+    "thinking-no-train-quality": (4000, "1::2", 100, "full"),  # row 22
+    "trained-efficient-fa-decode": (2000, (), 0, "full"),  # row 27
+    "trained-efficient-interleave": (2000, "1::2", 0, "window"),  # row 28
+    "trained-quality": (2000, "1::2", 0, "full"),  # row 31
+    "trained-quality-sinks": (2000, "1::2", 100, "full"),  # row 34
+    # Its text on other models.
+    "instruct-no-train-even-layers": (2000, "0::2", 10, "full"),
+    "thinking-no-train-even-layers": (2000, "0::2", 10, "full"),
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_is_yaml_in_a_known_folder(path):
+    assert path.suffix == ".yaml"
+    assert path.relative_to(ROOT).parts[0] in ("models", "policies", "train", "eval")
+    assert isinstance(yaml.safe_load(path.read_text()), dict)
+
+
+@pytest.mark.parametrize("path", POLICIES, ids=lambda path: path.stem)
+def test_every_policy_resolves_and_says_where_it_is_from(path):
+    name = path.relative_to(ROOT / "policies").with_suffix("").as_posix()
+    file = configs.load_policy_file(name)
+    assert file.name == name
+    assert file.policy == configs.load_policy(name) == configs.load_policy(path)
+    assert file.description
+    assert file.source
+    assert path.read_text().startswith("# "), "says in a comment what it is for"
+    assert len(file.policy.resolve(36)) == 36
+
+
+@pytest.mark.parametrize("name", TABLE_1)
+def test_policies_of_the_paper(name):
+    window, layers, sinks, decode = TABLE_1[name]
+    file = configs.load_policy_file(name)
+    assert "2512.10411" in file.source
+    assert file.models
+    assert (
+        file.policy.to_dict()
+        == AttentionPolicy(
+            window=window, full_attention_layers=layers, num_sink_tokens=sinks, decode=decode
+        ).to_dict()
+    )
+
+
+def test_list_and_path():
+    names = configs.list_configs("policies")
+    assert set(TABLE_1) <= set(names)
+    assert names == sorted(names)
+    for name in names:
+        assert configs.config_path("policies", name).is_file()
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: configs.list_configs("policy"), "No configs of kind 'policy'.*policies"),
+        (lambda: configs.list_configs(""), "No configs of kind"),
+        (
+            lambda: configs.config_path("policies", "naiv"),
+            "Did you mean 'naive'.*There are: .*full",
+        ),
+        (lambda: configs.load_policy("../pyproject"), "No policies config is named"),
+    ],
+)
+def test_unknown_names(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_files_of_the_user(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text('{"window": 4, "description": "a\\n  b", "models": ["c"]}')
+    file = configs.load_policy_file(path)
+    assert (file.name, file.description, file.models) == (str(path), "a b", ("c",))
+    assert file.policy == AttentionPolicy(window=4)
+    with pytest.raises(FileNotFoundError):
+        configs.load_policy(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{window: 4, description: 3}", "bad.yaml: description must be text"),
+        ("{window: 4, models: one}", "bad.yaml: models must be a list"),
+        ("{window: 4, sinks: 1}", "bad.yaml: Unknown key"),
+    ],
+)
+def test_malformed_files(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        configs.load_policy_file(path)
