@@ -1,0 +1,122 @@
+"""What tiny-retriever is and how it is trained: the model, the optimizer, the curriculum."""
+
+import dataclasses
+
+from training.tiny_retriever.data import Stage
+
+MODEL = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 2304,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000.0,
+    "rope_scaling": None,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "initializer_range": 0.02,
+    "use_cache": True,
+    "bos_token_id": None,
+    "eos_token_id": 2,  # <|im_end|>
+    "pad_token_id": 0,  # <|endoftext|>
+}
+"""`config.json`: 6.9M parameters, 13.8 MB in bfloat16."""
+
+STAGES = (
+    Stage(
+        width=256,
+        lengths=((128, 0.4), (256, 0.6)),
+        repeat=0.15,
+        dense=0.5,
+        four_by_four=0.3,
+        min_steps=1000,
+        max_steps=12_000,
+    ),
+    Stage(
+        width=512,
+        lengths=((128, 0.1), (256, 0.2), (512, 0.7)),
+        repeat=0.05,
+        dense=0.35,
+        four_by_four=0.4,
+        min_steps=600,
+        max_steps=4000,
+    ),
+    Stage(
+        width=1024,
+        lengths=((256, 0.15), (512, 0.15), (1024, 0.7)),
+        repeat=0.03,
+        dense=0.25,
+        four_by_four=0.5,
+        min_steps=1500,
+        max_steps=6000,
+        advance_at=0.98,
+    ),
+    Stage(
+        width=2048,
+        lengths=((512, 0.15), (1024, 0.25), (2048, 0.6)),
+        repeat=0.02,
+        dense=0.2,
+        four_by_four=0.5,
+        min_steps=1000,
+        max_steps=4000,
+        advance_at=0.98,
+    ),
+    Stage(
+        width=4096,
+        lengths=((1024, 0.35), (2048, 0.25), (4096, 0.4)),
+        repeat=0.02,
+        dense=0.2,
+        four_by_four=0.5,
+        min_steps=10**9,
+        max_steps=10**9,
+    ),
+)
+"""Short and dense first: retrieval forms at 128-256 tokens or not at all; then twice as long, again
+and again, with shorter documents kept in the mix."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimizer and batch; AdamW, warm-up, constant rate, linear cool-down at the end."""
+
+    batch_tokens: int = 65_536
+    compute_dtype: str = "bfloat16"  # over float32 master weights
+    learning_rate: float = 2e-3
+    warmup_steps: int = 300
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-9
+    weight_decay: float = 0.05  # of matrices, not of norms or the embedding
+    clip: float = 1.0
+    qk_norm_gain: float = 1.5  # attention can be sharp from the start
+    input_std: float = 0.04  # of matrices that read the residual stream
+    output_std: float = 0.005  # of matrices that write to it: 0.02 / sqrt(2 * layers)
+    log_every: int = 50
+    judge_over: int = 200  # steps that a stage's exact match is taken over
+
+
+SMOKE_MODEL = MODEL | {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+}
+SMOKE_STAGES = (
+    dataclasses.replace(STAGES[0], min_steps=10, max_steps=10),
+    dataclasses.replace(STAGES[1], min_steps=10**9, max_steps=10**9),
+)
+SMOKE_CONFIG = TrainConfig(
+    batch_tokens=2048, compute_dtype="float32", log_every=5, judge_over=5, warmup_steps=5
+)
