@@ -2,8 +2,10 @@
 
 A batch is rows of one width; a row is documents of equal length back to back. Kinds of document:
 
-* ruler: the needle task exactly as `swaa_jax.eval.ruler` words it, answer included, thinking or not;
-* dense: needles and nothing else, then every one of them asked for: a scratchpad's lines, or a list;
+* ruler: the needle task exactly as `swaa_jax.eval.ruler` words it, answer included, thinking or
+not;
+* dense: needles and nothing else, then every one of them asked for: a scratchpad's lines, or a
+list;
 * repeat: random tokens, over and over.
 
 Retrieval forms on the latter two: they ask for something at nearly every token. A batch depends on
@@ -177,8 +179,11 @@ class Facts:
 
 
 def draw_facts(rng: np.random.Generator, vocab: Vocabulary, count: int) -> Facts:
-    """`count` keys and values, distinct each. One draw in four is hard: keys that share adjectives and
-    nouns, and values that share their first digits, so that no part of them will do alone."""
+    """`count` keys and values, distinct each.
+
+    One draw in four is hard: keys that share adjectives and nouns, and values that share their
+    first digits, so that no part of them will do alone.
+    """
     hard = rng.random() < 0.25
     if hard:
         side = int(np.ceil(np.sqrt(2 * count)))

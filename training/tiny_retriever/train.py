@@ -1,18 +1,18 @@
-"""Trains tiny-retriever from scratch with full attention, in runs that may end and go on.
+r"""Trains tiny-retriever from scratch with full attention, in runs that may end and go on.
 
     # first run; stops by itself before the limit and leaves a checkpoint
     python training/tiny_retriever/train.py --out runs/a --time-limit 520
     # go on from it; the last run cools the learning rate down and ends at --steps
-    python training/tiny_retriever/train.py --out runs/b --resume runs/a/checkpoint \\
+    python training/tiny_retriever/train.py --out runs/b --resume runs/a/checkpoint \
         --steps 24000 --cooldown-steps 4000 --time-limit 520
     # Hugging Face layout, bfloat16, from a checkpoint (any device)
-    python training/tiny_retriever/train.py --resume runs/b/checkpoint \\
+    python training/tiny_retriever/train.py --resume runs/b/checkpoint \
         --export swaa_jax/assets/tiny-retriever
     # does it run here? twenty tiny steps on the CPU
     python training/tiny_retriever/train.py --smoke --out /tmp/smoke
 
-A stage ends when values are found: when the exact match of every kind of answer, over the last steps
-and on data that has not been trained on yet, reaches the stage's mark (or at its most steps).
+A stage ends when values are found: when the exact match of every kind of answer, over the last
+steps and on data that has not been trained on yet, reaches the stage's mark (or at its most steps).
 """
 
 import argparse
@@ -155,7 +155,7 @@ class Trainer:
 def save_checkpoint(
     directory: pathlib.Path, params: Params, optimizer_state: Any, state: dict[str, Any]
 ) -> None:
-    """Parameters in float32, Adam's moments in bfloat16, and where the run stands; all or nothing."""
+    """Parameters in float32, Adam's moments in bfloat16, where the run stands; all or nothing."""
     adam = _adam(optimizer_state)
     host = jax.device_get((params, adam.mu, adam.nu, adam.count))
     tensors = [(f"params/{name}", value) for name, value in host[0].items()]
@@ -296,7 +296,7 @@ def train(
     *,
     started: float,
 ) -> None:
-    """Runs steps until the last one, the time limit or a signal; saves now and then and at the end."""
+    """Runs steps until the last one, the time limit or a signal; saves on the way and then."""
     config, out = trainer.config, arguments.out
     out.mkdir(parents=True, exist_ok=True)
     optimizer_state = trainer.optimizer.init(trainer.params)
