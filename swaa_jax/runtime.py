@@ -73,7 +73,7 @@ def enable_compilation_cache(directory: epath.PathLike | None = None) -> str | N
     Raises:
         ValueError: the directory that was asked for cannot be made.
     """
-    configured = jax.config.jax_compilation_cache_dir
+    configured = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if directory is None and configured:
         return configured
     path = epath.Path(directory if directory is not None else _default_cache())

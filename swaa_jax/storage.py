@@ -64,14 +64,19 @@ def _fold_layers(names: list[str]) -> list[str]:
         match = re.search(r"\.(\d{1,6})\.", name)
         pattern = name if not match else f"{name[: match.start(1)]}\0{name[match.end(1) :]}"
         groups.setdefault(pattern, []).append(int(match.group(1)) if match else 0)
-    folded = []
-    for pattern, numbers in groups.items():
-        low, high = min(numbers), max(numbers)
-        if len(numbers) > 1 and high - low + 1 == len(numbers):
-            folded.append(pattern.replace("\0", f"{{{low}..{high}}}"))
+    return [pattern.replace("\0", _runs(numbers)) for pattern, numbers in groups.items()]
+
+
+def _runs(numbers: list[int]) -> str:
+    """[0, 1, 2, 7] as "{0..2,7}"; one number as itself."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
         else:
-            folded.extend(pattern.replace("\0", str(number)) for number in numbers)
-    return folded
+            runs.append([number])
+    text = ",".join(f"{r[0]}..{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
+    return text if len(numbers) == 1 else f"{{{text}}}"
 
 
 def resolve_inside(directory: epath.PathLike, name: str) -> epath.Path:
@@ -82,7 +87,8 @@ def resolve_inside(directory: epath.PathLike, name: str) -> epath.Path:
     (`<repo>/snapshots/<revision>/x -> ../../blobs/<hash>`); links into that `blobs` are followed.
 
     Raises:
-        CheckpointError: `name` is not a plain file name, or the link's target is outside.
+        CheckpointError: `name` is not a plain file name, leads outside, or is there but is not a
+            file. A name that is absent is returned.
     """
     directory = epath.Path(directory)
     if not name or name in (".", "..") or any(c in name for c in "/\\\0"):
@@ -99,15 +105,18 @@ def resolve_inside(directory: epath.PathLike, name: str) -> epath.Path:
         roots.append(root.parent.parent / "blobs")
     try:
         target = pathlib.Path(path).resolve()
-    except (OSError, RuntimeError) as error:  # a loop of links
+        regular = target.is_file() or not target.exists()  # a pipe, say, would hang
+    except (OSError, RuntimeError) as error:  # a loop of links, or no permission
         raise CheckpointError(
-            f"{path}: the link cannot be followed ({error}). Replace it by the file itself."
+            f"{path} cannot be followed to a file ({error}). Replace it by the file itself."
         ) from error
     if not any(target.is_relative_to(allowed) for allowed in roots):
         raise CheckpointError(
             f"{path} is a symbolic link to {target}, outside the checkpoint directory {directory}, "
             "and is refused. Expected a regular file; copy the file into the directory."
         )
+    if not regular:
+        raise CheckpointError(f"{path} is not a regular file. Fetch the file again.")
     return path
 
 
@@ -166,8 +175,8 @@ def atomic_directory(
     made, and removed again on failure. A killed process can leave the hidden directory behind.
 
     Remotely (`gs://...`) the block writes in a local scratch directory, and the files are copied up
-    with `commit_mark` last; a failure removes what was copied. That costs local disk of the
-    checkpoint's size.
+    with `commit_mark` last; a failure removes what was copied. What this gives up: local disk of
+    the checkpoint's size, and with `overwrite` the old files, which go before the new ones come.
 
     Args:
         path: the directory to make. It must not exist, or be empty.

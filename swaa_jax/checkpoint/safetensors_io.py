@@ -158,10 +158,11 @@ def check_directory(directory: epath.PathLike) -> epath.Path:
     path = epath.Path(directory)
     try:
         if path.is_dir():
+            next(path.iterdir(), None)  # may we look?
             return path
         exists = path.exists()
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{str(directory)!r} cannot be opened as a path: {error}.") from error
+        raise CheckpointError(f"{str(directory)!r} cannot be opened: {error}.") from error
     if exists:
         raise CheckpointError(
             f"{path} is a file; expected the directory of a checkpoint (config.json and "

@@ -30,7 +30,8 @@ def load_tokenizer(path: epath.PathLike) -> "PreTrainedTokenizerBase":
         A Transformers fast tokenizer. `apply_chat_template` uses the directory's chat template.
 
     Raises:
-        CheckpointError: not a directory, no tokenizer files, or files that cannot be read.
+        CheckpointError: not a directory, no tokenizer files, files that cannot be read, or a
+            tokenizer that is code.
     """
     directory = check_directory(path)
     if not is_local(directory):
@@ -58,6 +59,13 @@ def load_tokenizer(path: epath.PathLike) -> "PreTrainedTokenizerBase":
         )
     except Exception as error:  # the library raises whatever a malformed file makes it raise
         reason = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in reason:
+            raise CheckpointError(
+                f"{directory}: tokenizer_config.json or config.json asks for the checkpoint's own "
+                "Python code, which is never run. If tokenizer.json is complete, set "
+                '"tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json and remove '
+                '"auto_map".'
+            ) from error
         raise CheckpointError(
             f"{directory}: the tokenizer cannot be loaded from {', '.join(present)}: "
             f"{reason[:600]}. Check that the files are whole and belong together."

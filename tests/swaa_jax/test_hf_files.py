@@ -1,0 +1,138 @@
+"""The small files of a checkpoint directory."""
+
+import hashlib
+import importlib.metadata
+import json
+import re
+
+import pytest
+
+import swaa_jax
+from swaa_jax.checkpoint import (
+    CheckpointError,
+    copy_tokenizer_files,
+    read_attention_policy,
+    read_config,
+    read_generation_config,
+    read_provenance,
+    write_attention_policy,
+    write_config,
+    write_generation_config,
+    write_provenance,
+)
+
+POLICY = {"window": 8, "num_sink_tokens": 1, "full_attention_layers": "1::2", "decode": "full"}
+
+
+def test_configs_round_trip(tmp_path):
+    write_config(tmp_path, {"model_type": "qwen3", "quantization_config": None})
+    write_generation_config(tmp_path, {"temperature": 0.6})
+    assert read_config(tmp_path)["model_type"] == "qwen3"
+    assert read_generation_config(tmp_path) == {"temperature": 0.6}
+
+
+def test_a_generation_config_is_optional(tmp_path):
+    assert read_generation_config(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "has no config.json"),
+        ('{"a": ', "config.json is not valid JSON"),
+        ("[1]", "holds a JSON list; expected an object"),
+        ("[" * 100_000, "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        ('{"quantization_config": {"quant_method": "gptq", "bits": 4}}', "method gptq.*bfloat16"),
+        ('{"quantization_config": "x"}', "method not named"),
+    ],
+)
+def test_a_bad_config_is_one_clear_error(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_config(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_that_links_out_is_refused(tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "m" / "config.json").symlink_to("../config.json")
+    with pytest.raises(CheckpointError, match="symbolic link"):
+        read_config(tmp_path / "m")
+
+
+def test_the_policy_round_trips(tmp_path):
+    assert read_attention_policy(tmp_path) is None
+    write_attention_policy(tmp_path, POLICY, num_layers=8)
+    assert read_attention_policy(tmp_path, num_layers=8) == POLICY
+    assert json.loads((tmp_path / "attention_policy.json").read_text()) == {
+        "schema_version": 1,
+        "policy": POLICY,
+        "num_layers": 8,
+    }
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"schema_version": 2}, "expected schema_version 1, got 2"),
+        ({"schema_version": None}, "expected schema_version 1, got None"),
+        ({"schema_version": True}, "expected schema_version 1, got True"),
+        ({"num_layers": 9}, "for a model of 9 layers, but the model has 8"),
+        ({"num_layers": "8"}, "a positive integer 'num_layers'"),
+        ({"num_layers": 0}, "a positive integer 'num_layers'"),
+        ({"policy": [1]}, re.escape("an object 'policy'")),
+    ],
+)
+def test_a_policy_of_another_model_is_refused(tmp_path, change, message):
+    record = {"schema_version": 1, "policy": POLICY, "num_layers": 8} | change
+    (tmp_path / "attention_policy.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_attention_policy(tmp_path, num_layers=8)
+    assert "attention_policy.json" in str(caught.value)
+
+
+def test_provenance_says_where_from(tmp_path):
+    assert read_provenance(tmp_path) is None
+    (tmp_path / "tokenizer.json").write_text("{}")
+    write_provenance(tmp_path, base="org/model", revision="abc", seed=3)
+    assert read_provenance(tmp_path) == {
+        "base": "org/model",
+        "revision": "abc",
+        "tokenizer_sha256": hashlib.sha256(b"{}").hexdigest(),
+        "versions": {
+            "swaa_jax": swaa_jax.__version__,
+            "jax": importlib.metadata.version("jax"),
+            "flax": importlib.metadata.version("flax"),
+        },
+        "seed": 3,
+    }
+
+
+def test_tokenizer_files_are_copied_byte_for_byte(tmp_path):
+    source, destination = tmp_path / "a", tmp_path / "b"
+    source.mkdir()
+    destination.mkdir()
+    content = {
+        "tokenizer.json": b"{ }\r\n",
+        "chat_template.jinja": b"{{ x }}",
+        "merges.txt": b"\xff",
+    }
+    for name, data in content.items():
+        (source / name).write_bytes(data)
+    (source / "model.safetensors").write_bytes(b"not copied")
+    assert sorted(copy_tokenizer_files(source, destination)) == sorted(content)
+    assert {p.name: p.read_bytes() for p in destination.iterdir()} == content
+
+
+def test_a_tokenizer_file_that_links_out_is_not_copied(tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "vocab.json").symlink_to("../secret")
+    with pytest.raises(CheckpointError, match="symbolic link"):
+        copy_tokenizer_files(tmp_path / "a", tmp_path / "b")
+    assert list((tmp_path / "b").iterdir()) == []
