@@ -5,8 +5,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-import etils.epath as epath
-
 from swaa_jax.checkpoint.hf import read_generation_config
 from swaa_jax.infer.decoding import DecodeClock, Prefilled, decode_rows, prefill_prompts
 from swaa_jax.infer.prompts import check_context, encode_prompts
@@ -399,14 +397,9 @@ class _Session:
 
 
 def generation_config(model: Any) -> dict[str, Any]:
-    """The checkpoint's generation config: the model's copy, else its directory's; {} if none."""
-    config = getattr(model, "generation_config", None)
-    if config is not None:
-        return dict(config)
+    """The generation config of the directory that the model came from; {} if there is none."""
     source = getattr(model, "source", None)
-    if source is None or not (epath.Path(source) / "generation_config.json").exists():
-        return {}
-    return dict(read_generation_config(source))
+    return {} if source is None else dict(read_generation_config(source))
 
 
 def eos_token_ids(model: Any, tok: Any) -> tuple[int, ...]:

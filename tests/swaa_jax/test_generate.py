@@ -1,0 +1,304 @@
+"""`generate`, `stream` and `decode_from` over an exact stand-in: whatever differs is a bug."""
+
+import importlib
+import json
+
+import numpy as np
+import pytest
+
+from swaa_jax.infer import (
+    DecodeOptions,
+    Timings,
+    compile_counts,
+    decode_from,
+    generate,
+    prefill_prompts,
+    stream,
+)
+from swaa_jax.infer.generate import eos_token_ids
+from tests.support import byte_tokenizer
+from tests.support.standin import StandIn
+
+pytest.importorskip("transformers")
+
+RNG = np.random.default_rng(5)
+PROMPTS = [RNG.integers(0, 64, size=n).tolist() for n in (5, 9, 30, 47, 1)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return StandIn()
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return byte_tokenizer.build()
+
+
+@pytest.fixture(scope="module")
+def talker():
+    """A stand-in whose vocabulary is the tokenizer's."""
+    return StandIn(byte_tokenizer.VOCAB_SIZE, seed=1)
+
+
+def counts_during(call):
+    before = compile_counts()
+    call()
+    after = compile_counts()
+    return {
+        name: after[name] - before.get(name, 0)
+        for name in after
+        if after[name] != before.get(name, 0)
+    }
+
+
+def test_greedy_is_a_plain_loop(model):
+    out = generate(model, None, PROMPTS, max_new_tokens=40)
+    assert [list(tokens) for tokens in out.tokens] == [model.answer(p, 40) for p in PROMPTS]
+    assert out.finish_reasons == ("length",) * len(PROMPTS)
+    assert out.texts == ("",) * len(PROMPTS)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_neither_batch_nor_order_nor_chunks_change_an_answer(model, temperature):
+    options = {"max_new_tokens": 21, "temperature": temperature, "top_p": 0.9, "seed": 3}
+    want = generate(model, None, PROMPTS, **options).tokens
+    for batch_size in (1, 2):
+        assert generate(model, None, PROMPTS, batch_size=batch_size, **options).tokens == want
+    for chunk_size in (1, 5):
+        assert generate(model, None, PROMPTS, chunk_size=chunk_size, **options).tokens == want
+
+
+def test_seed_and_row_change_a_draw(model):
+    options = {"max_new_tokens": 8, "temperature": 1.5}
+    same = generate(model, None, [PROMPTS[0]] * 3, **options).tokens
+    assert len(set(same)) == 3, "rows with the same prompt drew the same tokens"
+    assert generate(model, None, [PROMPTS[0]] * 3, seed=1, **options).tokens != same
+
+
+def test_one_bucket_compiles_once():
+    model = StandIn(67)  # a vocabulary of its own: nothing was compiled for it before
+    counts = counts_during(
+        lambda: [generate(model, None, [[1] * n], max_new_tokens=20) for n in (5, 9, 30)]
+    )
+    assert counts == {"prefill": 1, "first": 1, "decode": 1}
+    assert not counts_during(lambda: generate(model, None, [[2] * 32], max_new_tokens=31, seed=5))
+    assert not counts_during(lambda: list(stream(model, None, [3] * 7, max_new_tokens=9)))
+    # Another model of the same shape is other weights in the same program.
+    assert not counts_during(lambda: generate(StandIn(67), None, [[4]], max_new_tokens=20))
+    # A longer prompt is another bucket; three rows and four are one.
+    assert counts_during(lambda: generate(model, None, [[1] * 33], max_new_tokens=20)) == {
+        "prefill": 1,
+        "decode": 1,
+    }
+    generate(model, None, [[1]] * 4, max_new_tokens=20)
+    assert not counts_during(lambda: generate(model, None, [[1]] * 3, max_new_tokens=20))
+
+
+def test_temperature_and_top_p_do_not_recompile(model):
+    options = {"max_new_tokens": 4, "top_k": 10}
+    generate(model, None, [[1]], temperature=0.5, **options)
+    assert not counts_during(
+        lambda: generate(model, None, [[1]], temperature=2.0, top_p=0.4, **options)
+    )
+
+
+def test_xla_compiles_before_the_timed_calls_only():
+    """The timed call finds the program that was compiled ahead: no second compilation."""
+    model = StandIn(71)
+    decoding = importlib.import_module("swaa_jax.infer.decoding")
+    sizes = [getattr(decoding, name)._cache_size() for name in ("_prefill", "_decode")]
+    timings = generate(model, None, [[1, 2]], max_new_tokens=20).timings
+    assert timings.compile_s > 10 * (timings.prefill_s + timings.decode_s + timings.first_token_s)
+    assert [getattr(decoding, name)._cache_size() for name in ("_prefill", "_decode")] == [
+        size + 1 for size in sizes
+    ]
+    again = generate(model, None, [[1, 2]], max_new_tokens=20).timings
+    assert again.compile_s < timings.compile_s / 10
+
+
+def test_eos_ends_a_row_and_the_others_go_on(model):
+    answers = [model.answer(p, 30) for p in PROMPTS]
+    eos = answers[0][6]
+    out = generate(model, None, PROMPTS, max_new_tokens=30, stop_token_ids=[eos])
+    for tokens, reason, answer in zip(out.tokens, out.finish_reasons, answers, strict=True):
+        end = answer.index(eos) + 1 if eos in answer else 30
+        assert list(tokens) == answer[:end]
+        assert reason == ("stop" if eos in answer else "length")
+    assert len(out.tokens[0]) <= 7
+    assert "length" in out.finish_reasons
+
+
+def test_a_call_ends_when_all_rows_have(model):
+    answer = model.answer(PROMPTS[0], 30)
+    out = generate(model, None, [PROMPTS[0]], max_new_tokens=400, stop_token_ids=[answer[6]])
+    assert out.timings.decode_steps == answer.index(answer[6])  # the first token is the prefill's
+
+
+def test_a_first_token_that_ends_the_answer(model):
+    first = model.answer(PROMPTS[2], 1)
+    out = generate(model, None, PROMPTS[2], max_new_tokens=50, stop_token_ids=first)
+    assert (list(out.tokens[0]), out.finish_reasons) == (first, ("stop",))
+    assert out.timings.decode_steps == 0
+    assert out.timings.time_per_output_token_s is None
+
+
+def with_generation_config(model, directory, config):
+    """The model as if it had been loaded from a directory with this generation config."""
+    (directory / "generation_config.json").write_text(json.dumps(config))
+    model.source = str(directory)
+    return model
+
+
+def test_where_eos_comes_from(tok, tmp_path):
+    model = StandIn(byte_tokenizer.VOCAB_SIZE, eos_token_id=11)
+    assert eos_token_ids(model, None) == (11,)
+    assert eos_token_ids(model, tok) == (2, 11)
+    with_generation_config(model, tmp_path, {"eos_token_id": [7, 9]})
+    assert eos_token_ids(model, None) == (7, 9)
+    with_generation_config(model, tmp_path, {"eos_token_id": 9})
+    assert eos_token_ids(model, tok) == (2, 9)
+    with_generation_config(model, tmp_path, {"do_sample": True})
+    assert eos_token_ids(model, None) == (11,)
+    model.source = None
+    assert eos_token_ids(StandIn(), None) == ()
+
+
+def test_eos_ends_an_answer_unless_ignored(tmp_path):
+    answer = StandIn().answer([1], 30)
+    model = with_generation_config(StandIn(), tmp_path, {"eos_token_id": [answer[7]]})
+    out = generate(model, None, [1], max_new_tokens=30)
+    assert list(out.tokens[0]) == answer[: answer.index(answer[7]) + 1]
+    assert out.finish_reasons == ("eos",)
+    out = generate(model, None, [1], max_new_tokens=30, ignore_eos=True)
+    assert (list(out.tokens[0]), out.finish_reasons) == (answer, ("length",))
+
+
+def test_sampling_from_the_checkpoint(model, tmp_path):
+    config = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    own = with_generation_config(StandIn(), tmp_path, config)
+    options = {"max_new_tokens": 9, "seed": 2}
+    got = generate(own, None, PROMPTS[:3], sampling="checkpoint", **options)
+    want = generate(model, None, PROMPTS[:3], temperature=0.6, top_k=20, top_p=0.95, **options)
+    assert got.tokens == want.tokens
+    with pytest.raises(ValueError, match="leave sampling out"):
+        generate(own, None, [[1]], sampling="checkpoint", temperature=0.5)
+    with pytest.raises(ValueError, match="needs a generation_config"):
+        generate(model, None, [[1]], sampling="checkpoint")
+
+
+def test_stop_strings_cut_texts_but_not_their_neighbours(talker, tok):
+    prompts = ["ask", "tell me", "a"]
+    whole = generate(talker, tok, prompts, max_new_tokens=60, ignore_eos=True)
+    stop = whole.texts[1][10:13]
+    out = generate(talker, tok, prompts, max_new_tokens=60, ignore_eos=True, stop=stop)
+    for cut, text in zip(out.texts, whole.texts, strict=True):
+        assert cut == text.split(stop)[0]
+    assert out.finish_reasons[1] == "stop"
+    assert out.tokens[1] == whole.tokens[1][: len(out.tokens[1])]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 32])
+def test_a_stream_is_generate_in_pieces(talker, tok, chunk_size):
+    for prompt, options in [
+        ("ask", {}),
+        ("ask", {"temperature": 1.0, "seed": 4}),
+        ([{"role": "user", "content": "hi"}], {"enable_thinking": False}),
+    ]:
+        options = {"max_new_tokens": 50, "chunk_size": chunk_size, **options}
+        whole = generate(talker, tok, prompt, **options)
+        pieces = stream(talker, tok, prompt, **options)
+        assert pieces.generation is None
+        assert "".join(pieces) == whole.texts[0]
+        assert pieces.generation.tokens == whole.tokens
+        assert pieces.generation.texts == whole.texts
+        assert pieces.generation.finish_reasons == whole.finish_reasons
+        assert pieces.generation.timings.new_tokens == len(whole.tokens[0])
+
+
+def test_a_stream_comes_in_pieces(talker, tok):
+    assert len(list(stream(talker, tok, "ask", max_new_tokens=50, ignore_eos=True))) > 5
+    with pytest.raises(ValueError, match="one prompt to stream, got 2"):
+        stream(talker, tok, ["a", "b"])
+
+
+def test_one_prefill_serves_many_decodings(model):
+    prefilled = prefill_prompts(model, PROMPTS, max_new_tokens=20)
+    assert prefilled.num_rows == 5
+    options = DecodeOptions(max_new_tokens=20)
+    seen = []
+    first = decode_from(
+        model, None, prefilled, options=options, keep_caches=True, on_progress=seen.append
+    )
+    assert seen[-1] == 5 * 20
+    again = decode_from(model, None, prefilled, options=options, keep_caches=True)
+    last = decode_from(model, None, prefilled, options=DecodeOptions(max_new_tokens=5))
+    assert first.tokens == again.tokens == generate(model, None, PROMPTS, max_new_tokens=20).tokens
+    assert [tokens[:5] for tokens in first.tokens] == list(last.tokens)
+    with pytest.raises(ValueError, match="at most 20"):
+        decode_from(model, None, prefilled, options=DecodeOptions(max_new_tokens=21))
+
+
+def test_caches_are_donated(model):
+    prefilled = prefill_prompts(model, [[1, 2]], max_new_tokens=20)
+    decode_from(model, None, prefilled, keep_caches=True)
+    assert not prefilled.caches.tokens_BS.is_deleted()
+    decode_from(model, None, prefilled)
+    assert prefilled.caches.tokens_BS.is_deleted()
+
+
+def test_cache_size_is_that_of_the_buckets_within_the_context():
+    model = StandIn(max_position_embeddings=100)
+    assert prefill_prompts(model, [[1] * 40], max_new_tokens=20).caches.tokens_BS.shape == (1, 80)
+    assert prefill_prompts(model, [[1] * 60], max_new_tokens=40).caches.tokens_BS.shape == (1, 100)
+    out = generate(model, None, [[1] * 60], max_new_tokens=40)
+    assert list(out.tokens[0]) == model.answer([1] * 60, 40)
+
+
+def test_timings(model):
+    out = generate(model, None, PROMPTS, max_new_tokens=20, batch_size=4, warmup=True)
+    t = out.timings
+    assert (t.num_batches, t.num_rows, t.prompt_tokens) == (2, 5, sum(map(len, PROMPTS)))
+    assert (t.new_tokens, t.decode_steps) == (100, 2 * 19)
+    assert t.prefill_tokens_per_second == t.prompt_tokens / t.prefill_s
+    assert t.time_per_output_token_s == t.decode_s / 38
+    assert t.time_to_first_token_s == (t.prefill_s + t.first_token_s) / 2
+    assert t.cache_bytes == 4 * (48 + 32) * 4  # rows, slots, bytes of the stand-in's int32
+    assert t.cache_bytes_per_row == t.cache_bytes // 4
+    assert t.to_dict()["time_per_output_token_s"] == t.time_per_output_token_s
+    assert "KV cache" in str(t)
+    with pytest.raises(ValueError, match="at least one batch"):
+        Timings.total([])
+
+
+def test_progress_goes_to_stderr(model, capsys):
+    generate(model, None, PROMPTS, max_new_tokens=4, batch_size=2, progress=True)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
+        ([[1]], {"seed": -1}, "seed: expected"),
+        ([[1]], {"chunk_size": 0}, "chunk_size"),
+        ([[1]], {"batch_size": 0}, "batch_size"),
+        ([[1]], {"top_p": 2.0}, "top_p"),
+        ([[64]], {}, "prompt 0: expected token ids from 0 to 63"),
+        ([[1], [2] * 500], {}, r"prompt 1: 500 prompt tokens .* context of 512"),
+        ([[1], []], {}, "prompt 1: expected at least one token, got an empty prompt"),
+        (["text"], {}, "needs a tokenizer"),
+    ],
+)
+def test_mistakes_are_named_before_any_work(model, prompts, options, message):
+    before = compile_counts()
+    with pytest.raises(ValueError, match=message):
+        generate(model, None, prompts, **options)
+    assert compile_counts() == before
+
+
+def test_numpy_prompts_and_a_single_prompt(model):
+    want = generate(model, None, [[1, 2, 3]], max_new_tokens=5).tokens
+    assert generate(model, None, [1, 2, 3], max_new_tokens=5).tokens == want
+    assert generate(model, None, np.array([1, 2, 3]), max_new_tokens=5).tokens == want

@@ -1,0 +1,137 @@
+"""Generation with real models: Transformers' own answers, and the policies' stages and caches."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import swaa_jax as swaa
+from kernels_pallas import Stage
+from swaa_jax.infer import DecodeOptions, compile_counts, decode_from, generate, prefill_prompts
+
+tiny_hf = pytest.importorskip("tests.support.tiny_hf")
+torch = pytest.importorskip("torch")
+
+NEW = 24
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(3, 131, size=n).tolist() for n in (5, 30, 17, 41)]
+
+POLICIES = {
+    "ring": swaa.AttentionPolicy(window=8),
+    "ring, sinks": swaa.AttentionPolicy(window=8, num_sink_tokens=3),
+    "FA decode": swaa.AttentionPolicy(window=8, num_sink_tokens=3, decode="full"),
+    "interleaved": swaa.AttentionPolicy(window=8, full_attention_layers="1::2", decode="full"),
+    "tail": swaa.AttentionPolicy(window=8, full_attention_tail=4),
+}
+
+
+@pytest.fixture(scope="module", params=["qwen3", "llama"])
+def pair(request, tmp_path_factory):
+    """A random Transformers model, and ours loaded from what it wrote."""
+    directory = tmp_path_factory.mktemp(request.param)
+    oracle = tiny_hf.build(request.param)
+    tiny_hf.save(oracle, directory)
+    return oracle, swaa.load_model(directory, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("qwen3-policies")
+    tiny_hf.save(tiny_hf.build("qwen3", seed=1), directory)
+    return swaa.load_model(directory, dtype="float32")
+
+
+def transformers_answer(oracle, prompt, **kwargs):
+    with torch.no_grad():
+        out = oracle.generate(
+            torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, pad_token_id=0, **kwargs
+        )
+    return out[0, len(prompt) :].tolist()
+
+
+def test_greedy_is_transformers_token_for_token(pair):
+    oracle, model = pair
+    want = [transformers_answer(oracle, prompt) for prompt in PROMPTS]
+    out = generate(model, None, PROMPTS, max_new_tokens=NEW)
+    assert [list(tokens) for tokens in out.tokens] == want
+    assert len({tuple(tokens) for tokens in want}) == len(want)
+
+
+def test_eos_ends_both_at_the_same_token(pair):
+    oracle, model = pair
+    (answer,) = generate(model, None, [PROMPTS[1]], max_new_tokens=NEW).tokens
+    eos = answer[9]
+    want = transformers_answer(oracle, PROMPTS[1], eos_token_id=eos)
+    out = generate(model, None, [PROMPTS[1]], max_new_tokens=NEW, stop_token_ids=[eos])
+    assert list(out.tokens[0]) == want
+    assert len(want) <= 10
+
+
+def recomputed(model, prompt, tokens):
+    """What follows each token, from one uncached pass with explicit stages."""
+    row = [*prompt, *tokens[:-1]]
+    stages = [int(Stage.PROMPT)] * len(prompt) + [int(Stage.ANSWER)] * (len(tokens) - 1)
+    logits = model(jnp.asarray([row], jnp.int32), stage_ids=jnp.asarray([stages], jnp.int32))
+    return np.asarray(logits[0, len(prompt) - 1 :]).argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_stages_and_caches_under_every_policy(model, name):
+    under = model.with_policy(POLICIES[name])
+    out = generate(under, None, PROMPTS, max_new_tokens=NEW, ignore_eos=True)
+    for prompt, tokens in zip(PROMPTS, out.tokens, strict=True):
+        assert list(tokens) == recomputed(under, prompt, tokens)
+
+
+def test_the_policy_shows(model):
+    full = generate(model, None, PROMPTS, max_new_tokens=NEW).tokens
+    answers = {full} | {
+        generate(model.with_policy(policy), None, PROMPTS, max_new_tokens=NEW).tokens
+        for policy in POLICIES.values()
+    }
+    assert len(answers) == len(POLICIES) + 1
+
+
+def test_policies_that_differ_in_decode_share_a_prefill(model):
+    base = {"window": 8, "num_sink_tokens": 3}
+    kept = prefill_prompts(
+        model.with_policy(swaa.AttentionPolicy(**base, decode="full")), PROMPTS, max_new_tokens=NEW
+    )
+    options = DecodeOptions(max_new_tokens=NEW)
+    sizes = {}
+    for decode in ("full", "window", (1,)):
+        under = model.with_policy(swaa.AttentionPolicy(**base, decode=decode))
+        shared = decode_from(under, None, kept, options=options, keep_caches=True)
+        assert shared.tokens == generate(under, None, PROMPTS, max_new_tokens=NEW).tokens
+        sizes[decode] = shared.timings.cache_bytes
+    assert sizes["window"] < sizes[(1,)] < sizes["full"]
+    other = model.with_policy(swaa.AttentionPolicy(window=9, num_sink_tokens=3))
+    with pytest.raises(ValueError, match="differs from the prefill's in decode only"):
+        decode_from(other, None, kept, options=options)
+
+
+def test_windowed_caches_do_not_grow_with_the_prompt(model):
+    under = model.with_policy(POLICIES["ring, sinks"])
+    short, long = (
+        generate(under, None, [[5] * n], max_new_tokens=2).timings.cache_bytes for n in (20, 200)
+    )
+    assert short == long
+
+
+def test_a_real_model_compiles_once_a_bucket(model):
+    under = model.with_policy(swaa.AttentionPolicy(window=6, decode="full"))
+    before = compile_counts()
+    for n in (5, 9, 30):
+        generate(under, None, [[7] * n], max_new_tokens=20)
+    generate(model.with_policy(under.policy), None, [[8] * 12], max_new_tokens=20)
+    after = compile_counts()
+    assert {name: after[name] - before[name] for name in ("prefill", "decode")} == {
+        "prefill": 1,
+        "decode": 1,
+    }
+
+
+def test_half_precision_runs(tmp_path):
+    tiny_hf.save(tiny_hf.build("llama"), tmp_path, dtype="bfloat16")
+    model = swaa.load_model(tmp_path, policy=POLICIES["interleaved"])
+    out = generate(model, None, PROMPTS, max_new_tokens=6, temperature=0.7, top_k=5)
+    assert [len(tokens) for tokens in out.tokens] == [6] * 4
