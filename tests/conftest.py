@@ -11,8 +11,10 @@ import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
+import tests.support.typecheck  # noqa: E402, F401  (the hook finds it by name)
+
 # Every annotated function of the two packages checks its shapes and types at each call.
-jaxtyping.install_import_hook(["swaa_jax", "kernels_pallas"], "beartype.beartype")
+jaxtyping.install_import_hook(["swaa_jax", "kernels_pallas"], "tests.support.typecheck.check")
 
 # The same examples on every machine, and no time limit: the first call of each shape compiles.
 settings.register_profile(
