@@ -1,7 +1,7 @@
 """Attention kernels for sliding windows with sink tokens and per-token full rows.
 
-Arrays and ints in, arrays out: nothing here knows about models or policies. Start at ``mask.py`` (the
-one visibility formula), then ``swa_prefill/api.py`` and ``swa_decode/api.py``.
+Arrays and ints in, arrays out: nothing here knows about models or policies. Start at ``mask.py``
+(the one visibility formula), then ``swa_prefill/api.py`` and ``swa_decode/api.py``.
 """
 
 from kernels_pallas.backends import available_backends, resolve_backend

@@ -1,8 +1,8 @@
 """The registry of attention backends, and what ``backend="auto"`` means on each platform.
 
-An op (``swa_prefill``, ``swa_decode``) registers a function per backend name. The function takes the
-op's validated arguments and either computes or raises ``NotImplementedError``; nothing here falls back
-on its own, so a backend that the caller named is the one that runs.
+An op (``swa_prefill``, ``swa_decode``) registers a function per backend name. The function takes
+the op's validated arguments and either computes or raises ``NotImplementedError``; nothing here
+falls back on its own, so a backend that the caller named is the one that runs.
 """
 
 import functools
@@ -34,7 +34,7 @@ def register_backend(op: str, name: str) -> Callable[[Callable[..., Any]], Calla
         backends = _REGISTRY.setdefault(op, {})
         if name in backends:
             raise ValueError(
-                f"backend: expected a new name for {op}, got {name!r}, which is registered already; "
+                f"backend: expected a new name for {op}, got {name!r}, which is taken; "
                 "register under another name"
             )
         backends[name] = function
@@ -60,7 +60,8 @@ def resolve_backend(name: str = "auto", *, op: str = "swa_prefill") -> str:
       op: ``"swa_prefill"`` or ``"swa_decode"``.
 
     Returns:
-      A registered name. What ``"auto"`` chose is logged once (logger ``kernels_pallas.backends``, INFO).
+      A registered name. What ``"auto"`` chose is logged once (logger ``kernels_pallas.backends``,
+      INFO).
 
     Raises:
       ValueError: ``name`` is not registered; the message lists the names that are.

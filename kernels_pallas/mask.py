@@ -1,8 +1,8 @@
 """Who sees whom: the one visibility formula, and the block map derived from it.
 
-The formula is written once, in :func:`visible`, with operators only, so that numpy, jnp and the iotas
-inside a kernel all use it. Everything else here turns the caller's lengths, stages and segments into
-the few integers a row that the formula and the block map need.
+The formula is written once, in :func:`visible`, with operators only, so that numpy, jnp and the
+iotas inside a kernel all use it. Everything else here turns the caller's lengths, stages and
+segments into the few integers a row that the formula and the block map need.
 
 One segment, window 4, 2 sink tokens, stage P P P P P P P A (the last row is an answer row)::
 
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-# An int for everybody, or an int32 array [B]: a policy per batch row. A window may also be None: full.
+# One int for all, or an int32 array [B]: a policy per batch row.
 IntOrPerRow = int | Int[Array, " B"]
 
 
@@ -50,13 +50,13 @@ def visible(
     """True where the query at ``q_pos`` attends to the key at ``k_pos``.
 
     ``k_pos <= q_pos`` and the same segment and (the row is full, or ``q_pos - k_pos < window``, or
-    ``k_pos < num_sink_tokens``). The window counts the query itself. Sinks are the first tokens of the
-    segment, at their own positions (arXiv 2512.10411, section 3).
+    ``k_pos < num_sink_tokens``). The window counts the query itself. Sinks are the first tokens of
+    the segment, at their own positions (arXiv 2512.10411, section 3).
 
     Args:
       q_pos: positions of the queries *within their segment*, any integer array or scalar.
-      k_pos: positions of the keys within their segment. All arguments broadcast together: ``[T, 1]``
-        against ``[S]`` gives ``[T, S]``; a per-batch window is ``[B, 1, 1]``.
+      k_pos: positions of the keys within their segment. All arguments broadcast together:
+        ``[T, 1]`` against ``[S]`` gives ``[T, S]``; a per-batch window is ``[B, 1, 1]``.
       window: number of keys a row sees up to and including itself; ``None`` makes every row full.
       num_sink_tokens: number of leading tokens of the segment that stay visible.
       q_full: bool, rows that see every earlier key of their segment.
@@ -64,8 +64,8 @@ def visible(
       k_segment: segment of each key; given exactly when ``q_segment`` is.
 
     Returns:
-      Bool, the broadcast shape; True means "attend". Lengths are the caller's: a valid row (index below
-      its length) never sees a padding key, because ``k_pos <= q_pos``.
+      Bool, the broadcast shape; True means "attend". Lengths are the caller's: a valid row (index
+      below its length) never sees a padding key, because ``k_pos <= q_pos``.
 
     Examples:
       >>> import numpy as np
@@ -157,14 +157,14 @@ def full_rows(
     """Rows that see all earlier keys of their segment: ANSWER rows and the prompt tails.
 
     Args:
-      stage_ids: :class:`Stage` of each token, ``[B, T]`` for the query rows or ``[B, S]`` by absolute
-        index; ``None``: all PROMPT. Tokens that ``[B, T]`` leaves out count as PROMPT, so a tail that
-        a later chunk's answer would end is only found from ``[B, S]``.
+      stage_ids: :class:`Stage` of each token, ``[B, T]`` for the query rows or ``[B, S]`` by
+        absolute index; ``None``: all PROMPT. Tokens that ``[B, T]`` leaves out count as PROMPT, so
+        a tail that a later chunk's answer would end is only found from ``[B, S]``.
       lengths: number of real tokens of each batch row.
       segment_ids: ``[B, S]``, or ``None`` for one segment.
       q_offset: absolute index of the first query row, a scalar or one a batch row.
-      full_attention_tail: the last n rows of every maximal PROMPT run are full. A run ends at the first
-        ANSWER row after it, at its segment's end, or at ``lengths``.
+      full_attention_tail: the last n rows of every maximal PROMPT run are full. A run ends at the
+        first ANSWER row after it, at its segment's end, or at ``lengths``.
       shape: ``(B, T, S)``.
 
     Returns:
@@ -284,8 +284,8 @@ class BlockMap:
         sink_first=0, sink_end=1    first=3, unmasked_first=4, unmasked_end=6, end=8
 
     ``[sink_first, sink_end)`` and ``[first, end)`` never overlap; together they hold every visible
-    pair of the valid rows. Blocks in ``[unmasked_first, unmasked_end)``, a part of ``[first, end)``,
-    are visible to every valid row in full. A query block without valid rows has empty ranges.
+    pair of the valid rows. ``[unmasked_first, unmasked_end)``, a part of ``[first, end)``, is
+    visible to every valid row in full. A query block without valid rows has empty ranges.
     """
 
     sink_first: Int[Array, "B Q"]
@@ -306,15 +306,16 @@ def block_map(
 ) -> BlockMap:
     """The block map of ``rows``, in O(T) reductions and O(T / block_q) arithmetic, inside jit.
 
-    Row r reads the keys ``low(r) .. r`` without a gap, where ``low(r)`` is its segment's start if it is
-    full and else ``max(r - window + 1, start)``; beside them its segment's sinks. Neither ``r`` nor the
-    starts ever fall along the rows, so
+    Row r reads the keys ``low(r) .. r`` without a gap, where ``low(r)`` is its segment's start if
+    it is full and else ``max(r - window + 1, start)``; beside them its segment's sinks. Neither
+    ``r`` nor the starts ever fall along the rows, so
 
-    * the union over a block's rows is ``min low .. last row``: no gap, hence ``[first, end)`` is tight;
-    * sinks outside that union can only be those of the *first* row's segment, and only when all of that
-      segment's rows in the block are windowed: any other segment starts inside the block;
-    * a block is visible in full when it begins at or after ``max low`` and ends at or before the first
-      row.
+    * the union over a block's rows is ``min low .. last row``: no gap, hence ``[first, end)`` is
+      tight;
+    * sinks outside that union can only be those of the *first* row's segment, and only when all of
+      that segment's rows in the block are windowed: any other segment starts inside the block;
+    * a block is visible in full when it begins at or after ``max low`` and ends at or before the
+      first row.
 
     ``T`` need not be a multiple of ``block_q``: the last block is cut short.
     """

@@ -9,7 +9,7 @@ from kernels_pallas.mask import IntOrPerRow
 from kernels_pallas.swa_decode import reference as _reference  # noqa: F401  (registers itself)
 from kernels_pallas.swa_decode import xla as _xla  # noqa: F401  (registers itself)
 from kernels_pallas.swa_decode.arguments import DecodeArguments, validate_decode
-from kernels_pallas.swa_prefill.arguments import is_static
+from kernels_pallas.swa_prefill.arguments import static_int
 
 
 def swa_decode(
@@ -30,21 +30,23 @@ def swa_decode(
 ) -> Float[Array, "B n N H"]:
     """Attention of n new tokens a row to a cache and to themselves.
 
-    The same visibility as :func:`kernels_pallas.swa_prefill`, on positions: what a slot holds is told
-    by ``cache_positions`` alone, so a ring cache may keep its tokens in any order. The keys are
-    ``[cache | new tokens]``, scored apart and normalised by one softmax: the cache is read in place,
-    never concatenated.
+    The same visibility as :func:`kernels_pallas.swa_prefill`, on positions: what a slot holds is
+    told by ``cache_positions`` alone, so a ring cache may keep its tokens in any order. The keys
+    are ``[cache | new tokens]``, scored apart and normalised by one softmax: the cache is read in
+    place, never concatenated.
 
     Args:
       q: queries of the new tokens.
       cache_k: cached keys, rotated already.
       cache_v: cached values.
       q_positions: position of each new token.
-      cache_positions: position held by each slot; -1: the slot is empty, is never seen, and may hold
-        NaN. A position must not be both in the cache and among the new tokens.
-      new_k: keys of the new tokens; their positions are ``q_positions``. None: they are in the cache.
+      cache_positions: position held by each slot; -1: the slot is empty, is never seen, and may
+        hold NaN. A position must not be both in the cache and among the new tokens.
+      new_k: keys of the new tokens; their positions are ``q_positions``. None: they are in the
+        cache.
       new_v: values of the new tokens.
-      window: keys a row sees up to and including itself; int, int32 ``[B]``, or None for a full layer.
+      window: keys a row sees up to and including itself; int, int32 ``[B]``, or None for a full
+        layer.
       num_sink_tokens: first positions that stay visible; int or int32 ``[B]``.
       q_full: rows that see everything before them (answer tokens under FA decode).
       scale: factor on ``q.k``; None: ``1 / sqrt(H)``.
@@ -76,8 +78,8 @@ def swa_decode(
         cache_positions=cache_positions,
         new_k=new_k,
         new_v=new_v,
-        window=int(window) if is_static(window) else window,
-        num_sink_tokens=int(num_sink_tokens) if is_static(num_sink_tokens) else num_sink_tokens,
+        window=static_int(window),
+        num_sink_tokens=static_int(num_sink_tokens),
         q_full=q_full,
         scale=1.0 / math.sqrt(q.shape[-1]) if scale is None else scale,
         softcap=softcap,

@@ -39,7 +39,7 @@ class DecodeArguments:
 
 
 def validate_decode(arguments: DecodeArguments) -> None:
-    """Raise ``ValueError`` naming the argument, what was expected and what came, for a wrong one."""
+    """Raise ``ValueError`` naming the wrong argument, what was expected and what came."""
     q, new_k, new_v = arguments.q, arguments.new_k, arguments.new_v
     check_qkv(q, arguments.cache_k, arguments.cache_v, names=("q", "cache_k", "cache_v"))
     num_batch, num_new, num_slots = q.shape[0], q.shape[1], arguments.cache_k.shape[1]

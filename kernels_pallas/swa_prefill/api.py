@@ -11,7 +11,7 @@ from kernels_pallas.swa_prefill import xla as _xla  # noqa: F401  (registers its
 from kernels_pallas.swa_prefill.arguments import (
     AttentionOutput,
     PrefillArguments,
-    is_static,
+    static_int,
     validate_prefill,
 )
 
@@ -38,7 +38,8 @@ def swa_prefill(
     Query row ``t`` of a batch row has absolute index ``i = q_offset + t`` and sees key ``j`` when
 
         j <= i, in the same segment, and
-        (window is None, or row i is full, or i - j < window, or j - segment start < num_sink_tokens)
+        (window is None, or row i is full, or i - j < window, or j - segment start <
+        num_sink_tokens)
 
     and ``out = softmax(score) v`` with ``score = scale q.k``, capped as ``softcap tanh(score /
     softcap)`` when a soft cap is given (arXiv 2512.10411, sections 3.1-3.2).
@@ -48,11 +49,11 @@ def swa_prefill(
       k: keys of the whole sequence, S >= T; K divides N, and query heads ``n`` reads KV head
         ``n // (N // K)``.
       v: values.
-      window: keys a row sees up to and including itself; an int, an int32 array ``[B]`` (a policy per
-        row), or None for a full layer.
+      window: keys a row sees up to and including itself; an int, an int32 array ``[B]`` (a policy
+        per row), or None for a full layer.
       num_sink_tokens: first tokens of each segment that stay visible; an int or int32 ``[B]``.
-      lengths: real tokens of each row (padding on the right); None: all S. Rows at or after the length
-        return zeros, keys there are never seen and may hold anything.
+      lengths: real tokens of each row (padding on the right); None: all S. Rows at or after the
+        length return zeros, keys there are never seen and may hold anything.
       stage_ids: :class:`~kernels_pallas.Stage` of each query row, ``[B, T]``, or of each token by
         absolute index, ``[B, S]``. ANSWER rows are full. None: no row is full by its stage.
       segment_ids: ``[B, S]`` packed sequences; a segment is a maximal run of one id.
@@ -64,8 +65,8 @@ def swa_prefill(
       backend: ``"auto"``, or one of :func:`kernels_pallas.available_backends`.
 
     Returns:
-      ``out`` in q's dtype, or :class:`AttentionOutput` with ``return_lse=True``. Softmax statistics are
-      float32. Differentiable in q, k and v, through the log-sum-exp too.
+      ``out`` in q's dtype, or :class:`AttentionOutput` with ``return_lse=True``. Softmax statistics
+      are float32. Differentiable in q, k and v, through the log-sum-exp too.
 
     Raises:
       ValueError: a shape, dtype or value does not fit, or the backend is unknown.
@@ -81,15 +82,13 @@ def swa_prefill(
         q=q,
         k=k,
         v=v,
-        window=int(window) if is_static(window) else window,
-        num_sink_tokens=int(num_sink_tokens) if is_static(num_sink_tokens) else num_sink_tokens,
+        window=static_int(window),
+        num_sink_tokens=static_int(num_sink_tokens),
         lengths=lengths,
         stage_ids=stage_ids,
         segment_ids=segment_ids,
-        q_offset=int(q_offset) if is_static(q_offset) else q_offset,
-        full_attention_tail=(
-            int(full_attention_tail) if is_static(full_attention_tail) else full_attention_tail
-        ),
+        q_offset=static_int(q_offset),
+        full_attention_tail=static_int(full_attention_tail),
         scale=1.0 / math.sqrt(q.shape[-1]) if scale is None else scale,
         softcap=softcap,
     )

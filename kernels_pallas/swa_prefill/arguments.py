@@ -1,6 +1,7 @@
 """The validated arguments that every prefill backend takes, and the result it returns."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ class AttentionOutput:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefillArguments:
-    """Arguments of ``swa_prefill`` after validation: backends read these and check nothing again."""
+    """Arguments of ``swa_prefill`` after validation; backends do not check them again."""
 
     q: Float[Array, "B T N H"]
     k: Float[Array, "B S K H"]
@@ -44,7 +45,7 @@ class PrefillArguments:
     @property
     def shape(self) -> tuple[int, int, int]:
         """``(B, T, S)``."""
-        return (*self.q.shape[:2], self.k.shape[1])
+        return self.q.shape[0], self.q.shape[1], self.k.shape[1]
 
     def rows(self) -> RowInfo:
         """Positions, segments, fullness and validity of the rows."""
@@ -59,7 +60,7 @@ class PrefillArguments:
 
 
 def validate_prefill(arguments: PrefillArguments) -> None:
-    """Raise ``ValueError`` naming the argument, what was expected and what came, for a wrong one."""
+    """Raise ``ValueError`` naming the wrong argument, what was expected and what came."""
     q, k, v = arguments.q, arguments.k, arguments.v
     check_qkv(q, k, v, names=("q", "k", "v"))
     num_batch, num_queries, num_keys = arguments.shape
@@ -86,9 +87,14 @@ def validate_prefill(arguments: PrefillArguments) -> None:
     check_softcap(arguments.softcap)
 
 
-def is_static(value: object) -> bool:
+def is_static(value: Any) -> bool:
     """True for a Python or numpy integer (bool excluded): a value known while tracing."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def static_int(value: Any) -> Any:
+    """``value`` as a Python int if it is known while tracing, else as it is."""
+    return int(value) if is_static(value) else value
 
 
 def check_qkv(q: Array, k: Array, v: Array, *, names: tuple[str, str, str]) -> None:
@@ -115,33 +121,33 @@ def check_qkv(q: Array, k: Array, v: Array, *, names: tuple[str, str, str]) -> N
         )
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(
-            f"{q_name}: expected a number of heads that is a multiple of the {k.shape[2]} KV heads, "
+            f"{q_name}: expected a multiple of the {k.shape[2]} KV heads as its number of heads, "
             f"got {q.shape[2]}"
         )
 
 
 def check_array(
     name: str,
-    value: object,
+    value: Any,
     shapes: tuple[tuple[int, ...], ...],
     *,
     at_least: int | None = None,
 ) -> None:
-    """``value`` is None, an int where ``()`` is allowed, or an integer array of one of ``shapes``."""
+    """``value`` is None, an int where ``()`` is allowed, or an integer array of such a shape."""
     if value is None:
         return
     wanted = " or ".join("an int" if shape == () else f"shape {list(shape)}" for shape in shapes)
     if is_static(value):
         if () not in shapes:
-            raise ValueError(f"{name}: expected an integer array of {wanted}, got the int {value}")
-        if at_least is not None and value < at_least:  # type: ignore[operator]
+            raise ValueError(f"{name}: expected integers of {wanted}, got the int {value}")
+        if at_least is not None and value < at_least:
             raise ValueError(f"{name}: expected at least {at_least}, got {value}")
         return
-    if not hasattr(value, "shape") or not jnp.issubdtype(value.dtype, jnp.integer):  # type: ignore[attr-defined]
-        got = f"dtype {value.dtype}" if hasattr(value, "dtype") else repr(value)  # type: ignore[attr-defined]
+    if not hasattr(value, "shape") or not jnp.issubdtype(value.dtype, jnp.integer):
+        got = f"dtype {value.dtype}" if hasattr(value, "dtype") else repr(value)
         raise ValueError(f"{name}: expected integers ({wanted}), got {got}")
-    if tuple(value.shape) not in shapes:  # type: ignore[attr-defined]
-        raise ValueError(f"{name}: expected {wanted}, got shape {list(value.shape)}")  # type: ignore[attr-defined]
+    if tuple(value.shape) not in shapes:
+        raise ValueError(f"{name}: expected {wanted}, got shape {list(value.shape)}")
 
 
 def check_softcap(softcap: float | None) -> None:

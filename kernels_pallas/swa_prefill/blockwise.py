@@ -1,17 +1,18 @@
 """Blockwise attention in plain JAX: online softmax forward, recompute-from-LSE backward.
 
-One scan step is one block of query rows of one batch row, all heads. It reads its keys in *chunks*, a
-fixed number of key blocks cut as one contiguous slab, and how many it reads comes from the block map::
+One scan step is one block of query rows of one batch row, all heads. It reads its keys in *chunks*,
+a fixed number of key blocks cut as one contiguous slab, and how many it reads comes from the block
+map::
 
     keys     |s s|. . . . . . . .|x x x x|x x x x|x .         s  sink blocks, one at a time
     chunks   [   ]               [   0   ][   1   ][   2   ]   x  window or full range, in chunks
 
-so the trip counts are traced and the shapes are static: other stages, lengths or segments of the same
-shape never recompile, a windowed row costs O(window + sinks) and nothing bigger than a chunk's scores
-is ever held. The backward pass visits the same chunks in the same order.
+so the trip counts are traced and the shapes are static: other stages, lengths or segments of the
+same shape never recompile, a windowed row costs O(window + sinks) and nothing bigger than a chunk's
+scores is ever held. The backward pass visits the same chunks in the same order.
 
-Arrays here are blocked: ``R = G * block_q`` rows of one KV head stacked, so that K and V are read once
-for a whole group of query heads and never repeated.
+Arrays here are blocked: ``R = G * block_q`` rows of one KV head stacked, so that K and V are read
+once for a whole group of query heads and never repeated.
 """
 
 import dataclasses
@@ -61,15 +62,15 @@ class Static:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepRows:
-    """Integers of one block of query rows (stacked on a leading axis for the scan)."""
+    """Integers of one block of query rows; the scan takes them stacked on a leading axis."""
 
-    batch: Int[Array, ""]
-    q_pos: Int[Array, " block_q"]
-    q_full: Bool[Array, " block_q"] | None
-    q_segment: Int[Array, " block_q"] | None
-    window: Int[Array, ""]
-    num_sink_tokens: Int[Array, ""]
-    blocks: BlockMap  # scalars
+    batch: Int[Array, "*steps"]
+    q_pos: Int[Array, "*steps block_q"]
+    q_full: Bool[Array, "*steps block_q"] | None
+    q_segment: Int[Array, "*steps block_q"] | None
+    window: Int[Array, "*steps"]
+    num_sink_tokens: Int[Array, "*steps"]
+    blocks: BlockMap  # of the shape [*steps]
 
 
 @jax.tree_util.register_dataclass
@@ -92,9 +93,9 @@ def blockwise_attention(
 ) -> tuple[Float[Array, "steps K R H"], Float[Array, "steps K R"]]:
     """Output (float32) and log-sum-exp of every row.
 
-    Inputs must be finite and ``S`` must leave a whole chunk of slack past the last block that the map
-    names. Rows outside the lengths return finite values that mean nothing: the caller takes them away
-    (and their cotangents with them).
+    Inputs must be finite and ``S`` must leave a whole chunk of slack past the last block that the
+    map names. Rows outside the lengths return finite values that mean nothing: the caller takes
+    them away (and their cotangents with them).
     """
     return _forward(static, q, k, v, steps, keys)
 
@@ -137,8 +138,8 @@ def _forward_saving(static: Static, q: Array, k: Array, v: Array, steps: StepRow
 def _backward(static: Static, saved: tuple[Any, ...], cotangents: tuple[Array, Array]):
     """dq, dk, dv. With ``p = exp(s - lse)``: ``ds = p (do.v - delta + dlse)``, ``delta = do.o``.
 
-    One pass over the query blocks: dq is finished within its step, dk and dv are float32 arrays of the
-    keys' size into which every step adds its slabs.
+    One pass over the query blocks: dq is finished within its step, dk and dv are float32 arrays of
+    the keys' size into which every step adds its slabs.
     """
     q, k, v, steps, keys, out, lse = saved
     do, dlse = cotangents
@@ -181,7 +182,7 @@ def _for_each_chunk(
     chunk: Callable[[Any, Array, int, bool], Any],
     state: Any,
 ) -> Any:
-    """Fold ``chunk(state, start, size, masked)`` over one query block's keys: sinks, then the rest."""
+    """Fold ``chunk(state, start, size, masked)`` over a query block's keys: sinks, then rest."""
     tiling = static.tiling
     if static.has_sinks:
         state = lax.fori_loop(
@@ -238,7 +239,7 @@ def _apply_mask(
     """Scores with -inf where the row does not see the key; the mask is shared by all heads."""
     k_pos_C = start + jnp.arange(size, dtype=jnp.int32)
     segments = {}
-    if keys.k_segment is not None and rows.q_segment is not None:
+    if keys.k_pos is not None and keys.k_segment is not None and rows.q_segment is not None:
         at = (rows.batch, start)
         k_pos_C = lax.dynamic_slice(keys.k_pos, at, (1, size))[0]
         k_segment_C = lax.dynamic_slice(keys.k_segment, at, (1, size))[0]

@@ -1,6 +1,6 @@
 """cuDNN's fused attention through ``jax.nn``, for the cases that it expresses exactly."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,8 @@ def cudnn_keywords(arguments: PrefillArguments) -> dict[str, Any]:
     """Keywords of ``jax.nn.dot_product_attention`` for ``arguments``, implementation left out.
 
     ``local_window_size`` is ``(left, right)`` and the left context does not count the query, so a
-    window of W keys is ``(W - 1, 0)``. A length of 0 is passed as 1: cuDNN divides by the sum of the
-    weights, and the caller takes padding rows away in any case.
+    window of W keys is ``(W - 1, 0)``. A length of 0 is passed as 1: cuDNN divides by the sum of
+    the weights, and the caller takes padding rows away in any case.
     """
     keywords: dict[str, Any] = {"scale": float(arguments.scale), "is_causal": True}
     if arguments.window is not None:
@@ -46,11 +46,13 @@ def cudnn_keywords(arguments: PrefillArguments) -> dict[str, Any]:
     return keywords
 
 
-def prefill_cudnn(arguments: PrefillArguments, *, implementation: str = "cudnn") -> AttentionOutput:
+def prefill_cudnn(
+    arguments: PrefillArguments, *, implementation: Literal["cudnn", "xla"] = "cudnn"
+) -> AttentionOutput:
     """Attention through ``jax.nn``; ``lse`` is NaN. Gradients are cuDNN's own.
 
-    Padding is zeroed on the way in and on the way out: what it holds then never reaches a product, and
-    ``where`` takes its gradients away as well.
+    Padding is zeroed on the way in and on the way out: what it holds then never reaches a product,
+    and ``where`` takes its gradients away as well.
     """
     q, k, v = arguments.q, arguments.k, arguments.v
     valid = None

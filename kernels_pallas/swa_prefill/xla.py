@@ -1,12 +1,16 @@
 """The ``xla`` backend: blockwise attention on any device; cuDNN on a GPU where it fits exactly."""
 
+import functools
+import logging
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kernels_pallas.backends import register_backend
-from kernels_pallas.mask import block_map, per_row
+from kernels_pallas.mask import RowInfo, block_map, per_row
 from kernels_pallas.swa_prefill.arguments import AttentionOutput, PrefillArguments
 from kernels_pallas.swa_prefill.blockwise import (
     KeyRows,
@@ -17,82 +21,137 @@ from kernels_pallas.swa_prefill.blockwise import (
 )
 from kernels_pallas.swa_prefill.cudnn import cudnn_limits, prefill_cudnn
 
+logger = logging.getLogger(__name__)
+
 
 @register_backend("swa_prefill", "xla")
 def prefill_xla(
-    arguments: PrefillArguments,
-    *,
-    return_lse: bool,
-    block_q: int | None = None,
-    block_kv: int | None = None,
-    chunk_blocks: int | None = None,
+    arguments: PrefillArguments, *, return_lse: bool, tiling: Tiling | None = None
 ) -> AttentionOutput:
-    """Blockwise attention; sizes that are not given come from :func:`choose_tiling`.
+    """Blockwise attention with ``tiling``, or with sizes from :func:`choose_tiling`.
 
-    On a GPU, and with no size forced, a case without limits (:func:`cudnn_limits`) goes to cuDNN's
-    fused kernel, whose log-sum-exp is not returned (``lse`` is then NaN: it was not asked for).
+    On a GPU, and when no tiling is forced, a case without limits (:func:`cudnn_limits`) goes to
+    cuDNN's fused kernel; its ``lse`` is NaN, which nobody has asked for. Which way a case goes is
+    logged once.
     """
     platform = jax.default_backend()
-    forced = block_q is not None or block_kv is not None or chunk_blocks is not None
-    if platform == "gpu" and not forced and not cudnn_limits(arguments, return_lse=return_lse):
-        return prefill_cudnn(arguments)
-    tiling = choose_tiling(arguments, platform=platform)
-    tiling = Tiling(
-        block_q=block_q or tiling.block_q,
-        block_kv=block_kv or tiling.block_kv,
-        chunk_blocks=chunk_blocks or (1 if forced else tiling.chunk_blocks),
+    if platform == "gpu" and tiling is None:
+        limits = cudnn_limits(arguments, return_lse=return_lse)
+        _log_gpu_path(limits)
+        if not limits:
+            return prefill_cudnn(arguments)
+    return prefill_blockwise(
+        arguments, tiling=tiling or choose_tiling(arguments, platform=platform), platform=platform
     )
-    return prefill_blockwise(arguments, tiling=tiling, platform=platform)
+
+
+@functools.cache
+def _log_gpu_path(limits: tuple[str, ...]) -> None:
+    if limits:
+        logger.info("swa_prefill: blockwise path on the GPU, cuDNN has no %s", ", ".join(limits))
+    else:
+        logger.info("swa_prefill: cuDNN fused attention on the GPU")
 
 
 def choose_tiling(arguments: PrefillArguments, *, platform: str) -> Tiling:
-    """Block sizes for the platform and the window."""
+    """Block sizes for the platform and the window.
+
+    A windowed block of rows reads ``window - 1 + block_q`` keys: small blocks waste little of that,
+    big ones run closer to the speed of a plain matrix product. One chunk holds all of it up to
+    ``most`` keys; beyond, it is cut into equal chunks. The CPU sizes are measured (2 cores,
+    AVX-512, N=16, K=8, H=128), those for a GPU keep the number of launches low.
+    """
     _, num_queries, num_keys = arguments.shape
-    block_q, block_kv, most = (256, 128, 1024) if platform == "cpu" else (1024, 256, 2048)
+    window = arguments.window if isinstance(arguments.window, int) else None
+    on_cpu = platform == "cpu"
+    block_kv, most = (64, 640) if on_cpu else (256, 2048)
+    if on_cpu and window is not None and window <= 1024:
+        block_q = 64 if window <= 128 else 128
+    else:
+        block_q = 256 if on_cpu else 1024
     block_q = min(block_q, _round_up(num_queries, 8))
     block_kv = min(block_kv, _round_up(num_keys, 8))
-    # A windowed row block reads window - 1 + block_q keys: one chunk holds them when it can.
-    reach = num_keys
-    if isinstance(arguments.window, int):
-        reach = min(reach, arguments.window - 1 + block_q)
-    return Tiling(
-        block_q=block_q,
-        block_kv=block_kv,
-        chunk_blocks=-(-min(reach, most) // block_kv),
-    )
+    blocks = -(-num_keys // block_kv)
+    if window is not None:
+        # Blocks that hold the keys of one block of rows; one more if its first row is not aligned.
+        aligned = block_q % block_kv == 0 and isinstance(arguments.q_offset, int)
+        aligned = aligned and arguments.q_offset % block_kv == 0
+        reach = -(-(window - 1) // block_kv) + -(-block_q // block_kv) + (0 if aligned else 1)
+        blocks = min(blocks, reach)
+    num_chunks = -(-blocks * block_kv // most)
+    return Tiling(block_q=block_q, block_kv=block_kv, chunk_blocks=-(-blocks // num_chunks))
 
 
 def prefill_blockwise(
     arguments: PrefillArguments, *, tiling: Tiling, platform: str
 ) -> AttentionOutput:
     """Lay the arrays out in blocks, run the loops, and take the padding rows away."""
-    num_batch, num_queries, num_keys = arguments.shape
-    num_heads, head_dim = arguments.q.shape[2:]
-    num_kv_heads = arguments.k.shape[2]
+    num_queries, num_keys = arguments.shape[1:]
     rows = arguments.rows()
-    # XLA:CPU has no fast low-precision product; f32 also makes p v and the gradients exact there.
-    dtype = jnp.float32 if platform == "cpu" else arguments.q.dtype
-
-    is_full = arguments.window is None
+    windowed = arguments.window is not None
+    sinks = arguments.num_sink_tokens
     static = Static(
         tiling=tiling,
         scale=float(arguments.scale),
         softcap=None if arguments.softcap is None else float(arguments.softcap),
-        is_full=is_full,
-        has_sinks=not is_full
-        and not (isinstance(arguments.num_sink_tokens, int) and arguments.num_sink_tokens == 0),
+        is_full=not windowed,
+        has_sinks=windowed and not (isinstance(sinks, int) and sinks == 0),
         precision=lax.Precision.HIGHEST if arguments.q.dtype == jnp.float32 else None,
     )
-    num_blocks = -(-num_queries // tiling.block_q)
-    q_pad = num_blocks * tiling.block_q - num_queries
+    # Up to a chunk beyond the last block may be read (and masked): leave that much room.
     k_pad = _round_up(num_keys, tiling.block_kv) - num_keys + tiling.chunk
+    # The CPU's low-precision products are slow, and float32 holds their inputs exactly.
+    dtype = jnp.float32 if platform == "cpu" else arguments.q.dtype
+    q, k, v = (x.astype(dtype) for x in _without_padding(arguments, rows))
+    k, v = (jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, k_pad), (0, 0))) for x in (k, v))
+    result = blockwise_attention(
+        static,
+        _to_blocks(q, block_q=tiling.block_q, num_kv_heads=k.shape[1]),
+        k,
+        v,
+        _step_rows(arguments, rows, tiling),
+        _key_rows(rows, num_keys=num_keys, k_pad=k_pad),
+    )
+    out, lse = cast(tuple[Array, Array], result)
+    from_blocks = functools.partial(
+        _from_blocks,
+        num_groups=q.shape[2] // k.shape[1],
+        num_batch=q.shape[0],
+        num_queries=num_queries,
+    )
+    valid_BT1 = rows.q_valid[:, :, None]
+    return AttentionOutput(
+        out=jnp.where(valid_BT1[..., None], from_blocks(out), 0).astype(arguments.q.dtype),
+        lse=jnp.where(valid_BT1, from_blocks(lse[..., None])[..., 0], -jnp.inf),
+    )
 
-    def to_steps(x_BT: Array | None, fill: int) -> Array | None:
-        """[B, T] to [B * num_blocks, block_q]."""
-        if x_BT is None:
-            return None
-        x_BT = jnp.pad(x_BT, ((0, 0), (0, q_pad)), constant_values=fill)
+
+def _without_padding(arguments: PrefillArguments, rows: RowInfo) -> tuple[Array, Array, Array]:
+    """q, k, v with zeros where no valid row looks: it may hold NaN, and NaN * 0 is NaN."""
+    q, k, v = arguments.q, arguments.k, arguments.v
+    _, num_queries, num_keys = arguments.shape
+    if arguments.lengths is not None:
+        q = jnp.where(rows.q_valid[:, :, None, None], q, 0)
+    if arguments.lengths is not None or num_keys > num_queries:
+        last_B1 = jnp.max(jnp.where(rows.q_valid, rows.q_index, -1), axis=1, keepdims=True)
+        reached = (jnp.arange(num_keys) <= last_B1)[:, :, None, None]
+        k, v = jnp.where(reached, k, 0), jnp.where(reached, v, 0)
+    return q, k, v
+
+
+def _step_rows(arguments: PrefillArguments, rows: RowInfo, tiling: Tiling) -> StepRows:
+    """What each scan step reads; batch rows one after another, blocks of one row in order."""
+    num_batch, num_queries, num_keys = arguments.shape
+    num_blocks = -(-num_queries // tiling.block_q)
+    window = num_keys if arguments.window is None else arguments.window
+
+    def to_steps(x_BT: Array, fill: int) -> Array:
+        pad = num_blocks * tiling.block_q - num_queries
+        x_BT = jnp.pad(x_BT, ((0, 0), (0, pad)), constant_values=fill)
         return x_BT.reshape(num_batch * num_blocks, tiling.block_q)
+
+    def per_step(value_B: Int[Array, "#B"]) -> Int[Array, " steps"]:
+        return jnp.repeat(jnp.broadcast_to(value_B, (num_batch,)), num_blocks)
 
     blocks = block_map(
         rows,
@@ -101,67 +160,50 @@ def prefill_blockwise(
         block_q=tiling.block_q,
         block_kv=tiling.block_kv,
     )
-
-    def per_step(value_B: Array) -> Array:
-        return jnp.repeat(jnp.broadcast_to(value_B, (num_batch,)), num_blocks)
-
-    steps = StepRows(
+    return StepRows(
         batch=per_step(jnp.arange(num_batch, dtype=jnp.int32)),
         q_pos=to_steps(rows.q_pos, 0),
-        q_full=to_steps(rows.q_full, False),
-        q_segment=to_steps(rows.q_segment, -1),
-        window=per_step(per_row(num_keys if is_full else arguments.window)),
+        q_full=None if rows.q_full is None else to_steps(rows.q_full, False),
+        q_segment=None if rows.q_segment is None else to_steps(rows.q_segment, -1),
+        window=per_step(per_row(window)),
         num_sink_tokens=per_step(per_row(arguments.num_sink_tokens)),
         blocks=jax.tree.map(jnp.ravel, blocks),
     )
-    keys = KeyRows(k_pos=None, k_segment=None)
-    if rows.k_start is not None and rows.k_segment is not None:
-        k_pos_BS = jnp.arange(num_keys, dtype=jnp.int32) - rows.k_start
-        keys = KeyRows(
-            k_pos=jnp.pad(k_pos_BS, ((0, 0), (0, k_pad)), constant_values=num_keys),
-            k_segment=jnp.pad(rows.k_segment, ((0, 0), (0, k_pad)), constant_values=-2),
-        )
 
-    # Padding may hold anything, NaN too, and NaN * 0 is NaN: zero what no valid row may see.
-    q, k, v = arguments.q, arguments.k, arguments.v
-    if arguments.lengths is not None:
-        q = jnp.where(rows.q_valid[:, :, None, None], q, 0)
-    if arguments.lengths is not None or num_keys > num_queries:
-        last_B = jnp.max(jnp.where(rows.q_valid, rows.q_index, -1), axis=1)
-        reached_BS = jnp.arange(num_keys) <= last_B[:, None]
-        k = jnp.where(reached_BS[:, :, None, None], k, 0)
-        v = jnp.where(reached_BS[:, :, None, None], v, 0)
 
-    q = jnp.pad(q.astype(dtype), ((0, 0), (0, q_pad), (0, 0), (0, 0)))
-    split = (
-        num_batch,
-        num_blocks,
-        tiling.block_q,
-        num_kv_heads,
-        num_heads // num_kv_heads,
-        head_dim,
+def _key_rows(rows: RowInfo, *, num_keys: int, k_pad: int) -> KeyRows:
+    """Positions and segments of the keys, padded with what no query row has."""
+    if rows.k_start is None or rows.k_segment is None:
+        return KeyRows(k_pos=None, k_segment=None)
+    k_pos_BS = jnp.arange(num_keys, dtype=jnp.int32) - rows.k_start
+    pad = ((0, 0), (0, k_pad))
+    return KeyRows(
+        k_pos=jnp.pad(k_pos_BS, pad, constant_values=num_keys),
+        k_segment=jnp.pad(rows.k_segment, pad, constant_values=-2),
     )
-    q = q.reshape(split).transpose(0, 1, 3, 4, 2, 5)  # B, block, K, G, row, H
-    q = q.reshape(num_batch * num_blocks, num_kv_heads, -1, head_dim)
-    k, v = (
-        jnp.pad(x.astype(dtype).transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, k_pad), (0, 0)))
-        for x in (k, v)
-    )
-    out, lse = blockwise_attention(static, q, k, v, steps, keys)
 
-    def from_steps(x: Float[Array, "steps K R ..."]) -> Array:
-        """[steps, K, G * block_q, ...] to [B, T, N, ...]."""
-        trailing = x.shape[3:]
-        x = x.reshape(num_batch, num_blocks, num_kv_heads, -1, tiling.block_q, *trailing)
-        x = jnp.moveaxis(x, 4, 2)  # B, block, row, K, G
-        x = x.reshape(num_batch, num_blocks * tiling.block_q, num_heads, *trailing)
-        return x[:, :num_queries]
 
-    valid_BT1 = rows.q_valid[:, :, None]
-    return AttentionOutput(
-        out=jnp.where(valid_BT1[..., None], from_steps(out), 0).astype(arguments.q.dtype),
-        lse=jnp.where(valid_BT1, from_steps(lse), -jnp.inf),
-    )
+def _to_blocks(
+    q: Float[Array, "B T N H"], *, block_q: int, num_kv_heads: int
+) -> Float[Array, "steps K R H"]:
+    """Blocks of rows, with the G query heads of one KV head stacked: R = G * block_q."""
+    num_batch, num_queries, num_heads, head_dim = q.shape
+    num_blocks = -(-num_queries // block_q)
+    q = jnp.pad(q, ((0, 0), (0, num_blocks * block_q - num_queries), (0, 0), (0, 0)))
+    num_groups = num_heads // num_kv_heads
+    q = q.reshape(num_batch, num_blocks, block_q, num_kv_heads, num_groups, head_dim)
+    q = q.transpose(0, 1, 3, 4, 2, 5)  # B, block, K, G, row, H
+    return q.reshape(num_batch * num_blocks, num_kv_heads, num_groups * block_q, head_dim)
+
+
+def _from_blocks(
+    x: Float[Array, "steps K R H"], *, num_groups: int, num_batch: int, num_queries: int
+) -> Float[Array, "B T N H"]:
+    """The inverse of :func:`_to_blocks`, without its padding."""
+    _, num_kv_heads, num_rows, head_dim = x.shape
+    x = x.reshape(num_batch, -1, num_kv_heads, num_groups, num_rows // num_groups, head_dim)
+    x = x.transpose(0, 1, 4, 2, 3, 5)  # B, block, row, K, G, H
+    return x.reshape(num_batch, -1, num_kv_heads * num_groups, head_dim)[:, :num_queries]
 
 
 def _round_up(n: int, multiple: int) -> int:
