@@ -35,9 +35,11 @@ MODEL = {
 STAGES = (
     Stage(
         width=256,
+        batch_tokens=32_768,
         lengths=((128, 0.4), (256, 0.6)),
-        repeat=0.15,
-        dense=0.5,
+        repeat=0.08,
+        recall=0.25,
+        dense=0.4,
         four_by_four=0.3,
         min_steps=1000,
         max_steps=12_000,
@@ -45,8 +47,9 @@ STAGES = (
     Stage(
         width=512,
         lengths=((128, 0.1), (256, 0.2), (512, 0.7)),
-        repeat=0.05,
-        dense=0.35,
+        repeat=0.04,
+        recall=0.06,
+        dense=0.3,
         four_by_four=0.4,
         min_steps=600,
         max_steps=4000,
@@ -54,7 +57,8 @@ STAGES = (
     Stage(
         width=1024,
         lengths=((256, 0.15), (512, 0.15), (1024, 0.7)),
-        repeat=0.03,
+        repeat=0.02,
+        recall=0.03,
         dense=0.25,
         four_by_four=0.5,
         min_steps=1500,
@@ -65,6 +69,7 @@ STAGES = (
         width=2048,
         lengths=((512, 0.15), (1024, 0.25), (2048, 0.6)),
         repeat=0.02,
+        recall=0.02,
         dense=0.2,
         four_by_four=0.5,
         min_steps=1000,
@@ -75,6 +80,7 @@ STAGES = (
         width=4096,
         lengths=((1024, 0.35), (2048, 0.25), (4096, 0.4)),
         repeat=0.02,
+        recall=0.02,
         dense=0.2,
         four_by_four=0.5,
         min_steps=10**9,
@@ -89,7 +95,6 @@ and again, with shorter documents kept in the mix."""
 class TrainConfig:
     """Optimizer and batch; AdamW, warm-up, constant rate, linear cool-down at the end."""
 
-    batch_tokens: int = 65_536
     compute_dtype: str = "bfloat16"  # over float32 master weights
     learning_rate: float = 2e-3
     warmup_steps: int = 300
@@ -114,9 +119,7 @@ SMOKE_MODEL = MODEL | {
     "head_dim": 32,
 }
 SMOKE_STAGES = (
-    dataclasses.replace(STAGES[0], min_steps=10, max_steps=10),
-    dataclasses.replace(STAGES[1], min_steps=10**9, max_steps=10**9),
+    dataclasses.replace(STAGES[0], batch_tokens=2048, min_steps=10, max_steps=10),
+    dataclasses.replace(STAGES[1], batch_tokens=2048, min_steps=10**9, max_steps=10**9),
 )
-SMOKE_CONFIG = TrainConfig(
-    batch_tokens=2048, compute_dtype="float32", log_every=5, judge_over=5, warmup_steps=5
-)
+SMOKE_CONFIG = TrainConfig(compute_dtype="float32", log_every=5, judge_over=5, warmup_steps=5)

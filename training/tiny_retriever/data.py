@@ -6,10 +6,12 @@ A batch is rows of one width; a row is documents of equal length back to back. K
 not;
 * dense: needles and nothing else, then every one of them asked for: a scratchpad's lines, or a
 list;
+* recall: a table of random keys and values, then its rows again in random order; what stands
+  between key and value is the same in every row, so the key itself must be carried over it;
 * repeat: random tokens, over and over.
 
-Retrieval forms on the latter two: they ask for something at nearly every token. A batch depends on
-(seed, stage, index) alone, so any number of worker processes gives the same run.
+Retrieval forms on the latter three: they ask for something at nearly every token. A batch depends
+on (seed, stage, index) alone, so any number of worker processes gives the same run.
 """
 
 import dataclasses
@@ -42,6 +44,7 @@ GROUPS = (
     *(f"{part}/{hay}" for part in ("list", "scratchpad", "answer") for hay in HAYSTACKS),
     "dense_list",
     "dense_scratchpad",
+    "recall",
     "repeat",
     "short",
 )
@@ -54,16 +57,19 @@ class Stage:
 
     Attributes:
         width: tokens of a row.
+        batch_tokens: tokens of a batch.
         lengths: document length to its share of the rows.
-        repeat, dense: shares of those kinds; the rest is ruler.
+        repeat, recall, dense: shares of those kinds; the rest is ruler.
         four_by_four: share of ruler documents with four keys and four queries.
         min_steps, max_steps: of training, whatever exact match says.
         advance_at: exact match, of every ruler group, at which the next stage begins.
     """
 
     width: int
+    batch_tokens: int = 65_536
     lengths: tuple[tuple[int, float], ...]
     repeat: float
+    recall: float
     dense: float
     four_by_four: float
     min_steps: int
@@ -442,6 +448,30 @@ def repeat_document(rng: np.random.Generator, vocab: Vocabulary, *, length: int)
     return Document(tokens=tokens, weights=weights, groups=groups)
 
 
+def recall_document(rng: np.random.Generator, vocab: Vocabulary, *, length: int) -> Document:
+    """Rows of key, gap, value, end, then the same rows in random order, over and over."""
+    words = np.arange(5, vocab.size, dtype=np.int32)
+    key_size, gap = int(rng.integers(1, 4)), int(rng.integers(0, 5))
+    size = key_size + gap + 4
+    count = int(rng.integers(2, max(3, min(32, length // (2 * size)) + 1)))
+    keys = rng.choice(words, (count, key_size), replace=False)
+    pool = words if rng.random() < 0.5 else vocab.three_digits
+    values = pool[rng.integers(0, len(pool), (count, 3))]
+    rows = columns(count, keys, words[rng.integers(0, len(words), gap)], values, words[:1] + 1)
+    num_asked = length // size - count
+    orders = [rng.permutation(count) for _ in range(-(-num_asked // count))]
+    asked = rows[np.concatenate(orders)[:num_asked]]
+    row_weights = np.repeat(np.float32([0.01, 0.1, 0.5, 0.1]), [key_size, gap, 3, 1])
+    weights = np.concatenate([np.full(rows.size, 0.001), np.tile(row_weights, num_asked)])
+    groups = np.zeros(rows.size + asked.size, np.int8)
+    groups[rows.size + key_size + gap :: size] = GROUP["recall"]
+    return Document(
+        tokens=np.concatenate([rows.ravel(), asked.ravel()]),
+        weights=weights.astype(np.float32),
+        groups=groups,
+    )
+
+
 def random_document(
     rng: np.random.Generator, vocab: Vocabulary, stage: Stage, length: int
 ) -> Document:
@@ -449,9 +479,11 @@ def random_document(
     kind = rng.random()
     if kind < stage.repeat:
         return repeat_document(rng, vocab, length=length)
+    if kind < stage.repeat + stage.recall:
+        return recall_document(rng, vocab, length=length)
     thinking = bool(rng.random() < 0.5)
     smallest = ruler_size(vocab, 1, thinking) + 18 + 1
-    if kind < stage.repeat + stage.dense or length < smallest:
+    if kind < stage.repeat + stage.recall + stage.dense or length < smallest:
         return dense_document(rng, vocab, length=length, listed=thinking)
     haystack = HAYSTACKS[rng.integers(len(HAYSTACKS))]
     num_keys = num_queries = 4
@@ -483,10 +515,10 @@ class Batch:
     filled: float  # share of tokens that are not padding
 
 
-def make_batch(vocab: Vocabulary, stage: Stage, *, num_tokens: int, seed: Sequence[int]) -> Batch:
-    """A batch of `num_tokens // stage.width` rows; the same one for the same arguments."""
+def make_batch(vocab: Vocabulary, stage: Stage, *, seed: Sequence[int]) -> Batch:
+    """A batch of `batch_tokens // width` rows; the same one for the same arguments."""
     rng = np.random.default_rng(list(seed))
-    rows, width = num_tokens // stage.width, stage.width
+    rows, width = stage.batch_tokens // stage.width, stage.width
     tokens = np.full((rows, width), vocab.pad, np.uint16)
     weights = np.zeros((rows, width), np.float16)
     groups = np.zeros((rows, width), np.int8)
@@ -515,12 +547,11 @@ class Loader:
         self,
         stages: Sequence[Stage],
         *,
-        num_tokens: int,
         seed: int,
         num_workers: int,
         depth: int = 4,
     ):
-        self._stages, self._num_tokens, self._seed = tuple(stages), num_tokens, seed
+        self._stages, self._seed = tuple(stages), seed
         self._stage, self._index = 0, 0
         context = multiprocessing.get_context("spawn")
         self._orders = [context.Queue() for _ in range(num_workers)]
@@ -528,7 +559,7 @@ class Loader:
         self._workers = [
             context.Process(
                 target=_work,
-                args=(self._stages, num_tokens, seed, rank, num_workers, orders, batches),
+                args=(self._stages, seed, rank, num_workers, orders, batches),
                 daemon=True,
             )
             for rank, (orders, batches) in enumerate(zip(self._orders, self._batches, strict=True))
@@ -557,7 +588,6 @@ class Loader:
             return make_batch(
                 self._vocab,
                 self._stages[stage],
-                num_tokens=self._num_tokens,
                 seed=(self._seed, stage, index),
             )
         batches = self._batches[index % len(self._workers)]
@@ -572,7 +602,6 @@ class Loader:
 
 def _work(
     stages: tuple[Stage, ...],
-    num_tokens: int,
     seed: int,
     rank: int,
     num_workers: int,
@@ -589,6 +618,6 @@ def _work(
                 index += (rank - index) % num_workers
         except queue.Empty:
             pass
-        made = make_batch(vocab, stages[stage], num_tokens=num_tokens, seed=(seed, stage, index))
+        made = make_batch(vocab, stages[stage], seed=(seed, stage, index))
         batches.put(((stage, index), made))
         index += num_workers

@@ -136,7 +136,7 @@ class Trainer:
 
     def compile(self, params: Params, optimizer_state: Any, stage: Stage) -> Any:
         """The update compiled for a stage's shape, from shapes alone."""
-        shape = (self.config.batch_tokens // stage.width, stage.width)
+        shape = (stage.batch_tokens // stage.width, stage.width)
         described = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, optimizer_state)
         )
@@ -226,10 +226,12 @@ class Progress:
         self._pending: list[dict[str, jax.Array]] = []
         self._recent: collections.deque[np.ndarray] = collections.deque(maxlen=config.judge_over)
         self._since = time.monotonic()
+        self._waited = 0.0
 
-    def add(self, extra: dict[str, jax.Array]) -> None:
-        """Takes one step's numbers, without waiting for them."""
+    def add(self, extra: dict[str, jax.Array], *, waited: float) -> None:
+        """Takes one step's numbers, without waiting for them, and the seconds it lacked data."""
         self._pending.append(extra)
+        self._waited += waited
 
     def forget(self) -> None:
         """Drops the history of exact match, at a stage's start."""
@@ -253,6 +255,7 @@ class Progress:
         """Prints a line, appends one to the metrics, and returns exact match by group."""
         done = self._flush()
         seconds = (time.monotonic() - self._since) / len(done)
+        wait, self._waited = self._waited / len(done), 0.0
         self._since = time.monotonic()
         match = self.exact_match()
         mean = {key: float(np.mean([e[key] for e in done])) for key in ("loss", "first_token_nll")}
@@ -264,12 +267,17 @@ class Progress:
         print(
             f"step {state['step']:>6} stage {state['stage']} T {stage.width:>4} "
             f"loss {mean['loss']:.3f} value nll {mean['first_token_nll']:.3f} | exact: {shown} | "
-            f"lr {rate:.1e} grad {gradient:.2f} {1000 * seconds:.1f} ms/step",
+            f"lr {rate:.1e} grad {gradient:.2f} "
+            f"{1000 * seconds:.1f} ms/step ({1000 * wait:.1f} for data)",
             flush=True,
         )
         if self._metrics is not None:
             entry = state | mean | {"grad_norm": gradient, "lr": rate, "width": stage.width}
-            entry |= {"ms_per_step": 1000 * seconds, "exact_match": match}
+            entry |= {
+                "ms_per_step": 1000 * seconds,
+                "ms_for_data": 1000 * wait,
+                "exact_match": match,
+            }
             with self._metrics.open("a") as file:
                 file.write(json.dumps(_rounded(entry)) + "\n")
         return match
@@ -320,7 +328,6 @@ def train(
     progress = Progress(config, out / "metrics.jsonl")
     loader = Loader(
         stages,
-        num_tokens=config.batch_tokens,
         seed=arguments.seed,
         num_workers=arguments.workers,
     )
@@ -341,7 +348,9 @@ def train(
         saved_at = time.monotonic()
         while arguments.steps is None or state["step"] < arguments.steps:
             stage = stages[state["stage"]]
+            asked = time.monotonic()
             batch: Batch = next(loader)
+            waited = time.monotonic() - asked
             rate = trainer.learning_rate(
                 state["step"], steps=arguments.steps, cooldown_steps=arguments.cooldown_steps
             )
@@ -353,7 +362,7 @@ def train(
                 batch.weights,
                 batch.groups,
             )
-            progress.add(extra)
+            progress.add(extra, waited=waited)
             state["step"] += 1
             state["steps_in_stage"] += 1
             if state["step"] % config.log_every == 0:
