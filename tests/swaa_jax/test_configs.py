@@ -9,7 +9,7 @@ from swaa_jax import configs
 from swaa_jax.policy import AttentionPolicy
 
 ROOT = pathlib.Path(__file__).parents[2] / "configs"
-FILES = sorted(path for path in ROOT.rglob("*") if path.is_file())
+FILES = sorted(path for path in ROOT.rglob("*") if path.is_file() and path.name != "README.md")
 POLICIES = [path for path in FILES if path.is_relative_to(ROOT / "policies")]
 
 # Table 1 of arXiv 2512.10411 v5: window, FA layers, sinks, FA decode.
