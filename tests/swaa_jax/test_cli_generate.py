@@ -1,0 +1,201 @@
+"""`swaa generate` on a tiny checkpoint: what it prints, and each mistake in one paragraph."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import swaa_jax as swaa
+from swaa_jax import runtime
+from swaa_jax.cli.main import main
+from tests.support import byte_tokenizer
+
+tiny_hf = pytest.importorskip("tests.support.tiny_hf")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A tiny Qwen3 with the byte tokenizer, a context of 256 and a generation config."""
+    path = tmp_path_factory.mktemp("tiny-qwen3")
+    model = tiny_hf.build(
+        "qwen3",
+        vocab_size=byte_tokenizer.VOCAB_SIZE,
+        max_position_embeddings=256,
+        num_hidden_layers=2,
+    )
+    tiny_hf.save(model, path)
+    byte_tokenizer.build().save_pretrained(path)
+    (path / "generation_config.json").write_text(
+        json.dumps({"do_sample": True, "temperature": 0.6, "top_k": 5, "eos_token_id": [2, 4]})
+    )
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _in_process(monkeypatch):
+    """The commands run here: leave the process's logging and compilation cache alone."""
+    monkeypatch.setattr(runtime, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(runtime, "setup_logging", lambda level: None)
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*args):
+        code = main(["generate", *map(str, args)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def fails(run):
+    """Runs what must fail as the user's mistake: code 2, one paragraph, nothing on stdout."""
+
+    def fails(*args):
+        code, out, err = run(*args)
+        assert (code, out) == (2, "")
+        assert err.startswith("swaa generate: error: ")
+        assert err.endswith("\n")
+        assert err.count("\n") == 1
+        assert "Traceback" not in err
+        return err
+
+    return fails
+
+
+@pytest.fixture(scope="module")
+def api(directory):
+    """What the library answers."""
+    model, tok = swaa.load_model(directory, dtype="float32"), swaa.load_tokenizer(directory)
+
+    def api(prompts, policy=None, **options):
+        under = model if policy is None else model.with_policy(policy)
+        return swaa.generate(under, tok, prompts, max_new_tokens=20, **options)
+
+    return api
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+COMMON = ("--max-new-tokens", 20, "--dtype", "float32")
+
+
+def test_one_prompt_is_streamed_through_the_template(run, api, directory):
+    code, out, err = run(directory, "hello", *COMMON)
+    assert (code, err) == (0, "")
+    assert out == api(user("hello")).texts[0] + "\n"
+    assert out != api("hello").texts[0] + "\n"
+
+
+def test_raw_policy_and_stats(run, api, directory):
+    policy = swaa.AttentionPolicy(window=4, num_sink_tokens=2, decode="full")
+    code, out, err = run(
+        directory, "hello there", "--raw", "--policy", "window=4", "--sinks", 2,
+        "--decode", "full", "--stats", *COMMON,
+    )  # fmt: skip
+    assert code == 0
+    assert out == api("hello there", policy).texts[0] + "\n"
+    assert "policy: window 4 + 2 sinks, FA decode" in err
+    assert "KV cache" in err
+
+
+def test_sampling_stop_thinking_and_cot(run, api, directory):
+    _, out, _ = run(
+        directory, "hi", "--temperature", 1.5, "--top-k", 9, "--top-p", 0.8, "--seed", 3,
+        "--no-thinking", "--cot", *COMMON,
+    )  # fmt: skip
+    options = {"temperature": 1.5, "top_k": 9, "top_p": 0.8, "seed": 3}
+    text = api(user("hi"), **options, enable_thinking=False, cot=True).texts[0]
+    assert out == text + "\n"
+    _, out, _ = run(directory, "hi", "--sampling", "checkpoint", *COMMON)
+    assert out == api(user("hi"), temperature=0.6, top_k=5).texts[0] + "\n"
+    stop = api(user("hi")).texts[0][5:7]
+    _, out, _ = run(directory, "hi", "--stop", "never met", "--stop", stop, *COMMON)
+    assert out == api(user("hi")).texts[0].split(stop)[0] + "\n"
+
+
+def test_several_prompts_and_json(run, api, directory, tmp_path):
+    (tmp_path / "prompt.txt").write_text("from a file\n")
+    args = (directory, "one", "two", "--file", tmp_path / "prompt.txt", *COMMON)
+    want = api([user("one"), user("two"), user("from a file")])
+    code, out, _ = run(*args, "--json")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [record["prompt"] for record in records] == ["one", "two", "from a file"]
+    assert [record["text"] for record in records] == list(want.texts)
+    assert [tuple(record["tokens"]) for record in records] == list(want.tokens)
+    assert {record["finish_reason"] for record in records} <= {"eos", "length"}
+    assert records[0]["timings"]["cache_bytes"] == want.timings.cache_bytes
+    _, out, _ = run(*args)
+    assert out.startswith(f"==> prompt 1 <==\n{want.texts[0]}\n")
+
+
+def test_standard_input(run, api, directory, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    _, out, _ = run(directory, *COMMON)
+    assert out == api(user("hello")).texts[0] + "\n"
+
+
+def test_a_wrong_path(fails, tmp_path):
+    assert "does not exist" in fails(tmp_path / "nowhere", "hi")
+
+
+def test_a_truncated_shard(fails, directory, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(directory, broken)
+    shard = broken / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    assert "model.safetensors" in fails(broken, "hi", *COMMON)
+
+
+def test_a_policy_layer_out_of_range(fails, directory):
+    err = fails(directory, "hi", "--window", 8, "--full-layers", "0,7", *COMMON)
+    assert "7" in err
+    assert "layers" in err
+
+
+def test_an_empty_prompt(fails, directory, monkeypatch, tmp_path):
+    assert "empty prompt" in fails(directory, "", *COMMON)
+    assert "empty prompt" in fails(directory, " \n", "--raw", *COMMON)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert "empty prompt in standard input" in fails(directory, *COMMON)
+    (tmp_path / "empty.txt").write_text("\n")
+    assert "empty.txt" in fails(directory, "--file", tmp_path / "empty.txt")
+
+
+def test_a_prompt_beyond_the_context(fails, directory):
+    err = fails(directory, "x" * 250, "--raw", *COMMON)
+    assert "250 prompt tokens and max_new_tokens=20 make 270" in err
+    assert "context of 256" in err
+
+
+def test_other_mistakes(fails, directory, tmp_path):
+    assert "temperature" in fails(directory, "hi", "--temperature", -1, *COMMON)
+    assert "max_new_tokens" in fails(directory, "hi", "--max-new-tokens", 0)
+    assert "no-such-policy" in fails(directory, "hi", "--policy", "no-such-policy")
+    assert "No such file" in fails(directory, "--file", tmp_path / "none.txt")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
+    assert "UTF-8" in fails(directory, "--file", tmp_path / "binary")
+    assert "cot" in fails(directory, "hi", "--raw", "--cot", *COMMON)
+
+
+def test_a_truncated_shard_in_a_process(directory, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(directory, broken)
+    shard = broken / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    done = subprocess.run(
+        [sys.executable, "-m", "swaa_jax.cli.main", "generate", str(broken), "hi"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "model.safetensors" in done.stderr

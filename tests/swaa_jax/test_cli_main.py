@@ -1,0 +1,200 @@
+"""`swaa` itself: quick to ask, registered commands, exit codes, what an error looks like."""
+
+import argparse
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import swaa_jax
+from swaa_jax.cli import errors
+from swaa_jax.cli.main import build_parser, main
+from swaa_jax.cli.policy_args import add_policy_arguments, parse_policy, policy_from_args
+from swaa_jax.policy import AttentionPolicy
+
+ROOT = pathlib.Path(swaa_jax.__file__).parents[1]
+
+
+def swaa(*args, **kwargs):
+    """Run the command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "swaa_jax.cli.main", *args],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        **kwargs,
+    )
+
+
+def test_help_and_version_import_nothing_heavy(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--version"])
+    assert exit_info.value.code == 0
+    assert capsys.readouterr().out == f"swaa {swaa_jax.__version__}\n"
+    code = (
+        "import sys; from swaa_jax.cli.main import main\n"
+        "try: main(['generate', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'jax', 'flax', 'transformers', 'numpy', 'torch', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "examples:" in done.stdout
+
+
+def test_help_names_the_commands(capsys):
+    assert main([]) == 0
+    assert "generate" in capsys.readouterr().out
+    assert "generate" in build_parser().format_help()
+
+
+def test_an_unknown_command_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["fly"])
+    assert exit_info.value.code == 2
+    assert "invalid choice: 'fly'" in capsys.readouterr().err
+
+
+def test_exit_codes(capsys):
+    def raising(error):
+        def command():
+            raise error
+
+        return command
+
+    assert errors.run_command(lambda: 0, name="swaa x") == 0
+    assert errors.run_command(raising(KeyboardInterrupt()), name="swaa x") == 130
+    assert errors.run_command(raising(BrokenPipeError()), name="swaa x") == 141
+    err = capsys.readouterr().err
+    assert err == "\nswaa x: interrupted\n"
+
+
+def test_a_users_mistake_is_one_paragraph(capsys, monkeypatch, tmp_path):
+    def ours():
+        AttentionPolicy(window=-1)
+        return 0
+
+    def missing():
+        (tmp_path / "nothing.txt").read_text()
+        return 0
+
+    for command in (ours, missing):
+        assert errors.run_command(command, name="swaa x") == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith("swaa x: error: ")
+        assert captured.err.count("\n") == 1
+    monkeypatch.setenv("SWAA_TRACEBACK", "1")
+    with pytest.raises(ValueError):
+        errors.run_command(ours, name="swaa x")
+
+
+def test_bugs_keep_their_traceback():
+    def not_ours():
+        import numpy as np
+
+        np.zeros(2) + np.zeros(3)
+        return 0
+
+    def broken():
+        raise KeyError("layer")
+
+    with pytest.raises(ValueError, match="broadcast"):
+        errors.run_command(not_ours, name="swaa x")
+    with pytest.raises(KeyError):
+        errors.run_command(broken, name="swaa x")
+
+
+def test_a_closed_pipe_is_quiet():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "swaa_jax.cli.main"],
+        cwd=ROOT,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(write)
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+
+
+def test_a_wrong_path_in_a_process(tmp_path):
+    done = swaa("generate", str(tmp_path / "no-such-model"), "hi")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "no-such-model" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "policy"),
+    [
+        ("window=64", AttentionPolicy(window=64)),
+        (
+            "window=64,sinks=4,full_layers=1::2,decode=full",
+            AttentionPolicy(
+                window=64, num_sink_tokens=4, full_attention_layers="1::2", decode="full"
+            ),
+        ),
+        (
+            "window=64, full-layers=1,3, decode=0,2, tail=5",
+            AttentionPolicy(
+                window=64, full_attention_layers=(1, 3), decode=(0, 2), full_attention_tail=5
+            ),
+        ),
+        ("window=full", AttentionPolicy()),
+        ("full", AttentionPolicy()),
+    ],
+)
+def test_policies_in_words(text, policy):
+    assert parse_policy(text) == policy
+
+
+def test_a_policy_file(tmp_path):
+    path = tmp_path / "odd=name.yaml"
+    path.write_text('window: 32\nfull_attention_layers: "1::2"\n')
+    assert parse_policy(str(path)) == AttentionPolicy(window=32, full_attention_layers="1::2")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("window=64,sink=4", "expected fields among .*got 'sink'"),
+        ("window=wide", "window: expected an integer, got 'wide'"),
+        ("window=1,window=2", "window twice"),
+        ("fast,window=1", "expected NAME=VALUE"),
+        ("no-such-policy", "no-such-policy"),
+        ("window=-1", "window"),
+        ("sinks=4", "window"),
+    ],
+)
+def test_mistaken_policies(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_policy(text)
+
+
+def test_flags_alone_and_beside_a_policy():
+    parser = argparse.ArgumentParser()
+    add_policy_arguments(parser)
+
+    def policy(*args):
+        return policy_from_args(parser.parse_args(args))
+
+    assert policy() is None
+    assert policy("--window", "8", "--sinks", "2") == AttentionPolicy(window=8, num_sink_tokens=2)
+    assert policy("--policy", "window=8,sinks=2", "--sinks", "0", "--decode", "full") == (
+        AttentionPolicy(window=8, decode="full")
+    )
+    assert policy("--window", "8", "--full-layers", "0,2", "--full-attention-tail", "3") == (
+        AttentionPolicy(window=8, full_attention_layers=(0, 2), full_attention_tail=3)
+    )
+    assert policy("--policy", "window=8,full_layers=1::2", "--full-layers", "none") == (
+        AttentionPolicy(window=8)
+    )
