@@ -1,0 +1,273 @@
+"""Every prefill backend against the loop in tests.support.bruteforce: output, LSE, gradients.
+
+Shapes and tilings are static and few (each compiles once); windows, sinks, lengths, stages, segments,
+offsets and tails are traced and drawn by Hypothesis. A new backend joins by a line in ``BACKENDS``.
+"""
+
+import dataclasses
+import functools
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from kernels_pallas.backends import get_backend
+from kernels_pallas.swa_prefill.arguments import PrefillArguments, validate_prefill
+from kernels_pallas.swa_prefill.blockwise import Tiling
+from tests.support import bruteforce
+
+BACKENDS = ("reference", "xla")
+
+# float32: products of 16-wide heads at highest precision and sums over at most 70 keys, all of order
+# 1, lose a few dozen units in the last place (1.2e-7): 1e-5 of the largest entry.
+RTOL = {"float32": 1e-5, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+# The 16-bit types: the arithmetic is float32, then one rounding of the result, half a unit in the
+# last place (2^-9, 2^-12 relative), doubled because the cotangent takes one rounding too.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """Static part of a test."""
+
+    shape: tuple[int, int, int]  # B, T, S
+    heads: tuple[int, int, int] = (4, 2, 16)  # N, K, H
+    tiling: Tiling | None = None
+    dtype: str = "float32"
+    softcap: float | None = None
+    scale: float | None = None
+    full_layer: bool = False
+    stages: bool = True
+    segments: bool = True
+    stages_by_key: bool = False  # stage ids [B, S] rather than [B, T]
+
+
+def tiles(block_q, block_kv, chunk_blocks):
+    return Tiling(block_q=block_q, block_kv=block_kv, chunk_blocks=chunk_blocks)
+
+
+CASES = {
+    "everything": Case(shape=(2, 48, 48), tiling=tiles(8, 4, 3)),
+    "ragged_tiles": Case(shape=(2, 37, 70), heads=(4, 1, 8), tiling=tiles(16, 8, 1), softcap=1.5),
+    "block_q_not_multiple": Case(shape=(2, 41, 41), tiling=tiles(12, 8, 2), segments=False),
+    "by_key": Case(shape=(2, 21, 64), tiling=tiles(8, 8, 2), stages_by_key=True, scale=0.7),
+    "full_layer": Case(
+        shape=(2, 45, 45), heads=(2, 2, 16), tiling=tiles(8, 8, 2), full_layer=True, stages=False
+    ),
+    "one_block": Case(shape=(1, 19, 23), tiling=tiles(64, 64, 1), heads=(6, 2, 8)),
+    "default_tiling": Case(shape=(1, 67, 67), stages=False, segments=False),
+    "bfloat16": Case(shape=(1, 40, 40), tiling=tiles(16, 8, 2), dtype="bfloat16"),
+}
+
+
+def arguments_of(case, arrays, drawn):
+    q, k, v = arrays
+    return PrefillArguments(
+        q=q,
+        k=k,
+        v=v,
+        window=None if case.full_layer else drawn["window"],
+        num_sink_tokens=drawn["sinks"],
+        lengths=drawn["lengths"],
+        stage_ids=drawn.get("stage_ids"),
+        segment_ids=drawn.get("segment_ids"),
+        q_offset=drawn["q_offset"],
+        full_attention_tail=drawn["tail"] if case.stages else 0,
+        scale=case.heads[2] ** -0.5 if case.scale is None else case.scale,
+        softcap=case.softcap,
+    )
+
+
+@functools.cache
+def compiled(case: Case, backend: str):
+    """One jitted function a case and backend: result and gradients."""
+    keywords = {"tiling": case.tiling} if backend == "xla" and case.tiling else {}
+
+    def run(arrays, cotangents, drawn):
+        def loss(arrays):
+            arguments = arguments_of(case, arrays, drawn)
+            validate_prefill(arguments)
+            result = get_backend("swa_prefill", backend)(arguments, return_lse=True, **keywords)
+            lse = jnp.where(jnp.isfinite(result.lse), result.lse, 0)
+            d_out, d_lse = cotangents
+            return jnp.sum(result.out.astype(jnp.float32) * d_out) + jnp.sum(lse * d_lse), result
+
+        (_, result), grads = jax.value_and_grad(loss, has_aux=True)(arrays)
+        return result, grads
+
+    return jax.jit(run)
+
+
+@functools.cache
+def arrays_of(case: Case, seed: int):
+    """q, k, v in the case's dtype and float32 cotangents that the dtype holds exactly."""
+    rng = np.random.default_rng(seed)
+    (num_batch, num_queries, num_keys), (num_heads, num_kv_heads, head_dim) = case.shape, case.heads
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape), case.dtype)
+
+    q = draw(num_batch, num_queries, num_heads, head_dim)
+    k = draw(num_batch, num_keys, num_kv_heads, head_dim)
+    v = draw(num_batch, num_keys, num_kv_heads, head_dim)
+    d_out = draw(*q.shape).astype(jnp.float32)
+    d_lse = draw(*q.shape[:3]).astype(jnp.float32)
+    return (q, k, v), (d_out, d_lse)
+
+
+@st.composite
+def spans(draw, num_batch, length):
+    """0/1 per token in a few spans: where the value flips."""
+    rows = np.zeros((num_batch, length), np.int32)
+    for b in range(num_batch):
+        flips = draw(st.lists(st.integers(0, length), max_size=5))
+        for at in flips:
+            rows[b, at:] += 1
+    return rows
+
+
+@st.composite
+def drawn_values(draw, case: Case):
+    num_batch, num_queries, num_keys = case.shape
+    per_row = functools.partial(st.lists, min_size=num_batch, max_size=num_batch)
+
+    def ints(strategy):
+        return np.asarray(draw(per_row(strategy)), np.int32)
+
+    drawn = {
+        "window": ints(st.sampled_from([1, 2, 3, 7, 8, 9, 16, 40, 200])),
+        "sinks": ints(st.sampled_from([0, 1, 4, 10, 130])),
+        "lengths": ints(st.sampled_from([num_keys, 0, 1]) | st.integers(1, num_keys)),
+        "q_offset": ints(st.integers(0, num_keys - num_queries)),
+        "tail": ints(st.sampled_from([0, 0, 1, 3, 50])),
+    }
+    if case.stages:
+        width = num_keys if case.stages_by_key else num_queries
+        drawn["stage_ids"] = draw(spans(num_batch, width)) % 2
+    if case.segments:
+        # An id may come back: two runs of one id are two segments.
+        drawn["segment_ids"] = draw(spans(num_batch, num_keys)) % 3
+    return drawn
+
+
+def expected(case, arrays, cotangents, drawn):
+    mask = bruteforce.visible_pairs(
+        shape=case.shape,
+        window=None if case.full_layer else drawn["window"],
+        sinks=drawn["sinks"],
+        lengths=drawn["lengths"],
+        stage_ids=drawn.get("stage_ids"),
+        segment_ids=drawn.get("segment_ids"),
+        q_offset=drawn["q_offset"],
+        tail=drawn["tail"] if case.stages else 0,
+    )
+    scaling = {"scale": case.scale, "softcap": case.softcap}
+    result = bruteforce.attend(*arrays, mask, **scaling)
+    d_out, d_lse = cotangents
+    grads = bruteforce.gradients(*arrays, mask, d_out=d_out, d_lse=d_lse, **scaling)
+    return result, grads
+
+
+def assert_close(actual, wanted, dtype, name):
+    actual = np.asarray(actual, np.float64)
+    assert np.isfinite(actual).all(), f"{name} is not finite"
+    room = RTOL[dtype] * max(1.0, np.abs(wanted).max(initial=0.0))
+    np.testing.assert_allclose(actual, wanted, rtol=0, atol=room, err_msg=name)
+
+
+def check(case, backend, drawn, arrays, cotangents):
+    result, grads = compiled(case, backend)(arrays, cotangents, drawn)
+    wanted, wanted_grads = expected(case, arrays, cotangents, drawn)
+    assert result.out.dtype == arrays[0].dtype
+    assert result.lse.dtype == jnp.float32
+    padding = np.isneginf(wanted.lse)
+    np.testing.assert_array_equal(np.isneginf(result.lse), padding)
+    assert not np.asarray(result.out, np.float32)[padding].any()
+    assert_close(result.out, wanted.out, case.dtype, "out")
+    # The LSE is float32 whatever the inputs are.
+    assert_close(
+        np.where(padding, 0, result.lse), np.where(padding, 0, wanted.lse), "float32", "lse"
+    )
+    for name, actual, want in zip(("dq", "dk", "dv"), grads, wanted_grads, strict=True):
+        assert actual.dtype == arrays[0].dtype
+        assert_close(actual, want, case.dtype, name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+@settings(max_examples=12)
+@given(data=st.data())
+def test_against_loop(name, backend, data):
+    case = CASES[name]
+    drawn = data.draw(drawn_values(case))
+    check(case, backend, drawn, *arrays_of(case, seed=data.draw(st.integers(0, 2))))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_may_hold_nan(backend):
+    """NaN in padding rows and keys reaches neither the output nor any gradient."""
+    case = CASES["everything"]
+    arrays, cotangents = arrays_of(case, seed=0)
+    lengths = np.array([20, 0], np.int32)
+    padding = np.arange(48) >= lengths[:, None]
+    poisoned = tuple(jnp.where(padding[:, :, None, None], jnp.nan, x) for x in arrays)
+    num_batch = 2
+    drawn = {
+        "window": np.full(num_batch, 5, np.int32),
+        "sinks": np.full(num_batch, 2, np.int32),
+        "lengths": lengths,
+        "q_offset": np.zeros(num_batch, np.int32),
+        "tail": np.zeros(num_batch, np.int32),
+        "stage_ids": np.zeros((num_batch, 48), np.int32),
+        "segment_ids": np.zeros((num_batch, 48), np.int32),
+    }
+    check(case, backend, drawn, poisoned, cotangents)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_not_yet_written_may_hold_nan(backend):
+    """A chunk of a longer sequence: keys after its last row are never seen."""
+    case = CASES["by_key"]
+    arrays, cotangents = arrays_of(case, seed=1)
+    offset = np.array([0, 17], np.int32)
+    unwritten = np.arange(64) >= offset[:, None] + 21
+    q, *kv = arrays
+    kv = (jnp.where(unwritten[:, :, None, None], jnp.nan, x) for x in kv)
+    drawn = {
+        "window": np.array([3, 30], np.int32),
+        "sinks": np.array([2, 0], np.int32),
+        "lengths": np.array([64, 64], np.int32),
+        "q_offset": offset,
+        "tail": np.zeros(2, np.int32),
+        "stage_ids": np.tile(np.arange(64) % 9 == 8, (2, 1)).astype(np.int32),
+        "segment_ids": np.zeros((2, 64), np.int32),
+    }
+    check(case, backend, drawn, (q, *kv), cotangents)
+
+
+def test_oracle_gradients_against_finite_differences():
+    """The formula in tests.support.bruteforce.gradients, by central differences in float64."""
+    rng = np.random.default_rng(0)
+    shape = (1, 5, 6)
+    q, k, v = (rng.standard_normal((1, n, heads, 3)) for n, heads in ((5, 4), (6, 2), (6, 2)))
+    mask = bruteforce.visible_pairs(shape=shape, window=2, sinks=1, q_offset=1, lengths=[5])
+    d_out, d_lse = rng.standard_normal(q.shape), rng.standard_normal(q.shape[:3])
+
+    def loss(*arrays):
+        result = bruteforce.attend(*arrays, mask, softcap=1.3)
+        return np.sum(result.out * d_out) + np.sum(
+            np.where(mask.any(2)[..., None], result.lse, 0) * d_lse
+        )
+
+    grads = bruteforce.gradients(q, k, v, mask, d_out=d_out, d_lse=d_lse, softcap=1.3)
+    step = 1e-5  # error of order step^2 = 1e-10, rounding 1e-16 / step = 1e-11
+    for which, grad in enumerate(grads):
+        for index in np.ndindex(grad.shape):
+            values = []
+            for sign in (1, -1):
+                arrays = [q.copy(), k.copy(), v.copy()]
+                arrays[which][index] += sign * step
+                values.append(loss(*arrays))
+            np.testing.assert_allclose((values[0] - values[1]) / (2 * step), grad[index], atol=1e-8)
