@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+WORKERS ?= 2
 UV ?= uv
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -31,7 +32,7 @@ demo: $(CORE)  ## score the shipped model under the paper's policies, on the CPU
 	@$(BIN)/swaa demo
 
 test: $(TEST) $(TORCH)  ## the tests and doctests, without the slow ones
-	@$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(DEV)  ## ruff, the import rules and pyright
 	@$(BIN)/ruff check .
@@ -41,7 +42,7 @@ lint: $(DEV)  ## ruff, the import rules and pyright
 
 smoke:  ## a short run on the JAX that this PYTHON's lock has, in its own environment
 	@$(MAKE) --no-print-directory VENV=.venv-$(TAG) .venv-$(TAG)/.stamp-$(TAG)-test
-	@.venv-$(TAG)/bin/python -m pytest -q -m "not slow" $(PYTEST_ARGS) \
+	@.venv-$(TAG)/bin/python -m pytest -m "not slow" -n $(WORKERS) $(PYTEST_ARGS) \
 	    tests/swaa_jax/test_smoke.py $(wildcard tests/kernels_pallas)
 
 bench: $(CORE) $(TORCH)  ## attention time and memory against context length, on this machine
