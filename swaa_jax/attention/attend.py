@@ -50,8 +50,14 @@ def attend(
     elif not layer.full_decode and stage_ids is not None and tail:
         # Answer rows stay windowed, yet they mark where the prompt's tail ends: hand the kernel
         # the rows to see everything, marked as if they were answers.
+        batch, width = stage_ids.shape
         rows = full_rows(
-            stage_ids, lengths=lengths, segment_ids=segment_ids, full_attention_tail=tail
+            stage_ids,
+            lengths=jnp.full((batch,), width, jnp.int32) if lengths is None else lengths,
+            segment_ids=segment_ids,
+            q_offset=0,
+            full_attention_tail=tail,
+            shape=(batch, width, width),
         )
         stage_ids, tail = (rows & (stage_ids == Stage.PROMPT)).astype(jnp.int32), 0
     elif not layer.full_decode:
