@@ -85,10 +85,15 @@ $(TEST): $(LOCK)-test.txt $(CORE)
 	@touch $@
 
 # torch is the oracle of the tests. It is no part of the lock, where its CUDA packages would follow.
+# For other Pythons than CI's its wheel may bring gigabytes of them, so that is left to you.
 $(TORCH): requirements/torch.txt $(TEST)
+ifeq ($(VERSION),3.11)
 	@echo "Installing requirements/torch.txt in $(VENV)"
-	@$(PIP) -r requirements/torch.txt || \
-	  echo "No torch for Python $(VERSION) here: the tests against Transformers are skipped."
+	@$(PIP) -r requirements/torch.txt
+else
+	@echo "Without torch: the tests against Transformers are skipped on Python $(VERSION)." \
+	  "To run them: $(BIN)/pip install -r requirements/torch.txt"
+endif
 	@touch $@
 
 $(DEV): $(LOCK)-dev.txt $(TEST)
