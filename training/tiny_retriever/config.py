@@ -33,23 +33,41 @@ MODEL = {
 """`config.json`: 6.9M parameters, 13.8 MB in bfloat16."""
 
 STAGES = (
+    # Random tokens only. A model that meets needles before it has learned this learns to guess
+    # among them and stays there: every value has the same " is: " before it.
+    Stage(
+        width=256,
+        batch_tokens=32_768,
+        lengths=((128, 0.5), (256, 0.5)),
+        repeat=0.35,
+        recall=0.65,
+        dense=0.0,
+        four_by_four=0.0,
+        min_steps=400,
+        max_steps=6000,
+        judged=("recall", "repeat"),
+        advance_at=0.95,
+    ),
     Stage(
         width=256,
         batch_tokens=32_768,
         lengths=((128, 0.4), (256, 0.6)),
-        repeat=0.08,
-        recall=0.25,
-        dense=0.4,
+        repeat=0.05,
+        recall=0.2,
+        dense=0.5,
         four_by_four=0.3,
-        min_steps=1000,
+        min_steps=800,
         max_steps=12_000,
+        judged=("list/", "scratchpad/", "answer/", "dense"),
+        advance_at=0.95,
     ),
     Stage(
         width=512,
+        batch_tokens=32_768,
         lengths=((128, 0.1), (256, 0.2), (512, 0.7)),
-        repeat=0.04,
-        recall=0.06,
-        dense=0.3,
+        repeat=0.03,
+        recall=0.07,
+        dense=0.35,
         four_by_four=0.4,
         min_steps=600,
         max_steps=4000,
@@ -87,8 +105,8 @@ STAGES = (
         max_steps=10**9,
     ),
 )
-"""Short and dense first: retrieval forms at 128-256 tokens or not at all; then twice as long, again
-and again, with shorter documents kept in the mix."""
+"""Recall of anything first, then needles, short and dense; then twice as long, again and again,
+with shorter documents kept in the mix."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +138,6 @@ SMOKE_MODEL = MODEL | {
 }
 SMOKE_STAGES = (
     dataclasses.replace(STAGES[0], batch_tokens=2048, min_steps=10, max_steps=10),
-    dataclasses.replace(STAGES[1], batch_tokens=2048, min_steps=10**9, max_steps=10**9),
+    dataclasses.replace(STAGES[2], batch_tokens=2048, min_steps=10**9, max_steps=10**9),
 )
 SMOKE_CONFIG = TrainConfig(compute_dtype="float32", log_every=5, judge_over=5, warmup_steps=5)

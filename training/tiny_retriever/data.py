@@ -62,7 +62,8 @@ class Stage:
         repeat, recall, dense: shares of those kinds; the rest is ruler.
         four_by_four: share of ruler documents with four keys and four queries.
         min_steps, max_steps: of training, whatever exact match says.
-        advance_at: exact match, of every ruler group, at which the next stage begins.
+        judged: beginnings of the groups that are judged.
+        advance_at: exact match, of every judged group, at which the next stage begins.
     """
 
     width: int
@@ -74,6 +75,7 @@ class Stage:
     four_by_four: float
     min_steps: int
     max_steps: int
+    judged: tuple[str, ...] = ("list/", "scratchpad/", "answer/")
     advance_at: float = 0.97
 
 
@@ -333,6 +335,7 @@ def haystack_units(
 
 
 DEPTHS = np.array(text.DEPTHS)
+LIST_SIZES = (1, 1, 1, 1, 2, 2, 2, 3, 3, 4, 4, 4, 5, 6, 7, 8)
 
 
 def ruler_document(
@@ -404,14 +407,14 @@ def ruler_size(vocab: Vocabulary, num_queries: int, thinking: bool) -> int:
 def dense_document(
     rng: np.random.Generator, vocab: Vocabulary, *, length: int, listed: bool
 ) -> Document:
-    """Needles, full or cut short, then every one asked for: as a list, or as scratchpad lines."""
+    """Needles, full or cut short, then questions about them until the length is reached.
+
+    The questions are lists, or scratchpad lines. A needle may be asked for twice or never, so that
+    nothing is to be gained by answering with whatever is left.
+    """
     short = rng.random() < 0.5
     needle_size = 11 if short else 18
-    answer_size = 9 if listed else 12
-    overhead = len(vocab.answer[False]) + len(vocab.answer_end) + 4 if listed else 3
-    count = (length - overhead) // (needle_size + answer_size)
-    num_asked = min(count, 24) if listed else count  # a list is found by counting along it
-    count = (length - overhead - num_asked * answer_size) // needle_size
+    count = max(2, int(length * rng.uniform(0.3, 0.65)) // needle_size)
     facts = draw_facts(rng, vocab, count)
     out = Writer()
     if short:
@@ -419,19 +422,24 @@ def dense_document(
         out.add(rows.ravel())
     else:
         out.add(needle_rows(vocab, facts, "\n").ravel(), vocab.newline)
-    asked = facts.take(rng.permutation(count)[:num_asked])
-    if listed:
-        out.add(vocab.answer[False], list_of_keys(vocab, asked), vocab.answer_end)
-        out.add_values(*list_of_values(vocab, asked), group=GROUP["dense_list"])
-    else:
+    if not listed:
         out.add(vocab.think)
+        asked = facts.take(rng.integers(0, count, (length - out.size - 1) // 12))
         start = out.size
         lines, starts = scratchpad(vocab, asked)
         out.add_values(lines, starts, group=GROUP["dense_scratchpad"])
         # Which key comes next nobody can know.
         guesses = (starts[:, None] + np.array([-6, -4])).ravel() + start
         out.weigh(guesses, 0.01)
-    out.add(vocab.end, weight=1.0)
+    overhead = len(vocab.answer[False]) + len(vocab.answer_end) + 4
+    while listed and (most := (length - out.size - overhead) // 9) >= 1:
+        num_asked = int(min(LIST_SIZES[rng.integers(len(LIST_SIZES))], most, count))
+        asked = facts.take(rng.permutation(count)[:num_asked])
+        out.add(vocab.answer[False], list_of_keys(vocab, asked), vocab.answer_end)
+        out.add_values(*list_of_values(vocab, asked), group=GROUP["dense_list"])
+        out.add(vocab.newline, weight=0.1)
+    if out.size < length:
+        out.add(vocab.end, weight=0.1)
     return out.finish()
 
 
@@ -451,13 +459,21 @@ def repeat_document(rng: np.random.Generator, vocab: Vocabulary, *, length: int)
 def recall_document(rng: np.random.Generator, vocab: Vocabulary, *, length: int) -> Document:
     """Rows of key, gap, value, end, then the same rows in random order, over and over."""
     words = np.arange(5, vocab.size, dtype=np.int32)
-    key_size, gap = int(rng.integers(1, 4)), int(rng.integers(0, 5))
+    key_size, gap = int(rng.integers(1, 4)), int(rng.integers(0, 11))
     size = key_size + gap + 4
     count = int(rng.integers(2, max(3, min(32, length // (2 * size)) + 1)))
     keys = rng.choice(words, (count, key_size), replace=False)
+    if key_size > 1 and rng.random() < 0.5:
+        # First and last token only together say which row is meant, as in adjective-noun.
+        side = int(np.ceil(np.sqrt(2 * count)))
+        some = rng.choice(words, (2, side), replace=False)
+        pick = rng.permutation(side * side)[:count]
+        keys[:] = keys[0]
+        keys[:, 0], keys[:, -1] = some[0, pick // side], some[1, pick % side]
     pool = words if rng.random() < 0.5 else vocab.three_digits
     values = pool[rng.integers(0, len(pool), (count, 3))]
-    rows = columns(count, keys, words[rng.integers(0, len(words), gap)], values, words[:1] + 1)
+    between, end = words[rng.integers(0, len(words), gap)], words[rng.integers(0, len(words), 1)]
+    rows = columns(count, keys, between, values, end)
     num_asked = length // size - count
     orders = [rng.permutation(count) for _ in range(-(-num_asked // count))]
     asked = rows[np.concatenate(orders)[:num_asked]]
@@ -489,7 +505,7 @@ def random_document(
     num_keys = num_queries = 4
     if rng.random() >= stage.four_by_four:
         num_keys = int(rng.integers(1, 33))
-        num_queries = int(rng.integers(1, min(num_keys, 24) + 1))
+        num_queries = int(rng.integers(1, rng.integers(1, min(num_keys, 24) + 1) + 1))
     while (size := ruler_size(vocab, num_queries, thinking) + 18 * num_keys + 1) > length:
         num_keys = max(1, num_keys - 1 - (size - length) // 60)
         num_queries = min(num_queries, num_keys)
