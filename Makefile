@@ -29,7 +29,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 demo: $(CORE)  ## score the shipped model under the paper's policies, on the CPU
-	@$(BIN)/swaa demo
+	@$(BIN)/python -m swaa_jax.cli.main demo
 
 test: $(TEST) $(TORCH)  ## the tests and doctests, without the slow ones
 	@$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
