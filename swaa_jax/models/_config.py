@@ -61,7 +61,9 @@ class DecoderConfig:
             )
 
     @classmethod
-    def from_hf(cls, hf: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> "DecoderConfig":
+    def from_hf(
+        cls, hf: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+    ) -> "DecoderConfig":
         """Read a `config.json`, old form or new.
 
         Args:
@@ -135,9 +137,7 @@ def windowed_layers_policy(hf: Mapping[str, Any]) -> AttentionPolicy:
         full = range(min(hf["max_window_layers"], num_layers))
     else:
         if len(kinds) != num_layers:
-            raise ValueError(
-                f"config: layer_types expected {num_layers} entries, got {len(kinds)}"
-            )
+            raise ValueError(f"config: layer_types expected {num_layers} entries, got {len(kinds)}")
         full = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
     if len(full) == num_layers:
         return AttentionPolicy()
@@ -155,15 +155,19 @@ _REQUIRED = (
     "hidden_act",
 )
 _ROPE_FIELDS = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
-_COMMON_FIELDS = frozenset(_REQUIRED) | _ROPE_FIELDS | {
-    "num_key_value_heads",
-    "head_dim",
-    "tie_word_embeddings",
-    "attention_bias",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-}
+_COMMON_FIELDS = (
+    frozenset(_REQUIRED)
+    | _ROPE_FIELDS
+    | {
+        "num_key_value_heads",
+        "head_dim",
+        "tie_word_embeddings",
+        "attention_bias",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+    }
+)
 
 
 def _override(

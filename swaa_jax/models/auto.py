@@ -228,7 +228,9 @@ def _choose_policy(
 ) -> AttentionPolicy:
     if policy is not None:
         chosen, why = policy, "the caller's"
-    elif (saved := checkpoint.read_attention_policy(directory, num_layers=config.num_layers)) is not None:
+    elif (
+        saved := checkpoint.read_attention_policy(directory, num_layers=config.num_layers)
+    ) is not None:
         chosen, why = AttentionPolicy.from_dict(saved), "from attention_policy.json"
     else:
         chosen, why = config.own, "from config.json"

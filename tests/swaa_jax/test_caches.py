@@ -46,9 +46,7 @@ def test_ring_holds_the_sinks_and_the_last_window(length, shape, blocks):
 
 def test_full_cache_overwrites_padding_and_drops_what_does_not_fit():
     keys = jnp.asarray(rows(4, 0))
-    cache = build_cache(
-        keys, keys, lengths=jnp.array([2]), layer=LayerAttention(), num_slots=5
-    )
+    cache = build_cache(keys, keys, lengths=jnp.array([2]), layer=LayerAttention(), num_slots=5)
     np.testing.assert_array_equal(cache.positions(jnp.array([2])), [[0, 1, -1, -1, -1]])
     block = jnp.asarray(rows(4, 100))
     cache = cache.write(block, block, jnp.array([2]))

@@ -62,7 +62,9 @@ def test_a_sharded_model_equals_one_device(sizes):
     stages = jnp.asarray(rng.integers(0, 2, (4, 16)))
     new = jnp.asarray(rng.integers(0, HF_CONFIG["vocab_size"], (4, 6)))
     for run in (
-        lambda model: model(tokens, lengths=lengths, stage_ids=stages, logits_at=jnp.ones((4, 1), int)),
+        lambda model: model(
+            tokens, lengths=lengths, stage_ids=stages, logits_at=jnp.ones((4, 1), int)
+        ),
         lambda model: model.prefill(tokens, lengths=lengths).logits,
         lambda model: model.decode(new, model.prefill(tokens, lengths=lengths).caches)[0],
     ):
