@@ -187,7 +187,7 @@ def atomic_directory(
     Raises:
         CheckpointError: `path` exists and may not be replaced, or cannot be made. Nothing changed.
     """
-    target = epath.Path(path)
+    target = epath.Path(path).expanduser()
     if is_local(target):
         # absolute, so that "." and "x/.." have a name and a chdir inside the block is harmless
         target = epath.Path(os.path.abspath(target))

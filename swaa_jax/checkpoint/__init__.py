@@ -1,5 +1,6 @@
 """Checkpoints in Hugging Face layout: safetensors in and out, the key-map engine, small files."""
 
+from swaa_jax.checkpoint._paths import SHIPPED, check_directory
 from swaa_jax.checkpoint.hf import (
     copy_tokenizer_files,
     read_attention_policy,
@@ -21,7 +22,6 @@ from swaa_jax.checkpoint.keymap import (
 from swaa_jax.checkpoint.safetensors_io import (
     DEFAULT_MAX_SHARD_BYTES,
     WeightReader,
-    check_directory,
     write_safetensors,
 )
 from swaa_jax.checkpoint.tokenizer import load_tokenizer
@@ -29,6 +29,7 @@ from swaa_jax.storage import CheckpointError
 
 __all__ = [
     "DEFAULT_MAX_SHARD_BYTES",
+    "SHIPPED",
     "CheckpointError",
     "Transform",
     "WeightReader",

@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 
 import swaa_jax
-from swaa_jax.checkpoint.safetensors_io import check_directory, read_json_object
+from swaa_jax.checkpoint._paths import check_directory, read_json_object
 from swaa_jax.storage import CheckpointError, is_local, resolve_inside, sha256, write_json_atomic
 
 CONFIG_FILE = "config.json"

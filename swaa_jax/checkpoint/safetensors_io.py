@@ -1,6 +1,5 @@
 """Weights in Hugging Face layout: one `model.safetensors`, or shards and an index."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ from etils import epath
 from safetensors.numpy import save_file
 
 from swaa_jax.checkpoint._header import DTYPES, TensorInfo, read_header
+from swaa_jax.checkpoint._paths import check_directory, read_json_object
 from swaa_jax.storage import (
     CheckpointError,
     is_local,
@@ -147,62 +147,6 @@ class WeightReader:
         if name not in self._info:
             raise KeyError(f"{self.directory} has no tensor {name!r}")
         return self._info[name]
-
-
-def check_directory(directory: epath.PathLike) -> epath.Path:
-    """`directory` as a path, if it is one.
-
-    Raises:
-        CheckpointError: it does not exist, or is a file; says so when it looks like a hub id.
-    """
-    path = epath.Path(directory)
-    try:
-        if path.is_dir():
-            next(path.iterdir(), None)  # may we look?
-            return path
-        exists = path.exists()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{str(directory)!r} cannot be opened: {error}.") from error
-    if exists:
-        raise CheckpointError(
-            f"{path} is a file; expected the directory of a checkpoint (config.json and "
-            f"safetensors weights). Did you mean {path.parent}?"
-        )
-    hint = ""
-    parts = str(directory).split("/")
-    if len(parts) == 2 and all(parts) and parts[0] not in (".", "..", "~"):
-        hint = (
-            " It has the form of a Hugging Face hub id; this version loads local directories only, "
-            f"so download it first (`hf download {directory} --local-dir DIR`) and pass DIR."
-        )
-    raise CheckpointError(
-        f"{str(directory)!r} does not exist; expected the directory of a checkpoint (config.json "
-        f"and safetensors weights).{hint or ' Check the path.'}"
-    )
-
-
-def read_json_object(path: epath.Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        CheckpointError: missing, unreadable, not JSON, or not an object.
-    """
-    resolve_inside(path.parent, path.name)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist. Is {path.parent} the right path?") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}).") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is not valid JSON: {error}. Fetch or write the file again."
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{path} holds a JSON {type(value).__name__}; expected an object ({{...}})."
-        )
-    return value
 
 
 def _find_weights(directory: epath.Path) -> dict[str, str] | None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
+from swaa_jax.checkpoint._paths import check_directory, read_json_object
 from swaa_jax.checkpoint.hf import TOKENIZER_FILES
-from swaa_jax.checkpoint.safetensors_io import check_directory, read_json_object
 from swaa_jax.storage import CheckpointError, is_local, resolve_inside
 
 if TYPE_CHECKING:

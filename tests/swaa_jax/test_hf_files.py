@@ -9,7 +9,9 @@ import pytest
 
 import swaa_jax
 from swaa_jax.checkpoint import (
+    SHIPPED,
     CheckpointError,
+    check_directory,
     copy_tokenizer_files,
     read_attention_policy,
     read_config,
@@ -29,6 +31,18 @@ def test_configs_round_trip(tmp_path):
     write_generation_config(tmp_path, {"temperature": 0.6})
     assert read_config(tmp_path)["model_type"] == "qwen3"
     assert read_generation_config(tmp_path) == {"temperature": 0.6}
+
+
+def test_home_and_shipped_models_are_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert str(check_directory("~")) == str(tmp_path)
+    for name, shipped in SHIPPED.items():
+        assert check_directory(name) == shipped
+        (tmp_path / name).mkdir()  # one's own comes first
+        assert str(check_directory(name)) == name
+    with pytest.raises(CheckpointError, match="this package ships"):
+        check_directory("tiny-retriver")
 
 
 def test_a_generation_config_is_optional(tmp_path):
