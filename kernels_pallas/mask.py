@@ -26,8 +26,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-# One int for all, or an int32 array [B]: a policy per batch row.
-IntOrPerRow = int | Int[Array, " B"]
+# One int for all rows (traced or not), or an int32 array [B]: a policy per batch row.
+IntOrPerRow = int | Int[Array, ""] | Int[Array, " B"]
 
 
 class Stage(enum.IntEnum):
@@ -150,7 +150,7 @@ def full_rows(
     *,
     lengths: Int[Array, " B"],
     segment_ids: Int[Array, "B S"] | None,
-    q_offset: int | Int[Array, ""] | Int[Array, " B"],
+    q_offset: IntOrPerRow,
     full_attention_tail: IntOrPerRow,
     shape: tuple[int, int, int],
 ) -> Bool[Array, "B T"]:
@@ -232,7 +232,7 @@ def row_info(
     lengths: Int[Array, " B"] | None,
     stage_ids: Int[Array, "B _"] | None,
     segment_ids: Int[Array, "B S"] | None,
-    q_offset: int | Int[Array, ""] | Int[Array, " B"],
+    q_offset: IntOrPerRow,
     full_attention_tail: IntOrPerRow,
 ) -> RowInfo:
     """Positions, segments, fullness and validity of every row; ``shape`` is ``(B, T, S)``."""

@@ -26,7 +26,7 @@ def swa_prefill(
     lengths: Int[Array, " B"] | None = None,
     stage_ids: Int[Array, "B _"] | None = None,
     segment_ids: Int[Array, "B S"] | None = None,
-    q_offset: int | Int[Array, ""] | Int[Array, " B"] = 0,
+    q_offset: IntOrPerRow = 0,
     full_attention_tail: IntOrPerRow = 0,
     scale: float | None = None,
     softcap: float | None = None,

@@ -37,7 +37,7 @@ class PrefillArguments:
     lengths: Int[Array, " B"] | None
     stage_ids: Int[Array, "B _"] | None
     segment_ids: Int[Array, "B S"] | None
-    q_offset: int | Int[Array, ""] | Int[Array, " B"]
+    q_offset: IntOrPerRow
     full_attention_tail: IntOrPerRow
     scale: float
     softcap: float | None

@@ -1,7 +1,8 @@
 """Every prefill backend against the loop in tests.support.bruteforce: output, LSE, gradients.
 
-Shapes and tilings are static and few (each compiles once); windows, sinks, lengths, stages, segments,
-offsets and tails are traced and drawn by Hypothesis. A new backend joins by a line in ``BACKENDS``.
+Shapes and tilings are static and few (each compiles once); windows, sinks, lengths, stages,
+segments, offsets and tails are traced and drawn by Hypothesis. A new backend joins by a line in
+``BACKENDS``.
 """
 
 import dataclasses
@@ -21,11 +22,11 @@ from tests.support import bruteforce
 
 BACKENDS = ("reference", "xla")
 
-# float32: products of 16-wide heads at highest precision and sums over at most 70 keys, all of order
-# 1, lose a few dozen units in the last place (1.2e-7): 1e-5 of the largest entry.
+# Relative to the largest entry. float32: products over 16 dims at highest precision and sums over
+# at most 70 keys, all of order 1, lose a few dozen units in the last place (1.2e-7). The 16-bit
+# types: the arithmetic is float32 and only the result is rounded, by half a unit in the last place
+# (2^-9, 2^-12 relative); the cotangent of the output is rounded once too, hence the doubling.
 RTOL = {"float32": 1e-5, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-# The 16-bit types: the arithmetic is float32, then one rounding of the result, half a unit in the
-# last place (2^-9, 2^-12 relative), doubled because the cotangent takes one rounding too.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,10 +120,10 @@ def arrays_of(case: Case, seed: int):
 
 @st.composite
 def spans(draw, num_batch, length):
-    """0/1 per token in a few spans: where the value flips."""
+    """0, 1, 2, ... along each row, counting up at a few drawn places; often one span only."""
     rows = np.zeros((num_batch, length), np.int32)
     for b in range(num_batch):
-        flips = draw(st.lists(st.integers(0, length), max_size=5))
+        flips = draw(st.just([]) | st.lists(st.integers(0, length), min_size=1, max_size=5))
         for at in flips:
             rows[b, at:] += 1
     return rows
@@ -137,11 +138,11 @@ def drawn_values(draw, case: Case):
         return np.asarray(draw(per_row(strategy)), np.int32)
 
     drawn = {
-        "window": ints(st.sampled_from([1, 2, 3, 7, 8, 9, 16, 40, 200])),
+        "window": ints(st.sampled_from([1, 2, 3, 5, 7, 8, 9, 16, 40, 200])),
         "sinks": ints(st.sampled_from([0, 1, 4, 10, 130])),
         "lengths": ints(st.sampled_from([num_keys, 0, 1]) | st.integers(1, num_keys)),
         "q_offset": ints(st.integers(0, num_keys - num_queries)),
-        "tail": ints(st.sampled_from([0, 0, 1, 3, 50])),
+        "tail": ints(st.sampled_from([0, 0, 1, 3, 10])),
     }
     if case.stages:
         width = num_keys if case.stages_by_key else num_queries
@@ -197,7 +198,7 @@ def check(case, backend, drawn, arrays, cotangents):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CASES)
-@settings(max_examples=12)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_against_loop(name, backend, data):
     case = CASES[name]

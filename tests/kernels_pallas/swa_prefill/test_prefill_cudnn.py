@@ -1,0 +1,120 @@
+"""What goes to cuDNN, and in which words, which jax.nn's XLA path tries on the CPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.swa_prefill.arguments import PrefillArguments
+from kernels_pallas.swa_prefill.cudnn import cudnn_keywords, cudnn_limits, prefill_cudnn
+from tests.support import bruteforce
+
+T = 24
+
+
+def arguments(*, dtype="bfloat16", head_dim=16, num_keys=T, **changes):
+    rng = np.random.default_rng(0)
+    shapes = ((2, T, 4, head_dim), (2, num_keys, 2, head_dim), (2, num_keys, 2, head_dim))
+    q, k, v = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
+    defaults = dict(
+        window=None,
+        num_sink_tokens=0,
+        lengths=None,
+        stage_ids=None,
+        segment_ids=None,
+        q_offset=0,
+        full_attention_tail=0,
+        scale=0.2,
+        softcap=None,
+    )
+    return PrefillArguments(q=q, k=k, v=v, **(defaults | changes))
+
+
+IDS = jnp.zeros((2, T), jnp.int32)
+LENGTHS = jnp.array([T, 9], jnp.int32)
+EXACT = {
+    "full": dict(),
+    "full_float16": dict(dtype="float16"),
+    "full_lengths": dict(lengths=LENGTHS),
+    "full_ignores_stages_tail_and_sinks": dict(
+        stage_ids=IDS, full_attention_tail=3, num_sink_tokens=5
+    ),
+    "window": dict(window=5),
+    "window_lengths": dict(window=5, lengths=LENGTHS),
+    "window_of_one": dict(window=1),
+}
+LIMITED = {
+    "float32 inputs": dict(dtype="float32"),
+    "a head dim above 128 or not a multiple of 8": dict(head_dim=12),
+    "a window that is an array": dict(window=jnp.array([3, 4])),
+    "sink tokens beside a window": dict(window=5, num_sink_tokens=1),
+    "full rows by stage in a windowed layer": dict(window=5, stage_ids=IDS),
+    "a full attention tail in a windowed layer": dict(window=5, full_attention_tail=1),
+    "segments": dict(segment_ids=IDS),
+    "a soft cap": dict(softcap=2.0),
+    "a query offset": dict(q_offset=jnp.zeros((), jnp.int32)),
+    "fewer queries than keys": dict(num_keys=T + 1),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_cases_have_no_limits(name):
+    assert cudnn_limits(arguments(**EXACT[name]), return_lse=False) == ()
+
+
+@pytest.mark.parametrize("limit", LIMITED)
+def test_limits(limit):
+    assert cudnn_limits(arguments(**LIMITED[limit]), return_lse=False) == (limit,)
+
+
+def test_the_lse_is_a_limit():
+    (limit,) = cudnn_limits(arguments(), return_lse=True)
+    assert "log-sum-exp" in limit
+
+
+def test_traced_sinks_are_a_limit():
+    limits = cudnn_limits(arguments(window=4, num_sink_tokens=jnp.array([0, 0])), return_lse=False)
+    assert limits == ("sink tokens beside a window",)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_words_mean_our_mask(name):
+    """jax.nn with our keywords equals the loop: window, lengths, zeros, gradients."""
+    # float32 here, so that the comparison is tight (a few units of 1.2e-7 on entries of order 1).
+    case = arguments(**(EXACT[name] | {"dtype": "float32"}))
+    if case.lengths is not None:  # padding may hold anything
+        padding = (jnp.arange(T) >= case.lengths[:, None])[:, :, None, None]
+        case = PrefillArguments(
+            **(
+                vars(case)
+                | {n: jnp.where(padding, jnp.nan, getattr(case, n)) for n in ("q", "k", "v")}
+            )
+        )
+    mask = bruteforce.visible_pairs(shape=case.shape, window=case.window, lengths=case.lengths)
+    wanted = bruteforce.attend(case.q, case.k, case.v, mask, scale=case.scale)
+    out = prefill_cudnn(case, implementation="xla").out
+    np.testing.assert_allclose(out, wanted.out, atol=1e-5, rtol=0)
+
+    d_out = jnp.asarray(np.random.default_rng(1).standard_normal(out.shape), jnp.float32)
+
+    def loss(q, k, v):
+        changed = PrefillArguments(**(vars(case) | dict(q=q, k=k, v=v)))
+        return jnp.sum(prefill_cudnn(changed, implementation="xla").out * d_out)
+
+    grads = jax.grad(loss, (0, 1, 2))(case.q, case.k, case.v)
+    zeros = np.zeros(out.shape[:3])
+    wanted = bruteforce.gradients(
+        case.q, case.k, case.v, mask, d_out=d_out, d_lse=zeros, scale=case.scale
+    )
+    for actual, want in zip(grads, wanted, strict=True):
+        np.testing.assert_allclose(actual, want, atol=1e-5 * np.abs(want).max(), rtol=0)
+
+
+def test_keywords():
+    assert cudnn_keywords(arguments()) == {"scale": 0.2, "is_causal": True}
+    keywords = cudnn_keywords(arguments(window=5, lengths=jnp.array([T + 3, 0])))
+    # The left context leaves the query out; the right one must be 0 where lengths are given.
+    assert keywords["local_window_size"] == (4, 0)
+    np.testing.assert_array_equal(keywords["query_seq_lengths"], [T, 1])
+    assert keywords["query_seq_lengths"].dtype == jnp.int32
+    assert keywords["key_value_seq_lengths"] is keywords["query_seq_lengths"]
