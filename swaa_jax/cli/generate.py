@@ -133,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
         "stop": args.stop,
         "enable_thinking": args.thinking,
         "cot": args.cot,
+        "warmup": args.stats,  # so that what is shown is the running speed
     }
     if len(prompts) == 1 and not args.json:
         pieces = infer.stream(model, tok, prompts[0], **options)

@@ -15,6 +15,8 @@ Run language models under sliding-window attention, and see what it costs and wh
 
   swaa generate tiny-retriever "..."        answer a prompt with the small model that is shipped
   swaa COMMAND --help                       what a command does, with examples
+
+A mistake is told in one paragraph, with exit code 2; SWAA_TRACEBACK=1 shows where it came up.
 """
 
 

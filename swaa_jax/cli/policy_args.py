@@ -79,7 +79,7 @@ def parse_policy(text: str) -> "AttentionPolicy":
     """A policy from a shipped name, a file, or fields written inline.
 
     >>> print(parse_policy("window=64,sinks=4,full_layers=1,3,decode=full"))
-    window 64 + 4 sinks, full layers 1, 3, FA decode
+    window 64 + 4 sinks, full layers 1,3, FA decode
 
     Raises:
         ValueError: an unknown name or field, or a malformed value.

@@ -5,6 +5,9 @@
 
 The three jitted functions live at module level and take the model's graph definition as a static
 argument, so a second call of the same shapes compiles nothing: `compile_counts` tells.
+
+A model is split once per `generate`, into arrays and a `Structure` that jit can hash and compare at
+every call for nothing; for a deep model the bare graph definition costs milliseconds each time.
 """
 
 import collections
@@ -12,7 +15,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +34,60 @@ _TRACES: collections.Counter[str] = collections.Counter()
 def compile_counts() -> dict[str, int]:
     """How often each jitted function was traced in this process: prefill, first, decode, adopt."""
     return dict(_TRACES)
+
+
+class Structure:
+    """Everything of a model but its arrays, cheap as a static argument: equal ones are one object.
+
+    Args:
+        graphdef: from `nnx.split`; the policy is part of it.
+        treedef: how the state's leaves hang together.
+    """
+
+    _interned: ClassVar[dict[tuple[Any, Any], "Structure"]] = {}
+
+    def __init__(self, graphdef: Any, treedef: Any):
+        self._graphdef, self._treedef = graphdef, treedef
+
+    @classmethod
+    def of(cls, graphdef: Any, treedef: Any) -> "Structure":
+        """The one object for this structure; jit's caches keep its programs as long, too."""
+        return cls._interned.setdefault((graphdef, treedef), cls(graphdef, treedef))
+
+    def merge(self, arrays: Sequence[Array]) -> Any:
+        """The model with these arrays."""
+        return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, arrays))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplitModel:
+    """A model taken apart for jit, once for many calls.
+
+    Args:
+        structure: the static part.
+        arrays: its parameters.
+        config: of the model.
+        layers: each layer's policy, where the model has one.
+    """
+
+    structure: Structure
+    arrays: tuple[Array, ...]
+    config: Any
+    layers: tuple[Any, ...] | None
+
+
+def split_model(model: Any) -> SplitModel:
+    """Take a model apart; one that was taken apart already is returned as it is."""
+    if isinstance(model, SplitModel):
+        return model
+    graphdef, state = nnx.split(model)
+    arrays, treedef = jax.tree.flatten(state)
+    return SplitModel(
+        structure=Structure.of(graphdef, treedef),
+        arrays=tuple(arrays),
+        config=model.config,
+        layers=getattr(model, "layer_attention", None),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,13 +146,14 @@ def prefill_prompts(
     hand the result to `decode_from` with each `model.with_policy(policy)`.
 
     Args:
-        model: a causal language model with `prefill`, `decode` and `config`.
+        model: a causal language model with `prefill`, `decode` and `config`, or it split.
         token_lists: the encoded, checked prompts.
         max_new_tokens: what the caches must have room for.
         row_ids: the prompts' indices in the caller's order, by default 0, 1, ...
         pad_id: what padding holds; it is never seen.
         warmup: run once before the run that is timed.
     """
+    model = split_model(model)
     context = getattr(model.config, "max_position_embeddings", None)
     width = length_bucket(max(len(ids) for ids in token_lists), limit=context)
     cache_size = width + length_bucket(max_new_tokens)
@@ -104,9 +162,8 @@ def prefill_prompts(
     tokens, lengths = pad_right(
         token_lists, num_rows=next_power_of_two(len(token_lists)), width=width, pad_id=pad_id
     )
-    graphdef, state = nnx.split(model)
-    args = (state, tokens, lengths)
-    static = {"graphdef": graphdef, "cache_size": cache_size}
+    args = (model.arrays, tokens, lengths)
+    static = {"structure": model.structure, "cache_size": cache_size}
     compile_s = _compile(_prefill, *args, **static)
     if warmup:
         jax.block_until_ready(_prefill(*args, **static))
@@ -115,7 +172,7 @@ def prefill_prompts(
     return Prefilled(
         logits=logits,
         caches=caches,
-        layers=getattr(model, "layer_attention", None),
+        layers=model.layers,
         prompt_lengths=tuple(len(ids) for ids in token_lists),
         row_ids=tuple(range(len(token_lists)) if row_ids is None else row_ids),
         max_new_tokens=max_new_tokens,
@@ -136,6 +193,7 @@ def decode_rows(
     chunk_size: int,
     steps_per_call: int,
     keep_caches: bool,
+    warmup: bool,
     clock: DecodeClock,
 ) -> Iterator[None]:
     """Answer prefilled prompts, filling `rows`; yields after the first token and after each call.
@@ -154,9 +212,10 @@ def decode_rows(
         chunk_size: the most steps of one call, part of the compiled shape.
         steps_per_call: steps of one call, at most `chunk_size`; fewer for smooth streaming.
         keep_caches: decode from a copy, so that the prefill can serve again.
+        warmup: run the first token and a step on a copy before the runs that are timed.
         clock: told what it took.
     """
-    graphdef, state = nnx.split(model)
+    model = split_model(model)
     batch, vocab_size = prefilled.logits.shape
     num_candidates = params.num_candidates(vocab_size)
     # Numpy throughout: an array op on the device would compile a small program of its own.
@@ -174,12 +233,18 @@ def decode_rows(
 
     first = (prefilled.logits, lengths, draws)
     clock.compile_s += _compile(_first, *first, num_candidates=num_candidates)
+    if warmup:
+        jax.block_until_ready(_first(*first, num_candidates=num_candidates))
     start = time.perf_counter()
     token = _first(*first, num_candidates=num_candidates)
     new_tokens = np.asarray(token)[None, :]
     clock.first_token_s = time.perf_counter() - start
 
-    static = {"graphdef": graphdef, "num_candidates": num_candidates, "chunk_size": chunk_size}
+    static = {
+        "structure": model.structure,
+        "num_candidates": num_candidates,
+        "chunk_size": chunk_size,
+    }
     produced = 1
     while True:
         for index, row in enumerate(rows):
@@ -192,9 +257,11 @@ def decode_rows(
         limit = np.int32(min(steps_per_call, max_new_tokens - produced))
         # `token` is not in the caches yet: it stands at position lengths + produced - 1.
         at = lengths + np.int32(produced - 1)
-        args = (state, caches, token, done, at, limit, ends, draws)
+        args = (model.arrays, caches, token, done, at, limit, ends, draws)
         if produced == 1:
             clock.compile_s += _compile(_decode, *args, **static)
+            if warmup:
+                _warm_up(args, static)
         start = time.perf_counter()
         tokens, steps, token, caches = _decode(*args, **static)
         num_steps = int(steps)
@@ -211,16 +278,26 @@ def _compile(function: Any, *args: Any, **static: Any) -> float:
     return time.perf_counter() - start
 
 
-def _caches_for(model: Any, prefilled: Prefilled, *, copy: bool) -> Any:
+def _warm_up(args: tuple[Any, ...], static: dict[str, Any]) -> None:
+    """One decode step on a copy of the caches, its result thrown away."""
+    arrays, caches, token, done, at, limit, *rest = args
+    caches = _adopt(caches, layers=None, copy=True)
+    once = np.ones_like(limit)
+    jax.block_until_ready(
+        _decode(arrays, caches, token, np.zeros_like(done), at, once, *rest, **static)
+    )
+
+
+def _caches_for(model: SplitModel, prefilled: Prefilled, *, copy: bool) -> Any:
     """The prefill's caches in the form that the model's policy asks for.
 
     Raises:
         ValueError: the model would have read the prompts otherwise than the prefill did.
     """
-    layers = getattr(model, "layer_attention", None)
+    layers = model.layers
     if layers == prefilled.layers:
         return _adopt(prefilled.caches, layers=None, copy=True) if copy else prefilled.caches
-    for index, (ours, theirs) in enumerate(zip(layers, prefilled.layers, strict=True)):
+    for index, (ours, theirs) in enumerate(zip(layers or (), prefilled.layers or (), strict=True)):
         if dataclasses.replace(ours, full_decode=theirs.full_decode) != theirs:
             raise ValueError(
                 f"model: expected a policy that differs from the prefill's in decode only, but "
@@ -237,17 +314,17 @@ def _adopt(caches: Any, *, layers: Any, copy: bool) -> Any:
     return jax.tree.map(jnp.copy, caches) if copy else caches
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "cache_size"))
+@functools.partial(jax.jit, static_argnames=("structure", "cache_size"))
 def _prefill(
-    state: Any,
+    arrays: tuple[Array, ...],
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     *,
-    graphdef: Any,
+    structure: Structure,
     cache_size: int,
 ) -> tuple[Float[Array, "B V"], Any]:
     _TRACES["prefill"] += 1
-    out = nnx.merge(graphdef, state).prefill(tokens, lengths=lengths, cache_size=cache_size)
+    out = structure.merge(arrays).prefill(tokens, lengths=lengths, cache_size=cache_size)
     return out.logits, out.caches
 
 
@@ -265,11 +342,11 @@ def _first(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("graphdef", "num_candidates", "chunk_size"),
+    static_argnames=("structure", "num_candidates", "chunk_size"),
     donate_argnames=("caches",),
 )
 def _decode(
-    state: Any,
+    arrays: tuple[Array, ...],
     caches: Any,
     token: Int[Array, " B"],
     done: Array,
@@ -278,7 +355,7 @@ def _decode(
     ends: Int[Array, " E"],
     draws: dict[str, Any],
     *,
-    graphdef: Any,
+    structure: Structure,
     num_candidates: int | None,
     chunk_size: int,
 ) -> tuple[Int[Array, "n B"], Int[Array, ""], Int[Array, " B"], Any]:
@@ -303,7 +380,7 @@ def _decode(
     def one_step(carry):
         step, token, done, tokens, caches = carry
         # Merged here: NNX objects must not cross into the loop's own trace.
-        model = nnx.merge(graphdef, state)
+        model = structure.merge(arrays)
         logits, caches = model.decode(token[:, None], caches)
         drawn = sample(
             logits[:, -1], positions=positions + step + 1, num_candidates=num_candidates, **draws

@@ -6,7 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from swaa_jax.checkpoint.hf import read_generation_config
-from swaa_jax.infer.decoding import DecodeClock, Prefilled, decode_rows, prefill_prompts
+from swaa_jax.infer.decoding import (
+    DecodeClock,
+    Prefilled,
+    SplitModel,
+    decode_rows,
+    prefill_prompts,
+    split_model,
+)
 from swaa_jax.infer.prompts import check_context, encode_prompts
 from swaa_jax.infer.sampling import SamplingParams
 from swaa_jax.infer.stopping import AnswerRow, FinishReason, StopRules, make_stop_rules
@@ -118,7 +125,8 @@ def generate(
         batch_size: prompts run at once, by default at most 8; more are run in groups of similar
             length, the longest first.
         progress: show a progress bar on stderr.
-        warmup: run each prefill once before the timed run; see `Timings` for what is measured.
+        warmup: run each prefill and a decode step once before the timed runs; see `Timings` for
+            what is measured.
         chunk_size: the most decode steps between two looks at the stop strings.
 
     Raises:
@@ -149,6 +157,7 @@ def generate(
     )
     check_prompts(model, encoded, max_new_tokens=max_new_tokens)
     session = _Session(model, tok, options)
+    split = split_model(model)
 
     by_length = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
     size = batch_size or DEFAULT_BATCH_SIZE
@@ -158,14 +167,14 @@ def generate(
         for start in range(0, len(by_length), size):
             group = by_length[start : start + size]
             prefilled = prefill_prompts(
-                model,
+                split,
                 [encoded[index] for index in group],
                 max_new_tokens=max_new_tokens,
                 row_ids=group,
                 pad_id=_pad_id(tok),
                 warmup=warmup,
             )
-            run = session.start(prefilled)
+            run = session.start(split, prefilled, warmup=warmup)
             for _ in run.calls:
                 advance(start * max_new_tokens + run.progress)
             rows.update(zip(group, run.rows, strict=True))
@@ -180,6 +189,7 @@ def decode_from(
     *,
     options: DecodeOptions | None = None,
     keep_caches: bool = False,
+    warmup: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Generation:
     """Answer prompts that `prefill_prompts` has read.
@@ -196,13 +206,15 @@ def decode_from(
         prefilled: its caches are used up unless `keep_caches`.
         options: as in `generate`; `max_new_tokens` at most what the prefill made room for.
         keep_caches: decode from a copy, so that `prefilled` can serve again.
+        warmup: run a step on a copy of the caches before the steps that are timed.
         on_progress: called now and then with the number of new tokens so far.
 
     Raises:
         ValueError: another policy, or more tokens than the caches have room for.
     """
     options = options or DecodeOptions(max_new_tokens=prefilled.max_new_tokens)
-    run = _Session(model, tok, options).start(prefilled, keep_caches=keep_caches)
+    session = _Session(model, tok, options)
+    run = session.start(split_model(model), prefilled, keep_caches=keep_caches, warmup=warmup)
     for _ in run.calls:
         if on_progress is not None:
             on_progress(run.progress)
@@ -283,10 +295,11 @@ def stream(
         raise ValueError(f"prompt: expected one prompt to stream, got {len(encoded)}")
     check_prompts(model, encoded, max_new_tokens=max_new_tokens)
     session = _Session(model, tok, options)
+    split = split_model(model)
     prefilled = prefill_prompts(
-        model, encoded, max_new_tokens=max_new_tokens, pad_id=_pad_id(tok), warmup=warmup
+        split, encoded, max_new_tokens=max_new_tokens, pad_id=_pad_id(tok), warmup=warmup
     )
-    return Stream(session.start(prefilled, streaming=True))
+    return Stream(session.start(split, prefilled, streaming=True, warmup=warmup))
 
 
 def check_prompts(model: Any, token_lists: Sequence[Sequence[int]], *, max_new_tokens: int) -> None:
@@ -333,7 +346,7 @@ class _Session:
     """A model, a tokenizer and options with the checkpoint's defaults filled in."""
 
     def __init__(self, model: Any, tok: Any, options: DecodeOptions):
-        self._model, self._tok, self._options = model, tok, options
+        self._tok, self._options = tok, options
         config = generation_config(model)
         if options.sampling == "checkpoint":
             if not config:
@@ -354,7 +367,13 @@ class _Session:
         )
 
     def start(
-        self, prefilled: Prefilled, *, streaming: bool = False, keep_caches: bool = False
+        self,
+        model: SplitModel,
+        prefilled: Prefilled,
+        *,
+        streaming: bool = False,
+        keep_caches: bool = False,
+        warmup: bool = False,
     ) -> _Run:
         options = self._options
         if options.max_new_tokens > prefilled.max_new_tokens:
@@ -373,7 +392,7 @@ class _Session:
         ]
         clock = DecodeClock()
         calls = decode_rows(
-            self._model,
+            model,
             prefilled,
             rows,
             params=self._params,
@@ -385,6 +404,7 @@ class _Session:
             if streaming
             else options.chunk_size,
             keep_caches=keep_caches,
+            warmup=warmup,
             clock=clock,
         )
         return _Run(

@@ -11,8 +11,8 @@ class Timings:
 
     Compilation is never inside the other times: every program is compiled before the call that is
     timed, and the time for that is `compile_s`. A time ends when the result is on the host. The
-    first run on a GPU may still tune and load kernels; `generate(..., warmup=True)` runs the
-    prefill once beforehand.
+    first run of a program still sets up and loads what it needs; `warmup=True` takes that out, by
+    running each program once beforehand.
 
     Args:
         num_batches: batches run.

@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 import swaa_jax as swaa
+import swaa_jax.sharding as swaa_sharding
 from kernels_pallas import Stage
 from swaa_jax.infer import DecodeOptions, compile_counts, decode_from, generate, prefill_prompts
 from swaa_jax.infer.buckets import pad_right
@@ -140,6 +141,17 @@ def test_a_real_model_compiles_once_a_bucket(model):
         "prefill": 1,
         "decode": 1,
     }
+
+
+def test_a_sharded_model_answers_alike(model):
+    """Eight fake devices: parameters split, batches that the mesh divides and that it does not."""
+    mesh = swaa_sharding.make_mesh(fsdp=4, tensor=2)
+    policy = swaa.AttentionPolicy(window=8, num_sink_tokens=3, full_attention_layers=(1,))
+    sharded = swaa.load_model(model.source, policy=policy, dtype="float32", mesh=mesh)
+    for prompts in (PROMPTS, PROMPTS[:1]):
+        want = generate(model.with_policy(policy), None, prompts, max_new_tokens=8)
+        got = generate(sharded, None, prompts, max_new_tokens=8)
+        assert got.tokens == want.tokens
 
 
 def test_half_precision_runs(tmp_path):
