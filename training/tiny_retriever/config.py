@@ -92,11 +92,11 @@ STAGES = (
         four_by_four=0.5,
         min_steps=1000,
         max_steps=4000,
-        advance_at=0.98,
+        advance_at=0.97,
     ),
     Stage(
         width=4096,
-        lengths=((1024, 0.35), (2048, 0.25), (4096, 0.4)),
+        lengths=((256, 0.05), (512, 0.1), (1024, 0.25), (2048, 0.2), (4096, 0.4)),
         repeat=0.02,
         recall=0.02,
         dense=0.2,
