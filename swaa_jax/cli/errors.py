@@ -6,13 +6,17 @@ traceback. `SWAA_TRACEBACK=1` shows the traceback of the former too.
 
 import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import types
+from collections.abc import Callable, Iterator
 
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 CLOSED_PIPE = 141  # 128 + SIGPIPE
 
+_GC_CALLBACK = "_xla_gc_callback"
 _OUR_PACKAGES = ("swaa_jax", "kernels_pallas")
 _FILE_ERRORS = (
     FileNotFoundError,
@@ -31,7 +35,8 @@ def run_command(command: Callable[[], int], *, name: str) -> int:
         name: what the message begins with, such as "swaa generate".
     """
     try:
-        code = command()
+        with _interrupts_arrive():
+            code = command()
         sys.stdout.flush()  # so that a closed pipe shows here and not at exit
         return code
     except KeyboardInterrupt:
@@ -76,6 +81,33 @@ def one_paragraph(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.strerror}: {error.filename}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def _interrupts_arrive() -> Iterator[None]:
+    """Ctrl-C raises, also when it comes during a garbage collection.
+
+    JAX has a callback there, and what is raised in a callback is printed and dropped. So an
+    interrupt that lands in it is sent again a moment later.
+    """
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+
+    def interrupt(signum: int, frame: types.FrameType | None) -> None:
+        if frame is not None and frame.f_code.co_name == _GC_CALLBACK:
+            threading.Timer(0.02, os.kill, (os.getpid(), signum)).start()
+            return
+        signal.default_int_handler(signum, frame)
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _discard_output() -> None:

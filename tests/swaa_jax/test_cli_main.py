@@ -73,6 +73,31 @@ def test_exit_codes(capsys):
     assert err == "\nswaa x: interrupted\n"
 
 
+def test_an_interrupt_in_jaxs_collector_callback_still_arrives():
+    code = """
+import gc, os, signal, sys, time
+from swaa_jax.cli.errors import run_command
+
+def _xla_gc_callback(*args):  # the name of JAX's; what is raised here is dropped
+    gc.callbacks.remove(_xla_gc_callback)
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(1000):
+        pass
+
+def command():
+    gc.callbacks.append(_xla_gc_callback)
+    gc.collect()
+    time.sleep(20)
+    return 0
+
+sys.exit(run_command(command, name="swaa x"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "\nswaa x: interrupted\n")
+
+
 def test_a_users_mistake_is_one_paragraph(capsys, monkeypatch, tmp_path):
     def ours():
         AttentionPolicy(window=-1)
