@@ -1,6 +1,8 @@
-"""`attend` and `attend_cached`: one layer's attention under its policy, sharded where a mesh is given."""
+"""One layer's attention under its policy, on one device or sharded over a mesh."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,21 +76,11 @@ def attend(
     )
     per_row = {"lengths": lengths, "stage_ids": stage_ids, "segment_ids": segment_ids}
     per_row = {name: value for name, value in per_row.items() if value is not None}
-    if mesh is None:
+
+    def on_shard(q: Array, k: Array, v: Array, per_row: dict[str, Any]) -> Any:
         return kernel(q, k, v, **per_row)
 
-    heads, rows = attention_specs(mesh, batch=q.shape[0], num_kv_heads=k.shape[2])
-
-    def on_shard(q, k, v, per_row):
-        return kernel(q, k, v, **per_row)
-
-    return jax.shard_map(
-        on_shard,
-        mesh=mesh,
-        in_specs=(heads, heads, heads, {name: rows for name in per_row}),
-        out_specs=heads,
-        check_vma=False,
-    )(q, k, v, per_row)
+    return _sharded(on_shard, mesh, num_kv_heads=k.shape[2])(q, k, v, per_row)
 
 
 def attend_cached(
@@ -142,16 +134,39 @@ def attend_cached(
     if q_full is not None:
         per_row["q_full"] = q_full
 
-    def on_shard(q, cache_k, cache_v, new_k, new_v, per_row):
+    def on_shard(
+        q: Array,
+        cache_k: Array,
+        cache_v: Array,
+        new_k: Array,
+        new_v: Array,
+        per_row: dict[str, Any],
+    ) -> Any:
         return kernel(q, cache_k, cache_v, new_k=new_k, new_v=new_v, **per_row)
 
-    if mesh is not None:
-        heads, rows = attention_specs(mesh, batch=q.shape[0], num_kv_heads=k.shape[2])
-        on_shard = jax.shard_map(
-            on_shard,
+    out = _sharded(on_shard, mesh, num_kv_heads=k.shape[2])(q, cache.k, cache.v, k, v, per_row)
+    return out, cache.write(k, v, pos_B)
+
+
+def _sharded(kernel: Callable[..., Any], mesh: Mesh | None, *, num_kv_heads: int):
+    """The kernel on every device's own rows and heads; the kernel itself without a mesh.
+
+    Its arguments are arrays `[B, tokens, heads, H]`, then one dict of arrays that start with B.
+    Left to the compiler, a kernel call would be gathered whole onto every device.
+    """
+    if mesh is None:
+        return kernel
+
+    def call(*arguments: Any) -> Any:
+        *arrays, per_row = arguments
+        heads, rows = attention_specs(mesh, batch=arrays[0].shape[0], num_kv_heads=num_kv_heads)
+        mapped = jax.shard_map(
+            kernel,
             mesh=mesh,
-            in_specs=(heads,) * 5 + ({name: rows for name in per_row},),
+            in_specs=(*(heads for _ in arrays), {name: rows for name in per_row}),
             out_specs=heads,
             check_vma=False,
         )
-    return on_shard(q, cache.k, cache.v, k, v, per_row), cache.write(k, v, pos_B)
+        return mapped(*arrays, per_row)
+
+    return call

@@ -41,6 +41,7 @@ class FullCache:
 
     @property
     def num_slots(self) -> int:
+        """Tokens that a row has room for."""
         return self.k.shape[1]
 
     def positions(self, pos_B: Int[Array, " B"]) -> Int[Array, "B S"]:
@@ -81,6 +82,7 @@ class RingCache:
 
     @property
     def num_slots(self) -> int:
+        """Tokens that a row has room for."""
         return self.k.shape[1]
 
     def positions(self, pos_B: Int[Array, " B"]) -> Int[Array, "B R"]:

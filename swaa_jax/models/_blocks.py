@@ -129,7 +129,7 @@ class Attention(nnx.Module):
         layer: LayerAttention,
         cache: FullCache | RingCache | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValues | FullCache | RingCache]:
-        """Returns the output and, without a cache, the keys and values; with one, the cache grown."""
+        """The output, and what was kept: without a cache keys and values, with one it, grown."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
@@ -154,7 +154,7 @@ class Attention(nnx.Module):
                 v,
                 cache,
                 layer=layer,
-                pos_B=rows.pos_B,
+                pos_B=rows.pos_B,  # pyright: ignore[reportArgumentType]  (set with caches)
                 stage_ids=rows.stage_ids,
                 mesh=rows.mesh,
             )
@@ -179,8 +179,8 @@ class GatedMLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
 
-    attention_class: ClassVar[type[nnx.Module]] = Attention
-    mlp_class: ClassVar[type[nnx.Module]] = GatedMLP
+    attention_class: ClassVar[type[Any]] = Attention
+    mlp_class: ClassVar[type[Any]] = GatedMLP
 
     def __init__(self, config: DecoderConfig, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs):
         norm = {"eps": config.rms_norm_eps, "dtype": dtype}

@@ -11,36 +11,39 @@ from jaxtyping import Array, Float, Int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Base frequency and scaling of the rotary embedding.
+class LinearScaling:
+    """All wavelengths are `factor` times longer."""
+
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Llama 3.1: long wavelengths are stretched, short ones are not, those between are blended.
 
     Attributes:
-        theta: the base; wavelengths run from 2 pi to 2 pi theta.
-        rope_type: "default", "linear" or "llama3".
-        factor: how many times longer the scaled wavelengths are ("linear", "llama3").
-        low_freq_factor, high_freq_factor, original_max_position_embeddings: "llama3" leaves
-            wavelengths below original / high_freq_factor alone, stretches those above
-            original / low_freq_factor by `factor`, and blends in between (Llama 3.1).
+        factor: how many times longer the long ones become.
+        low_freq_factor, high_freq_factor: a wavelength is long above
+            original_max_position_embeddings / low_freq_factor, and short below the same over
+            high_freq_factor.
+        original_max_position_embeddings: the context that the model was first trained on.
     """
 
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """The rotary embedding's base (wavelengths run from 2 pi to 2 pi theta) and scaling."""
+
     theta: float
-    rope_type: str = "default"
-    factor: float | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    original_max_position_embeddings: int | None = None
+    scaling: LinearScaling | Llama3Scaling | None = None
 
 
-_SCALING_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
-}
+_SCALINGS = {"default": None, "linear": LinearScaling, "llama3": Llama3Scaling}
 _IGNORED_KEYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 
 
@@ -80,37 +83,41 @@ def parse_rope(hf: Mapping[str, Any]) -> RopeConfig:
             f"config: partial_rotary_factor={partial} is not supported; only whole heads rotate"
         )
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    if rope_type not in _SCALING_KEYS:
+    if rope_type not in _SCALINGS:
         raise NotImplementedError(
-            f"config: rope type {rope_type!r} is not supported; supported: {list(_SCALING_KEYS)}"
+            f"config: rope type {rope_type!r} is not supported; supported: {list(_SCALINGS)}"
         )
-    wanted = _SCALING_KEYS[rope_type]
+    scaling_class = _SCALINGS[rope_type]
+    wanted = [field.name for field in dataclasses.fields(scaling_class)] if scaling_class else []
     missing = [key for key in wanted if scaling.get(key) is None]
     unknown = sorted(set(scaling) - set(wanted) - _IGNORED_KEYS)
     if missing or unknown:
         raise ValueError(
-            f"config: rope type {rope_type!r} expects {list(wanted)}; "
+            f"config: rope type {rope_type!r} expects {wanted}; "
             f"missing {missing}, not understood {unknown}"
         )
-    return RopeConfig(
-        theta=float(theta), rope_type=rope_type, **{key: scaling[key] for key in wanted}
-    )
+    chosen = scaling_class(**{key: scaling[key] for key in wanted}) if scaling_class else None
+    return RopeConfig(theta=float(theta), scaling=chosen)
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     """Radians a position for each of the head_dim / 2 rotated pairs, float32 `[H / 2]`."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequencies = np.float32(1.0) / np.power(np.float32(rope.theta), exponents)
-    if rope.rope_type == "linear":
-        return (frequencies / np.float32(rope.factor)).astype(np.float32)
-    if rope.rope_type == "llama3":
-        wavelengths = 2 * math.pi / frequencies
-        turns = rope.original_max_position_embeddings / wavelengths
-        # 0 where the wavelength is long (stretch it), 1 where it is short (leave it).
-        keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        keep = np.clip(keep, 0.0, 1.0)
-        return ((1 - keep) * frequencies / rope.factor + keep * frequencies).astype(np.float32)
-    return frequencies
+    match rope.scaling:
+        case None:
+            return frequencies
+        case LinearScaling(factor=factor):
+            return frequencies / np.float32(factor)
+        case Llama3Scaling() as scaling:
+            turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+            # 0 where the wavelength is long (stretch it), 1 where it is short (leave it).
+            keep = (turns - scaling.low_freq_factor) / (
+                scaling.high_freq_factor - scaling.low_freq_factor
+            )
+            keep = np.clip(keep, 0.0, 1.0)
+            blended = (1 - keep) * frequencies / scaling.factor + keep * frequencies
+            return blended.astype(np.float32)
 
 
 def rotation(

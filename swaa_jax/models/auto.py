@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -104,8 +104,8 @@ def load_model(
     )
     params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     expected = {
-        _join(path): (tuple(param.shape), param.dtype, sharding_for(param, mesh))
-        for path, param in params.items()
+        _join(name): (tuple(param.shape), param.dtype, sharding_for(param, mesh))
+        for name, param in params.items()
     }
     arrays = checkpoint.load_weights(
         WeightReader(directory),
@@ -114,8 +114,8 @@ def load_model(
         expected=expected,
         tied=_TIED if config.tie_word_embeddings else None,
     )
-    for path, param in params.items():
-        param.set_value(arrays[_join(path)])
+    for name, param in params.items():
+        param.set_value(arrays[_join(name)])
     nnx.update(model, nnx.from_flat_state(params))
     model.source = str(directory)
     return model
@@ -179,7 +179,7 @@ def save_model(
     config = model.config
     family = FAMILIES[config.model_type]
     state = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    params = {_join(path): param.get_value() for path, param in state}
+    params = {_join(name): param.get_value() for name, param in state}
     tensors = checkpoint.dump_weights(params, family.weight_rules(config), config.num_layers)
     with atomic_directory(directory, overwrite=overwrite) as target:
         checkpoint.write_safetensors(target, tensors, max_shard_size=max_shard_size)
@@ -207,7 +207,7 @@ def resolve_directory(path: PathLike) -> epath.Path:
 
 
 def _family(hf_config: Mapping[str, Any]) -> ModelFamily:
-    model_type = hf_config.get("model_type")
+    model_type = str(hf_config.get("model_type"))
     if model_type not in FAMILIES:
         raise NotImplementedError(
             f"config: model_type {model_type!r} is not supported; supported: {sorted(FAMILIES)}"
@@ -245,5 +245,5 @@ def _check_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def _join(path: tuple[str | int, ...]) -> str:
+def _join(path: Sequence[Any]) -> str:
     return ".".join(str(part) for part in path)

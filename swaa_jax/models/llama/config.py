@@ -14,6 +14,7 @@ class LlamaConfig(DecoderConfig):
 
     @classmethod
     def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """Head size from the width where the file has none; optional biases."""
         bias = bool(hf.get("attention_bias", False))
         return {
             "head_dim": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
@@ -25,4 +26,5 @@ class LlamaConfig(DecoderConfig):
 
     @classmethod
     def hf_fields(cls) -> frozenset[str]:
+        """The common fields and this family's own."""
         return super().hf_fields() | {"mlp_bias"}

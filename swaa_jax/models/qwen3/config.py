@@ -14,6 +14,7 @@ class Qwen3Config(DecoderConfig):
 
     @classmethod
     def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """Explicit head size, q/k norms, and the window of files that use one."""
         bias = bool(hf.get("attention_bias", False))
         return {
             "head_dim": hf.get("head_dim") or 128,  # Transformers' Qwen3 default
@@ -26,5 +27,6 @@ class Qwen3Config(DecoderConfig):
 
     @classmethod
     def hf_fields(cls) -> frozenset[str]:
+        """The common fields and this family's own."""
         window = {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
         return super().hf_fields() | window
