@@ -1,5 +1,8 @@
-"""The ``xla`` backend of decoding: the cache is read once, in place, in its own layout."""
+"""The ``xla`` backend of decoding: scores of cache and new tokens apart, one softmax over both."""
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
@@ -7,65 +10,125 @@ from jaxtyping import Array, Bool, Float
 from kernels_pallas.backends import register_backend
 from kernels_pallas.swa_decode.arguments import DecodeArguments
 
+# (q [B, n, K, G, H], k [B, S, K, H]) -> q.k, float32 [B, K, G, n, S]
+Scores = Callable[[Array, Array], Array]
+# (weights float32 [B, K, G, n, S], v [B, S, K, H]) -> weighted sum of v, float32 [B, n, K, G, H]
+Values = Callable[[Array, Array], Array]
+
 
 @register_backend("swa_decode", "xla")
 def decode_xla(arguments: DecodeArguments) -> Float[Array, "B n N H"]:
-    """Scores of the cache and of the new tokens apart, one softmax over both.
+    """Attention to ``[cache | new tokens]`` without putting them into one array.
 
     NaN in a slot that no new token sees stays out: such a slot's scores are replaced before the
     softmax, and its values are zeroed as they are read (a weight of zero is not enough, 0 * NaN is
-    NaN). The zeroing is elementwise on V, and fuses into the product's read of it.
+    NaN). The zeroing is elementwise: accelerators fuse it into the product's read of V, XLA:CPU
+    writes V out once.
     """
     q = arguments.q
     num_batch, num_new, num_heads, head_dim = q.shape
     num_kv_heads = arguments.cache_k.shape[2]
     q_BnKGH = q.reshape(num_batch, num_new, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    score, gather = _products(num_new, platform=jax.default_backend())
+
     parts = [(arguments.cache_k, arguments.cache_v, arguments.mask(arguments.cache_positions))]
     if arguments.new_k is not None and arguments.new_v is not None:
         parts.append((arguments.new_k, arguments.new_v, arguments.mask(arguments.q_positions)))
 
-    scores = [_scores(arguments, q_BnKGH, k, mask_BnS) for k, _, mask_BnS in parts]
-    largest = jnp.max(scores[0], axis=-1, keepdims=True)
+    scores = [_scores(arguments, score(q_BnKGH, k), mask_BnS) for k, _, mask_BnS in parts]
+    largest_BKGn1 = jnp.max(scores[0], axis=-1, keepdims=True)
     for part in scores[1:]:
-        largest = jnp.maximum(largest, jnp.max(part, axis=-1, keepdims=True))
-    largest = jnp.where(jnp.isfinite(largest), largest, 0)  # a row that sees nothing
-    weights = [jnp.exp(part - largest) for part in scores]
-    total = sum(jnp.sum(part, axis=-1) for part in weights)
-    out = sum(
-        _weighted_values(arguments, part, v, mask_BnS)
-        for part, (_, v, mask_BnS) in zip(weights, parts, strict=True)
-    )
-    total_BnKG1 = jnp.where(total > 0, total, 1).transpose(0, 3, 1, 2)[..., None]
-    return (out / total_BnKG1).reshape(q.shape).astype(q.dtype)
+        largest_BKGn1 = jnp.maximum(largest_BKGn1, jnp.max(part, axis=-1, keepdims=True))
+    # A row that sees nothing: exp(-inf - 0) = 0 everywhere, where -inf + inf would be NaN.
+    largest_BKGn1 = jnp.where(jnp.isfinite(largest_BKGn1), largest_BKGn1, 0)
 
-
-def _precision(arguments: DecodeArguments) -> lax.Precision | None:
-    return lax.Precision.HIGHEST if arguments.q.dtype == jnp.float32 else None
+    total_BKGn, out_BnKGH = jnp.float32(0), jnp.float32(0)
+    for part, (_, v, mask_BnS) in zip(scores, parts, strict=True):
+        weights = jnp.exp(part - largest_BKGn1)
+        seen_BS11 = jnp.any(mask_BnS, axis=1)[:, :, None, None]
+        total_BKGn += jnp.sum(weights, axis=-1)
+        out_BnKGH += gather(weights, jnp.where(seen_BS11, v, 0))
+    total_BnKG1 = jnp.where(total_BKGn > 0, total_BKGn, 1).transpose(0, 3, 1, 2)[..., None]
+    return (out_BnKGH / total_BnKG1).reshape(q.shape).astype(q.dtype)
 
 
 def _scores(
-    arguments: DecodeArguments, q_BnKGH: Array, k_BSKH: Array, mask_BnS: Bool[Array, "B n S"]
+    arguments: DecodeArguments, scores: Float[Array, "B K G n S"], mask_BnS: Bool[Array, "B n S"]
 ) -> Float[Array, "B K G n S"]:
-    scores = arguments.scale * jnp.einsum(
-        "BnKGH,BSKH->BKGnS",
-        q_BnKGH,
-        k_BSKH,
-        precision=_precision(arguments),
-        preferred_element_type=jnp.float32,
-    )
+    scores = arguments.scale * scores
     if arguments.softcap is not None:
         scores = arguments.softcap * jnp.tanh(scores / arguments.softcap)
     return jnp.where(mask_BnS[:, None, None], scores, -jnp.inf)
 
 
-def _weighted_values(
-    arguments: DecodeArguments, weights: Array, v_BSKH: Array, mask_BnS: Bool[Array, "B n S"]
-) -> Float[Array, "B n K G H"]:
-    seen_BS11 = jnp.any(mask_BnS, axis=1)[:, :, None, None]
+def _products(num_new: int, *, platform: str) -> tuple[Scores, Values]:
+    """How to multiply, by platform.
+
+    An accelerator's matrix products take the cache as it lies. XLA:CPU's only take leading batch
+    axes, and run several times slower when left to arrange that themselves: several new tokens pay
+    for a float32 copy with the heads in front; one token multiplies and adds where the cache lies.
+    """
+    if platform != "cpu":
+        return _einsum_scores, _einsum_values
+    if num_new == 1:
+        return _one_token_scores, _one_token_values
+    return _heads_first_scores, _heads_first_values
+
+
+def _precision(x: Array) -> lax.Precision | None:
+    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
+def _einsum_scores(q_BnKGH: Array, k_BSKH: Array) -> Array:
     return jnp.einsum(
-        "BKGnS,BSKH->BnKGH",
-        weights.astype(v_BSKH.dtype),
-        jnp.where(seen_BS11, v_BSKH, 0),
-        precision=_precision(arguments),
+        "BnKGH,BSKH->BKGnS",
+        q_BnKGH,
+        k_BSKH,
+        precision=_precision(k_BSKH),
         preferred_element_type=jnp.float32,
     )
+
+
+def _einsum_values(weights_BKGnS: Array, v_BSKH: Array) -> Array:
+    return jnp.einsum(
+        "BKGnS,BSKH->BnKGH",
+        weights_BKGnS.astype(v_BSKH.dtype),
+        v_BSKH,
+        precision=_precision(v_BSKH),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _one_token_scores(q_BnKGH: Array, k_BSKH: Array) -> Array:
+    products_BSKGH = q_BnKGH.astype(jnp.float32) * k_BSKH.astype(jnp.float32)[:, :, :, None]
+    return jnp.sum(products_BSKGH, axis=-1).transpose(0, 2, 3, 1)[:, :, :, None]
+
+
+def _one_token_values(weights_BKGnS: Array, v_BSKH: Array) -> Array:
+    weights_BSKG1 = weights_BKGnS[:, :, :, 0].transpose(0, 3, 1, 2)[..., None]
+    return jnp.sum(weights_BSKG1 * v_BSKH.astype(jnp.float32)[:, :, :, None], axis=1)[:, None]
+
+
+def _heads_first(x_BSKH: Array) -> Array:
+    """[B, K, S, H] in float32; the barrier keeps XLA from undoing the copy."""
+    return lax.optimization_barrier(x_BSKH.transpose(0, 2, 1, 3).astype(jnp.float32))
+
+
+def _heads_first_scores(q_BnKGH: Array, k_BSKH: Array) -> Array:
+    num_batch, num_new, num_kv_heads, _, head_dim = q_BnKGH.shape
+    q_BKRH = q_BnKGH.astype(jnp.float32).transpose(0, 2, 3, 1, 4)
+    q_BKRH = q_BKRH.reshape(num_batch, num_kv_heads, -1, head_dim)
+    scores = _highest("BKRH,BKSH->BKRS", q_BKRH, _heads_first(k_BSKH))
+    return scores.reshape(num_batch, num_kv_heads, -1, num_new, k_BSKH.shape[1])
+
+
+def _heads_first_values(weights_BKGnS: Array, v_BSKH: Array) -> Array:
+    num_batch, num_kv_heads, num_groups, num_new, num_keys = weights_BKGnS.shape
+    weights_BKRS = weights_BKGnS.reshape(num_batch, num_kv_heads, -1, num_keys)
+    out = _highest("BKRS,BKSH->BKRH", weights_BKRS, _heads_first(v_BSKH))
+    out = out.reshape(num_batch, num_kv_heads, num_groups, num_new, -1)
+    return out.transpose(0, 3, 1, 2, 4)
+
+
+def _highest(spec: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(spec, x, y, precision=lax.Precision.HIGHEST)

