@@ -48,9 +48,6 @@ FAMILIES: Mapping[str, ModelFamily] = {
 }
 """Families by the `model_type` of their HF config. A new one is an entry here and a folder."""
 
-SHIPPED = {"tiny-retriever": epath.resource_path("swaa_jax") / "assets" / "tiny-retriever"}
-"""Models inside this package, by the name that `load_model` takes."""
-
 _TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -88,7 +85,7 @@ def load_model(
         >>> model(jnp.array([[1, 2, 3]]), logits_at="last").shape == (1, model.config.vocab_size)
         True
     """
-    directory = resolve_directory(path)
+    directory = checkpoint.check_directory(path)
     if revision is not None:
         raise ValueError(
             f"revision: {revision!r} was given for the local directory {directory}; "
@@ -174,7 +171,7 @@ def save_model(
         overwrite: replace the directory, once the new one is complete.
 
     Raises:
-        FileExistsError: the directory exists and `overwrite` is false.
+        CheckpointError: the directory exists and `overwrite` is false, or it holds no model.
     """
     config = model.config
     family = FAMILIES[config.model_type]
@@ -197,13 +194,6 @@ def save_model(
         checkpoint.write_provenance(target, base=model.source)
         checkpoint.write_config(target, {**config.to_hf(), "dtype": str(model.dtype)})
     return epath.Path(directory)
-
-
-def resolve_directory(path: PathLike) -> epath.Path:
-    """The directory of a path, or of a model that this package ships (`SHIPPED`)."""
-    if isinstance(path, str) and path in SHIPPED and not epath.Path(path).exists():
-        return epath.Path(SHIPPED[path])
-    return epath.Path(path)
 
 
 def _family(hf_config: Mapping[str, Any]) -> ModelFamily:
