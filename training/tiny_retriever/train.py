@@ -246,11 +246,11 @@ def export(
 ) -> None:
     """Hugging Face layout in bfloat16, with the tokenizer, policy and provenance."""
     model = trainer.model(params, jnp.bfloat16)
-    with atomic_directory(directory, overwrite=True) as target:
-        # save_model wants a place of its own, and the tokenizer may be in the one it replaces.
+    mark = "tokenizer.json"  # it may be all that stands there yet, and is copied from there
+    with atomic_directory(directory, overwrite=True, commit_mark=mark) as target:
         save_model(model, target / "model")
         for path in (target / "model").iterdir():
-            path.rename(target / path.name)
+            pathlib.Path(path.rename(target / path.name)).chmod(0o644)  # it ships in a wheel
         (target / "model").rmdir()
         copy_tokenizer_files(TOKENIZER_DIRECTORY, target)
         eos, pad = settings.MODEL["eos_token_id"], settings.MODEL["pad_token_id"]
