@@ -113,15 +113,13 @@ def run(args: argparse.Namespace) -> int:
 
     # Slow to import, hence not above: `swaa --help` stays fast.
     from swaa_jax import infer, load_model, load_tokenizer, runtime
-    from swaa_jax.models.auto import resolve_directory
 
     runtime.setup_logging("INFO" if args.verbose else "WARNING")
     runtime.enable_compilation_cache()
-    directory = resolve_directory(args.model)
-    tok = load_tokenizer(directory)
+    tok = load_tokenizer(args.model)
     chat = bool(tok.chat_template) if args.chat is None else args.chat
     prompts = [[{"role": "user", "content": text}] if chat else text for text in texts]
-    model = load_model(directory, policy=policy, dtype=args.dtype)
+    model = load_model(args.model, policy=policy, dtype=args.dtype)
 
     options = {
         "max_new_tokens": args.max_new_tokens,
