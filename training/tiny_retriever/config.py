@@ -1,8 +1,12 @@
 """What tiny-retriever is and how it is trained: the model, the optimizer, the curriculum."""
 
 import dataclasses
+import pathlib
 
 from training.tiny_retriever.data import Stage
+
+ASSETS = pathlib.Path(__file__).resolve().parents[2] / "swaa_jax" / "assets" / "tiny-retriever"
+"""Where the shipped model lives."""
 
 MODEL = {
     "model_type": "qwen3",

@@ -48,12 +48,12 @@ from swaa_jax.models.auto import model_from_config, save_model  # noqa: E402
 from swaa_jax.policy import AttentionPolicy  # noqa: E402
 from swaa_jax.storage import atomic_directory  # noqa: E402
 from training.tiny_retriever import config as settings  # noqa: E402
-from training.tiny_retriever.data import GROUPS, Batch, Loader, Stage  # noqa: E402
+from training.tiny_retriever.data import GROUPS, Batch, Stage  # noqa: E402
+from training.tiny_retriever.loader import Loader  # noqa: E402
 
 Params = dict[str, jax.Array]
 MAX_SHARD_BYTES = 16_500_000  # a checkpoint is a handful of files of at most 16 MiB
 STATE_FILE = "state.json"
-TOKENIZER_DIRECTORY = ROOT / "swaa_jax" / "assets" / "tiny-retriever"
 
 
 @jax.custom_vjp
@@ -252,7 +252,7 @@ def export(
         for path in (target / "model").iterdir():
             pathlib.Path(path.rename(target / path.name)).chmod(0o644)  # it ships in a wheel
         (target / "model").rmdir()
-        copy_tokenizer_files(TOKENIZER_DIRECTORY, target)
+        copy_tokenizer_files(settings.ASSETS, target)
         eos, pad = settings.MODEL["eos_token_id"], settings.MODEL["pad_token_id"]
         write_generation_config(target, {"eos_token_id": eos, "pad_token_id": pad})
         write_provenance(target, base=None, seed=state["seed"])
