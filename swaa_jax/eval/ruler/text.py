@@ -62,8 +62,8 @@ def draw_keys(rng: random.Random, count: int, *, taken: set[str] | None = None) 
     if count > room:
         raise ValueError(
             f"num_keys: the word lists make {len(ADJECTIVES) * len(NOUNS)} distinct keys and "
-            f"{count} more were asked for with {len(taken)} in use; ask for a shorter needle haystack or "
-            "fewer keys"
+            f"{count} more were asked for with {len(taken)} in use; ask for a shorter "
+            "needle haystack or fewer keys"
         )
     keys: list[str] = []
     while len(keys) < count:
