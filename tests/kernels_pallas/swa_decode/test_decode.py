@@ -127,20 +127,16 @@ def test_decoding_continues_prefill(window, sinks):
     q = jnp.asarray(rng.standard_normal((2, 20, 4, 8)), jnp.float32)
     k, v = (jnp.asarray(rng.standard_normal((2, 20, 2, 8)), jnp.float32) for _ in "kv")
     answers = jnp.arange(20) >= 14
-    whole = swa_prefill(
-        q,
-        k,
-        v,
-        window=window,
-        num_sink_tokens=sinks,
-        stage_ids=jnp.tile(answers, (2, 1)).astype(jnp.int32),
-    )
+    policy = dict(window=window, num_sink_tokens=sinks)
+    decode = jax.jit(functools.partial(swa_decode, **policy))
+    stage_ids = jnp.tile(answers, (2, 1)).astype(jnp.int32)
+    whole = jax.jit(functools.partial(swa_prefill, **policy))(q, k, v, stage_ids=stage_ids)
     begin = 12
     for num_new in (3, 1, 4):
         rows = slice(begin, begin + num_new)
         slots = jnp.where(jnp.arange(20) < begin, jnp.arange(20), -1)
         written = (slots >= 0)[:, None, None]
-        out = swa_decode(
+        out = decode(
             q[:, rows],
             jnp.where(written, k, jnp.nan),
             jnp.where(written, v, jnp.nan),
@@ -148,8 +144,6 @@ def test_decoding_continues_prefill(window, sinks):
             cache_positions=jnp.tile(slots, (2, 1)),
             new_k=k[:, rows],
             new_v=v[:, rows],
-            window=window,
-            num_sink_tokens=sinks,
             q_full=jnp.tile(answers[rows], (2, 1)),
         )
         np.testing.assert_allclose(out, whole[:, rows], atol=ATOL["float32"], rtol=0)
