@@ -56,6 +56,7 @@ class Static:
     softcap: float | None
     is_full: bool  # no window at all: every row is full
     has_sinks: bool
+    one_chunk: bool  # a block of rows never reads more than one chunk beside its sinks
     precision: lax.Precision | None
 
 
@@ -198,6 +199,8 @@ def _for_each_chunk(
             block + tiling.chunk_blocks <= blocks.unmasked_end
         )
         start = block * tiling.block_kv
+        if static.one_chunk:  # it holds the rows' own keys, so it is never free
+            return chunk(state, start, tiling.chunk, True)
         return lax.cond(
             free,
             lambda state: chunk(state, start, tiling.chunk, False),

@@ -71,15 +71,21 @@ def choose_tiling(arguments: PrefillArguments, *, platform: str) -> Tiling:
         block_q = 256 if on_cpu else 1024
     block_q = min(block_q, _round_up(num_queries, 8))
     block_kv = min(block_kv, _round_up(num_keys, 8))
-    blocks = -(-num_keys // block_kv)
-    if window is not None:
-        # Blocks that hold the keys of one block of rows; one more if its first row is not aligned.
-        aligned = block_q % block_kv == 0 and isinstance(arguments.q_offset, int)
-        aligned = aligned and arguments.q_offset % block_kv == 0
-        reach = -(-(window - 1) // block_kv) + -(-block_q // block_kv) + (0 if aligned else 1)
-        blocks = min(blocks, reach)
+    blocks = _reach(arguments, block_q=block_q, block_kv=block_kv)
     num_chunks = -(-blocks * block_kv // most)
     return Tiling(block_q=block_q, block_kv=block_kv, chunk_blocks=-(-blocks // num_chunks))
+
+
+def _reach(arguments: PrefillArguments, *, block_q: int, block_kv: int) -> int:
+    """Most key blocks, sinks aside, that a block of rows reads if none of its rows is full."""
+    blocks = -(-arguments.shape[2] // block_kv)
+    if not isinstance(arguments.window, int):
+        return blocks
+    # One more if a block of rows may begin inside a block of keys.
+    offset = arguments.q_offset
+    aligned = isinstance(offset, int) and offset % block_kv == 0 and block_q % block_kv == 0
+    reach = -(-(arguments.window - 1) // block_kv) + -(-block_q // block_kv)
+    return min(blocks, reach + (0 if aligned else 1))
 
 
 def prefill_blockwise(
@@ -90,11 +96,15 @@ def prefill_blockwise(
     rows = arguments.rows()
     windowed = arguments.window is not None
     sinks = arguments.num_sink_tokens
+    reach = -(-num_keys // tiling.block_kv)
+    if rows.q_full is None:
+        reach = _reach(arguments, block_q=tiling.block_q, block_kv=tiling.block_kv)
     static = Static(
         tiling=tiling,
         scale=float(arguments.scale),
         softcap=None if arguments.softcap is None else float(arguments.softcap),
         is_full=not windowed,
+        one_chunk=reach <= tiling.chunk_blocks,
         has_sinks=windowed and not (isinstance(sinks, int) and sinks == 0),
         precision=lax.Precision.HIGHEST if arguments.q.dtype == jnp.float32 else None,
     )

@@ -1,5 +1,6 @@
 """``swa_prefill`` as users call it: static and traced arguments, errors, compile counts."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -11,7 +12,7 @@ import pytest
 from kernels_pallas import AttentionOutput, Stage, swa_prefill
 from kernels_pallas.swa_prefill.arguments import PrefillArguments
 from kernels_pallas.swa_prefill.blockwise import Tiling
-from kernels_pallas.swa_prefill.xla import choose_tiling, prefill_blockwise
+from kernels_pallas.swa_prefill.xla import _reach, choose_tiling, prefill_blockwise
 from tests.support import bruteforce
 
 BACKENDS = ("reference", "xla")
@@ -176,21 +177,50 @@ def arguments(q, k, v, **changes):
     return PrefillArguments(q=q, k=k, v=v, **(defaults | changes))
 
 
+@pytest.mark.parametrize("traced", (False, True))
+@pytest.mark.parametrize("offset", (0, 3, 4, 9))
+@pytest.mark.parametrize("window", (1, 5, 6, 9))
+def test_one_chunk_holds_what_a_block_of_rows_reads(window, offset, traced):
+    """The smallest chunk for which the loop over chunks is left out, at every alignment."""
+    q, k, v = (x[:1] for x in qkv())
+    case = arguments(q[:, :24], k, v, window=window, q_offset=offset)
+    sizes = dict(block_q=8, block_kv=4)
+    if traced:
+        case = dataclasses.replace(case, q_offset=jnp.asarray(offset))
+    tiling = Tiling(**sizes, chunk_blocks=_reach(case, **sizes))
+    result = prefill_blockwise(case, tiling=tiling, platform="cpu")
+    mask = bruteforce.visible_pairs(shape=(1, 24, 80), window=window, q_offset=offset)
+    wanted = bruteforce.attend(*(case.q, k, v), mask, scale=1.0)
+    np.testing.assert_allclose(result.out, wanted.out, atol=ATOL, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
 def test_low_precision_blocks_as_on_an_accelerator(dtype):
     """The CPU computes in float32; the layout and the casts of other platforms are tried here."""
-    q, k, v = qkv(dtype=dtype)
-    case = arguments(q, k, v, window=9, num_sink_tokens=2, scale=0.3)
+    arrays = qkv(dtype=dtype)
     tiling = Tiling(block_q=16, block_kv=8, chunk_blocks=2)
-    result = prefill_blockwise(case, tiling=tiling, platform="gpu")
+    d_out = jnp.asarray(np.random.default_rng(1).standard_normal(arrays[0].shape), dtype)
+
+    def loss(arrays):
+        case = arguments(*arrays, window=9, num_sink_tokens=2, scale=0.3)
+        result = prefill_blockwise(case, tiling=tiling, platform="gpu")
+        return jnp.sum((result.out * d_out).astype(jnp.float32)), result
+
+    grads, result = jax.jit(jax.grad(loss, has_aux=True))(arrays)
     mask = bruteforce.visible_pairs(shape=(2, 80, 80), window=9, sinks=2)
-    wanted = bruteforce.attend(q, k, v, mask, scale=0.3)
-    assert result.out.dtype == dtype
-    # Softmax weights are rounded to the dtype before they meet the values: one unit of 2^-8 (2^-11)
-    # relative for that and for the result, on entries up to 3.
-    atol = 3 * {"bfloat16": 2.0**-8, "float16": 2.0**-11}[dtype]
-    np.testing.assert_allclose(np.asarray(result.out, np.float64), wanted.out, atol=atol, rtol=0)
+    wanted = bruteforce.attend(*arrays, mask, scale=0.3)
+    wanted_grads = bruteforce.gradients(
+        *arrays, mask, d_out=d_out, d_lse=np.zeros(d_out.shape[:3]), scale=0.3
+    )
     np.testing.assert_allclose(result.lse, wanted.lse, atol=ATOL, rtol=0)
+    # Softmax weights (and ds) are rounded to the dtype before they meet the other factor, then the
+    # result is: at most a unit of 2^-8 (2^-11) of the largest entry for each of the two, and for
+    # the gradients one more, of the cotangent.
+    unit = {"bfloat16": 2.0**-8, "float16": 2.0**-11}[dtype]
+    for actual, want in zip((result.out, *grads), (wanted.out, *wanted_grads), strict=True):
+        assert actual.dtype == dtype
+        atol = 3 * unit * np.abs(want).max()
+        np.testing.assert_allclose(np.asarray(actual, np.float64), want, atol=atol, rtol=0)
 
 
 X = np.zeros((2, 6, 4, 8), np.float32)
