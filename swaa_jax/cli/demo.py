@@ -117,7 +117,6 @@ def run(args: argparse.Namespace) -> int:
 
     from swaa_jax import load_model, load_tokenizer, runtime
     from swaa_jax.eval import plot, report, sweep
-    from swaa_jax.models.auto import resolve_directory
     from swaa_jax.storage import write_text_atomic
 
     runtime.setup_logging("INFO" if args.verbose else "WARNING")
@@ -135,9 +134,8 @@ def run(args: argparse.Namespace) -> int:
         window=args.window,
         num_sink_tokens=args.sinks,
     )
-    directory = resolve_directory(args.model)
-    tok = load_tokenizer(directory)
-    model = load_model(directory, dtype=args.dtype)
+    tok = load_tokenizer(args.model)
+    model = load_model(args.model, dtype=args.dtype)
     output = epath.Path(args.output).expanduser()
     output.mkdir(parents=True, exist_ok=True)
 
@@ -154,8 +152,8 @@ def run(args: argparse.Namespace) -> int:
     if args.markdown:
         write_text_atomic(args.markdown, report.markdown(results, record))
     rows = report.summarize(results)
-    console.print(report.table(rows))
-    console.print(f"{report.LEGEND}\n", highlight=False)
+    console.print("", report.table(rows), sep="\n")
+    console.print(f"\n{report.TABLE_LEGEND}\n", highlight=False)
     console.print(f"{record['findings']}\n", highlight=False)
     console.print(
         f"{results.seconds:,.0f} s in all, compilation included. Plot, and every answer in JSON:",

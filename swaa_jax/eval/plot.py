@@ -12,38 +12,43 @@ from swaa_jax.eval.report import Row, summarize
 from swaa_jax.eval.sweep import Sweep
 from swaa_jax.typing import PathLike
 
-# Okabe and Ito's colours, which people with any colour vision tell apart; dark enough for the white
-# numbers on them. By the layers that keep full attention.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#5D5D5D", "#8C6D00")
-_SIZE = 15.0  # of a marker, in points
-_PITCH = _SIZE * 1.12  # between the centres of two neighbours
+# After Okabe and Ito, whose colours people with any colour vision tell apart; dark enough for the
+# white numbers on them. By the layers that keep full attention.
+_COLORS = ("#0072B2", "#C14F00", "#00805F", "#AA4499", "#5D5D5D", "#8C6D00")
+_BADGE = 14.0  # width of a badge, in points
+_PITCH = 16.0  # between the centres of two badges
+_GAP = 15.0  # between a dot and the nearest badge's centre
+_SAME = 7.0  # dots nearer than this share a block of badges
+_PER_LINE = 3
+
+_Point = tuple[float, float]
 
 
 def plot(sweep: Sweep, path: PathLike, *, title: str = "") -> None:
-    """Draw the sweep to a PNG file.
+    """Draw the sweep to a PNG file; the file is complete or is not there.
 
-    One row of panels a mode; to the left the prefill's attention work, to the right the KV cache.
-    Points are the table's rows: the number is the row, the colour says which layers keep full
-    attention, a square is FA decode, a ring around it sinks.
+    One line of panels a mode; to the left the prefill's attention work, to the right the KV cache.
+    A dot is where a policy stands, exactly; the badges beside it say which rows of the table it is.
+    A badge's colour says which layers keep full attention, a square is FA decode, a ring sinks.
     """
     import matplotlib
 
     matplotlib.use("Agg")  # no display
     from matplotlib import pyplot
 
-    rows = summarize(sweep)
-    with pyplot.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    with pyplot.rc_context(style):
         figure, axes = pyplot.subplots(
-            2, 2, figsize=(11.5, 8), sharey=True, sharex="col", layout="constrained"
+            2, 2, figsize=(11.5, 7.6), sharey=True, sharex="col", layout="constrained"
         )
         try:
-            _draw(figure, axes, rows, title=title)
+            _draw(figure, axes, summarize(sweep), title=title)
             buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", dpi=140, metadata={"Software": None})
+            figure.savefig(buffer, format="png", dpi=130)
         finally:
             pyplot.close(figure)
     target = epath.Path(path)
-    partial = target.with_name(f".{target.name}.partial")
+    partial = target.parent / f".{target.name}.partial"
     partial.write_bytes(buffer.getvalue())
     partial.replace(target)
 
@@ -52,84 +57,154 @@ def _draw(figure: Any, axes: Any, rows: Sequence[Row], *, title: str) -> None:
     colors = _layer_colors(rows)
     costs = (
         (
-            "prefill attention: query-key pairs, % of full",
-            lambda row: 100 * row.prefill_share,
+            "query-key pairs in the prefill, % of full attention",
+            [100 * row.prefill_share for row in rows],
         ),
-        ("KV cache per sample, KiB", lambda row: row.cache_bytes / 1024),
+        ("KV cache per sample, KiB", [row.cache_bytes / 1024 for row in rows]),
     )
     for line, mode in enumerate(("thinking", "non-thinking")):
         for column, (label, cost) in enumerate(costs):
             axis = axes[line, column]
-            axis.set_ylim(-9, 109)
+            axis.set_ylim(-30, 130)
             axis.set_yticks(range(0, 101, 20))
-            right = max(cost(row) for row in rows)
-            axis.set_xlim(-0.04 * right, 1.12 * right)
-            axis.grid(axis="y", color="#DDDDDD", linewidth=0.8, zorder=0)
+            axis.spines["left"].set_bounds(0, 100)
+            axis.set_xlim(-0.08 * max(cost), 1.14 * max(cost))
+            axis.grid(axis="y", color="#E2E2E2", linewidth=0.8)
             axis.set_axisbelow(True)
             if line == 1:
                 axis.set_xlabel(label)
             if column == 0:
                 axis.set_ylabel(f"{mode}\nvalues found, %")
     figure.suptitle(title or "Values found against cost", x=0.01, ha="left", fontsize=12)
-    figure.legend(
-        handles=_legend(rows, colors),
-        loc="outside right upper",
-        frameon=False,
-        fontsize=9,
-        handletextpad=0.8,
-        labelspacing=0.9,
-    )
-    figure.canvas.draw()  # fixes the layout, which the spreading below measures
+    _legend(figure, rows, colors)
+    figure.canvas.draw()  # fixes the layout, which placing the badges measures
     for line, column in itertools.product(range(2), range(2)):
-        axis, cost = axes[line, column], costs[column][1]
-        points = [(cost(row), 100 * row.modes[line].values_found) for row in rows]
-        for row, at in zip(rows, _spread(axis, points), strict=True):
-            _mark(axis, row, at, color=colors[_layers(row)])
+        points = [
+            (cost, 100 * row.modes[line].values_found)
+            for row, cost in zip(rows, costs[column][1], strict=True)
+        ]
+        _panel(axes[line, column], rows, points, colors)
 
 
-def _mark(axis: Any, row: Row, at: tuple[float, float], *, color: str) -> None:
-    square = row.policy.decode != "window"
-    style = {"marker": "s" if square else "o", "linestyle": "", "zorder": 3}
-    size = _SIZE * (0.9 if square else 1.0)
-    if row.policy.num_sink_tokens:
-        axis.plot(*at, markersize=size, markerfacecolor="white", markeredgecolor=color, **style)
-        axis.plot(*at, markersize=size - 4, color=color, markeredgewidth=0, **style)
-    else:
-        axis.plot(*at, markersize=size, color=color, markeredgewidth=0, **style)
-    axis.annotate(
-        str(row.number),
-        at,
-        ha="center",
-        va="center_baseline",
-        color="white",
-        fontsize=7 if row.number < 100 else 5,
-        fontweight="bold",
-        zorder=4,
+def _panel(
+    axis: Any, rows: Sequence[Row], points: Sequence[_Point], colors: dict[str, str]
+) -> None:
+    to_points = 72 / axis.figure.dpi  # all that follows is in points, 1/72 inch
+    dots = [tuple(to_points * axis.transData.transform(point)) for point in points]
+    box = axis.get_window_extent()
+    inside = tuple(to_points * edge for edge in (box.x0, box.y0, box.x1, box.y1))
+    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in dots]
+    groups = _group(dots)
+    # The largest blocks choose first.
+    for members in sorted(groups, key=lambda group: -len(group)):
+        badges, area = _place([dots[i] for i in members], inside=inside, taken=taken)
+        taken.append(area)
+        for index, at in zip(members, badges, strict=True):
+            place = axis.transData.inverted().transform([at[0] / to_points, at[1] / to_points])
+            near = (points[index], place)
+            axis.plot(*zip(*near, strict=True), color="#B5B5B5", linewidth=0.7, zorder=1)
+            for artist in _badge(rows[index], colors):
+                artist.set_data(*([value] for value in place))
+                axis.add_line(artist)
+            axis.annotate(
+                str(rows[index].number),
+                place,
+                ha="center",
+                va="center_baseline",
+                color="white",
+                fontsize=7,
+                fontweight="bold",
+                zorder=4,
+            )
+    axis.plot(*zip(*points, strict=True), "o", color="black", markersize=4.5, zorder=5)
+
+
+def _group(dots: Sequence[_Point]) -> list[list[int]]:
+    """Indices of dots that stand together, each group in the table's order."""
+    groups: list[list[int]] = []
+    for index, (x, y) in enumerate(dots):
+        near = [
+            group
+            for group in groups
+            if any(abs(x - dots[i][0]) + abs(y - dots[i][1]) < _SAME for i in group)
+        ]
+        groups = [group for group in groups if group not in near]
+        groups.append(sorted(sum(near, [index])))
+    return groups
+
+
+def _place(
+    dots: Sequence[_Point],
+    *,
+    inside: tuple[float, float, float, float],
+    taken: Sequence[tuple[float, float, float, float]],
+) -> tuple[list[_Point], tuple[float, float, float, float]]:
+    """Centres of the badges of one group, and the area that they take.
+
+    The block goes where it overlaps least: below or above the dots, beside them, at a corner.
+    """
+    x0, x1 = min(x for x, _ in dots), max(x for x, _ in dots)
+    y0, y1 = min(y for _, y in dots), max(y for _, y in dots)
+    per_line = min(_PER_LINE, len(dots))
+    lines = -(-len(dots) // per_line)
+    width, height = (per_line - 1) * _PITCH, (lines - 1) * _PITCH
+
+    def block(across: int, up: int, distance: float) -> tuple[float, float]:
+        """The top left badge's centre, the block standing to this side of the dots."""
+        left = ((x0 + x1 - width) / 2, x1 + distance, x0 - distance - width)[across]
+        top = ((y0 + y1 + height) / 2, y1 + distance + height, y0 - distance)[up]
+        return left, top
+
+    def area(left: float, top: float) -> tuple[float, float, float, float]:
+        margin = _PITCH / 2
+        return left - margin, top - height - margin, left + width + margin, top + margin
+
+    sides = ((0, 2), (0, 1), (1, 0), (2, 0), (1, 2), (2, 2), (1, 1), (2, 1))
+    candidates = [
+        block(across, up, distance)
+        for distance in (_GAP, 1.8 * _GAP, 2.6 * _GAP)
+        for across, up in sides
+    ]
+
+    def badness(corner: tuple[float, float]) -> float:
+        own = area(*corner)
+        outside = sum(
+            max(0.0, a) for a in (inside[0] - own[0], inside[1] - own[1], own[2] - inside[2])
+        ) + max(0.0, own[3] - inside[3])
+        return 1e3 * outside + sum(_overlap(own, other) for other in taken)
+
+    left, top = min(candidates, key=badness)  # the first of the best
+    badges = [
+        (left + _PITCH * (i % per_line), top - _PITCH * (i // per_line)) for i in range(len(dots))
+    ]
+    return badges, area(left, top)
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    across = min(a[2], b[2]) - max(a[0], b[0])
+    up = min(a[3], b[3]) - max(a[1], b[1])
+    return across * up if across > 0 and up > 0 else 0.0
+
+
+def _badge(row: Row, colors: dict[str, str]) -> list[Any]:
+    return _marker(
+        colors[_layers(row)],
+        square=row.policy.decode != "window",
+        ring=bool(row.policy.num_sink_tokens),
     )
 
 
-def _spread(axis: Any, points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Move points sideways, as little as need be, until no two markers touch.
+def _marker(color: str, *, square: bool = False, ring: bool = False) -> list[Any]:
+    from matplotlib.lines import Line2D
 
-    In the order of their height a point takes the free place nearest to its own.
-    """
-    to_pixels, pitch = axis.transData, _PITCH * axis.figure.dpi / 72
-    box = axis.get_window_extent()
-    placed: list[tuple[float, float]] = []
-    out: list[tuple[float, float]] = [(0.0, 0.0)] * len(points)
-    for index in sorted(range(len(points)), key=lambda i: (points[i][1], i)):
-        x, y = to_pixels.transform(points[index])
-        for step in range(200):
-            # 0, right, left, two to the right, ...
-            moved = x + pitch * ((step + 1) // 2) * (1 if step % 2 else -1)
-            inside = box.x0 + pitch / 2 <= moved <= box.x1 - pitch / 2
-            if inside and all(
-                abs(moved - a) >= pitch - 1 or abs(y - b) >= pitch - 1 for a, b in placed
-            ):
-                break
-        placed.append((moved, y))
-        out[index] = tuple(to_pixels.inverted().transform((moved, y)))
-    return out
+    size = _BADGE * (0.88 if square else 1.0)
+    style = {"marker": "s" if square else "o", "linestyle": "", "zorder": 3}
+    if not ring:
+        return [Line2D([], [], markersize=size, color=color, markeredgewidth=0, **style)]
+    return [
+        Line2D([], [], markersize=size, markerfacecolor="white", markeredgecolor=color, **style),
+        Line2D([], [], markersize=size - 3.5, color=color, markeredgewidth=0, **style),
+    ]
 
 
 def _layers(row: Row) -> str:
@@ -142,23 +217,27 @@ def _layer_colors(rows: Sequence[Row]) -> dict[str, str]:
     return dict(zip(names, itertools.cycle(_COLORS), strict=False))
 
 
-def _legend(rows: Sequence[Row], colors: dict[str, str]) -> list[Any]:
+def _legend(figure: Any, rows: Sequence[Row], colors: dict[str, str]) -> None:
     from matplotlib.lines import Line2D
 
-    def entry(label: str, **style: Any) -> Line2D:
-        return Line2D([], [], linestyle="", label=label, **{"markersize": 9, **style})
-
-    gray = "#888888"
-    handles = [entry("Full attention in layers", marker="")]
-    handles += [entry(name, marker="o", color=color) for name, color in colors.items()]
-    handles += [
-        entry("While decoding", marker=""),
-        entry("window", marker="o", color=gray),
-        entry("FA decode", marker="s", color=gray),
-        entry("Sinks", marker=""),
-        entry("none", marker="o", color=gray),
-        entry("some", marker="o", markerfacecolor=gray, markeredgecolor="white"),
-        entry("Rows of the table", marker=""),
+    gray, nothing = "#808080", Line2D([], [], linestyle="")
+    entries: list[tuple[Any, str]] = [
+        (nothing, "Full attention in layers"),
+        *((tuple(_marker(color)), name) for name, color in colors.items()),
+        (nothing, "Answer tokens see"),
+        (tuple(_marker(gray)), "the window"),
+        (tuple(_marker(gray, square=True)), "everything (FA decode)"),
+        (nothing, "Sink tokens"),
+        (tuple(_marker(gray)), "no"),
+        (tuple(_marker(gray, ring=True)), "yes"),
+        (nothing, "Row of the table"),
+        *((nothing, f"{row.number}  {row.policy}") for row in rows),
     ]
-    handles += [entry(f"{row.number}  {row.policy}", marker="") for row in rows]
-    return handles
+    handles, labels = zip(*entries, strict=True)
+    legend = figure.legend(
+        handles, labels, loc="outside right upper", frameon=False, fontsize=9, labelspacing=0.75
+    )
+    headings = {"Full attention in layers", "Answer tokens see", "Sink tokens", "Row of the table"}
+    for text in legend.get_texts():
+        if text.get_text() in headings:
+            text.set_fontweight("bold")

@@ -123,11 +123,13 @@ LEGEND = (
     "full attention; FA decode: answer tokens see everything. Policies that differ only in FA "
     "decode share one measured prefill. KV: keys and values as allocated."
 )
+TABLE_LEGEND = f"T: thinking, N: non-thinking. {LEGEND}"
+"""What stands under `table`."""
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The table for a terminal, 80 columns wide."""
-    out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    """The table for a terminal, less than 80 columns wide."""
+    out = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for above, name in _SHORT:
         out.add_column(f"{above}\n{name}", justify="right", no_wrap=True)
     for row in rows:
@@ -220,17 +222,20 @@ def _on_ends(full: Row | None, windowed: Sequence[Row]) -> str:
 
 
 def _on_methods(windowed: Sequence[Row]) -> str:
-    """The best policy by number of methods."""
-    names = {1: "one method", 2: "two", 3: "all three"}
-    best = []
-    for count, name in names.items():
+    """Every single method, then the best of two and of three."""
+    single = [f"{_name(row.policy)} {_found(row)}" for row in windowed if row.num_methods == 1]
+    parts = [f"One method beside the window: {', '.join(single)}."] if single else []
+    for count, name in ((2, "two"), (3, "all three")):
         rows = [row for row in windowed if row.num_methods == count]
         if rows:
-            top = max(rows, key=lambda row: sum(score.values_found for score in row.modes))
-            best.append(f"{name} {_found(top)} ({_name(top.policy)})")
-    if not best:
-        return ""
-    return f"Of sinks, FA decode and full layers, the best with {'; with '.join(best)}."
+            total = {row.number: sum(score.values_found for score in row.modes) for row in rows}
+            best = max(rows, key=lambda row: total[row.number])
+            least = min(rows, key=lambda row: total[row.number])
+            text = f"The best of {name}: {_name(best.policy)} {_found(best)}"
+            if total[least.number] < total[best.number]:
+                text += f"; the worst: {_name(least.policy)} {_found(least)}"
+            parts.append(f"{text}.")
+    return " ".join(parts)
 
 
 def _name(policy: AttentionPolicy) -> str:
@@ -241,25 +246,30 @@ def _name(policy: AttentionPolicy) -> str:
     if policy.decode != "window":
         words.append("FA decode")
     if policy.full_attention_layers:
-        words.append(f"layers {format_layers(policy.full_attention_layers)}")
-    return ", ".join(words)
+        words.append(f"full layers {format_layers(policy.full_attention_layers)}")
+    return " + ".join(words)
 
 
 def _on_layers(windowed: Sequence[Row]) -> str:
-    """Odd against even layers, in the pair of policies that combines most methods."""
+    """Odd against even layers, in the pair of policies that shows the largest difference."""
     pairs = []
     for odd in windowed:
         for even in windowed:
             same = dataclasses.replace(odd.policy, full_attention_layers="0::2") == even.policy
             if odd.policy.full_attention_layers == "1::2" and same:
-                pairs.append((odd, even))
+                gap = sum(score.values_found for score in even.modes)
+                gap -= sum(score.values_found for score in odd.modes)
+                pairs.append((abs(gap), odd, even))
     if not pairs:
         return ""
-    odd, even = max(pairs, key=lambda pair: pair[0].num_methods)
+    gap, odd, even = max(pairs, key=lambda pair: pair[0])
     rest = _name(dataclasses.replace(odd.policy, full_attention_layers=()))
+    beside = f" beside {rest}" if rest else ""
+    if not gap:
+        return f"Odd and even full layers{beside} find equally many."
     return (
-        f"Which layers stay full: {f'beside {rest}, ' if rest else ''}odd ones (1::2) "
-        f"{_found(odd)}, even ones (0::2) {_found(even)}."
+        f"Which half of the layers stays full matters: the odd ones (1::2){beside} {_found(odd)}, "
+        f"the even ones (0::2) {_found(even)}."
     )
 
 
@@ -301,11 +311,17 @@ def _on_cost(full: Row | None, windowed: Sequence[Row]) -> str:
         )
     small = min(near, key=lambda row: (row.cache_bytes, row.prefill_share))
     quick = min(near, key=lambda row: (row.prefill_share, row.cache_bytes))
+    where = f"within {100 * NEAR:.0f} points of full attention in both modes"
+    if small.cache_bytes < full.cache_bytes:
+        memory = (
+            f"Row {small.number} holds the least memory {where}: "
+            f"{100 * small.cache_bytes / full.cache_bytes:.0f}% of full attention's"
+        )
+    else:
+        memory = f"No policy {where} holds less memory than full attention"
     return (
-        f"Within {100 * NEAR:.0f} points of full attention in both modes, row {small.number} holds "
-        f"the least memory, {100 * small.cache_bytes / full.cache_bytes:.0f}% of full attention's "
-        f"{full.cache_bytes / 1024:,.0f} KiB a sample, and row {quick.number} does the least "
-        f"attention in the prefill, {100 * quick.prefill_share:.0f}% of its query-key pairs."
+        f"{memory}. Row {quick.number} does the least attention in the prefill {where}: "
+        f"{100 * quick.prefill_share:.0f}% of full attention's query-key pairs."
     )
 
 
