@@ -1,8 +1,9 @@
 """Attention written as loops over (query, key), in float64. It shares no code with the library.
 
-The rule, spelled out once more on purpose (this is the oracle): the query with absolute index i sees
-the key with absolute index j when j <= i, both lie in the same run of one segment id, and the layer is
-full, or row i is full, or i - j < window, or j is one of the first ``sinks`` tokens of its segment.
+The rule, spelled out once more on purpose (this is the oracle): the query with absolute index i
+sees the key with absolute index j when j <= i, both lie in the same run of one segment id, and the
+layer is full, or row i is full, or i - j < window, or j is one of the first ``sinks`` tokens of its
+segment.
 """
 
 import dataclasses
