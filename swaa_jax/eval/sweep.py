@@ -90,12 +90,12 @@ class PolicyScore:
     @property
     def all_or_nothing(self) -> float:
         """The paper's score, 0 to 1: the share of samples with every value found."""
-        return _mean([answer.all_found for answer in self.answers])
+        return _mean([float(answer.all_found) for answer in self.answers])
 
     @property
     def unfinished(self) -> float:
         """The share of samples whose thinking never ended, 0 to 1."""
-        return _mean([not answer.finished for answer in self.answers])
+        return _mean([float(not answer.finished) for answer in self.answers])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -285,7 +285,7 @@ def score_policies(
                         on_progress=lambda tokens: done.show(tokens / max_new_tokens),
                     )
                 )
-                done.add(len(rows))
+                done.add(float(len(rows)))
     return [_score(policy, samples, generations[policy], thinking=thinking) for policy in policies]
 
 
@@ -488,7 +488,7 @@ class _Done:
 
     def begin(self, what: str) -> None:
         self._what = what
-        self.show(0)
+        self.show(0.0)
 
     def show(self, more: float) -> None:
         if self._progress is not None:
@@ -496,4 +496,4 @@ class _Done:
 
     def add(self, amount: float) -> None:
         self._finished += amount
-        self.show(0)
+        self.show(0.0)
