@@ -36,7 +36,7 @@ def plot(sweep: Sweep, path: PathLike, *, title: str = "") -> None:
     matplotlib.use("Agg")  # no display
     from matplotlib import pyplot
 
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    style: dict[Any, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
     with pyplot.rc_context(style):
         figure, axes = pyplot.subplots(
             2, 2, figsize=(11.5, 7.6), sharey=True, sharex="col", layout="constrained"

@@ -1,0 +1,52 @@
+"""What `auto` runs on a GPU (cuDNN or the blockwise path) against the dense reference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import swa_prefill
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU"),
+]
+
+T = 300
+LENGTHS = jnp.array([T, T // 3, 1])
+STAGES = (jnp.arange(T)[None] >= jnp.array([[T // 2], [T // 4], [0]])).astype(jnp.int32)
+CASES = {
+    "full": {"window": None},
+    "window": {"window": 64},
+    "sinks": {"window": 64, "num_sink_tokens": 4},
+    "full_lengths": {"window": None, "lengths": LENGTHS},
+    "window_lengths": {"window": 64, "lengths": LENGTHS},
+    "stages": {"window": 64, "num_sink_tokens": 4, "lengths": LENGTHS, "stage_ids": STAGES},
+    "self_only": {"window": 1},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_output_and_gradients_equal_the_reference(case):
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, weights = (
+        jax.random.normal(key, (3, T, heads, 128), jnp.bfloat16)
+        for key, heads in zip(keys, (4, 2, 2, 4), strict=True)
+    )
+
+    def run(backend, *arrays):
+        def loss(*arrays):
+            out = swa_prefill(*arrays, backend=backend, **CASES[case])
+            return jnp.sum(out.astype(jnp.float32) * weights.astype(jnp.float32)), out
+
+        run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+        (_, out), gradients = run(*arrays)
+        return out, *gradients
+
+    got = run("auto", q, k, v)
+    with jax.default_matmul_precision("highest"):
+        expected = run("reference", *(x.astype(jnp.float32) for x in (q, k, v)))
+    for one, other in zip(got, expected, strict=True):
+        one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
+        # bf16 has 8 bits: 2**-8 = 4e-3 relative a rounding. Zero gradients (window 1) are absolute.
+        assert np.linalg.norm(one - other) <= 1e-2 * max(np.linalg.norm(other), 1.0)
