@@ -52,22 +52,48 @@ class Transform(enum.Enum):
 class WeightRule:
     """One row of the table. `{layer}` in both names stands for each layer's number.
 
+    A parameter may also be made of several tensors, or be a part of one:
+
+        {expert} in `hf`    ours[e] is the tensor of expert e: [E, ...]
+        part=(2, 4)         ours is rows 2 and 3 of the tensor, whose other rows other rules take
+
     Attributes:
         hf: the name in the checkpoint.
         ours: the path of the parameter.
-        transform: between the two, the same both ways.
+        transform: between the two, the same both ways (of each expert's tensor).
+        part: the rows (first axis, as stored) of a fused tensor; None: all of it.
     """
 
     hf: str
     ours: str
     transform: Transform = Transform.IDENTITY
+    part: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        for name in (self.hf, self.ours):
-            if "{" in name.replace("{layer}", "") or name.count("{layer}") > 1:
-                raise ValueError(f"WeightRule: expected at most one {{layer}}, got {name!r}")
+        for name, known in ((self.hf, ("{layer}", "{expert}")), (self.ours, ("{layer}",))):
+            rest = name
+            for placeholder in known:
+                rest = rest.replace(placeholder, "", 1)
+            if "{" in rest:
+                raise ValueError(f"WeightRule: expected each of {known} once at most, got {name!r}")
         if ("{layer}" in self.hf) != ("{layer}" in self.ours):
             raise ValueError(f"WeightRule: {{layer}} must be in both or neither, got {self}")
+        if self.part is not None and (self.stacked or not 0 <= self.part[0] < self.part[1]):
+            raise ValueError(
+                f"WeightRule: expected part=(start, stop) with start < stop, and no {{expert}}, "
+                f"got {self}"
+            )
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the parameter is a stack of the experts' tensors."""
+        return "{expert}" in self.hf
+
+    def tensors(self, shape: tuple[int, ...]) -> tuple[str, ...]:
+        """The names of the tensors that a parameter of this shape is made of."""
+        if not self.stacked:
+            return (self.hf,)
+        return tuple(self.hf.replace("{expert}", str(expert)) for expert in range(shape[0]))
 
 
 def expand(rules: Iterable[WeightRule], num_layers: int) -> list[WeightRule]:
@@ -77,7 +103,8 @@ def expand(rules: Iterable[WeightRule], num_layers: int) -> list[WeightRule]:
     'layers.1.kernel'
 
     Raises:
-        ValueError: two rows give one name, so that the table would not be invertible.
+        ValueError: two rows give one name, so that the table would not be invertible, or the parts
+            of a fused tensor leave a hole or overlap.
     """
     rows = []
     for rule in rules:
@@ -85,13 +112,29 @@ def expand(rules: Iterable[WeightRule], num_layers: int) -> list[WeightRule]:
         for layer in layers:
             hf = rule.hf.replace("{layer}", str(layer))
             ours = rule.ours.replace("{layer}", str(layer))
-            rows.append(WeightRule(hf, ours, rule.transform))
+            rows.append(dataclasses.replace(rule, hf=hf, ours=ours))
     for side in ("hf", "ours"):
-        names = [getattr(row, side) for row in rows]
+        names = [getattr(row, side) for row in rows if side == "ours" or row.part is None]
         if len(set(names)) != len(names):
             twice = listing(n for n in names if names.count(n) > 1)
             raise ValueError(f"rules: expected each {side} name once, got more of {twice}")
+    for hf, parts in _parts(rows).items():
+        ends = [0, *(row.part[1] for row in parts if row.part)]
+        if [row.part and row.part[0] for row in parts] != ends[:-1]:
+            raise ValueError(
+                f"rules: expected parts of {hf!r} that cover its rows once, "
+                f"got {[row.part for row in parts]}"
+            )
     return rows
+
+
+def _parts(rows: Iterable[WeightRule]) -> dict[str, list[WeightRule]]:
+    """The rows of every fused tensor, by its name, in the order of their parts."""
+    fused: dict[str, list[WeightRule]] = {}
+    for row in rows:
+        if row.part is not None:
+            fused.setdefault(row.hf, []).append(row)
+    return {hf: sorted(parts, key=lambda row: row.part or (0, 0)) for hf, parts in fused.items()}
 
 
 def load_weights(
@@ -149,7 +192,7 @@ def load_weights(
     previous: jax.Array | None = None
     for path, (shape, dtype, sharding) in expected.items():
         row = rows[path]
-        if row.hf not in names:
+        if names.isdisjoint(row.tensors(shape)):  # optional, as checked
             continue
         params[path] = _load(reader, row, shape, np.dtype(dtype), sharding)
         if previous is not None:
@@ -171,9 +214,15 @@ def _check(
     ignored: Collection[str],
 ) -> None:
     names = reader.names()
-    wanted = {row.hf: row for row in rows.values()}
+    wanted = _stored_shapes(rows, expected)
+    may_lack = {
+        name
+        for path in optional
+        if path in rows
+        for name in rows[path].tensors(tuple(expected[path][0]))
+    }
     faults = []
-    missing = [row.hf for path, row in rows.items() if row.hf not in names and path not in optional]
+    missing = [name for name in wanted if name not in names and name not in may_lack]
     if missing:
         faults.append(f"{len(missing)} missing: {listing(missing)}")
     unexpected = [
@@ -184,14 +233,13 @@ def _check(
     if unexpected:
         faults.append(f"{len(unexpected)} unexpected: {listing(unexpected)}")
     misshaped, mistyped = [], []
-    for path, row in rows.items():
-        if row.hf not in names:
+    for name, shape in wanted.items():
+        if name not in names:
             continue
-        shape = row.transform.shape(tuple(expected[path][0]))
-        if reader.shape(row.hf) != shape:
-            misshaped.append(f"{row.hf!r} expected {shape}, got {reader.shape(row.hf)}")
-        if reader.stored_dtype(row.hf) not in WEIGHT_DTYPES:
-            mistyped.append(f"{row.hf} ({reader.stored_dtype(row.hf)})")
+        if reader.shape(name) != shape:
+            misshaped.append(f"{name!r} expected {shape}, got {reader.shape(name)}")
+        if reader.stored_dtype(name) not in WEIGHT_DTYPES:
+            mistyped.append(f"{name} ({reader.stored_dtype(name)})")
     if misshaped:
         faults.append(f"{len(misshaped)} of the wrong shape: {_some(misshaped)}")
     if mistyped:
@@ -205,6 +253,24 @@ def _check(
             f"{'; '.join(faults)}. Check that config.json and the weights belong together, and "
             "that the model family is the right one."
         )
+
+
+def _stored_shapes(
+    rows: Mapping[str, WeightRule], expected: Mapping[str, Expected]
+) -> dict[str, tuple[int, ...]]:
+    """The shape that each tensor of the checkpoint must have, by its name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, row in rows.items():
+        shape = tuple(expected[path][0])
+        stored = row.transform.shape(shape[1:] if row.stacked else shape)
+        if row.part is not None:  # as many rows as the parts seen so far reach
+            height = row.part[1] - row.part[0]
+            if stored[0] != height:
+                raise ValueError(f"rules: {row} has {height} rows, {path!r} needs {stored[0]}")
+            reached = shapes.get(row.hf, (0,))[0]
+            stored = (max(row.part[1], reached), *stored[1:])
+        shapes.update(dict.fromkeys(row.tensors(shape), stored))
+    return shapes
 
 
 def _some(entries: list[str], limit: int = 20) -> str:
@@ -246,9 +312,22 @@ def _load(
     dtype: np.dtype,
     sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
+    def tensor(name: str, index: Index) -> np.ndarray:
+        stored = row.transform.index(index)
+        if row.part is not None:
+            rows = range(*row.part)[stored[0]]
+            stored = (slice(rows.start, rows.stop), *stored[1:])
+        return _cast(reader, name, row.transform.apply(reader.read(name, stored)), dtype)
+
     def part(index: Index) -> np.ndarray:
-        value = row.transform.apply(reader.read(row.hf, row.transform.index(index)))
-        return _cast(reader, row.hf, value, dtype)
+        if not row.stacked:
+            return tensor(row.hf, index)
+        names = row.tensors(shape)[index[0]]
+        inner = (len(range(n)[i]) for n, i in zip(shape[1:], index[1:], strict=True))
+        stack = np.empty((len(names), *inner), dtype)
+        for expert, name in zip(stack, names, strict=True):
+            expert[...] = tensor(name, index[1:])
+        return stack
 
     if sharding is None:
         return jax.device_put(part(tuple(slice(None) for _ in shape)))
@@ -304,13 +383,25 @@ def dump_weights(
     unmapped = set(params) - {row.ours for row in rows}
     if unmapped:
         raise _no_row(unmapped)
+    fused = _parts(rows)
     for row in rows:
         if row.ours not in params:
             continue
-        value = params[row.ours]
-        if isinstance(value, jax.Array) and not value.is_fully_addressable:
-            raise ValueError(
-                f"params: expected {row.ours!r} on this process's devices, got an array spread "
-                "over several processes. Replicate it first."
-            )
-        yield row.hf, row.transform.apply(np.asarray(value))
+        if row.part is None:
+            value = _on_host(params, row.ours)
+            stack = value if row.stacked else (value,)
+            for name, tensor in zip(row.tensors(value.shape), stack, strict=True):
+                yield name, row.transform.apply(tensor)
+        elif row is fused[row.hf][0]:  # all parts at once, where the first one stands
+            parts = [part.transform.apply(_on_host(params, part.ours)) for part in fused[row.hf]]
+            yield row.hf, np.concatenate(parts)
+
+
+def _on_host(params: Mapping[str, jax.Array | np.ndarray], path: str) -> np.ndarray:
+    value = params[path]
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        raise ValueError(
+            f"params: expected {path!r} on this process's devices, got an array spread "
+            "over several processes. Replicate it first."
+        )
+    return np.asarray(value)

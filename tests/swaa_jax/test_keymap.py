@@ -96,8 +96,63 @@ def test_a_bad_table_is_an_error():
         expand([WeightRule("a", "c"), WeightRule("b", "c")], 1)
     with pytest.raises(ValueError, match="both or neither"):
         WeightRule("a.{layer}", "b")
-    with pytest.raises(ValueError, match="at most one"):
+    with pytest.raises(ValueError, match="once at most"):
         WeightRule("a.{head}", "b.{head}")
+    with pytest.raises(ValueError, match="once at most"):
+        WeightRule("a.{expert}", "b.{expert}")
+    with pytest.raises(ValueError, match="cover its rows once"):
+        expand([WeightRule("a", "b", part=(0, 2)), WeightRule("a", "c", part=(3, 4))], 1)
+
+
+FUSED = (
+    WeightRule("l.{layer}.qkv", "l.{layer}.q", Transform.TRANSPOSE, part=(0, 8)),
+    WeightRule("l.{layer}.qkv", "l.{layer}.k", Transform.TRANSPOSE, part=(8, 12)),
+    WeightRule("l.{layer}.e.{expert}.up", "l.{layer}.up", Transform.TRANSPOSE),
+)
+FUSED_SHAPES = {"q": (6, 8), "k": (6, 4), "up": (4, 6, 10)}
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_fused_and_stacked_tensors_load_and_dump(tmp_path, sharded):
+    rng = np.random.default_rng(0)
+    stored = {}
+    for i in range(2):
+        stored[f"l.{i}.qkv"] = rng.standard_normal((12, 6)).astype(np.float32)
+        for e in range(4):
+            stored[f"l.{i}.e.{e}.up"] = rng.standard_normal((10, 6)).astype(np.float32)
+    specs = {"q": P("x", "y"), "k": P(None, "y"), "up": P("x", None, "y")}
+    mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
+    expected = {
+        f"l.{i}.{name}": (
+            shape,
+            np.float32,
+            NamedSharding(mesh, specs[name]) if sharded else None,
+        )
+        for i in range(2)
+        for name, shape in FUSED_SHAPES.items()
+    }
+    reader = _reader(tmp_path, stored)
+    params = load_weights(reader, FUSED, num_layers=2, expected=expected)
+    np.testing.assert_array_equal(params["l.1.q"], stored["l.1.qkv"][:8].T)
+    np.testing.assert_array_equal(params["l.1.k"], stored["l.1.qkv"][8:].T)
+    np.testing.assert_array_equal(params["l.0.up"][3], stored["l.0.e.3.up"].T)
+    dumped = dict(dump_weights(params, FUSED, 2))
+    assert set(dumped) == set(stored)
+    for name, value in stored.items():
+        np.testing.assert_array_equal(dumped[name], value)
+
+
+def test_faults_of_fused_and_stacked_tensors_are_named(tmp_path):
+    stored = {
+        "l.0.qkv": np.zeros((11, 6), np.float32),
+        **{f"l.0.e.{e}.up": np.zeros((10, 6), np.float32) for e in (0, 1, 2, 4)},
+    }
+    expected = {f"l.0.{name}": (shape, np.float32, None) for name, shape in FUSED_SHAPES.items()}
+    with pytest.raises(CheckpointError) as error:
+        load_weights(_reader(tmp_path, stored), FUSED, num_layers=1, expected=expected)
+    message = str(error.value)
+    assert "'l.0.qkv' expected (12, 6), got (11, 6)" in message
+    assert "1 missing: 'l.0.e.3.up'" in message and "1 unexpected: 'l.0.e.4.up'" in message
 
 
 @pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
