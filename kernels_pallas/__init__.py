@@ -1,10 +1,12 @@
-"""Attention kernels for sliding windows with sink tokens and per-token full rows.
+"""Attention under sliding windows, sink tokens and full rows; grouped products of experts.
 
 Arrays and ints in, arrays out: nothing here knows about models or policies. Start at ``mask.py``
-(the one visibility formula), then ``swa_prefill/api.py`` and ``swa_decode/api.py``.
+(the one visibility formula), then ``swa_prefill/api.py`` and ``swa_decode/api.py``;
+``grouped_matmul/api.py`` stands by itself.
 """
 
 from kernels_pallas.backends import available_backends, resolve_backend
+from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.mask import Stage
 from kernels_pallas.swa_decode import swa_decode
 from kernels_pallas.swa_prefill import AttentionOutput, swa_prefill
@@ -13,6 +15,7 @@ __all__ = [
     "AttentionOutput",
     "Stage",
     "available_backends",
+    "grouped_matmul",
     "resolve_backend",
     "swa_decode",
     "swa_prefill",

@@ -1,8 +1,9 @@
-"""The registry of attention backends, and what ``backend="auto"`` means on each platform.
+"""The registry of backends, and what ``backend="auto"`` means on each platform.
 
-An op (``swa_prefill``, ``swa_decode``) registers a function per backend name. The function takes
-the op's validated arguments and either computes or raises ``NotImplementedError``; nothing here
-falls back on its own, so a backend that the caller named is the one that runs.
+An op (``swa_prefill``, ``swa_decode``, ``grouped_matmul``) registers a function per backend name.
+The function takes the op's validated arguments and either computes or raises
+``NotImplementedError``; nothing here falls back on its own, so a backend that the caller named is
+the one that runs.
 """
 
 import functools
@@ -52,12 +53,15 @@ def available_backends(op: str = "swa_prefill") -> tuple[str, ...]:
     return tuple(sorted(_REGISTRY.get(op, {})))
 
 
-def resolve_backend(name: str = "auto", *, op: str = "swa_prefill") -> str:
-    """The backend that ``name`` stands for on this process's default platform.
+def resolve_backend(
+    name: str = "auto", *, op: str = "swa_prefill", platform: str | None = None
+) -> str:
+    """The backend that ``name`` stands for.
 
     Args:
       name: ``"auto"`` or one of :func:`available_backends`.
-      op: ``"swa_prefill"`` or ``"swa_decode"``.
+      op: ``"swa_prefill"``, ``"swa_decode"`` or ``"grouped_matmul"``.
+      platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``; None: this process's default.
 
     Returns:
       A registered name. What ``"auto"`` chose is logged once (logger ``kernels_pallas.backends``,
@@ -67,16 +71,16 @@ def resolve_backend(name: str = "auto", *, op: str = "swa_prefill") -> str:
       ValueError: ``name`` is not registered; the message lists the names that are.
     """
     if name == "auto":
-        return _resolve_auto(op, jax.default_backend(), available_backends(op))
+        return _resolve_auto(op, platform or jax.default_backend(), available_backends(op))
     if name not in _REGISTRY.get(op, {}):
         known = ", ".join(repr(known) for known in ("auto", *available_backends(op)))
         raise ValueError(f"backend: expected one of {known} for {op}, got {name!r}")
     return name
 
 
-def get_backend(op: str, name: str) -> Callable[..., Any]:
+def get_backend(op: str, name: str, *, platform: str | None = None) -> Callable[..., Any]:
     """The function registered for what ``name`` resolves to."""
-    return _REGISTRY[op][resolve_backend(name, op=op)]
+    return _REGISTRY[op][resolve_backend(name, op=op, platform=platform)]
 
 
 @functools.cache

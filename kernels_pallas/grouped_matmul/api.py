@@ -1,0 +1,50 @@
+"""``grouped_matmul``: the public entry, validation and dispatch."""
+
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.backends import get_backend
+from kernels_pallas.grouped_matmul import megablox as _megablox  # noqa: F401  (registers itself)
+from kernels_pallas.grouped_matmul import ragged_dot as _ragged_dot  # noqa: F401
+from kernels_pallas.grouped_matmul import reference as _reference  # noqa: F401
+from kernels_pallas.grouped_matmul import xla as _xla  # noqa: F401
+from kernels_pallas.grouped_matmul.arguments import GroupedMatmulArguments, validate
+
+
+def grouped_matmul(
+    x: Float[Array, "M D"],
+    w: Float[Array, "E D F"],
+    group_sizes: Int[Array, " E"],
+    *,
+    backend: str = "auto",
+    platform: str | None = None,
+) -> Float[Array, "M F"]:
+    """Each group of rows times its own matrix.
+
+    The first ``group_sizes[0]`` rows are multiplied by ``w[0]``, the next ``group_sizes[1]`` by
+    ``w[1]``, and so on. Rows after the last group belong to none: they may hold anything, cost
+    nothing, and give zeros.
+
+    Args:
+      x: rows, sorted by group; float32, bfloat16 or float16.
+      w: one matrix a group, in x's dtype.
+      group_sizes: rows of each group, at least 0; their sum is at most M.
+      backend: ``"auto"``, or one of ``available_backends("grouped_matmul")``. ``auto`` never takes
+        ``ragged_dot``: with some compilers it multiplies every row by every group's matrix.
+      platform: where the program will run ("cpu", "gpu" or "tpu"), if not on this process's
+        default device: a mesh's, or a topology's that is compiled for and not attached.
+
+    Returns:
+      The products in x's dtype, summed in float32. Differentiable in x and w, in reverse mode.
+
+    Raises:
+      ValueError: a shape or dtype does not fit, or the backend is unknown.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> w = jnp.array([2.0, 3.0])[:, None, None]
+      >>> grouped_matmul(jnp.ones((4, 1)), w, jnp.array([1, 2])).ravel().tolist()
+      [2.0, 3.0, 3.0, 0.0]
+    """
+    arguments = GroupedMatmulArguments(x=x, w=w, group_sizes=group_sizes)
+    validate(arguments)
+    return get_backend("grouped_matmul", backend, platform=platform)(arguments)

@@ -1,0 +1,117 @@
+"""TPU: the Megablox kernels of JAX (arXiv 2211.15841), with tiles chosen for the shapes.
+
+A step of the forward kernel multiplies ``tile_m`` rows by one group's ``[tile_k, tile_n]`` block.
+Steps that follow one another in a group keep the block in VMEM, so with ``tile_k`` the whole of D
+each group's matrix is read once, however small ``tile_m`` is.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kernels_pallas.backends import register_backend
+from kernels_pallas.grouped_matmul.arguments import (
+    GroupedMatmulArguments,
+    row_tile,
+    zero_rows_of_no_group,
+)
+from kernels_pallas.grouped_matmul.gradient import differentiable
+
+_LARGEST_TILE = 256
+_BLOCK_BYTES = 4 << 20  # of a block of w; twice that in VMEM, which holds 16 MiB on v5e
+
+
+@register_backend("grouped_matmul", "pallas_tpu")
+def grouped_matmul_tpu(arguments: GroupedMatmulArguments) -> Float[Array, "M F"]:
+    """Only tiles with rows of a group are visited, each once a group that has rows in it."""
+    x, w, group_sizes = arguments.x, arguments.w, arguments.group_sizes
+    if x.dtype == jnp.float16:  # the kernel takes none; float32 holds all of float16
+        out = _grouped(x.astype(jnp.float32), w.astype(jnp.float32), group_sizes)
+        return out.astype(jnp.float16)
+    return _grouped(x, w, group_sizes)
+
+
+def forward_tiles(
+    num_rows: int, inner: int, outer: int, *, num_groups: int, itemsize: int
+) -> tuple[int, int, int]:
+    """``(tile_m, tile_k, tile_n)`` of ``[M, inner] @ [inner, outer]``."""
+    tile_m = row_tile(num_rows, num_groups, largest=_LARGEST_TILE)
+    tile_k = _part(inner, _BLOCK_BYTES // (itemsize * min(outer, 128)))
+    return tile_m, tile_k, _part(outer, _BLOCK_BYTES // (itemsize * tile_k))
+
+
+def gradient_tiles(
+    num_rows: int, inner: int, outer: int, *, num_groups: int
+) -> tuple[int, int, int]:
+    """The same for ``x^T dy``, ``[inner, outer]`` a group: here the sum is float32 in VMEM."""
+    tile_m = row_tile(num_rows, num_groups, largest=_LARGEST_TILE)
+    tile_n = _part(outer, 1024)
+    return tile_m, _part(inner, max(128, _BLOCK_BYTES // (8 * tile_n))), tile_n
+
+
+def _part(size: int, limit: int) -> int:
+    """The whole axis if it fits, else the multiple of 128 that pads it least, larger ones first."""
+    if size <= limit:
+        return size
+    tiles = range(max(limit // 128, 1) * 128, 0, -128)
+    return min(tiles, key=lambda tile: -(-size // tile) * tile)
+
+
+def _kernels():
+    # Imported here: only those who run it need the TPU half of Pallas to import.
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+
+    return gmm, tgmm
+
+
+def _padded(x: Array, tile: int) -> Array:
+    return jnp.pad(x, ((0, -x.shape[0] % tile), (0, 0)))
+
+
+def _precision(dtype: jnp.dtype):
+    # By default kernels round float32 operands to bfloat16; bfloat16 ones must not ask for more.
+    return jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")
+
+
+def _product(
+    x: Array,
+    w: Array,
+    group_sizes: Array,
+    *,
+    transpose_w: bool = False,
+    interpret: bool = False,
+) -> Array:
+    inner, outer = (w.shape[2], w.shape[1]) if transpose_w else w.shape[1:]
+    tiles = forward_tiles(
+        x.shape[0], inner, outer, num_groups=w.shape[0], itemsize=x.dtype.itemsize
+    )
+    call = functools.partial(
+        _kernels()[0], tiling=tiles, transpose_rhs=transpose_w, interpret=interpret
+    )
+    sizes = group_sizes.astype(jnp.int32)
+    with _precision(x.dtype):
+        out = call(_padded(x, tiles[0]), w, sizes, preferred_element_type=x.dtype)
+    return zero_rows_of_no_group(out[: x.shape[0]], sizes)
+
+
+def _weight_gradient(x: Array, dy: Array, group_sizes: Array, *, interpret: bool = False) -> Array:
+    tiles = gradient_tiles(x.shape[0], x.shape[1], dy.shape[1], num_groups=group_sizes.shape[0])
+    with _precision(x.dtype):
+        return _kernels()[1](
+            _padded(x, tiles[0]).T,
+            _padded(dy, tiles[0]),
+            group_sizes.astype(jnp.int32),
+            preferred_element_type=x.dtype,
+            tiling=tiles,
+            interpret=interpret,
+        )
+
+
+_grouped = differentiable(_product, _weight_gradient)
+grouped_matmul_interpreted = differentiable(
+    functools.partial(_product, interpret=True),
+    functools.partial(_weight_gradient, interpret=True),
+)
+"""The same kernels, interpreted: for tests of the arithmetic without a TPU."""
