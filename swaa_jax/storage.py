@@ -38,6 +38,28 @@ def is_local(path: epath.PathLike) -> bool:
     return "://" not in os.fspath(epath.Path(path))
 
 
+def unreadable(path: epath.PathLike, error: BaseException) -> CheckpointError:
+    """The error of a path that cannot be opened or read, with what to do about it."""
+    text = path if isinstance(path, str) else os.fspath(path)
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    reason = f"{reason or type(error).__name__}"[:500].rstrip(".")
+    scheme, remote, _ = text.partition("://")
+    if not remote:
+        advice = "Check that it is what you meant and that you may read it."
+    elif isinstance(error, KeyError):  # epath knows no such scheme
+        reason = f"the scheme {scheme!r} is unknown"
+        advice = "Expected a local path, gs://, s3:// or az://."
+    elif isinstance(error, ImportError):
+        extra = "pip install 'swaa-jax[gcs]'" if scheme == "gs" else "the fsspec package for it"
+        advice = f"Install what reads {scheme}://: {extra}."
+    else:
+        advice = (
+            "Check the network, the path, and that this account may read it (for gs://, "
+            "`gcloud auth application-default login`)."
+        )
+    return CheckpointError(f"{text!r} cannot be opened or read ({reason}). {advice}")
+
+
 def listing(names: Iterable[str], *, limit: int = _SHOWN) -> str:
     """`names` for an error message: all of them, or the first `limit` "and N more".
 
@@ -84,7 +106,8 @@ def resolve_inside(directory: epath.PathLike, name: str) -> epath.Path:
 
     A checkpoint is data from elsewhere: an index that names `../../secrets`, or a symlink to a file
     outside, is refused. The Hugging Face cache is the one layout that links outward by design
-    (`<repo>/snapshots/<revision>/x -> ../../blobs/<hash>`); links into that `blobs` are followed.
+    (`<repo>/snapshots/<revision>/x -> ../../blobs/<hash>`, which may link on to the `blobs` that
+    repositories share); links into these two are followed.
 
     Raises:
         CheckpointError: `name` is not a plain file name, leads outside, or is there but is not a
@@ -102,7 +125,8 @@ def resolve_inside(directory: epath.PathLike, name: str) -> epath.Path:
     root = pathlib.Path(directory).resolve()
     roots = [root]
     if root.parent.name == "snapshots":
-        roots.append(root.parent.parent / "blobs")
+        repository = root.parent.parent
+        roots += [repository / "blobs", repository.parent / "blobs"]
     try:
         target = pathlib.Path(path).resolve()
         regular = target.is_file() or not target.exists()  # a pipe, say, would hang

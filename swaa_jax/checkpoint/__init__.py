@@ -12,6 +12,7 @@ from swaa_jax.checkpoint.hf import (
     write_generation_config,
     write_provenance,
 )
+from swaa_jax.checkpoint.hub import Origin, checkpoint_origin, open_checkpoint
 from swaa_jax.checkpoint.keymap import (
     Transform,
     WeightRule,
@@ -31,15 +32,18 @@ __all__ = [
     "DEFAULT_MAX_SHARD_BYTES",
     "SHIPPED",
     "CheckpointError",
+    "Origin",
     "Transform",
     "WeightReader",
     "WeightRule",
     "check_directory",
+    "checkpoint_origin",
     "copy_tokenizer_files",
     "dump_weights",
     "expand",
     "load_tokenizer",
     "load_weights",
+    "open_checkpoint",
     "read_attention_policy",
     "read_config",
     "read_generation_config",

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from swaa_jax.storage import CheckpointError, listing
+from swaa_jax.storage import CheckpointError, listing, unreadable
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -45,10 +45,11 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """One tensor of a file: its dtype as the header spells it, and its shape."""
+    """One tensor of a file: its dtype as the header spells it, its shape, its first byte."""
 
     dtype: str
     shape: tuple[int, ...]
+    offset: int
 
     @property
     def nbytes(self) -> int:
@@ -74,12 +75,11 @@ def read_header(path: epath.Path) -> dict[str, TensorInfo]:
             if size < 8 + length:
                 raise _truncated(path, 8 + length, size)
             text = file.read(length)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror or error}). Check that it is a regular file "
-            "and that you may read it."
-        ) from error
-    tensors, data_bytes = _parse(path, text)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a bucket's library raises what it likes
+        raise unreadable(path, error) from error
+    tensors, data_bytes = _parse(path, text, start=8 + length)
     if size < 8 + length + data_bytes:
         raise _truncated(path, 8 + length + data_bytes, size)
     if size > 8 + length + data_bytes:
@@ -107,7 +107,7 @@ def _refuse_other_formats(path: epath.Path, start: bytes) -> None:
         )
 
 
-def _parse(path: epath.Path, text: bytes) -> tuple[dict[str, TensorInfo], int]:
+def _parse(path: epath.Path, text: bytes, *, start: int) -> tuple[dict[str, TensorInfo], int]:
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         if len(set(keys)) != len(keys):
@@ -132,8 +132,10 @@ def _parse(path: epath.Path, text: bytes) -> tuple[dict[str, TensorInfo], int]:
         if fault:
             faults.append(f"{name!r} {fault}")
             continue
-        tensors[name] = TensorInfo(dtype=entry["dtype"], shape=tuple(entry["shape"]))
         begin, end = entry["data_offsets"]
+        tensors[name] = TensorInfo(
+            dtype=entry["dtype"], shape=tuple(entry["shape"]), offset=start + begin
+        )
         if end - begin != tensors[name].nbytes:
             faults.append(
                 f"{name!r} has {end - begin} bytes of data but {entry['dtype']}"

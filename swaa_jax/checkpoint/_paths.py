@@ -1,11 +1,12 @@
 """From what a caller passes to a directory, from a file to JSON; an error for each fault."""
 
 import json
+import re
 from typing import Any
 
 from etils import epath
 
-from swaa_jax.storage import CheckpointError, resolve_inside
+from swaa_jax.storage import CheckpointError, is_local, resolve_inside, unreadable
 
 SHIPPED = {"tiny-retriever": epath.resource_path("swaa_jax") / "assets" / "tiny-retriever"}
 """Models inside this package, by the name that stands for their directory."""
@@ -19,32 +20,33 @@ def check_directory(directory: epath.PathLike) -> epath.Path:
     Raises:
         CheckpointError: it does not exist, or is a file; says so when it looks like a hub id.
     """
-    path = epath.Path(directory).expanduser()
     try:
+        path = epath.Path(directory).expanduser()
         if str(directory) in SHIPPED and not path.exists():
             path = SHIPPED[str(directory)]
         if path.is_dir():
             next(path.iterdir(), None)  # may we look?
             return path
         exists = path.exists()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{str(directory)!r} cannot be opened: {error}.") from error
+    except Exception as error:  # a bucket's library raises what it likes
+        raise unreadable(directory, error) from error
     if exists:
         raise CheckpointError(
             f"{path} is a file; expected the directory of a checkpoint (config.json and "
             f"safetensors weights). Did you mean {path.parent}?"
         )
-    hint = ""
-    parts = str(directory).split("/")
-    if len(parts) == 2 and all(parts) and parts[0] not in (".", "..", "~"):
+    hint = " Check the path."
+    if not is_local(path):
+        hint = " Check the bucket and the path, and that this account may list it."
+    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(directory)):
         hint = (
-            " It has the form of a Hugging Face hub id; this version loads local directories only, "
-            f"so download it first (`hf download {directory} --local-dir DIR`) and pass DIR."
+            " It has the form of a Hugging Face hub id: load_model, load_tokenizer and "
+            "checkpoint.open_checkpoint download those."
         )
     raise CheckpointError(
         f"{str(directory)!r} does not exist; expected the directory of a checkpoint (config.json "
         f"and safetensors weights), or a model that this package ships ({', '.join(SHIPPED)})."
-        f"{hint or ' Check the path.'}"
+        f"{hint}"
     )
 
 
@@ -59,12 +61,12 @@ def read_json_object(path: epath.Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist. Is {path.parent} the right path?") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}).") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not valid JSON: {error}. Fetch or write the file again."
         ) from error
+    except Exception as error:  # a bucket's library raises what it likes
+        raise unreadable(path, error) from error
     if not isinstance(value, dict):
         raise CheckpointError(
             f"{path} holds a JSON {type(value).__name__}; expected an object ({{...}})."

@@ -1,18 +1,19 @@
 """Weights in Hugging Face layout: one `model.safetensors`, or shards and an index."""
 
+import dataclasses
 import os
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Collection, Iterable
 
 import numpy as np
-import safetensors
 from etils import epath
 from safetensors.numpy import save_file
 
 from swaa_jax.checkpoint._header import DTYPES, TensorInfo, read_header
 from swaa_jax.checkpoint._paths import check_directory, read_json_object
+from swaa_jax.checkpoint._tensor_files import MappedFile, RangeFile, open_tensors
 from swaa_jax.storage import (
+    COMMIT_MARK,
     CheckpointError,
     is_local,
     listing,
@@ -37,12 +38,12 @@ class WeightReader:
     """The tensors of a checkpoint directory, by their Hugging Face names.
 
     Opening reads and checks the headers only: the index against the shards, each shard's size
-    against its header. Tensors are read on demand, through a memory map, and only the slice asked
-    for becomes host memory; so loading costs one tensor of memory, not one model. What this gives
-    up: damage inside the data cannot be seen (the format has no checksums), and the files must not
-    change while the reader is open.
-
-    `bytes_read` counts the bytes of the slices handed out so far.
+    against its header. Tensors are read on demand and only the slice asked for becomes host memory,
+    so loading costs one tensor of memory, not one model: a local file is mapped, of a file in a
+    bucket the rows are read by range (and a whole tensor for a slice across its rows). What this
+    gives up: damage inside the data cannot be seen (the format has no checksums), and the files
+    must not change while the reader is open. A directory in a bucket needs its commit mark,
+    `config.json`: without it a save has not ended, or failed.
 
     Raises:
         CheckpointError: one paragraph naming every file and tensor that is wrong.
@@ -50,34 +51,35 @@ class WeightReader:
 
     def __init__(self, directory: epath.PathLike):
         self.directory = check_directory(directory)
-        if not is_local(self.directory):
+        names = [path.name for path in self.directory.iterdir()]
+        if not is_local(self.directory) and COMMIT_MARK not in names:
             raise CheckpointError(
-                f"{self.directory}: weights are read from a local directory (they are memory "
-                "mapped). Copy the checkpoint to a local disk first."
+                f"{self.directory} has no {COMMIT_MARK}, which a save writes last: it has not "
+                "ended, or it failed. Wait for it, or save the checkpoint again."
             )
-        self.bytes_read = 0
         self._info: dict[str, TensorInfo] = {}
         self._file_of: dict[str, str] = {}
-        self._handles: dict[str, Any] = {}
-        weight_map = _find_weights(self.directory)
-        files = [SINGLE_FILE] if weight_map is None else sorted(set(weight_map.values()))
-        self._open(files)
-        if weight_map is not None:
-            _check_index(self.directory, weight_map, self._file_of)
+        self._files: dict[str, MappedFile | RangeFile] = {}
+        found = find_weights(self.directory, names)
+        self._open(found.files)
+        if found.weight_map is not None:
+            _check_index(self.directory, found.weight_map, self._file_of)
 
-    def _open(self, files: list[str]) -> None:
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors that were read so far."""
+        return sum(file.bytes_read for file in self._files.values())
+
+    def _open(self, files: Iterable[str]) -> None:
         faults: list[str] = []
         found: Counter[str] = Counter()
         for file in files:
             try:
                 path = resolve_inside(self.directory, file)
                 tensors = read_header(path)
-                self._handles[file] = safetensors.safe_open(os.fspath(path), framework="numpy")
+                self._files[file] = open_tensors(path)
             except CheckpointError as error:
                 faults.append(str(error))
-                continue
-            except (safetensors.SafetensorError, OSError, ValueError) as error:
-                faults.append(f"{self.directory / file} is not a sound safetensors file: {error}.")
                 continue
             found.update(tensors.keys())
             self._info.update(tensors)
@@ -135,13 +137,7 @@ class WeightReader:
         shape = tuple(stop - start for start, stop in bounds)
         if 0 in shape:
             return np.empty(shape, DTYPES[info.dtype])
-        handle = self._handles[self._file_of[name]]
-        if shape == info.shape:
-            value = handle.get_tensor(name)
-        else:
-            value = handle.get_slice(name)[tuple(slice(*pair) for pair in bounds)]
-        self.bytes_read += value.nbytes
-        return value
+        return self._files[self._file_of[name]].read(name, info, bounds)
 
     def _tensor(self, name: str) -> TensorInfo:
         if name not in self._info:
@@ -149,41 +145,60 @@ class WeightReader:
         return self._info[name]
 
 
-def _find_weights(directory: epath.Path) -> dict[str, str] | None:
-    """The index's map from tensor to file, or None for a single file."""
-    names = sorted(path.name for path in directory.iterdir())
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightFiles:
+    """The files that hold a checkpoint's weights; the index's map from tensor to file, if any."""
+
+    files: tuple[str, ...]
+    weight_map: dict[str, str] | None
+
+
+def find_weights(
+    directory: epath.Path, names: Collection[str], *, where: str | None = None
+) -> WeightFiles:
+    """Which files hold the weights: those that the index names, else `model.safetensors`.
+
+    Args:
+        directory: where the index is read from, if `names` has it.
+        names: the files that there are.
+        where: what to call their place in an error message. None: the directory.
+
+    Raises:
+        CheckpointError: none, not clear which, an index that is malformed or names absent files.
+    """
+    where = str(directory) if where is None else where
     if INDEX_FILE in names:
-        weight_map = _read_index(directory)
+        weight_map = _read_index(directory, names, where)
         if SINGLE_FILE in names and SINGLE_FILE not in weight_map.values():
             raise CheckpointError(
-                f"{directory} has both {SINGLE_FILE} and {INDEX_FILE}, whose shards are other "
+                f"{where} has both {SINGLE_FILE} and {INDEX_FILE}, whose shards are other "
                 "files, so it is not clear which weights are meant. Remove one of the two."
             )
-        return weight_map
+        return WeightFiles(files=tuple(sorted(set(weight_map.values()))), weight_map=weight_map)
     if SINGLE_FILE in names:
-        return None
+        return WeightFiles(files=(SINGLE_FILE,), weight_map=None)
     shards = [name for name in names if name.endswith(".safetensors")]
     if shards:
         raise CheckpointError(
-            f"{directory} has {listing(shards)} but neither {SINGLE_FILE} nor {INDEX_FILE}. "
+            f"{where} has {listing(shards)} but neither {SINGLE_FILE} nor {INDEX_FILE}. "
             f"Expected one of them; fetch the index, or rename a single file to {SINGLE_FILE}."
         )
     pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
     others = [name for name in names if name.endswith(_OTHER_SUFFIXES)]
     if pickles or others:
         raise CheckpointError(
-            f"{directory} has weights only as {listing(pickles + others)}; expected {SINGLE_FILE} "
+            f"{where} has weights only as {listing(pickles + others)}; expected {SINGLE_FILE} "
             f"or {INDEX_FILE}. Pickled weights can run code and are never opened; convert the "
             "checkpoint with Transformers: "
             "AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)."
         )
     raise CheckpointError(
-        f"{directory} has no weights: expected {SINGLE_FILE}, or {INDEX_FILE} and its shards. "
+        f"{where} has no weights: expected {SINGLE_FILE}, or {INDEX_FILE} and its shards. "
         "Check the path, or fetch the weights."
     )
 
 
-def _read_index(directory: epath.Path) -> dict[str, str]:
+def _read_index(directory: epath.Path, names: Collection[str], where: str) -> dict[str, str]:
     path = directory / INDEX_FILE
     weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -196,11 +211,13 @@ def _read_index(directory: epath.Path) -> dict[str, str]:
             f"{path}: 'weight_map' gives no file name for {listing(bad)}. Fetch the index again."
         )
     files = set(weight_map.values())
-    absent = [file for file in files if not resolve_inside(directory, file).exists()]
+    for file in files:
+        resolve_inside(directory, file)
+    absent = files.difference(names)
     if absent:
         raise CheckpointError(
-            f"{path} names files that are not in the directory: {listing(absent)} "
-            f"({len(absent)} of {len(files)}). The download is incomplete; fetch them."
+            f"{path} names files that are not in {where}: {listing(absent)} "
+            f"({len(absent)} of {len(files)}). The download or copy is incomplete; fetch them."
         )
     return weight_map
 

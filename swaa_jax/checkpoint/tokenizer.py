@@ -3,46 +3,60 @@
 import contextlib
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from etils import epath
 
-from swaa_jax.checkpoint._paths import check_directory, read_json_object
-from swaa_jax.checkpoint.hf import TOKENIZER_FILES
+from swaa_jax.checkpoint._paths import read_json_object
+from swaa_jax.checkpoint.hf import CONFIG_FILE, TOKENIZER_FILES, copy_tokenizer_files
+from swaa_jax.checkpoint.hub import open_checkpoint
 from swaa_jax.storage import CheckpointError, is_local, resolve_inside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_tokenizer(path: epath.PathLike) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a checkpoint directory.
+def load_tokenizer(
+    path_or_hub_id: epath.PathLike, revision: str | None = None
+) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a checkpoint.
 
-    Nothing is downloaded and no code of the checkpoint is run (`trust_remote_code` is never on).
+    No weights are downloaded and no code of the checkpoint is run (`trust_remote_code` is never
+    on).
 
     Args:
-        path: a local directory with `tokenizer.json` (or `tokenizer.model`, or `vocab.json` and
-            `merges.txt`) and, as a rule, `tokenizer_config.json`.
+        path_or_hub_id: a directory, a shipped model's name or a hub id, as `load_model` takes it,
+            with `tokenizer.json` (or `tokenizer.model`, or `vocab.json` and `merges.txt`) and, as
+            a rule, `tokenizer_config.json`.
+        revision: of a hub id: a branch, a tag or a commit.
 
     Returns:
-        A Transformers fast tokenizer. `apply_chat_template` uses the directory's chat template.
+        A Transformers fast tokenizer. `apply_chat_template` uses the checkpoint's chat template.
 
     Raises:
-        CheckpointError: not a directory, no tokenizer files, files that cannot be read, or a
-            tokenizer that is code.
+        CheckpointError: no such directory or hub id, no tokenizer files, files that cannot be
+            read, or a tokenizer that is code.
+        ValueError: a `revision` of a directory.
     """
-    directory = check_directory(path)
-    if not is_local(directory):
-        raise CheckpointError(
-            f"{directory}: tokenizers are read from a local directory. Copy the tokenizer files "
-            f"({', '.join(TOKENIZER_FILES)}) to a local disk first."
-        )
+    directory = open_checkpoint(path_or_hub_id, revision, weights=False)
+    if is_local(directory):
+        return _load(directory, directory)
+    with tempfile.TemporaryDirectory(prefix="swaa-tokenizer-") as scratch:
+        copy_tokenizer_files(directory, scratch)
+        if (directory / CONFIG_FILE).exists():
+            (epath.Path(scratch) / CONFIG_FILE).write_bytes((directory / CONFIG_FILE).read_bytes())
+        return _load(epath.Path(scratch), directory)
+
+
+def _load(directory: epath.Path, source: epath.Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer in a local directory, which `source` is called in error messages."""
     present = [name for name in TOKENIZER_FILES if (directory / name).exists()]
     if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & set(present):
         raise CheckpointError(
-            f"{directory} has no tokenizer: expected tokenizer.json (or tokenizer.model, or "
+            f"{source} has no tokenizer: expected tokenizer.json (or tokenizer.model, or "
             f"vocab.json and merges.txt), found {', '.join(present) or 'none of them'}. Copy the "
             "tokenizer files from the model's repository into the directory."
         )
@@ -61,13 +75,13 @@ def load_tokenizer(path: epath.PathLike) -> "PreTrainedTokenizerBase":
         reason = " ".join(str(error).split()) or type(error).__name__
         if "trust_remote_code" in reason:
             raise CheckpointError(
-                f"{directory}: tokenizer_config.json or config.json asks for the checkpoint's own "
+                f"{source}: tokenizer_config.json or config.json asks for the checkpoint's own "
                 "Python code, which is never run. If tokenizer.json is complete, set "
                 '"tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json and remove '
                 '"auto_map".'
             ) from error
         raise CheckpointError(
-            f"{directory}: the tokenizer cannot be loaded from {', '.join(present)}: "
+            f"{source}: the tokenizer cannot be loaded from {', '.join(present)}: "
             f"{reason[:600]}. Check that the files are whole and belong together."
         ) from error
 

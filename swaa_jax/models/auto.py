@@ -60,17 +60,19 @@ def load_model(
     revision: str | None = None,
     config_overrides: Mapping[str, Any] | None = None,
 ) -> CausalLM:
-    """Load a pretrained model from a directory in Hugging Face layout.
+    """Load a pretrained model from a directory in Hugging Face layout, or from the hub.
 
     Args:
-        path: the directory with `config.json` and the safetensors, or `"tiny-retriever"`, the
-            small model that this package ships.
+        path: the directory with `config.json` and the safetensors, local or in a bucket
+            (`gs://...`); a Hugging Face hub id such as `Qwen/Qwen3-4B`, of which what is needed is
+            downloaded to the hub's cache; or `"tiny-retriever"`, the small model that this
+            package ships.
         policy: what each token may see. None takes `attention_policy.json` if the directory has
             one, else the checkpoint's own window, else full attention; the choice is logged.
         dtype: of parameters and activations: bfloat16, float16 or float32.
         mesh: None (one device), `"auto"` (all devices along fsdp), or a mesh with the axes of
             `swaa_jax.sharding.MESH_AXES`. Each device then reads only its own slices.
-        revision: of a hub id; a directory has none.
+        revision: of a hub id: a branch, a tag or a commit; a directory has none.
         config_overrides: config values under their HF names that replace the checkpoint's.
 
     Raises:
@@ -85,13 +87,8 @@ def load_model(
         >>> model(jnp.array([[1, 2, 3]]), logits_at="last").shape == (1, model.config.vocab_size)
         True
     """
-    directory = checkpoint.check_directory(path)
-    if revision is not None:
-        raise ValueError(
-            f"revision: {revision!r} was given for the local directory {directory}; "
-            "only a hub id has revisions"
-        )
     dtype = _check_dtype(dtype)
+    directory = checkpoint.open_checkpoint(path, revision)
     family, config = _read_family(directory, config_overrides)
     policy = _choose_policy(directory, config, policy)
     mesh = resolve_mesh(mesh)
