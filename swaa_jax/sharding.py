@@ -11,6 +11,8 @@ which mesh axes each name is split. An axis that its mesh axes do not divide is 
 | heads | tensor | query heads times head dim |
 | kv_heads | tensor | key/value heads times head dim |
 | mlp | tensor | the feed-forward width F |
+| experts | expert | the experts of a mixture-of-experts layer |
+| router | none | the router's scores, one an expert |
 | norm | none | norm scales and head-wide vectors |
 """
 
@@ -31,6 +33,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    "experts": ("expert",),
+    "router": (),
     "norm": (),
 }
 

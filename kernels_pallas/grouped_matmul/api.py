@@ -15,6 +15,7 @@ def grouped_matmul(
     w: Float[Array, "E D F"],
     group_sizes: Int[Array, " E"],
     *,
+    rows_per_group: int | None = None,
     backend: str = "auto",
     platform: str | None = None,
 ) -> Float[Array, "M F"]:
@@ -28,6 +29,8 @@ def grouped_matmul(
       x: rows, sorted by group; float32, bfloat16 or float16.
       w: one matrix a group, in x's dtype.
       group_sizes: rows of each group, at least 0; their sum is at most M.
+      rows_per_group: how many rows a group has on average, if that is not M / E: tiles of rows are
+        chosen by it. Give it where many rows are of no group.
       backend: ``"auto"``, or one of ``available_backends("grouped_matmul")``. ``auto`` never takes
         ``ragged_dot``: with some compilers it multiplies every row by every group's matrix.
       platform: where the program will run ("cpu", "gpu" or "tpu"), if not on this process's
@@ -45,6 +48,10 @@ def grouped_matmul(
       >>> grouped_matmul(jnp.ones((4, 1)), w, jnp.array([1, 2])).ravel().tolist()
       [2.0, 3.0, 3.0, 0.0]
     """
-    arguments = GroupedMatmulArguments(x=x, w=w, group_sizes=group_sizes)
+    if rows_per_group is None:
+        rows_per_group = x.shape[0] // max(group_sizes.shape[0], 1)
+    arguments = GroupedMatmulArguments(
+        x=x, w=w, group_sizes=group_sizes, rows_per_group=rows_per_group
+    )
     validate(arguments)
     return get_backend("grouped_matmul", backend, platform=platform)(arguments)

@@ -15,7 +15,8 @@ class GroupedMatmulArguments:
 
     x: Float[Array, "M D"]
     w: Float[Array, "E D F"]
-    group_sizes: Int[Array, " E"]  # int32
+    group_sizes: Int[Array, " E"]
+    rows_per_group: int
 
 
 def validate(arguments: GroupedMatmulArguments) -> None:
@@ -44,15 +45,15 @@ def precision(dtype: jnp.dtype) -> lax.Precision | None:
     return lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def row_tile(num_rows: int, num_groups: int, *, largest: int) -> int:
+def row_tile(rows_per_group: int, *, largest: int) -> int:
     """Rows that a step of work takes: a power of two from 16 to ``largest``.
 
-    A group rarely starts at the edge of a tile, so the work is up to ``num_rows + tile *
-    num_groups`` rows: the tile is at most a sixth of the mean group, which bounds the waste by a
-    sixth, except where groups are so small that 16 rows are more than that.
+    Groups do not start and end at the edges of tiles, so each group may cost up to a tile more than
+    its rows: a tile is at most a sixth of the mean group, which bounds the waste by a sixth, except
+    where groups are so small that 16 rows are more than that.
     """
     tile = 16
-    while tile * 2 <= min(largest, num_rows // (6 * num_groups)):
+    while tile * 2 <= min(largest, rows_per_group // 6):
         tile *= 2
     return tile
 

@@ -8,28 +8,28 @@ from jaxtyping import Array
 
 
 def differentiable(
-    product: Callable[..., Array], weight_gradient: Callable[[Array, Array, Array], Array]
-) -> Callable[[Array, Array, Array], Array]:
-    """A grouped product with its reverse-mode gradient.
+    product: Callable[..., Array], weight_gradient: Callable[[Array, Array, Array, int], Array]
+) -> Callable[..., Array]:
+    """A grouped product ``(x, w, group_sizes, tile)`` with its reverse-mode gradient.
 
     Args:
-      product: ``(x [M, D], w [E, D, F], group_sizes, transpose_w=False) -> [M, F]``; with
+      product: ``(x [M, D], w [E, D, F], group_sizes, tile, transpose_w=False) -> [M, F]``; with
         ``transpose_w``, ``x`` is ``[M, F]``, the result ``[M, D]``.
-      weight_gradient: ``(x [M, D], dy [M, F], group_sizes) -> [E, D, F]``, the sums over each
+      weight_gradient: ``(x [M, D], dy [M, F], group_sizes, tile) -> [E, D, F]``, the sums over each
         group's rows of ``x^T dy``.
     """
 
-    @jax.custom_vjp
-    def grouped(x: Array, w: Array, group_sizes: Array) -> Array:
-        return product(x, w, group_sizes)
+    def grouped(x: Array, w: Array, group_sizes: Array, tile: int) -> Array:
+        return product(x, w, group_sizes, tile)
 
-    def forward(x: Array, w: Array, group_sizes: Array) -> tuple[Array, Any]:
-        return product(x, w, group_sizes), (x, w, group_sizes)
+    def forward(x: Array, w: Array, group_sizes: Array, tile: int) -> tuple[Array, Any]:
+        return product(x, w, group_sizes, tile), (x, w, group_sizes)
 
-    def backward(residuals: Any, dy: Array) -> tuple[Array, Array, None]:
+    def backward(tile: int, residuals: Any, dy: Array) -> tuple[Array, Array, None]:
         x, w, group_sizes = residuals
-        dx = product(dy, w, group_sizes, transpose_w=True)
-        return dx, weight_gradient(x, dy, group_sizes), None
+        dx = product(dy, w, group_sizes, tile, transpose_w=True)
+        return dx, weight_gradient(x, dy, group_sizes, tile), None
 
-    grouped.defvjp(forward, backward)
-    return grouped
+    with_gradient = jax.custom_vjp(grouped, nondiff_argnums=(3,))
+    with_gradient.defvjp(forward, backward)
+    return with_gradient

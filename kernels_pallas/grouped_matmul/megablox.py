@@ -27,28 +27,23 @@ _BLOCK_BYTES = 4 << 20  # of a block of w; twice that in VMEM, which holds 16 Mi
 def grouped_matmul_tpu(arguments: GroupedMatmulArguments) -> Float[Array, "M F"]:
     """Only tiles with rows of a group are visited, each once a group that has rows in it."""
     x, w, group_sizes = arguments.x, arguments.w, arguments.group_sizes
+    tile = row_tile(arguments.rows_per_group, largest=_LARGEST_TILE)
     if x.dtype == jnp.float16:  # the kernel takes none; float32 holds all of float16
-        out = _grouped(x.astype(jnp.float32), w.astype(jnp.float32), group_sizes)
+        out = _grouped(x.astype(jnp.float32), w.astype(jnp.float32), group_sizes, tile)
         return out.astype(jnp.float16)
-    return _grouped(x, w, group_sizes)
+    return _grouped(x, w, group_sizes, tile)
 
 
-def forward_tiles(
-    num_rows: int, inner: int, outer: int, *, num_groups: int, itemsize: int
-) -> tuple[int, int, int]:
-    """``(tile_m, tile_k, tile_n)`` of ``[M, inner] @ [inner, outer]``."""
-    tile_m = row_tile(num_rows, num_groups, largest=_LARGEST_TILE)
+def forward_blocks(inner: int, outer: int, *, itemsize: int) -> tuple[int, int]:
+    """``(tile_k, tile_n)`` of a group's ``[inner, outer]`` matrix."""
     tile_k = _part(inner, _BLOCK_BYTES // (itemsize * min(outer, 128)))
-    return tile_m, tile_k, _part(outer, _BLOCK_BYTES // (itemsize * tile_k))
+    return tile_k, _part(outer, _BLOCK_BYTES // (itemsize * tile_k))
 
 
-def gradient_tiles(
-    num_rows: int, inner: int, outer: int, *, num_groups: int
-) -> tuple[int, int, int]:
-    """The same for ``x^T dy``, ``[inner, outer]`` a group: here the sum is float32 in VMEM."""
-    tile_m = row_tile(num_rows, num_groups, largest=_LARGEST_TILE)
+def gradient_blocks(inner: int, outer: int) -> tuple[int, int]:
+    """The same for ``x^T dy``, whose sum is kept in float32 beside the result."""
     tile_n = _part(outer, 1024)
-    return tile_m, _part(inner, max(128, _BLOCK_BYTES // (8 * tile_n))), tile_n
+    return _part(inner, max(128, _BLOCK_BYTES // (8 * tile_n))), tile_n
 
 
 def _part(size: int, limit: int) -> int:
@@ -79,32 +74,36 @@ def _product(
     x: Array,
     w: Array,
     group_sizes: Array,
+    tile: int,
     *,
     transpose_w: bool = False,
     interpret: bool = False,
 ) -> Array:
     inner, outer = (w.shape[2], w.shape[1]) if transpose_w else w.shape[1:]
-    tiles = forward_tiles(
-        x.shape[0], inner, outer, num_groups=w.shape[0], itemsize=x.dtype.itemsize
-    )
-    call = functools.partial(
-        _kernels()[0], tiling=tiles, transpose_rhs=transpose_w, interpret=interpret
-    )
     sizes = group_sizes.astype(jnp.int32)
     with _precision(x.dtype):
-        out = call(_padded(x, tiles[0]), w, sizes, preferred_element_type=x.dtype)
+        out = _kernels()[0](
+            _padded(x, tile),
+            w,
+            sizes,
+            preferred_element_type=x.dtype,
+            tiling=(tile, *forward_blocks(inner, outer, itemsize=x.dtype.itemsize)),
+            transpose_rhs=transpose_w,
+            interpret=interpret,
+        )
     return zero_rows_of_no_group(out[: x.shape[0]], sizes)
 
 
-def _weight_gradient(x: Array, dy: Array, group_sizes: Array, *, interpret: bool = False) -> Array:
-    tiles = gradient_tiles(x.shape[0], x.shape[1], dy.shape[1], num_groups=group_sizes.shape[0])
+def _weight_gradient(
+    x: Array, dy: Array, group_sizes: Array, tile: int, *, interpret: bool = False
+) -> Array:
     with _precision(x.dtype):
         return _kernels()[1](
-            _padded(x, tiles[0]).T,
-            _padded(dy, tiles[0]),
+            _padded(x, tile).T,
+            _padded(dy, tile),
             group_sizes.astype(jnp.int32),
             preferred_element_type=x.dtype,
-            tiling=tiles,
+            tiling=(tile, *gradient_blocks(x.shape[1], dy.shape[1])),
             interpret=interpret,
         )
 

@@ -23,7 +23,8 @@ _LARGEST_TILE = 256
 @register_backend("grouped_matmul", "xla")
 def grouped_matmul_xla(arguments: GroupedMatmulArguments) -> Float[Array, "M F"]:
     """Work in proportion to the rows of all groups, rounded up to tiles."""
-    return _grouped(arguments.x, arguments.w, arguments.group_sizes)
+    tile = row_tile(arguments.rows_per_group, largest=_LARGEST_TILE)
+    return _grouped(arguments.x, arguments.w, arguments.group_sizes, tile)
 
 
 class _Tiles:
@@ -39,8 +40,8 @@ class _Tiles:
                                 [c . . .]
     """
 
-    def __init__(self, num_rows: int, group_sizes: Int[Array, " E"]):
-        self.size = row_tile(num_rows, group_sizes.shape[0], largest=_LARGEST_TILE)
+    def __init__(self, size: int, group_sizes: Int[Array, " E"]):
+        self.size = size
         self._ends = jnp.cumsum(group_sizes)
         self._starts = self._ends - group_sizes
         self._counts = jnp.cumsum((group_sizes + self.size - 1) // self.size)
@@ -59,17 +60,19 @@ class _Tiles:
         return group, start, mine
 
 
-def _product(x: Array, w: Array, group_sizes: Array, *, transpose_w: bool = False) -> Array:
-    tiles = _Tiles(x.shape[0], group_sizes)
+def _product(
+    x: Array, w: Array, group_sizes: Array, tile: int, *, transpose_w: bool = False
+) -> Array:
+    tiles = _Tiles(tile, group_sizes)
     rows = tiles.pad(x)
     contracted = (((1,), (1 if transpose_w else 0,)), ((), ()))
 
     def step(index: Array, out: Array) -> Array:
         group, start, _ = tiles.locate(index)
-        tile = lax.dynamic_slice_in_dim(rows, start, tiles.size)
+        part = lax.dynamic_slice_in_dim(rows, start, tile)
         matrix = lax.dynamic_index_in_dim(w, group, keepdims=False)
         y = lax.dot_general(
-            tile,
+            part,
             matrix,
             contracted,
             precision=precision(x.dtype),
@@ -82,15 +85,15 @@ def _product(x: Array, w: Array, group_sizes: Array, *, transpose_w: bool = Fals
     return zero_rows_of_no_group(out, group_sizes)
 
 
-def _weight_gradient(x: Array, dy: Array, group_sizes: Array) -> Array:
-    tiles = _Tiles(x.shape[0], group_sizes)
+def _weight_gradient(x: Array, dy: Array, group_sizes: Array, tile: int) -> Array:
+    tiles = _Tiles(tile, group_sizes)
     rows, dy_rows = tiles.pad(x), tiles.pad(dy)
 
     def step(index: Array, dw: Array) -> Array:
         group, start, mine = tiles.locate(index)
         part = lax.dot_general(
-            jnp.where(mine, lax.dynamic_slice_in_dim(rows, start, tiles.size), 0),
-            jnp.where(mine, lax.dynamic_slice_in_dim(dy_rows, start, tiles.size), 0),
+            jnp.where(mine, lax.dynamic_slice_in_dim(rows, start, tile), 0),
+            jnp.where(mine, lax.dynamic_slice_in_dim(dy_rows, start, tile), 0),
             (((0,), (0,)), ((), ())),
             precision=precision(x.dtype),
             preferred_element_type=jnp.float32,
