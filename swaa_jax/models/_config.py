@@ -42,6 +42,14 @@ class DecoderConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
+    one_centred_norms: bool = False
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    """Factor on the attention scores; None: head_dim ** -0.5."""
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
+    local_rope: RopeConfig | None = None
+    """The rope of the layers that `own` windows, where it is not the others'."""
     own: AttentionPolicy = AttentionPolicy()
     """The policy that the checkpoint itself asks for: full attention unless it has a window."""
     hf_json: str = dataclasses.field(repr=False)
@@ -59,6 +67,12 @@ class DecoderConfig:
                 f"config: hidden_act={self.hidden_act!r} is not supported; "
                 f"supported: {list(ACTIVATIONS)}"
             )
+
+    def layer_rope(self, index: int) -> RopeConfig:
+        """The rope of a layer: a matter of how it was trained, whatever policy it runs under."""
+        if self.local_rope is None or self.own.resolve(self.num_layers)[index].is_full:
+            return self.rope
+        return self.local_rope
 
     @classmethod
     def from_hf(

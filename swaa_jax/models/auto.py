@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from swaa_jax import checkpoint
 from swaa_jax.checkpoint import WeightReader, WeightRule
 from swaa_jax.models import llama, qwen3
-from swaa_jax.models._blocks import CausalLM
+from swaa_jax.models._causal_lm import CausalLM
 from swaa_jax.models._config import DecoderConfig
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.sharding import resolve_mesh, sharding_for
@@ -82,8 +82,8 @@ def load_model(
 
     Examples:
         >>> model = load_model("tiny-retriever", dtype="float32")
-        >>> model.policy
-        AttentionPolicy()
+        >>> str(model.policy)
+        'full attention'
         >>> model(jnp.array([[1, 2, 3]]), logits_at="last").shape == (1, model.config.vocab_size)
         True
     """

@@ -78,6 +78,8 @@ def test_an_interrupt_in_jaxs_collector_callback_still_arrives():
 import gc, os, signal, sys, time
 from swaa_jax.cli.errors import run_command
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+
 def _xla_gc_callback(*args):  # the name of JAX's; what is raised here is dropped
     gc.callbacks.remove(_xla_gc_callback)
     os.kill(os.getpid(), signal.SIGINT)

@@ -1,6 +1,6 @@
 """Llama: the common decoder as it is."""
 
-from swaa_jax.models._blocks import CausalLM
+from swaa_jax.models._causal_lm import CausalLM
 
 
 class LlamaForCausalLM(CausalLM):

@@ -1,0 +1,299 @@
+"""The causal language model: blocks stacked under an attention policy.
+
+The policy lives on the model alone, so `with_policy` shares every block and parameter.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.mask import segment_positions
+from swaa_jax.attention import Caches, build_cache
+from swaa_jax.models._blocks import DecoderLayer, Embedding, Linear, Rows, make_norm
+from swaa_jax.models._config import DecoderConfig
+from swaa_jax.models._rope import rotation
+from swaa_jax.policy import AttentionPolicy
+from swaa_jax.sharding import constrain_batch
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prefill:
+    """What a prompt leaves behind: the next token's logits `[B, V]` (float32), and the caches."""
+
+    logits: Any
+    caches: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HiddenStates:
+    """Final hidden states, after the last norm, `[B, T, D]`; the routers' loss, None without."""
+
+    hidden: Any
+    router_loss: Any = None
+
+
+class CausalLM(nnx.Module):
+    """A decoder with a language-model head, under an attention policy.
+
+    Call it for logits of whole rows (training, scoring); `prefill` and `decode` generate.
+
+    Attributes:
+        config: shapes and constants.
+        policy: what each token may see; `layer_attention` is it, layer by layer.
+        mesh: the device mesh that the parameters lie on, or None.
+        source: the directory that the model was loaded from, or None.
+    """
+
+    layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        policy: AttentionPolicy | None = None,
+        dtype: jnp.dtype | str = "float32",
+        mesh: Mesh | None = None,
+        initializer_range: float = 0.02,
+        rngs: nnx.Rngs,
+    ):
+        policy = config.own if policy is None else policy
+        dtype = jnp.dtype(dtype)
+        shared = {"std": initializer_range, "dtype": dtype, "rngs": rngs}
+        self.config = config
+        self.policy = policy
+        self.layer_attention = policy.resolve(config.num_layers)
+        self.mesh = mesh
+        self.source: str | None = None
+        self.embed_tokens = Embedding(
+            config.vocab_size, config.hidden_size, scale=config.embedding_scale, **shared
+        )
+        self.layers = nnx.List(
+            [self.layer_class(config, index=i, **shared) for i in range(config.num_layers)]
+        )
+        self.norm = make_norm(config, config.hidden_size, dtype=dtype)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else Linear(
+                (config.hidden_size, config.vocab_size),
+                ("embed", "vocab"),
+                use_bias=False,
+                **shared,
+            )
+        )
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The parameters' dtype."""
+        return self.embed_tokens.embedding.dtype
+
+    def with_policy(self, policy: AttentionPolicy) -> "CausalLM":
+        """The same model, with the same Param objects, under another policy.
+
+        Raises:
+            ValueError: the policy names a layer that the model does not have.
+        """
+        other = copy.copy(self)
+        other.policy = policy
+        other.layer_attention = policy.resolve(self.config.num_layers)
+        return other
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        lengths: Int[Array, " B"] | None = None,
+        stage_ids: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        logits_at: str | Int[Array, "B n"] | None = None,
+        return_hidden: bool = False,
+    ) -> Float[Array, "..."]:
+        """Logits of whole rows, in float32.
+
+        Args:
+            tokens: right-padded rows.
+            lengths: real tokens of each row; None: all are.
+            stage_ids: `Stage.PROMPT` or `Stage.ANSWER` a token; None: all prompt. Rows of answer
+                tokens see everything where the policy decodes with full attention.
+            segment_ids: which of a packed row's texts each token belongs to.
+            positions: position of each token in its text; by default the index minus the
+                segment's start. They move RoPE only: visibility always counts tokens.
+            logits_at: None: `[B, T, V]`. "last": of each row's last token, `[B, V]`. Indices
+                `[B, n]`: `[B, n, V]`. Prefer the latter two: `[T, V]` is large.
+            return_hidden: give the final hidden states `[..., D]` instead, in the model's dtype.
+        """
+        _check_logits_at(logits_at)
+        hidden = self.hidden_states(
+            tokens,
+            lengths=lengths,
+            stage_ids=stage_ids,
+            segment_ids=segment_ids,
+            positions=positions,
+        ).hidden
+        if isinstance(logits_at, str):
+            hidden = _last_rows(hidden, lengths)
+        elif logits_at is not None:
+            hidden = jnp.take_along_axis(hidden, logits_at[:, :, None], axis=1)
+        return hidden if return_hidden else self.head(hidden)
+
+    def hidden_states(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        lengths: Int[Array, " B"] | None = None,
+        stage_ids: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> HiddenStates:
+        """What training needs: hidden states for a chunked loss over `head`, and the loss that
+        keeps experts in balance where the family has experts. Arguments as in `__call__`.
+        """
+        hidden, _, routers, rows = self._run_rows(
+            tokens,
+            lengths=lengths,
+            stage_ids=stage_ids,
+            segment_ids=segment_ids,
+            positions=positions,
+        )
+        return HiddenStates(hidden=hidden, router_loss=self.router_loss(routers, rows))
+
+    def router_loss(self, routers: Sequence[Any], rows: Rows) -> Float[Array, ""] | None:
+        """The load-balancing loss of every layer's router statistics; None: no experts."""
+        del routers, rows
+        return None
+
+    def prefill(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        lengths: Int[Array, " B"] | None = None,
+        cache_size: int | None = None,
+    ) -> Prefill:
+        """Read prompts: the logits after each row's last real token, and caches to decode from.
+
+        Args:
+            tokens: right-padded prompts.
+            lengths: real tokens of each row; None: all are.
+            cache_size: slots of each full cache, for prompt and answer together. Default: T + 128.
+                Windowed layers without full-attention decoding keep a ring of window + sinks.
+        """
+        batch, width = tokens.shape
+        if lengths is None:
+            lengths = jnp.full((batch,), width, jnp.int32)
+        cache_size = width + 128 if cache_size is None else cache_size
+        hidden, kept, _, _ = self._run_rows(tokens, lengths=lengths)
+        layers = tuple(
+            build_cache(kv.k, kv.v, lengths=lengths, layer=layer, num_slots=cache_size)
+            for kv, layer in zip(kept, self.layer_attention, strict=True)
+        )
+        return Prefill(
+            logits=self.head(_last_rows(hidden, lengths)),
+            caches=Caches(layers=layers, pos_B=lengths.astype(jnp.int32)),
+        )
+
+    def decode(
+        self,
+        tokens: Int[Array, "B n"],
+        caches: Caches,
+        *,
+        stage_ids: Int[Array, "B n"] | None = None,
+    ) -> tuple[Float[Array, "B n V"], Caches]:
+        """Logits after each of n new tokens a row, and the caches with them.
+
+        Args:
+            tokens: the next n tokens of every row.
+            caches: from `prefill` or an earlier `decode`; donate them under jit.
+            stage_ids: stages of the new tokens; None: all `Stage.ANSWER`.
+        """
+        if len(caches.layers) != self.config.num_layers:
+            raise ValueError(
+                f"caches: expected {self.config.num_layers} layers, got {len(caches.layers)}"
+            )
+        positions = caches.pos_B[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+        rows = Rows(
+            rotations=self._rotations(positions),
+            stage_ids=stage_ids,
+            pos_B=caches.pos_B,
+            mesh=self.mesh,
+        )
+        x = constrain_batch(self.embed_tokens(tokens), self.mesh)
+        grown = []
+        for block, layer, cache in zip(
+            self.layers, self.layer_attention, caches.layers, strict=True
+        ):
+            output = block(x, rows, layer=layer, cache=cache)
+            x = output.x
+            grown.append(output.kept)
+        pos_B = caches.pos_B + tokens.shape[1]
+        return self.head(self.norm(x)), Caches(layers=tuple(grown), pos_B=pos_B)
+
+    def head(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Float32 logits of final hidden states."""
+        if self.lm_head is None:
+            weight, product = self.embed_tokens.embedding[...], "...d,vd->...v"
+        else:
+            weight, product = self.lm_head.kernel[...], "...d,dv->...v"
+        logits = jnp.einsum(product, hidden, weight, preferred_element_type=jnp.float32)
+        cap = self.config.logits_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def _rotations(self, positions: Int[Array, "B T"]) -> dict[Any, Any]:
+        config = self.config
+        ropes = dict.fromkeys(config.layer_rope(index) for index in range(config.num_layers))
+        return {rope: rotation(positions, rope, config.head_dim) for rope in ropes}
+
+    def _run_rows(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        lengths: Int[Array, " B"] | None,
+        stage_ids: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], list[Any], list[Any], Rows]:
+        """Final hidden states of whole rows; every layer's keys and values, and router."""
+        if positions is None:
+            if segment_ids is None:
+                positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+                positions = jnp.broadcast_to(positions, tokens.shape)
+            else:
+                positions = segment_positions(segment_ids)
+        rows = Rows(
+            rotations=self._rotations(positions),
+            lengths=lengths,
+            stage_ids=stage_ids,
+            segment_ids=segment_ids,
+            mesh=self.mesh,
+        )
+        x = constrain_batch(self.embed_tokens(tokens), self.mesh)
+        kept, routers = [], []
+        for block, layer in zip(self.layers, self.layer_attention, strict=True):
+            output = block(x, rows, layer=layer)
+            x = output.x
+            kept.append(output.kept)
+            routers.append(output.router)
+        return self.norm(x), kept, routers, rows
+
+
+def _check_logits_at(logits_at: object) -> None:
+    if isinstance(logits_at, str) and logits_at != "last":
+        raise ValueError(f'logits_at: expected None, "last" or indices [B, n], got {logits_at!r}')
+
+
+def _last_rows(
+    hidden: Float[Array, "B T D"], lengths: Int[Array, " B"] | None
+) -> Float[Array, "B D"]:
+    """The hidden state of each row's last real token."""
+    if lengths is None:
+        return hidden[:, -1]
+    return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
