@@ -8,6 +8,7 @@ Every path goes through `etils.epath`, so `gs://` works where its filesystem pac
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -58,6 +59,32 @@ def unreadable(path: epath.PathLike, error: BaseException) -> CheckpointError:
             "`gcloud auth application-default login`)."
         )
     return CheckpointError(f"{text!r} cannot be opened or read ({reason}). {advice}")
+
+
+def check_space(place: epath.PathLike, needed: int, *, what: str, advice: str) -> None:
+    """Refuses what the disk of `place` (which need not exist yet) has no room for.
+
+    Raises:
+        CheckpointError: less than `needed` bytes are free.
+    """
+    disk = pathlib.Path(os.path.abspath(place))
+    while not disk.exists():
+        disk = disk.parent
+    free = shutil.disk_usage(disk).free
+    if needed > free:
+        raise CheckpointError(
+            f"{what} needs {_size(needed)}, but the disk of {os.fspath(place)} has {_size(free)} "
+            f"left; nothing was written. {advice}"
+        )
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the error says that there is no room on the disk, or none left to this account."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def listing(names: Iterable[str], *, limit: int = _SHOWN) -> str:
@@ -198,9 +225,10 @@ def atomic_directory(
     portably), but both are on disk, and any exception puts the old one back. Missing parents are
     made, and removed again on failure. A killed process can leave the hidden directory behind.
 
-    Remotely (`gs://...`) the block writes in a local scratch directory, and the files are copied up
-    with `commit_mark` last; a failure removes what was copied. What this gives up: local disk of
-    the checkpoint's size, and with `overwrite` the old files, which go before the new ones come.
+    Remotely (`gs://...`) the block writes in a local scratch directory (`TMPDIR` says where), and
+    the files are copied up with `commit_mark` last; a failure removes what was copied. What this
+    gives up: local disk of the checkpoint's size, and with `overwrite` the old files, which go
+    before the new ones come: their `commit_mark` first, so that no reader takes a mixture.
 
     Args:
         path: the directory to make. It must not exist, or be empty.
@@ -209,21 +237,37 @@ def atomic_directory(
         commit_mark: the file that marks a complete directory.
 
     Raises:
-        CheckpointError: `path` exists and may not be replaced, or cannot be made. Nothing changed.
+        CheckpointError: `path` exists and may not be replaced, cannot be made, or the disk is full:
+            nothing changed. Or the copy to a remote `path` failed: nothing complete is there.
     """
-    target = epath.Path(path).expanduser()
+    try:
+        target = epath.Path(path).expanduser()
+    except KeyError as error:
+        raise unreadable(path, error) from error
     if is_local(target):
         # absolute, so that "." and "x/.." have a name and a chdir inside the block is harmless
         target = epath.Path(os.path.abspath(target))
     _check_target(target, overwrite=overwrite, commit_mark=commit_mark)
     publish = _local_directory if is_local(target) else _remote_directory
-    with publish(target, commit_mark) as directory:
-        yield directory
+    try:
+        with publish(target, commit_mark) as directory:
+            yield directory
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise CheckpointError(
+            f"{target}: the disk is full; nothing was saved. Free some space, or choose another "
+            "place (for a remote path, TMPDIR is where the files are written first)."
+        ) from error
 
 
 def _check_target(target: epath.Path, *, overwrite: bool, commit_mark: str) -> None:
-    if not target.exists():
-        return
+    try:
+        if not target.exists():
+            return
+        next(target.iterdir() if target.is_dir() else iter(()), None)  # may we look?
+    except Exception as error:  # a bucket's library raises what it likes
+        raise unreadable(target, error) from error
     if not target.is_dir():
         raise CheckpointError(
             f"{target} exists and is a file; expected a directory to save in. Choose another path."
@@ -313,10 +357,12 @@ def _remote_directory(target: epath.Path, commit_mark: str) -> Iterator[epath.Pa
         files = [p.relative_to(scratch) for p in pathlib.Path(scratch).rglob("*") if p.is_file()]
         files.sort(key=lambda name: (name == pathlib.Path(commit_mark), str(name)))
         copied: list[epath.Path] = []
+        replaced = ""
         try:
             target.mkdir(parents=True, exist_ok=True)
             if (target / commit_mark).exists():
                 (target / commit_mark).unlink()  # from here on readers refuse the directory
+                replaced = " What was there before is gone too."
             for stale in list(target.iterdir()):
                 stale.rmtree() if stale.is_dir() else stale.unlink()
             for name in files:
@@ -324,8 +370,15 @@ def _remote_directory(target: epath.Path, commit_mark: str) -> Iterator[epath.Pa
                 destination.parent.mkdir(parents=True, exist_ok=True)
                 copied.append(destination)
                 epath.Path(pathlib.Path(scratch) / name).copy(destination, overwrite=True)
-        except BaseException:
+        except BaseException as error:
             for destination in reversed(copied):
                 with contextlib.suppress(Exception):
                     destination.unlink(missing_ok=True)
-            raise
+            if not isinstance(error, Exception):
+                raise
+            reason = " ".join(str(error).split())[:500].rstrip(".") or type(error).__name__
+            raise CheckpointError(
+                f"{target}: the copy to it failed ({reason}). What was copied has been removed as "
+                f"far as possible, and without {commit_mark} nothing reads it.{replaced} Check the "
+                "network and that this account may write there, then save again."
+            ) from error

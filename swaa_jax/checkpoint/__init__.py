@@ -1,6 +1,6 @@
 """Checkpoints in Hugging Face layout: safetensors in and out, the key-map engine, small files."""
 
-from swaa_jax.checkpoint._paths import SHIPPED, check_directory
+from swaa_jax.checkpoint._paths import SHIPPED, Origin, check_directory, checkpoint_origin
 from swaa_jax.checkpoint.hf import (
     copy_tokenizer_files,
     read_attention_policy,
@@ -12,7 +12,7 @@ from swaa_jax.checkpoint.hf import (
     write_generation_config,
     write_provenance,
 )
-from swaa_jax.checkpoint.hub import Origin, checkpoint_origin, open_checkpoint
+from swaa_jax.checkpoint.hub import open_checkpoint
 from swaa_jax.checkpoint.keymap import (
     Transform,
     WeightRule,

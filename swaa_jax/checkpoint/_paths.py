@@ -1,6 +1,8 @@
 """From what a caller passes to a directory, from a file to JSON; an error for each fault."""
 
+import dataclasses
 import json
+import os
 import re
 from typing import Any
 
@@ -10,6 +12,9 @@ from swaa_jax.storage import CheckpointError, is_local, resolve_inside, unreadab
 
 SHIPPED = {"tiny-retriever": epath.resource_path("swaa_jax") / "assets" / "tiny-retriever"}
 """Models inside this package, by the name that stands for their directory."""
+
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def check_directory(directory: epath.PathLike) -> epath.Path:
@@ -48,6 +53,33 @@ def check_directory(directory: epath.PathLike) -> epath.Path:
         f"and safetensors weights), or a model that this package ships ({', '.join(SHIPPED)})."
         f"{hint}"
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a checkpoint came from: a hub id and its commit, or a path without one."""
+
+    name: str
+    commit: str | None = None
+
+
+def checkpoint_origin(directory: epath.PathLike) -> Origin:
+    """What to call a checkpoint directory: the hub id and commit of one in the hub's cache.
+
+    >>> checkpoint_origin("/c/models--org--name/snapshots/0123456789abcdef0123456789abcdef01234567")
+    Origin(name='org/name', commit='0123456789abcdef0123456789abcdef01234567')
+    >>> checkpoint_origin("gs://bucket/model")
+    Origin(name='gs://bucket/model', commit=None)
+    """
+    path = epath.Path(directory)
+    repository = path.parent.parent.name
+    if (
+        path.parent.name == "snapshots"
+        and repository.startswith("models--")
+        and _COMMIT.fullmatch(path.name)
+    ):
+        return Origin(name="/".join(repository.split("--")[1:]), commit=path.name)
+    return Origin(name=os.fspath(path))
 
 
 def read_json_object(path: epath.Path) -> dict[str, Any]:

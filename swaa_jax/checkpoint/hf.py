@@ -1,5 +1,6 @@
 """The small files of a checkpoint directory: configs, tokenizer files, policy and provenance."""
 
+import logging
 import shutil
 from importlib import metadata
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 from etils import epath
 
 import swaa_jax
-from swaa_jax.checkpoint._paths import check_directory, read_json_object
+from swaa_jax.checkpoint._paths import check_directory, checkpoint_origin, read_json_object
 from swaa_jax.storage import CheckpointError, is_local, resolve_inside, sha256, write_json_atomic
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -27,6 +30,9 @@ TOKENIZER_FILES = (
     "tokenizer.model",
 )
 """What `copy_tokenizer_files` copies, where present."""
+
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""One of these makes a tokenizer; the first that is there names it."""
 
 
 def read_config(directory: epath.PathLike) -> dict[str, Any]:
@@ -130,32 +136,46 @@ def write_attention_policy(
 def write_provenance(
     directory: epath.PathLike,
     *,
-    base: str | None,
+    base: epath.PathLike | None,
     revision: str | None = None,
+    dtype: str | None = None,
     seed: int | None = None,
 ) -> None:
     """Writes `provenance.json`: where the model came from and what wrote it.
 
     Args:
-        directory: the checkpoint; its `tokenizer.json` (if any) is hashed, so write that first.
-        base: path or id of the checkpoint that this one was made from.
-        revision: its revision.
+        directory: the checkpoint; its tokenizer (if any) is hashed, so write that first.
+        base: the checkpoint that this one was made from: a hub id, or a directory, whose own
+            provenance (if any) is kept inside. One in the hub's cache is named by its hub id.
+        revision: its revision; None: the commit of one in the hub's cache.
+        dtype: of the weights.
         seed: the seed of the run that made it.
     """
     directory = epath.Path(directory)
-    tokenizer = directory / "tokenizer.json"
+    origin = None if base is None else checkpoint_origin(base)
+    vocabularies = [directory / name for name in VOCABULARY_FILES]
+    vocabulary = next((path for path in vocabularies if path.exists()), None)
+    packages = ("jax", "flax", "transformers")
     record = {
-        "base": base,
-        "revision": revision,
-        "tokenizer_sha256": sha256(tokenizer) if tokenizer.exists() else None,
-        "versions": {
-            "swaa_jax": swaa_jax.__version__,
-            "jax": metadata.version("jax"),
-            "flax": metadata.version("flax"),
-        },
+        "base": origin and origin.name,
+        "revision": revision or (origin and origin.commit),
+        "base_provenance": None if base is None else _provenance_of_base(base),
+        "tokenizer_sha256": vocabulary and sha256(vocabulary),
+        "dtype": dtype,
+        "versions": {"swaa_jax": swaa_jax.__version__}
+        | {package: metadata.version(package) for package in packages},
         "seed": seed,
     }
     write_json_atomic(directory / PROVENANCE_FILE, record)
+
+
+def _provenance_of_base(base: epath.PathLike) -> dict[str, Any] | None:
+    path = epath.Path(base) / PROVENANCE_FILE
+    try:
+        return read_json_object(path) if path.exists() else None
+    except Exception as error:  # unreadable, which is no reason to fail a save
+        logger.warning("%s is left out of the new %s: %s", path, PROVENANCE_FILE, error)
+        return None
 
 
 def read_provenance(directory: epath.PathLike) -> dict[str, Any] | None:

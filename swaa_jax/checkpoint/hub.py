@@ -11,7 +11,6 @@ import logging
 import os
 import pathlib
 import re
-import shutil
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -28,7 +27,7 @@ from swaa_jax.checkpoint.hf import (
 )
 from swaa_jax.checkpoint.safetensors_io import INDEX_FILE, find_weights
 from swaa_jax.runtime import is_main_process
-from swaa_jax.storage import CheckpointError, listing
+from swaa_jax.storage import CheckpointError, check_space, is_disk_full, listing
 
 logger = logging.getLogger(__name__)
 
@@ -76,33 +75,6 @@ def open_checkpoint(
             f"only a hub id has revisions{hint}"
         )
     return directory
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Origin:
-    """Where a checkpoint came from: a hub id and its commit, or a path without one."""
-
-    name: str
-    commit: str | None = None
-
-
-def checkpoint_origin(directory: epath.PathLike) -> Origin:
-    """What to call a checkpoint directory: the hub id and commit of one in the hub's cache.
-
-    >>> checkpoint_origin("/c/models--org--name/snapshots/0123456789abcdef0123456789abcdef01234567")
-    Origin(name='org/name', commit='0123456789abcdef0123456789abcdef01234567')
-    >>> checkpoint_origin("gs://bucket/model")
-    Origin(name='gs://bucket/model', commit=None)
-    """
-    path = epath.Path(directory)
-    repository = path.parent.parent.name
-    if (
-        path.parent.name == "snapshots"
-        and repository.startswith("models--")
-        and _COMMIT.fullmatch(path.name)
-    ):
-        return Origin(name="/".join(repository.split("--")[1:]), commit=path.name)
-    return Origin(name=os.fspath(path))
 
 
 def _hub_id(path_or_hub_id: epath.PathLike) -> str | None:
@@ -254,16 +226,12 @@ class _Repository:
     def _check_space(self, folder: pathlib.Path, files: Collection[_File]) -> None:
         blobs = folder / "blobs"
         needed = sum(f.size for f in files if not f.blob or not (blobs / f.blob).exists())
-        place = folder
-        while not place.exists():
-            place = place.parent
-        free = shutil.disk_usage(place).free
-        if needed > free:
-            raise CheckpointError(
-                f"{self}: the download needs {_size(needed)}, but the disk of the cache {folder} "
-                f"has {_size(free)} left; nothing was downloaded. Free some space, or set HF_HOME "
-                "to a directory on a larger disk."
-            )
+        check_space(
+            folder,
+            needed,
+            what=f"{self}: the download",
+            advice="Free some space, or set HF_HOME to a directory on a larger disk.",
+        )
 
     # --- the cache
 
@@ -333,7 +301,7 @@ class _Repository:
         page = f"{constants.ENDPOINT}/{self.repo_id}"
         for cause in _causes(error):
             number = getattr(cause, "errno", None) if isinstance(cause, OSError) else None
-            if number in (errno.ENOSPC, errno.EDQUOT):
+            if is_disk_full(cause):
                 return (
                     f"{self}: the disk is full: the download to {_cache_folder(self.repo_id)} "
                     "ended early. Free some space, or set HF_HOME to a directory on a larger disk; "
@@ -442,7 +410,3 @@ def _token() -> str:
     from huggingface_hub import get_token
 
     return "a token is set" if get_token() else "no token is set"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

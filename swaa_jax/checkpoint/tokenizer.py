@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING
 from etils import epath
 
 from swaa_jax.checkpoint._paths import read_json_object
-from swaa_jax.checkpoint.hf import CONFIG_FILE, TOKENIZER_FILES, copy_tokenizer_files
+from swaa_jax.checkpoint.hf import (
+    CONFIG_FILE,
+    TOKENIZER_FILES,
+    VOCABULARY_FILES,
+    copy_tokenizer_files,
+)
 from swaa_jax.checkpoint.hub import open_checkpoint
 from swaa_jax.storage import CheckpointError, is_local, resolve_inside
 
@@ -54,7 +59,7 @@ def load_tokenizer(
 def _load(directory: epath.Path, source: epath.Path) -> "PreTrainedTokenizerBase":
     """The tokenizer in a local directory, which `source` is called in error messages."""
     present = [name for name in TOKENIZER_FILES if (directory / name).exists()]
-    if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & set(present):
+    if not set(VOCABULARY_FILES) & set(present):
         raise CheckpointError(
             f"{source} has no tokenizer: expected tokenizer.json (or tokenizer.model, or "
             f"vocab.json and merges.txt), found {', '.join(present) or 'none of them'}. Copy the "

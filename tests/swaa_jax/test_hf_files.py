@@ -112,7 +112,7 @@ def test_a_policy_of_another_model_is_refused(tmp_path, change, message):
 def test_provenance_says_where_from(tmp_path):
     assert read_provenance(tmp_path) is None
     (tmp_path / "tokenizer.json").write_text("{}")
-    write_provenance(tmp_path, base="org/model", revision="abc", seed=3)
+    write_provenance(tmp_path, base="org/model", revision="abc", dtype="bfloat16", seed=3)
     assert read_provenance(tmp_path) == {
         "base": "org/model",
         "revision": "abc",
@@ -121,9 +121,33 @@ def test_provenance_says_where_from(tmp_path):
             "swaa_jax": swaa_jax.__version__,
             "jax": importlib.metadata.version("jax"),
             "flax": importlib.metadata.version("flax"),
+            "transformers": importlib.metadata.version("transformers"),
         },
+        "dtype": "bfloat16",
         "seed": 3,
+        "base_provenance": None,
     }
+
+
+def test_provenance_is_a_chain(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    write_provenance(tmp_path / "a", base="org/model", revision="abc")
+    write_provenance(tmp_path / "b", base=tmp_path / "a")
+    record = read_provenance(tmp_path / "b")
+    assert record["base"] == str(tmp_path / "a")
+    assert record["base_provenance"] == read_provenance(tmp_path / "a")
+    assert record["tokenizer_sha256"] is None
+    (tmp_path / "a" / "provenance.json").write_text("{")  # no reason to fail a save
+    write_provenance(tmp_path / "b", base=tmp_path / "a")
+    assert read_provenance(tmp_path / "b")["base_provenance"] is None
+
+
+def test_a_base_in_the_hubs_cache_is_named_by_its_id(tmp_path):
+    commit = "0123456789abcdef" * 2 + "01234567"
+    write_provenance(tmp_path, base=tmp_path / "models--org--name" / "snapshots" / commit)
+    record = read_provenance(tmp_path)
+    assert (record["base"], record["revision"]) == ("org/name", commit)
 
 
 def test_tokenizer_files_are_copied_byte_for_byte(tmp_path):

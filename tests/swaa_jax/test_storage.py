@@ -1,12 +1,12 @@
 """Atomic saves: what happens when a save fails at each of its steps."""
 
+import errno
 import os
 import pathlib
+import shutil
 
-import fsspec
 import pytest
 from etils import epath
-from fsspec.implementations.memory import MemoryFileSystem
 
 from swaa_jax import storage
 from swaa_jax.storage import (
@@ -17,6 +17,7 @@ from swaa_jax.storage import (
     write_json_atomic,
     write_text_atomic,
 )
+from tests.support.bucket import bucket  # noqa: F401  (a fixture)
 
 
 def _tree(root: pathlib.Path) -> dict[str, str]:
@@ -133,10 +134,10 @@ def test_a_failed_swap_keeps_the_old_one(tmp_path, monkeypatch, error, failing):
 @pytest.mark.parametrize("step", ["_sync_files", "_swap_in"])
 def test_a_failure_while_publishing_leaves_nothing(tmp_path, monkeypatch, step):
     def fail(*args):
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(storage, step, fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="Input/output"):
         _save(tmp_path / "m", "new")
     assert _tree(tmp_path) == {}
 
@@ -193,34 +194,8 @@ def test_links_into_the_hub_cache_are_followed(tmp_path):
         resolve_inside(snapshot, "bad")
 
 
-class _Bucket(MemoryFileSystem):
-    """An object store: no rename, and a log of what was put in which order."""
-
-    protocol = "s3"
-    store: dict = {}  # noqa: RUF012
-    pseudo_dirs = [""]  # noqa: RUF012
-    fail_on = None
-
-    def _open(self, path, mode="rb", **kwargs):
-        if "w" in mode and self.fail_on and path.endswith(self.fail_on):
-            raise OSError("the network went away")
-        return super()._open(path, mode, **kwargs)
-
-    def mv(self, *args, **kwargs):
-        raise NotImplementedError
-
-
-@pytest.fixture
-def bucket():
-    fsspec.register_implementation("s3", _Bucket, clobber=True)
-    _Bucket.store.clear()
-    _Bucket.fail_on = None
-    yield _Bucket
-    fsspec.register_implementation("s3", "s3fs.S3FileSystem", clobber=True)
-
-
-def test_a_remote_save_puts_the_mark_last(bucket):
-    with atomic_directory("s3://bucket/m") as directory:
+def test_a_remote_save_puts_the_mark_last(bucket):  # noqa: F811
+    with atomic_directory("gs://bucket/m") as directory:
         (directory / "config.json").write_text("{}")
         (directory / "z-weights").write_text("z")
         (directory / "a-weights").write_text("a")
@@ -228,18 +203,65 @@ def test_a_remote_save_puts_the_mark_last(bucket):
     assert names == ["a-weights", "z-weights", "config.json"]
 
 
-def test_a_failed_remote_save_leaves_nothing(bucket):
-    bucket.fail_on = "config.json"
-    with pytest.raises(OSError, match="network"):
-        _save("s3://bucket/m", "new")
+def test_a_failed_remote_save_leaves_nothing(bucket):  # noqa: F811
+    for name in ("config.json", "weights"):
+        bucket.fail_on = name
+        with pytest.raises(CheckpointError, match=r"gs://bucket/m: the copy .*network.*removed"):
+            _save("gs://bucket/m", "new")
+        assert bucket.store == {}
+
+
+@pytest.mark.parametrize("failing", ["weights", "config.json"])
+def test_a_failed_remote_overwrite_leaves_nothing_to_read(bucket, failing):  # noqa: F811
+    _save("gs://bucket/m", "old")
+    bucket.fail_on = failing
+    with pytest.raises(CheckpointError, match=r"What was there before is gone too"):
+        _save("gs://bucket/m", "new", overwrite=True)
     assert bucket.store == {}
 
 
-def test_a_remote_overwrite_leaves_no_stale_file(bucket):
-    _save("s3://bucket/m", "old")
-    epath.Path("s3://bucket/m/stale").write_text("old")
+def test_an_interrupted_remote_save_leaves_nothing(bucket):  # noqa: F811
+    bucket.fail_on, bucket.error = "config.json", KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        _save("gs://bucket/m", "new")
+    assert bucket.store == {}
+
+
+def test_a_bucket_that_cannot_be_asked(bucket, monkeypatch):  # noqa: F811
+    def refuse(*args, **kwargs):
+        raise RuntimeError("Anonymous caller does not have storage.objects.list access")
+
+    monkeypatch.setattr(bucket, "exists", refuse)
+    with pytest.raises(CheckpointError, match=r"gs://bucket/m.*Anonymous caller.*account"):
+        _save("gs://bucket/m", "new")
+    with pytest.raises(CheckpointError, match="scheme 'ftp' is unknown"):
+        _save("ftp://host/m", "new")
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path, bucket):  # noqa: F811
+    def save(path):
+        with atomic_directory(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    for path in (tmp_path / "m", "gs://bucket/m"):
+        with pytest.raises(CheckpointError, match="disk is full; nothing was saved"):
+            save(path)
+    assert _tree(tmp_path) == bucket.store == {}
+
+
+def test_space_is_compared_with_the_need(tmp_path, monkeypatch):
+    usage = shutil._ntuple_diskusage(10**12, 10**12, 10**9)
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage)
+    storage.check_space(tmp_path / "not" / "yet", 10**9, what="it", advice="")
+    with pytest.raises(CheckpointError, match=r"it needs 2\.0 GB.*1\.0 GB left.*Do that"):
+        storage.check_space(tmp_path, 2 * 10**9, what="it", advice="Do that.")
+
+
+def test_a_remote_overwrite_leaves_no_stale_file(bucket):  # noqa: F811
+    _save("gs://bucket/m", "old")
+    epath.Path("gs://bucket/m/stale").write_text("old")
     with pytest.raises(CheckpointError, match="not empty"):
-        _save("s3://bucket/m", "new")
-    _save("s3://bucket/m", "new", overwrite=True)
-    assert sorted(bucket.store) == ["s3://bucket/m/config.json", "s3://bucket/m/weights"]
-    assert epath.Path("s3://bucket/m/weights").read_text() == "new"
+        _save("gs://bucket/m", "new")
+    _save("gs://bucket/m", "new", overwrite=True)
+    assert bucket.names() == ["bucket/m/config.json", "bucket/m/weights"]
+    assert epath.Path("gs://bucket/m/weights").read_text() == "new"
