@@ -374,7 +374,7 @@ def describe_model(model: Any) -> dict[str, Any]:
     source = model.source
     config = model.config
     out: dict[str, Any] = {
-        "source": source,
+        "source": source and str(source),
         "model_type": config.model_type,
         "num_layers": config.num_layers,
         "provenance": None,

@@ -21,6 +21,7 @@ from swaa_jax.models._config import DecoderConfig
 from swaa_jax.models._rope import rotation
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.sharding import constrain_batch
+from swaa_jax.typing import PathLike
 
 
 @jax.tree_util.register_dataclass
@@ -72,7 +73,7 @@ class CausalLM(nnx.Module):
         self.policy = policy
         self.layer_attention = policy.resolve(config.num_layers)
         self.mesh = mesh
-        self.source: str | None = None
+        self.source: PathLike | None = None
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, scale=config.embedding_scale, **shared
         )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from swaa_jax.checkpoint import WeightReader, WeightRule
 from swaa_jax.models import llama, qwen3
 from swaa_jax.models._causal_lm import CausalLM
 from swaa_jax.models._config import DecoderConfig
+from swaa_jax.models._source import Source
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.sharding import resolve_mesh, sharding_for
 from swaa_jax.storage import atomic_directory
@@ -111,7 +113,7 @@ def load_model(
     for name, param in params.items():
         param.set_value(arrays[_join(name)])
     nnx.update(model, nnx.from_flat_state(params))
-    model.source = str(directory)
+    model.source = Source(os.fspath(directory))
     return model
 
 
@@ -188,7 +190,7 @@ def save_model(
         checkpoint.write_attention_policy(
             target, model.policy.to_dict(), num_layers=config.num_layers
         )
-        checkpoint.write_provenance(target, base=model.source)
+        checkpoint.write_provenance(target, base=model.source, dtype=str(model.dtype))
         checkpoint.write_config(target, {**config.to_hf(), "dtype": str(model.dtype)})
     return epath.Path(directory)
 

@@ -1,11 +1,14 @@
 """`load_model` and `save_model`: policy choice, round trips through Transformers, failed saves."""
 
+import functools
 import json
 import logging
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import swaa_jax as swaa
 from swaa_jax.checkpoint import CheckpointError
@@ -64,6 +67,23 @@ def test_with_policy_shares_the_parameters_and_leaves_the_original():
     assert other.layers[0].self_attn.q_proj.kernel is model.layers[0].self_attn.q_proj.kernel
     with pytest.raises(ValueError, match="9"):
         model.with_policy(swaa.AttentionPolicy(window=4, full_attention_layers=(9,)))
+
+
+def test_where_a_model_came_from_compiles_nothing_again(tmp_path):
+    swaa.save_model(random_model(POLICY), tmp_path / "a")
+    swaa.save_model(random_model(POLICY), tmp_path / "b")
+    compiled = []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def logits(graph, state, tokens):
+        compiled.append(tokens.shape)
+        return nnx.merge(graph, state)(tokens)
+
+    for name in ("a", "b"):
+        model = swaa.load_model(tmp_path / name, dtype="float32")
+        assert str(model.source) == str(tmp_path / name)
+        logits(*nnx.split(model), jnp.ones((1, 4), int))
+    assert compiled == [(1, 4)]
 
 
 def test_logits_at_and_return_hidden_agree_with_all_logits():
