@@ -1,13 +1,185 @@
-"""Process start: logging, which process talks, the compilation cache."""
+"""Process start: several processes as one, which of them talks, logging, the compilation cache."""
 
 import logging
 import os
 import pathlib
+import socket
+import threading
+import time
 
 import jax
+import numpy as np
 from etils import epath
 
 logger = logging.getLogger(__name__)
+
+_COORDINATOR = "JAX_COORDINATOR_ADDRESS"
+_NUM_PROCESSES = "JAX_NUM_PROCESSES"
+_PROCESS_ID = "JAX_PROCESS_ID"
+
+
+def initialize_distributed(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    detect: bool = False,
+    timeout_s: int = 300,
+) -> bool:
+    """Joins this process to the others of its run, through `jax.distributed`.
+
+    Call it before anything that starts JAX's backend. What an argument leaves open is taken from
+    the environment: `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID`. Where
+    neither says anything the process stays alone, unless `detect`. A run that was joined before
+    stays as it is.
+
+    Args:
+        coordinator: `host:port` of process 0, which the others can reach.
+        num_processes: processes of the run.
+        process_id: this one's number, from 0.
+        detect: ask the cluster for what is not given, as JAX does: a TPU pod slice, SLURM,
+            Open MPI, Kubernetes.
+        timeout_s: seconds to wait for the coordinator, and in it for all processes.
+
+    Returns:
+        Whether this process is one of a run's (of one process, perhaps).
+
+    Raises:
+        ValueError: settings that are malformed or half given, a cluster that JAX does not know, or
+            no meeting in time. After the last of these the process cannot try again.
+    """
+    if jax.distributed.is_initialized():
+        return True
+    coordinator = coordinator or os.environ.get(_COORDINATOR) or None
+    num_processes = _integer(_NUM_PROCESSES) if num_processes is None else num_processes
+    process_id = _integer(_PROCESS_ID) if process_id is None else process_id
+    flags = {
+        "--coordinator HOST:PORT": coordinator,
+        "--num-processes N": num_processes,
+        "--process-id I": process_id,
+    }
+    given = [flag for flag, value in flags.items() if value is not None]
+    if not given and not detect:
+        return False
+    deadline = time.monotonic() + timeout_s
+    if coordinator is not None and num_processes is not None and process_id is not None:
+        _check(coordinator, num_processes, process_id)
+        if process_id > 0:
+            _wait_for_coordinator(coordinator, deadline, timeout_s)
+    elif not detect:
+        raise ValueError(
+            f"distributed start: {' and '.join(given)} given, but not "
+            f"{' and '.join(flag for flag in flags if flag not in given)}. Give all three, as "
+            f"flags or in the environment ({_COORDINATOR}, {_NUM_PROCESSES}, {_PROCESS_ID}), or "
+            "--distributed to ask the cluster for the rest."
+        )
+    _join(coordinator, num_processes, process_id, detect=detect, deadline=deadline)
+    logger.info("process %d of %d", jax.process_index(), jax.process_count())
+    return True
+
+
+def _integer(variable: str) -> int | None:
+    text = os.environ.get(variable, "").strip()
+    if not text:
+        return None
+    if not text.isdecimal():
+        raise ValueError(f"{variable}: expected an integer in the environment, got {text!r}")
+    return int(text)
+
+
+def _check(coordinator: str, num_processes: int, process_id: int) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(
+            "coordinator: expected HOST:PORT of process 0, such as 10.0.0.1:8476, "
+            f"got {coordinator!r}"
+        )
+    if not 0 <= process_id < num_processes:
+        raise ValueError(
+            f"process_id: expected a number from 0 and below num_processes, got {process_id} "
+            f"of {num_processes}"
+        )
+
+
+def _join(
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    *,
+    detect: bool,
+    deadline: float,
+) -> None:
+    """`jax.distributed.initialize`, but what goes wrong is raised.
+
+    JAX's client aborts the process with a C++ trace when its own time is up. So it gets more time
+    than we have, in a thread of its own, and we stop waiting before.
+    """
+    failure: list[BaseException] = []
+    timeout_s = max(1.0, deadline - time.monotonic())
+
+    def connect() -> None:
+        try:
+            jax.distributed.initialize(
+                coordinator,
+                num_processes,
+                process_id,
+                initialization_timeout=int(timeout_s) + 3600,
+                # Where all is said, a cluster would only take all but one of our devices from us.
+                cluster_detection_method=None if detect else "deactivate",
+            )
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=connect, name="jax.distributed", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        raise ValueError(
+            f"distributed start: gave up after waiting {timeout_s:.0f} s for all processes"
+            f"{'' if coordinator is None else f' to meet at {coordinator}'}. Check that each of "
+            "them was started, with the same coordinator and number of processes and with its own "
+            "process id, and see what the others say."
+        )
+    if failure and coordinator is None and isinstance(failure[0], ValueError):
+        raise ValueError(
+            "--distributed: JAX recognises no cluster here; it knows TPU pod slices, SLURM, Open "
+            f"MPI and (with jax[k8s]) Kubernetes. It says: {failure[0]} Give --coordinator "
+            "HOST:PORT, --num-processes N and --process-id I."
+        ) from failure[0]
+    if failure:
+        raise ValueError(
+            f"distributed start: process {process_id} of {num_processes} could not join the run "
+            f"({failure[0]}). Is {coordinator} taken by another program, or the process id by "
+            "another process?"
+        ) from failure[0]
+
+
+def _wait_for_coordinator(coordinator: str, deadline: float, timeout_s: int) -> None:
+    host, _, port = coordinator.rpartition(":")
+    while True:
+        try:
+            left = max(1.0, deadline - time.monotonic())
+            socket.create_connection((host.strip("[]"), int(port)), timeout=left).close()
+            return
+        except OSError as error:
+            if time.monotonic() + 0.5 > deadline:
+                raise ValueError(
+                    f"coordinator: nothing answers at {coordinator} in {timeout_s} s ({error}). "
+                    "Check the address, that process 0 runs there, and that no firewall is between."
+                ) from error
+        time.sleep(0.5)
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """An array's values in this process's memory, also where its parts lie on other processes.
+
+    Those are gathered, so every process has to call this, in the same order.
+    """
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def is_main_process() -> bool:

@@ -5,6 +5,8 @@ import shlex
 import sys
 from typing import Any
 
+from swaa_jax.cli import process_args
+
 _SHIPPED = "tiny-retriever"
 _LENGTH, _HAYSTACK = 1024, "essay"
 _SOUND = 0.95
@@ -107,6 +109,7 @@ def add_parser(subparsers: Any) -> None:
     )
     model.add_argument("--markdown", metavar="FILE", help="write the table as Markdown too")
     model.add_argument("--verbose", action="store_true", help="log what is chosen and why")
+    process_args.add_process_arguments(parser, mesh=False)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -120,8 +123,7 @@ def run(args: argparse.Namespace) -> int:
     from swaa_jax.eval import plot, report, sweep
     from swaa_jax.storage import write_text_atomic
 
-    runtime.setup_logging("INFO" if args.verbose else "WARNING")
-    runtime.enable_compilation_cache()
+    process_args.start(args)
     settings = sweep.SweepSettings(
         num_samples=args.samples if args.samples is not None else 4 if args.quick else 16,
         length=args.length,
@@ -145,6 +147,8 @@ def run(args: argparse.Namespace) -> int:
     console.print(_introduction(args, settings, policies, dtype=dtype), highlight=False)
     with _progress_bar() as progress:
         results = sweep.run_sweep(model, tok, policies, settings, progress=progress)
+    if not runtime.is_main_process():
+        return 0
 
     record = report.to_record(
         results, command=_command(args), model=report.describe_model(model), dtype=dtype
@@ -242,4 +246,8 @@ def _progress_bar() -> Any:
 
         yield show
 
+    from swaa_jax import runtime
+
+    if not runtime.is_main_process():
+        return contextlib.nullcontext(lambda what, part: None)
     return bar() if sys.stderr.isatty() else lines()

@@ -6,6 +6,7 @@ import pathlib
 import sys
 from typing import Any
 
+from swaa_jax.cli import process_args
 from swaa_jax.cli.policy_args import add_policy_arguments, policy_from_args
 
 _EPILOG = """\
@@ -27,6 +28,12 @@ examples:
 
   swaa generate MODEL "one" "two" --json
       several prompts in one batch; a line of JSON each
+
+  swaa generate MODEL "Hi" --mesh fsdp=4,tensor=2
+      split over eight devices
+
+  swaa generate MODEL "Hi" --distributed
+      on every host of a TPU pod slice or in a SLURM job: split over all their devices
 """
 
 
@@ -91,6 +98,7 @@ def add_parser(subparsers: Any) -> None:
     )
 
     add_policy_arguments(parser)
+    process_args.add_process_arguments(parser, mesh=True)
 
     output = parser.add_argument_group("model and output")
     output.add_argument(
@@ -114,12 +122,12 @@ def run(args: argparse.Namespace) -> int:
     # Slow to import, hence not above: `swaa --help` stays fast.
     from swaa_jax import infer, load_model, load_tokenizer, runtime
 
-    runtime.setup_logging("INFO" if args.verbose else "WARNING")
-    runtime.enable_compilation_cache()
+    process_args.start(args)
     tok = load_tokenizer(args.model)
     chat = bool(tok.chat_template) if args.chat is None else args.chat
     prompts = [[{"role": "user", "content": text}] if chat else text for text in texts]
-    model = load_model(args.model, policy=policy, dtype=args.dtype)
+    mesh = process_args.mesh_from_args(args)
+    model = load_model(args.model, policy=policy, dtype=args.dtype, mesh=mesh)
 
     options = {
         "max_new_tokens": args.max_new_tokens,
@@ -140,11 +148,10 @@ def run(args: argparse.Namespace) -> int:
         print()
         generation = pieces.generation
     else:
-        generation = infer.generate(
-            model, tok, prompts, **options, progress=sys.stderr.isatty() and len(prompts) > 1
-        )
+        progress = runtime.is_main_process() and sys.stderr.isatty() and len(prompts) > 1
+        generation = infer.generate(model, tok, prompts, **options, progress=progress)
         _print_all(generation, texts, as_json=args.json)
-    if args.stats and generation is not None:
+    if args.stats and generation is not None and runtime.is_main_process():
         sys.stdout.flush()
         print(f"policy: {model.policy}", file=sys.stderr)
         print(generation.timings, file=sys.stderr)

@@ -27,6 +27,7 @@ from swaa_jax.attention import recast_caches
 from swaa_jax.infer.buckets import length_bucket, next_power_of_two, pad_right
 from swaa_jax.infer.sampling import SamplingParams, sample
 from swaa_jax.infer.stopping import AnswerRow
+from swaa_jax.runtime import to_host
 
 _TRACES: collections.Counter[str] = collections.Counter()
 
@@ -237,7 +238,7 @@ def decode_rows(
         jax.block_until_ready(_first(*first, num_candidates=num_candidates))
     start = time.perf_counter()
     token = _first(*first, num_candidates=num_candidates)
-    new_tokens = np.asarray(token)[None, :]
+    new_tokens = to_host(token)[None, :]
     clock.first_token_s = time.perf_counter() - start
 
     static = {
@@ -265,7 +266,7 @@ def decode_rows(
         start = time.perf_counter()
         tokens, steps, token, caches = _decode(*args, **static)
         num_steps = int(steps)
-        new_tokens = np.asarray(tokens)[:num_steps]
+        new_tokens = to_host(tokens)[:num_steps]
         clock.decode_s += time.perf_counter() - start
         clock.decode_steps += num_steps
         produced += num_steps

@@ -1,0 +1,111 @@
+"""How a command starts: alone or as one of several processes, on which mesh, with which cache."""
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+_MESH_HELP = (
+    "how the devices split the model: 'auto' (all along fsdp), or sizes such as fsdp=4,tensor=2 "
+    "that multiply to the number of devices. Default: one device; auto with several processes"
+)
+
+
+def add_process_arguments(parser: argparse.ArgumentParser, *, mesh: bool) -> None:
+    """Add the flags of process start, and `--mesh` where the command can use one."""
+    group = parser.add_argument_group(
+        "devices and processes",
+        "Alone on this machine by default. Several processes run the same command, each with its "
+        "own --process-id; process 0 prints and writes. The environment's JAX_COORDINATOR_ADDRESS, "
+        "JAX_NUM_PROCESSES and JAX_PROCESS_ID stand in for flags that are left out.",
+    )
+    if mesh:
+        group.add_argument("--mesh", metavar="SIZES", help=_MESH_HELP)
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is reached")
+    group.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process-id", type=int, metavar="I", help="this one's number, from 0")
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="ask the cluster for all this: a TPU pod slice, SLURM, Open MPI, Kubernetes",
+    )
+    group.add_argument(
+        "--distributed-timeout",
+        type=int,
+        default=300,
+        metavar="SECONDS",
+        help="how long to wait for the other processes, default 300",
+    )
+    group.add_argument(
+        "--no-compilation-cache",
+        action="store_true",
+        help="compile everything anew; by default compiled programs are kept in "
+        "JAX_COMPILATION_CACHE_DIR, else ~/.cache/swaa_jax/compiled",
+    )
+
+
+def start(args: argparse.Namespace) -> None:
+    """Set up logging, join the other processes if any, and set the compilation cache.
+
+    To be called before anything that starts JAX's backend. What other processes than 0 print from
+    here on is dropped; their errors, on stderr, are not.
+
+    Raises:
+        ValueError: settings that are malformed or half given, or processes that do not meet.
+    """
+    from swaa_jax import runtime
+
+    runtime.setup_logging("INFO" if args.verbose else "WARNING")
+    runtime.initialize_distributed(
+        args.coordinator,
+        args.num_processes,
+        args.process_id,
+        detect=args.distributed,
+        timeout_s=args.distributed_timeout,
+    )
+    if not args.no_compilation_cache:
+        runtime.enable_compilation_cache()
+    if not runtime.is_main_process():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def mesh_from_args(args: argparse.Namespace) -> "Mesh | str | None":
+    """What `load_model` takes as `mesh`; call `start` before.
+
+    Raises:
+        ValueError: a malformed `--mesh`, or sizes that do not fit the devices.
+    """
+    import jax
+
+    if args.mesh is None:
+        return "auto" if jax.process_count() > 1 else None
+    return args.mesh if args.mesh == "auto" else parse_mesh(args.mesh)
+
+
+def parse_mesh(text: str) -> "Mesh":
+    """A mesh over all devices from its axes' sizes.
+
+    >>> import jax
+    >>> parse_mesh(f"fsdp={jax.device_count()}").shape["fsdp"] == jax.device_count()
+    True
+
+    Raises:
+        ValueError: malformed, an unknown axis, or sizes that do not fit the devices.
+    """
+    import jax
+
+    from swaa_jax.sharding import MESH_AXES, make_mesh
+
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = (piece.strip() for piece in part.partition("="))
+        if axis not in MESH_AXES or not size.isdecimal() or axis in sizes:
+            raise ValueError(
+                f"--mesh: expected 'auto', or sizes such as fsdp=4,tensor=2 of some of "
+                f"{', '.join(MESH_AXES)}, got {text!r}"
+            )
+        sizes[axis] = int(size)
+    return make_mesh(jax.devices(), **sizes)

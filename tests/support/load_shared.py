@@ -1,0 +1,69 @@
+"""One process of several: loads a model split over all of them, and says what it read.
+
+    python tests/support/load_shared.py MODEL OUTPUT MESH...      MESH such as fsdp=2
+
+writes OUTPUT/<mesh>-<process>.npz and prints a line of JSON a mesh.
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+from flax import nnx
+
+import swaa_jax as swaa
+from swaa_jax import runtime
+from swaa_jax.cli.process_args import parse_mesh
+from swaa_jax.models import auto
+
+TOKENS = np.arange(48).reshape(4, 12)
+
+
+class SpyReader(auto.WeightReader):
+    """Counts each slice that it hands out by its own size, beside the reader's own count."""
+
+    opened: "SpyReader"
+
+    def __init__(self, *args, **keywords):
+        super().__init__(*args, **keywords)
+        self.handed_out = 0
+        SpyReader.opened = self
+
+    def read(self, *args, **keywords):
+        value = super().read(*args, **keywords)
+        self.handed_out += value.nbytes
+        return value
+
+
+def main() -> None:
+    model_path, output, *meshes = sys.argv[1:]
+    assert runtime.initialize_distributed(timeout_s=60)
+    auto.WeightReader = SpyReader
+    for text in meshes:
+        model = swaa.load_model(model_path, dtype="float32", mesh=parse_mesh(text))
+        reader = SpyReader.opened
+        params = jax.tree.leaves(nnx.state(model, nnx.Param))
+        own = sum(shard.data.nbytes for p in params for shard in unique_shards(p))
+        logits = runtime.to_host(nnx.jit(lambda model, tokens: model(tokens))(model, TOKENS))
+        process = jax.process_index()
+        np.save(pathlib.Path(output) / f"{text}-{process}.npy", logits)
+        record = {
+            "mesh": text,
+            "processes": jax.process_count(),
+            "bytes_read": reader.bytes_read,
+            "handed_out": reader.handed_out,
+            "own_bytes": own,
+            "all_bytes": sum(p.nbytes for p in params),
+        }
+        print(json.dumps(record), flush=True)
+
+
+def unique_shards(array: jax.Array) -> list[jax.Shard]:
+    """The parts that lie here, replicas once."""
+    return list({str(shard.index): shard for shard in array.addressable_shards}.values())
+
+
+if __name__ == "__main__":
+    main()

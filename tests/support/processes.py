@@ -1,0 +1,70 @@
+"""Several processes that JAX takes for one run, on this machine's CPU."""
+
+import dataclasses
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finished:
+    """What a process left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+def free_port() -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def environment(*, devices: int = 1, **more: str) -> dict[str, str]:
+    """This process's environment for a child with its own number of fake CPU devices."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    return {
+        **kept,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT),
+        **more,
+    }
+
+
+def run_together(
+    commands: Sequence[Sequence[str]],
+    *,
+    devices: int = 1,
+    timeout: float = 120,
+    variables: Sequence[Mapping[str, str]] | None = None,
+) -> list[Finished]:
+    """Run these arguments of Python side by side to their ends; none is left behind."""
+    running = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=environment(devices=devices, **(variables[index] if variables else {})),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index, command in enumerate(commands)
+    ]
+    try:
+        ends = [process.communicate(timeout=timeout) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    return [
+        Finished(code=process.returncode, out=out, err=err)
+        for process, (out, err) in zip(running, ends, strict=True)
+    ]
