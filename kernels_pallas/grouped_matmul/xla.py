@@ -4,6 +4,9 @@
 and keeps ``[E, M, D]`` copies of the rows (``benchmarks/moe_flops.py`` counts it).
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -60,6 +63,7 @@ class _Tiles:
         return group, start, mine
 
 
+@functools.partial(jax.jit, static_argnames=("tile", "transpose_w"))
 def _product(
     x: Array, w: Array, group_sizes: Array, tile: int, *, transpose_w: bool = False
 ) -> Array:
@@ -85,6 +89,7 @@ def _product(
     return zero_rows_of_no_group(out, group_sizes)
 
 
+@functools.partial(jax.jit, static_argnames="tile")
 def _weight_gradient(x: Array, dy: Array, group_sizes: Array, tile: int) -> Array:
     tiles = _Tiles(tile, group_sizes)
     rows, dy_rows = tiles.pad(x), tiles.pad(dy)
