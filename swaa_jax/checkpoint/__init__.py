@@ -7,6 +7,7 @@ from swaa_jax.checkpoint.hf import (
     read_config,
     read_generation_config,
     read_provenance,
+    with_dtype,
     write_attention_policy,
     write_config,
     write_generation_config,
@@ -14,8 +15,11 @@ from swaa_jax.checkpoint.hf import (
 )
 from swaa_jax.checkpoint.hub import open_checkpoint
 from swaa_jax.checkpoint.keymap import (
+    IGNORED,
     Transform,
     WeightRule,
+    cast_weight,
+    check_weights,
     dump_weights,
     expand,
     load_weights,
@@ -30,13 +34,16 @@ from swaa_jax.storage import CheckpointError
 
 __all__ = [
     "DEFAULT_MAX_SHARD_BYTES",
+    "IGNORED",
     "SHIPPED",
     "CheckpointError",
     "Origin",
     "Transform",
     "WeightReader",
     "WeightRule",
+    "cast_weight",
     "check_directory",
+    "check_weights",
     "checkpoint_origin",
     "copy_tokenizer_files",
     "dump_weights",
@@ -48,6 +55,7 @@ __all__ = [
     "read_config",
     "read_generation_config",
     "read_provenance",
+    "with_dtype",
     "write_attention_policy",
     "write_config",
     "write_generation_config",

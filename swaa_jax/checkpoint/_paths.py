@@ -57,7 +57,7 @@ def check_directory(directory: epath.PathLike) -> epath.Path:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where a checkpoint came from: a hub id and its commit, or a path without one."""
+    """Where a checkpoint came from: a hub id and its commit, or a path or name without one."""
 
     name: str
     commit: str | None = None
@@ -79,7 +79,8 @@ def checkpoint_origin(directory: epath.PathLike) -> Origin:
         and _COMMIT.fullmatch(path.name)
     ):
         return Origin(name="/".join(repository.split("--")[1:]), commit=path.name)
-    return Origin(name=os.fspath(path))
+    shipped = [name for name, place in SHIPPED.items() if place == path]
+    return Origin(name=shipped[0] if shipped else os.fspath(path))
 
 
 def read_json_object(path: epath.Path) -> dict[str, Any]:

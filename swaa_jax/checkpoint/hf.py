@@ -76,6 +76,15 @@ def write_config(directory: epath.PathLike, config: dict[str, Any]) -> None:
     write_json_atomic(epath.Path(directory) / CONFIG_FILE, config)
 
 
+def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The config of a checkpoint whose weights are of this dtype; the key's old name goes.
+
+    >>> with_dtype({"model_type": "qwen3", "torch_dtype": "bfloat16"}, "float32")
+    {'model_type': 'qwen3', 'dtype': 'float32'}
+    """
+    return {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
+
+
 def write_generation_config(directory: epath.PathLike, config: dict[str, Any]) -> None:
     """Writes `generation_config.json`."""
     write_json_atomic(epath.Path(directory) / GENERATION_CONFIG_FILE, config)

@@ -178,6 +178,45 @@ def load_weights(
             tied copies, all in one message.
         ValueError: a parameter has no row in the table.
     """
+    rows = check_weights(
+        reader,
+        rules,
+        num_layers=num_layers,
+        expected=expected,
+        optional=optional,
+        ignored=ignored,
+        tied=tied,
+    )
+    names = reader.names()
+    params: dict[str, jax.Array] = {}
+    previous: jax.Array | None = None
+    for path, (shape, dtype, sharding) in expected.items():
+        row = rows[path]
+        if names.isdisjoint(row.tensors(shape)):  # optional, as checked
+            continue
+        params[path] = _load(reader, row, shape, np.dtype(dtype), sharding)
+        if previous is not None:
+            # Transfers are asynchronous and hold their host buffers: keep one in flight, not all.
+            previous.block_until_ready()
+        previous = params[path]
+    return params
+
+
+def check_weights(
+    reader: WeightReader,
+    rules: Sequence[WeightRule],
+    *,
+    num_layers: int,
+    expected: Mapping[str, Expected],
+    optional: Collection[str] = frozenset(),
+    ignored: Collection[str] = (),
+    tied: Mapping[str, str] | None = None,
+) -> dict[str, WeightRule]:
+    """The checks of `load_weights` alone; the row of each parameter, in terms of what is stored.
+
+    Raises:
+        CheckpointError, ValueError: as `load_weights`.
+    """
     tied = dict(tied or {})
     rows = {row.ours: row for row in expand(rules, num_layers) if row.ours in expected}
     unmapped = [path for path in expected if path not in rows]
@@ -193,19 +232,7 @@ def load_weights(
             }
     _check(reader, rows, expected, optional, [*IGNORED, *ignored, *tied])
     _check_copies(reader, copies)
-
-    params: dict[str, jax.Array] = {}
-    previous: jax.Array | None = None
-    for path, (shape, dtype, sharding) in expected.items():
-        row = rows[path]
-        if names.isdisjoint(row.tensors(shape)):  # optional, as checked
-            continue
-        params[path] = _load(reader, row, shape, np.dtype(dtype), sharding)
-        if previous is not None:
-            # Transfers are asynchronous and hold their host buffers: keep one in flight, not all.
-            previous.block_until_ready()
-        previous = params[path]
-    return params
+    return rows
 
 
 def _no_row(paths: Iterable[str]) -> ValueError:
@@ -351,7 +378,7 @@ def _read_into(
         return
     target = row.transform.apply(out)  # as stored
     if not shape:
-        target[...] = _cast(reader, name, reader.read(name), out.dtype)
+        target[...] = cast_weight(reader, name, reader.read(name), out.dtype)
         return
     stored = row.transform.index(index)
     size = row.transform.shape(shape)[0]
@@ -362,7 +389,7 @@ def _read_into(
         value = reader.read(name, (slice(some.start, some.stop), *stored[1:]))
         whole = target[start : start + step]
         for block in range(0, len(some), _TURN_ROWS):
-            turned = _cast(reader, name, value[block : block + _TURN_ROWS], out.dtype)
+            turned = cast_weight(reader, name, value[block : block + _TURN_ROWS], out.dtype)
             whole[block : block + _TURN_ROWS] = turned
 
 
@@ -389,7 +416,12 @@ def _once_per_index(
     return read_once
 
 
-def _cast(reader: WeightReader, name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def cast_weight(reader: WeightReader, name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A tensor of the checkpoint in another dtype.
+
+    Raises:
+        CheckpointError: values that float16 does not reach.
+    """
     if value.dtype == dtype:
         return value
     with np.errstate(over="ignore"):

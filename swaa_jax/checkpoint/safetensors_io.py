@@ -2,11 +2,14 @@
 
 import dataclasses
 import os
+import re
+import stat
 from collections import Counter
 from collections.abc import Collection, Iterable
 
 import numpy as np
 from etils import epath
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from swaa_jax.checkpoint._header import DTYPES, TensorInfo, read_header
@@ -290,7 +293,7 @@ def write_safetensors(
 
     def flush() -> None:
         # The number of shards is not known yet: give each its final name at the end.
-        save_file(pending, _part(directory, len(shards)), metadata={"format": "pt"})
+        _save(pending, _part(directory, len(shards)))
         shards.append(list(pending))
         pending.clear()
 
@@ -314,6 +317,19 @@ def write_safetensors(
         raise CheckpointError(f"{directory}: there are no tensors to write.")
     flush()
     return _name_shards(directory, shards, total)
+
+
+def _save(tensors: dict[str, np.ndarray], path: str) -> None:
+    with open(path, "wb") as file:  # for the permissions of a new file, which the library narrows
+        mode = os.fstat(file.fileno()).st_mode
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), path) from error
+    os.chmod(path, stat.S_IMODE(mode))
 
 
 def _part(directory: epath.Path, number: int) -> str:

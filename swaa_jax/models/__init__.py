@@ -2,13 +2,16 @@
 
 from swaa_jax.models._causal_lm import CausalLM, HiddenStates, Prefill
 from swaa_jax.models.auto import FAMILIES, ModelFamily, load_model, model_from_config, save_model
+from swaa_jax.models.convert import Converted, convert_checkpoint
 
 __all__ = [
     "FAMILIES",
     "CausalLM",
+    "Converted",
     "HiddenStates",
     "ModelFamily",
     "Prefill",
+    "convert_checkpoint",
     "load_model",
     "model_from_config",
     "save_model",

@@ -89,32 +89,76 @@ def load_model(
         >>> model(jnp.array([[1, 2, 3]]), logits_at="last").shape == (1, model.config.vocab_size)
         True
     """
-    dtype = _check_dtype(dtype)
+    dtype = check_dtype(dtype)
     directory = checkpoint.open_checkpoint(path, revision)
-    family, config = _read_family(directory, config_overrides)
-    policy = _choose_policy(directory, config, policy)
     mesh = resolve_mesh(mesh)
+    plan = read_blueprint(
+        directory, policy=policy, dtype=dtype, mesh=mesh, config_overrides=config_overrides
+    )
+    arrays = checkpoint.load_weights(
+        WeightReader(directory),
+        plan.rules,
+        num_layers=plan.model.config.num_layers,
+        expected=plan.expected,
+        tied=plan.tied,
+    )
+    for name, param in plan.params.items():
+        param.set_value(arrays[_join(name)])
+    nnx.update(plan.model, nnx.from_flat_state(plan.params))
+    plan.model.source = Source(os.fspath(directory))
+    return plan.model
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blueprint:
+    """A checkpoint's model before its weights are read.
+
+    Attributes:
+        model: has shapes in place of arrays.
+        params: its parameters, by their paths in it.
+        expected: what the weights must be, as `checkpoint.load_weights` takes it.
+        rules: the family's table of weights.
+        tied: checkpoint names of copies, with what they copy; None for none.
+    """
+
+    model: CausalLM
+    params: dict[Any, Any]
+    expected: dict[str, Any]
+    rules: tuple[WeightRule, ...]
+    tied: Mapping[str, str] | None
+
+
+def read_blueprint(
+    directory: epath.Path,
+    *,
+    policy: AttentionPolicy | None,
+    dtype: jnp.dtype,
+    mesh: Mesh | None = None,
+    config_overrides: Mapping[str, Any] | None = None,
+) -> Blueprint:
+    """Reads a checkpoint's config and policy; no weights, and no memory for them.
+
+    Raises:
+        CheckpointError, ValueError, NotImplementedError: as `load_model`.
+    """
+    hf_config = checkpoint.read_config(directory)
+    family = _family(hf_config)
+    config = family.config_class.from_hf(hf_config, config_overrides)
+    policy = _choose_policy(directory, config, policy)
     model = nnx.eval_shape(
         lambda: family.model_class(config, policy=policy, dtype=dtype, mesh=mesh, rngs=nnx.Rngs(0))
     )
     params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    expected = {
-        _join(name): (tuple(param.shape), param.dtype, sharding_for(param, mesh))
-        for name, param in params.items()
-    }
-    arrays = checkpoint.load_weights(
-        WeightReader(directory),
-        family.weight_rules(config),
-        num_layers=config.num_layers,
-        expected=expected,
+    return Blueprint(
+        model=model,
+        params=params,
+        expected={
+            _join(name): (tuple(param.shape), param.dtype, sharding_for(param, mesh))
+            for name, param in params.items()
+        },
+        rules=family.weight_rules(config),
         tied=_TIED if config.tie_word_embeddings else None,
     )
-    for name, param in params.items():
-        param.set_value(arrays[_join(name)])
-    nnx.update(model, nnx.from_flat_state(params))
-    model.source = Source(os.fspath(directory))
-    return model
 
 
 def model_from_config(
@@ -135,7 +179,7 @@ def model_from_config(
     model = family.model_class(
         family.config_class.from_hf(hf_config),
         policy=policy,
-        dtype=_check_dtype(dtype),
+        dtype=check_dtype(dtype),
         mesh=mesh,
         initializer_range=hf_config.get("initializer_range", 0.02),
         rngs=nnx.Rngs(seed),
@@ -191,7 +235,7 @@ def save_model(
             target, model.policy.to_dict(), num_layers=config.num_layers
         )
         checkpoint.write_provenance(target, base=model.source, dtype=str(model.dtype))
-        checkpoint.write_config(target, {**config.to_hf(), "dtype": str(model.dtype)})
+        checkpoint.write_config(target, checkpoint.with_dtype(config.to_hf(), str(model.dtype)))
     return epath.Path(directory)
 
 
@@ -202,14 +246,6 @@ def _family(hf_config: Mapping[str, Any]) -> ModelFamily:
             f"config: model_type {model_type!r} is not supported; supported: {sorted(FAMILIES)}"
         )
     return FAMILIES[model_type]
-
-
-def _read_family(
-    directory: epath.Path, overrides: Mapping[str, Any] | None
-) -> tuple[ModelFamily, DecoderConfig]:
-    hf_config = checkpoint.read_config(directory)
-    family = _family(hf_config)
-    return family, family.config_class.from_hf(hf_config, overrides)
 
 
 def _choose_policy(
@@ -227,7 +263,8 @@ def _choose_policy(
     return chosen
 
 
-def _check_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
+def check_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
+    """A dtype that models can have, by name or as it is."""
     name = str(np.dtype(dtype)) if not isinstance(dtype, str) else dtype
     if name not in _DTYPES:
         raise ValueError(f"dtype: expected one of {list(_DTYPES)}, got {name!r}")

@@ -1,0 +1,155 @@
+"""`convert_checkpoint`: a checkpoint rewritten, tensor by tensor, without a model in memory."""
+
+import contextlib
+import dataclasses
+import fnmatch
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from swaa_jax import checkpoint
+from swaa_jax.checkpoint import WeightReader
+from swaa_jax.models.auto import check_dtype, read_blueprint
+from swaa_jax.policy import AttentionPolicy
+from swaa_jax.storage import atomic_directory, check_space, is_local
+from swaa_jax.typing import PathLike
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Converted:
+    """What was written: where, the files of weights, tensors and bytes in them."""
+
+    directory: epath.Path
+    files: tuple[str, ...]
+    num_tensors: int
+    nbytes: int
+
+
+def convert_checkpoint(
+    source: PathLike,
+    destination: PathLike,
+    *,
+    dtype: jnp.dtype | str | None = None,
+    max_shard_size: int = 5 * 10**9,
+    revision: str | None = None,
+    policy: AttentionPolicy | None = None,
+    config_overrides: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Converted:
+    """Write a checkpoint again: another place, dtype, size of shards, policy or config.
+
+    The names and shapes of the weights are checked against the model that `config.json` describes
+    before anything is written; what is written is there as a whole or not at all. Host memory is
+    one shard. Without `dtype` every tensor keeps its bits.
+
+    Args:
+        source: what `load_model` takes: a directory, local or in a bucket, a hub id, or a shipped
+            model's name.
+        destination: a directory, local or in a bucket.
+        dtype: of the weights: bfloat16, float16 or float32. None: as stored.
+        max_shard_size: bytes a safetensors file holds at most.
+        revision: of a hub id.
+        policy: to be kept in `attention_policy.json`. None: the source's.
+        config_overrides: config values under their HF names that replace the source's.
+        overwrite: replace the directory, once the new one is complete.
+        progress: show a bar on stderr.
+
+    Raises:
+        CheckpointError: the source is incomplete or contradicts itself, or the destination is
+            taken or cannot be written.
+        ValueError, NotImplementedError: as `load_model`.
+    """
+    wanted = None if dtype is None else check_dtype(dtype)
+    if max_shard_size <= 0:
+        raise ValueError(
+            f"max_shard_size: expected a positive number of bytes, got {max_shard_size}"
+        )
+    directory = checkpoint.open_checkpoint(source, revision)
+    plan = read_blueprint(
+        directory,
+        policy=policy,
+        dtype=jnp.dtype("float32") if wanted is None else wanted,
+        config_overrides=config_overrides,
+    )
+    config = plan.model.config
+    reader = WeightReader(directory)
+    checkpoint.check_weights(
+        reader, plan.rules, num_layers=config.num_layers, expected=plan.expected, tied=plan.tied
+    )
+    names = _names(reader)
+    dtypes = {name: reader.dtype(name) if wanted is None else np.dtype(wanted) for name in names}
+    sizes = {n: int(np.prod(reader.shape(n), dtype=np.int64)) * dtypes[n].itemsize for n in names}
+    total = sum(sizes.values())
+
+    with atomic_directory(destination, overwrite=overwrite) as target:
+        check_space(
+            target if is_local(epath.Path(destination)) else tempfile.gettempdir(),
+            total,
+            what=f"the checkpoint for {os.fspath(destination)}",
+            advice="Free some space, or choose another place (TMPDIR for a remote destination).",
+        )
+        with _progress_bar(total, show=progress) as advance:
+
+            def tensors() -> Iterator[tuple[str, np.ndarray]]:
+                for name in names:
+                    yield (
+                        name,
+                        checkpoint.cast_weight(reader, name, reader.read(name), dtypes[name]),
+                    )
+                    advance(sizes[name])
+
+            files = checkpoint.write_safetensors(target, tensors(), max_shard_size=max_shard_size)
+        generation_config = checkpoint.read_generation_config(directory)
+        if generation_config:
+            checkpoint.write_generation_config(target, generation_config)
+        checkpoint.copy_tokenizer_files(directory, target)
+        checkpoint.write_attention_policy(
+            target, plan.model.policy.to_dict(), num_layers=config.num_layers
+        )
+        stored = ", ".join(sorted({str(each) for each in dtypes.values()}))
+        checkpoint.write_provenance(target, base=directory, dtype=stored)
+        hf_config = config.to_hf()
+        if wanted is not None:
+            hf_config = checkpoint.with_dtype(hf_config, str(wanted))
+        checkpoint.write_config(target, hf_config)
+    logger.info("%d tensors, %.3f GB, in %s", len(names), total / 1e9, destination)
+    return Converted(
+        directory=epath.Path(destination),
+        files=tuple(files),
+        num_tensors=len(names),
+        nbytes=total,
+    )
+
+
+def _names(reader: WeightReader) -> list[str]:
+    """The tensors to write, in an order that reads one file after the other."""
+    names = [
+        name
+        for name in reader.names()
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in checkpoint.IGNORED)
+    ]
+    return sorted(names, key=lambda name: (reader.file(name).name, name))
+
+
+@contextlib.contextmanager
+def _progress_bar(total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, or nothing; gives the function that moves it on by some bytes."""
+    if not show:
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+    columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("converting", total=total)
+        yield lambda count: bar.advance(task, count)
