@@ -2,13 +2,17 @@
 a byte of the metadata) the same weights. Never another exception, a hang or a wrong load."""
 
 import json
+import os
 import pathlib
 import pickle
 import random
+import shutil
+import signal
 import struct
 
 import numpy as np
 import pytest
+from etils import epath
 
 from swaa_jax.checkpoint import (
     CheckpointError,
@@ -19,6 +23,7 @@ from swaa_jax.checkpoint import (
     read_config,
     write_safetensors,
 )
+from tests.support.bucket import bucket  # noqa: F401  (a fixture)
 
 INDEX = "model.safetensors.index.json"
 L, D, F, V = 2, 6, 10, 15
@@ -50,7 +55,7 @@ def _make(directory: pathlib.Path, *, sharded: bool) -> None:
     (directory / "config.json").write_text(json.dumps({"num_hidden_layers": L}))
 
 
-def _load(directory: pathlib.Path) -> dict[str, np.ndarray]:
+def _load(directory: epath.PathLike) -> dict[str, np.ndarray]:
     config = read_config(directory)
     assert config == {"num_hidden_layers": L}, "a damaged config cannot reach this far"
     params = load_weights(WeightReader(directory), RULES, num_layers=L, expected=EXPECTED)
@@ -116,9 +121,51 @@ def absent_file(rng: random.Random, path: pathlib.Path) -> None:
     path.unlink()
 
 
+def _edit_index(path: pathlib.Path, file: str, rng: random.Random) -> None:
+    """Has the index place one tensor in `file`; a checkpoint of one file gets an index first."""
+    index = path.parent / INDEX
+    if not index.exists():
+        names = [name for name in _header(path.read_bytes())[0] if name != "__metadata__"]
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(names, path.name)}))
+    record = json.loads(index.read_text())
+    record["weight_map"][rng.choice(sorted(record["weight_map"]))] = file
+    index.write_text(json.dumps(record))
+
+
+def index_names_absent_file(rng: random.Random, path: pathlib.Path) -> None:
+    _edit_index(path, "model-00009-of-00009.safetensors", rng)
+
+
+def index_names_file_outside(rng: random.Random, path: pathlib.Path) -> None:
+    shutil.copy(path, path.parent.parent / "elsewhere")
+    place = path.parent.parent / "elsewhere"
+    _edit_index(path, rng.choice(["../elsewhere", str(place), "./../elsewhere", ".."]), rng)
+
+
 def link_out(rng: random.Random, path: pathlib.Path) -> None:
     path.rename(path.parent.parent / "elsewhere")
     path.symlink_to(path.parent.parent / "elsewhere")
+
+
+def link_in_a_circle(rng: random.Random, path: pathlib.Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def pipe(rng: random.Random, path: pathlib.Path) -> None:
+    path.unlink()
+    os.mkfifo(path)  # who opens it waits for a writer
+
+
+def overlap(rng: random.Random, path: pathlib.Path) -> None:
+    header, data = _header(path.read_bytes())
+    names = [name for name in header if name != "__metadata__"]
+    one, other = rng.choice(names), rng.choice(names)
+    if one == other:  # a single tensor: moved past the end
+        header[one]["data_offsets"] = [n + len(data) for n in header[one]["data_offsets"]]
+    else:
+        header[one]["data_offsets"] = header[other]["data_offsets"]
+    _rewrite(path, header, data)
 
 
 def disguised_pickle(rng: random.Random, path: pathlib.Path) -> None:
@@ -147,30 +194,60 @@ DAMAGES = (
     swap_shape,
     wrong_dtype,
     absent_file,
+    index_names_absent_file,
+    index_names_file_outside,
     link_out,
+    link_in_a_circle,
+    pipe,
+    overlap,
     disguised_pickle,
     random_bytes,
     damage_index_or_config,
 )
+LOCAL_ONLY = (link_out, link_in_a_circle, pipe)
 MAY_BE_HARMLESS = (flip_header_byte, flip_header_bytes, damage_index_or_config)
-SEEDS = 33
+SEEDS = 100  # 6 or 7 of each kind
 
 
-def _check(directory: pathlib.Path, seed: int) -> bool:
-    """Damages the checkpoint by the seed; whether that was an error."""
+@pytest.fixture(autouse=True)
+def _no_hang():
+    def stop(*args):
+        raise AssertionError("hangs")
+
+    old = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 600)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, old)
+
+
+def _check(directory: pathlib.Path, seed: int, damages=DAMAGES, *, remote: str = "") -> bool:
+    """Damages the checkpoint by the seed; whether that was an error.
+
+    Args:
+        directory: where to make it.
+        seed: of the choice of damage and of what it does.
+        damages: to choose from.
+        remote: a directory in a bucket, to which the damaged checkpoint is copied and from which
+            it is read.
+    """
     rng = random.Random(seed)
-    damage = DAMAGES[seed % len(DAMAGES)]
+    damage = damages[seed % len(damages)]
     _make(directory, sharded=rng.random() < 0.5)
     want = _load(directory)
     damage(rng, rng.choice(sorted(directory.glob("*.safetensors"))))
+    place = remote or str(directory)
+    if remote:
+        for path in directory.iterdir():
+            (epath.Path(remote) / path.name).write_bytes(path.read_bytes())
     message, got = "", {}
     try:
-        got = _load(directory)
+        got = _load(epath.Path(place))
     except CheckpointError as error:
         message = str(error)
     if message:
         assert "\n" not in message
-        assert str(directory) in message
+        assert place in message
         return True
     assert damage in MAY_BE_HARMLESS
     for path, value in want.items():
@@ -183,7 +260,20 @@ def test_damage_is_an_error_or_harmless(tmp_path, seed):
     _check(tmp_path / "m", seed)
 
 
+REMOTE_DAMAGES = tuple(damage for damage in DAMAGES if damage not in LOCAL_ONLY)
+
+
+def test_damage_in_a_bucket(tmp_path, bucket):  # noqa: F811
+    for seed in range(SEEDS):
+        _check(tmp_path / str(seed), seed, REMOTE_DAMAGES, remote=f"gs://bucket/{seed}")
+
+
 @pytest.mark.slow
-def test_more_damage(tmp_path):
-    errors = [_check(tmp_path / str(seed), seed) for seed in range(SEEDS, 600)]
-    assert sum(errors) > 0.9 * len(errors)
+def test_more_damage(tmp_path, bucket):  # noqa: F811
+    seeds = range(SEEDS, 1000)
+    errors = [_check(tmp_path / str(seed), seed) for seed in seeds]
+    errors += [
+        _check(tmp_path / f"r{seed}", seed, REMOTE_DAMAGES, remote=f"gs://bucket/{seed}")
+        for seed in seeds
+    ]
+    assert sum(errors) > 0.85 * len(errors)
