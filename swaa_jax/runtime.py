@@ -170,12 +170,12 @@ def _wait_for_coordinator(coordinator: str, deadline: float, timeout_s: int) -> 
         time.sleep(0.5)
 
 
-def to_host(array: jax.Array) -> np.ndarray:
+def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
     """An array's values in this process's memory, also where its parts lie on other processes.
 
     Those are gathered, so every process has to call this, in the same order.
     """
-    if array.is_fully_addressable or array.is_fully_replicated:
+    if isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     from jax.experimental import multihost_utils
 
@@ -189,6 +189,18 @@ def is_main_process() -> bool:
     and `jax.distributed` are set up.
     """
     return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+    """Returns once every process of the run has come here; at once in a process that is alone.
+
+    Args:
+        what: the same on all, so that processes that went astray fail rather than hang.
+    """
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
 
 
 def setup_logging(level: int | str = logging.INFO, *, rich: bool = True) -> None:

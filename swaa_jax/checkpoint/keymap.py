@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from swaa_jax.checkpoint.safetensors_io import WEIGHT_DTYPES, Index, WeightReader
+from swaa_jax.runtime import to_host
 from swaa_jax.storage import CheckpointError, listing
 
 Expected = tuple[tuple[int, ...], Any, jax.sharding.Sharding | None]
@@ -446,8 +447,11 @@ def dump_weights(
     """The inverse of `load_weights`: (checkpoint name, array in its stored layout), in the table's
     order, one at a time. Dtypes are the parameters'; feed it to `write_safetensors`.
 
+    A parameter that is spread over several processes is gathered in each of them, so all of them
+    have to take all tensors; one then writes.
+
     Raises:
-        ValueError: a parameter has no row in the table, or is spread over other processes.
+        ValueError: a parameter has no row in the table.
     """
     rows = expand(rules, num_layers)
     unmapped = set(params) - {row.ours for row in rows}
@@ -458,20 +462,10 @@ def dump_weights(
         if row.ours not in params:
             continue
         if row.part is None:
-            value = _on_host(params, row.ours)
+            value = to_host(params[row.ours])
             stack = value if row.stacked else (value,)
             for name, tensor in zip(row.tensors(value.shape), stack, strict=True):
                 yield name, row.transform.apply(tensor)
         elif row is fused[row.hf][0]:  # all parts at once, where the first one stands
-            parts = [part.transform.apply(_on_host(params, part.ours)) for part in fused[row.hf]]
+            parts = [part.transform.apply(to_host(params[part.ours])) for part in fused[row.hf]]
             yield row.hf, np.concatenate(parts)
-
-
-def _on_host(params: Mapping[str, jax.Array | np.ndarray], path: str) -> np.ndarray:
-    value = params[path]
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
-        raise ValueError(
-            f"params: expected {path!r} on this process's devices, got an array spread "
-            "over several processes. Replicate it first."
-        )
-    return np.asarray(value)

@@ -1,5 +1,6 @@
 """`load_model` and `save_model`: a checkpoint directory in HF layout to a model and back."""
 
+import collections
 import dataclasses
 import logging
 import os
@@ -20,6 +21,7 @@ from swaa_jax.models._causal_lm import CausalLM
 from swaa_jax.models._config import DecoderConfig
 from swaa_jax.models._source import Source
 from swaa_jax.policy import AttentionPolicy
+from swaa_jax.runtime import is_main_process, wait_for_all
 from swaa_jax.sharding import resolve_mesh, sharding_for
 from swaa_jax.storage import atomic_directory
 from swaa_jax.typing import PathLike
@@ -203,7 +205,8 @@ def save_model(
     """Save in HF layout, so that Transformers and `load_model` read it; all of it or nothing.
 
     Writes `config.json`, `generation_config.json`, safetensors shards with their index, the
-    tokenizer's files, `attention_policy.json` and `provenance.json`.
+    tokenizer's files, `attention_policy.json` and `provenance.json`. Of several processes all have
+    to call it, since each holds a part of the model; process 0 writes.
 
     Args:
         model: its parameters are stored in their own dtype.
@@ -221,6 +224,10 @@ def save_model(
     state = nnx.to_flat_state(nnx.state(model, nnx.Param))
     params = {_join(name): param.get_value() for name, param in state}
     tensors = checkpoint.dump_weights(params, family.weight_rules(config), config.num_layers)
+    if not is_main_process():
+        collections.deque(tensors, maxlen=0)  # to gather what is spread over the processes
+        wait_for_all("save_model")
+        return epath.Path(directory)
     with atomic_directory(directory, overwrite=overwrite) as target:
         checkpoint.write_safetensors(target, tensors, max_shard_size=max_shard_size)
         if model.source is not None:
@@ -236,6 +243,7 @@ def save_model(
         )
         checkpoint.write_provenance(target, base=model.source, dtype=str(model.dtype))
         checkpoint.write_config(target, checkpoint.with_dtype(config.to_hf(), str(model.dtype)))
+    wait_for_all("save_model")
     return epath.Path(directory)
 
 

@@ -2,7 +2,8 @@
 
     python tests/support/load_shared.py MODEL OUTPUT MESH...      MESH such as fsdp=2
 
-writes OUTPUT/<mesh>-<process>.npz and prints a line of JSON a mesh.
+For each mesh: the logits in OUTPUT/<mesh>-<process>.npy, the model saved again in OUTPUT/<mesh>, a
+line of JSON.
 """
 
 import json
@@ -49,6 +50,7 @@ def main() -> None:
         logits = runtime.to_host(nnx.jit(lambda model, tokens: model(tokens))(model, TOKENS))
         process = jax.process_index()
         np.save(pathlib.Path(output) / f"{text}-{process}.npy", logits)
+        swaa.save_model(model, pathlib.Path(output) / text)
         record = {
             "mesh": text,
             "processes": jax.process_count(),

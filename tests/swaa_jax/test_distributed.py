@@ -11,6 +11,7 @@ import pytest
 
 import swaa_jax as swaa
 from swaa_jax import runtime
+from swaa_jax.checkpoint import WeightReader
 from swaa_jax.cli import main
 from tests.support import byte_tokenizer, load_shared, processes
 from tests.support.random_models import random_model
@@ -48,7 +49,9 @@ def lines(text: str) -> list[str]:
 
 
 def test_two_processes_share_a_model(saved, tmp_path):
-    """Each reads what it needs, no more than 60%; the logits are those of one process."""
+    """Each reads what it needs, no more than 60%; the logits are those of one process. Saved again
+    by both, every tensor is what it was.
+    """
     meshes = ("fsdp=2", "tensor=2")
     ends = start_two("tests/support/load_shared.py", str(saved), str(tmp_path), *meshes)
     for end in ends:
@@ -66,6 +69,12 @@ def test_two_processes_share_a_model(saved, tmp_path):
             logits = np.load(tmp_path / f"{record['mesh']}-{process}.npy")
             # float32; partial sums over the processes are added in another order.
             np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4)
+    before = WeightReader(saved)
+    for mesh in meshes:
+        after = WeightReader(tmp_path / mesh)
+        assert after.names() == before.names()
+        for name in before.names():
+            np.testing.assert_array_equal(after.read(name), before.read(name), err_msg=name)
 
 
 def test_two_processes_answer_a_prompt(saved, capsys):
