@@ -19,6 +19,7 @@ from swaa_jax.checkpoint import WeightReader, WeightRule
 from swaa_jax.models import llama, qwen3
 from swaa_jax.models._causal_lm import CausalLM
 from swaa_jax.models._config import DecoderConfig
+from swaa_jax.models._config_types import check_config_types
 from swaa_jax.models._source import Source
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.runtime import is_main_process, wait_for_all
@@ -144,6 +145,7 @@ def read_blueprint(
         CheckpointError, ValueError, NotImplementedError: as `load_model`.
     """
     hf_config = checkpoint.read_config(directory)
+    check_config_types({**hf_config, **(config_overrides or {})})
     family = _family(hf_config)
     config = family.config_class.from_hf(hf_config, config_overrides)
     policy = _choose_policy(directory, config, policy)
