@@ -5,12 +5,14 @@ Downloading, its cache and its settings (`HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT`, `
 travel, and one paragraph for each way in which it can fail.
 """
 
+import contextlib
 import dataclasses
 import errno
 import logging
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -185,19 +187,21 @@ class _Repository:
             def __init__(self, *args: Any, **kwargs: Any):
                 super().__init__(*args, **{**kwargs, "disable": True})
 
+        show = show and is_main_process() and (sys.stderr.isatty() or "ipykernel" in sys.modules)
         folder = _cache_folder(self.repo_id)
         directory = folder / "snapshots" / commit
         missing = [name for name in names if not (directory / name).exists()]
         if missing or not directory.exists():
             self._check_space(folder, [files[name] for name in missing])
             try:
-                got = snapshot_download(
-                    self.repo_id,
-                    revision=commit,
-                    allow_patterns=[_exactly(name) for name in names],
-                    library_name="swaa_jax",
-                    tqdm_class=None if show and is_main_process() else Silent,
-                )
+                with _retries_told_once():
+                    got = snapshot_download(
+                        self.repo_id,
+                        revision=commit,
+                        allow_patterns=[_exactly(name) for name in names],
+                        library_name="swaa_jax",
+                        tqdm_class=None if show else Silent,
+                    )
             except Exception as error:
                 raise CheckpointError(self._explain(error)) from error
             directory = pathlib.Path(got)
@@ -383,6 +387,27 @@ def _cache_folder(repo_id: str) -> pathlib.Path:
 
     folder = repo_folder_name(repo_id=repo_id, repo_type="model")
     return pathlib.Path(constants.HF_HUB_CACHE).expanduser().resolve() / folder
+
+
+@contextlib.contextmanager
+def _retries_told_once() -> Iterator[None]:
+    """The library warns of every retry of every file; the first is enough to know why it takes."""
+    told: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if not told:
+            told.append(record.getMessage())
+            logger.info("trying again: %s", told[0])
+        return False
+
+    loggers = [logging.getLogger(f"huggingface_hub.{n}") for n in ("utils._http", "file_download")]
+    for each in loggers:
+        each.addFilter(keep)
+    try:
+        yield
+    finally:
+        for each in loggers:
+            each.removeFilter(keep)
 
 
 def _exactly(name: str) -> str:

@@ -133,13 +133,16 @@ def test_branches_tags_and_commits(hub, files, tmp_path):
 
 
 def test_a_download_goes_on_where_it_broke(hub, files):
-    hub.add(REPO, files)
+    commit = hub.add(REPO, files)
     hub.faults = [(r"GET /cdn/.*model-00002", 500, {})]
     assert "status 500" in failure(REPO)
     hub.faults = []
-    sent = hub.sent
+    hub.log.clear()
+    snapshot = pathlib.Path(constants.HF_HUB_CACHE) / "models--org--tiny" / "snapshots" / commit
+    complete = {path.name for path in snapshot.iterdir()}
+    assert "config.json" in complete
     open_checkpoint(REPO)
-    assert hub.sent - sent == len(files["model-00002-of-00003.safetensors"])
+    assert hub.fetched() == set(files) - complete
 
 
 def test_a_moved_branch_is_followed(hub, files, tmp_path):
@@ -244,6 +247,15 @@ def test_each_refusal_has_its_own_words(hub, files, faults, expected):
     message = failure(REPO)
     for text in (REPO, *expected):
         assert text in message
+
+
+def test_retries_do_not_drown_the_error(hub, files, caplog):
+    hub.add(REPO, files)
+    hub.faults = [("resolve", 429, {})]
+    with caplog.at_level(logging.INFO):
+        failure(REPO)
+    assert caplog.text.count("thrown while requesting") == 1
+    assert "trying again: HTTP Error 429" in caplog.text
 
 
 def test_an_answer_that_is_no_hubs(hub, files):

@@ -188,6 +188,12 @@ def test_links_into_the_hub_cache_are_followed(tmp_path):
     (repo / "blobs" / "sha").write_text("x")
     (repo / "refs").write_text("not a blob")
     (snapshot / "good").symlink_to("../../blobs/sha")
+    shared = tmp_path / "blobs" / "ab"  # of all repositories: newer versions of the cache
+    shared.mkdir(parents=True)
+    (shared / "ab12").write_text("x")
+    (repo / "blobs" / "etag").symlink_to("../../blobs/ab/ab12")
+    (snapshot / "shared").symlink_to("../../blobs/etag")
+    assert resolve_inside(snapshot, "shared").read_text() == "x"
     (snapshot / "bad").symlink_to("../../refs")
     assert resolve_inside(snapshot, "good").read_text() == "x"
     with pytest.raises(CheckpointError, match="outside"):
