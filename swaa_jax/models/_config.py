@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from swaa_jax.models._rope import RopeConfig, parse_rope
+from swaa_jax.models._rope import SCALINGS, RopeConfig, YarnScaling, parse_rope
 from swaa_jax.policy import AttentionPolicy
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
@@ -22,6 +22,9 @@ class DecoderConfig:
 
     model_type: ClassVar[str]
     architecture: ClassVar[str]
+    activation_field: ClassVar[str] = "hidden_act"
+    tied_by_default: ClassVar[bool] = False
+    rope_types: ClassVar[tuple[str, ...]] = tuple(SCALINGS)
 
     vocab_size: int
     num_layers: int
@@ -91,7 +94,7 @@ class DecoderConfig:
             NotImplementedError: a value that this library does not support.
         """
         hf = {**hf, **_override(hf, overrides or {}, known=cls.hf_fields())}
-        missing = [key for key in _REQUIRED if hf.get(key) is None]
+        missing = [key for key in (*_REQUIRED, cls.activation_field) if hf.get(key) is None]
         if missing:
             raise ValueError(
                 f"config: expected {missing} for model_type {cls.model_type!r}, got none; "
@@ -99,6 +102,7 @@ class DecoderConfig:
             )
         num_heads = hf["num_attention_heads"]
         eos = hf.get("eos_token_id")
+        rope = parse_rope(cls.rope_settings(hf), cls.rope_types)
         return cls(
             vocab_size=hf["vocab_size"],
             num_layers=hf["num_hidden_layers"],
@@ -106,11 +110,11 @@ class DecoderConfig:
             intermediate_size=hf["intermediate_size"],
             num_heads=num_heads,
             num_kv_heads=hf.get("num_key_value_heads") or num_heads,
-            max_position_embeddings=hf["max_position_embeddings"],
+            max_position_embeddings=_context(hf, rope, overrides or {}),
             rms_norm_eps=hf["rms_norm_eps"],
-            rope=parse_rope(hf),
-            hidden_act=hf["hidden_act"],
-            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            rope=rope,
+            hidden_act=hf[cls.activation_field],
+            tie_word_embeddings=bool(hf.get("tie_word_embeddings", cls.tied_by_default)),
             bos_token_id=hf.get("bos_token_id"),
             eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
             pad_token_id=hf.get("pad_token_id"),
@@ -126,37 +130,58 @@ class DecoderConfig:
     @classmethod
     def hf_fields(cls) -> frozenset[str]:
         """HF names of the fields that this family reads, hence those that can be overridden."""
-        return _COMMON_FIELDS
+        return _COMMON_FIELDS | {cls.activation_field}
+
+    @classmethod
+    def rope_settings(cls, hf: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Where `parse_rope` finds the settings of the (full-attention) layers' rope."""
+        return hf
 
     def to_hf(self) -> dict[str, Any]:
         """The HF `config.json` of this model, every unread field included."""
         return {**json.loads(self.hf_json), "architectures": [self.architecture]}
 
 
-def windowed_layers_policy(hf: Mapping[str, Any]) -> AttentionPolicy:
-    """The policy of a config with `use_sliding_window`, `sliding_window` and, per layer,
-    `layer_types` or the older `max_window_layers` (layers from that index on are windowed).
+def layer_kinds_policy(
+    hf: Mapping[str, Any], kinds: Sequence[str] | None, window: int | None
+) -> AttentionPolicy:
+    """The policy of a config that names each layer's kind; None: all layers are windowed.
 
     HF's window counts the query itself, as ours does.
     """
+    num_layers = hf["num_hidden_layers"]
+    named = [WINDOWED] * num_layers if kinds is None else list(kinds)
+    unknown = sorted(set(named) - {FULL, WINDOWED})
+    if len(named) != num_layers or unknown:
+        raise ValueError(
+            f"config: layer_types expected {num_layers} entries of {FULL!r} or {WINDOWED!r}, got "
+            f"{len(named)}{f' with {unknown}' if unknown else ''}"
+        )
+    full = tuple(index for index, kind in enumerate(named) if kind == FULL)
+    if window is None or len(full) == num_layers:
+        return AttentionPolicy()
+    return AttentionPolicy(window=window, full_attention_layers=full)
+
+
+def windowed_layers_policy(hf: Mapping[str, Any]) -> AttentionPolicy:
+    """The policy of a config with `use_sliding_window`, `sliding_window` and, per layer,
+    `layer_types` or the older `max_window_layers` (layers from that index on are windowed).
+    """
     if not hf.get("use_sliding_window") or hf.get("sliding_window") is None:
         return AttentionPolicy()
-    num_layers = hf["num_hidden_layers"]
     kinds = hf.get("layer_types")
     if kinds is None:
         if hf.get("max_window_layers") is None:
             raise ValueError(
                 "config: use_sliding_window needs layer_types or max_window_layers, got neither"
             )
-        full = range(min(hf["max_window_layers"], num_layers))
-    else:
-        if len(kinds) != num_layers:
-            raise ValueError(f"config: layer_types expected {num_layers} entries, got {len(kinds)}")
-        full = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
-    if len(full) == num_layers:
-        return AttentionPolicy()
-    return AttentionPolicy(window=hf["sliding_window"], full_attention_layers=tuple(full))
+        num_full = min(hf["max_window_layers"], hf["num_hidden_layers"])
+        kinds = [FULL] * num_full + [WINDOWED] * (hf["num_hidden_layers"] - num_full)
+    return layer_kinds_policy(hf, kinds, hf["sliding_window"])
 
+
+FULL, WINDOWED = "full_attention", "sliding_attention"
+"""What Transformers calls the two kinds of layers."""
 
 _REQUIRED = (
     "vocab_size",
@@ -166,7 +191,6 @@ _REQUIRED = (
     "num_attention_heads",
     "max_position_embeddings",
     "rms_norm_eps",
-    "hidden_act",
 )
 _ROPE_FIELDS = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
 _COMMON_FIELDS = (
@@ -197,11 +221,25 @@ def _override(
     changed = dict(overrides)
     if not _ROPE_FIELDS.intersection(overrides):
         return changed
+    stored = hf.get("rope_parameters") or {}
+    by_kind = FULL in stored  # one dict for each kind of layer
     if "rope_parameters" in overrides:
         rope = dict(overrides["rope_parameters"] or {})
     else:
-        theta = (hf.get("rope_parameters") or {}).get("rope_theta", hf.get("rope_theta"))
-        scaling = overrides.get("rope_scaling", hf.get("rope_scaling") or hf.get("rope_parameters"))
+        current = stored[FULL] if by_kind else stored
+        theta = current.get("rope_theta", hf.get("rope_theta"))
+        scaling = overrides.get("rope_scaling", hf.get("rope_scaling") or current)
         rope = {**(scaling or {}), "rope_theta": overrides.get("rope_theta", theta)}
+    if by_kind and FULL not in rope:
+        rope = {**stored, FULL: rope}
     # One form only in the result, so that no stale field contradicts it.
     return {**changed, "rope_parameters": rope, "rope_scaling": None, "rope_theta": None}
+
+
+def _context(hf: Mapping[str, Any], rope: RopeConfig, overrides: Mapping[str, Any]) -> int:
+    """The longest context: longer than the file says if YaRN was asked for in an override."""
+    stated = hf["max_position_embeddings"]
+    asked = _ROPE_FIELDS.intersection(overrides) and "max_position_embeddings" not in overrides
+    if asked and isinstance(rope.scaling, YarnScaling):
+        return max(stated, int(rope.scaling.factor * rope.scaling.original_max_position_embeddings))
+    return stated

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,19 +36,82 @@ class Llama3Scaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071): slow pairs are interpolated, fast ones kept, a ramp between them;
+    cosines and sines grow by `attention_factor`.
+
+    Attributes:
+        factor: how many times longer the context becomes.
+        original_max_position_embeddings: the context that the model was first trained on.
+        beta_fast, beta_slow: a pair that turns more than beta_fast times over the original context
+            is kept, one that turns less than beta_slow times is interpolated.
+        attention_factor: None: 0.1 ln(factor) + 1, or what `mscale` and `mscale_all_dim` give.
+        mscale, mscale_all_dim: DeepSeek's way to say the same.
+        truncate: round the ends of the ramp to whole pairs.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def ramp(self, theta: float, head_dim: int) -> np.ndarray:
+        """0 for the pairs that are kept, 1 for those that are interpolated, float32 `[H / 2]`."""
+
+        def pair(turns: float) -> float:  # the (real-valued) pair that turns so often
+            wavelength = self.original_max_position_embeddings / (turns * 2 * math.pi)
+            return head_dim * math.log(wavelength) / (2 * math.log(theta))
+
+        low, high = pair(self.beta_fast), pair(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        width = high - low if high != low else 0.001
+        pairs = np.arange(head_dim // 2, dtype=np.float32)
+        return np.clip((pairs - np.float32(low)) / np.float32(width), 0, 1)
+
+    @property
+    def magnitude(self) -> float:
+        """What cosines and sines are multiplied by."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+
+        def growth(mscale: float) -> float:
+            return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
+
+        if self.mscale and self.mscale_all_dim:
+            return growth(self.mscale) / growth(self.mscale_all_dim)
+        return growth(1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
     """The rotary embedding's base (wavelengths run from 2 pi to 2 pi theta) and scaling."""
 
     theta: float
-    scaling: LinearScaling | Llama3Scaling | None = None
+    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
 
 
-_SCALINGS = {"default": None, "linear": LinearScaling, "llama3": Llama3Scaling}
+SCALINGS = {
+    "default": None,
+    "linear": LinearScaling,
+    "llama3": Llama3Scaling,
+    "yarn": YarnScaling,
+}
+_REFUSED = dict.fromkeys(
+    ("dynamic", "longrope", "su"),
+    "its frequencies depend on the length of the input, so that keys in a cache would be rotated "
+    "by other angles than the queries that come later",
+)
 _IGNORED_KEYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 
 
-def parse_rope(hf: Mapping[str, Any]) -> RopeConfig:
-    """The rope settings of an HF config, old form or new.
+def parse_rope(hf: Mapping[str, Any], supported: Collection[str] = tuple(SCALINGS)) -> RopeConfig:
+    """The rope settings of an HF config, old form or new; `supported` are the family's types.
 
     Old: `rope_theta` and `rope_scaling` (whose type is under `rope_type` or `type`) at the top.
     New (Transformers 5): `rope_parameters`, one dict that holds both.
@@ -83,27 +146,35 @@ def parse_rope(hf: Mapping[str, Any]) -> RopeConfig:
             f"config: partial_rotary_factor={partial} is not supported; only whole heads rotate"
         )
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    if rope_type not in _SCALINGS:
+    if rope_type not in supported:
+        reason = f": {_REFUSED[rope_type]}" if rope_type in _REFUSED else ""
         raise NotImplementedError(
-            f"config: rope type {rope_type!r} is not supported; supported: {list(_SCALINGS)}"
+            f"config: rope type {rope_type!r} is not supported{reason}; "
+            f"supported here: {list(supported)}"
         )
-    scaling_class = _SCALINGS[rope_type]
-    wanted = [field.name for field in dataclasses.fields(scaling_class)] if scaling_class else []
+    scaling_class = SCALINGS[rope_type]
+    if scaling_class is YarnScaling:  # as Transformers does where a file leaves it out
+        context = hf.get("max_position_embeddings")
+        scaling.setdefault("original_max_position_embeddings", context)
+    fields = dataclasses.fields(scaling_class) if scaling_class else ()
+    wanted = [field.name for field in fields if field.default is dataclasses.MISSING]
     missing = [key for key in wanted if scaling.get(key) is None]
-    unknown = sorted(set(scaling) - set(wanted) - _IGNORED_KEYS)
+    unknown = sorted(set(scaling) - {field.name for field in fields} - _IGNORED_KEYS)
     if missing or unknown:
         raise ValueError(
             f"config: rope type {rope_type!r} expects {wanted}; "
             f"missing {missing}, not understood {unknown}"
         )
-    chosen = scaling_class(**{key: scaling[key] for key in wanted}) if scaling_class else None
-    return RopeConfig(theta=float(theta), scaling=chosen)
+    given = {f.name: scaling[f.name] for f in fields if scaling.get(f.name) is not None}
+    return RopeConfig(theta=float(theta), scaling=scaling_class(**given) if scaling_class else None)
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     """Radians a position for each of the head_dim / 2 rotated pairs, float32 `[H / 2]`."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = np.float32(1.0) / np.power(np.float32(rope.theta), exponents)
+    # Powers rounded once, as torch's are: an error in the last bit here grows with the position.
+    wavelengths = np.power(np.float64(rope.theta), exponents.astype(np.float64))
+    frequencies = np.float32(1.0) / wavelengths.astype(np.float32)
     match rope.scaling:
         case None:
             return frequencies
@@ -118,6 +189,10 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
             keep = np.clip(keep, 0.0, 1.0)
             blended = (1 - keep) * frequencies / scaling.factor + keep * frequencies
             return blended.astype(np.float32)
+        case YarnScaling() as scaling:
+            ramp = scaling.ramp(rope.theta, head_dim)
+            slow = frequencies / np.float32(scaling.factor)
+            return slow * ramp + frequencies * (1 - ramp)
 
 
 def rotation(
@@ -126,7 +201,8 @@ def rotation(
     """Cosine and sine of every position's angles, each angle twice (HF's half-split layout)."""
     angles = positions.astype(jnp.float32)[:, :, None] * inverse_frequencies(rope, head_dim)
     angles = jnp.concatenate([angles, angles], axis=-1)
-    return jnp.cos(angles), jnp.sin(angles)
+    magnitude = rope.scaling.magnitude if isinstance(rope.scaling, YarnScaling) else 1.0
+    return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
 
 
 def rotate(

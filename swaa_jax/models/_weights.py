@@ -1,5 +1,8 @@
 """Rows of the weight tables that decoder families share: HF name, our path, transform."""
 
+import dataclasses
+from collections.abc import Mapping
+
 from swaa_jax.checkpoint.keymap import Transform, WeightRule
 from swaa_jax.models._config import DecoderConfig
 
@@ -11,6 +14,16 @@ def linear(name: str, *, bias: bool = False) -> tuple[WeightRule, ...]:
     rules = [_rule(f"{name}.weight", f"{name}.kernel", Transform.TRANSPOSE)]
     if bias:
         rules.append(_rule(f"{name}.bias", f"{name}.bias", Transform.IDENTITY))
+    return tuple(rules)
+
+
+def fused(name: str, parts: Mapping[str, int]) -> tuple[WeightRule, ...]:
+    """A layer's projections that HF stores as one, top to bottom, with each one's output width."""
+    rules, start = [], 0
+    for ours, width in parts.items():
+        rule = _rule(f"{name}.weight", f"{ours}.kernel", Transform.TRANSPOSE)
+        rules.append(dataclasses.replace(rule, part=(start, start + width)))
+        start += width
     return tuple(rules)
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from swaa_jax import checkpoint
 from swaa_jax.checkpoint import WeightReader, WeightRule
-from swaa_jax.models import llama, qwen3
+from swaa_jax.models import gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe
 from swaa_jax.models._causal_lm import CausalLM
 from swaa_jax.models._config import DecoderConfig
 from swaa_jax.models._config_types import check_config_types
@@ -40,16 +40,19 @@ class ModelFamily:
 
 
 FAMILIES: Mapping[str, ModelFamily] = {
-    "llama": ModelFamily(
-        config_class=llama.LlamaConfig,
-        model_class=llama.LlamaForCausalLM,
-        weight_rules=llama.weight_rules,
-    ),
-    "qwen3": ModelFamily(
-        config_class=qwen3.Qwen3Config,
-        model_class=qwen3.Qwen3ForCausalLM,
-        weight_rules=qwen3.weight_rules,
-    ),
+    config_class.model_type: ModelFamily(
+        config_class=config_class, model_class=model_class, weight_rules=weight_rules
+    )
+    for config_class, model_class, weight_rules in (
+        (gemma3.Gemma3Config, gemma3.Gemma3ForCausalLM, gemma3.weight_rules),
+        (llama.LlamaConfig, llama.LlamaForCausalLM, llama.weight_rules),
+        (mistral.MistralConfig, mistral.MistralForCausalLM, mistral.weight_rules),
+        (mistral.MinistralConfig, mistral.MistralForCausalLM, mistral.weight_rules),
+        (phi3.Phi3Config, phi3.Phi3ForCausalLM, phi3.weight_rules),
+        (qwen2.Qwen2Config, qwen2.Qwen2ForCausalLM, qwen2.weight_rules),
+        (qwen3.Qwen3Config, qwen3.Qwen3ForCausalLM, qwen3.weight_rules),
+        (qwen3_moe.Qwen3MoeConfig, qwen3_moe.Qwen3MoeForCausalLM, qwen3_moe.weight_rules),
+    )
 }
 """Families by the `model_type` of their HF config. A new one is an entry here and a folder."""
 

@@ -27,6 +27,29 @@ COMMON = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32},
     "llama": {},
+    # One layer of three is dense.
+    "qwen3_moe": {
+        "head_dim": 32,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "mlp_only_layers": [1],
+    },
+    "qwen2": {},
+    "mistral": {"head_dim": 32, "sliding_window": None},
+    "ministral": {
+        "head_dim": 32,
+        "sliding_window": 7,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    },
+    "phi3": {},
+    "gemma3_text": {
+        "head_dim": 32,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 7,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "tie_word_embeddings": False,
+    },
 }
 
 
@@ -35,6 +58,12 @@ def build(family: str, *, seed: int = 0, **overrides: Any) -> Any:
     config_class, model_class = {
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+        "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+        "ministral": (transformers.MinistralConfig, transformers.MinistralForCausalLM),
+        "gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
+        "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
     }[family]
     torch.manual_seed(seed)
     config = config_class(**{**COMMON, **FAMILIES[family], **overrides})
@@ -44,8 +73,8 @@ def build(family: str, *, seed: int = 0, **overrides: Any) -> Any:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0.0, 0.2)
-            elif "norm" in name:
-                parameter.uniform_(0.5, 1.5)
+            elif "norm" in name:  # scales from 0.5 to 1.5; Gemma's parameters are scales less one
+                parameter.uniform_(0.5, 1.5).sub_(1.0 if family.startswith("gemma") else 0.0)
     return model
 
 
@@ -60,13 +89,16 @@ def rewrite_config_in_old_form(directory: pathlib.Path) -> None:
     path = directory / "config.json"
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters")
+    if "full_attention" in rope:  # Gemma 3
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
     config["rope_theta"] = rope.pop("rope_theta")
     config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
     config["torch_dtype"] = config.pop("dtype", None)
     path.write_text(json.dumps(config))
 
 
-def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+def logits(model: Any, tokens: np.ndarray, **kwargs: Any) -> np.ndarray:
     """Float32 logits `[B, T, V]` of whole, unpadded rows."""
     with torch.no_grad():
-        return model(torch.tensor(tokens)).logits.float().numpy()
+        return model(torch.tensor(tokens), **kwargs).logits.float().numpy()

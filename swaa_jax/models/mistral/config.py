@@ -1,0 +1,53 @@
+"""Mistral's config: one window for all layers. Ministral's: a kind for each layer."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from swaa_jax.models._config import DecoderConfig, layer_kinds_policy
+
+
+class MistralConfig(DecoderConfig):
+    """See `swaa_jax.models._config.DecoderConfig`."""
+
+    model_type: ClassVar[str] = "mistral"
+    architecture: ClassVar[str] = "MistralForCausalLM"
+
+    @classmethod
+    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """Head size from the width where the file has none, and the window of all layers."""
+        return {
+            "head_dim": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+            "attention_bias": False,
+            "output_bias": False,
+            "mlp_bias": False,
+            "qk_norm": False,
+            "own": layer_kinds_policy(hf, cls.layer_kinds(hf), hf.get("sliding_window")),
+        }
+
+    @classmethod
+    def layer_kinds(cls, hf: Mapping[str, Any]) -> list[str] | None:
+        """Each layer's kind; None: all are windowed."""
+        del hf
+        return None
+
+    @classmethod
+    def hf_fields(cls) -> frozenset[str]:
+        """The common fields, less the bias that there never is, and the window."""
+        return super().hf_fields() - {"attention_bias"} | {"sliding_window"}
+
+
+class MinistralConfig(MistralConfig):
+    """Mistral with `layer_types`."""
+
+    model_type: ClassVar[str] = "ministral"
+    architecture: ClassVar[str] = "MinistralForCausalLM"
+
+    @classmethod
+    def layer_kinds(cls, hf: Mapping[str, Any]) -> list[str] | None:
+        """What `layer_types` says."""
+        return hf.get("layer_types")
+
+    @classmethod
+    def hf_fields(cls) -> frozenset[str]:
+        """Mistral's, and the layers' kinds."""
+        return super().hf_fields() | {"layer_types"}

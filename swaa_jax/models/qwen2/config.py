@@ -1,0 +1,31 @@
+"""Qwen2's config (also Qwen2.5): biases on q, k and v, no q/k norms, its own window if any."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from swaa_jax.models._config import DecoderConfig, windowed_layers_policy
+
+
+class Qwen2Config(DecoderConfig):
+    """See `swaa_jax.models._config.DecoderConfig`."""
+
+    model_type: ClassVar[str] = "qwen2"
+    architecture: ClassVar[str] = "Qwen2ForCausalLM"
+
+    @classmethod
+    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """Head size from the width, fixed biases, and the window of files that use one."""
+        return {
+            "head_dim": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+            "attention_bias": True,
+            "output_bias": False,
+            "mlp_bias": False,
+            "qk_norm": False,
+            "own": windowed_layers_policy(hf),
+        }
+
+    @classmethod
+    def hf_fields(cls) -> frozenset[str]:
+        """The common fields, less the bias that is fixed, and this family's own."""
+        window = {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
+        return super().hf_fields() - {"attention_bias"} | window
