@@ -43,7 +43,8 @@ lint: $(DEV)  ## ruff, the import rules and pyright
 smoke:  ## a short run on the JAX that this PYTHON's lock has, in its own environment
 	@$(MAKE) --no-print-directory VENV=.venv-$(TAG) .venv-$(TAG)/.stamp-$(TAG)-test
 	@.venv-$(TAG)/bin/python -m pytest -m "not slow" -n $(WORKERS) $(PYTEST_ARGS) \
-	    tests/swaa_jax/test_smoke.py $(wildcard tests/kernels_pallas)
+	    tests/swaa_jax/test_smoke.py tests/swaa_jax/test_load_memory.py tests/swaa_jax/test_runtime.py \
+	    tests/swaa_jax/test_old_jax.py $(wildcard tests/kernels_pallas)
 
 bench: $(CORE) $(TORCH)  ## attention time and memory against context length, on this machine
 	@$(BIN)/python benchmarks/attention_scaling.py

@@ -141,7 +141,8 @@ def run(args: argparse.Namespace) -> int:
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     model = load_model(args.model, dtype=dtype)
     output = epath.Path(args.output).expanduser()
-    output.mkdir(parents=True, exist_ok=True)
+    if runtime.is_main_process():
+        output.mkdir(parents=True, exist_ok=True)
 
     console = Console(soft_wrap=False)
     console.print(_introduction(args, settings, policies, dtype=dtype), highlight=False)
