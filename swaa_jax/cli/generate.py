@@ -49,7 +49,10 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument(
-        "model", metavar="MODEL", help="a checkpoint directory, or tiny-retriever (shipped)"
+        "model",
+        metavar="MODEL",
+        help="a checkpoint directory, gs://bucket/..., a hub id (org/name), or tiny-retriever "
+        "(shipped)",
     )
     parser.add_argument(
         "prompts", metavar="PROMPT", nargs="*", help="default, and '-': standard input"
@@ -107,6 +110,9 @@ def add_parser(subparsers: Any) -> None:
         default="bfloat16",
         help="of weights and activations, default bfloat16",
     )
+    output.add_argument(
+        "--revision", metavar="REV", help="of a hub id: a branch, a tag or a commit"
+    )
     output.add_argument("--json", action="store_true", help="a line of JSON for each prompt")
     output.add_argument(
         "--stats", action="store_true", help="speed and memory on stderr, compilation apart"
@@ -123,11 +129,13 @@ def run(args: argparse.Namespace) -> int:
     from swaa_jax import infer, load_model, load_tokenizer, runtime
 
     process_args.start(args)
-    tok = load_tokenizer(args.model)
+    tok = load_tokenizer(args.model, args.revision)
     chat = bool(tok.chat_template) if args.chat is None else args.chat
     prompts = [[{"role": "user", "content": text}] if chat else text for text in texts]
     mesh = process_args.mesh_from_args(args)
-    model = load_model(args.model, policy=policy, dtype=args.dtype, mesh=mesh)
+    model = load_model(
+        args.model, policy=policy, dtype=args.dtype, mesh=mesh, revision=args.revision
+    )
 
     options = {
         "max_new_tokens": args.max_new_tokens,

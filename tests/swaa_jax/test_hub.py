@@ -15,6 +15,7 @@ import pytest
 from huggingface_hub import constants
 
 import swaa_jax as swaa
+from swaa_jax import runtime
 from swaa_jax.checkpoint import (
     SHIPPED,
     CheckpointError,
@@ -22,6 +23,7 @@ from swaa_jax.checkpoint import (
     open_checkpoint,
     read_attention_policy,
 )
+from swaa_jax.cli.main import main
 from tests.support import fake_hub
 from tests.support.random_models import random_model
 
@@ -350,6 +352,28 @@ def test_only_pickles(hub, files):
     hub.add(REPO, kept | {"pytorch_model.bin": b"", "model.gguf": b""})
     message = failure(REPO)
     assert "only as 'model.gguf', 'pytorch_model.bin'" in message and REPO in message
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["generate", "org/typo", "hi"], "neither a local directory"),
+        (["generate", REPO, "hi", "--revision", "v9"], "no revision 'v9'"),
+        (["convert", REPO, "out", "--revision", "v9"], "no revision 'v9'"),
+    ],
+)
+def test_commands_tell_it_in_one_paragraph(
+    hub, files, capsys, monkeypatch, tmp_path, words, expected
+):
+    hub.add(REPO, files)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runtime, "enable_compilation_cache", lambda: None)
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and expected in captured.err
+    assert captured.err.startswith(f"swaa {words[0]}: error: ")
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_local_directory_comes_first(hub, files, tmp_path, monkeypatch):
