@@ -27,7 +27,7 @@ POLICIES = {
 }
 
 
-@pytest.fixture(scope="module", params=["qwen3", "llama"])
+@pytest.fixture(scope="module", params=["qwen3", "llama", "qwen3_moe"])
 def pair(request, tmp_path_factory):
     """A random Transformers model, and ours loaded from what it wrote."""
     directory = tmp_path_factory.mktemp(request.param)
