@@ -113,10 +113,27 @@ def spec_for(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Pa
 
 
 def sharding_for(param: nnx.Variable, mesh: Mesh | None) -> NamedSharding | None:
-    """The sharding that a parameter's own `axes` ask for; None without a mesh."""
+    """The sharding that a parameter's own `axes` ask for; None without a mesh.
+
+    A parameter with `units` is split between units only: `(1, head_dim)` keeps heads whole.
+    """
     if mesh is None:
         return None
-    return NamedSharding(mesh, spec_for(param.axes, param.shape, mesh))
+    units = param.get_metadata().get("units", (1,) * len(param.shape))
+    counts = [size // unit for size, unit in zip(param.shape, units, strict=True)]
+    return NamedSharding(mesh, spec_for(param.axes, counts, mesh))
+
+
+def kv_head_copies(mesh: Mesh | None, *, num_heads: int, num_kv_heads: int) -> int:
+    """How many copies of each key/value head make them as many as the mesh's `tensor` devices.
+
+    With 2 KV heads on `tensor=4` each device holds one head, half of the heads are held twice, and
+    each device has its own query heads only. Where copies do not help (neither number divides the
+    other) it is 1, and heads are whole on every device.
+    """
+    parts = 1 if mesh is None else mesh.shape.get("tensor", 1)
+    fits = parts > num_kv_heads and parts % num_kv_heads == 0 and num_heads % parts == 0
+    return parts // num_kv_heads if fits else 1
 
 
 def attention_specs(

@@ -18,7 +18,7 @@ from swaa_jax.attention import FullCache, RingCache, attend, attend_cached
 from swaa_jax.models._config import DecoderConfig
 from swaa_jax.models._rope import RopeConfig, rotate
 from swaa_jax.policy import LayerAttention
-from swaa_jax.sharding import constrain_batch
+from swaa_jax.sharding import constrain_batch, kv_head_copies
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -34,7 +34,7 @@ def activation(name: str) -> Callable[[Array], Array]:
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias`, kernel `[in, out]`."""
+    """`x @ kernel + bias`, kernel `[in, out]`; a mesh splits it between `units` (see sharding)."""
 
     def __init__(
         self,
@@ -45,11 +45,13 @@ class Linear(nnx.Module):
         std: float,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
+        units: tuple[int, int] = (1, 1),
     ):
-        self.kernel = nnx.Param(
-            std * jax.random.normal(rngs.params(), shape, jnp.float32).astype(dtype), axes=axes
-        )
-        self.bias = nnx.Param(jnp.zeros(shape[1:], dtype), axes=axes[1:]) if use_bias else None
+        kernel = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+        self.kernel = nnx.Param(kernel.astype(dtype), axes=axes, units=units)
+        self.bias = None
+        if use_bias:
+            self.bias = nnx.Param(jnp.zeros(shape[1:], dtype), axes=axes[1:], units=units[1:])
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         y = x @ self.kernel[...]
@@ -163,13 +165,12 @@ class Attention(nnx.Module):
         width, head_dim = config.hidden_size, config.head_dim
         q_width, kv_width = config.num_heads * head_dim, config.num_kv_heads * head_dim
         shared = {"std": std, "dtype": dtype, "rngs": rngs}
-        bias = config.attention_bias
-        self.q_proj = Linear((width, q_width), ("embed", "heads"), use_bias=bias, **shared)
-        self.k_proj = Linear((width, kv_width), ("embed", "kv_heads"), use_bias=bias, **shared)
-        self.v_proj = Linear((width, kv_width), ("embed", "kv_heads"), use_bias=bias, **shared)
-        self.o_proj = Linear(
-            (q_width, width), ("heads", "embed"), use_bias=config.output_bias, **shared
-        )
+        inward = {"use_bias": config.attention_bias, "units": (1, head_dim), **shared}
+        outward = {"use_bias": config.output_bias, "units": (head_dim, 1), **shared}
+        self.q_proj = Linear((width, q_width), ("embed", "heads"), **inward)
+        self.k_proj = Linear((width, kv_width), ("embed", "kv_heads"), **inward)
+        self.v_proj = Linear((width, kv_width), ("embed", "kv_heads"), **inward)
+        self.o_proj = Linear((q_width, width), ("heads", "embed"), **outward)
         self.q_norm = make_norm(config, head_dim, dtype=dtype) if config.qk_norm else None
         self.k_norm = make_norm(config, head_dim, dtype=dtype) if config.qk_norm else None
         self.head_dim = head_dim
@@ -191,6 +192,9 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         cos_sin = rows.rotations[self.rope]
         q, k = rotate(q, cos_sin), rotate(k, cos_sin)
+        copies = kv_head_copies(rows.mesh, num_heads=q.shape[2], num_kv_heads=k.shape[2])
+        if copies > 1:
+            k, v = jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)
         if cache is None:
             out = attend(
                 q,

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 import swaa_jax as swaa
@@ -13,7 +14,12 @@ from tests.support.random_models import HF_CONFIG, random_model
 POLICY = swaa.AttentionPolicy(
     window=5, num_sink_tokens=2, full_attention_layers="1::2", decode="full"
 )
-MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "tensor": 4}]
+MESHES = [
+    {"fsdp": 8},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"fsdp": 2, "tensor": 4},  # more than the KV heads
+    {"tensor": 8},  # more than the query heads
+]
 
 
 def test_specs_follow_the_table():
@@ -42,8 +48,6 @@ def test_wrong_meshes_are_refused(make, message):
 
 
 def test_every_parameter_names_its_axes():
-    import flax.nnx as nnx
-
     for path, param in nnx.to_flat_state(nnx.state(random_model(), nnx.Param)):
         assert len(param.axes) == len(param.shape), path
         assert all(axis in sharding.RULES for axis in param.axes), path
@@ -53,7 +57,7 @@ def test_every_parameter_names_its_axes():
 def test_a_sharded_model_equals_one_device(sizes):
     mesh = sharding.make_mesh(**sizes)
     one, many = random_model(POLICY), random_model(POLICY, mesh=mesh)
-    kernel = many.layers[0].self_attn.q_proj.kernel[...]
+    kernel = many.layers[0].mlp.gate_proj.kernel[...]
     assert len(kernel.sharding.device_set) == 8
     assert kernel.addressable_shards[0].data.size < kernel.size
     rng = np.random.default_rng(0)
@@ -69,7 +73,32 @@ def test_a_sharded_model_equals_one_device(sizes):
         lambda model: model.decode(new, model.prefill(tokens, lengths=lengths).caches)[0],
     ):
         # float32; partial sums over tensor-parallel devices are added in another order.
+        run = nnx.jit(run)
         np.testing.assert_allclose(run(many), run(one), rtol=1e-4, atol=1e-4)
+
+
+def test_heads_are_never_cut_and_kv_heads_are_copied_to_fill_a_mesh():
+    mesh = sharding.make_mesh(fsdp=2, tensor=4)
+    model = random_model(POLICY, mesh=mesh, attention_bias=True)  # 4 query heads, 2 KV heads
+    attention = model.layers[0].self_attn
+    for name, spec in (("q_proj", ("tensor",)), ("k_proj", None), ("v_proj", None)):
+        projection = getattr(attention, name)
+        assert projection.kernel[...].sharding.spec == PartitionSpec(("fsdp",), spec)
+        assert sharding.sharding_for(projection.bias, mesh).spec == PartitionSpec(spec)
+    caches = nnx.jit(lambda model: model.prefill(jnp.arange(8).reshape(2, 4)).caches)(model)
+    for cache in caches.layers:
+        assert cache.k.shape[2] == 4 and cache.k.addressable_shards[0].data.shape[2] == 1
+
+
+@pytest.mark.parametrize(
+    "tensor, num_heads, num_kv_heads, copies",
+    [(1, 8, 2, 1), (2, 8, 2, 1), (4, 8, 2, 2), (8, 8, 1, 8), (8, 4, 2, 1), (8, 32, 3, 1)],
+)
+def test_copies_of_kv_heads(tensor, num_heads, num_kv_heads, copies):
+    mesh = sharding.make_mesh(fsdp=8 // tensor, tensor=tensor)
+    got = sharding.kv_head_copies(mesh, num_heads=num_heads, num_kv_heads=num_kv_heads)
+    assert got == copies
+    assert sharding.kv_head_copies(None, num_heads=num_heads, num_kv_heads=num_kv_heads) == 1
 
 
 def test_loading_onto_a_mesh_equals_loading_onto_one_device(tmp_path):
@@ -81,4 +110,5 @@ def test_loading_onto_a_mesh_equals_loading_onto_one_device(tmp_path):
     tokens = jnp.arange(24).reshape(2, 12)
     for model in (many, auto):
         assert len(model.embed_tokens.embedding[...].sharding.device_set) == 8
-        np.testing.assert_allclose(model(tokens), one(tokens), rtol=1e-4, atol=1e-4)
+        run = nnx.jit(lambda model: model(tokens))
+        np.testing.assert_allclose(run(model), run(one), rtol=1e-4, atol=1e-4)
