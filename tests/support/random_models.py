@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import numpy as np
+from flax import nnx
+
 import swaa_jax as swaa
 from swaa_jax.models import CausalLM, model_from_config
 
@@ -29,3 +32,17 @@ def random_model(policy: swaa.AttentionPolicy | None = None, **overrides: Any) -
     dtype = overrides.pop("dtype", "float32")
     mesh = overrides.pop("mesh", None)
     return model_from_config({**HF_CONFIG, **overrides}, policy=policy, dtype=dtype, mesh=mesh)
+
+
+def weights(model: CausalLM) -> dict[str, np.ndarray]:
+    """Every parameter by its path, on the host."""
+    params = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(map(str, path)): np.asarray(param.get_value()) for path, param in params}
+
+
+def assert_same_weights(one: CausalLM, other: CausalLM) -> None:
+    """Two models with equal parameters, bit for bit."""
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        np.testing.assert_array_equal(value, b[name], err_msg=name)
