@@ -74,7 +74,7 @@ def initialize_distributed(
             "--distributed to ask the cluster for the rest."
         )
     _join(coordinator, num_processes, process_id, detect=detect, deadline=deadline)
-    logger.info("process %d of %d", jax.process_index(), jax.process_count())
+    logger.info("joined the run%s", f" at {coordinator}" if coordinator else "")
     return True
 
 

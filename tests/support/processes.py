@@ -29,7 +29,12 @@ def free_port() -> int:
 
 def environment(*, devices: int = 1, **more: str) -> dict[str, str]:
     """This process's environment for a child with its own number of fake CPU devices."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    # A proxy would be asked for this machine's own ports, too.
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("JAX_") and not name.lower().endswith("_proxy")
+    }
     return {
         **kept,
         "JAX_PLATFORMS": "cpu",
