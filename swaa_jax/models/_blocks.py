@@ -49,9 +49,8 @@ class Linear(nnx.Module):
     ):
         kernel = std * jax.random.normal(rngs.params(), shape, jnp.float32)
         self.kernel = nnx.Param(kernel.astype(dtype), axes=axes, units=units)
-        self.bias = None
-        if use_bias:
-            self.bias = nnx.Param(jnp.zeros(shape[1:], dtype), axes=axes[1:], units=units[1:])
+        bias = nnx.Param(jnp.zeros(shape[1:], dtype), axes=axes[1:], units=units[1:])
+        self.bias = bias if use_bias else None
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         y = x @ self.kernel[...]
