@@ -153,3 +153,11 @@ def constrain_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
         return x
     axes = ("batch",) + (None,) * (x.ndim - 1)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec_for(axes, x.shape, mesh)))
+
+
+def constrain_heads(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Keep `[B, tokens, KV heads, H]` split as `attend` reads it, so that caches stay put."""
+    if mesh is None:
+        return x
+    spec, _ = attention_specs(mesh, batch=x.shape[0], num_kv_heads=x.shape[2])
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

@@ -1,5 +1,6 @@
 """One layer's attention under its policy, on one device or sharded over a mesh."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from kernels_pallas import Stage, swa_decode, swa_prefill
 from kernels_pallas.mask import full_rows
 from swaa_jax.attention.caches import FullCache, RingCache
 from swaa_jax.policy import LayerAttention
-from swaa_jax.sharding import attention_specs
+from swaa_jax.sharding import attention_specs, constrain_heads
 
 
 def attend(
@@ -145,7 +146,10 @@ def attend_cached(
         return kernel(q, cache_k, cache_v, new_k=new_k, new_v=new_v, **per_row)
 
     out = _sharded(on_shard, mesh, num_kv_heads=k.shape[2])(q, cache.k, cache.v, k, v, per_row)
-    return out, cache.write(k, v, pos_B)
+    grown = cache.write(k, v, pos_B)
+    return out, dataclasses.replace(
+        grown, k=constrain_heads(grown.k, mesh), v=constrain_heads(grown.v, mesh)
+    )
 
 
 def _sharded(kernel: Callable[..., Any], mesh: Mesh | None, *, num_kv_heads: int):

@@ -15,9 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from swaa_jax.policy import LayerAttention
+from swaa_jax.sharding import constrain_heads
 
 EMPTY = -1
 """Position of a slot that holds no token; such a slot is never visible."""
@@ -142,6 +144,7 @@ def build_cache(
     lengths: Int[Array, " B"],
     layer: LayerAttention,
     num_slots: int,
+    mesh: Mesh | None = None,
 ) -> FullCache | RingCache:
     """A layer's cache from its prompt's keys and values.
 
@@ -150,6 +153,7 @@ def build_cache(
         lengths: real tokens of each row.
         layer: the layer's policy; it decides between full cache and ring.
         num_slots: slots of a full cache, at least T. A ring has window + sinks slots.
+        mesh: rows and heads are split over it as in `attend`.
 
     Raises:
         ValueError: `num_slots` is smaller than the prompt.
@@ -161,8 +165,12 @@ def build_cache(
         )
     if layer.needs_full_cache:
         pad = ((0, 0), (0, num_slots - width), (0, 0), (0, 0))
-        return FullCache(k=jnp.pad(k, pad), v=jnp.pad(v, pad))
-    return _ring_from_rows(k, v, lengths=lengths, layer=layer)
+        cache = FullCache(k=jnp.pad(k, pad), v=jnp.pad(v, pad))
+    else:
+        cache = _ring_from_rows(k, v, lengths=lengths, layer=layer)
+    return dataclasses.replace(
+        cache, k=constrain_heads(cache.k, mesh), v=constrain_heads(cache.v, mesh)
+    )
 
 
 def recast_caches(caches: Caches, layers: tuple[LayerAttention, ...]) -> Caches:

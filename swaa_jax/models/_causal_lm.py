@@ -194,7 +194,9 @@ class CausalLM(nnx.Module):
         cache_size = width + 128 if cache_size is None else cache_size
         hidden, kept, _, _ = self._run_rows(tokens, lengths=lengths)
         layers = tuple(
-            build_cache(kv.k, kv.v, lengths=lengths, layer=layer, num_slots=cache_size)
+            build_cache(
+                kv.k, kv.v, lengths=lengths, layer=layer, num_slots=cache_size, mesh=self.mesh
+            )
             for kv, layer in zip(kept, self.layer_attention, strict=True)
         )
         return Prefill(

@@ -84,9 +84,11 @@ def test_heads_are_never_cut_and_kv_heads_are_copied_to_fill_a_mesh():
     for name, spec in (("q_proj", ("tensor",)), ("k_proj", None), ("v_proj", None)):
         projection = getattr(attention, name)
         assert projection.kernel[...].sharding.spec == PartitionSpec(("fsdp",), spec)
-        assert sharding.sharding_for(projection.bias, mesh).spec == PartitionSpec(spec)
-    caches = nnx.jit(lambda model: model.prefill(jnp.arange(8).reshape(2, 4)).caches)(model)
-    for cache in caches.layers:
+        assert projection.bias[...].sharding.spec == PartitionSpec(spec)
+    tokens = jnp.arange(8).reshape(2, 4)
+    caches = nnx.jit(lambda model: model.prefill(tokens).caches)(model)
+    grown = nnx.jit(lambda model, caches: model.decode(tokens, caches)[1])(model, caches)
+    for cache in (*caches.layers, *grown.layers):
         assert cache.k.shape[2] == 4 and cache.k.addressable_shards[0].data.shape[2] == 1
 
 
