@@ -359,15 +359,14 @@ def _remote_directory(target: epath.Path, commit_mark: str) -> Iterator[epath.Pa
         copied: list[epath.Path] = []
         replaced = ""
         try:
-            target.mkdir(parents=True, exist_ok=True)
+            # No mkdir: object stores have no directories, and some would make the bucket.
             if (target / commit_mark).exists():
                 (target / commit_mark).unlink()  # from here on readers refuse the directory
                 replaced = " What was there before is gone too."
-            for stale in list(target.iterdir()):
+            for stale in list(target.iterdir()) if target.exists() else ():
                 stale.rmtree() if stale.is_dir() else stale.unlink()
             for name in files:
                 destination = target / name.as_posix()
-                destination.parent.mkdir(parents=True, exist_ok=True)
                 copied.append(destination)
                 epath.Path(pathlib.Path(scratch) / name).copy(destination, overwrite=True)
         except BaseException as error:

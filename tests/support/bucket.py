@@ -9,8 +9,9 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 
 class Bucket(MemoryFileSystem):
-    """An object store: no rename. `store` has the objects in the order of their puts; writes to a
-    name that ends in `fail_on` raise `error`; `ranges` has (path, start, stop) of every read.
+    """An object store: no rename, no directories. `store` has the objects in the order of their
+    puts; writes to a name that ends in `fail_on` raise `error`; `ranges` has (path, start, stop)
+    of every read.
     """
 
     protocol = ("gs", "gcs")
@@ -35,6 +36,11 @@ class Bucket(MemoryFileSystem):
             raise self.error("the network went away")
         file = super()._open(path, mode, **kwargs)
         return _Recorded(file, path, self.ranges) if "r" in mode else file
+
+    def mkdir(self, path: str, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("an object store has no directories")
+
+    makedirs = mkdir
 
     def mv(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("an object store has no rename")
