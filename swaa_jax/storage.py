@@ -39,6 +39,15 @@ def is_local(path: epath.PathLike) -> bool:
     return "://" not in os.fspath(epath.Path(path))
 
 
+def forget_listings(path: epath.Path) -> None:
+    """Has a bucket's library ask anew what there is: fsspec's remember each listing for good, so
+    that a process which looked too early would never see another one's checkpoint.
+    """
+    filesystem = getattr(getattr(path, "_backend", None), "fs", None)  # epath has no public way
+    if filesystem is not None and not is_local(path):
+        filesystem(path).invalidate_cache()
+
+
 def unreadable(path: epath.PathLike, error: BaseException) -> CheckpointError:
     """The error of a path that cannot be opened or read, with what to do about it."""
     text = path if isinstance(path, str) else os.fspath(path)
@@ -263,6 +272,7 @@ def atomic_directory(
 
 def _check_target(target: epath.Path, *, overwrite: bool, commit_mark: str) -> None:
     try:
+        forget_listings(target)
         if not target.exists():
             return
         next(target.iterdir() if target.is_dir() else iter(()), None)  # may we look?

@@ -8,7 +8,13 @@ from typing import Any
 
 from etils import epath
 
-from swaa_jax.storage import CheckpointError, is_local, resolve_inside, unreadable
+from swaa_jax.storage import (
+    CheckpointError,
+    forget_listings,
+    is_local,
+    resolve_inside,
+    unreadable,
+)
 
 SHIPPED = {"tiny-retriever": epath.resource_path("swaa_jax") / "assets" / "tiny-retriever"}
 """Models inside this package, by the name that stands for their directory."""
@@ -29,6 +35,7 @@ def check_directory(directory: epath.PathLike) -> epath.Path:
         path = epath.Path(directory).expanduser()
         if str(directory) in SHIPPED and not path.exists():
             path = SHIPPED[str(directory)]
+        forget_listings(path)
         if path.is_dir():
             next(path.iterdir(), None)  # may we look?
             return path

@@ -45,9 +45,14 @@ def read_config(directory: epath.PathLike) -> dict[str, Any]:
     directory = check_directory(directory)
     path = directory / CONFIG_FILE
     if not path.exists():
+        advice = "Check the path, or fetch the file."
+        if not is_local(directory):
+            advice = (
+                "A save writes it last, so one may not have ended, or failed; or check the path."
+            )
         raise CheckpointError(
             f"{directory} has no {CONFIG_FILE}; expected a checkpoint in Hugging Face layout "
-            f"({CONFIG_FILE} and safetensors weights). Check the path, or fetch the file."
+            f"({CONFIG_FILE} and safetensors weights). {advice}"
         )
     config = read_json_object(path)
     quantization = config.get("quantization_config")

@@ -116,6 +116,14 @@ def test_without_the_commit_mark_nothing_is_read(saved):
         WeightReader(MODEL)
 
 
+def test_a_checkpoint_that_arrives_later_is_seen(saved, monkeypatch):
+    """fsspec's filesystems remember listings: what was seen first must not be all that is."""
+    forgotten = []
+    monkeypatch.setattr(saved, "invalidate_cache", lambda self, path=None: forgotten.append(path))
+    WeightReader(MODEL)
+    assert None in forgotten
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
