@@ -194,6 +194,27 @@ def test_a_sharded_model_equals_one_device(sizes, on_one_device):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
+def test_loading_onto_a_mesh_gives_each_device_its_experts(tmp_path):
+    swaa.save_model(random_model(**MOE), tmp_path / "model")
+    one = swaa.load_model(tmp_path / "model", dtype="float32")
+    mesh = sharding.make_mesh(**MESHES["experts"])
+    many = swaa.load_model(tmp_path / "model", dtype="float32", mesh=mesh)
+    pairs = zip(*(nnx.to_flat_state(nnx.state(m, nnx.Param)) for m in (one, many)), strict=True)
+    for (path, want), (_, got) in pairs:
+        np.testing.assert_array_equal(got.get_value(), want.get_value(), err_msg=str(path))
+    kernel = many.layers[2].mlp.experts.down_proj.kernel[...]
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 12, 16)}
+
+
+def test_the_hubs_name_for_the_number_of_experts(tmp_path):
+    """Files of Transformers 4 have `num_experts`, those of 5 `num_local_experts`."""
+    others = {name: value for name, value in MOE.items() if name != "num_experts"}
+    by_name = [
+        random_model(**others, **{name: 4}).config for name in ("num_experts", "num_local_experts")
+    ]
+    assert [config.num_experts for config in by_name] == [4, 4]  # pyright: ignore[reportAttributeAccessIssue]
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_balance_loss_is_transformers(padded, tmp_path):
     tiny_hf = pytest.importorskip("tests.support.tiny_hf")
