@@ -70,6 +70,19 @@ def unreadable(path: epath.PathLike, error: BaseException) -> CheckpointError:
     return CheckpointError(f"{text!r} cannot be opened or read ({reason}). {advice}")
 
 
+@contextlib.contextmanager
+def reading(path: epath.PathLike) -> Iterator[None]:
+    """Whatever fails in the block is that `path` cannot be read: a bucket's library raises what it
+    likes.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise unreadable(path, error) from error
+
+
 def check_space(place: epath.PathLike, needed: int, *, what: str, advice: str) -> None:
     """Refuses what the disk of `place` (which need not exist yet) has no room for.
 
@@ -271,25 +284,24 @@ def atomic_directory(
 
 
 def _check_target(target: epath.Path, *, overwrite: bool, commit_mark: str) -> None:
-    try:
+    with reading(target):
         forget_listings(target)
         if not target.exists():
             return
-        next(target.iterdir() if target.is_dir() else iter(()), None)  # may we look?
-    except Exception as error:  # a bucket's library raises what it likes
-        raise unreadable(target, error) from error
-    if not target.is_dir():
+        is_file = not target.is_dir()
+        names = [] if is_file else [path.name for path in target.iterdir()]
+    if is_file:
         raise CheckpointError(
             f"{target} exists and is a file; expected a directory to save in. Choose another path."
         )
-    if not any(target.iterdir()):
+    if not names:
         return
     if not overwrite:
         raise CheckpointError(
             f"{target} exists and is not empty; nothing was written. Choose another path, or pass "
             "overwrite=True to replace it."
         )
-    if not (target / commit_mark).exists():
+    if commit_mark not in names:
         raise CheckpointError(
             f"{target} exists but has no {commit_mark}, so it does not look like a saved model and "
             "overwrite=True will not remove it. Choose another path, or remove it yourself."

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from swaa_jax.storage import CheckpointError, listing, unreadable
+from swaa_jax.storage import CheckpointError, listing, reading
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -63,22 +63,18 @@ def read_header(path: epath.Path) -> dict[str, TensorInfo]:
         CheckpointError: the file is truncated, is something else (a pickle, a Git LFS pointer), or
             its header contradicts itself or the file's size.
     """
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(0)
-            start = file.read(8)
-            _refuse_other_formats(path, start)
-            length = int.from_bytes(start, "little")
-            if length > _MAX_HEADER_BYTES:
-                raise _corrupt(path, f"it claims a header of {length} bytes")
-            if size < 8 + length:
-                raise _truncated(path, 8 + length, size)
-            text = file.read(length)
-    except CheckpointError:
-        raise
-    except Exception as error:  # a bucket's library raises what it likes
-        raise unreadable(path, error) from error
+    with reading(path), path.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        size = file.tell()  # not every filesystem's seek tells
+        file.seek(0)
+        start = file.read(8)
+        _refuse_other_formats(path, start)
+        length = int.from_bytes(start, "little")
+        if length > _MAX_HEADER_BYTES:
+            raise _corrupt(path, f"it claims a header of {length} bytes")
+        if size < 8 + length:
+            raise _truncated(path, 8 + length, size)
+        text = file.read(length)
     tensors, data_bytes = _parse(path, text, start=8 + length)
     if size < 8 + length + data_bytes:
         raise _truncated(path, 8 + length + data_bytes, size)

@@ -9,7 +9,14 @@ from etils import epath
 
 import swaa_jax
 from swaa_jax.checkpoint._paths import check_directory, checkpoint_origin, read_json_object
-from swaa_jax.storage import CheckpointError, is_local, resolve_inside, sha256, write_json_atomic
+from swaa_jax.storage import (
+    CheckpointError,
+    is_local,
+    reading,
+    resolve_inside,
+    sha256,
+    write_json_atomic,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +51,7 @@ def read_config(directory: epath.PathLike) -> dict[str, Any]:
     """
     directory = check_directory(directory)
     path = directory / CONFIG_FILE
-    if not path.exists():
+    if not _exists(path):
         advice = "Check the path, or fetch the file."
         if not is_local(directory):
             advice = (
@@ -73,7 +80,7 @@ def read_generation_config(directory: epath.PathLike) -> dict[str, Any]:
         CheckpointError: not a directory, or malformed JSON.
     """
     path = check_directory(directory) / GENERATION_CONFIG_FILE
-    return read_json_object(path) if path.exists() else {}
+    return read_json_object(path) if _exists(path) else {}
 
 
 def write_config(directory: epath.PathLike, config: dict[str, Any]) -> None:
@@ -111,7 +118,7 @@ def read_attention_policy(
         CheckpointError: malformed, of another schema version, or for another number of layers.
     """
     path = check_directory(directory) / POLICY_FILE
-    if not path.exists():
+    if not _exists(path):
         return None
     record = read_json_object(path)
     version = record.get("schema_version")
@@ -195,7 +202,12 @@ def _provenance_of_base(base: epath.PathLike) -> dict[str, Any] | None:
 def read_provenance(directory: epath.PathLike) -> dict[str, Any] | None:
     """`provenance.json`, or None where there is none."""
     path = check_directory(directory) / PROVENANCE_FILE
-    return read_json_object(path) if path.exists() else None
+    return read_json_object(path) if _exists(path) else None
+
+
+def _exists(path: epath.Path) -> bool:
+    with reading(path):
+        return path.exists()
 
 
 def copy_tokenizer_files(source: epath.PathLike, destination: epath.PathLike) -> list[str]:
@@ -208,12 +220,14 @@ def copy_tokenizer_files(source: epath.PathLike, destination: epath.PathLike) ->
     copied = []
     for name in TOKENIZER_FILES:
         path = source / name
-        if not path.exists():
+        if not _exists(path):
             continue
         resolve_inside(source, name)
         if is_local(path) and is_local(destination):
             shutil.copyfile(path, destination / name)  # the target of a link, not the link
         else:
-            (destination / name).write_bytes(path.read_bytes())
+            with reading(path):
+                content = path.read_bytes()
+            (destination / name).write_bytes(content)
         copied.append(name)
     return copied

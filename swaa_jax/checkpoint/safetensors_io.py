@@ -20,6 +20,7 @@ from swaa_jax.storage import (
     CheckpointError,
     is_local,
     listing,
+    reading,
     resolve_inside,
     write_json_atomic,
 )
@@ -54,7 +55,8 @@ class WeightReader:
 
     def __init__(self, directory: epath.PathLike):
         self.directory = check_directory(directory)
-        names = [path.name for path in self.directory.iterdir()]
+        with reading(self.directory):
+            names = [path.name for path in self.directory.iterdir()]
         if not is_local(self.directory) and COMMIT_MARK not in names:
             raise CheckpointError(
                 f"{self.directory} has no {COMMIT_MARK}, which a save writes last: it has not "

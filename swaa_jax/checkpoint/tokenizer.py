@@ -18,7 +18,7 @@ from swaa_jax.checkpoint.hf import (
     copy_tokenizer_files,
 )
 from swaa_jax.checkpoint.hub import open_checkpoint
-from swaa_jax.storage import CheckpointError, is_local, resolve_inside
+from swaa_jax.storage import CheckpointError, is_local, reading, resolve_inside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,8 +51,10 @@ def load_tokenizer(
         return _load(directory, directory)
     with tempfile.TemporaryDirectory(prefix="swaa-tokenizer-") as scratch:
         copy_tokenizer_files(directory, scratch)
-        if (directory / CONFIG_FILE).exists():
-            (epath.Path(scratch) / CONFIG_FILE).write_bytes((directory / CONFIG_FILE).read_bytes())
+        with reading(directory / CONFIG_FILE):
+            if (directory / CONFIG_FILE).exists():
+                content = (directory / CONFIG_FILE).read_bytes()
+                (epath.Path(scratch) / CONFIG_FILE).write_bytes(content)
         return _load(epath.Path(scratch), directory)
 
 

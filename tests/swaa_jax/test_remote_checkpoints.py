@@ -7,6 +7,7 @@ from etils import epath
 
 import swaa_jax as swaa
 from swaa_jax.checkpoint import CheckpointError, WeightReader, read_provenance
+from swaa_jax.models import convert_checkpoint
 from swaa_jax.sharding import make_mesh
 from tests.support.bucket import bucket  # noqa: F401  (a fixture)
 from tests.support.random_models import assert_same_weights, random_model
@@ -160,6 +161,24 @@ def test_a_bucket_that_fails_while_it_is_read(saved, monkeypatch):
     shard.write_bytes(shard.read_bytes()[:300])  # after the header was checked
     with pytest.raises(CheckpointError, match=r"bytes .* were asked for"):
         reader.read(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["attention_policy.json", "generation_config.json", "tokenizer.json", "config.json"]
+)
+def test_each_small_file_may_be_the_one_that_fails(saved, monkeypatch, tmp_path, name):
+    exists = saved.exists
+
+    def refuse(self, path, **kwargs):
+        if path.endswith(name):
+            raise RuntimeError("503, Service Unavailable")
+        return exists(self, path, **kwargs)
+
+    monkeypatch.setattr(saved, "exists", refuse)
+    with pytest.raises(CheckpointError, match=rf"{name}.*503, Service Unavailable") as caught:
+        convert_checkpoint(MODEL, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_wrong_places(bucket, monkeypatch):  # noqa: F811
