@@ -17,7 +17,7 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from etils import epath
 
@@ -98,6 +98,13 @@ class LayerAttention:
     def needs_full_cache(self) -> bool:
         """Decoding may read any key, so none can be dropped: a full layer, or FA decode."""
         return self.is_full or self.full_decode
+
+
+@runtime_checkable
+class HfExpressible(Protocol):
+    """A model's config: it knows how its family's `config.json` says an attention policy."""
+
+    def to_hf(self, policy: "AttentionPolicy | None" = None) -> dict[str, Any]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -386,6 +393,17 @@ class AttentionPolicy:
             full_attention_layers=full_layers,
             decode=decode,
         )
+
+    def to_hf_config(self, config: HfExpressible) -> dict[str, Any]:
+        """The HF `config.json` under which stock Transformers runs this policy.
+
+        Args:
+            config: a model's (`model.config`).
+
+        Raises:
+            NotImplementedError: the family cannot express the policy; every part is named.
+        """
+        return config.to_hf(self)
 
     def to_swaa_config(self, *, num_layers: int | None = None) -> dict[str, Any]:
         """The configuration of the paper's reference code, ``{"swaa_config": {...}}``.

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from swaa_jax.models._interop import FULL, WINDOWED, attention_fields
 from swaa_jax.models._rope import SCALINGS, RopeConfig, YarnScaling, parse_rope
 from swaa_jax.policy import AttentionPolicy
 
@@ -137,9 +138,33 @@ class DecoderConfig:
         """Where `parse_rope` finds the settings of the (full-attention) layers' rope."""
         return hf
 
-    def to_hf(self) -> dict[str, Any]:
-        """The HF `config.json` of this model, every unread field included."""
-        return {**json.loads(self.hf_json), "architectures": [self.architecture]}
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+        """The fields that give layers these kinds, and the windowed ones this window.
+
+        Args:
+            kinds: `FULL` or `WINDOWED` for each layer.
+            window: keys a query sees, itself included; None: all layers are full.
+
+        Raises:
+            NotImplementedError: the part of the policy that Transformers has no field for.
+        """
+        del kinds
+        if window is not None:
+            raise NotImplementedError(f"window={window}: it has no window")
+        return {}
+
+    def to_hf(self, policy: AttentionPolicy | None = None) -> dict[str, Any]:
+        """The HF `config.json` of this model, every unread field included.
+
+        Args:
+            policy: to be expressed in it, so that stock Transformers runs it. None: the policy
+                that the file asks for already.
+
+        Raises:
+            NotImplementedError: Transformers cannot express the policy; every part is named.
+        """
+        fields = {} if policy in (None, self.own) else attention_fields(self, policy)
+        return {**json.loads(self.hf_json), "architectures": [self.architecture], **fields}
 
 
 def layer_kinds_policy(
@@ -179,9 +204,6 @@ def windowed_layers_policy(hf: Mapping[str, Any]) -> AttentionPolicy:
         kinds = [FULL] * num_full + [WINDOWED] * (hf["num_hidden_layers"] - num_full)
     return layer_kinds_policy(hf, kinds, hf["sliding_window"])
 
-
-FULL, WINDOWED = "full_attention", "sliding_attention"
-"""What Transformers calls the two kinds of layers."""
 
 _REQUIRED = (
     "vocab_size",

@@ -209,7 +209,8 @@ def save_model(
 ) -> epath.Path:
     """Save in HF layout, so that Transformers and `load_model` read it; all of it or nothing.
 
-    Writes `config.json`, `generation_config.json`, safetensors shards with their index, the
+    Writes `config.json` (which says the policy too, where Transformers can express it; otherwise a
+    warning says what it cannot), `generation_config.json`, safetensors shards with their index, the
     tokenizer's files, `attention_policy.json` and `provenance.json`. Of several processes all have
     to call it, since each holds a part of the model; process 0 writes.
 
@@ -247,9 +248,25 @@ def save_model(
             target, model.policy.to_dict(), num_layers=config.num_layers
         )
         checkpoint.write_provenance(target, base=model.source, dtype=str(model.dtype))
-        checkpoint.write_config(target, checkpoint.with_dtype(config.to_hf(), str(model.dtype)))
+        hf_config = hf_config_under(config, model.policy)
+        checkpoint.write_config(target, checkpoint.with_dtype(hf_config, str(model.dtype)))
     wait_for_all("save_model")
     return epath.Path(directory)
+
+
+def hf_config_under(config: DecoderConfig, policy: AttentionPolicy) -> dict[str, Any]:
+    """The `config.json` to save: with the policy where Transformers can express it, and a warning
+    where it cannot, because it will run something else without one.
+    """
+    try:
+        return config.to_hf(policy)
+    except NotImplementedError as error:
+        logger.warning(
+            "config.json keeps %s, under which other programs will run the model: %s",
+            config.own,
+            error,
+        )
+        return config.to_hf()
 
 
 def _family(hf_config: Mapping[str, Any]) -> ModelFamily:

@@ -15,7 +15,7 @@ from etils import epath
 
 from swaa_jax import checkpoint
 from swaa_jax.checkpoint import WeightReader
-from swaa_jax.models.auto import check_dtype, read_blueprint
+from swaa_jax.models.auto import check_dtype, hf_config_under, read_blueprint
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.storage import atomic_directory, check_space, is_local
 from swaa_jax.typing import PathLike
@@ -117,7 +117,7 @@ def convert_checkpoint(
         )
         stored = ", ".join(sorted({str(each) for each in dtypes.values()}))
         checkpoint.write_provenance(target, base=directory, dtype=stored)
-        hf_config = config.to_hf()
+        hf_config = hf_config_under(config, plan.model.policy)
         if wanted is not None:
             hf_config = checkpoint.with_dtype(hf_config, str(wanted))
         checkpoint.write_config(target, hf_config)

@@ -27,7 +27,7 @@ POLICIES = {
 }
 
 
-@pytest.fixture(scope="module", params=["qwen3", "llama", "qwen3_moe"])
+@pytest.fixture(scope="module", params=list(tiny_hf.FAMILIES))
 def pair(request, tmp_path_factory):
     """A random Transformers model, and ours loaded from what it wrote."""
     directory = tmp_path_factory.mktemp(request.param)
@@ -59,6 +59,7 @@ def test_greedy_is_transformers_token_for_token(pair):
     assert len({tuple(tokens) for tokens in want}) == len(want)
 
 
+@pytest.mark.parametrize("pair", ["qwen3", "llama"], indirect=True)
 def test_eos_ends_both_at_the_same_token(pair):
     oracle, model = pair
     (answer,) = generate(model, None, [PROMPTS[1]], max_new_tokens=NEW).tokens
@@ -137,7 +138,7 @@ def test_a_real_model_compiles_once_a_bucket(model):
         generate(under, None, [[7] * n], max_new_tokens=20)
     generate(model.with_policy(under.policy), None, [[8] * 12], max_new_tokens=20)
     after = compile_counts()
-    assert {name: after[name] - before[name] for name in ("prefill", "decode")} == {
+    assert {name: after[name] - before.get(name, 0) for name in ("prefill", "decode")} == {
         "prefill": 1,
         "decode": 1,
     }

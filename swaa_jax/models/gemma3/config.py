@@ -1,9 +1,10 @@
 """Gemma 3's text config: local and global layers with a rope each, scales, soft caps."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from swaa_jax.models._config import FULL, WINDOWED, DecoderConfig, layer_kinds_policy
+from swaa_jax.models._config import DecoderConfig, layer_kinds_policy
+from swaa_jax.models._interop import FULL, WINDOWED
 from swaa_jax.models._rope import parse_rope
 
 
@@ -71,6 +72,24 @@ class Gemma3Config(DecoderConfig):
             "layer_types",
             "use_bidirectional_attention",
         }
+
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+        """Another window for the local layers: a layer's kind chooses its rope too, so it stays.
+
+        No window is one that is as long as the context.
+        """
+        local = {
+            i for i, layer in enumerate(self.own.resolve(self.num_layers)) if not layer.is_full
+        }
+        wanted = {index for index, kind in enumerate(kinds) if kind == WINDOWED}
+        if window is None:
+            return {"sliding_window": self.max_position_embeddings}
+        if wanted != local:
+            raise NotImplementedError(
+                f"windows on layers {sorted(wanted)}: a layer's kind also chooses its rope, so "
+                f"only its local layers {sorted(local)} can have one"
+            )
+        return {"sliding_window": window}
 
 
 def _ropes(hf: Mapping[str, Any], local_theta: float | None) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Mistral's config: one window for all layers. Ministral's: a kind for each layer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from swaa_jax.models._config import DecoderConfig, layer_kinds_policy
@@ -35,6 +35,17 @@ class MistralConfig(DecoderConfig):
         """The common fields, less the bias that there never is, and the window."""
         return super().hf_fields() - {"attention_bias"} | {"sliding_window"}
 
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+        """One window for all layers; where they differ the model is a Ministral, same weights."""
+        if len(set(kinds)) == 1:
+            return {"sliding_window": window}
+        return {
+            "model_type": MinistralConfig.model_type,
+            "architectures": [MinistralConfig.architecture],
+            "sliding_window": window,
+            "layer_types": list(kinds),
+        }
+
 
 class MinistralConfig(MistralConfig):
     """Mistral with `layer_types`."""
@@ -51,3 +62,10 @@ class MinistralConfig(MistralConfig):
     def hf_fields(cls) -> frozenset[str]:
         """Mistral's, and the layers' kinds."""
         return super().hf_fields() | {"layer_types"}
+
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+        """A kind for each layer. Transformers wants a window there even where no layer has it."""
+        return {
+            "sliding_window": window or self.max_position_embeddings,
+            "layer_types": list(kinds),
+        }

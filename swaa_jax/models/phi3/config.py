@@ -1,9 +1,10 @@
 """Phi-3's config (also Phi-3.5 and Phi-4 in that form): one window for all layers, plain rope."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from swaa_jax.models._config import DecoderConfig, layer_kinds_policy
+from swaa_jax.models._interop import one_window
 
 
 class Phi3Config(DecoderConfig):
@@ -30,3 +31,7 @@ class Phi3Config(DecoderConfig):
     def hf_fields(cls) -> frozenset[str]:
         """The common fields, less biases and a head size that there never are, and the window."""
         return super().hf_fields() - {"attention_bias", "head_dim"} | {"sliding_window"}
+
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+        """One window for all layers."""
+        return {"sliding_window": one_window(kinds, window)}

@@ -1,9 +1,10 @@
 """Qwen2's config (also Qwen2.5): biases on q, k and v, no q/k norms, its own window if any."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from swaa_jax.models._config import DecoderConfig, windowed_layers_policy
+from swaa_jax.models._interop import kinds_fields
 
 
 class Qwen2Config(DecoderConfig):
@@ -29,3 +30,7 @@ class Qwen2Config(DecoderConfig):
         """The common fields, less the bias that is fixed, and this family's own."""
         window = {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
         return super().hf_fields() - {"attention_bias"} | window
+
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+        """A kind for each layer."""
+        return kinds_fields(kinds, window)

@@ -1,9 +1,10 @@
 """Qwen3's config: per-head q/k norms, explicit head_dim, its own window where it has one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from swaa_jax.models._config import DecoderConfig, windowed_layers_policy
+from swaa_jax.models._interop import kinds_fields
 
 
 class Qwen3Config(DecoderConfig):
@@ -30,3 +31,7 @@ class Qwen3Config(DecoderConfig):
         """The common fields and this family's own."""
         window = {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
         return super().hf_fields() | window
+
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+        """A kind for each layer."""
+        return kinds_fields(kinds, window)

@@ -1,10 +1,11 @@
 """Qwen3-MoE's config: Qwen3 with experts in some or all layers, and one window for all layers."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from swaa_jax.models._config import DecoderConfig
+from swaa_jax.models._interop import one_window
 from swaa_jax.policy import AttentionPolicy
 
 
@@ -83,6 +84,11 @@ class Qwen3MoeConfig(DecoderConfig):
         layers = {"norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"}
         window = {"use_sliding_window", "sliding_window"}
         return super().hf_fields() | frozenset(_EXPERTS) | layers | window
+
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+        """One window for all layers."""
+        window = one_window(kinds, window)
+        return {"use_sliding_window": window is not None, "sliding_window": window}
 
 
 _EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
