@@ -254,7 +254,7 @@ def test_the_balance_loss_moves_the_router():
     def loss(params):
         return load_balancing_loss([nnx.merge(graph, params, rest)(inputs(), rows()).router])
 
-    router, *experts = weights(nnx.merge(graph, jax.grad(loss)(params), rest))
+    router, *experts = weights(nnx.merge(graph, jax.jit(jax.grad(loss))(params), rest))
     assert np.any(router != 0)
     assert not any(np.any(kernel != 0) for kernel in experts)
 
