@@ -1,7 +1,7 @@
 """Any device: a loop over tiles of rows, each with its own group's matrix.
 
 ``jax.lax.ragged_dot`` would be shorter. On the CPU it computes every row with every group's matrix
-and keeps ``[E, M, D]`` copies of the rows (``benchmarks/moe_flops.py`` counts it).
+and keeps ``[E, M, D]`` copies of the rows, as its compiled program shows (JAX 0.10.2).
 """
 
 import functools
