@@ -87,7 +87,11 @@ def checkpoint_origin(directory: epath.PathLike) -> Origin:
     ):
         return Origin(name="/".join(repository.split("--")[1:]), commit=path.name)
     shipped = [name for name, place in SHIPPED.items() if place == path]
-    return Origin(name=shipped[0] if shipped else os.fspath(path))
+    if shipped:
+        return Origin(name=shipped[0])
+    # A relative path says nothing later; what is not there (a hub id) stays as it was given.
+    here = is_local(path) and path.exists()
+    return Origin(name=os.path.abspath(path) if here else os.fspath(path))
 
 
 def read_json_object(path: epath.Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 import swaa_jax
 from swaa_jax._policy_fields import format_layers
-from swaa_jax.checkpoint.hf import read_provenance
+from swaa_jax.checkpoint import checkpoint_origin, read_provenance
 from swaa_jax.eval.sweep import PolicyScore, Sweep, prefill_attention_share
 from swaa_jax.infer import Timings
 from swaa_jax.policy import AttentionPolicy
@@ -374,13 +374,16 @@ def describe_model(model: Any) -> dict[str, Any]:
     source = model.source
     config = model.config
     out: dict[str, Any] = {
-        "source": source and str(source),
+        "source": None,
+        "revision": None,
         "model_type": config.model_type,
         "num_layers": config.num_layers,
         "provenance": None,
         "sha256": {},
     }
     if source is not None:
+        origin = checkpoint_origin(source)
+        out["source"], out["revision"] = origin.name, origin.commit
         out["provenance"] = read_provenance(source)
         files = sorted(epath.Path(source).glob("*.safetensors"))
         if sum(file.stat().length for file in files) <= _HASHED_BYTES:

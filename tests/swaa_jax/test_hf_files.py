@@ -12,6 +12,7 @@ from swaa_jax.checkpoint import (
     SHIPPED,
     CheckpointError,
     check_directory,
+    checkpoint_origin,
     copy_tokenizer_files,
     read_attention_policy,
     read_config,
@@ -141,6 +142,14 @@ def test_provenance_is_a_chain(tmp_path):
     (tmp_path / "a" / "provenance.json").write_text("{")  # no reason to fail a save
     write_provenance(tmp_path / "b", base=tmp_path / "a")
     assert read_provenance(tmp_path / "b")["base_provenance"] is None
+
+
+def test_what_a_base_is_called(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    names = {base: checkpoint_origin(base).name for base in ("m", "org/m", "gs://bucket/m")}
+    assert names == {"m": str(tmp_path / "m"), "org/m": "org/m", "gs://bucket/m": "gs://bucket/m"}
+    assert checkpoint_origin(SHIPPED["tiny-retriever"]).name == "tiny-retriever"
 
 
 def test_a_base_in_the_hubs_cache_is_named_by_its_id(tmp_path):
