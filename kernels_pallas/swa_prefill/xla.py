@@ -23,6 +23,9 @@ from kernels_pallas.swa_prefill.cudnn import cudnn_limits, prefill_cudnn
 
 logger = logging.getLogger(__name__)
 
+# Without this, every call outside jit would compile the loops anew.
+_compiled_attention = jax.jit(blockwise_attention, static_argnums=0)
+
 
 @register_backend("swa_prefill", "xla")
 def prefill_xla(
@@ -114,7 +117,7 @@ def prefill_blockwise(
     dtype = jnp.float32 if platform == "cpu" else arguments.q.dtype
     q, k, v = (x.astype(dtype) for x in _without_padding(arguments, rows))
     k, v = (jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, k_pad), (0, 0))) for x in (k, v))
-    result = blockwise_attention(
+    result = _compiled_attention(
         static,
         _to_blocks(q, block_q=tiling.block_q, num_kv_heads=k.shape[1]),
         k,

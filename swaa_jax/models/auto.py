@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from swaa_jax import checkpoint
 from swaa_jax.checkpoint import WeightReader, WeightRule
-from swaa_jax.models import gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe
+from swaa_jax.models import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe
 from swaa_jax.models._causal_lm import CausalLM
 from swaa_jax.models._config import DecoderConfig
 from swaa_jax.models._config_types import check_config_types
@@ -44,6 +44,7 @@ FAMILIES: Mapping[str, ModelFamily] = {
         config_class=config_class, model_class=model_class, weight_rules=weight_rules
     )
     for config_class, model_class, weight_rules in (
+        (gemma2.Gemma2Config, gemma2.Gemma2ForCausalLM, gemma2.weight_rules),
         (gemma3.Gemma3Config, gemma3.Gemma3ForCausalLM, gemma3.weight_rules),
         (llama.LlamaConfig, llama.LlamaForCausalLM, llama.weight_rules),
         (mistral.MistralConfig, mistral.MistralForCausalLM, mistral.weight_rules),

@@ -43,6 +43,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
     },
     "phi3": {},
+    "gemma2": {
+        "head_dim": 32,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 7,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 8.0,
+        "tie_word_embeddings": False,
+    },
     "gemma3_text": {
         "head_dim": 32,
         "query_pre_attn_scalar": 20,
@@ -62,6 +70,7 @@ def build(family: str, *, seed: int = 0, **overrides: Any) -> Any:
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
         "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
         "ministral": (transformers.MinistralConfig, transformers.MinistralForCausalLM),
+        "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
         "gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
         "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
     }[family]

@@ -29,6 +29,7 @@ EXPRESSED = {
     "ministral": [WINDOW, MIXED, ALL_FULL],
     "phi3": [WINDOW, ALL_FULL],
     "llama": [ALL_FULL],
+    "gemma2": [WINDOW, MIXED, ALL_FULL],
     "gemma3_text": [MIXED, ALL_FULL],  # its own local layers are 0 and 2
 }
 REFUSED = {

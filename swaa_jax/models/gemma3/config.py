@@ -1,50 +1,39 @@
-"""Gemma 3's text config: local and global layers with a rope each, scales, soft caps."""
+"""Gemma 3's text config: local and global layers with a rope each, q/k norms."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from swaa_jax.models._config import DecoderConfig, layer_kinds_policy
+from swaa_jax.models._config import DecoderConfig
+from swaa_jax.models._gemma import GemmaConfig
 from swaa_jax.models._interop import FULL, WINDOWED
 from swaa_jax.models._rope import parse_rope
 
 
-class Gemma3Config(DecoderConfig):
+class Gemma3Config(GemmaConfig):
     """See `swaa_jax.models._config.DecoderConfig`."""
 
     model_type: ClassVar[str] = "gemma3_text"
     architecture: ClassVar[str] = "Gemma3ForCausalLM"
-    activation_field: ClassVar[str] = "hidden_activation"
-    tied_by_default: ClassVar[bool] = True
 
     @classmethod
     def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """Norms around one, scaled embeddings, soft caps, and the window of the local layers."""
-        if hf.get("use_bidirectional_attention"):
-            raise NotImplementedError(
-                "config: use_bidirectional_attention is not supported: an attention policy is "
-                "causal. Set it to false if the model generates text."
-            )
-        missing = [key for key in ("head_dim", "query_pre_attn_scalar") if hf.get(key) is None]
-        if missing:
-            raise ValueError(
-                f"config: expected {missing} for model_type {cls.model_type!r}, got none; "
-                "complete config.json or pass them in config_overrides"
-            )
-        bias = bool(hf.get("attention_bias", False))
+        """Both Gemmas', and q/k norms and a rope of the local layers."""
         return {
-            "head_dim": hf["head_dim"],
-            "attention_bias": bias,
-            "output_bias": bias,
-            "mlp_bias": False,
+            **super().family_fields(hf),
             "qk_norm": True,
-            "one_centred_norms": True,
-            "embedding_scale": hf["hidden_size"] ** 0.5,
-            "attention_scale": hf["query_pre_attn_scalar"] ** -0.5,
-            "attention_softcap": hf.get("attn_logit_softcapping"),
-            "logits_softcap": hf.get("final_logit_softcapping"),
             "local_rope": parse_rope({"rope_parameters": hf["rope_parameters"][WINDOWED]}),
-            "own": layer_kinds_policy(hf, _layer_kinds(hf), hf.get("sliding_window")),
         }
+
+    @classmethod
+    def layer_kinds(cls, hf: Mapping[str, Any]) -> Sequence[str]:
+        """`layer_types`, or every so many-th layer global."""
+        if hf.get("layer_types") is not None:
+            return hf["layer_types"]
+        pattern = hf.get("sliding_window_pattern")
+        if pattern is None:
+            raise ValueError("config: expected layer_types or sliding_window_pattern, got neither")
+        layers = range(1, hf["num_hidden_layers"] + 1)
+        return [WINDOWED if layer % pattern else FULL for layer in layers]
 
     @classmethod
     def from_hf(
@@ -61,17 +50,8 @@ class Gemma3Config(DecoderConfig):
 
     @classmethod
     def hf_fields(cls) -> frozenset[str]:
-        """The common fields and this family's own."""
-        return super().hf_fields() | {
-            "query_pre_attn_scalar",
-            "attn_logit_softcapping",
-            "final_logit_softcapping",
-            "rope_local_base_freq",
-            "sliding_window",
-            "sliding_window_pattern",
-            "layer_types",
-            "use_bidirectional_attention",
-        }
+        """Both Gemmas' and this family's own."""
+        return super().hf_fields() | {"rope_local_base_freq", "sliding_window_pattern"}
 
     def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
         """Another window for the local layers: a layer's kind chooses its rope too, so it stays.
@@ -113,12 +93,3 @@ def _ropes(hf: Mapping[str, Any], local_theta: float | None) -> dict[str, dict[s
     elif local_theta is not None:
         by_kind[WINDOWED] = {**by_kind[WINDOWED], "rope_theta": local_theta}
     return by_kind
-
-
-def _layer_kinds(hf: Mapping[str, Any]) -> list[str]:
-    if hf.get("layer_types") is not None:
-        return hf["layer_types"]
-    pattern = hf.get("sliding_window_pattern")
-    if pattern is None:
-        raise ValueError("config: expected layer_types or sliding_window_pattern, got neither")
-    return [WINDOWED if (index + 1) % pattern else FULL for index in range(hf["num_hidden_layers"])]

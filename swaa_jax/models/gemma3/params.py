@@ -1,18 +1,5 @@
 """Gemma 3's weight table: where each tensor of an HF checkpoint goes."""
 
-from swaa_jax.checkpoint.keymap import WeightRule
-from swaa_jax.models import _weights as weights
-from swaa_jax.models.gemma3.config import Gemma3Config
+from swaa_jax.models._gemma import weight_rules
 
-
-def weight_rules(config: Gemma3Config) -> tuple[WeightRule, ...]:
-    """The table for a checkpoint with this config."""
-    return (
-        *weights.outside_layers(config),
-        *weights.norm("input_layernorm"),
-        *weights.norm("post_attention_layernorm"),
-        *weights.norm("pre_feedforward_layernorm"),
-        *weights.norm("post_feedforward_layernorm"),
-        *weights.attention(config),
-        *weights.gated_mlp(config),
-    )
+__all__ = ["weight_rules"]
