@@ -291,7 +291,27 @@ def _choose_policy(
     else:
         chosen, why = config.own, "from config.json"
     logger.info("attention policy: %s (%s)", chosen, why)
+    _warn_of_wider_windows(config, chosen)
     return chosen
+
+
+def _warn_of_wider_windows(config: DecoderConfig, chosen: AttentionPolicy) -> None:
+    """A policy can undo the windows that a checkpoint (a Gemma, say) was trained with."""
+    pairs = zip(
+        chosen.resolve(config.num_layers), config.own.resolve(config.num_layers), strict=True
+    )
+    wider = [
+        index
+        for index, (layer, own) in enumerate(pairs)
+        if own.window is not None and (layer.window is None or layer.window > own.window)
+    ]
+    if wider:
+        logger.warning(
+            "attention policy: layers %s see more than the window of %d that the checkpoint's "
+            "config gives them",
+            wider,
+            config.own.window,
+        )
 
 
 def check_dtype(dtype: jnp.dtype | str) -> jnp.dtype:

@@ -113,3 +113,13 @@ def test_a_saved_policy_is_the_configs_own_when_loaded_without_its_file(tmp_path
     swaa.save_model(ours, tmp_path / "out")
     (tmp_path / "out" / "attention_policy.json").unlink()
     assert swaa.load_model(tmp_path / "out").policy == MIXED
+
+
+def test_a_policy_that_widens_the_checkpoints_own_windows_is_warned_of(tmp_path, caplog):
+    tiny_hf.save(tiny_hf.build("gemma3_text"), tmp_path)
+    with caplog.at_level(logging.WARNING, "swaa_jax"):
+        swaa.load_model(tmp_path)
+        swaa.load_model(tmp_path, policy=swaa.AttentionPolicy(window=3))
+        assert not caplog.records
+        swaa.load_model(tmp_path, policy=ALL_FULL)
+    assert "layers [0, 2] see more than the window of 7" in caplog.text
