@@ -25,6 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from machine import processor, version
+
 ROOT = Path(__file__).resolve().parents[1]
 EPILOG = """
 examples:
@@ -260,24 +262,6 @@ def measure_against_torch(arguments: argparse.Namespace) -> dict[str, Any]:
         "ratio_is": "the faster torch call over ours",
         "max_abs_difference": difference,
     }
-
-
-def processor() -> str:
-    """The processor's name."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def version(name: str) -> str | None:
-    """Version of an installed distribution."""
-    from importlib import metadata
-
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from machine import processor, version
+
 ROOT = Path(__file__).resolve().parents[1]
 EPILOG = """
 examples:
@@ -278,24 +280,6 @@ def load(arguments: argparse.Namespace) -> None:
     size = sum(param.nbytes for param in params)
     print(json.dumps({"parameter_bytes": size, "seconds": seconds}), flush=True)
     sys.stdin.readline()
-
-
-def processor() -> str:
-    """The processor's name."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def version(name: str) -> str | None:
-    """Version of an installed distribution."""
-    from importlib import metadata
-
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from flax import nnx
 from hlo_flops import Product, count_products
 from jax.experimental import topologies
+from machine import version
 
 from kernels_pallas import grouped_matmul
 from swaa_jax import sharding
@@ -273,16 +274,6 @@ def total(text: str, *, rows_share: float = 1.0) -> int:
     """FLOPs of all products."""
     products: list[Product] = count_products(text, rows_share=rows_share)
     return sum(product.flops for product in products)
-
-
-def version(name: str) -> str | None:
-    """Version of an installed distribution."""
-    from importlib import metadata
-
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":
