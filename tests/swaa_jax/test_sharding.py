@@ -114,3 +114,38 @@ def test_loading_onto_a_mesh_equals_loading_onto_one_device(tmp_path):
         assert len(model.embed_tokens.embedding[...].sharding.device_set) == 8
         run = nnx.jit(lambda model: model(tokens))
         np.testing.assert_allclose(run(model), run(one), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 4, "fsdp": 2}], ids=str
+)
+@pytest.mark.parametrize(
+    "family",
+    [
+        "gemma2",
+        "gemma3_text",
+        "llama",
+        "ministral",
+        "mistral",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+    ],
+)
+def test_every_family_on_a_mesh_equals_one_device(family, sizes, tmp_path):
+    tiny_hf = pytest.importorskip("tests.support.tiny_hf")
+    assert family in tiny_hf.FAMILIES
+    tiny_hf.save(tiny_hf.build(family), tmp_path)
+    one = swaa.load_model(tmp_path, dtype="float32")
+    many = swaa.load_model(tmp_path, dtype="float32", mesh=sharding.make_mesh(**sizes))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(3, 131, (4, 24)))
+    lengths = jnp.array([24, 5, 17, 9])
+    for run in (
+        lambda model: model(tokens, lengths=lengths, logits_at="last"),
+        lambda model: model.decode(tokens, model.prefill(tokens, lengths=lengths).caches)[0],
+    ):
+        run = nnx.jit(run)
+        # float32; partial sums over tensor-parallel devices are added in another order.
+        np.testing.assert_allclose(run(many), run(one), rtol=1e-4, atol=1e-4)
