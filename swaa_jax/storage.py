@@ -299,7 +299,7 @@ def _check_target(target: epath.Path, *, overwrite: bool, commit_mark: str) -> N
     if not overwrite:
         raise CheckpointError(
             f"{target} exists and is not empty; nothing was written. Choose another path, or pass "
-            "overwrite=True to replace it."
+            "overwrite=True (--overwrite) to replace it."
         )
     if commit_mark not in names:
         raise CheckpointError(
