@@ -287,18 +287,28 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = list(dict.fromkeys((r["generation"], r["tokens"], r["window"]) for r in rows))
+    down = list(dict.fromkeys(r["generation"] for r in rows))
+    across = list(dict.fromkeys((r["tokens"], r["window"]) for r in rows))
+    size = (3.4 * len(across) + 0.8, 2.2 * len(down) + 0.6)
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(3.2 * len(panels), 3.4), sharey=True, squeeze=False
+        len(down), len(across), figsize=size, sharex="row", sharey=True, squeeze=False
     )
-    for axis, panel in zip(axes[0], panels, strict=True):
-        shown = [r for r in rows if (r["generation"], r["tokens"], r["window"]) == panel]
-        names = [f"{r['kernel']} {r['blocks'][0]}x{r['blocks'][1]}" for r in shown]
-        axis.barh(names, [r["over_ideal"] for r in shown], color="#0072b2")
-        axis.set_title(f"{panel[0]}, {panel[1]:,} tokens\nwindow {panel[2] or 'full'}", fontsize=9)
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_xlabel("static cycles over the matrix units' limit", fontsize=7)
-        axis.tick_params(labelsize=7)
+    for generation, panels in zip(down, axes, strict=True):
+        for (tokens, window), axis in zip(across, panels, strict=True):
+            shown = [
+                r
+                for r in rows
+                if (r["generation"], r["tokens"], r["window"]) == (generation, tokens, window)
+            ]
+            names = [f"{r['kernel']} {r['blocks'][0]} x {r['blocks'][1]}" for r in shown]
+            bars = axis.barh(names, [r["over_ideal"] for r in shown], color="#0072b2")
+            axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
+            axis.margins(x=0.15)
+            title = f"{generation}, {tokens:,} tokens, window {window or 'full'}"
+            axis.set_title(title, fontsize=9)
+            axis.axvline(1, color="black", linewidth=0.8)
+            axis.tick_params(labelsize=7)
+    figure.supxlabel("static cycles (not run on a TPU) over the matrix units' limit", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
