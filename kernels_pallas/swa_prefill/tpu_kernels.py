@@ -121,6 +121,13 @@ def _widen(x: Array, width: int) -> Array:
     return x if x.shape[1] == width else x[:, :width]
 
 
+def _fold(x: Array, width: int) -> Array:
+    """``[R, n width]`` summed over n to ``[R, width]``."""
+    return functools.reduce(
+        jnp.add, (x[:, i : i + width] for i in range(0, x.shape[1], width))
+    )
+
+
 def _column(row: Array) -> Array:
     """``[1, R]`` as ``[R, LANES]``."""
     return jnp.transpose(jnp.broadcast_to(row, (LANES, row.shape[1])))
@@ -148,7 +155,7 @@ def _forward_kernel(
     lse_ref,  # [1, 1, 1, R]
     # scratch, float32
     m_ref,  # [R, LANES]
-    l_ref,  # [R, LANES]
+    l_ref,  # [R, LANES] partial sums, or as wide as a smaller block_kv
     acc_ref,  # [R, H]
     *,
     static: KernelStatic,
@@ -169,15 +176,16 @@ def _forward_kernel(
         p = jnp.exp2(s - _widen(m, s.shape[1]))
         keep = jnp.exp2(m_before - m)
         m_ref[...] = m
-        l_ref[...] = keep * l_ref[...] + jnp.sum(p, axis=1, keepdims=True)
+        # Sums of every LANES-th column: adding across lanes is dear, so it waits for the last item.
+        l_ref[...] = keep[:, : l_ref.shape[1]] * l_ref[...] + _fold(p, l_ref.shape[1])
         v = v_ref[0, 0]
         pv = _dot(p.astype(v.dtype), v, _NN)
         acc_ref[...] = _widen(keep, head_dim) * acc_ref[...] + pv
 
     def last():
-        l = l_ref[...]
+        l = jnp.broadcast_to(jnp.sum(l_ref[...], axis=1, keepdims=True), m_ref.shape)
         l = jnp.where(l > 0, l, 1.0)  # a padding row, which may have seen nothing
-        out_ref[0, 0] = (acc_ref[...] / _widen(l, head_dim)).astype(out_ref.dtype)
+        out_ref[0, 0] = (acc_ref[...] * _widen(1.0 / l, head_dim)).astype(out_ref.dtype)
         lse = (m_ref[...] + jnp.log2(l)) * (1 / _LOG2_E)
         lse_ref[0, 0] = jnp.transpose(lse)[:1]
 
@@ -357,7 +365,7 @@ def forward(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((num_rows, num_kv_heads, 1, rows_R), jnp.float32),
         ),
-        scratch=[(rows_R, LANES), (rows_R, LANES), (rows_R, head_dim)],
+        scratch=[(rows_R, LANES), (rows_R, min(LANES, k.shape[2])), (rows_R, head_dim)],
         num_kv_heads=num_kv_heads,
         name="swa_prefill_forward",
     )

@@ -1,14 +1,15 @@
 """The work list of a kernel: which pairs of blocks it visits, one int32 each, built inside jit.
 
-Four query blocks, window of two key blocks, sinks in key block 0 (``m`` a pair that needs the mask,
-``.`` a pair that every row sees in full)::
+Four query blocks, a window of two key blocks and one key, sinks in key block 0 (``s`` sinks alone,
+``m`` a pair that needs the mask, ``.`` one that every row sees in full)::
 
                key block                 item   query  key  flags
-               0  1  2  3  4             0      0      0    masked first last
-    query  0   m                         1      1      0    masked first
+               0  1  2  3                0      0      0    masked first last
+    query  0   m                         1      1      0           first
            1   .  m                      2      1      1    masked       last
-           2   s  m  m                   3      2      0    masked first          (the sinks)
-           3   s     m  m                4      2      1    masked
+           2   m  .  m                   3      2      0    masked first
+           3   s  m  .  m                ...
+                                         6      3      0    masked first
                                          ...    the list ends at a traced length
 
 An item is ``major block | minor block | last | first | masked``, highest bits first. The forward
