@@ -73,7 +73,7 @@ def prefill_tpu(
         softcap=None if arguments.softcap is None else float(arguments.softcap),
         is_full=arguments.window is None,
         has_segments=rows.k_segment is not None,
-        num_groups=arguments.q.shape[2] // num_kv_heads,
+        chunk=tiles.chunk,
         interpret=interpret,
     )
     q, k, v = without_padding(arguments, rows)
@@ -87,7 +87,7 @@ def prefill_tpu(
         _work_list(arguments, rows, tiles),
     )
     out, lse = cast(tuple[Array, Array], result)
-    num_batch, num_groups = q.shape[0], static.num_groups
+    num_batch, num_groups = q.shape[0], q.shape[2] // num_kv_heads
     out = _rows_from_blocks(out, num_batch, num_queries, num_groups)
     # [rows, K, 1, R] -> [rows, K, R, 1]
     lse = _rows_from_blocks(lse.swapaxes(2, 3), num_batch, num_queries, num_groups)[..., 0]

@@ -1,13 +1,21 @@
 """Pallas TPU kernels over a work list: forward, dq, and dk with dv.
 
 A grid step is one item: one block of query rows against one block of keys, for one KV head. All G
-query heads of the KV head are stacked, ``R = G * block_q`` rows, and share its keys and values::
+query heads of the KV head are stacked, ``R = G * block_q`` rows, and share its keys and values.
+Scores are held transposed, keys down and rows along lanes::
 
-    rows of a step    head 0: q0 q1 .. | head 1: q0 q1 .. | ...     R x block_kv scores
-    grid              (KV head, item);  items of one query block follow one another:
-                      first: clear the sums | add pair | add pair | last: divide, write
+    s^T                head 0: q0 q1 .. | head 1: q0 q1 .. | ...     [block_kv, R]
+                  k0                    |                  |
+                  k1    chunk 0         |    chunk 1       |
+    grid          (KV head, item); items of one query block follow one another:
+                  first: clear the sums | add pair | add pair | last: divide, transpose, write
 
-The mask is one ``[block_q, block_kv]`` array for all heads and is only built in the body of items
+so that a row's statistics are one number a lane, maxima and sums run down the keys (across lanes
+they are dear), and nothing is kept 128-fold. A step works through its rows in chunks, and asks for
+the next chunk's scores before it turns to the softmax of the last: the compiler overlaps the two
+only when it meets them in that order.
+
+The mask is one ``[block_kv, block_q]`` array for all heads and is only built in the body of items
 flagged masked. Positions, windows, sinks and segments come as integers per row and per key:
 
     q_info  [8, block_q]   0 position (-1: padding)  1 window  2 sinks  3 segment
@@ -20,6 +28,7 @@ for the highest precision: Mosaic's default product of float32 rounds to bfloat1
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,7 +40,6 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from kernels_pallas.mask import visible
-from kernels_pallas.swa_prefill.tpu_tiles import LANES
 from kernels_pallas.swa_prefill.work_list import (
     FIRST,
     LAST,
@@ -52,6 +60,7 @@ _MASK = float(np.finfo(np.float32).min)
 _LOW = _MASK / 2
 
 _NT = (((1,), (1,)), ((), ()))  # x y^T
+_TN = (((0,), (0,)), ((), ()))  # x^T y
 _NN = (((1,), (0,)), ((), ()))  # x y
 
 
@@ -63,7 +72,7 @@ class KernelStatic:
     softcap: float | None
     is_full: bool  # no window at all
     has_segments: bool
-    num_groups: int
+    chunk: int  # rows worked on at a time
     interpret: Any  # bool or pltpu.InterpretParams
 
 
@@ -83,54 +92,55 @@ def _scores(static: KernelStatic, x: Array, y: Array) -> tuple[Array, Array | No
     return capped * (static.softcap * _LOG2_E), 1.0 - capped * capped
 
 
-def _bias(static: KernelStatic, rows: Any, keys: Any) -> Array:
-    """0 where the query sees the key, ``_MASK`` where not; ``rows(i)`` is row i of q_info."""
+def _add_mask(
+    static: KernelStatic, s: Array, q_info_ref: Any, k_columns: Array, first_row: int
+) -> Array:
+    """Scores ``[block_kv, chunk]`` with ``_MASK`` added where the query does not see the key.
+
+    The chunk is some rows of one head, or whole heads: those share one mask. ``k_columns`` is
+    k_info transposed.
+    """
+    block_q = q_info_ref.shape[2]
+    width = min(s.shape[1], block_q)
+    begin = first_row % block_q
+
+    def rows(i: int) -> Array:
+        return q_info_ref[0, i : i + 1, begin : begin + width]
+
     segments = {}
     if static.has_segments:
-        segments = {"q_segment": rows(Q_SEGMENT), "k_segment": keys(K_SEGMENT)}
+        k_segment = k_columns[:, K_SEGMENT : K_SEGMENT + 1]
+        segments = {"q_segment": rows(Q_SEGMENT), "k_segment": k_segment}
     seen = visible(
         rows(Q_POSITION),
-        keys(K_POSITION),
+        k_columns[:, K_POSITION : K_POSITION + 1],
         window=None if static.is_full else rows(Q_WINDOW),
         num_sink_tokens=rows(Q_SINKS),
         **segments,
     )
-    return jnp.where(seen, 0.0, _MASK)
+    bias = jnp.where(seen, 0.0, _MASK)
+    return s + jnp.concatenate([bias] * (s.shape[1] // width), axis=1)
 
 
-def _add_mask(static: KernelStatic, s: Array, q_info_ref: Any, k_info_ref: Any) -> Array:
-    """Scores ``[R, block_kv]`` with the mask of the heads' common rows."""
-    info = jnp.transpose(q_info_ref[0])  # [block_q, 8]
-    bias = _bias(static, lambda i: info[:, i : i + 1], lambda i: k_info_ref[0, i : i + 1, :])
-    s_GQS = s.reshape(static.num_groups, *bias.shape)
-    return (s_GQS + bias[None]).reshape(s.shape)
+def _chunks(num_rows: int, block_q: int, chunk: int) -> list[tuple[int, int]]:
+    """``(begin, size)`` of the chunks of a step's rows: whole heads, or equal parts of a head."""
+    size = block_q
+    if chunk >= block_q:
+        size = chunk // block_q * block_q
+    elif block_q % chunk == 0:
+        size = chunk
+    return [(begin, min(size, num_rows - begin)) for begin in range(0, num_rows, size)]
 
 
-def _add_mask_transposed(static: KernelStatic, s: Array, q_info_ref: Any, k_info_ref: Any) -> Array:
-    """The same for scores ``[block_kv, R]``."""
-    info = jnp.transpose(k_info_ref[0])  # [block_kv, 8]
-    bias = _bias(static, lambda i: q_info_ref[0, i : i + 1, :], lambda i: info[:, i : i + 1])
-    return s + jnp.concatenate([bias] * static.num_groups, axis=1)
-
-
-def _widen(x: Array, width: int) -> Array:
-    """``[R, LANES]`` of equal lanes as ``[R, width]``; free when width is a multiple of LANES."""
-    repeats = -(-width // LANES)
-    if repeats > 1:
-        x = jnp.concatenate([x] * repeats, axis=1)
-    return x if x.shape[1] == width else x[:, :width]
-
-
-def _fold(x: Array, width: int) -> Array:
-    """``[R, n width]`` summed over n to ``[R, width]``."""
-    return functools.reduce(
-        jnp.add, (x[:, i : i + width] for i in range(0, x.shape[1], width))
-    )
-
-
-def _column(row: Array) -> Array:
-    """``[1, R]`` as ``[R, LANES]``."""
-    return jnp.transpose(jnp.broadcast_to(row, (LANES, row.shape[1])))
+def _pipelined(
+    chunks: list[tuple[int, int]], begin: Callable[..., Any], finish: Callable[..., None]
+) -> None:
+    """``finish(chunk, begin(chunk))`` for each chunk; each begins before the last one finishes."""
+    begun = begin(*chunks[0])
+    for i, chunk in enumerate(chunks):
+        following = begin(*chunks[i + 1]) if i + 1 < len(chunks) else None
+        finish(*chunk, begun)
+        begun = following
 
 
 def _on_item(item: Array, *, first: Any, add: Any, last: Any) -> None:
@@ -154,13 +164,13 @@ def _forward_kernel(
     out_ref,  # [1, 1, R, H]
     lse_ref,  # [1, 1, 1, R]
     # scratch, float32
-    m_ref,  # [R, LANES]
-    l_ref,  # [R, LANES] partial sums, or as wide as a smaller block_kv
-    acc_ref,  # [R, H]
+    m_ref,  # [1, R]
+    l_ref,  # [1, R]
+    acc_ref,  # [H, R]
     *,
     static: KernelStatic,
 ):
-    head_dim = acc_ref.shape[1]
+    chunks = _chunks(q_ref.shape[2], q_info_ref.shape[2], static.chunk)
 
     def first():
         m_ref[...] = jnp.full_like(m_ref, _LOW)
@@ -168,28 +178,67 @@ def _forward_kernel(
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
     def add(masked: bool):
-        s, _ = _scores(static, q_ref[0, 0], k_ref[0, 0])  # [R, block_kv]
-        if masked:
-            s = _add_mask(static, s, q_info_ref, k_info_ref)
-        m_before = m_ref[...]
-        m = jnp.maximum(m_before, jnp.max(s, axis=1, keepdims=True))  # [R, LANES]
-        p = jnp.exp2(s - _widen(m, s.shape[1]))
-        keep = jnp.exp2(m_before - m)
-        m_ref[...] = m
-        # Sums of every LANES-th column: adding across lanes is dear, so it waits for the last item.
-        l_ref[...] = keep[:, : l_ref.shape[1]] * l_ref[...] + _fold(p, l_ref.shape[1])
-        v = v_ref[0, 0]
-        pv = _dot(p.astype(v.dtype), v, _NN)
-        acc_ref[...] = _widen(keep, head_dim) * acc_ref[...] + pv
+        k, v = k_ref[0, 0], v_ref[0, 0]
+        k_columns = jnp.transpose(k_info_ref[0]) if masked else None  # [block_kv, 8]
+
+        def scores(begin: int, size: int) -> Array:
+            s, _ = _scores(static, k, q_ref[0, 0, begin : begin + size])  # [block_kv, size]
+            return s if k_columns is None else _add_mask(static, s, q_info_ref, k_columns, begin)
+
+        def softmax(begin: int, size: int, s: Array) -> None:
+            at = slice(begin, begin + size)
+            m_before = m_ref[:, at]
+            m = jnp.maximum(m_before, jnp.max(s, axis=0, keepdims=True))  # [1, size]
+            p = jnp.exp2(s - m)
+            keep = jnp.exp2(m_before - m)
+            m_ref[:, at] = m
+            l_ref[:, at] = keep * l_ref[:, at] + jnp.sum(p, axis=0, keepdims=True)
+            acc_ref[:, at] = keep * acc_ref[:, at] + _dot(v, p.astype(v.dtype), _TN)
+
+        _pipelined(chunks, scores, softmax)
 
     def last():
-        l = jnp.broadcast_to(jnp.sum(l_ref[...], axis=1, keepdims=True), m_ref.shape)
+        l = l_ref[...]
         l = jnp.where(l > 0, l, 1.0)  # a padding row, which may have seen nothing
-        out_ref[0, 0] = (acc_ref[...] * _widen(1.0 / l, head_dim)).astype(out_ref.dtype)
-        lse = (m_ref[...] + jnp.log2(l)) * (1 / _LOG2_E)
-        lse_ref[0, 0] = jnp.transpose(lse)[:1]
+        out_ref[0, 0] = jnp.transpose(acc_ref[...] * (1.0 / l)).astype(out_ref.dtype)
+        lse_ref[0, 0] = (m_ref[...] + jnp.log2(l)) * (1 / _LOG2_E)
 
     _on_item(items_ref[pl.program_id(1)], first=first, add=add, last=last)
+
+
+def _each_chunk_of_gradients(
+    static: KernelStatic,
+    masked: bool,
+    q_info_ref: Any,  # [1, 8, block_q]
+    k_info_ref: Any,  # [1, 8, block_kv]
+    q_ref: Any,  # [1, 1, R, H]
+    k_ref: Any,  # [1, 1, block_kv, H]
+    v_ref: Any,  # [1, 1, block_kv, H]
+    do_ref: Any,  # [1, 1, R, H]
+    lse_ref: Any,  # [1, 1, 1, R] in base 2
+    delta_ref: Any,  # [1, 1, 1, R]
+    *,
+    add: Callable[[slice, Array, Array], None],
+) -> None:
+    """``add(rows, p, ds)`` for each chunk, ``[block_kv, chunk]`` float32; ds lacks the scale."""
+    k, v = k_ref[0, 0], v_ref[0, 0]
+    k_columns = jnp.transpose(k_info_ref[0]) if masked else None  # [block_kv, 8]
+
+    def products(begin: int, size: int) -> tuple[Array, Array | None, Array]:
+        at = slice(begin, begin + size)
+        s, slope = _scores(static, k, q_ref[0, 0, at])
+        if k_columns is not None:
+            s = _add_mask(static, s, q_info_ref, k_columns, begin)
+        return s, slope, _dot(v, do_ref[0, 0, at], _NT)
+
+    def finish(begin: int, size: int, begun: tuple[Array, Array | None, Array]) -> None:
+        at = slice(begin, begin + size)
+        s, slope, dp = begun
+        p = jnp.exp2(s - lse_ref[0, 0, :, at])
+        ds = p * (dp - delta_ref[0, 0, :, at])
+        add(at, p, ds if slope is None else ds * slope)
+
+    _pipelined(_chunks(q_ref.shape[2], q_info_ref.shape[2], static.chunk), products, finish)
 
 
 def _dq_kernel(
@@ -207,31 +256,25 @@ def _dq_kernel(
     # out
     dq_ref,  # [1, 1, R, H]
     # scratch, float32
-    lse_column_ref,  # [R, LANES]
-    delta_column_ref,  # [R, LANES]
-    acc_ref,  # [R, H]
+    acc_ref,  # [H, R]
     *,
     static: KernelStatic,
 ):
+    refs = (q_info_ref, k_info_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref)
+
     def first():
-        lse_column_ref[...] = _column(lse_ref[0, 0])
-        delta_column_ref[...] = _column(delta_ref[0, 0])
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
     def add(masked: bool):
         k = k_ref[0, 0]
-        s, slope = _scores(static, q_ref[0, 0], k)  # [R, block_kv]
-        if masked:
-            s = _add_mask(static, s, q_info_ref, k_info_ref)
-        p = jnp.exp2(s - _widen(lse_column_ref[...], s.shape[1]))
-        dp = _dot(do_ref[0, 0], v_ref[0, 0], _NT)
-        ds = p * (dp - _widen(delta_column_ref[...], s.shape[1]))
-        if slope is not None:
-            ds = ds * slope
-        acc_ref[...] += _dot(ds.astype(k.dtype), k, _NN)
+
+        def add_chunk(at: slice, _: Array, ds: Array) -> None:
+            acc_ref[:, at] += _dot(k, ds.astype(k.dtype), _TN)
+
+        _each_chunk_of_gradients(static, masked, *refs, add=add_chunk)
 
     def last():
-        dq_ref[0, 0] = (acc_ref[...] * static.scale).astype(dq_ref.dtype)
+        dq_ref[0, 0] = jnp.transpose(acc_ref[...] * static.scale).astype(dq_ref.dtype)
 
     _on_item(items_ref[pl.program_id(1)], first=first, add=add, last=last)
 
@@ -257,24 +300,19 @@ def _dkv_kernel(
     *,
     static: KernelStatic,
 ):
-    """Scores are transposed, ``[block_kv, R]``: rows' numbers then lie along lanes as they come."""
+    refs = (q_info_ref, k_info_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref)
 
     def first():
         dk_acc_ref[...] = jnp.zeros_like(dk_acc_ref)
         dv_acc_ref[...] = jnp.zeros_like(dv_acc_ref)
 
     def add(masked: bool):
-        q, do = q_ref[0, 0], do_ref[0, 0]
-        s, slope = _scores(static, k_ref[0, 0], q)  # [block_kv, R]
-        if masked:
-            s = _add_mask_transposed(static, s, q_info_ref, k_info_ref)
-        p = jnp.exp2(s - lse_ref[0, 0])
-        dv_acc_ref[...] += _dot(p.astype(do.dtype), do, _NN)
-        dp = _dot(v_ref[0, 0], do, _NT)
-        ds = p * (dp - delta_ref[0, 0])
-        if slope is not None:
-            ds = ds * slope
-        dk_acc_ref[...] += _dot(ds.astype(q.dtype), q, _NN)
+        def add_chunk(at: slice, p: Array, ds: Array) -> None:
+            q, do = q_ref[0, 0, at], do_ref[0, 0, at]
+            dv_acc_ref[...] += _dot(p.astype(do.dtype), do, _NN)
+            dk_acc_ref[...] += _dot(ds.astype(q.dtype), q, _NN)
+
+        _each_chunk_of_gradients(static, masked, *refs, add=add_chunk)
 
     def last():
         dk_ref[0, 0] = (dk_acc_ref[...] * static.scale).astype(dk_ref.dtype)
@@ -365,7 +403,7 @@ def forward(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((num_rows, num_kv_heads, 1, rows_R), jnp.float32),
         ),
-        scratch=[(rows_R, LANES), (rows_R, min(LANES, k.shape[2])), (rows_R, head_dim)],
+        scratch=[(1, rows_R), (1, rows_R), (head_dim, rows_R)],
         num_kv_heads=num_kv_heads,
         name="swa_prefill_forward",
     )
@@ -410,7 +448,7 @@ def backward(
         in_specs=in_specs(rows, keys),
         out_specs=rows["rows"],
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        scratch=[(rows_R, LANES), (rows_R, LANES), (rows_R, head_dim)],
+        scratch=[(head_dim, rows_R)],
         num_kv_heads=num_kv_heads,
         name="swa_prefill_dq",
     )

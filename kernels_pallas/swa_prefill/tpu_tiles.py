@@ -19,10 +19,12 @@ class Tiles:
       block_q: rows of a query block; the G heads of a KV head are stacked on it, so a step
         multiplies ``G * block_q`` rows.
       block_kv: keys of a key block.
+      chunk: of the stacked rows, how many are worked on at a time.
     """
 
     block_q: int
     block_kv: int
+    chunk: int = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,11 +37,11 @@ class _Sizes:
 
 
 _SIZES = {
-    "v4": _Sizes(rows=512, windowed_kv=256, full_kv=512),
-    "v5e": _Sizes(rows=512, windowed_kv=256, full_kv=512),
-    "v5p": _Sizes(rows=512, windowed_kv=256, full_kv=512),
-    "v6e": _Sizes(rows=512, windowed_kv=256, full_kv=512),
-    "tpu7x": _Sizes(rows=512, windowed_kv=256, full_kv=512),
+    "v4": _Sizes(rows=1024, windowed_kv=256, full_kv=512),
+    "v5e": _Sizes(rows=1024, windowed_kv=256, full_kv=512),
+    "v5p": _Sizes(rows=1024, windowed_kv=256, full_kv=512),
+    "v6e": _Sizes(rows=1024, windowed_kv=256, full_kv=512),
+    "tpu7x": _Sizes(rows=1024, windowed_kv=256, full_kv=512),
 }
 _DEVICE_KINDS = {
     "TPU v4": "v4",
@@ -56,6 +58,8 @@ GENERATIONS = tuple(_SIZES)
 
 # Scores of one step, 2 MiB in float32; the backward pass holds three or four such arrays in VMEM.
 _MOST_SCORES = 1 << 19
+# A window wastes about half a query block's keys at each of its ends.
+_MOST_ROWS_OF_A_HEAD = 512
 
 
 def this_generation() -> str:
@@ -87,7 +91,7 @@ def _candidates(arguments: PrefillArguments, sizes: _Sizes) -> list[Tiles]:
     num_queries, num_keys = arguments.shape[1:]
     num_groups = arguments.q.shape[2] // arguments.k.shape[2]
     windowed = isinstance(arguments.window, int)
-    block_q = max(_round_down(sizes.rows // num_groups), LANES)
+    block_q = min(max(_round_down(sizes.rows // num_groups), LANES), _MOST_ROWS_OF_A_HEAD)
     block_kv = sizes.windowed_kv if windowed else sizes.full_kv
     found = []
     for larger_q, larger_kv in ((1, 1), (1, 2), (2, 2), (2, 4), (4, 4)):

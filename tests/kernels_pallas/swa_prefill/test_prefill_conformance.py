@@ -92,7 +92,10 @@ def keywords_of(case: Case, backend: str):
     if backend == "xla" and tiling:
         return {"tiling": tiling}
     if backend == "pallas_tpu":
-        tiles = Tiles(block_q=tiling.block_q, block_kv=tiling.block_kv) if tiling else None
+        tiles = None
+        if tiling:  # chunks of one head, here of half a head
+            chunk = tiling.block_q // (2 if tiling.chunk_blocks == 3 else 1)
+            tiles = Tiles(block_q=tiling.block_q, block_kv=tiling.block_kv, chunk=chunk)
         return {"tiles": tiles, "interpret": True}
     return {}
 
