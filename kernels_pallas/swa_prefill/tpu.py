@@ -21,6 +21,7 @@ from kernels_pallas.swa_prefill.tpu_tiles import (
     choose_tiles,
     most_items,
     prefill_tpu_limits,
+    vmem_limit_bytes,
 )
 from kernels_pallas.swa_prefill.work_list import WorkList, build_work_list, by_key_block
 
@@ -74,6 +75,7 @@ def prefill_tpu(
         is_full=arguments.window is None,
         has_segments=rows.k_segment is not None,
         chunk=tiles.chunk,
+        vmem_limit_bytes=vmem_limit_bytes(arguments, tiles),
         interpret=interpret,
     )
     q, k, v = without_padding(arguments, rows)

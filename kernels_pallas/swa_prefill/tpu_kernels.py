@@ -73,6 +73,7 @@ class KernelStatic:
     is_full: bool  # no window at all
     has_segments: bool
     chunk: int  # rows worked on at a time
+    vmem_limit_bytes: int | None
     interpret: Any  # bool or pltpu.InterpretParams
 
 
@@ -358,7 +359,10 @@ def _call(
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         ),
         out_shape=out_shape,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=static.vmem_limit_bytes,
+        ),
         interpret=static.interpret,
         name=name,
     )

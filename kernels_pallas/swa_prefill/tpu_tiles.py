@@ -58,6 +58,7 @@ GENERATIONS = tuple(_SIZES)
 
 # Scores of one step, 2 MiB in float32; the backward pass holds three or four such arrays in VMEM.
 _MOST_SCORES = 1 << 19
+_FREE_VMEM_BYTES = 10 << 20
 # A window wastes about half a query block's keys at each of its ends.
 _MOST_ROWS_OF_A_HEAD = 512
 
@@ -115,6 +116,21 @@ def tiles_limits(arguments: PrefillArguments, tiles: Tiles) -> str | None:
         num_rows=num_batch * -(-num_queries // tiles.block_q),
         num_columns=num_batch * -(-num_keys // tiles.block_kv),
     )
+
+
+def vmem_limit_bytes(arguments: PrefillArguments, tiles: Tiles) -> int | None:
+    """VMEM to ask for where the compiler's own limit (16 MiB on v5e) would not do; None: it does.
+
+    Blocks are held twice, one in use and one on its way; the gradients' kernels hold most.
+    """
+    head_dim, itemsize = arguments.q.shape[3], arguments.q.dtype.itemsize
+    head_dim = _round_up(head_dim)
+    num_rows = arguments.q.shape[2] // arguments.k.shape[2] * tiles.block_q
+    of_rows = num_rows * head_dim * (2 * 3 * itemsize + 4)
+    of_keys = tiles.block_kv * head_dim * (2 * 4 * itemsize + 8)
+    of_scores = 6 * 4 * tiles.block_kv * max(tiles.chunk, tiles.block_q)
+    need = of_rows + of_keys + of_scores
+    return None if need <= _FREE_VMEM_BYTES else 2 * need
 
 
 def check_tiles(arguments: PrefillArguments, tiles: Tiles, *, interpret: bool) -> None:
