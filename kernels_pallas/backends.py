@@ -22,10 +22,19 @@ _AUTO_ORDER = {
     "tpu": ("pallas_tpu", "xla"),
 }
 _REGISTRY: dict[str, dict[str, Callable[..., Any]]] = {}
+_LIMITS: dict[tuple[str, str], Callable[[Any], tuple[str, ...]]] = {}
 
 
-def register_backend(op: str, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def register_backend(
+    op: str, name: str, *, limits: Callable[[Any], tuple[str, ...]] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: make the function the backend ``name`` of ``op``.
+
+    Args:
+      op: the operation.
+      name: of the backend.
+      limits: why the backend cannot compute given arguments, empty when it can; ``"auto"`` then
+        takes the next one. None: it takes whatever the op does.
 
     Raises:
       ValueError: the op already has a backend of that name.
@@ -39,6 +48,8 @@ def register_backend(op: str, name: str) -> Callable[[Callable[..., Any]], Calla
                 "register under another name"
             )
         backends[name] = function
+        if limits is not None:
+            _LIMITS[op, name] = limits
         return function
 
     return add
@@ -78,9 +89,28 @@ def resolve_backend(
     return name
 
 
-def get_backend(op: str, name: str, *, platform: str | None = None) -> Callable[..., Any]:
-    """The function registered for what ``name`` resolves to."""
-    return _REGISTRY[op][resolve_backend(name, op=op, platform=platform)]
+def get_backend(
+    op: str, name: str, *, platform: str | None = None, arguments: Any = None
+) -> Callable[..., Any]:
+    """The function registered for what ``name`` resolves to.
+
+    With ``arguments``, ``"auto"`` passes over backends that cannot compute them.
+    """
+    if name != "auto" or arguments is None:
+        return _REGISTRY[op][resolve_backend(name, op=op, platform=platform)]
+    registered = available_backends(op)
+    while True:
+        chosen = _resolve_auto(op, platform or jax.default_backend(), registered)
+        limits = _LIMITS.get((op, chosen), lambda _: ())(arguments)
+        if not limits:
+            return _REGISTRY[op][chosen]
+        _log_limits(op, chosen, limits)
+        registered = tuple(name for name in registered if name != chosen)
+
+
+@functools.cache
+def _log_limits(op: str, name: str, limits: tuple[str, ...]) -> None:
+    logger.info("%s: backend 'auto' leaves out %r, which has no %s", op, name, ", ".join(limits))
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.backends import get_backend
 from kernels_pallas.mask import IntOrPerRow
 from kernels_pallas.swa_prefill import reference as _reference  # noqa: F401  (registers itself)
+from kernels_pallas.swa_prefill import tpu as _tpu  # noqa: F401  (registers itself)
 from kernels_pallas.swa_prefill import xla as _xla  # noqa: F401  (registers itself)
 from kernels_pallas.swa_prefill.arguments import (
     AttentionOutput,
@@ -93,5 +94,6 @@ def swa_prefill(
         softcap=softcap,
     )
     validate_prefill(arguments)
-    result = get_backend("swa_prefill", backend)(arguments, return_lse=return_lse)
+    run = get_backend("swa_prefill", backend, arguments=arguments)
+    result = run(arguments, return_lse=return_lse)
     return result if return_lse else result.out

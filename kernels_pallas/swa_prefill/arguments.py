@@ -59,6 +59,19 @@ class PrefillArguments:
         )
 
 
+def without_padding(arguments: PrefillArguments, rows: RowInfo) -> tuple[Array, Array, Array]:
+    """q, k, v with zeros where no valid row looks: it may hold NaN, and NaN * 0 is NaN."""
+    q, k, v = arguments.q, arguments.k, arguments.v
+    _, num_queries, num_keys = arguments.shape
+    if arguments.lengths is not None:
+        q = jnp.where(rows.q_valid[:, :, None, None], q, 0)
+    if arguments.lengths is not None or num_keys > num_queries:
+        last_B1 = jnp.max(jnp.where(rows.q_valid, rows.q_index, -1), axis=1, keepdims=True)
+        reached = (jnp.arange(num_keys) <= last_B1)[:, :, None, None]
+        k, v = jnp.where(reached, k, 0), jnp.where(reached, v, 0)
+    return q, k, v
+
+
 def validate_prefill(arguments: PrefillArguments) -> None:
     """Raise ``ValueError`` naming the wrong argument, what was expected and what came."""
     q, k, v = arguments.q, arguments.k, arguments.v

@@ -11,7 +11,11 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.backends import register_backend
 from kernels_pallas.mask import RowInfo, block_map, per_row
-from kernels_pallas.swa_prefill.arguments import AttentionOutput, PrefillArguments
+from kernels_pallas.swa_prefill.arguments import (
+    AttentionOutput,
+    PrefillArguments,
+    without_padding,
+)
 from kernels_pallas.swa_prefill.blockwise import (
     KeyRows,
     Static,
@@ -115,7 +119,7 @@ def prefill_blockwise(
     k_pad = _round_up(num_keys, tiling.block_kv) - num_keys + tiling.chunk
     # The CPU's low-precision products are slow, and float32 holds their inputs exactly.
     dtype = jnp.float32 if platform == "cpu" else arguments.q.dtype
-    q, k, v = (x.astype(dtype) for x in _without_padding(arguments, rows))
+    q, k, v = (x.astype(dtype) for x in without_padding(arguments, rows))
     k, v = (jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, k_pad), (0, 0))) for x in (k, v))
     result = _compiled_attention(
         static,
@@ -137,19 +141,6 @@ def prefill_blockwise(
         out=jnp.where(valid_BT1[..., None], from_blocks(out), 0).astype(arguments.q.dtype),
         lse=jnp.where(valid_BT1, from_blocks(lse[..., None])[..., 0], -jnp.inf),
     )
-
-
-def _without_padding(arguments: PrefillArguments, rows: RowInfo) -> tuple[Array, Array, Array]:
-    """q, k, v with zeros where no valid row looks: it may hold NaN, and NaN * 0 is NaN."""
-    q, k, v = arguments.q, arguments.k, arguments.v
-    _, num_queries, num_keys = arguments.shape
-    if arguments.lengths is not None:
-        q = jnp.where(rows.q_valid[:, :, None, None], q, 0)
-    if arguments.lengths is not None or num_keys > num_queries:
-        last_B1 = jnp.max(jnp.where(rows.q_valid, rows.q_index, -1), axis=1, keepdims=True)
-        reached = (jnp.arange(num_keys) <= last_B1)[:, :, None, None]
-        k, v = jnp.where(reached, k, 0), jnp.where(reached, v, 0)
-    return q, k, v
 
 
 def _step_rows(arguments: PrefillArguments, rows: RowInfo, tiling: Tiling) -> StepRows:

@@ -1,5 +1,6 @@
 """The registry: names, what auto means, what it logs."""
 
+import functools
 import logging
 
 import pytest
@@ -8,7 +9,7 @@ from kernels_pallas import available_backends, backends, resolve_backend
 
 
 def test_names():
-    assert available_backends() == ("reference", "xla")
+    assert available_backends() == ("pallas_tpu", "reference", "xla")
     assert available_backends("swa_decode") == ("reference", "xla")
 
 
@@ -31,8 +32,29 @@ def test_auto_prefers_a_platform_kernel():
     assert backends._resolve_auto("an op", "tpu", ("reference", "xla")) == "xla"
 
 
+def test_auto_passes_over_what_has_limits(caplog):
+    def short_only(arguments):
+        return ("long inputs",) if len(arguments) > 2 else ()
+
+    backends.register_backend("a test's op", "pallas_tpu", limits=short_only)(lambda: "tpu")
+    backends.register_backend("a test's op", "xla")(lambda: "xla")
+    get = functools.partial(backends.get_backend, "a test's op", platform="tpu")
+    try:
+        assert get("auto", arguments="ab")() == "tpu"
+        with caplog.at_level(logging.INFO, logger="kernels_pallas"):
+            assert get("auto", arguments="abc")() == "xla"
+        assert "leaves out 'pallas_tpu', which has no long inputs" in caplog.text
+        assert get("pallas_tpu", arguments="abc")() == "tpu"
+        assert get("auto")() == "tpu"
+    finally:
+        del backends._REGISTRY["a test's op"]
+        del backends._LIMITS["a test's op", "pallas_tpu"]
+
+
 def test_unknown_name_lists_the_names():
-    with pytest.raises(ValueError, match="'auto', 'reference', 'xla' for swa_prefill, got 'cuda'"):
+    with pytest.raises(
+        ValueError, match="'auto', 'pallas_tpu', 'reference', 'xla' for swa_prefill"
+    ):
         resolve_backend("cuda")
 
 

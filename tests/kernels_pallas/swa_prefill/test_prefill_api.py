@@ -246,9 +246,8 @@ WRONG = {
     "num_sink_tokens: expected at least 0, got -1": dict(num_sink_tokens=-1),
     "full_attention_tail: expected at least 0, got -2": dict(full_attention_tail=-2),
     "softcap: expected a positive number or None, got 0": dict(softcap=0.0),
-    "backend: expected one of 'auto', 'reference', 'xla' for swa_prefill, got 'gpu'": dict(
-        backend="gpu"
-    ),
+    "backend: expected one of 'auto', 'pallas_tpu', 'reference', 'xla' for swa_prefill, "
+    "got 'gpu'": dict(backend="gpu"),
 }
 
 

@@ -18,15 +18,20 @@ from hypothesis import given, settings
 from kernels_pallas.backends import get_backend
 from kernels_pallas.swa_prefill.arguments import PrefillArguments, validate_prefill
 from kernels_pallas.swa_prefill.blockwise import Tiling
+from kernels_pallas.swa_prefill.tpu_tiles import Tiles
 from tests.support import bruteforce
 
-BACKENDS = ("reference", "xla")
+BACKENDS = ("reference", "xla", "pallas_tpu")
 
 # Relative to the largest entry. float32: products over 16 dims at highest precision and sums over
 # at most 70 keys, all of order 1, lose a few dozen units in the last place (1.2e-7). The 16-bit
 # types: the arithmetic is float32 and only the result is rounded, by half a unit in the last place
 # (2^-9, 2^-12 relative); the cotangent of the output is rounded once too, hence the doubling.
 RTOL = {"float32": 1e-5, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+# The TPU kernels multiply bfloat16 by bfloat16, here as there: the softmax weights and ds are
+# rounded too before they meet their other factor, and the gradients start from the rounded output.
+# With the rounding of the result that is a unit of 2^-8 for each of the three.
+RTOL_ROUNDED_WEIGHTS = {"float32": 1e-5, "bfloat16": 3 * 2.0**-8}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,10 +86,24 @@ def arguments_of(case, arrays, drawn):
     )
 
 
+def keywords_of(case: Case, backend: str):
+    """The case's block sizes, and interpretation for what needs a TPU."""
+    tiling = case.tiling
+    if backend == "xla" and tiling:
+        return {"tiling": tiling}
+    if backend == "pallas_tpu":
+        tiles = None
+        if tiling:  # chunks of one head, here of half a head
+            chunk = tiling.block_q // (2 if tiling.chunk_blocks == 3 else 1)
+            tiles = Tiles(block_q=tiling.block_q, block_kv=tiling.block_kv, chunk=chunk)
+        return {"tiles": tiles, "interpret": True}
+    return {}
+
+
 @functools.cache
 def compiled(case: Case, backend: str):
     """One jitted function a case and backend: result and gradients."""
-    keywords = {"tiling": case.tiling} if backend == "xla" and case.tiling else {}
+    keywords = keywords_of(case, backend)
 
     def run(arrays, cotangents, drawn):
         def loss(arrays):
@@ -171,10 +190,10 @@ def expected(case, arrays, cotangents, drawn):
     return result, grads
 
 
-def assert_close(actual, wanted, dtype, name):
+def assert_close(actual, wanted, rtol, name):
     actual = np.asarray(actual, np.float64)
     assert np.isfinite(actual).all(), f"{name} is not finite"
-    room = RTOL[dtype] * max(1.0, np.abs(wanted).max(initial=0.0))
+    room = rtol * max(1.0, np.abs(wanted).max(initial=0.0))
     np.testing.assert_allclose(actual, wanted, rtol=0, atol=room, err_msg=name)
 
 
@@ -186,14 +205,14 @@ def check(case, backend, drawn, arrays, cotangents):
     padding = np.isneginf(wanted.lse)
     np.testing.assert_array_equal(np.isneginf(result.lse), padding)
     assert not np.asarray(result.out, np.float32)[padding].any()
-    assert_close(result.out, wanted.out, case.dtype, "out")
+    rtol = (RTOL_ROUNDED_WEIGHTS if backend == "pallas_tpu" else RTOL)[case.dtype]
+    assert_close(result.out, wanted.out, rtol, "out")
     # The LSE is float32 whatever the inputs are.
-    assert_close(
-        np.where(padding, 0, result.lse), np.where(padding, 0, wanted.lse), "float32", "lse"
-    )
+    lse, wanted_lse = (np.where(padding, 0, x) for x in (result.lse, wanted.lse))
+    assert_close(lse, wanted_lse, RTOL["float32"], "lse")
     for name, actual, want in zip(("dq", "dk", "dv"), grads, wanted_grads, strict=True):
         assert actual.dtype == arrays[0].dtype
-        assert_close(actual, want, case.dtype, name)
+        assert_close(actual, want, rtol, name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,0 +1,375 @@
+"""What the TPU kernels have beside the conformance suite: work list, limits, races, precision."""
+
+import contextlib
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas import mask, swa_prefill
+from kernels_pallas.backends import get_backend
+from kernels_pallas.swa_prefill import tpu_tiles
+from kernels_pallas.swa_prefill.arguments import PrefillArguments
+from kernels_pallas.swa_prefill.tpu import prefill_tpu
+from kernels_pallas.swa_prefill.tpu_tiles import Tiles
+from kernels_pallas.swa_prefill.work_list import (
+    FIRST,
+    LAST,
+    MASKED,
+    build_work_list,
+    by_key_block,
+    count_items_at_most,
+    major_of,
+    minor_of,
+)
+from tests.support import bruteforce
+
+ROOT = Path(__file__).resolve().parents[3]
+# float32, heads of 8, at most 80 keys: a few dozen units in the last place of entries of order 1.
+ATOL = 1e-5
+
+
+def arguments(q, k, v, **changes):
+    defaults = dict(
+        window=None,
+        num_sink_tokens=0,
+        lengths=None,
+        stage_ids=None,
+        segment_ids=None,
+        q_offset=0,
+        full_attention_tail=0,
+        scale=1.0,
+        softcap=None,
+    )
+    return PrefillArguments(q=q, k=k, v=v, **(defaults | changes))
+
+
+@functools.cache
+def qkv(num_queries=40, num_keys=40, dtype="float32"):
+    rng = np.random.default_rng(0)
+    shapes = ((2, num_queries, 4, 8), (2, num_keys, 2, 8), (2, num_keys, 2, 8))
+    return tuple(jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
+
+
+def shapes(num_batch=1, num_queries=131072, heads=(32, 8, 128), dtype="bfloat16"):
+    num_heads, num_kv_heads, head_dim = heads
+    q = jax.ShapeDtypeStruct((num_batch, num_queries, num_heads, head_dim), dtype)
+    k = jax.ShapeDtypeStruct((num_batch, num_queries, num_kv_heads, head_dim), dtype)
+    return q, k, k
+
+
+@pytest.mark.parametrize("lengths", ([61, 40], [7, 0], [0, 0]))
+@pytest.mark.parametrize("window", (1, 9, None))
+def test_the_list_holds_each_visible_pair_of_blocks_once(window, lengths):
+    block_q, block_kv, sinks, offset = 8, 4, 6, 17
+    shape = num_batch, _, _ = (2, 43, 61)
+    num_rows, num_columns = 2 * 6, 2 * 16
+    rows = mask.row_info(
+        shape=shape,
+        lengths=jnp.array(lengths),
+        stage_ids=None,
+        segment_ids=None,
+        q_offset=offset,
+        full_attention_tail=0,
+    )
+    blocks = mask.block_map(
+        rows, window=window, num_sink_tokens=sinks, block_q=block_q, block_kv=block_kv
+    )
+    most = count_items_at_most(
+        shape=shape,
+        window=window,
+        num_sink_tokens=sinks,
+        q_offset=offset,
+        block_q=block_q,
+        block_kv=block_kv,
+    )
+    work = build_work_list(blocks, num_kv_blocks=16, most_items=most)
+    seen = bruteforce.visible_pairs(
+        shape=shape, window=window, sinks=sinks, q_offset=offset, lengths=lengths
+    )
+    wanted = [
+        (b * 6 + i, b * 16 + j)
+        for b in range(num_batch)
+        for i in range(6)
+        for j in range(16)
+        if seen[b, 8 * i : 8 * i + 8, 4 * j : 4 * j + 4].any()
+    ]
+    count = int(work.count)
+    assert count == max(len(wanted), 1) <= most
+    by_key, visited = by_key_block(work, num_rows=num_rows, num_columns=num_columns)
+    assert int(by_key.count) == count
+    np.testing.assert_array_equal(
+        np.flatnonzero(visited), sorted({j for _, j in wanted}) if wanted else [0]
+    )
+    for items, num_minor, transposed in (
+        (work.items, num_columns, False),
+        (by_key.items, num_rows, True),
+    ):
+        items = np.asarray(items)[:count]
+        pairs = [
+            (major_of(item, num_minor_blocks=num_minor), minor_of(item, num_minor_blocks=num_minor))
+            for item in items.tolist()
+        ]
+        # The list is the visible pairs in order of blocks; an empty one does one pair for nothing.
+        if wanted:
+            assert pairs == sorted((j, i) if transposed else (i, j) for i, j in wanted)
+        majors = [major for major, _ in pairs]
+        firsts = [i == 0 or majors[i - 1] != major for i, major in enumerate(majors)]
+        lasts = [i == count - 1 or majors[i + 1] != major for i, major in enumerate(majors)]
+        assert [bool(item & FIRST) for item in items] == firsts
+        assert [bool(item & LAST) for item in items] == lasts
+        for item, (major, minor) in zip(items, pairs, strict=True):
+            row, column = (minor, major) if transposed else (major, minor)
+            b, i = divmod(row, 6)
+            j = column % 16
+            pair = seen[b, 8 * i : 8 * i + 8, 4 * j : 4 * j + 4]
+            if not item & MASKED:
+                assert pair[seen[b, 8 * i : 8 * i + 8].any(axis=1)].all()
+
+
+def test_a_list_beyond_scalar_memory_names_sizes_that_fit():
+    case = arguments(*shapes())
+    with pytest.raises(NotImplementedError, match="of scalar memory") as error:
+        prefill_tpu(case, return_lse=False, tiles=Tiles(block_q=128, block_kv=128))
+    assert "block_q=128, block_kv=256 would fit" not in str(error.value)
+    assert "block_q=256, block_kv=256 would fit" in str(error.value)
+    assert tpu_tiles.tiles_limits(case, Tiles(block_q=256, block_kv=256)) is None
+    with pytest.raises(ValueError, match="tiles: expected multiples of 128"):
+        prefill_tpu(case, return_lse=False, tiles=Tiles(block_q=64, block_kv=128))
+
+
+@pytest.mark.parametrize("generation", tpu_tiles.GENERATIONS)
+@pytest.mark.parametrize("window", (1, 2048, None))
+@pytest.mark.parametrize("heads", ((32, 8, 128), (4, 4, 64), (16, 1, 256)))
+@pytest.mark.parametrize("length", (1, 300, 131072))
+def test_chosen_tiles_fit(generation, window, heads, length):
+    for dtype in ("float32", "bfloat16"):
+        case = arguments(*shapes(1, length, heads, dtype), window=window)
+        tiles = tpu_tiles.choose_tiles(case, generation=generation)
+        tpu_tiles.check_tiles(case, tiles, interpret=False)
+        rows = heads[0] // heads[1] * tiles.block_q
+        assert rows * tiles.block_kv <= 1 << 20
+    with pytest.raises(ValueError, match="generation: expected one of"):
+        tpu_tiles.choose_tiles(case, generation="v3")
+
+
+def test_auto_takes_it_on_a_tpu_where_it_has_no_limits():
+    get = functools.partial(get_backend, "swa_prefill", "auto", platform="tpu")
+    assert get(arguments=arguments(*shapes())) is prefill_tpu
+    for case in (
+        arguments(*shapes(dtype="float16")),
+        arguments(*shapes(heads=(4, 4, 512))),
+        arguments(*shapes(num_batch=4096)),
+    ):
+        assert get(arguments=case) is get_backend("swa_prefill", "xla")
+    assert get_backend("swa_prefill", "auto", arguments=arguments(*shapes())) is not prefill_tpu
+    with pytest.raises(NotImplementedError, match="float32 and bfloat16 and head dims up to 256"):
+        prefill_tpu(arguments(*qkv(dtype="float16")), return_lse=False, interpret=True)
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_precision_of_the_products(dtype):
+    """Mosaic rounds float32 factors to bfloat16 unless asked; interpretation cannot see that."""
+
+    def loss(*arrays):
+        case = arguments(*arrays, window=5)
+        tiles = Tiles(block_q=16, block_kv=8)
+        return prefill_tpu(case, return_lse=True, tiles=tiles, interpret=True).out.sum()
+
+    jaxpr = str(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(*qkv(dtype=dtype)))
+    products = jaxpr.split("dot_general[")[1:]
+    # Masked and unmasked bodies of: forward (2 products), dq (3), dk and dv (4).
+    assert len(products) == 2 * (2 + 3 + 4)
+    for product in products:
+        assert ("HIGHEST" in product) == (dtype == "float32")
+
+
+def test_one_compile_for_all_traced_values():
+    q, k, v = qkv()
+    traces = []
+
+    @jax.jit
+    def step(q, k, v, lengths, stages, segments, window, sinks):
+        traces.append(1)
+
+        def loss(q, k, v):
+            case = arguments(
+                q,
+                k,
+                v,
+                window=window,
+                num_sink_tokens=sinks,
+                lengths=lengths,
+                stage_ids=stages,
+                segment_ids=segments,
+            )
+            return jnp.sum(prefill_tpu(case, return_lse=False, interpret=True).out ** 2)
+
+        return jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
+
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        drawn = dict(
+            lengths=rng.integers(1, 41, 2),
+            stage_ids=rng.integers(0, 2, (2, 40)),
+            segment_ids=np.sort(rng.integers(0, 4, (2, 40))),
+            window=rng.integers(1, 45, 2),
+            sinks=rng.integers(0, 20, 2),
+        )
+        value, grads = step(q, k, v, *(jnp.asarray(x, jnp.int32) for x in drawn.values()))
+        seen = bruteforce.visible_pairs(shape=(2, 40, 40), **drawn)
+        result = bruteforce.attend(q, k, v, seen, scale=1.0)
+        wanted = bruteforce.gradients(
+            q, k, v, seen, d_out=2 * result.out, d_lse=np.zeros(result.lse.shape), scale=1.0
+        )
+        np.testing.assert_allclose(value, np.sum(result.out**2), rtol=ATOL)
+        for actual, want in zip(grads, wanted, strict=True):
+            room = ATOL * max(1.0, np.abs(want).max())
+            np.testing.assert_allclose(actual, want, atol=room, rtol=0)
+    assert len(traces) == 1
+    assert step._cache_size() == 1
+
+
+# Two cores share a parallel axis; memory holds NaN until it is written.
+TWO_CORES = pltpu.InterpretParams(
+    detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2
+)
+
+
+@pytest.fixture
+def races():
+    """Whether a race has been found; the record has no public name."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    pltpu.reset_tpu_interpret_mode_state()
+    yield lambda: interpret_pallas_call.races.races_found
+    pltpu.reset_tpu_interpret_mode_state()
+
+
+def test_the_public_entry(races):
+    q, k, v = qkv()
+    with pltpu.force_tpu_interpret_mode(TWO_CORES):
+        out = swa_prefill(q, k, v, window=5, num_sink_tokens=1, backend="pallas_tpu")
+    wanted = swa_prefill(q, k, v, window=5, num_sink_tokens=1, backend="reference")
+    np.testing.assert_allclose(out, wanted, atol=ATOL, rtol=0)
+    assert not races()
+
+
+def racing(x):
+    """Both halves of a parallel grid axis write the one block of the output."""
+
+    def kernel(x_ref, out_ref):
+        out_ref[...] = x_ref[...] * pl.program_id(0)
+
+    block = pl.BlockSpec((8, 128), lambda i: (0, 0))
+    return pl.pallas_call(
+        kernel,
+        grid=(2,),
+        in_specs=[block],
+        out_specs=block,
+        out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        interpret=TWO_CORES,
+    )(x)
+
+
+def test_a_planted_race_is_found(races):
+    # JAX 0.10 prints it, 0.12 raises.
+    with contextlib.suppress(Exception):
+        jax.block_until_ready(racing(jnp.ones((8, 128))))
+    assert races()
+
+
+@pytest.mark.parametrize("lengths", ([40, 23], [16, 0]))
+def test_no_race_and_no_stray_read(lengths, races):
+    lengths = np.array(lengths, np.int32)
+    stages = np.tile(np.arange(40) % 13 == 12, (2, 1)).astype(np.int32)
+
+    def loss(arrays):
+        case = arguments(
+            *arrays,
+            window=7,
+            num_sink_tokens=2,
+            lengths=jnp.asarray(lengths),
+            stage_ids=jnp.asarray(stages),
+        )
+        tiles = Tiles(block_q=16, block_kv=8)
+        result = prefill_tpu(case, return_lse=True, tiles=tiles, interpret=TWO_CORES)
+        return result.out.sum() + jnp.where(jnp.isfinite(result.lse), result.lse, 0).sum(), result
+
+    arrays = qkv()
+    grads, result = jax.block_until_ready(jax.jit(jax.grad(loss, has_aux=True))(arrays))
+    assert not races()
+    seen = bruteforce.visible_pairs(
+        shape=(2, 40, 40), window=7, sinks=2, lengths=lengths, stage_ids=stages
+    )
+    wanted = bruteforce.attend(*arrays, seen, scale=1.0)
+    np.testing.assert_allclose(result.out, wanted.out, atol=ATOL, rtol=0)
+    np.testing.assert_allclose(result.lse, wanted.lse, atol=ATOL, rtol=0)
+    ones = np.ones(wanted.lse.shape)
+    wanted_grads = bruteforce.gradients(
+        *arrays, seen, d_out=np.ones(wanted.out.shape), d_lse=ones, scale=1.0
+    )
+    for actual, want in zip(grads, wanted_grads, strict=True):
+        np.testing.assert_allclose(actual, want, atol=4 * ATOL, rtol=0)
+
+
+COMPILE = """
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from kernels_pallas.swa_prefill.tpu import prefill_tpu
+from tests.kernels_pallas.swa_prefill.test_prefill_tpu import arguments
+
+for chip in ("v5e", "v6e"):
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=chip + ":2x4").devices
+    on = jax.sharding.SingleDeviceSharding(devices[0])
+
+    def shape(*sizes, dtype="bfloat16"):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=on)
+
+    for head_dim in (64, 128):
+        def loss(q, k, v, lengths, ids):
+            case = arguments(
+                q, k, v, window=512, num_sink_tokens=128, lengths=lengths, stage_ids=ids,
+                segment_ids=ids, scale=head_dim**-0.5,
+            )
+            result = prefill_tpu(case, return_lse=True, generation=chip)
+            return jnp.sum(result.out.astype(jnp.float32)) + jnp.sum(result.lse)
+
+        q, k = shape(1, 4000, 8, head_dim), shape(1, 4000, 2, head_dim)
+        numbers = shape(1, dtype="int32"), shape(1, 4000, dtype="int32")
+        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, *numbers).compile().as_text()
+        for kernel in ("forward", "dq", "dkv"):
+            assert "swa_prefill_" + kernel in text
+        print("compiled", chip, head_dim)
+"""
+
+
+def test_compiles_for_tpus():
+    """In a process of its own: libtpu would stay in this one."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed; see requirements/libtpu.txt")
+    environment = os.environ | {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("compiled") == 4
