@@ -48,7 +48,7 @@ def available_backends(op: str = "swa_prefill") -> tuple[str, ...]:
     """Names that ``backend=`` takes for ``op``, sorted, without ``"auto"``.
 
     >>> available_backends("swa_decode")
-    ('reference', 'xla')
+    ('pallas_tpu', 'reference', 'xla')
     """
     return tuple(sorted(_REGISTRY.get(op, {})))
 

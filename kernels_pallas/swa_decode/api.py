@@ -1,15 +1,20 @@
 """``swa_decode``: the public entry, validation and dispatch."""
 
+import functools
+import logging
 import math
 
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels_pallas.backends import get_backend
+from kernels_pallas.backends import get_backend, resolve_backend
 from kernels_pallas.mask import IntOrPerRow
 from kernels_pallas.swa_decode import reference as _reference  # noqa: F401  (registers itself)
 from kernels_pallas.swa_decode import xla as _xla  # noqa: F401  (registers itself)
 from kernels_pallas.swa_decode.arguments import DecodeArguments, validate_decode
+from kernels_pallas.swa_decode.pallas_tpu import reason_against
 from kernels_pallas.swa_prefill.arguments import static_int
+
+logger = logging.getLogger(__name__)
 
 
 def swa_decode(
@@ -85,4 +90,19 @@ def swa_decode(
         softcap=softcap,
     )
     validate_decode(arguments)
-    return get_backend("swa_decode", backend)(arguments)
+    return get_backend("swa_decode", _auto(arguments) if backend == "auto" else backend)(arguments)
+
+
+def _auto(arguments: DecodeArguments) -> str:
+    """The platform's choice, unless its kernel refuses the case or would copy the cache."""
+    name = resolve_backend("auto", op="swa_decode")
+    why_not = reason_against(arguments) if name == "pallas_tpu" else None
+    if why_not is None:
+        return name
+    _log_once(why_not)
+    return "xla"
+
+
+@functools.cache
+def _log_once(why_not: str) -> None:
+    logger.info("swa_decode: backend 'auto' is 'xla' here, not 'pallas_tpu': %s", why_not)

@@ -9,7 +9,7 @@ from kernels_pallas import available_backends, backends, resolve_backend
 
 def test_names():
     assert available_backends() == ("reference", "xla")
-    assert available_backends("swa_decode") == ("reference", "xla")
+    assert available_backends("swa_decode") == ("pallas_tpu", "reference", "xla")
 
 
 @pytest.mark.parametrize("op", ("swa_prefill", "swa_decode"))
