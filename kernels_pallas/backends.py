@@ -59,7 +59,7 @@ def available_backends(op: str = "swa_prefill") -> tuple[str, ...]:
     """Names that ``backend=`` takes for ``op``, sorted, without ``"auto"``.
 
     >>> available_backends("swa_decode")
-    ('reference', 'xla')
+    ('pallas_tpu', 'reference', 'xla')
     """
     return tuple(sorted(_REGISTRY.get(op, {})))
 
@@ -110,7 +110,7 @@ def get_backend(
 
 @functools.cache
 def _log_limits(op: str, name: str, limits: tuple[str, ...]) -> None:
-    logger.info("%s: backend 'auto' leaves out %r, which has no %s", op, name, ", ".join(limits))
+    logger.info("%s: backend 'auto' leaves out %r: %s", op, name, "; ".join(limits))
 
 
 @functools.cache

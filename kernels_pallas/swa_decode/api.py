@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.backends import get_backend
 from kernels_pallas.mask import IntOrPerRow
+from kernels_pallas.swa_decode import pallas_tpu as _pallas_tpu  # noqa: F401  (registers itself)
 from kernels_pallas.swa_decode import reference as _reference  # noqa: F401  (registers itself)
 from kernels_pallas.swa_decode import xla as _xla  # noqa: F401  (registers itself)
 from kernels_pallas.swa_decode.arguments import DecodeArguments, validate_decode
@@ -85,4 +86,4 @@ def swa_decode(
         softcap=softcap,
     )
     validate_decode(arguments)
-    return get_backend("swa_decode", backend)(arguments)
+    return get_backend("swa_decode", backend, arguments=arguments)(arguments)

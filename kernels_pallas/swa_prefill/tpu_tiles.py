@@ -179,14 +179,14 @@ def prefill_tpu_limits(arguments: PrefillArguments) -> tuple[str, ...]:
     """Why ``auto`` must not take the TPU kernels; empty when it may."""
     limits = []
     if arguments.q.dtype not in (jnp.float32, jnp.bfloat16):
-        limits.append(f"{arguments.q.dtype} inputs")
+        limits.append(f"it takes no {arguments.q.dtype}")
     if arguments.q.shape[3] > 256:
-        limits.append("a head dim above 256")
+        limits.append("it takes no head dim above 256")
     if not limits:
         try:
             choose_tiles(arguments)
         except NotImplementedError:
-            limits.append("a work list beyond scalar memory")
+            limits.append("the work list does not fit scalar memory")
     return tuple(limits)
 
 

@@ -10,7 +10,7 @@ from kernels_pallas import available_backends, backends, resolve_backend
 
 def test_names():
     assert available_backends() == ("pallas_tpu", "reference", "xla")
-    assert available_backends("swa_decode") == ("reference", "xla")
+    assert available_backends("swa_decode") == ("pallas_tpu", "reference", "xla")
 
 
 @pytest.mark.parametrize("op", ("swa_prefill", "swa_decode"))
@@ -34,7 +34,7 @@ def test_auto_prefers_a_platform_kernel():
 
 def test_auto_passes_over_what_has_limits(caplog):
     def short_only(arguments):
-        return ("long inputs",) if len(arguments) > 2 else ()
+        return ("no long inputs",) if len(arguments) > 2 else ()
 
     backends.register_backend("a test's op", "pallas_tpu", limits=short_only)(lambda: "tpu")
     backends.register_backend("a test's op", "xla")(lambda: "xla")
@@ -43,7 +43,7 @@ def test_auto_passes_over_what_has_limits(caplog):
         assert get("auto", arguments="ab")() == "tpu"
         with caplog.at_level(logging.INFO, logger="kernels_pallas"):
             assert get("auto", arguments="abc")() == "xla"
-        assert "leaves out 'pallas_tpu', which has no long inputs" in caplog.text
+        assert "leaves out 'pallas_tpu': no long inputs" in caplog.text
         assert get("pallas_tpu", arguments="abc")() == "tpu"
         assert get("auto")() == "tpu"
     finally:

@@ -1,6 +1,7 @@
 """Decode backends against a loop on positions, with NaN in every slot that is not seen."""
 
 import functools
+from unittest import mock
 
 import hypothesis.strategies as st
 import jax
@@ -9,11 +10,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from kernels_pallas import swa_decode, swa_prefill
+from kernels_pallas import backends, swa_decode, swa_prefill
+from kernels_pallas.swa_decode import pallas_tpu
 from kernels_pallas.swa_decode.xla import _products
 from tests.support import bruteforce
 
-BACKENDS = ("reference", "xla")
+BACKENDS = ("reference", "xla", "pallas_tpu")
+# The TPU kernel, interpreted, in blocks so small that a cache has several, the last cut short.
+INTERPRETED = functools.partial(
+    pallas_tpu.decode_in_blocks,
+    blocks=pallas_tpu.DecodeBlocks(slots=5, splits=2),
+    interpret=True,
+)
 # float32: see the prefill suite. 16-bit: the softmax weights are rounded once before they meet the
 # values and the result once after, a unit of 2^-8 (2^-11) each on entries of at most 4.
 ATOL = {"float32": 1e-5, "bfloat16": 8 * 2.0**-8, "float16": 8 * 2.0**-11}
@@ -25,7 +33,19 @@ CASES = {
     "in_cache": ((2, 3, 32), (2, 2, 16), None, "float32", False),
     "bfloat16": ((2, 2, 16), (6, 2, 8), None, "bfloat16", True),
     "float16": ((1, 2, 16), (4, 4, 8), None, "float16", True),
+    # The head dims that TPU kernels are for.
+    "h64": ((2, 8, 23), (4, 2, 64), None, "bfloat16", True),
+    "h80": ((2, 1, 23), (6, 3, 80), None, "float32", True),
+    "h96": ((1, 2, 23), (4, 4, 96), None, "float32", True),
+    "h128": ((2, 1, 23), (8, 2, 128), 1.5, "bfloat16", True),
+    "h256": ((2, 1, 23), (4, 1, 256), None, "float32", True),
 }
+
+
+def run_decode(q, *cache, backend, **given):
+    """``swa_decode`` with the TPU kernel interpreted."""
+    with mock.patch.dict(backends._REGISTRY["swa_decode"], pallas_tpu=INTERPRETED):
+        return swa_decode(q, *cache, backend=backend, **given)
 
 
 @functools.cache
@@ -34,7 +54,7 @@ def compiled(name, backend, is_full):
 
     def run(q, cache, new, drawn):
         new = {} if new is None else {"new_k": new[0], "new_v": new[1]}
-        return swa_decode(
+        return run_decode(
             q,
             *cache,
             q_positions=drawn["q_positions"],
@@ -120,15 +140,16 @@ def test_against_loop(name, backend, is_full, data):
     np.testing.assert_allclose(out, wanted.out, atol=ATOL[dtype], rtol=0)
 
 
+@pytest.mark.parametrize("backend", ("xla", "pallas_tpu"))
 @pytest.mark.parametrize("window, sinks", [(None, 0), (4, 0), (4, 2), (50, 1)])
-def test_decoding_continues_prefill(window, sinks):
+def test_decoding_continues_prefill(window, sinks, backend):
     """Prefill of 12 tokens, then blocks of 3, 1 and 4: the rows that one prefill of 20 gives."""
     rng = np.random.default_rng(0)
     q = jnp.asarray(rng.standard_normal((2, 20, 4, 8)), jnp.float32)
     k, v = (jnp.asarray(rng.standard_normal((2, 20, 2, 8)), jnp.float32) for _ in "kv")
     answers = jnp.arange(20) >= 14
     policy = dict(window=window, num_sink_tokens=sinks)
-    decode = jax.jit(functools.partial(swa_decode, **policy))
+    decode = jax.jit(functools.partial(run_decode, backend=backend, **policy))
     stage_ids = jnp.tile(answers, (2, 1)).astype(jnp.int32)
     whole = jax.jit(functools.partial(swa_prefill, **policy))(q, k, v, stage_ids=stage_ids)
     begin = 12
@@ -153,7 +174,7 @@ def test_decoding_continues_prefill(window, sinks):
 def test_a_row_that_sees_nothing_returns_zeros():
     x = jnp.ones((1, 1, 2, 4))
     for backend in BACKENDS:
-        out = swa_decode(
+        out = run_decode(
             x,
             jnp.full((1, 3, 2, 4), jnp.nan),
             jnp.full((1, 3, 2, 4), jnp.nan),
@@ -224,7 +245,9 @@ WRONG = {
     ),
     r"q_full: expected bool of shape \(2, 3\), got int32": dict(q_full=np.zeros((2, 3), np.int32)),
     "window: expected at least 1, got 0": dict(window=0),
-    "backend: expected one of 'auto', 'reference', 'xla' for swa_decode": dict(backend="cudnn"),
+    "backend: expected one of 'auto', 'pallas_tpu', 'reference', 'xla' for swa_decode": dict(
+        backend="cudnn"
+    ),
 }
 
 

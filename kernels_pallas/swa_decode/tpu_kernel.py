@@ -1,0 +1,257 @@
+"""The TPU kernel of decoding: one program reads one block of one row's cache."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.mask import visible
+
+_LOG2_E = math.log2(math.e)
+# Below every score, and finite: exp2(-inf - _LOWEST) is 0 where exp2(-inf + inf) would be NaN.
+_LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+def attend_to_blocks(
+    *,
+    items: Int[Array, " items"],
+    counts: Int[Array, " B"],
+    rules: Int[Array, "B R 4"],
+    q: Float[Array, "B R H"],
+    new_positions: Int[Array, "B 1 M"],
+    new_k: Float[Array, "B M H"],
+    new_v: Float[Array, "B M H"],
+    positions: Int[Array, "B 1 P"],
+    k: Float[Array, "B C H"],
+    v: Float[Array, "B C H"],
+    num_kv_heads: int,
+    block_rows: int,
+    num_splits: int,
+    is_full: bool,
+    scale: float,
+    softcap: float | None,
+    interpret: Any,
+) -> tuple[Float[Array, "X B R H"], Float[Array, "X B R 1"]]:
+    """Attention of each row's R query rows to its needed blocks, one result a split.
+
+    The grid is ``(splits, B, steps)``; a split takes the next part of a row's items, and the number
+    of steps is traced: that of the row that needs most. Four items a row, two splits::
+
+        row 0 needs 7 blocks      split 0: [0 1 2 3]   split 1: [4 5 6 .]      4 steps
+        row 1 needs 2             split 0: [0 . . .]   split 1: [1 . . .]
+
+    A step beyond a row's items asks for the block that is there already: nothing is loaded.
+
+    Args:
+      items: ``2 * block + free``, see ``work_list``.
+      counts: items of each row.
+      rules: position, window, sinks and KV head of each query row.
+      q: query rows ``[token, head]``.
+      new_positions: of the new tokens' rows, which split 0 sees first.
+      new_k, new_v: their keys and values.
+      positions: of the rows of k and v, padded to whole blocks.
+      k, v: the cache, ``S * K`` rows; row ``r`` belongs to KV head ``r % K``.
+      num_kv_heads: K.
+      block_rows: rows of k and v of a block, a multiple of K.
+      num_splits: X.
+      is_full: the layer is full, whatever ``rules`` say.
+      scale: factor on ``q.k``.
+      softcap: None: no cap.
+      interpret: run as plain JAX.
+
+    Returns:
+      ``(out, lse)`` in float32, the log-sum-exp in base 2; out is 0 where a row sees nothing.
+    """
+    num_batch, num_rows, head_dim = q.shape
+    num_blocks = positions.shape[2] // block_rows
+    num_steps = jnp.maximum(jnp.max(-(-counts // num_splits)), 1)
+
+    def block_of(split: Any, b: Any, step: Any, items_ref: Any, counts_ref: Any) -> Any:
+        at, _ = _item(split, step, counts_ref[b], num_splits)
+        return items_ref[b * num_blocks + at] >> 1
+
+    def of_row(split: Any, b: Any, step: Any, *prefetched: Any) -> Any:
+        return b, 0, 0
+
+    def of_block(split: Any, b: Any, step: Any, *prefetched: Any) -> Any:
+        return b, block_of(split, b, step, *prefetched), 0
+
+    def of_lanes(split: Any, b: Any, step: Any, *prefetched: Any) -> Any:
+        return b, 0, block_of(split, b, step, *prefetched)
+
+    new_rows = new_k.shape[1]
+    kernel = functools.partial(
+        _kernel,
+        num_kv_heads=num_kv_heads,
+        num_blocks=num_blocks,
+        num_splits=num_splits,
+        is_full=is_full,
+        scale=scale,
+        softcap=softcap,
+    )
+    call = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(num_splits, num_batch, num_steps),
+            in_specs=[
+                pl.BlockSpec((1, num_rows, 4), of_row),
+                pl.BlockSpec((1, num_rows, head_dim), of_row),
+                pl.BlockSpec((1, 1, new_rows), of_row),
+                pl.BlockSpec((1, new_rows, head_dim), of_row),
+                pl.BlockSpec((1, new_rows, head_dim), of_row),
+                pl.BlockSpec((1, 1, block_rows), of_lanes),
+                pl.BlockSpec((1, block_rows, head_dim), of_block),
+                pl.BlockSpec((1, block_rows, head_dim), of_block),
+            ],
+            out_specs=[
+                pl.BlockSpec((1, 1, num_rows, head_dim), _of_split),
+                pl.BlockSpec((1, 1, num_rows, 1), _of_split),
+            ],
+            scratch_shapes=[
+                pltpu.VMEM((num_rows, 1), jnp.float32),
+                pltpu.VMEM((num_rows, 1), jnp.float32),
+                pltpu.VMEM((num_rows, head_dim), jnp.float32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((num_splits, num_batch, num_rows, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((num_splits, num_batch, num_rows, 1), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary")
+        ),
+        interpret=interpret,
+        name="swa_decode",
+    )
+    return tuple(call(items, counts, rules, q, new_positions, new_k, new_v, positions, k, v))
+
+
+def _of_split(split: Any, b: Any, step: Any, *prefetched: Any) -> Any:
+    """Every split has its own results, since cores work on them at the same time."""
+    return split, b, 0, 0
+
+
+def _item(split: Any, step: Any, count: Any, num_splits: int) -> tuple[Any, Any]:
+    """Which item of the row a step takes, and whether it is its turn (else the last one again)."""
+    share = lax.div(count + num_splits - 1, num_splits)
+    last = jnp.minimum((split + 1) * share, count) - 1
+    at = split * share + step
+    return jnp.maximum(jnp.minimum(at, last), 0), at <= last
+
+
+def _kernel(
+    # prefetch
+    items_ref,  # [B * blocks] int32, scalar memory
+    counts_ref,  # [B] int32, scalar memory
+    # in
+    rules_ref,  # [1, R, 4] int32: position, window, sinks, KV head
+    q_ref,  # [1, R, H]
+    new_positions_ref,  # [1, 1, M] int32
+    new_k_ref,  # [1, M, H]
+    new_v_ref,  # [1, M, H]
+    positions_ref,  # [1, 1, C] int32
+    k_ref,  # [1, C, H]
+    v_ref,  # [1, C, H]
+    # out
+    out_ref,  # [1, 1, R, H] float32
+    lse_ref,  # [1, 1, R, 1] float32, base 2
+    # scratch
+    largest_ref,  # [R, 1] float32: largest score so far, in base 2
+    total_ref,  # [R, 1] float32: sum of 2^(score - largest)
+    sum_ref,  # [R, H] float32: sum of 2^(score - largest) * v
+    *,
+    num_kv_heads: int,
+    num_blocks: int,
+    num_splits: int,
+    is_full: bool,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    split, b, step = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    at, takes_item = _item(split, step, counts_ref[b], num_splits)
+    is_free = (items_ref[b * num_blocks + at] & 1) == 1
+
+    def same_head(num_keys):
+        """[R, num_keys]: the key row belongs to the query row's KV head."""
+        row_1C = lax.broadcasted_iota(jnp.int32, (1, num_keys), 1)
+        return rules_ref[0, :, 3:4] == lax.rem(row_1C, jnp.int32(num_kv_heads))
+
+    def seen_by(positions_1C):
+        """[R, C]: same head, and the visibility formula."""
+        return same_head(positions_1C.shape[1]) & visible(
+            rules_ref[0, :, 0:1],
+            positions_1C,
+            window=None if is_full else rules_ref[0, :, 1:2],
+            num_sink_tokens=rules_ref[0, :, 2:3],
+        )
+
+    def add(k_CH, v_CH, seen_RC):
+        """One step of the running softmax. Values that no row sees must be zero: 0 * NaN is NaN."""
+        scores_RC = _product(q_ref[0], k_CH, contract=(1, 1))
+        if softcap is None:
+            scores_RC = scores_RC * (scale * _LOG2_E)
+        else:
+            scores_RC = (softcap * _LOG2_E) * jnp.tanh(scores_RC * (scale / softcap))
+        scores_RC = jnp.where(seen_RC, scores_RC, -jnp.inf)
+        before_R1 = largest_ref[...]
+        largest_R1 = jnp.maximum(before_R1, jnp.max(scores_RC, axis=1, keepdims=True))
+        weights_RC = jnp.exp2(scores_RC - largest_R1)
+        shrink_R1 = jnp.exp2(before_R1 - largest_R1)
+        largest_ref[...] = largest_R1
+        total_ref[...] = shrink_R1 * total_ref[...] + jnp.sum(weights_RC, axis=1, keepdims=True)
+        gathered_RH = _product(weights_RC.astype(v_CH.dtype), v_CH, contract=(1, 0))
+        sum_ref[...] = shrink_R1 * sum_ref[...] + gathered_RH
+
+    @pl.when(step == 0)
+    def _start():
+        largest_ref[...] = jnp.full_like(largest_ref, _LOWEST)
+        total_ref[...] = jnp.zeros_like(total_ref)
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    @pl.when((step == 0) & (split == 0))
+    def _new_tokens():
+        seen_RM = seen_by(new_positions_ref[0])
+        add(new_k_ref[0], _hide(new_v_ref[0], seen_RM), seen_RM)
+
+    @pl.when(takes_item & is_free)
+    def _free_block():
+        add(k_ref[0], v_ref[0], same_head(k_ref.shape[1]))
+
+    @pl.when(takes_item & ~is_free)
+    def _masked_block():
+        seen_RC = seen_by(positions_ref[0])
+        add(k_ref[0], _hide(v_ref[0], seen_RC), seen_RC)
+
+    @pl.when(step == pl.num_programs(2) - 1)
+    def _finish():
+        total_R1 = total_ref[...]
+        some_R1 = jnp.where(total_R1 > 0, total_R1, 1.0)
+        out_ref[0, 0] = sum_ref[...] / some_R1
+        lse_ref[0, 0] = largest_ref[...] + jnp.log2(some_R1)
+
+
+def _product(x: Array, y: Array, *, contract: tuple[int, int]) -> Array:
+    """Float32 sums. Mosaic rounds float32 operands to bfloat16 unless told not to."""
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.dot_general(
+        x, y, dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _hide(v_CH: Array, seen_RC: Array) -> Array:
+    """Zero in rows of v that no query row sees, empty slots and what lies past the cache's end.
+
+    Keys lie along lanes in ``seen`` and along sublanes in v, hence a transpose, of eight equal rows
+    since that is the smallest tile. In float32, where every TPU selects.
+    """
+    seen_1C = jnp.max(jnp.where(seen_RC, 1.0, 0.0), axis=0, keepdims=True)
+    seen_C8 = jnp.broadcast_to(seen_1C, (8, seen_1C.shape[1])).T
+    return jnp.where(seen_C8[:, :1] > 0, v_CH.astype(jnp.float32), 0.0).astype(v_CH.dtype)
