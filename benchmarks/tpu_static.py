@@ -1,7 +1,7 @@
 """Static cycles of windowed attention with sinks on TPUs that are not there: what libtpu compiles.
 
     python benchmarks/tpu_static.py          v5e and v6e, 131,072 tokens, windows 2,048 and 4,096
-    python benchmarks/tpu_static.py --generations v5p --windows 1024 --blocks 512,512 1024,512
+    python benchmarks/tpu_static.py --generations v6e --windows 1024 --blocks 512,512 1024,512
 
 Each kernel is compiled ahead of time for the generation, in a process of its own; its bundles are
 counted by `static_cycles.py` and multiplied by how often the mask makes each part run. These are
@@ -23,8 +23,8 @@ from machine import version
 from static_cycles import Kernel, parse_kernel
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-FLOPS_PER_CYCLE = {"v4": 131072, "v5e": 131072, "v5p": 131072, "v6e": 262144}
+TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
+FLOPS_PER_CYCLE = {"v5e": 131072, "v6e": 262144}
 """Of the matrix units of one core: four of 128 x 128, on v6e two of 256 x 256."""
 BLOCKS = ((512, 512), (512, 1024), (1024, 512), (1024, 1024), (256, 512))
 

@@ -99,11 +99,7 @@ class GemmaLayer(DecoderLayer):
 def weight_rules(config: GemmaConfig) -> tuple[WeightRule, ...]:
     """The table for a checkpoint with this config."""
     return (
-        *weights.outside_layers(config),
-        *weights.norm("input_layernorm"),
-        *weights.norm("post_attention_layernorm"),
+        *weights.decoder(config),
         *weights.norm("pre_feedforward_layernorm"),
         *weights.norm("post_feedforward_layernorm"),
-        *weights.attention(config),
-        *weights.gated_mlp(config),
     )

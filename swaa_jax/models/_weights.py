@@ -59,5 +59,16 @@ def outside_layers(config: DecoderConfig) -> tuple[WeightRule, ...]:
     return tuple(rules)
 
 
+def decoder(config: DecoderConfig) -> tuple[WeightRule, ...]:
+    """The whole table of a family whose blocks are the common ones."""
+    return (
+        *outside_layers(config),
+        *norm("input_layernorm"),
+        *norm("post_attention_layernorm"),
+        *attention(config),
+        *gated_mlp(config),
+    )
+
+
 def _rule(hf: str, ours: str, transform: Transform) -> WeightRule:
     return WeightRule(f"{_LAYER}{hf}", f"layers.{{layer}}.{ours}", transform)

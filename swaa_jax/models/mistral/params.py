@@ -7,10 +7,4 @@ from swaa_jax.models.mistral.config import MistralConfig
 
 def weight_rules(config: MistralConfig) -> tuple[WeightRule, ...]:
     """The table for a checkpoint with this config."""
-    return (
-        *weights.outside_layers(config),
-        *weights.norm("input_layernorm"),
-        *weights.norm("post_attention_layernorm"),
-        *weights.attention(config),
-        *weights.gated_mlp(config),
-    )
+    return weights.decoder(config)

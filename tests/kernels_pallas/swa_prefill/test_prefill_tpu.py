@@ -321,6 +321,7 @@ def test_no_race_and_no_stray_read(lengths, races):
         *arrays, seen, d_out=np.ones(wanted.out.shape), d_lse=ones, scale=1.0
     )
     for actual, want in zip(grads, wanted_grads, strict=True):
+        # Gradients are sums of products of three such factors, of a few units each.
         np.testing.assert_allclose(actual, want, atol=4 * ATOL, rtol=0)
 
 
