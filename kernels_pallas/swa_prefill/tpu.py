@@ -1,6 +1,7 @@
 """The ``pallas_tpu`` backend: work list and layout around the kernels, and their gradient."""
 
 import functools
+import math
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from kernels_pallas.backends import register_backend
-from kernels_pallas.mask import RowInfo, block_map, per_row
+from kernels_pallas.mask import BlockMap, RowInfo, block_map, per_row
 from kernels_pallas.swa_prefill.arguments import (
     AttentionOutput,
     PrefillArguments,
@@ -23,7 +24,11 @@ from kernels_pallas.swa_prefill.tpu_tiles import (
     prefill_tpu_limits,
     vmem_limit_bytes,
 )
-from kernels_pallas.swa_prefill.work_list import WorkList, build_work_list, by_key_block
+from kernels_pallas.swa_prefill.work_list import (
+    WorkList,
+    build_work_list,
+    build_work_list_by_key,
+)
 
 if TYPE_CHECKING:
     from kernels_pallas.swa_prefill.tpu_kernels import KernelStatic
@@ -74,19 +79,28 @@ def prefill_tpu(
         softcap=None if arguments.softcap is None else float(arguments.softcap),
         is_full=arguments.window is None,
         has_segments=rows.k_segment is not None,
+        heads=math.gcd(tiles.kv_heads, num_kv_heads),
         chunk=tiles.chunk,
+        num_kv_blocks=-(-arguments.shape[2] // tiles.block_kv),
+        most_items=most_items(arguments, tiles),
         vmem_limit_bytes=vmem_limit_bytes(arguments, tiles),
         interpret=interpret,
     )
     q, k, v = without_padding(arguments, rows)
+    blocks = block_map(
+        rows,
+        window=arguments.window,
+        num_sink_tokens=arguments.num_sink_tokens,
+        block_q=tiles.block_q,
+        block_kv=tiles.block_kv,
+    )
     result = _compiled_attention(
         static,
         _rows_to_blocks(q, tiles.block_q, num_kv_heads),
-        _keys_to_blocks(k, tiles.block_kv),
-        _keys_to_blocks(v, tiles.block_kv),
+        _keys_to_blocks(k, v, tiles.block_kv),
         _q_info(arguments, rows, tiles.block_q),
         _k_info(arguments, rows, tiles.block_kv),
-        _work_list(arguments, rows, tiles),
+        blocks,
     )
     out, lse = cast(tuple[Array, Array], result)
     num_batch, num_groups = q.shape[0], q.shape[2] // num_kv_heads
@@ -103,36 +117,44 @@ def prefill_tpu(
 def _attention(
     static: "KernelStatic",
     q: Array,
-    k: Array,
-    v: Array,
+    kv: Array,
     q_info: Array,
-    k_info: Array,
-    work: WorkList,
+    k_info: Array | None,
+    blocks: BlockMap,
 ) -> tuple[Array, Array]:
     from kernels_pallas.swa_prefill import tpu_kernels
 
-    return tpu_kernels.forward(static, q, k, v, q_info, k_info, work)
+    return tpu_kernels.forward(static, q, kv, q_info, k_info, _work_list(static, blocks))
 
 
-def _forward_saving(static: Any, q: Array, k: Array, v: Array, *rest: Any):
-    out, lse = cast(tuple[Array, Array], _attention(static, q, k, v, *rest))
-    return (out, lse), (q, k, v, *rest, out, lse)
+def _forward_saving(static: Any, q: Array, kv: Array, *rest: Any):
+    out, lse = cast(tuple[Array, Array], _attention(static, q, kv, *rest))
+    return (out, lse), (q, kv, *rest, out, lse)
 
 
 def _backward(static: Any, saved: tuple[Any, ...], cotangents: tuple[Array, Array]):
     """dq, dk, dv. With ``p = exp(s - lse)``: ``ds = p (do.v - delta)``, ``delta = do.o - dlse``."""
     from kernels_pallas.swa_prefill import tpu_kernels
 
-    q, k, v, q_info, k_info, work, out, lse = saved
+    q, kv, q_info, k_info, blocks, out, lse = saved
     do, dlse = cotangents
     delta = jnp.sum(do.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)[:, :, None] - dlse
-    work_by_key, visited = by_key_block(work, num_rows=q.shape[0], num_columns=k.shape[0])
-    dq, dk, dv = tpu_kernels.backward(
-        static, q, k, v, q_info, k_info, do, lse * _LOG2_E, delta, work, work_by_key
+    by_key, visited = build_work_list_by_key(
+        blocks, num_kv_blocks=static.num_kv_blocks, most_items=static.most_items
+    )
+    dq, dkv = tpu_kernels.backward(
+        static,
+        q,
+        kv,
+        q_info,
+        k_info,
+        do,
+        jnp.concatenate([lse * _LOG2_E, delta], axis=2),
+        _work_list(static, blocks),
+        by_key,
     )
     # Key blocks that no row sees are not in the list: nothing was written there.
-    visited = visited[:, None, None, None]
-    return dq, jnp.where(visited, dk, 0), jnp.where(visited, dv, 0), None, None, None
+    return dq, jnp.where(visited[:, None, None, None, None], dkv, 0), None, None, None
 
 
 _attention.defvjp(_forward_saving, _backward)
@@ -141,19 +163,8 @@ _attention.defvjp(_forward_saving, _backward)
 _compiled_attention = jax.jit(_attention, static_argnums=0)
 
 
-def _work_list(arguments: PrefillArguments, rows: RowInfo, tiles: Tiles) -> WorkList:
-    blocks = block_map(
-        rows,
-        window=arguments.window,
-        num_sink_tokens=arguments.num_sink_tokens,
-        block_q=tiles.block_q,
-        block_kv=tiles.block_kv,
-    )
-    return build_work_list(
-        blocks,
-        num_kv_blocks=-(-arguments.shape[2] // tiles.block_kv),
-        most_items=most_items(arguments, tiles),
-    )
+def _work_list(static: "KernelStatic", blocks: BlockMap) -> WorkList:
+    return build_work_list(blocks, num_kv_blocks=static.num_kv_blocks, most_items=static.most_items)
 
 
 def _q_info(
@@ -175,13 +186,13 @@ def _q_info(
 
 def _k_info(
     arguments: PrefillArguments, rows: RowInfo, block_kv: int
-) -> Int[Array, "columns 8 block_kv"]:
-    """Integers of the keys; those that fill up the last block come after every row."""
-    num_batch, _, num_keys = arguments.shape
-    index = jnp.broadcast_to(jnp.arange(num_keys, dtype=jnp.int32), (num_batch, num_keys))
+) -> Int[Array, "columns 8 block_kv"] | None:
+    """Integers of the keys where there are segments; what fills up the last block ends the row."""
     if rows.k_start is None or rows.k_segment is None:
-        return _info_blocks([index], block_kv, fill=num_keys)
-    return _info_blocks([index - rows.k_start, rows.k_segment], block_kv, fill=num_keys)
+        return None
+    num_keys = arguments.shape[2]
+    position = jnp.arange(num_keys, dtype=jnp.int32)[None] - rows.k_start
+    return _info_blocks([position, rows.k_segment], block_kv, fill=num_keys)
 
 
 def _info_blocks(info: list[Array], block: int, *, fill: int) -> Int[Array, "blocks 8 block"]:
@@ -212,9 +223,9 @@ def _rows_from_blocks(x: Array, num_batch: int, num_queries: int, num_groups: in
     return x.reshape(num_batch, -1, num_kv_heads * num_groups, head_dim)[:, :num_queries]
 
 
-def _keys_to_blocks(x: Array, block_kv: int) -> Array:
-    """``[B, S, K, H]`` to ``[B * blocks, K, block_kv, H]``."""
-    _, num_keys, num_kv_heads, head_dim = x.shape
-    x = jnp.pad(x, ((0, 0), (0, -num_keys % block_kv), (0, 0), (0, 0)))
-    x = x.reshape(-1, block_kv, num_kv_heads, head_dim)
-    return x.transpose(0, 2, 1, 3)
+def _keys_to_blocks(k: Array, v: Array, block_kv: int) -> Array:
+    """Two ``[B, S, K, H]`` to ``[B * blocks, K, 2, block_kv, H]``."""
+    x = jnp.stack([k, v], axis=2)  # B, S, 2, K, H
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block_kv), (0, 0), (0, 0), (0, 0)))
+    x = x.reshape(-1, block_kv, *x.shape[2:])
+    return x.transpose(0, 3, 2, 1, 4)

@@ -1,22 +1,34 @@
 """Pallas TPU kernels over a work list: forward, dq, and dk with dv.
 
-A grid step is one item: one block of query rows against one block of keys, for one KV head. All G
-query heads of the KV head are stacked, ``R = G * block_q`` rows, and share its keys and values.
-Scores are held transposed, keys down and rows along lanes::
+An item is one block of query rows against one block of keys, for one KV head. All G query heads of
+the KV head are stacked, ``R = G * block_q`` rows, and share its keys and values. Scores are held
+transposed, keys down and rows along lanes::
 
     s^T                head 0: q0 q1 .. | head 1: q0 q1 .. | ...     [block_kv, R]
                   k0                    |                  |
                   k1    chunk 0         |    chunk 1       |
-    grid          (KV head, item); items of one query block follow one another:
-                  first: clear the sums | add pair | add pair | last: divide, transpose, write
 
 so that a row's statistics are one number a lane, maxima and sums run down the keys (across lanes
-they are dear), and nothing is kept 128-fold. A step works through its rows in chunks, and asks for
-the next chunk's scores before it turns to the softmax of the last: the compiler overlaps the two
-only when it meets them in that order.
+they are dear), and nothing is kept 128-fold.
+
+A grid step begins an item and finishes the one before it; what is between them waits in scratch::
+
+    step                 0         1         2         3
+    begin  (products)    item 0    item 1    item 2    -         scores to scratch
+    finish (softmax)     -         item 0    item 1    item 2    scores from scratch
+
+The two halves do not depend on one another, so the matrix units work on the one while the vector
+units work on the other. Both walk the same chunks of rows: a chunk's scores are read, then
+overwritten, at addresses that the compiler knows. So blocks of inputs are those of the step's item,
+blocks of outputs those of the item before, and the few inputs that the second half needs as well
+are copied to scratch.
+
+    grid   (KV head, item); items of one query block follow one another:
+           first: forget the sums | add pair | add pair | last: divide, transpose, write
 
 The mask is one ``[block_kv, block_q]`` array for all heads and is only built in the body of items
-flagged masked. Positions, windows, sinks and segments come as integers per row and per key:
+flagged masked. Positions, windows, sinks and segments come as integers per row; keys are counted,
+and have integers of their own only where there are segments:
 
     q_info  [8, block_q]   0 position (-1: padding)  1 window  2 sinks  3 segment
     k_info  [8, block_kv]  0 position                1 segment
@@ -54,8 +66,9 @@ Q_POSITION, Q_WINDOW, Q_SINKS, Q_SEGMENT = range(4)
 K_POSITION, K_SEGMENT = range(2)
 
 _LOG2_E = math.log2(math.e)
-# A masked score, and the running maximum before the first score: exp2(_MASK - _LOW) is 0, so a row
-# that has seen nothing yet sums to 0. Both are finite: inf - inf would be NaN.
+# A masked score, and the lowest running maximum. exp2(_MASK - _LOW) is 0, so a row that has seen
+# nothing yet sums to 0, and sums under the maximum _MASK are forgotten. Both are finite: inf - inf
+# would be NaN.
 _MASK = float(np.finfo(np.float32).min)
 _LOW = _MASK / 2
 
@@ -72,7 +85,10 @@ class KernelStatic:
     softcap: float | None
     is_full: bool  # no window at all
     has_segments: bool
+    heads: int  # KV heads of a step
     chunk: int  # rows worked on at a time
+    num_kv_blocks: int  # of a batch row
+    most_items: int  # static length of the work list
     vmem_limit_bytes: int | None
     interpret: Any  # bool or pltpu.InterpretParams
 
@@ -93,272 +109,356 @@ def _scores(static: KernelStatic, x: Array, y: Array) -> tuple[Array, Array | No
     return capped * (static.softcap * _LOG2_E), 1.0 - capped * capped
 
 
-def _add_mask(
-    static: KernelStatic, s: Array, q_info_ref: Any, k_columns: Array, first_row: int
-) -> Array:
-    """Scores ``[block_kv, chunk]`` with ``_MASK`` added where the query does not see the key.
-
-    The chunk is some rows of one head, or whole heads: those share one mask. ``k_columns`` is
-    k_info transposed.
-    """
-    block_q = q_info_ref.shape[2]
-    width = min(s.shape[1], block_q)
-    begin = first_row % block_q
+def _write_mask(
+    static: KernelStatic, column: Any, q_info_ref: Any, k_info_ref: Any, mask_ref: Any
+) -> None:
+    """``mask_ref [block_kv, block_q]``: ``_MASK`` where the query does not see the key, else 0."""
+    block_kv = mask_ref.shape[0]
+    if k_info_ref is None:
+        begin = lax.rem(column, static.num_kv_blocks) * block_kv
+        k_pos, k_segment = begin + lax.broadcasted_iota(jnp.int32, (block_kv, 1), 0), None
+    else:
+        columns = jnp.transpose(k_info_ref[0])  # [block_kv, 8]
+        k_pos = columns[:, K_POSITION : K_POSITION + 1]
+        k_segment = columns[:, K_SEGMENT : K_SEGMENT + 1]
 
     def rows(i: int) -> Array:
-        return q_info_ref[0, i : i + 1, begin : begin + width]
+        return q_info_ref[0, i : i + 1]
 
-    segments = {}
-    if static.has_segments:
-        k_segment = k_columns[:, K_SEGMENT : K_SEGMENT + 1]
-        segments = {"q_segment": rows(Q_SEGMENT), "k_segment": k_segment}
     seen = visible(
         rows(Q_POSITION),
-        k_columns[:, K_POSITION : K_POSITION + 1],
+        k_pos,
         window=None if static.is_full else rows(Q_WINDOW),
         num_sink_tokens=rows(Q_SINKS),
-        **segments,
+        q_segment=None if k_segment is None else rows(Q_SEGMENT),
+        k_segment=k_segment,
     )
-    bias = jnp.where(seen, 0.0, _MASK)
-    return s + jnp.concatenate([bias] * (s.shape[1] // width), axis=1)
+    mask_ref[...] = jnp.where(seen, 0.0, _MASK)
 
 
-def _chunks(num_rows: int, block_q: int, chunk: int) -> list[tuple[int, int]]:
-    """``(begin, size)`` of the chunks of a step's rows: whole heads, or equal parts of a head."""
+def _add_mask(s: Array, mask_ref: Any, first_row: int) -> Array:
+    """Scores of a chunk, some rows of one head or whole heads: those share one mask."""
+    width = min(s.shape[1], mask_ref.shape[1])
+    begin = first_row % mask_ref.shape[1]
+    mask = mask_ref[:, begin : begin + width]
+    return s + jnp.concatenate([mask] * (s.shape[1] // width), axis=1)
+
+
+def _chunks(shape: tuple[int, ...], block_q: int, chunk: int) -> list[tuple[int, slice]]:
+    """KV head and rows of each chunk of ``[heads, R, H]``: whole heads, or equal parts of one."""
+    num_heads, num_rows, _ = shape
     size = block_q
     if chunk >= block_q:
         size = chunk // block_q * block_q
     elif block_q % chunk == 0:
         size = chunk
-    return [(begin, min(size, num_rows - begin)) for begin in range(0, num_rows, size)]
+    rows = [slice(at, min(at + size, num_rows)) for at in range(0, num_rows, size)]
+    return [(head, at) for head in range(num_heads) for at in rows]
 
 
-def _pipelined(
-    chunks: list[tuple[int, int]], begin: Callable[..., Any], finish: Callable[..., None]
+def _items_of_step(items_ref: Any) -> tuple[Any, Any]:
+    """The item that the step finishes, and the one that it begins."""
+    step = pl.program_id(1)
+    return items_ref[step], items_ref[step + 1]
+
+
+def _on_step(
+    items_ref: Any,
+    *,
+    start: Callable[[], None],
+    first: Callable[[], None] | None = None,
+    work: Callable[[bool], None],
+    last: Callable[[], None],
 ) -> None:
-    """``finish(chunk, begin(chunk))`` for each chunk; each begins before the last one finishes."""
-    begun = begin(*chunks[0])
-    for i, chunk in enumerate(chunks):
-        following = begin(*chunks[i + 1]) if i + 1 < len(chunks) else None
-        finish(*chunk, begun)
-        begun = following
+    """Run the bodies that a step's item and the one before it ask for.
+
+    Args:
+      items_ref: the list; an item that flags nothing stands at each of its ends.
+      start: at the first step of a head.
+      first: before the first item of a block is finished.
+      work: ``work(masked)`` finishes the item before and begins the step's, masked or not.
+      last: after the last item of a block is finished.
+    """
+    before, item = _items_of_step(items_ref)
+    pl.when(pl.program_id(1) == 0)(start)
+    if first is not None:
+        pl.when((before & FIRST) != 0)(first)
+    pl.when((item & MASKED) != 0)(functools.partial(work, True))
+    pl.when((item & MASKED) == 0)(functools.partial(work, False))
+    pl.when((before & LAST) != 0)(last)
 
 
-def _on_item(item: Array, *, first: Any, add: Any, last: Any) -> None:
-    """Run the bodies that the item's flags ask for; ``add(masked)`` has a body for each."""
-    pl.when((item & FIRST) != 0)(first)
-    pl.when((item & MASKED) != 0)(functools.partial(add, True))
-    pl.when((item & MASKED) == 0)(functools.partial(add, False))
-    pl.when((item & LAST) != 0)(last)
+def _clear(*refs: Any) -> None:
+    for ref in refs:
+        ref[...] = jnp.zeros_like(ref)
 
 
 def _forward_kernel(
     # prefetched
-    items_ref,  # [M]
-    # in
+    items_ref,  # [M + 2]
+    # in, of the step's item
     q_info_ref,  # [1, 8, block_q]
-    k_info_ref,  # [1, 8, block_kv]
-    q_ref,  # [1, 1, R, H]
-    k_ref,  # [1, 1, block_kv, H]
-    v_ref,  # [1, 1, block_kv, H]
-    # out
-    out_ref,  # [1, 1, R, H]
-    lse_ref,  # [1, 1, 1, R]
-    # scratch, float32
-    m_ref,  # [1, R]
-    l_ref,  # [1, R]
-    acc_ref,  # [H, R]
+    k_info_ref,  # [1, 8, block_kv], or None
+    q_ref,  # [1, heads, R, H]
+    kv_ref,  # [1, heads, 2, block_kv, H]
+    # out, of the item before
+    out_ref,  # [1, heads, R, H]
+    lse_ref,  # [1, heads, 1, R]
+    # scratch
+    mask_ref,  # [block_kv, block_q] of the step's item
+    # scratch, of the item before
+    v_ref,  # [heads, H, block_kv]
+    s_ref,  # [heads, block_kv, R] scores
+    top_ref,  # [heads, 1, R] their maxima
+    # scratch, of its query block
+    m_ref,  # [heads, 1, R] running maxima
+    l_ref,  # [heads, 1, R] running sums
+    acc_ref,  # [heads, H, R]
     *,
     static: KernelStatic,
+    column_of: Callable[[Any], Any],
 ):
-    chunks = _chunks(q_ref.shape[2], q_info_ref.shape[2], static.chunk)
+    before, item = _items_of_step(items_ref)
+    before_is_first = (before & FIRST) != 0
 
-    def first():
-        m_ref[...] = jnp.full_like(m_ref, _LOW)
-        l_ref[...] = jnp.zeros_like(l_ref)
-        acc_ref[...] = jnp.zeros_like(acc_ref)
+    def finish(head: int, at: slice) -> None:
+        v = v_ref[head]
+        # A new block forgets the sums of the one before: exp2(_MASK - m) is 0.
+        m_before = jnp.where(before_is_first, _MASK, m_ref[head, :, at])
+        m = jnp.maximum(jnp.maximum(m_before, top_ref[head, :, at]), _LOW)  # [1, chunk]
+        p = jnp.exp2(s_ref[head, :, at] - m)
+        keep = jnp.exp2(m_before - m)
+        m_ref[head, :, at] = m
+        l_ref[head, :, at] = keep * l_ref[head, :, at] + jnp.sum(p, axis=0, keepdims=True)
+        acc_ref[head, :, at] = keep * acc_ref[head, :, at] + _dot(v, p.astype(v.dtype), _NN)
 
-    def add(masked: bool):
-        k, v = k_ref[0, 0], v_ref[0, 0]
-        k_columns = jnp.transpose(k_info_ref[0]) if masked else None  # [block_kv, 8]
+    def work(masked: bool) -> None:
+        if masked:
+            _write_mask(static, column_of(item), q_info_ref, k_info_ref, mask_ref)
+        for head, at in _chunks(q_ref.shape[1:], q_info_ref.shape[2], static.chunk):
+            s, _ = _scores(static, kv_ref[0, head, 0], q_ref[0, head, at])  # [block_kv, chunk]
+            if masked:
+                s = _add_mask(s, mask_ref, at.start)
+            finish(head, at)
+            s_ref[head, :, at] = s
+            top_ref[head, :, at] = jnp.max(s, axis=0, keepdims=True)
+        for head in range(q_ref.shape[1]):
+            v_ref[head] = jnp.transpose(kv_ref[0, head, 1])
 
-        def scores(begin: int, size: int) -> Array:
-            s, _ = _scores(static, k, q_ref[0, 0, begin : begin + size])  # [block_kv, size]
-            return s if k_columns is None else _add_mask(static, s, q_info_ref, k_columns, begin)
+    def last() -> None:
+        for head in range(q_ref.shape[1]):
+            l = l_ref[head]
+            l = jnp.where(l > 0, l, 1.0)  # a padding row, which may have seen nothing
+            out_ref[0, head] = jnp.transpose(acc_ref[head] * (1.0 / l)).astype(out_ref.dtype)
+            lse_ref[0, head] = (m_ref[head] + jnp.log2(l)) * (1 / _LOG2_E)
 
-        def softmax(begin: int, size: int, s: Array) -> None:
-            at = slice(begin, begin + size)
-            m_before = m_ref[:, at]
-            m = jnp.maximum(m_before, jnp.max(s, axis=0, keepdims=True))  # [1, size]
-            p = jnp.exp2(s - m)
-            keep = jnp.exp2(m_before - m)
-            m_ref[:, at] = m
-            l_ref[:, at] = keep * l_ref[:, at] + jnp.sum(p, axis=0, keepdims=True)
-            acc_ref[:, at] = keep * acc_ref[:, at] + _dot(v, p.astype(v.dtype), _TN)
-
-        _pipelined(chunks, scores, softmax)
-
-    def last():
-        l = l_ref[...]
-        l = jnp.where(l > 0, l, 1.0)  # a padding row, which may have seen nothing
-        out_ref[0, 0] = jnp.transpose(acc_ref[...] * (1.0 / l)).astype(out_ref.dtype)
-        lse_ref[0, 0] = (m_ref[...] + jnp.log2(l)) * (1 / _LOG2_E)
-
-    _on_item(items_ref[pl.program_id(1)], first=first, add=add, last=last)
+    start = functools.partial(_clear, v_ref, s_ref, top_ref, m_ref, l_ref, acc_ref)
+    _on_step(items_ref, start=start, work=work, last=last)
 
 
-def _each_chunk_of_gradients(
+def _gradients_of_step(
     static: KernelStatic,
-    masked: bool,
-    q_info_ref: Any,  # [1, 8, block_q]
-    k_info_ref: Any,  # [1, 8, block_kv]
-    q_ref: Any,  # [1, 1, R, H]
-    k_ref: Any,  # [1, 1, block_kv, H]
-    v_ref: Any,  # [1, 1, block_kv, H]
-    do_ref: Any,  # [1, 1, R, H]
-    lse_ref: Any,  # [1, 1, 1, R] in base 2
-    delta_ref: Any,  # [1, 1, 1, R]
+    item: Any,
+    refs: tuple[Any, ...],
+    mask_ref: Any,
+    saved: tuple[Any, Any],
     *,
-    add: Callable[[slice, Array, Array], None],
+    masked: bool,
+    add: Callable[[int, slice, Array, Array], None],
+    column_of: Callable[[Any], Any],
 ) -> None:
-    """``add(rows, p, ds)`` for each chunk, ``[block_kv, chunk]`` float32; ds lacks the scale."""
-    k, v = k_ref[0, 0], v_ref[0, 0]
-    k_columns = jnp.transpose(k_info_ref[0]) if masked else None  # [block_kv, 8]
+    """``add(head, rows, p, ds)`` for each chunk of the item before, then that chunk of the item.
 
-    def products(begin: int, size: int) -> tuple[Array, Array | None, Array]:
-        at = slice(begin, begin + size)
-        s, slope = _scores(static, k, q_ref[0, 0, at])
-        if k_columns is not None:
-            s = _add_mask(static, s, q_info_ref, k_columns, begin)
-        return s, slope, _dot(v, do_ref[0, 0, at], _NT)
-
-    def finish(begin: int, size: int, begun: tuple[Array, Array | None, Array]) -> None:
-        at = slice(begin, begin + size)
-        s, slope, dp = begun
-        p = jnp.exp2(s - lse_ref[0, 0, :, at])
-        ds = p * (dp - delta_ref[0, 0, :, at])
-        add(at, p, ds if slope is None else ds * slope)
-
-    _pipelined(_chunks(q_ref.shape[2], q_info_ref.shape[2], static.chunk), products, finish)
+    ``p = exp2(s - lse)`` and ``ds = p (do.v - delta)``, ``[block_kv, chunk]`` float32; ds lacks the
+    scale. ``saved`` holds the exponent and the second factor from one step to the next.
+    """
+    q_info_ref, k_info_ref, q_ref, kv_ref, do_ref, statistics_ref = refs
+    exponent_ref, slope_ref = saved
+    if masked:
+        _write_mask(static, column_of(item), q_info_ref, k_info_ref, mask_ref)
+    for head, at in _chunks(q_ref.shape[1:], q_info_ref.shape[2], static.chunk):
+        s, derivative = _scores(static, kv_ref[0, head, 0], q_ref[0, head, at])
+        if masked:
+            s = _add_mask(s, mask_ref, at.start)
+        slope = _dot(kv_ref[0, head, 1], do_ref[0, head, at], _NT)
+        slope -= statistics_ref[0, head, 1:2, at]
+        p = jnp.exp2(exponent_ref[head, :, at])
+        add(head, at, p, p * slope_ref[head, :, at])
+        exponent_ref[head, :, at] = s - statistics_ref[0, head, 0:1, at]
+        slope_ref[head, :, at] = slope if derivative is None else slope * derivative
 
 
 def _dq_kernel(
     # prefetched
-    items_ref,  # [M]
-    # in
+    items_ref,  # [M + 2]
+    # in, of the step's item
     q_info_ref,  # [1, 8, block_q]
-    k_info_ref,  # [1, 8, block_kv]
-    q_ref,  # [1, 1, R, H]
-    k_ref,  # [1, 1, block_kv, H]
-    v_ref,  # [1, 1, block_kv, H]
-    do_ref,  # [1, 1, R, H]
-    lse_ref,  # [1, 1, 1, R] in base 2
-    delta_ref,  # [1, 1, 1, R]
-    # out
-    dq_ref,  # [1, 1, R, H]
-    # scratch, float32
-    acc_ref,  # [H, R]
+    k_info_ref,  # [1, 8, block_kv], or None
+    q_ref,  # [1, heads, R, H]
+    kv_ref,  # [1, heads, 2, block_kv, H]
+    do_ref,  # [1, heads, R, H]
+    statistics_ref,  # [1, heads, 2, R] log-sum-exp in base 2, and delta
+    # out, of the item before
+    dq_ref,  # [1, heads, R, H]
+    # scratch
+    mask_ref,  # [block_kv, block_q] of the step's item
+    # scratch, of the item before
+    k_ref,  # [heads, H, block_kv]
+    exponent_ref,  # [heads, block_kv, R]
+    slope_ref,  # [heads, block_kv, R]
+    # scratch, of its query block
+    acc_ref,  # [heads, H, R]
     *,
     static: KernelStatic,
+    column_of: Callable[[Any], Any],
 ):
-    refs = (q_info_ref, k_info_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref)
+    _, item = _items_of_step(items_ref)
 
-    def first():
-        acc_ref[...] = jnp.zeros_like(acc_ref)
+    def add(head: int, at: slice, _: Array, ds: Array) -> None:
+        k = k_ref[head]
+        acc_ref[head, :, at] += _dot(k, ds.astype(k.dtype), _NN)
 
-    def add(masked: bool):
-        k = k_ref[0, 0]
+    def work(masked: bool) -> None:
+        _gradients_of_step(
+            static,
+            item,
+            (q_info_ref, k_info_ref, q_ref, kv_ref, do_ref, statistics_ref),
+            mask_ref,
+            (exponent_ref, slope_ref),
+            masked=masked,
+            add=add,
+            column_of=column_of,
+        )
+        for head in range(q_ref.shape[1]):
+            k_ref[head] = jnp.transpose(kv_ref[0, head, 0])
 
-        def add_chunk(at: slice, _: Array, ds: Array) -> None:
-            acc_ref[:, at] += _dot(k, ds.astype(k.dtype), _TN)
+    def last() -> None:
+        for head in range(q_ref.shape[1]):
+            dq_ref[0, head] = jnp.transpose(acc_ref[head] * static.scale).astype(dq_ref.dtype)
 
-        _each_chunk_of_gradients(static, masked, *refs, add=add_chunk)
-
-    def last():
-        dq_ref[0, 0] = jnp.transpose(acc_ref[...] * static.scale).astype(dq_ref.dtype)
-
-    _on_item(items_ref[pl.program_id(1)], first=first, add=add, last=last)
+    start = functools.partial(_clear, k_ref, exponent_ref, slope_ref, acc_ref)
+    first = functools.partial(_clear, acc_ref)
+    _on_step(items_ref, start=start, first=first, work=work, last=last)
 
 
 def _dkv_kernel(
     # prefetched
-    items_ref,  # [M] by key block
-    # in
+    items_ref,  # [M + 2] by key block
+    # in, of the step's item
     q_info_ref,  # [1, 8, block_q]
-    k_info_ref,  # [1, 8, block_kv]
-    q_ref,  # [1, 1, R, H]
-    k_ref,  # [1, 1, block_kv, H]
-    v_ref,  # [1, 1, block_kv, H]
-    do_ref,  # [1, 1, R, H]
-    lse_ref,  # [1, 1, 1, R] in base 2
-    delta_ref,  # [1, 1, 1, R]
-    # out
-    dk_ref,  # [1, 1, block_kv, H]
-    dv_ref,  # [1, 1, block_kv, H]
-    # scratch, float32
-    dk_acc_ref,  # [block_kv, H]
-    dv_acc_ref,  # [block_kv, H]
+    k_info_ref,  # [1, 8, block_kv], or None
+    q_ref,  # [1, heads, R, H]
+    kv_ref,  # [1, heads, 2, block_kv, H]
+    do_ref,  # [1, heads, R, H]
+    statistics_ref,  # [1, heads, 2, R] log-sum-exp in base 2, and delta
+    # out, of the item before
+    dkv_ref,  # [1, heads, 2, block_kv, H]
+    # scratch
+    mask_ref,  # [block_kv, block_q] of the step's item
+    # scratch, of the item before
+    q_before_ref,  # [heads, R, H]
+    do_before_ref,  # [heads, R, H]
+    exponent_ref,  # [heads, block_kv, R]
+    slope_ref,  # [heads, block_kv, R]
+    # scratch, of its key block
+    dk_ref,  # [heads, block_kv, H]
+    dv_ref,  # [heads, block_kv, H]
     *,
     static: KernelStatic,
+    column_of: Callable[[Any], Any],
 ):
-    refs = (q_info_ref, k_info_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref)
+    _, item = _items_of_step(items_ref)
 
-    def first():
-        dk_acc_ref[...] = jnp.zeros_like(dk_acc_ref)
-        dv_acc_ref[...] = jnp.zeros_like(dv_acc_ref)
+    def add(head: int, at: slice, p: Array, ds: Array) -> None:
+        q, do = q_before_ref[head, at], do_before_ref[head, at]
+        dv_ref[head] += _dot(p.astype(do.dtype), do, _NN)
+        dk_ref[head] += _dot(ds.astype(q.dtype), q, _NN)
 
-    def add(masked: bool):
-        def add_chunk(at: slice, p: Array, ds: Array) -> None:
-            q, do = q_ref[0, 0, at], do_ref[0, 0, at]
-            dv_acc_ref[...] += _dot(p.astype(do.dtype), do, _NN)
-            dk_acc_ref[...] += _dot(ds.astype(q.dtype), q, _NN)
+    def work(masked: bool) -> None:
+        _gradients_of_step(
+            static,
+            item,
+            (q_info_ref, k_info_ref, q_ref, kv_ref, do_ref, statistics_ref),
+            mask_ref,
+            (exponent_ref, slope_ref),
+            masked=masked,
+            add=add,
+            column_of=column_of,
+        )
+        q_before_ref[...] = q_ref[0]
+        do_before_ref[...] = do_ref[0]
 
-        _each_chunk_of_gradients(static, masked, *refs, add=add_chunk)
+    def last() -> None:
+        dkv_ref[0, :, 0] = (dk_ref[...] * static.scale).astype(dkv_ref.dtype)
+        dkv_ref[0, :, 1] = dv_ref[...].astype(dkv_ref.dtype)
 
-    def last():
-        dk_ref[0, 0] = (dk_acc_ref[...] * static.scale).astype(dk_ref.dtype)
-        dv_ref[0, 0] = dv_acc_ref[...].astype(dv_ref.dtype)
-
-    _on_item(items_ref[pl.program_id(1)], first=first, add=add, last=last)
-
-
-def _row_specs(block: Any, row_shape: tuple[int, int], *, block_q: int) -> dict[str, Any]:
-    """Blocks of what belongs to query rows; ``block(item)`` is the query block's number."""
-    num_rows, head_dim = row_shape
-
-    def at(h, i, items):
-        return block(items[i]), h, 0, 0
-
-    return {
-        "info": pl.BlockSpec((1, INFO_ROWS, block_q), lambda h, i, items: (block(items[i]), 0, 0)),
-        "rows": pl.BlockSpec((1, 1, num_rows, head_dim), at),
-        "statistics": pl.BlockSpec((1, 1, 1, num_rows), at),
-    }
+    scratch = (q_before_ref, do_before_ref, exponent_ref, slope_ref, dk_ref, dv_ref)
+    start = functools.partial(_clear, *scratch)
+    first = functools.partial(_clear, dk_ref, dv_ref)
+    _on_step(items_ref, start=start, first=first, work=work, last=last)
 
 
 def _call(
     kernel: Any,
     static: KernelStatic,
     work: WorkList,
-    inputs: tuple[Array, ...],
+    inputs: dict[str, Array | None],
+    outputs: dict[str, jax.ShapeDtypeStruct],
     *,
-    in_specs: list[Any],
-    out_specs: Any,
-    out_shape: Any,
-    scratch: list[tuple[int, int]],
-    num_kv_heads: int,
+    scratch: dict[str, tuple[tuple[int, int], Any]],
+    by_key: bool,
     name: str,
-) -> Any:
+) -> tuple[Array, ...]:
+    """Run a kernel over a list.
+
+    Args:
+      kernel: takes a reference ``x_ref`` for each name ``x`` below, None for an absent input.
+      static: constants.
+      work: by key block where ``by_key`` is true, else by query block.
+      inputs: arrays of blocks; the first dimension numbers query blocks or key blocks.
+      outputs: the same.
+      scratch: shapes and dtypes, for one KV head; a mask comes before them.
+      by_key: what the list is ordered by.
+      name: of the kernel, in profiles.
+    """
+    (num_rows, num_kv_heads), num_columns = inputs["q"].shape[:2], inputs["kv"].shape[0]
+    heads, q_block, kv_block = static.heads, inputs["q_info"].shape[2], inputs["kv"].shape[3]
+    num_minor = num_rows if by_key else num_columns
+    major = functools.partial(major_of, num_minor_blocks=num_minor)
+    minor = functools.partial(minor_of, num_minor_blocks=num_minor)
+    row_of, column_of = (minor, major) if by_key else (major, minor)
+
+    def spec(array: str, shape: tuple[int, ...], lag: int) -> pl.BlockSpec:
+        """One block of the array, for one head if it has heads; an output's comes a step late."""
+        number = column_of if array in ("k_info", "kv", "dkv") else row_of
+        if array in ("q_info", "k_info"):
+            return pl.BlockSpec((1, *shape[1:]), lambda h, i, items: (number(items[i + lag]), 0, 0))
+        zeros = (0,) * (len(shape) - 2)
+        return pl.BlockSpec(
+            (1, heads, *shape[2:]), lambda h, i, items: (number(items[i + lag]), h, *zeros)
+        )
+
+    given = {array: x for array, x in inputs.items() if x is not None}
+    absent = {f"{array}_ref": None for array in inputs if array not in given}
+    names = [f"{array}_ref" for array in (*given, *outputs, "mask", *scratch)]
+
+    def body(items_ref: Any, *refs: Any) -> None:
+        named = dict(zip(names, refs, strict=True))
+        kernel(items_ref, **named, **absent, static=static, column_of=column_of)
+
     call = pl.pallas_call(
-        functools.partial(kernel, static=static),
+        body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(num_kv_heads, work.count),
-            in_specs=in_specs,
-            out_specs=out_specs,
-            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+            grid=(num_kv_heads // heads, work.count + 1),
+            in_specs=[spec(array, x.shape, 1) for array, x in given.items()],
+            out_specs=[spec(array, x.shape, 0) for array, x in outputs.items()],
+            scratch_shapes=[
+                pltpu.VMEM((kv_block, q_block), jnp.float32),
+                *(pltpu.VMEM((heads, *shape), dtype) for shape, dtype in scratch.values()),
+            ],
         ),
-        out_shape=out_shape,
+        out_shape=list(outputs.values()),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=static.vmem_limit_bytes,
@@ -366,110 +466,108 @@ def _call(
         interpret=static.interpret,
         name=name,
     )
-    return call(work.items, *inputs)
-
-
-def _specs(q: Array, k: Array, q_info: Array, *, by_key: bool) -> tuple[dict, dict]:
-    """Block specs of query rows and of keys, for a list by query block or by key block."""
-    num_minor = (q if by_key else k).shape[0]
-    major = functools.partial(major_of, num_minor_blocks=num_minor)
-    minor = functools.partial(minor_of, num_minor_blocks=num_minor)
-    of_q, of_k = (minor, major) if by_key else (major, minor)
-    rows = _row_specs(of_q, (q.shape[2], q.shape[3]), block_q=q_info.shape[2])
-    keys = _row_specs(of_k, (k.shape[2], k.shape[3]), block_q=k.shape[2])
-    return rows, keys
+    return tuple(call(work.items, *given.values()))
 
 
 def forward(
-    static: KernelStatic, q: Array, k: Array, v: Array, q_info: Array, k_info: Array, work: WorkList
+    static: KernelStatic, q: Array, kv: Array, q_info: Array, k_info: Array | None, work: WorkList
 ) -> tuple[Array, Array]:
     """Output ``[rows, K, R, H]`` and natural log-sum-exp ``[rows, K, 1, R]`` (float32).
 
     Args:
       static: constants.
       q: ``[rows, K, R, H]``, a query block an entry.
-      k: ``[columns, K, block_kv, H]``, a key block an entry.
-      v: like ``k``.
+      kv: ``[columns, K, 2, block_kv, H]``, keys and values of a key block an entry.
       q_info: ``[rows, 8, block_q]``.
-      k_info: ``[columns, 8, block_kv]``.
+      k_info: ``[columns, 8, block_kv]``; None without segments.
       work: by query block; blocks that it leaves out are never written.
     """
     num_rows, num_kv_heads, rows_R, head_dim = q.shape
-    rows, keys = _specs(q, k, q_info, by_key=False)
-    return _call(
+    block_kv, f32 = kv.shape[3], jnp.float32
+    out, lse = _call(
         _forward_kernel,
         static,
         work,
-        (q_info, k_info, q, k, v),
-        in_specs=[rows["info"], keys["info"], rows["rows"], keys["rows"], keys["rows"]],
-        out_specs=(rows["rows"], rows["statistics"]),
-        out_shape=(
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((num_rows, num_kv_heads, 1, rows_R), jnp.float32),
-        ),
-        scratch=[(1, rows_R), (1, rows_R), (head_dim, rows_R)],
-        num_kv_heads=num_kv_heads,
+        {"q_info": q_info, "k_info": k_info, "q": q, "kv": kv},
+        {
+            "out": jax.ShapeDtypeStruct(q.shape, q.dtype),
+            "lse": jax.ShapeDtypeStruct((num_rows, num_kv_heads, 1, rows_R), f32),
+        },
+        scratch={
+            "v": ((head_dim, block_kv), kv.dtype),
+            "s": ((block_kv, rows_R), f32),
+            "top": ((1, rows_R), f32),
+            "m": ((1, rows_R), f32),
+            "l": ((1, rows_R), f32),
+            "acc": ((head_dim, rows_R), f32),
+        },
+        by_key=False,
         name="swa_prefill_forward",
     )
+    return out, lse
 
 
 def backward(
     static: KernelStatic,
     q: Array,
-    k: Array,
-    v: Array,
+    kv: Array,
     q_info: Array,
-    k_info: Array,
+    k_info: Array | None,
     do: Array,
-    lse2: Array,
-    delta: Array,
+    statistics: Array,
     work: WorkList,
     work_by_key: WorkList,
-) -> tuple[Array, Array, Array]:
-    """dq, dk, dv in the inputs' dtypes and layouts; blocks outside the lists are never written.
+) -> tuple[Array, Array]:
+    """The gradients dq, and dk with dv, in the inputs' dtypes and layouts.
+
+    Blocks outside the lists are never written.
 
     Args:
-      static, q, k, v, q_info, k_info, work: as in :func:`forward`.
+      static, q, kv, q_info, k_info, work: as in :func:`forward`.
       do: cotangent of the output, like ``q``.
-      lse2: log-sum-exp in base 2, ``[rows, K, 1, R]``.
-      delta: ``do . out`` less the log-sum-exp's cotangent, like ``lse2``.
+      statistics: ``[rows, K, 2, R]`` float32: the log-sum-exp in base 2, and ``do . out`` less the
+        log-sum-exp's cotangent.
       work_by_key: the same pairs by key block.
     """
-    num_kv_heads, rows_R, head_dim = q.shape[1:]
-    inputs = (q_info, k_info, q, k, v, do, lse2, delta)
-
-    def in_specs(rows: dict, keys: dict) -> list[Any]:
-        kv = [keys["rows"]] * 2
-        of_rows = [rows["rows"], rows["statistics"], rows["statistics"]]
-        return [rows["info"], keys["info"], rows["rows"], *kv, *of_rows]
-
-    rows, keys = _specs(q, k, q_info, by_key=False)
-    dq = _call(
+    rows_R, head_dim = q.shape[2:]
+    block_kv, f32 = kv.shape[3], jnp.float32
+    inputs = {
+        "q_info": q_info,
+        "k_info": k_info,
+        "q": q,
+        "kv": kv,
+        "do": do,
+        "statistics": statistics,
+    }
+    factors = {"exponent": ((block_kv, rows_R), f32), "slope": ((block_kv, rows_R), f32)}
+    (dq,) = _call(
         _dq_kernel,
         static,
         work,
         inputs,
-        in_specs=in_specs(rows, keys),
-        out_specs=rows["rows"],
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        scratch=[(head_dim, rows_R)],
-        num_kv_heads=num_kv_heads,
+        {"dq": jax.ShapeDtypeStruct(q.shape, q.dtype)},
+        scratch={
+            "k": ((head_dim, block_kv), kv.dtype),
+            **factors,
+            "acc": ((head_dim, rows_R), f32),
+        },
+        by_key=False,
         name="swa_prefill_dq",
     )
-    rows, keys = _specs(q, k, q_info, by_key=True)
-    dk, dv = _call(
+    (dkv,) = _call(
         _dkv_kernel,
         static,
         work_by_key,
         inputs,
-        in_specs=in_specs(rows, keys),
-        out_specs=(keys["rows"], keys["rows"]),
-        out_shape=(
-            jax.ShapeDtypeStruct(k.shape, k.dtype),
-            jax.ShapeDtypeStruct(v.shape, v.dtype),
-        ),
-        scratch=[(k.shape[2], head_dim), (k.shape[2], head_dim)],
-        num_kv_heads=num_kv_heads,
+        {"dkv": jax.ShapeDtypeStruct(kv.shape, kv.dtype)},
+        scratch={
+            "q_before": ((rows_R, head_dim), q.dtype),
+            "do_before": ((rows_R, head_dim), do.dtype),
+            **factors,
+            "dk": ((block_kv, head_dim), f32),
+            "dv": ((block_kv, head_dim), f32),
+        },
+        by_key=True,
         name="swa_prefill_dkv",
     )
-    return dq, dk, dv
+    return dq, dkv

@@ -25,6 +25,7 @@ class Tiles:
     block_q: int
     block_kv: int
     chunk: int = 512
+    kv_heads: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ Four query blocks, a window of two key blocks and one key, sinks in key block 0 
 
 An item is ``major block | minor block | last | first | masked``, highest bits first. The forward
 pass and dq walk query blocks (major) and each one's key blocks; dk and dv walk the same pairs
-sorted by key block. Blocks are numbered through the batch: those of row 1 follow those of row 0.
+by key block. Blocks are numbered through the batch: those of row 1 follow those of row 0.
 """
 
 import dataclasses
@@ -37,9 +37,13 @@ SMEM_BYTES = (1 << 20) - (32 << 10)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WorkList:
-    """Packed items in order, of which the first ``count`` count; there is always at least one."""
+    """Packed items in order; there is always at least one.
 
-    items: Int[Array, " M"]
+    ``items[1 : count + 1]`` are the list. An item without flags stands before and after it, of the
+    same blocks as the first and the last: kernels look one item back.
+    """
+
+    items: Int[Array, " M+2"]
     count: Int[Array, ""]
 
 
@@ -69,8 +73,13 @@ def _pack(major: Array, minor: Array, masked: Array, *, count: Array, num_minor:
     flags = masked * MASKED + first * FIRST + last * LAST
     items = ((major << minor_bits(num_minor)) | minor) << _FLAG_BITS | flags.astype(jnp.int32)
     # An empty list does one pair that nobody reads: a grid has at least one step.
-    items = jnp.where(used, items, jnp.where(index == 0, MASKED | FIRST | LAST, 0))
-    return WorkList(items=items.astype(jnp.int32), count=jnp.maximum(count, 1))
+    items = jnp.where(index == 0, jnp.where(used, items, MASKED | FIRST | LAST), items)
+    count = jnp.maximum(count, 1)
+    end = items[count - 1]
+    items = jnp.concatenate([items[:1], jnp.where(index < count, items, end), end[None]])
+    listed = (jnp.arange(items.shape[0]) > 0) & (jnp.arange(items.shape[0]) <= count)
+    items = jnp.where(listed, items, items >> _FLAG_BITS << _FLAG_BITS)
+    return WorkList(items=items.astype(jnp.int32), count=count)
 
 
 def build_work_list(blocks: BlockMap, *, num_kv_blocks: int, most_items: int) -> WorkList:
@@ -102,37 +111,33 @@ def build_work_list(blocks: BlockMap, *, num_kv_blocks: int, most_items: int) ->
     )
 
 
-def by_key_block(
-    work: WorkList, *, num_rows: int, num_columns: int
-) -> tuple[WorkList, Bool[Array, " num_columns"]]:
-    """The same pairs sorted by key block, and which key blocks are in the list at all.
+def build_work_list_by_key(
+    blocks: BlockMap, *, num_kv_blocks: int, most_items: int
+) -> tuple[WorkList, Bool[Array, " columns"]]:
+    """The same pairs by key block, and which key blocks are in the list at all.
+
+    The rows that need a key block may be any, so this looks at each pair of blocks of a batch row.
 
     Args:
-      work: by query block.
-      num_rows: query blocks of the whole batch.
-      num_columns: key blocks of the whole batch.
+      blocks, num_kv_blocks, most_items: as in :func:`build_work_list`.
     """
-    most = work.items.shape[0]
-    used = jnp.arange(most, dtype=jnp.int32) < work.count
-    row = major_of(work.items, num_minor_blocks=num_columns)
-    column = minor_of(work.items, num_minor_blocks=num_columns)
-    keys = ((column << minor_bits(num_rows)) | row) << 1 | (work.items & MASKED)
-    keys = jnp.sort(jnp.where(used, keys, jnp.iinfo(jnp.int32).max))
-    pairs = keys >> 1
-    sorted_column = pairs >> minor_bits(num_rows)
-    visited = (
-        jnp.zeros((num_columns,), bool)
-        .at[jnp.where(used, column, num_columns)]
-        .set(True, mode="drop")
+    num_batch, num_q_blocks = blocks.first.shape
+    kv = jnp.arange(num_kv_blocks, dtype=jnp.int32)[None, :, None]
+    of_row = jax.tree.map(lambda x: x[:, None, :], blocks)
+    is_sink = (of_row.sink_first <= kv) & (kv < of_row.sink_end)
+    needed = is_sink | ((of_row.first <= kv) & (kv < of_row.end))  # [B, key, query]
+    free = (of_row.unmasked_first <= kv) & (kv < of_row.unmasked_end)
+    (pairs,) = jnp.nonzero(needed.ravel(), size=most_items, fill_value=0)
+    pairs = pairs.astype(jnp.int32)
+    column = pairs // num_q_blocks
+    work = _pack(
+        column,
+        column // num_kv_blocks * num_q_blocks + pairs % num_q_blocks,
+        ~free.ravel()[pairs],
+        count=needed.sum(dtype=jnp.int32),
+        num_minor=num_batch * num_q_blocks,
     )
-    sorted_work = _pack(
-        sorted_column,
-        pairs & ((1 << minor_bits(num_rows)) - 1),
-        (keys & 1) != 0,
-        count=work.count,
-        num_minor=num_rows,
-    )
-    return sorted_work, visited
+    return work, needed.any(axis=2).ravel()
 
 
 def count_items_at_most(

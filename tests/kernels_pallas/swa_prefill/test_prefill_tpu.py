@@ -25,7 +25,7 @@ from kernels_pallas.swa_prefill.work_list import (
     LAST,
     MASKED,
     build_work_list,
-    by_key_block,
+    build_work_list_by_key,
     count_items_at_most,
     major_of,
     minor_of,
@@ -92,6 +92,7 @@ def test_the_list_holds_each_visible_pair_of_blocks_once(window, lengths):
         block_kv=block_kv,
     )
     work = build_work_list(blocks, num_kv_blocks=16, most_items=most)
+    by_key, visited = build_work_list_by_key(blocks, num_kv_blocks=16, most_items=most)
     seen = bruteforce.visible_pairs(
         shape=shape, window=window, sinks=sinks, q_offset=offset, lengths=lengths
     )
@@ -104,16 +105,17 @@ def test_the_list_holds_each_visible_pair_of_blocks_once(window, lengths):
     ]
     count = int(work.count)
     assert count == max(len(wanted), 1) <= most
-    by_key, visited = by_key_block(work, num_rows=num_rows, num_columns=num_columns)
     assert int(by_key.count) == count
-    np.testing.assert_array_equal(
-        np.flatnonzero(visited), sorted({j for _, j in wanted}) if wanted else [0]
-    )
+    np.testing.assert_array_equal(np.flatnonzero(visited), sorted({j for _, j in wanted}))
     for items, num_minor, transposed in (
         (work.items, num_columns, False),
         (by_key.items, num_rows, True),
     ):
-        items = np.asarray(items)[:count]
+        items = np.asarray(items)
+        ends = items[0], items[count + 1]
+        items = items[1 : count + 1]
+        assert [end & ~7 for end in ends] == [items[0] & ~7, items[-1] & ~7]
+        assert not any(end & (FIRST | LAST | MASKED) for end in ends)
         pairs = [
             (major_of(item, num_minor_blocks=num_minor), minor_of(item, num_minor_blocks=num_minor))
             for item in items.tolist()
