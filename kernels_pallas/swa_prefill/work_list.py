@@ -82,6 +82,23 @@ def _pack(major: Array, minor: Array, masked: Array, *, count: Array, num_minor:
     return WorkList(items=items.astype(jnp.int32), count=count)
 
 
+def _spread(
+    counts: Int[Array, " blocks"], most_items: int
+) -> tuple[Int[Array, " M"], Int[Array, " M"], Int[Array, ""]]:
+    """Block and place in it of each item, and how many items there are.
+
+    >>> block, place, count = _spread(jnp.array([2, 0, 3]), 6)
+    >>> print(block[:5], place[:5], count)
+    [0 0 2 2 2] [0 1 0 1 2] 5
+    """
+    ends = jnp.cumsum(counts, dtype=jnp.int32)
+    starts = ends - counts
+    # How many blocks start at or before item i. Empty ones share a start.
+    begun = jnp.zeros((most_items,), jnp.int32).at[starts].add(1, mode="drop")
+    block = jnp.cumsum(begun, dtype=jnp.int32) - 1
+    return block, jnp.arange(most_items, dtype=jnp.int32) - starts[block], ends[-1]
+
+
 def build_work_list(blocks: BlockMap, *, num_kv_blocks: int, most_items: int) -> WorkList:
     """Pairs by query block, the sinks' before the window's; O(items) and no larger array.
 
@@ -93,20 +110,15 @@ def build_work_list(blocks: BlockMap, *, num_kv_blocks: int, most_items: int) ->
     num_batch, num_q_blocks = blocks.first.shape
     flat = jax.tree.map(jnp.ravel, blocks)
     num_sinks = flat.sink_end - flat.sink_first
-    ends = jnp.cumsum(num_sinks + flat.end - flat.first, dtype=jnp.int32)
-    starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends[:-1]])
-    # Query block of item i: how many blocks start at or before i. Empty ones share a start.
-    begun = jnp.zeros((most_items,), jnp.int32).at[starts].add(1, mode="drop")
-    block = jnp.cumsum(begun, dtype=jnp.int32) - 1
-    step = jnp.arange(most_items, dtype=jnp.int32) - starts[block]
-    after_sinks = step - num_sinks[block]
-    kv = jnp.where(after_sinks < 0, flat.sink_first[block] + step, flat.first[block] + after_sinks)
+    block, place, count = _spread(num_sinks + flat.end - flat.first, most_items)
+    after_sinks = place - num_sinks[block]
+    kv = jnp.where(after_sinks < 0, flat.sink_first[block] + place, flat.first[block] + after_sinks)
     free = (kv >= flat.unmasked_first[block]) & (kv < flat.unmasked_end[block])
     return _pack(
         block,
         block // num_q_blocks * num_kv_blocks + kv,
         ~free,
-        count=ends[-1],
+        count=count,
         num_minor=num_batch * num_kv_blocks,
     )
 
@@ -116,7 +128,12 @@ def build_work_list_by_key(
 ) -> tuple[WorkList, Bool[Array, " columns"]]:
     """The same pairs by key block, and which key blocks are in the list at all.
 
-    The rows that need a key block may be any, so this looks at each pair of blocks of a batch row.
+    The query blocks that need a key block may be any, so this counts them along each column of the
+    pairs of blocks, and an item finds its own by halving::
+
+        query block      0  1  2  3  4
+        needed           .  x  .  x  x
+        counted so far   0  1  1  2  3       the item at place 1 is query block 3
 
     Args:
       blocks, num_kv_blocks, most_items: as in :func:`build_work_list`.
@@ -126,18 +143,23 @@ def build_work_list_by_key(
     of_row = jax.tree.map(lambda x: x[:, None, :], blocks)
     is_sink = (of_row.sink_first <= kv) & (kv < of_row.sink_end)
     needed = is_sink | ((of_row.first <= kv) & (kv < of_row.end))  # [B, key, query]
-    free = (of_row.unmasked_first <= kv) & (kv < of_row.unmasked_end)
-    (pairs,) = jnp.nonzero(needed.ravel(), size=most_items, fill_value=0)
-    pairs = pairs.astype(jnp.int32)
-    column = pairs // num_q_blocks
-    work = _pack(
-        column,
-        column // num_kv_blocks * num_q_blocks + pairs % num_q_blocks,
-        ~free.ravel()[pairs],
-        count=needed.sum(dtype=jnp.int32),
-        num_minor=num_batch * num_q_blocks,
-    )
-    return work, needed.any(axis=2).ravel()
+    counted = jnp.cumsum(needed.reshape(-1, num_q_blocks), axis=1, dtype=jnp.int32)
+    column, place, count = _spread(counted[:, -1], most_items)
+
+    def halve(i: Any, row: Array) -> Array:
+        further = row + (1 << (num_halvings - 1 - i))
+        short = counted[column, jnp.minimum(further, num_q_blocks) - 1] <= place
+        return jnp.where(short, further, row)
+
+    num_halvings = num_q_blocks.bit_length()
+    row = jax.lax.fori_loop(0, num_halvings, halve, jnp.zeros_like(column))
+    # Beyond the list's end the search runs out of the column.
+    row = column // num_kv_blocks * num_q_blocks + jnp.minimum(row, num_q_blocks - 1)
+    kv = column % num_kv_blocks
+    flat = jax.tree.map(jnp.ravel, blocks)
+    free = (kv >= flat.unmasked_first[row]) & (kv < flat.unmasked_end[row])
+    work = _pack(column, row, ~free, count=count, num_minor=num_batch * num_q_blocks)
+    return work, counted[:, -1] > 0
 
 
 def count_items_at_most(
