@@ -83,7 +83,7 @@ def prefill_tpu(
         chunk=tiles.chunk,
         num_kv_blocks=-(-arguments.shape[2] // tiles.block_kv),
         most_items=most_items(arguments, tiles),
-        vmem_limit_bytes=vmem_limit_bytes(arguments, tiles),
+        vmem_limit_bytes=vmem_limit_bytes(arguments, tiles, generation=generation),
         interpret=interpret,
     )
     q, k, v = without_padding(arguments, rows)

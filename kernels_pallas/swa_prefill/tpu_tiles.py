@@ -1,6 +1,15 @@
-"""Block sizes of the TPU kernels, per generation, and the choice of one that fits."""
+"""Block sizes of the TPU kernels: what each generation's steps cost, and the cheapest that fit.
+
+A window of W keys makes a block of query rows visit ``W + block_q`` keys and a part of a block at
+each end, so small blocks waste least; a grid step costs some 100 to 200 cycles beside its products,
+so large steps cost least. Steps are made large without large blocks by stacking heads: the G query
+heads of a KV head, and ``kv_heads`` KV heads. Eight of them, four query heads each, in blocks of
+128 x 128, with a window of 2,048: 1.06 times the visible pairs, in steps of 4,096 rows.
+"""
 
 import dataclasses
+import math
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +26,10 @@ class Tiles:
 
     Attributes:
       block_q: rows of a query block; the G heads of a KV head are stacked on it, so a step
-        multiplies ``G * block_q`` rows.
+        multiplies ``kv_heads * G * block_q`` rows.
       block_kv: keys of a key block.
-      chunk: of the stacked rows, how many are worked on at a time.
+      chunk: of a KV head's stacked rows, how many are worked on at a time.
+      kv_heads: KV heads of a step; cut to what divides their number.
     """
 
     block_q: int
@@ -29,20 +39,54 @@ class Tiles:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Sizes:
-    """What a step holds at best: stacked rows, and keys of windowed and of full layers."""
+class _Chip:
+    """What a core does and holds.
 
-    rows: int
-    windowed_kv: int
-    full_kv: int
+    Attributes:
+      step: cycles of a grid step of the forward kernel beside its products and softmax.
+      body: ``{block_kv: (unmasked, masked)}`` cycles of those per 512 rows x 128 keys, head dim
+        up to 128. Both are static cycles of the compiler's (``benchmarks/tpu_static.py``).
+      bytes_per_cycle: what HBM delivers meanwhile: four fifths of its nominal bandwidth.
+      vmem_bytes: VMEM of a core.
+    """
+
+    step: int
+    body: Mapping[int, tuple[float, float]]
+    bytes_per_cycle: int
+    vmem_bytes: int
 
 
-_SIZES = {
-    "v4": _Sizes(rows=1024, windowed_kv=256, full_kv=512),
-    "v5e": _Sizes(rows=1024, windowed_kv=256, full_kv=512),
-    "v5p": _Sizes(rows=1024, windowed_kv=256, full_kv=512),
-    "v6e": _Sizes(rows=1024, windowed_kv=256, full_kv=512),
-    "tpu7x": _Sizes(rows=1024, windowed_kv=256, full_kv=512),
+_CHIPS = {
+    "v4": _Chip(
+        step=320,
+        body={128: (277, 282), 256: (272, 279), 512: (259, 262)},
+        bytes_per_cycle=470,
+        vmem_bytes=16 << 20,
+    ),
+    "v5e": _Chip(
+        step=130,
+        body={128: (277, 282), 256: (272, 279), 512: (259, 262)},
+        bytes_per_cycle=440,
+        vmem_bytes=128 << 20,
+    ),
+    "v5p": _Chip(
+        step=320,
+        body={128: (277, 282), 256: (272, 279), 512: (259, 262)},
+        bytes_per_cycle=560,
+        vmem_bytes=64 << 20,
+    ),
+    "v6e": _Chip(
+        step=147,
+        body={128: (174, 187), 256: (147, 173), 512: (128, 157)},
+        bytes_per_cycle=750,
+        vmem_bytes=128 << 20,
+    ),
+    "tpu7x": _Chip(
+        step=147,
+        body={128: (174, 187), 256: (147, 173), 512: (128, 157)},
+        bytes_per_cycle=1300,
+        vmem_bytes=64 << 20,
+    ),
 }
 _DEVICE_KINDS = {
     "TPU v4": "v4",
@@ -55,13 +99,14 @@ _DEVICE_KINDS = {
     "TPU7": "tpu7x",
     "TPU7x": "tpu7x",
 }
-GENERATIONS = tuple(_SIZES)
+GENERATIONS = tuple(_CHIPS)
 
-# Scores of one step, 2 MiB in float32; the backward pass holds three or four such arrays in VMEM.
+# Of a step, all heads. Its bodies are unrolled: twice as many would save some 4% of the cycles, and
+# take the compiler twice as long.
+_MOST_ROWS = 4096
 _MOST_SCORES = 1 << 19
+# Where the compiler needs no telling: its own limit is 16 MiB on v5e, of which it spills some.
 _FREE_VMEM_BYTES = 10 << 20
-# A window wastes about half a query block's keys at each of its ends.
-_MOST_ROWS_OF_A_HEAD = 512
 
 
 def this_generation() -> str:
@@ -70,43 +115,75 @@ def this_generation() -> str:
 
 
 def choose_tiles(arguments: PrefillArguments, *, generation: str | None = None) -> Tiles:
-    """Tiles from the table, larger ones where the work list would overflow scalar memory.
+    """The cheapest tiles among those whose blocks fit VMEM and whose work list fits scalar memory.
 
     Raises:
       ValueError: the generation is not in the table.
       NotImplementedError: no tiles would fit.
     """
     generation = this_generation() if generation is None else generation
-    if generation not in _SIZES:
+    if generation not in _CHIPS:
         raise ValueError(f"generation: expected one of {GENERATIONS}, got {generation!r}")
-    for tiles in _candidates(arguments, _SIZES[generation]):
-        if tiles_limits(arguments, tiles) is None:
-            return tiles
-    raise NotImplementedError(
-        f"swa_prefill: no block sizes of pallas_tpu hold the work list of shape "
-        f"{arguments.shape} in scalar memory; split the batch, or pass backend='xla'"
-    )
-
-
-def _candidates(arguments: PrefillArguments, sizes: _Sizes) -> list[Tiles]:
-    """The table's tiles, then larger ones, all within VMEM; sizes beyond the input are cut."""
-    num_queries, num_keys = arguments.shape[1:]
-    num_groups = arguments.q.shape[2] // arguments.k.shape[2]
-    windowed = isinstance(arguments.window, int)
-    block_q = min(max(_round_down(sizes.rows // num_groups), LANES), _MOST_ROWS_OF_A_HEAD)
-    block_kv = sizes.windowed_kv if windowed else sizes.full_kv
-    found = []
-    for larger_q, larger_kv in ((1, 1), (1, 2), (2, 2), (2, 4), (4, 4)):
-        tiles = Tiles(
-            block_q=min(block_q * larger_q, _round_up(num_queries)),
-            block_kv=min(block_kv * larger_kv, _round_up(num_keys)),
+    chip = _CHIPS[generation]
+    fitting = [
+        tiles for tiles in _candidates(arguments, chip) if tiles_limits(arguments, tiles) is None
+    ]
+    if not fitting:
+        raise NotImplementedError(
+            f"swa_prefill: no block sizes of pallas_tpu hold the work list of shape "
+            f"{arguments.shape} in scalar memory; split the batch, or pass backend='xla'"
         )
-        scores = _MOST_SCORES * (1 if larger_kv == 1 else 2)
-        most = max(_round_down(scores // (num_groups * tiles.block_q)), LANES)
-        tiles = dataclasses.replace(tiles, block_kv=min(tiles.block_kv, most))
-        if larger_q == 1 or num_groups * tiles.block_q <= 2048:
-            found.append(tiles)
-    return found
+    return min(fitting, key=lambda tiles: _cycles(arguments, tiles, chip))
+
+
+def _candidates(arguments: PrefillArguments, chip: _Chip) -> Iterator[Tiles]:
+    """Tiles within VMEM, blocks beyond the input cut to it, as many KV heads as a step may hold."""
+    num_queries, num_keys = arguments.shape[1:]
+    num_kv_heads = arguments.k.shape[2]
+    num_groups = arguments.q.shape[2] // num_kv_heads
+    divisors = [n for n in range(num_kv_heads, 0, -1) if num_kv_heads % n == 0]
+    for block_q in (128, 256, 512):
+        for block_kv in chip.body:
+            tiles = Tiles(
+                block_q=min(block_q, _round_up(num_queries)),
+                block_kv=min(block_kv, _round_up(num_keys)),
+            )
+            for kv_heads in divisors:
+                rows = kv_heads * num_groups * tiles.block_q
+                small = rows <= _MOST_ROWS and rows * tiles.block_kv <= _MOST_SCORES
+                wide = dataclasses.replace(tiles, kv_heads=kv_heads)
+                # The smallest step of all is offered whatever its size.
+                smallest = kv_heads == 1 and tiles.block_q == tiles.block_kv == LANES
+                fits = _vmem_need(arguments, wide) <= chip.vmem_bytes * 3 // 4
+                if (small and fits) or smallest:
+                    yield wide
+                    break
+
+
+def _cycles(arguments: PrefillArguments, tiles: Tiles, chip: _Chip) -> float:
+    """What the forward kernel takes for one KV head, roughly; good for comparing tiles."""
+    head_dim, itemsize = arguments.q.shape[3], arguments.q.dtype.itemsize
+    rows = arguments.q.shape[2] // arguments.k.shape[2] * tiles.block_q
+    items = most_items(arguments, tiles)
+    num_blocks = arguments.shape[0] * -(-arguments.shape[1] // tiles.block_q)
+    masked = min(1.0, num_blocks * _masked_items(arguments, tiles) / items)
+    unmasked_body, masked_body = next(
+        body for block_kv, body in chip.body.items() if tiles.block_kv <= block_kv
+    )
+    body = masked * masked_body + (1 - masked) * unmasked_body
+    body *= rows / 512 * tiles.block_kv / 128 * max(head_dim, LANES) / LANES
+    loaded = 2 * tiles.block_kv * _round_up(head_dim) * itemsize / chip.bytes_per_cycle
+    # Of tiles that take as long, those that load less.
+    return items * (chip.step / tiles.kv_heads + max(body, loaded) + loaded / 16)
+
+
+def _masked_items(arguments: PrefillArguments, tiles: Tiles) -> int:
+    """Key blocks of a query block that the diagonal, the window's edge or the sinks cut."""
+    edge = -(-tiles.block_q // tiles.block_kv)
+    if arguments.window is None:
+        return edge
+    sinks = arguments.num_sink_tokens
+    return 2 * edge + (-(-sinks // tiles.block_kv) if isinstance(sinks, int) else 1)
 
 
 def tiles_limits(arguments: PrefillArguments, tiles: Tiles) -> str | None:
@@ -119,19 +196,30 @@ def tiles_limits(arguments: PrefillArguments, tiles: Tiles) -> str | None:
     )
 
 
-def vmem_limit_bytes(arguments: PrefillArguments, tiles: Tiles) -> int | None:
-    """VMEM to ask for where the compiler's own limit (16 MiB on v5e) would not do; None: it does.
+def vmem_limit_bytes(
+    arguments: PrefillArguments, tiles: Tiles, *, generation: str | None = None
+) -> int | None:
+    """VMEM to ask for where the compiler's own limit would not do; None: it does."""
+    need = _vmem_need(arguments, tiles)
+    if need <= _FREE_VMEM_BYTES:
+        return None
+    generation = this_generation() if generation is None else generation
+    return min(2 * need, _CHIPS[generation].vmem_bytes * 15 // 16)
 
-    Blocks are held twice, one in use and one on its way; the gradients' kernels hold most.
+
+def _vmem_need(arguments: PrefillArguments, tiles: Tiles) -> int:
+    """Bytes of blocks and scratch of the kernel that holds most, that of dk and dv.
+
+    Blocks are held twice, one in use and one on its way.
     """
-    head_dim, itemsize = arguments.q.shape[3], arguments.q.dtype.itemsize
-    head_dim = _round_up(head_dim)
-    num_rows = arguments.q.shape[2] // arguments.k.shape[2] * tiles.block_q
-    of_rows = num_rows * head_dim * (2 * 3 * itemsize + 4)
-    of_keys = tiles.block_kv * head_dim * (2 * 4 * itemsize + 8)
-    of_scores = 6 * 4 * tiles.block_kv * max(tiles.chunk, tiles.block_q)
-    need = of_rows + of_keys + of_scores
-    return None if need <= _FREE_VMEM_BYTES else 2 * need
+    head_dim, itemsize = _round_up(arguments.q.shape[3]), arguments.q.dtype.itemsize
+    rows = arguments.q.shape[2] // arguments.k.shape[2] * tiles.block_q
+    of_rows = rows * (2 * 2 * head_dim * itemsize + 2 * 8 * 4)  # q, do; statistics
+    of_rows += rows * 2 * head_dim * itemsize  # q and do of the item before
+    of_keys = tiles.block_kv * head_dim * (2 * 2 * 2 * itemsize + 2 * 4)  # k, v; dk, dv
+    of_scores = 2 * 4 * tiles.block_kv * rows
+    heads = math.gcd(tiles.kv_heads, arguments.k.shape[2])
+    return heads * (of_rows + of_keys + of_scores) + 4 * tiles.block_kv * tiles.block_q
 
 
 def check_tiles(arguments: PrefillArguments, tiles: Tiles, *, interpret: bool) -> None:
@@ -193,7 +281,3 @@ def prefill_tpu_limits(arguments: PrefillArguments) -> tuple[str, ...]:
 
 def _round_up(n: int) -> int:
     return -(-n // LANES) * LANES
-
-
-def _round_down(n: int) -> int:
-    return n // LANES * LANES

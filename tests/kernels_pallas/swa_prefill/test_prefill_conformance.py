@@ -48,6 +48,7 @@ class Case:
     stages: bool = True
     segments: bool = True
     stages_by_key: bool = False  # stage ids [B, S] rather than [B, T]
+    kv_heads: int = 1  # of a step of the TPU kernels
 
 
 def tiles(block_q, block_kv, chunk_blocks):
@@ -55,7 +56,7 @@ def tiles(block_q, block_kv, chunk_blocks):
 
 
 CASES = {
-    "everything": Case(shape=(2, 48, 48), tiling=tiles(8, 4, 3)),
+    "everything": Case(shape=(2, 48, 48), tiling=tiles(8, 4, 3), kv_heads=2),
     "ragged_tiles": Case(shape=(2, 37, 70), heads=(4, 1, 8), tiling=tiles(16, 8, 1), softcap=1.5),
     "block_q_not_multiple": Case(shape=(2, 41, 41), tiling=tiles(12, 8, 2), segments=False),
     "by_key": Case(shape=(2, 21, 64), tiling=tiles(8, 8, 2), stages_by_key=True, scale=0.7),
@@ -65,6 +66,19 @@ CASES = {
     "one_block": Case(shape=(1, 19, 23), tiling=tiles(64, 64, 1), heads=(6, 2, 8)),
     "default_tiling": Case(shape=(1, 67, 67), stages=False, segments=False),
     "bfloat16": Case(shape=(1, 40, 40), tiling=tiles(16, 8, 2), dtype="bfloat16"),
+}
+# Every head dim, each with another number of query heads to a KV head, in both dtypes.
+HEAD_DIMS = {
+    f"{dtype}_{heads[2]}": Case(
+        shape=(1, 24, 24),
+        heads=heads,
+        tiling=tiles(8, 8, 2),
+        dtype=dtype,
+        segments=False,
+        kv_heads=heads[1],
+    )
+    for heads in ((1, 1, 64), (2, 1, 80), (6, 2, 96), (8, 2, 128), (4, 1, 256))
+    for dtype in ("float32", "bfloat16")
 }
 
 
@@ -95,7 +109,12 @@ def keywords_of(case: Case, backend: str):
         tiles = None
         if tiling:  # chunks of one head, here of half a head
             chunk = tiling.block_q // (2 if tiling.chunk_blocks == 3 else 1)
-            tiles = Tiles(block_q=tiling.block_q, block_kv=tiling.block_kv, chunk=chunk)
+            tiles = Tiles(
+                block_q=tiling.block_q,
+                block_kv=tiling.block_kv,
+                chunk=chunk,
+                kv_heads=case.kv_heads,
+            )
         return {"tiles": tiles, "interpret": True}
     return {}
 
@@ -223,6 +242,15 @@ def test_against_loop(name, backend, data):
     case = CASES[name]
     drawn = data.draw(drawn_values(case))
     check(case, backend, drawn, *arrays_of(case, seed=data.draw(st.integers(0, 2))))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", HEAD_DIMS)
+@settings(max_examples=4)
+@given(data=st.data())
+def test_head_dims(name, backend, data):
+    case = HEAD_DIMS[name]
+    check(case, backend, data.draw(drawn_values(case)), *arrays_of(case, seed=0))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -35,6 +35,7 @@ from tests.support import bruteforce
 ROOT = Path(__file__).resolve().parents[3]
 # float32, heads of 8, at most 80 keys: a few dozen units in the last place of entries of order 1.
 ATOL = 1e-5
+VMEM_MIB = {"v4": 16, "v5e": 128, "v5p": 64, "v6e": 128, "tpu7x": 64}
 
 
 def arguments(q, k, v, **changes):
@@ -150,15 +151,20 @@ def test_a_list_beyond_scalar_memory_names_sizes_that_fit():
 
 @pytest.mark.parametrize("generation", tpu_tiles.GENERATIONS)
 @pytest.mark.parametrize("window", (1, 2048, None))
-@pytest.mark.parametrize("heads", ((32, 8, 128), (4, 4, 64), (16, 1, 256)))
+@pytest.mark.parametrize("heads", ((32, 8, 128), (4, 4, 64), (8, 1, 256), (64, 8, 128)))
 @pytest.mark.parametrize("length", (1, 300, 131072))
 def test_chosen_tiles_fit(generation, window, heads, length):
     for dtype in ("float32", "bfloat16"):
         case = arguments(*shapes(1, length, heads, dtype), window=window)
         tiles = tpu_tiles.choose_tiles(case, generation=generation)
         tpu_tiles.check_tiles(case, tiles, interpret=False)
-        rows = heads[0] // heads[1] * tiles.block_q
+        assert heads[1] % tiles.kv_heads == 0
+        rows = heads[0] // heads[1] * tiles.block_q * tiles.kv_heads
         assert rows * tiles.block_kv <= 1 << 20
+        limit = tpu_tiles.vmem_limit_bytes(case, tiles, generation=generation)
+        assert (
+            limit is None or limit < {"v4": 16, "tpu7x": 64, "v5p": 64}.get(generation, 128) << 20
+        )
     with pytest.raises(ValueError, match="generation: expected one of"):
         tpu_tiles.choose_tiles(case, generation="v3")
 
