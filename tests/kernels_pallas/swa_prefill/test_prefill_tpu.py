@@ -156,6 +156,12 @@ def test_a_list_beyond_scalar_memory_names_sizes_that_fit():
 def test_chosen_tiles_fit(generation, window, heads, length):
     for dtype in ("float32", "bfloat16"):
         case = arguments(*shapes(1, length, heads, dtype), window=window)
+        long_triangle = window is None and length == 131072
+        if long_triangle and (generation, heads[2], dtype) == ("v4", 256, "float32"):
+            # Blocks that fit 16 MiB of VMEM make a list that does not fit 1 MiB of SMEM.
+            with pytest.raises(NotImplementedError, match="pass backend='xla'"):
+                tpu_tiles.choose_tiles(case, generation=generation)
+            continue
         tiles = tpu_tiles.choose_tiles(case, generation=generation)
         tpu_tiles.check_tiles(case, tiles, interpret=False)
         assert heads[1] % tiles.kv_heads == 0
