@@ -1,11 +1,6 @@
 """What the TPU kernels have beside the conformance suite: work list, limits, races, precision."""
 
 import functools
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +27,6 @@ from kernels_pallas.swa_prefill.work_list import (
 )
 from tests.support import bruteforce
 
-ROOT = Path(__file__).resolve().parents[3]
 # float32, heads of 8, at most 80 keys: a few dozen units in the last place of entries of order 1.
 ATOL = 1e-5
 VMEM_MIB = {"v4": 16, "v5e": 128, "v5p": 64, "v6e": 128, "tpu7x": 64}
@@ -337,55 +331,3 @@ def test_no_race_and_no_stray_read(lengths, races):
     for actual, want in zip(grads, wanted_grads, strict=True):
         # Gradients are sums of products of three such factors, of a few units each.
         np.testing.assert_allclose(actual, want, atol=4 * ATOL, rtol=0)
-
-
-COMPILE = """
-import jax, jax.numpy as jnp
-from jax.experimental import topologies
-from kernels_pallas.swa_prefill.tpu import prefill_tpu
-from tests.kernels_pallas.swa_prefill.test_prefill_tpu import arguments
-
-for chip in ("v5e", "v6e"):
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=chip + ":2x4").devices
-    on = jax.sharding.SingleDeviceSharding(devices[0])
-
-    def shape(*sizes, dtype="bfloat16"):
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=on)
-
-    for head_dim in (64, 128):
-        def loss(q, k, v, lengths, ids):
-            case = arguments(
-                q, k, v, window=512, num_sink_tokens=128, lengths=lengths, stage_ids=ids,
-                segment_ids=ids, scale=head_dim**-0.5,
-            )
-            result = prefill_tpu(case, return_lse=True, generation=chip)
-            return jnp.sum(result.out.astype(jnp.float32)) + jnp.sum(result.lse)
-
-        q, k = shape(1, 4000, 8, head_dim), shape(1, 4000, 2, head_dim)
-        numbers = shape(1, dtype="int32"), shape(1, 4000, dtype="int32")
-        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, *numbers).compile().as_text()
-        for kernel in ("forward", "dq", "dkv"):
-            assert "swa_prefill_" + kernel in text
-        print("compiled", chip, head_dim)
-"""
-
-
-def test_compiles_for_tpus():
-    """In a process of its own: libtpu would stay in this one."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed; see requirements/libtpu.txt")
-    environment = os.environ | {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-        "JAX_PLATFORMS": "cpu",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("compiled") == 4

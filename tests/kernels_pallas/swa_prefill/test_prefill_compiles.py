@@ -1,0 +1,58 @@
+"""The TPU prefill kernels through the TPU compiler, for chips that are not attached."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
+
+
+def compile_for(generation, *sets):
+    """What compile_prefill.py prints, in a process of its own: libtpu would stay in this one."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed; see requirements/libtpu.txt")
+    done = subprocess.run(
+        [sys.executable, "tests/support/compile_prefill.py", generation, *sets],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    for row in rows:
+        kernels = ["forward", "dq", "dkv"] if row["gradient"] else ["forward"]
+        assert row["kernels"] == kernels, row
+        assert row["gib"] < HBM_GIB[generation], row
+    return rows
+
+
+@pytest.mark.parametrize("generation", ("v5e", "v6e"))
+def test_windows_and_full_attention(generation):
+    """8k and 128k tokens of Qwen3-4B's heads: windows 2,048 and 4,096 with 128 sinks, and none."""
+    assert len(compile_for(generation, "windows")) == 9
+
+
+@pytest.mark.parametrize("generation", ("v5e", "v6e"))
+def test_everything_traced(generation):
+    """Window and sinks a row, lengths, stages, segments, offset, tail; a soft cap."""
+    assert len(compile_for(generation, "features")) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", ("v4", "v5p", "tpu7x"))
+def test_other_generations(generation):
+    assert len(compile_for(generation, "windows", "features")) == 11
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", HBM_GIB)
+def test_head_dims_and_dtypes(generation):
+    assert len(compile_for(generation, "more")) == 8

@@ -1,0 +1,118 @@
+"""Compiles the TPU prefill kernels for a chip that is not attached; prints a JSON line a program.
+
+Run as ``python tests/support/compile_prefill.py v5e windows``; libtpu must be installed.
+"""
+
+import json
+import os
+import sys
+import time
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from kernels_pallas.swa_prefill.arguments import PrefillArguments
+from kernels_pallas.swa_prefill.tpu import prefill_tpu
+
+TOPOLOGIES = {
+    "v4": ("v4:2x2x1", {"chip_config_name": "megacore"}),
+    "v5e": ("v5e:2x2", {}),
+    "v5p": ("v5p:2x2x1", {}),
+    "v6e": ("v6e:2x2", {}),
+    "tpu7x": ("tpu7x:2x2x1", {}),
+}
+QWEN3_4B = (32, 8, 128)
+SINKS = 128
+# Length, heads (N, K, H), dtype, window (None: full causal, "rows": traced, one a row), gradient,
+# everything else too (lengths, stages, segments, offset, tail, soft cap).
+WINDOWS = [
+    (length, QWEN3_4B, "bfloat16", window, gradient, False)
+    for length, gradient in ((8192, True), (131072, True), (131072, False))
+    for window in (2048, 4096, None)
+]
+FEATURES = [(4000, (8, 2, head_dim), "bfloat16", "rows", True, True) for head_dim in (64, 128)]
+MORE = [
+    (3000, (num_heads, num_kv_heads, head_dim), dtype, 512, True, True)
+    for num_heads, num_kv_heads, head_dim in ((4, 4, 80), (6, 2, 96), (8, 1, 256), (16, 2, 128))
+    for dtype in ("bfloat16", "float32")
+]
+SETS = {"windows": WINDOWS, "features": FEATURES, "more": MORE}
+
+
+def compile_program(generation, on, length, heads, dtype, window, gradient, everything):
+    """Seconds, kernels in the program and bytes of device memory."""
+    num_heads, num_kv_heads, head_dim = heads
+
+    def shape(*sizes, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=on)
+
+    traced = {}
+    if window == "rows":
+        traced |= {"window": shape(1), "num_sink_tokens": shape(1)}
+    if everything:
+        traced |= {"lengths": shape(1), "stage_ids": shape(1, length)}
+        traced |= {"segment_ids": shape(1, length + 500), "q_offset": shape()}
+        traced |= {"full_attention_tail": shape(1)}
+    num_keys = length + 500 if everything else length
+    fixed = dict(
+        window=window,
+        num_sink_tokens=SINKS,
+        lengths=None,
+        stage_ids=None,
+        segment_ids=None,
+        q_offset=0,
+        full_attention_tail=0,
+        scale=head_dim**-0.5,
+        softcap=30.0 if everything else None,
+    )
+
+    def attend(q, k, v, traced):
+        arguments = PrefillArguments(q=q, k=k, v=v, **(fixed | traced))
+        return prefill_tpu(arguments, return_lse=True, generation=generation)
+
+    def gradients(q, k, v, cotangents, traced):
+        result, pull_back = jax.vjp(lambda *qkv: attend(*qkv, traced), q, k, v)
+        return result, pull_back(cotangents)
+
+    q = shape(1, length, num_heads, head_dim, dtype=dtype)
+    k = shape(1, num_keys, num_kv_heads, head_dim, dtype=dtype)
+    start = time.monotonic()
+    if gradient:
+        result = jax.eval_shape(attend, q, k, k, traced)
+        cotangents = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), result)
+        lowered = jax.jit(gradients).lower(q, k, k, cotangents, traced)
+    else:
+        lowered = jax.jit(attend).lower(q, k, k, traced)
+    lower_s = time.monotonic() - start
+    compiled = lowered.compile()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    return {
+        "generation": generation,
+        "length": length,
+        "heads": heads,
+        "dtype": dtype,
+        "window": window,
+        "gradient": gradient,
+        "kernels": [name for name in ("forward", "dq", "dkv") if f"swa_prefill_{name}" in text],
+        "lower_s": round(lower_s, 2),
+        "compile_s": round(time.monotonic() - start - lower_s, 1),
+        "gib": round((memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 2**30, 2),
+    }
+
+
+def main(generation, *names):
+    topology_name, settings = TOPOLOGIES[generation]
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=topology_name, **settings)
+    on = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    for name in names:
+        for program in SETS[name]:
+            print(json.dumps(compile_program(generation, on, *program)), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
