@@ -246,6 +246,25 @@ def test_one_compile_for_all_traced_values():
     assert step._cache_size() == 1
 
 
+def test_sixteen_prompt_ends_compile_once():
+    """FA decode in training: where the answers begin is traced."""
+    q, k, v = qkv()
+
+    @jax.jit
+    def attend(q, k, v, stages):
+        case = arguments(q, k, v, window=5, num_sink_tokens=2, stage_ids=stages)
+        return prefill_tpu(case, return_lse=False, interpret=True).out
+
+    rng = np.random.default_rng(0)
+    for _ in range(16):
+        stages = (np.arange(40) >= rng.integers(1, 40, (2, 1))).astype(np.int32)
+        out = attend(q, k, v, jnp.asarray(stages))
+        seen = bruteforce.visible_pairs(shape=(2, 40, 40), window=5, sinks=2, stage_ids=stages)
+        wanted = bruteforce.attend(q, k, v, seen, scale=1.0)
+        np.testing.assert_allclose(out, wanted.out, atol=ATOL, rtol=0)
+    assert attend._cache_size() == 1
+
+
 # Two cores share a parallel axis; memory holds NaN until it is written.
 TWO_CORES = pltpu.InterpretParams(
     detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2
