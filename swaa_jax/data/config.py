@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import yaml
 
@@ -175,7 +175,7 @@ class DataConfig:
         return (*(1 << n for n in range(7, 40) if 1 << n < self.seq_len), self.seq_len)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+    def from_dict(cls, fields: Mapping[str, Any]) -> "DataConfig":
         """A config from plain data.
 
         Raises:
@@ -196,7 +196,7 @@ class DataConfig:
         return cls(**fields)
 
     @classmethod
-    def from_yaml(cls, text: str) -> Self:
+    def from_yaml(cls, text: str) -> "DataConfig":
         """The same from YAML or JSON text."""
         return cls.from_dict(parse_yaml(text))
 

@@ -16,7 +16,7 @@ import logging
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -70,15 +70,23 @@ class SampleReport:
         )
 
 
-class Samples(Protocol):
-    """Samples by number, in the order of the files."""
+class Samples:
+    """Samples by number, in the order of the files.
 
-    lengths: Int[np.ndarray, " samples"]
-    digest: str  # of all tokens and marks: the same on every process
-    report: SampleReport
+    Attributes:
+        lengths: tokens of each.
+        digest: of all tokens and marks: the same on every process that has the same data.
+        report: how many there are, and what was dropped.
+    """
 
-    def __len__(self) -> int: ...
-    def __getitem__(self, number: int) -> Sample: ...
+    def __init__(self, *, lengths: Int[np.ndarray, " n"], digest: str, report: SampleReport):
+        self.lengths, self.digest, self.report = lengths, digest, report
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, number: int) -> Sample:
+        raise NotImplementedError
 
 
 def prepare_samples(
@@ -264,7 +272,7 @@ class _Disk:
         (self._directory / _META).write_text(json.dumps(meta | {"tokens": self._keep}))
 
 
-class _Stored:
+class _Stored(Samples):
     """Samples out of arrays, in memory or mapped from the cache."""
 
     def __init__(
@@ -276,13 +284,10 @@ class _Stored:
         arrays: tuple[np.ndarray, np.ndarray] | None = None,
         directory: pathlib.Path | None = None,
     ):
-        self.lengths, self.digest, self.report = lengths, digest, report
+        super().__init__(lengths=lengths, digest=digest, report=report)
         self.directory = directory
         self._starts = np.cumsum(lengths) - lengths
         self._arrays = arrays
-
-    def __len__(self) -> int:
-        return len(self.lengths)
 
     def __getstate__(self) -> dict[str, Any]:
         mapped = {} if self.directory is None else {"_arrays": None}  # mapped anew, not copied
@@ -304,17 +309,14 @@ class _Stored:
         )
 
 
-class _Lazy:
+class _Lazy(Samples):
     """Samples tokenized again whenever they are asked for."""
 
     def __init__(self, stored: _Stored, rows: Rows, encoder: Encoder):
-        self.lengths, self.digest, self.report = stored.lengths, stored.digest, stored.report
+        super().__init__(lengths=stored.lengths, digest=stored.digest, report=stored.report)
         assert stored.directory is not None
         self._origins = np.load(stored.directory / "origins.npy")
         self._rows, self._encoder = rows, encoder
-
-    def __len__(self) -> int:
-        return len(self.lengths)
 
     def __getitem__(self, number: int) -> Sample:
         row_number, part = map(int, self._origins[number])
