@@ -1,5 +1,6 @@
 """What is prompt, what is answer: against what inference makes of the same messages."""
 
+import itertools
 import re
 
 import numpy as np
@@ -27,7 +28,7 @@ def encode(encode_row, messages, **fields):
 def parts(tok, sample):
     """The text in pieces of one stage each: [(stage, text)]."""
     cuts = [0, *(np.flatnonzero(np.diff(sample.stage_ids)) + 1), len(sample)]
-    spans = zip(cuts, cuts[1:], strict=False)
+    spans = itertools.pairwise(cuts)
     return [(int(sample.stage_ids[a]), tok.decode(sample.tokens[a:b])) for a, b in spans]
 
 
@@ -76,7 +77,6 @@ def test_several_answers(stage, loss):
     tok, encode_row = encoder(template=byte_tokenizer.TEMPLATE, answer_stage=stage, loss_on=loss)
     (sample,) = encode(encode_row, [USER, REPLY, USER, REPLY])
     text = tok.decode(sample.tokens)
-    end = len("<|im_end|>")
     spans = [(m.start(), m.end()) for m in re.finditer(r"Yo<\|im_end\|>", text)]
     assert len(spans) == 2 and spans[1][1] == len(text)
     # A byte or a special token is one token: walk over both to compare characters with tokens.
@@ -86,7 +86,7 @@ def test_several_answers(stage, loss):
     for got, which in ((sample.stage_ids == 1, stage), (sample.is_target, loss)):
         expected = [any(a <= start < b for a, b in chosen[which]) for start in starts]
         np.testing.assert_array_equal(got, expected)
-    assert end and sample.is_target[-1]
+    assert sample.is_target[-1]
 
 
 def test_rewritten_history_is_refused_and_says_what_to_do():
@@ -119,7 +119,7 @@ def test_split_answers_are_what_inference_sees():
 
 
 def test_what_follows_the_last_answer_is_left_out():
-    tok, encode_row = encoder()
+    _, encode_row = encoder()
     (sample,) = encode(encode_row, [USER, THOUGHT, USER])
     (same,) = encode(encode_row, [USER, THOUGHT])
     np.testing.assert_array_equal(sample.tokens, same.tokens)
@@ -159,7 +159,7 @@ def test_ends_of_turns():
     tok, encode_row = encoder(template=chat_templates.TWO_ENDS, stop_tokens=["<|eos|>"])
     (sample,) = encode(encode_row, [USER, REPLY])
     assert parts(tok, sample)[1] == (1, "Yo<|im_end|>\n<|eos|>")
-    with pytest.raises(ValueError, match="stop_tokens: expected tokens of the .*'<eot>'"):
+    with pytest.raises(ValueError, match=r"stop_tokens: expected tokens of the .*'<eot>'"):
         encoder(stop_tokens="<eot>")
 
 
