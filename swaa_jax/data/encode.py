@@ -70,6 +70,7 @@ class Encoder:
             )
         self._special = dict(_special_tokens(tok))
         self._blank: dict[int, bool] = {}
+        self._ids("a")  # a tokenizer saved with truncation drops it now, before threads share it
         self._tail, self._ends = self._end_of_turn()
         if not self._ends:
             log.warning("no token ends an answer, so none teaches the model to stop: stop_tokens")
@@ -166,7 +167,7 @@ class Encoder:
             ) from error
 
     def _ids(self, text: str) -> list[int]:
-        return list(self._tok(text, add_special_tokens=False)["input_ids"])
+        return list(self._tok(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _continue(self, prompt: str, prompt_ids: list[int], text: str) -> list[int]:
         """Ids of `text` behind a prompt whose own ids stay as they are.

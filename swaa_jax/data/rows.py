@@ -102,11 +102,10 @@ class Rows:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, number: int) -> Row:
-        which = int(np.searchsorted(self._starts, number, side="right")) - 1
-        index = int(number - self._starts[which])
-        file = self._files[which]
-        return Row(file=file.name, index=index, fields=file.read(index))
+    def __getitem__(self, index: int) -> Row:
+        which = int(np.searchsorted(self._starts, index, side="right")) - 1
+        file, inside = self._files[which], int(index - self._starts[which])
+        return Row(file=file.name, index=inside, fields=file.read(inside))
 
     def __repr__(self) -> str:
         return f"Rows({len(self)})"

@@ -126,7 +126,7 @@ def prepare_samples(
                     all_rows = open_rows(files)
                     report = _first_pass(all_rows, encoder, config, writer, progress=progress)
                 writer.finish(report)
-        except CheckpointError:
+        except (CheckpointError, OSError):
             if _open(place) is None:  # else another process of this machine was faster
                 raise
         if remote is not None:
