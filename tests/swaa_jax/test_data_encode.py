@@ -152,6 +152,27 @@ def test_tokens_never_merge_over_the_end_of_the_prompt():
     assert tok.decode(sample.tokens[len(prompt) :]) == "\n</think>\n\nYo<|im_end|>"
 
 
+def test_tokens_that_depend_on_what_is_before_them():
+    """SentencePiece's space goes before a text's first word, so an answer is not encoded alone."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["</s>", "▁", "\n", *map(chr, range(33, 127))]
+    tokenizer = Tokenizer(models.BPE({name: n for n, name in enumerate(names)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tok = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    tok.chat_template = (
+        "{% for m in messages %}{{ m.role }}:\n{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:\n{% endif %}"
+    )
+    _, encode_row = encoder(tok)
+    (sample,) = encode(encode_row, [USER, REPLY])
+    answer = sample.tokens[sample.stage_ids == 1]
+    assert tok.convert_ids_to_tokens(answer.tolist()) == ["Y", "o", "</s>"]
+    (prompt,) = encode_prompts(tok, [USER])
+    assert list(sample.tokens[: len(prompt)]) == prompt
+
+
 def test_ends_of_turns():
     tok, encode_row = encoder(template=chat_templates.TWO_ENDS)
     (sample,) = encode(encode_row, [USER, REPLY])
