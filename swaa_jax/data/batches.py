@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from swaa_jax.data.encode import Sample
 
 __all__ = ["Batch", "PAD_SEGMENT", "make_batch"]
 
+AnyArray: TypeAlias = np.ndarray | jax.Array
 PAD_SEGMENT = -1
 """Segment id of padding."""
 
@@ -35,6 +37,8 @@ class Batch:
     The first answer token is predicted from the last prompt token, whose stage is PROMPT; the last
     token of a sample predicts nothing. A row that only fills up a batch has length 0.
 
+    A batch is a pytree: of numpy arrays as it is loaded, of whatever `jax.tree.map` makes of them.
+
     Attributes:
         tokens: ids; the pad id after `lengths`.
         targets: the id that follows; the pad id where `loss_weights` must be 0.
@@ -46,14 +50,14 @@ class Batch:
         lengths: tokens of each row that are no padding.
     """
 
-    tokens: Int[np.ndarray, "B T"]
-    targets: Int[np.ndarray, "B T"]
-    segment_ids: Int[np.ndarray, "B T"]
-    stage_ids: Int[np.ndarray, "B T"]
-    positions: Int[np.ndarray, "B T"]
-    loss_weights: Float[np.ndarray, "B T"]
-    sample_ids: Int[np.ndarray, "B T"]
-    lengths: Int[np.ndarray, " B"]
+    tokens: Int[AnyArray, "B T"]
+    targets: Int[AnyArray, "B T"]
+    segment_ids: Int[AnyArray, "B T"]
+    stage_ids: Int[AnyArray, "B T"]
+    positions: Int[AnyArray, "B T"]
+    loss_weights: Float[AnyArray, "B T"]
+    sample_ids: Int[AnyArray, "B T"]
+    lengths: Int[AnyArray, " B"]
 
     @property
     def padding_share(self) -> float:

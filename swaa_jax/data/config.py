@@ -63,8 +63,8 @@ class DataConfig:
         loss_on: which answers are trained on.
         split_answers: make each answer a sample of its own, with the history as inference renders
             it. Templates that rewrite history (Qwen3's drops old reasoning) need it.
-        judge_column: rows whose value there is not 1 are dropped; no effect on rows without that
-            column. None: no filter.
+        judge_column: rows whose value there is not 1 are dropped. Rows need not have the default
+            one, but must have one that is named. None: no filter.
         min_length: samples with fewer tokens are dropped.
         max_length: longer samples are too long; None: `seq_len`.
         on_too_long: refuse the data and name the first row too long, or drop and count them.

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 _VERSION = 1
 _META = "meta.json"
+_USUAL_JUDGE = "judge"  # looked for, not asked for
 _SETTINGS = (
     *("format", "columns", "chat_template", "chat_template_kwargs", "answers", "stop_tokens"),
     *("answer_stage", "loss_on", "split_answers", "judge_column", "min_length", "on_too_long"),
@@ -149,6 +150,12 @@ class _EncodeRow:
         self._encoder, self._judge = encoder, judge_column
 
     def __call__(self, row: Row) -> tuple[str, list[Sample] | None]:
+        if self._judge not in (None, _USUAL_JUDGE, *row.fields):
+            raise DataError(
+                f"{row.place}: judge_column says that the verdict is in {self._judge!r}, but the "
+                f"row's columns are {', '.join(map(repr, row.fields))}. Correct it, or set it to "
+                "null to train on all rows."
+            )
         if self._judge is not None and self._judge in row.fields:
             value = row.fields[self._judge]
             if str(value).strip().lower() not in ("1", "1.0", "true"):

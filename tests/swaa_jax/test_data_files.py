@@ -116,6 +116,8 @@ def test_filters(tok):
     report = prepare_samples(config(), tok, rows=rows).report
     assert (report.samples, report.judged_wrong) == (4, 4)
     assert prepare_samples(config(judge_column=None), tok, rows=rows).report.samples == 8
+    with pytest.raises(DataError, match="row 0: judge_column says that the verdict is in 'jugde'"):
+        prepare_samples(config(judge_column="jugde"), tok, rows=rows)
     graded = [{**PAIR, "judge": 0, "grade": 1}]
     assert prepare_samples(config(judge_column="grade"), tok, rows=graded).report.samples == 1
 

@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -129,6 +130,8 @@ def test_a_batch_by_hand():
     assert batch.loss_weights.tolist() == [[0, 1, 1, 0, 1, 1, 0, 0], [0] * 8]
     assert batch.sample_ids.tolist() == [[8, 8, 8, 8, 3, 3, 3, -1], [-1] * 8]
     assert batch.lengths.tolist() == [7, 0] and batch.padding_share == 1 - 7 / 16
+    on_device = jax.jit(lambda batch: jax.tree.map(lambda array: array + 1, batch))(batch)
+    assert on_device.lengths.tolist() == [8, 1] and isinstance(on_device.tokens, jax.Array)
     with pytest.raises(ValueError, match="row 0: expected at most 6 tokens, got 7"):
         make_batch([[(8, first), (3, second)]], width=6)
 
