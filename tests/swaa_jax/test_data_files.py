@@ -194,12 +194,6 @@ def test_files_that_cannot_be_used(tok, tmp_path):
         load_data(config(files=tmp_path / "bad.parquet"), tok)
 
 
-def test_errors_come_out_of_worker_processes(tok, tmp_path):
-    file = write(tmp_path / "data.jsonl", [PAIR, {"prompt": "q"}])
-    with pytest.raises(DataError, match="row 1 has no answer"):
-        prepare_samples(config(files=file, num_workers=1), tok)
-
-
 @pytest.mark.parametrize("tokens", ["cached", "lazy"])
 def test_the_cache(tok, tmp_path, monkeypatch, caplog, tokens):
     rows = [{"prompt": f"q{n}", "response": "a" * n} for n in range(1, 9)]

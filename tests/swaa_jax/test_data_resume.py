@@ -165,7 +165,7 @@ def test_worker_processes_give_the_same(tmp_path):
             f"""
             import dataclasses
             import numpy as np
-            from swaa_jax.data import DataConfig, load_data
+            from swaa_jax.data import DataConfig, DataError, load_data
             from tests.support import byte_tokenizer
 
             if __name__ == "__main__":
@@ -178,7 +178,14 @@ def test_worker_processes_give_the_same(tmp_path):
                     np.testing.assert_array_equal(batch.tokens, here[index].tokens)
                     assert iterator.next_batch == index + 1
                 iterator.close()
-                print("the same")
+
+                open({str(file)!r}, "a").write('\\n{{"prompt": "q"}}')
+                config = dataclasses.replace(config, num_workers=1)
+                try:
+                    load_data(config, byte_tokenizer.build())
+                except DataError as error:  # as it is, from the worker
+                    assert "row 40 has no answer" in str(error), error
+                    print("the same")
             """
         )
     )
