@@ -7,6 +7,7 @@ is traced has one more branch around the loop::
     program
       guard               only around a traced grid
         loop              steps + 2 times
+          fetch ...       branches before the step, if any: index maps with a choice in them
           step            steps times
             body ...      each `pl.when`, in the order of the source
 """
@@ -61,10 +62,11 @@ def grid_parts(kernel: Kernel, bodies: Sequence[Body], *, steps: int) -> tuple[P
     around = _around(blocks, next(iter(steps_at))) if len(steps_at) == 1 else []
     kinds = [blocks[i].kind for i in around]
     inside = [i for i, b in enumerate(blocks) if around and b.parent == around[-1]]
+    fetch = [i for i in range(len(blocks)) if i not in (*around, *inside)]
     if (
         kinds not in (["program", "loop", "branch"], ["program", "branch", "loop", "branch"])
         or [i in products for i in inside] != [body.products for body in bodies]
-        or len(around) + len(inside) != len(blocks)
+        or any(blocks[i].kind != "branch" or i > around[-1] for i in fetch)
     ):
         seen = [(b.kind, b.parent, b.own, bool(b.units["MXU"])) for b in blocks]
         wanted = [(body.name, body.products) for body in bodies]
@@ -72,12 +74,21 @@ def grid_parts(kernel: Kernel, bodies: Sequence[Body], *, steps: int) -> tuple[P
             f"{kernel.name}: expected program > (branch >) loop > step > bodies (name, multiplies) "
             f"{wanted}, got blocks (kind, parent, bundles, multiplies) {seen}"
         )
-    times = {"program": 1, "guard": 1, "loop": steps + 2, "step": steps}
+    # How often a branch of `fetch` is taken is not known; at most each time.
+    times = {"program": 1, "guard": 1, "loop": steps + 2, "step": steps, "fetch": steps + 2}
     names = ["program", *(["guard"] if len(kinds) == 4 else []), "loop", "step"]
-    counted = [(name, times[name]) for name in names] + [(b.name, b.times) for b in bodies]
+    found = [(name, times[name], [i]) for name, i in zip(names, around, strict=True)]
+    if fetch:
+        found.append(("fetch", times["fetch"], fetch))
+    found += [(body.name, body.times, [i]) for body, i in zip(bodies, inside, strict=True)]
     return tuple(
-        Part(name=name, bundles=blocks[i].own, times=n, units=blocks[i].units)
-        for (name, n), i in zip(counted, [*around, *inside], strict=True)
+        Part(
+            name=name,
+            bundles=sum(blocks[i].own for i in of),
+            times=n,
+            units={unit: sum(blocks[i].units[unit] for i in of) for unit in kernel.capacity},
+        )
+        for name, n, of in found
     )
 
 

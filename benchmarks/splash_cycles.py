@@ -13,7 +13,7 @@ blocks) and adds the heads of a group up::
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,20 +84,29 @@ def block_table(case: Case, block_q: int, block_kv: int, *, by_key: bool) -> Blo
     return BlockTable(width=int(per_row.max()), rows=len(per_row), needed=int(per_row.sum()))
 
 
-def forward_candidates(generation: str, case: Case) -> list[dict[str, Any]]:
-    """Settings of `lower` to choose the forward pass's best block sizes of."""
+def forward_candidates(
+    generation: str, case: Case, given: Sequence[Blocks] | None = None
+) -> list[dict[str, Any]]:
+    """Settings of `lower` to choose the forward pass's best block sizes of.
+
+    Args:
+        generation: of `tpu_compile.GENERATIONS`.
+        case: what is computed.
+        given: sizes to choose from, in place of the table's.
+    """
     shared = {"generation": generation, "case": dataclasses.asdict(case)}
-    return [{**shared, "blocks": {FORWARD: blocks}} for blocks in FORWARD_BLOCKS]
+    return [{**shared, "blocks": {FORWARD: blocks}} for blocks in given or FORWARD_BLOCKS]
 
 
 def gradient_candidates(
-    generation: str, case: Case, forward_blocks: Blocks
+    generation: str, case: Case, forward_blocks: Blocks, given: Sequence[Blocks] | None = None
 ) -> list[dict[str, Any]]:
-    """Settings with the gradients' kernels, two of them at a time."""
+    """Settings with the gradients' kernels; each compiles a choice for both of them."""
     shared = {"generation": generation, "case": dataclasses.asdict(case)}
+    dq = [blocks[:2] for blocks in given] if given else DQ_BLOCKS
     return [
-        {**shared, "blocks": {FORWARD: forward_blocks, DQ: dq, DKV: dkv}}
-        for dq, dkv in zip(DQ_BLOCKS, DKV_BLOCKS, strict=True)
+        {**shared, "blocks": {FORWARD: forward_blocks, DQ: of_dq, DKV: of_dkv}}
+        for of_dq, of_dkv in zip(dq, given or DKV_BLOCKS, strict=True)
     ]
 
 

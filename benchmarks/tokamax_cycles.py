@@ -10,7 +10,7 @@ it is not counted.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,10 +32,18 @@ def why_absent() -> str | None:
     return None
 
 
-def candidates(generation: str, case: Case) -> list[dict[str, Any]]:
-    """Settings of `lower` to choose the best of."""
+def candidates(
+    generation: str, case: Case, given: Sequence[Blocks] | None = None
+) -> list[dict[str, Any]]:
+    """Settings of `lower` to choose the best of; `given`: sizes in place of the table's."""
     shared = {"generation": generation, "case": dataclasses.asdict(case)}
-    return [{**shared, "blocks": {FORWARD: blocks}} for blocks in FORWARD_BLOCKS]
+    return [{**shared, "blocks": {FORWARD: blocks}} for blocks in given or FORWARD_BLOCKS]
+
+
+def rows(kernels: Mapping[str, CompiledKernel], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures of the kernel in a compiled program."""
+    case, blocks = Case(**settings["case"]), settings["blocks"][FORWARD]
+    return {FORWARD: row(kernels[FORWARD], case, blocks)}
 
 
 def row(kernel: CompiledKernel, case: Case, blocks: Blocks) -> dict[str, Any]:

@@ -82,6 +82,12 @@ class CompiledKernel:
 class CompilationError(Exception):
     """The compiler refused the program, for its memory for instance."""
 
+    def reason(self) -> str:
+        """The line of a traceback that says what happened."""
+        lines = str(self).splitlines()
+        said = [line for line in lines if "Error" in line or "EXHAUSTED" in line]
+        return (said or lines)[-1][:300]
+
 
 def compiled(builder: str, settings: Mapping[str, Any]) -> dict[str, CompiledKernel]:
     """The kernels of a program, by name.
