@@ -119,7 +119,7 @@ def kernel_row(
                 "bundles": part.bundles,
                 "times": part.times,
                 "use": {
-                    unit: round(part.units[unit] / kernel.capacity[unit] / part.bundles, 3)
+                    unit: round(part.units[unit] / kernel.capacity[unit] / max(part.bundles, 1), 3)
                     for unit in ("MXU", "VALU", "EUP", "XLU", "VLOAD", "VSTORE")
                 },
                 "spills": part.units["VSTORE:SPILL"],

@@ -21,6 +21,7 @@ from kernels_pallas.swa_prefill.work_list import (
     FIRST,
     LAST,
     MASKED,
+    WorkList,
     build_work_list,
     build_work_list_by_key,
 )
@@ -113,22 +114,27 @@ def times(when: When, flags: np.ndarray, heads: int) -> int:
 
 def item_flags(case: Case, tiles: Tiles, *, by_key: bool) -> np.ndarray:
     """Flags of each item of the kernel's work list, built by the library."""
+    import jax
+
     arguments = prefill_arguments(case)
-    blocks = block_map(
-        arguments.rows(),
-        window=arguments.window,
-        num_sink_tokens=arguments.num_sink_tokens,
-        block_q=tiles.block_q,
-        block_kv=tiles.block_kv,
-    )
     sizes = {
         "num_kv_blocks": -(-case.tokens // tiles.block_kv),
         "most_items": most_items(arguments, tiles),
     }
-    if by_key:
-        work, _ = build_work_list_by_key(blocks, **sizes)
-    else:
-        work = build_work_list(blocks, **sizes)
+
+    def build() -> WorkList:
+        blocks = block_map(
+            arguments.rows(),
+            window=arguments.window,
+            num_sink_tokens=arguments.num_sink_tokens,
+            block_q=tiles.block_q,
+            block_kv=tiles.block_kv,
+        )
+        if by_key:
+            return build_work_list_by_key(blocks, **sizes)[0]
+        return build_work_list(blocks, **sizes)
+
+    work = jax.jit(build)()
     items = np.asarray(work.items)[1 : int(work.count) + 1]
     return items & (MASKED | FIRST | LAST)
 
