@@ -1,11 +1,11 @@
 """Static cycles of a Pallas kernel over a grid: which bundles are which body, times how often.
 
 A grid is compiled to one loop over its steps. The step is a branch in it, for the pipeline runs two
-steps longer: it loads the first blocks before and writes the last ones after. A grid whose length
-is traced has one more branch around the loop::
+steps longer: it loads the first blocks before and writes the last ones after. Around the loop there
+is a branch for a grid whose length is traced (it may be empty), and on v4 one for the core::
 
     program
-      guard               only around a traced grid
+      guard ...           once, if any
         loop              steps + 2 times
           fetch ...       branches before the step, if any: index maps with a choice in them
           step            steps times
@@ -13,6 +13,7 @@ is traced has one more branch around the loop::
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ def grid_parts(kernel: Kernel, bodies: Sequence[Body], *, steps: int) -> tuple[P
     inside = [i for i, b in enumerate(blocks) if around and b.parent == around[-1]]
     fetch = [i for i in range(len(blocks)) if i not in (*around, *inside)]
     if (
-        kinds not in (["program", "loop", "branch"], ["program", "branch", "loop", "branch"])
+        not re.fullmatch("program (branch )*loop branch", " ".join(kinds))
         or [i in products for i in inside] != [body.products for body in bodies]
         or any(blocks[i].kind != "branch" or i > around[-1] for i in fetch)
     ):
@@ -76,10 +77,9 @@ def grid_parts(kernel: Kernel, bodies: Sequence[Body], *, steps: int) -> tuple[P
         )
     # How often a branch of `fetch` is taken is not known; at most each time.
     times = {"program": 1, "guard": 1, "loop": steps + 2, "step": steps, "fetch": steps + 2}
-    names = ["program", *(["guard"] if len(kinds) == 4 else []), "loop", "step"]
-    found = [(name, times[name], [i]) for name, i in zip(names, around, strict=True)]
-    if fetch:
-        found.append(("fetch", times["fetch"], fetch))
+    program, *guard, loop, step = around
+    groups = {"program": [program], "guard": guard, "loop": [loop], "fetch": fetch, "step": [step]}
+    found = [(name, times[name], of) for name, of in groups.items() if of]
     found += [(body.name, body.times, [i]) for body, i in zip(bodies, inside, strict=True)]
     return tuple(
         Part(

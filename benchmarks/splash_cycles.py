@@ -42,11 +42,13 @@ DQ_BLOCKS: tuple[Blocks, ...] = (
     (512, 1024),
     (1024, 1024),
     (256, 512),
+    (512, 256),
 )
 # With sinks, the first block of keys is needed by every query: the grid is as wide as T, and large
 # blocks keep its empty steps few.
 DKV_BLOCKS: tuple[Blocks, ...] = (
     (512, 512, 512),
+    (1024, 512, 512),
     (1024, 1024, 512),
     (2048, 1024, 512),
     (2048, 2048, 512),

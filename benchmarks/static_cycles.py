@@ -19,6 +19,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:")
+_IN_LOOP = re.compile(r"^[^{]*>")
 _BRANCH = re.compile(r"sbr\.rel\s*(\([^)]*\))?\s*target = \$region(\d+)")
 _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
 
@@ -89,6 +90,8 @@ def parse_kernel(name: str, bundles: str, utilization: str, *, delay_slots: int 
     for at, line in enumerate(lines):
         for _, region in _BRANCH.findall(line):
             target = places.get(int(region))
+            if target is None and "exit bundle" in lines[-1] and not _IN_LOOP.match(line):
+                target = len(lines) - 1  # the program's end has no mark of its own
             if target is None:
                 raise ValueError(f"{name}: the branch at bundle {at} leads to no region {region}")
             after = min(at + 1 + delay_slots, len(lines))

@@ -309,7 +309,8 @@ def test_a_small_compiled_kernel(generation, tmp_path, monkeypatch):
     ]
     compiled = kernels["sum_of_products"]
     parts = grid_cycles.grid_parts(compiled.kernel, bodies, steps=16)
-    assert [(part.name, part.times) for part in parts] == [
+    times = [(part.name, part.times) for part in parts if part.name not in ("guard", "fetch")]
+    assert times == [
         ("program", 1),
         ("loop", 18),  # the pipeline takes two steps more than the grid has
         ("step", 16),
@@ -319,15 +320,18 @@ def test_a_small_compiled_kernel(generation, tmp_path, monkeypatch):
     ]
     # A float32 tile of 128 x 128 is 16 registers of 8 x 128, a bfloat16 one 8.
     units = {part.name: part.units for part in parts}
-    assert units["init"]["VSTORE"] == 16
-    assert (units["end"]["VLOAD"], units["end"]["VSTORE"]) == (16, 8)
+    if generation in ("v5e", "v6e"):  # the others begin a body in the branch's own bundle
+        assert units["init"]["VSTORE"] == 16
+        assert (units["end"]["VLOAD"], units["end"]["VSTORE"]) == (16, 8)
+    assert sum(of["VSTORE"] for of in units.values()) >= 16 + 16 + 8
+    assert units["add"]["MXU"] > 0 == units["step"]["MXU"]
     # The sum, the inputs' blocks twice, and what the compiler keeps for itself.
     assert 128 * 128 * (4 + 2 * 2) <= compiled.vmem_bytes <= 1 << 20
     row = grid_cycles.kernel_row(compiled, bodies, steps=16, visited_pairs=0)
     own = {part.name: part.bundles for part in parts}
     assert row["cycles"] == (
-        own["program"] + 18 * own["loop"] + 16 * own["step"]
-        + own["init"] + 12 * own["add"] + own["end"]
+        own["program"] + own.get("guard", 0) + 18 * (own["loop"] + own.get("fetch", 0))
+        + 16 * own["step"] + own["init"] + 12 * own["add"] + own["end"]
     )  # fmt: skip
 
 
