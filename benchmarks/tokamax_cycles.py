@@ -35,15 +35,23 @@ def why_absent() -> str | None:
 def candidates(
     generation: str, case: Case, given: Sequence[Blocks] | None = None
 ) -> list[dict[str, Any]]:
-    """Settings of `lower` to choose the best of; `given`: sizes in place of the table's."""
+    """Settings of `lower` to choose the best of; `given`: sizes in place of the table's.
+
+    Each with the compiler's scheduler, and with the experimental one that tokamax can ask for.
+    """
     shared = {"generation": generation, "case": dataclasses.asdict(case)}
-    return [{**shared, "blocks": {FORWARD: blocks}} for blocks in given or FORWARD_BLOCKS]
+    return [
+        {**shared, "blocks": {FORWARD: blocks}, "experimental_scheduler": experimental}
+        for blocks in given or FORWARD_BLOCKS
+        for experimental in (False, True)
+    ]
 
 
 def rows(kernels: Mapping[str, CompiledKernel], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Figures of the kernel in a compiled program."""
     case, blocks = Case(**settings["case"]), settings["blocks"][FORWARD]
-    return {FORWARD: row(kernels[FORWARD], case, blocks)}
+    scheduler = {"experimental_scheduler": settings["experimental_scheduler"]}
+    return {FORWARD: row(kernels[FORWARD], case, blocks) | scheduler}
 
 
 def row(kernel: CompiledKernel, case: Case, blocks: Blocks) -> dict[str, Any]:
@@ -93,7 +101,10 @@ def lower(settings: Mapping[str, Any], sharding: Any) -> Any:
         info,
         None,
         config=splash_attention_kernel.SplashConfig(
-            block_q=block_q, block_kv=block_kv, block_kv_compute=compute
+            block_q=block_q,
+            block_kv=block_kv,
+            block_kv_compute=compute,
+            use_experimental_scheduler=settings["experimental_scheduler"],
         ),
         is_mqa=False,
         save_residuals=False,
