@@ -45,7 +45,7 @@ def main() -> None:
         print(line(row), flush=True)
     print_table(rows)
     result = {
-        "command": " ".join(["python", "benchmarks/tpu_static.py", *sys.argv[1:]]),
+        "command": command(sys.argv[1:]),
         "what": "static cycles from the TPU compiler's bundles, not run on a TPU",
         "versions": {name: version(name) for name in ("jax", "jaxlib", "libtpu", "tokamax")},
         "rows": rows,
@@ -55,6 +55,16 @@ def main() -> None:
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     plot(rows, path.with_suffix(".png"))
     print(f"{path}\n{path.with_suffix('.png')}")
+
+
+def command(words: Sequence[str]) -> str:
+    """What to type for these figures again; where they were written is no part of it."""
+    kept = [
+        word
+        for before, word in zip(["", *words], words, strict=False)
+        if before != "--output" and word != "--output"
+    ]
+    return " ".join(["python", "benchmarks/tpu_static.py", *kept])
 
 
 def parse_arguments() -> argparse.Namespace:
