@@ -148,12 +148,12 @@ def tiles_of(generation: str, case: Case, given: Mapping[str, int] | None) -> Ti
 
 def sizes_of(tiles: Tiles) -> list[int]:
     """Block sizes to print."""
-    return [tiles.block_q, tiles.block_kv]
+    return [tiles.block_q, tiles.block_kv, tiles.kv_heads]
 
 
 def kv_heads_of_a_step(case: Case, tiles: Tiles) -> int:
     """KV heads that one grid step works on, as `prefill_tpu` decides."""
-    return int(np.gcd(getattr(tiles, "kv_heads", 1), case.kv_heads))
+    return int(np.gcd(tiles.kv_heads, case.kv_heads))
 
 
 def prefill_arguments(case: Case, arrays: Any = None) -> PrefillArguments:
