@@ -2,9 +2,9 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
+from kernels_pallas.backends import Target
 from kernels_pallas.swa_prefill.arguments import PrefillArguments
 from kernels_pallas.swa_prefill.work_list import count_items_at_most, list_limits
 
@@ -64,9 +64,9 @@ _FREE_VMEM_BYTES = 10 << 20
 _MOST_ROWS_OF_A_HEAD = 512
 
 
-def this_generation() -> str:
-    """Of the first device of this process; v5e where there is no TPU or an unknown one."""
-    return _DEVICE_KINDS.get(jax.devices()[0].device_kind, "v5e")
+def generation_of(target: Target | None) -> str:
+    """None: of the first device of this process. v5e where it is no TPU or an unknown one."""
+    return _DEVICE_KINDS.get((target or Target.here()).device_kind, "v5e")
 
 
 def choose_tiles(arguments: PrefillArguments, *, generation: str | None = None) -> Tiles:
@@ -76,7 +76,7 @@ def choose_tiles(arguments: PrefillArguments, *, generation: str | None = None) 
       ValueError: the generation is not in the table.
       NotImplementedError: no tiles would fit.
     """
-    generation = this_generation() if generation is None else generation
+    generation = generation_of(arguments.target) if generation is None else generation
     if generation not in _SIZES:
         raise ValueError(f"generation: expected one of {GENERATIONS}, got {generation!r}")
     for tiles in _candidates(arguments, _SIZES[generation]):
