@@ -168,7 +168,10 @@ def test_the_environment_is_logged(monkeypatch, caplog):
     "choice, message",
     [
         ("cuda", "expected one of 'auto', 'pallas_tpu', .* for grouped_matmul, got 'cuda'"),
-        ("ragged_dot", "expected .* for swa_decode, got 'ragged_dot'; for grouped_matmul alone write "),
+        (
+            "ragged_dot",
+            "expected .* for swa_decode, got 'ragged_dot'; for grouped_matmul alone write ",
+        ),
         ("swa_decode=cuda", "expected one of .* for swa_decode, got 'cuda'"),
         ("decode=xla", "expected a backend, or one .* swa_decode, swa_prefill.*; got 'decode=xla'"),
         ("swa_decode=xla,swa_decode=xla", "expected a backend, or one for each of some ops"),
