@@ -3,7 +3,8 @@
 Each program is compiled by libtpu, the real compiler, for a topology that is not attached, with
 this package's models and kernels; no weights are read or made. The table says how much memory a
 device needs (arguments are weights and caches, temporaries what the program adds), whether that
-fits, and how long tracing with lowering, and compiling, took. Nothing here has run on a TPU.
+fits, and how long tracing with lowering, and compiling, took: seconds on the clock, and of both
+together on all cores (a busy machine stretches the former). Nothing here has run on a TPU.
 
     prefill       a prompt of the given length: the last row's logits, and the caches
     decode-full   one token against caches of that length, all full, which are donated
@@ -44,7 +45,7 @@ examples:
       --programs prefill --contexts 65536 --output -
 
   # another policy, another model (any config.json of a supported family), 16 sinks
-  python benchmarks/aot_models.py --models ~/models/Qwen3-8B/config.json --chips v6e:2x4 \\
+  python benchmarks/aot_models.py --models ~/models/Qwen3-8B/config.json --chips v6e \\
       --mesh tensor=8 --programs prefill decode-full --contexts 131072 --window 4096 --sinks 16
 """
 
@@ -80,6 +81,7 @@ class Program:
       batch: rows.
       window, sinks, full_layers, decode: the policy, of prefill and decode-full.
       layers: of the model, where they are not its own number.
+      effort: of the compiler, from -1 to 1; 0 is what programs are compiled with.
     """
 
     model: str
@@ -93,6 +95,7 @@ class Program:
     full_layers: str = "1::2"
     decode: str = "full"
     layers: int | None = None
+    effort: float = 0.0
 
     @property
     def name(self) -> str:
@@ -159,6 +162,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--contexts", nargs="+", type=int, default=[32768], metavar="TOKENS")
     what.add_argument("--batch", type=int, default=1, metavar="ROWS")
     what.add_argument("--layers", type=int, help="instead of the model's own number")
+    what.add_argument(
+        "--effort",
+        type=float,
+        default=0.0,
+        metavar="E",
+        help="of the compiler, -1 to 1; default 0, as when programs are run. -1 compiles several "
+        "times faster, to a program that needs more memory",
+    )
     policy = parser.add_argument_group("attention policy (decode-ring: window and sinks alone)")
     policy.add_argument("--window", type=int, help="keys a row sees; default 2048")
     policy.add_argument("--sinks", type=int, help="first tokens that stay visible; default 128")
@@ -196,7 +207,7 @@ def programs(arguments: argparse.Namespace) -> list[Program]:
         for name in ("window", "sinks", "full_layers", "decode")
         if (value := getattr(arguments, name)) is not None
     }
-    found = [dataclasses.replace(program, **policy) for program in found]
+    found = [dataclasses.replace(program, effort=arguments.effort, **policy) for program in found]
     wanted = arguments.only or []
     return [program for program in found if all(text in program.name for text in wanted)]
 
@@ -228,15 +239,15 @@ def main() -> int:
         sys.exit(f"--only: expected texts of rows that --list prints, got {arguments.only}")
     if version("libtpu") is None:
         sys.exit("libtpu is not installed: pip install -r requirements/libtpu.txt")
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=160)
     rows = []
     for number, program in enumerate(chosen, 1):
         with console.status(f"{number}/{len(chosen)}: {program.name}"):
             row = run(program)
         rows.append(row)
         console.print(f"{program.name:55} {verdict(row)}", highlight=False, soft_wrap=True)
+        write(rows, arguments.output)
     console.print(table(rows))
-    write(rows, arguments.output)
     return int(any(not is_good(row) for row in rows))
 
 
@@ -285,14 +296,16 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     numbers = ("peak", "arguments", "outputs", "temporaries", "aliased")
     for name in ("model", "program", "devices", "mesh"):
         result.add_column(name, overflow="fold")
-    for name in (*numbers, "of HBM", "lower s", "compile s", "MoE FLOPs"):
+    for name in (*numbers, "of HBM", "lower s", "compile s", "CPU s", "MoE FLOPs"):
         result.add_column(name, justify="right")
     result.add_column("verdict", overflow="fold")
     for row in rows:
         mesh = ",".join(f"{axis}={size}" for axis, size in row["mesh"].items())
         sizes = [f"{row[name] / GIB:.2f}" if row.get(name) is not None else "" for name in numbers]
         share = f"{row['peak'] / GIB / row['hbm_gib']:.0%}" if row.get("peak") else ""
-        seconds = [f"{row[name]:.0f}" if name in row else "" for name in ("lower_s", "compile_s")]
+        seconds = [
+            f"{row[name]:.0f}" if name in row else "" for name in ("lower_s", "compile_s", "cpu_s")
+        ]
         ratio = row.get("moe_flops_ratio")
         result.add_row(
             Path(row["model"]).name,
@@ -309,7 +322,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def write(rows: Sequence[dict[str, Any]], output: str | None) -> None:
-    """The results file."""
+    """The results file, after each row."""
     if output == "-":
         return
     path = Path(output or ROOT / "benchmarks" / "results" / "aot_models.json")
@@ -321,7 +334,6 @@ def write(rows: Sequence[dict[str, Any]], output: str | None) -> None:
         "rows": list(rows),
     }
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {path}")
 
 
 if __name__ == "__main__":
