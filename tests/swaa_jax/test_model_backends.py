@@ -79,6 +79,20 @@ def test_the_choice_reaches_the_kernels(choice, kernels):
         assert kernels_of(model_on(choice)) == kernels
 
 
+def test_a_model_keeps_its_backend_and_refuses_what_cannot_run(monkeypatch):
+    model = model_on("swa_decode=reference")
+    assert model.with_policy(swaa.AttentionPolicy()).backend == "swa_decode=reference"
+    assert nnx.split(model)[0] != nnx.split(model_on("auto"))[0]
+    with pytest.raises(NotImplementedError, match="'pallas_tpu' expects platform 'tpu', got 'cpu'"):
+        swaa.load_model("tiny-retriever", backend="pallas_tpu")
+    with pytest.raises(ValueError, match=r"expected one of .*, got 'cuda'"):
+        swaa.load_model("tiny-retriever", backend="cuda")
+    assert swaa.load_model("tiny-retriever", backend="xla").backend == "xla"
+    monkeypatch.setenv("SWAA_BACKEND", "pallas_tpu")
+    with pytest.raises(NotImplementedError, match="'pallas_tpu' expects platform 'tpu'"):
+        swaa.load_model("tiny-retriever")
+
+
 def kernels_of(model):
     """Names of the Pallas kernels in the program of a prompt and a token."""
 
