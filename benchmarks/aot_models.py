@@ -37,6 +37,9 @@ examples:
   # everything: an hour or so on two cores; writes benchmarks/results/aot_models.json
   pip install -r requirements/libtpu.txt && python benchmarks/aot_models.py
 
+  # go on where that was interrupted
+  python benchmarks/aot_models.py --resume
+
   # what would be compiled
   python benchmarks/aot_models.py --list
 
@@ -178,6 +181,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output", default=None, help="JSON file; '-' for none (default: benchmarks/results)"
     )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the output file's rows, and compile only what it lacks (same versions only)",
+    )
     parser.add_argument("--compile", help=argparse.SUPPRESS)  # the process that loads libtpu
     return parser.parse_args(argv)
 
@@ -240,7 +248,9 @@ def main() -> int:
     if version("libtpu") is None:
         sys.exit("libtpu is not installed: pip install -r requirements/libtpu.txt")
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    rows = []
+    rows = rows_so_far(arguments.output) if arguments.resume else []
+    done = [{key: row[key] for key in dataclasses.asdict(chosen[0])} for row in rows]
+    chosen = [program for program in chosen if dataclasses.asdict(program) not in done]
     for number, program in enumerate(chosen, 1):
         with console.status(f"{number}/{len(chosen)}: {program.name}"):
             row = run(program)
@@ -321,16 +331,40 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return result
 
 
+def results_path(output: str | None) -> Path:
+    """Of the results file."""
+    return Path(output or ROOT / "benchmarks" / "results" / "aot_models.json")
+
+
+def versions() -> dict[str, str | None]:
+    """Of what the figures depend on."""
+    return {name: version(name) for name in ("jax", "flax", "libtpu")}
+
+
+def rows_so_far(output: str | None) -> list[dict[str, Any]]:
+    """The rows of an earlier run that were no failures."""
+    path = results_path(output)
+    if output == "-" or not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found["versions"] != versions():
+        sys.exit(
+            f"--resume: expected a file of versions {versions()}, got {found['versions']} in "
+            f"{path}; run without --resume to replace it"
+        )
+    return [row for row in found["rows"] if is_good(row)]
+
+
 def write(rows: Sequence[dict[str, Any]], output: str | None) -> None:
     """The results file, after each row."""
     if output == "-":
         return
-    path = Path(output or ROOT / "benchmarks" / "results" / "aot_models.json")
+    path = results_path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "command": " ".join(["python", "benchmarks/aot_models.py", *sys.argv[1:]]),
         "what": "bytes a device and seconds, from the TPU compiler, not run on a TPU",
-        "versions": {name: version(name) for name in ("jax", "flax", "libtpu")},
+        "versions": versions(),
         "rows": list(rows),
     }
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
