@@ -24,6 +24,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from kernels_pallas import Target
+
 MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
 
 RULES: Mapping[str, tuple[str, ...]] = {
@@ -82,6 +84,11 @@ def resolve_mesh(mesh: Mesh | str | None) -> Mesh | None:
             "swaa_jax.sharding.make_mesh(fsdp=4, tensor=2) builds one"
         )
     return mesh
+
+
+def target_of(mesh: Mesh | None) -> Target | None:
+    """What programs on the mesh are compiled for; None: this process's first device."""
+    return None if mesh is None else Target.of(mesh.devices.flat[0])
 
 
 def spec_for(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:

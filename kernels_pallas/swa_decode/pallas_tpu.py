@@ -19,15 +19,13 @@ other KV heads::
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.backends import register_backend
+from kernels_pallas.backends import Target, register_backend
 from kernels_pallas.mask import per_row
 from kernels_pallas.swa_decode.arguments import DecodeArguments
 
@@ -69,7 +67,7 @@ _LIMITS = {"TPU v4": _TWO_CORES, "TPU v5": _TWO_CORES, "TPU v5p": _TWO_CORES}
 def choose_blocks(arguments: DecodeArguments) -> DecodeBlocks:
     """Blocks as large as the limits of the chip allow, whole lanes of 128 rows."""
     num_slots, num_kv_heads, head_dim = arguments.cache_k.shape[1:]
-    limits = _limits()
+    limits = limits_of((arguments.target or Target.here()).device_kind)
     row_bytes = _round_up(head_dim, _LANES) * arguments.q.dtype.itemsize
     num_rows = min(limits.key_bytes // row_bytes, limits.scores // _num_query_rows(arguments))
     # A block is whole in slots and in lanes, and never longer than the cache.
@@ -291,12 +289,6 @@ def _num_query_rows(arguments: DecodeArguments) -> int:
 
 def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
-
-
-@functools.cache
-def _limits() -> _Limits:
-    """Of this process's chip."""
-    return limits_of(jax.devices()[0].device_kind if jax.default_backend() == "tpu" else "")
 
 
 def limits_of(device_kind: str) -> _Limits:

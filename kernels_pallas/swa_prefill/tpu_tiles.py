@@ -11,9 +11,9 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 
-import jax
 import jax.numpy as jnp
 
+from kernels_pallas.backends import Target
 from kernels_pallas.swa_prefill.arguments import PrefillArguments
 from kernels_pallas.swa_prefill.work_list import count_items_at_most, list_limits
 
@@ -109,9 +109,9 @@ _MOST_SCORES_OF_WINDOWED, _MOST_SCORES_OF_FULL = 1 << 19, 1 << 20
 _FREE_VMEM_BYTES = 10 << 20
 
 
-def this_generation() -> str:
-    """Of the first device of this process; v5e where there is no TPU or an unknown one."""
-    return _DEVICE_KINDS.get(jax.devices()[0].device_kind, "v5e")
+def generation_of(target: Target | None) -> str:
+    """None: of the first device of this process. v5e where it is no TPU or an unknown one."""
+    return _DEVICE_KINDS.get((target or Target.here()).device_kind, "v5e")
 
 
 def choose_tiles(arguments: PrefillArguments, *, generation: str | None = None) -> Tiles:
@@ -121,7 +121,7 @@ def choose_tiles(arguments: PrefillArguments, *, generation: str | None = None) 
       ValueError: the generation is not in the table.
       NotImplementedError: no tiles would fit.
     """
-    generation = this_generation() if generation is None else generation
+    generation = generation_of(arguments.target) if generation is None else generation
     if generation not in _CHIPS:
         raise ValueError(f"generation: expected one of {GENERATIONS}, got {generation!r}")
     chip = _CHIPS[generation]
@@ -205,7 +205,7 @@ def vmem_limit_bytes(
     need = _vmem_need(arguments, tiles)
     if need <= _FREE_VMEM_BYTES:
         return None
-    generation = this_generation() if generation is None else generation
+    generation = generation_of(arguments.target) if generation is None else generation
     return min(2 * need, _CHIPS[generation].vmem_bytes * 15 // 16)
 
 

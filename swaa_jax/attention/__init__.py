@@ -1,6 +1,6 @@
 """Attention under a policy: `attend`, `attend_cached`, and the caches they read."""
 
-from kernels_pallas import available_backends, resolve_backend
+from kernels_pallas import available_backends, check_backend, resolve_backend
 from swaa_jax.attention.attend import attend, attend_cached
 from swaa_jax.attention.caches import (
     EMPTY,
@@ -20,6 +20,7 @@ __all__ = [
     "attend_cached",
     "available_backends",
     "build_cache",
+    "check_backend",
     "recast_caches",
     "resolve_backend",
 ]

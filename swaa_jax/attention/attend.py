@@ -14,7 +14,7 @@ from kernels_pallas import Stage, swa_decode, swa_prefill
 from kernels_pallas.mask import full_rows
 from swaa_jax.attention.caches import FullCache, RingCache
 from swaa_jax.policy import LayerAttention
-from swaa_jax.sharding import attention_specs, constrain_heads
+from swaa_jax.sharding import attention_specs, constrain_heads, target_of
 
 
 def attend(
@@ -41,8 +41,9 @@ def attend(
         segment_ids: which of a packed row's texts each token belongs to. None: one text a row.
         scale: factor on the scores, by default H ** -0.5.
         softcap: scores become softcap * tanh(scores / softcap).
-        mesh: shard batch over data and fsdp, heads over tensor, where they divide.
-        backend: a name from `available_backends()`, or "auto".
+        mesh: shard batch over data and fsdp, heads over tensor, where they divide. Its devices say
+            what is compiled for.
+        backend: a name from `available_backends()`, "auto", or names by op (`resolve_backend`).
 
     Returns:
         What each query gathered, in q's dtype.
@@ -74,6 +75,7 @@ def attend(
         scale=scale,
         softcap=softcap,
         backend=backend,
+        target=target_of(mesh),
     )
     per_row = {"lengths": lengths, "stage_ids": stage_ids, "segment_ids": segment_ids}
     per_row = {name: value for name, value in per_row.items() if value is not None}
@@ -130,6 +132,7 @@ def attend_cached(
         scale=scale,
         softcap=softcap,
         backend=backend,
+        target=target_of(mesh),
     )
     per_row = {"q_positions": positions, "cache_positions": cache.positions(pos_B)}
     if q_full is not None:

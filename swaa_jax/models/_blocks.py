@@ -112,6 +112,8 @@ class Rows:
         rotations: cosines and sines of every token's position, by the rope that layers name.
         lengths, stage_ids, segment_ids: as in `swaa_jax.attention.attend`.
         pos_B: with caches, the tokens that each row has seen; None without.
+        mesh: the devices that the arrays lie on; None: one.
+        backend: of attention and experts, as in `swaa_jax.attention.attend`.
     """
 
     rotations: Mapping[RopeConfig, tuple[Float[Array, "B T H"], Float[Array, "B T H"]]]
@@ -120,6 +122,7 @@ class Rows:
     segment_ids: Int[Array, "B T"] | None = None
     pos_B: Int[Array, " B"] | None = None
     mesh: Mesh | None = None
+    backend: str = "auto"
 
     @property
     def valid(self) -> Bool[Array, "B T"] | None:
@@ -206,6 +209,7 @@ class Attention(nnx.Module):
                 scale=self.scale,
                 softcap=self.softcap,
                 mesh=rows.mesh,
+                backend=rows.backend,
             )
             kept = KeyValues(k=k, v=v)
         else:
@@ -220,6 +224,7 @@ class Attention(nnx.Module):
                 scale=self.scale,
                 softcap=self.softcap,
                 mesh=rows.mesh,
+                backend=rows.backend,
             )
         return self.o_proj(out.reshape(*x.shape[:2], -1)), kept
 

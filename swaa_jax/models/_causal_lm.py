@@ -51,6 +51,7 @@ class CausalLM(nnx.Module):
         config: shapes and constants.
         policy: what each token may see; `layer_attention` is it, layer by layer.
         mesh: the device mesh that the parameters lie on, or None.
+        backend: of attention and experts: "auto", a name, or names by op (`resolve_backend`).
         source: the directory that the model was loaded from, or None.
     """
 
@@ -63,6 +64,7 @@ class CausalLM(nnx.Module):
         policy: AttentionPolicy | None = None,
         dtype: jnp.dtype | str = "float32",
         mesh: Mesh | None = None,
+        backend: str = "auto",
         initializer_range: float = 0.02,
         rngs: nnx.Rngs,
     ):
@@ -73,6 +75,7 @@ class CausalLM(nnx.Module):
         self.policy = policy
         self.layer_attention = policy.resolve(config.num_layers)
         self.mesh = mesh
+        self.backend = backend
         self.source: PathLike | None = None
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, scale=config.embedding_scale, **shared
@@ -228,6 +231,7 @@ class CausalLM(nnx.Module):
             stage_ids=stage_ids,
             pos_B=caches.pos_B,
             mesh=self.mesh,
+            backend=self.backend,
         )
         x = constrain_batch(self.embed_tokens(tokens), self.mesh)
         grown = []
@@ -277,6 +281,7 @@ class CausalLM(nnx.Module):
             stage_ids=stage_ids,
             segment_ids=segment_ids,
             mesh=self.mesh,
+            backend=self.backend,
         )
         x = constrain_batch(self.embed_tokens(tokens), self.mesh)
         kept, routers = [], []

@@ -18,9 +18,9 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels_pallas import grouped_matmul
+from kernels_pallas import Target, grouped_matmul
 from swaa_jax.models._blocks import FeedForward, Linear, Rows, activation
-from swaa_jax.sharding import spec_for
+from swaa_jax.sharding import spec_for, target_of
 
 _GATHERED = "fsdp"  # the mesh axis over which experts' matrices are stored in slices of D
 
@@ -149,11 +149,11 @@ class SparseMLP(nnx.Module):
         stacks = [p.kernel for p in (experts.gate_proj, experts.up_proj, experts.down_proj)]
         arrays = (x, rows.valid, self.gate.kernel[...], tuple(stack[...] for stack in stacks))
         if mesh is None:
-            out, statistics = self._on_device(*arrays, layout=_Layout())
+            out, statistics = self._on_device(*arrays, layout=_Layout(), backend=rows.backend)
         else:
             layout = _Layout.of(mesh, x.shape, [(stack.axes, stack.shape) for stack in stacks])
             out, statistics = jax.shard_map(
-                functools.partial(self._on_device, layout=layout),
+                functools.partial(self._on_device, layout=layout, backend=rows.backend),
                 mesh=mesh,
                 in_specs=(layout.rows, layout.rows, PartitionSpec(), layout.stacks),
                 out_specs=(layout.rows, layout.rows),
@@ -171,6 +171,7 @@ class SparseMLP(nnx.Module):
         stacks: tuple[Array, ...],
         *,
         layout: "_Layout",
+        backend: str,
     ) -> tuple[Float[Array, "b T D"], RouterStatistics]:
         """One device's share of its tokens' outputs, and its tokens' statistics `[1, ...]`."""
         tokens = x.reshape(-1, x.shape[-1])
@@ -189,7 +190,8 @@ class SparseMLP(nnx.Module):
             grouped_matmul,
             group_sizes=sizes,
             rows_per_group=local.shape[0] // num_experts,
-            platform=layout.platform,
+            backend=backend,
+            target=layout.target,
         )
         sorted_rows = tokens[order // self.num_per_token]
         inner = activation(self.activation)(product(sorted_rows, gate)) * product(sorted_rows, up)
@@ -221,7 +223,7 @@ class _Layout:
     stacks: tuple[PartitionSpec, ...] = ()
     added: tuple[str, ...] = ()
     expert_axis: str | None = None
-    platform: str | None = None
+    target: Target | None = None
 
     @classmethod
     def of(
@@ -238,7 +240,7 @@ class _Layout:
             stacks=specs,
             added=experts + inner,
             expert_axis=experts[0] if experts else None,
-            platform=mesh.devices.flat[0].platform,
+            target=target_of(mesh),
         )
 
     def first_expert(self, num_local: int) -> Int[Array, ""] | int:

@@ -26,6 +26,7 @@ from kernels_pallas.swa_decode.pallas_tpu import (
 )
 from swaa_jax.attention import FullCache, RingCache, attend_cached
 from swaa_jax.policy import LayerAttention
+from swaa_jax.sharding import make_mesh
 
 # Name: B, n, S, (N, K, H), dtype, window and sinks (-1, 0: a full layer), soft cap, splits
 QWEN3_4B = (32, 8, 128)
@@ -77,9 +78,10 @@ def decode_program(on, batch, new, slots, heads, dtype, rule, softcap, splits):
     return jax.jit(run), (arrays,), cache
 
 
-def step_program(on, slots, layer):
+def step_program(mesh, slots, layer):
     """A layer's step: attention to the cache, then the cache with the new token, in place."""
     num_heads, num_kv_heads, head_dim = QWEN3_4B
+    on = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     kv = abstract(on, 1, slots, num_kv_heads, head_dim)
     new_kv = abstract(on, 1, 1, num_kv_heads, head_dim)
     cache = FullCache(k=kv, v=kv)
@@ -92,7 +94,7 @@ def step_program(on, slots, layer):
         )
 
     def run(cache, q, k, v, pos_B):
-        return attend_cached(q, k, v, cache, layer=layer, pos_B=pos_B, backend="pallas_tpu")
+        return attend_cached(q, k, v, cache, layer=layer, pos_B=pos_B, mesh=mesh)
 
     q, pos_B = abstract(on, 1, 1, num_heads, head_dim), abstract(on, 1, dtype=jnp.int32)
     return jax.jit(run, donate_argnums=0), (cache, q, new_kv, new_kv, pos_B), kv
@@ -109,8 +111,9 @@ def main(chip: str) -> None:
     on = jax.sharding.SingleDeviceSharding(topology.devices[0])
     made = {name: decode_program(on, *sizes) for name, sizes in PROGRAMS.items()}
     ring = LayerAttention(window=2048, num_sink_tokens=128)
-    made["step, full, 128k"] = step_program(on, 131072, LayerAttention())
-    made["step, ring"] = step_program(on, 2048 + 128, ring)
+    mesh = make_mesh(topology.devices[:1])
+    made["step, full, 128k"] = step_program(mesh, 131072, LayerAttention())
+    made["step, ring"] = step_program(mesh, 2048 + 128, ring)
     rows = []
     for name, (function, arrays, cache) in made.items():
         begun = time.perf_counter()

@@ -3,6 +3,7 @@
 That its results are right is shown in test_decode.py, beside the other backends.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -180,11 +181,11 @@ def test_chosen_blocks(changes, slots):
     assert blocks.slots * given.cache_k.shape[2] % 128 == 0
 
 
-@pytest.mark.parametrize("platform", ("TPU v4", "TPU v5p", "TPU v5 lite", "TPU v6 lite"))
-def test_a_long_row_is_split_where_a_chip_has_two_cores(platform, monkeypatch):
-    monkeypatch.setattr(pallas_tpu, "_limits", lambda: pallas_tpu.limits_of(platform))
-    blocks = pallas_tpu.choose_blocks(arguments())
-    assert blocks.splits == (2 if platform in ("TPU v4", "TPU v5p") else 1)
+@pytest.mark.parametrize("kind", ("TPU v4", "TPU v5p", "TPU v5 lite", "TPU v6 lite"))
+def test_a_long_row_is_split_where_a_chip_has_two_cores(kind):
+    target = backends.Target(platform="tpu", device_kind=kind)
+    blocks = pallas_tpu.choose_blocks(dataclasses.replace(arguments(), target=target))
+    assert blocks.splits == (2 if kind in ("TPU v4", "TPU v5p") else 1)
 
 
 REFUSED = {
@@ -213,11 +214,10 @@ def test_what_it_refuses(message):
         (dict(head_dim=96), "the cache, of head dim 96, would be copied at each call"),
     ],
 )
-def test_auto_on_a_tpu_takes_the_kernel_unless_it_should_not(changes, why_not, monkeypatch, caplog):
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    monkeypatch.setattr(pallas_tpu, "_limits", lambda: pallas_tpu.limits_of("TPU v5 lite"))
+def test_auto_on_a_tpu_takes_the_kernel_unless_it_should_not(changes, why_not, caplog):
     backends._log_limits.cache_clear()
-    given = arguments(abstract=True, **changes)
+    target = backends.Target(platform="tpu", device_kind="TPU v5 lite")
+    given = dataclasses.replace(arguments(abstract=True, **changes), target=target)
     with caplog.at_level(logging.INFO, logger="kernels_pallas"):
         chosen = backends.get_backend("swa_decode", "auto", arguments=given)
     assert chosen is (pallas_tpu.decode_tpu if why_not is None else xla.decode_xla)
