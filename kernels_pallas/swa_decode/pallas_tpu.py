@@ -170,7 +170,7 @@ def decode_in_blocks(
         new_positions=new_positions,
         new_k=new_k,
         new_v=new_v,
-        positions=jnp.repeat(positions_BS, num_kv_heads, axis=1)[:, None],
+        positions=_for_each_head(positions_BS, num_kv_heads),
         k=arguments.cache_k.reshape(num_batch, num_slots * num_kv_heads, head_dim),
         v=arguments.cache_v.reshape(num_batch, num_slots * num_kv_heads, head_dim),
         num_kv_heads=num_kv_heads,
@@ -229,6 +229,31 @@ def _row_rules(arguments: DecodeArguments) -> Int[Array, "B R 4"]:
     )
     columns = [jnp.broadcast_to(column.astype(jnp.int32), shape) for column in columns]
     return jnp.stack(columns, axis=-1).reshape(num_batch, num_new * num_heads, 4)
+
+
+def _for_each_head(positions_BS: Int[Array, "B S"], num_kv_heads: int) -> Int[Array, "B 1 P"]:
+    """Each slot's position once for each of its rows, in whole lanes: ``jnp.repeat``, on MXUs.
+
+    XLA repeats along lanes element by element: for 128k slots and 8 heads 268,000 cycles on v5e,
+    a quarter of what reading such a cache takes, and 40 seconds of compiling. A product with zeros
+    and ones takes 15,000 (both are the compiler's estimates). It is exact on halves of 16 bits::
+
+                       row  0 1 2 3 4 5 6 7
+                 slot 0   [ 1 1 1 1 . . . . ]
+        [ 7 9 ]  slot 1   [ . . . . 1 1 1 1 ]   =   [ 7 7 7 7 9 9 9 9 ]        K = 4
+    """
+    num_batch, num_slots = positions_BS.shape
+    step = _LANES // math.gcd(_LANES, num_kv_heads)
+    groups_BSs = jnp.pad(positions_BS, ((0, 0), (0, -num_slots % step))).reshape(
+        num_batch, -1, step
+    )
+    row_of_slot = jnp.repeat(jnp.eye(step, dtype=jnp.float32), num_kv_heads, axis=1)
+    high, low = (
+        jnp.dot(half.astype(jnp.float32), row_of_slot, precision="highest").astype(jnp.int32)
+        for half in (groups_BSs >> 16, groups_BSs & 0xFFFF)
+    )
+    positions = ((high << 16) | low).reshape(num_batch, 1, -1)
+    return positions[:, :, : num_slots * num_kv_heads]
 
 
 def _new_rows(
