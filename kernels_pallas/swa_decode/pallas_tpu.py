@@ -126,9 +126,9 @@ def refusal(arguments: DecodeArguments) -> str | None:
     vector_bytes = _vector_bytes(arguments, blocks)
     if vector_bytes > _VECTOR_BYTES:
         return (
-            f"q: expected {num_new} new tokens and a block of the cache within {_VECTOR_BYTES >> 20}"
-            f" MiB of vector memory, got {vector_bytes / 2**20:.1f}; pass fewer tokens at a time or "
-            "use backend 'xla'"
+            f"q: expected {num_new} new tokens and a block of the cache within "
+            f"{_VECTOR_BYTES >> 20} MiB of vector memory, got {vector_bytes / 2**20:.1f}; pass "
+            "fewer tokens at a time or use backend 'xla'"
         )
     num_blocks = -(-arguments.cache_k.shape[1] // blocks.slots)
     if 4 * num_batch * num_blocks > _WORK_LIST_BYTES:
