@@ -149,10 +149,33 @@ def attend_cached(
         return kernel(q, cache_k, cache_v, new_k=new_k, new_v=new_v, **per_row)
 
     out = _sharded(on_shard, mesh, num_kv_heads=k.shape[2])(q, cache.k, cache.v, k, v, per_row)
-    grown = cache.write(k, v, pos_B)
+    grown = _written(cache, k, v, pos_B, mesh)
     return out, dataclasses.replace(
         grown, k=constrain_heads(grown.k, mesh), v=constrain_heads(grown.v, mesh)
     )
+
+
+def _written(
+    cache: FullCache | RingCache, k: Array, v: Array, pos_B: Array, mesh: Mesh | None
+) -> FullCache | RingCache:
+    """The cache with the new tokens, each device writing its own rows and heads.
+
+    Left to the compiler, a write of single tokens would gather the cache.
+    """
+    if mesh is None:
+        return cache.write(k, v, pos_B)
+    heads, rows = attention_specs(mesh, batch=k.shape[0], num_kv_heads=k.shape[2])
+    specs = dataclasses.replace(cache, k=heads, v=heads)
+    if isinstance(specs, RingCache):
+        specs = dataclasses.replace(specs, slot_positions=rows)
+    mapped = jax.shard_map(
+        lambda cache, k, v, pos_B: cache.write(k, v, pos_B),
+        mesh=mesh,
+        in_specs=(specs, heads, heads, rows),
+        out_specs=specs,
+        check_vma=False,
+    )
+    return mapped(cache, k, v, pos_B)
 
 
 def _sharded(kernel: Callable[..., Any], mesh: Mesh | None, *, num_kv_heads: int):

@@ -76,11 +76,11 @@ STEPS = {
     "step, full, 128k": (1, 131072, QWEN3_4B, FULL),
     "step, ring": (1, 2048 + 128, QWEN3_4B, RING),
     "step, full, 128k, H 64": (1, 131072, (14, 2, 64), FULL),
-    "step, ring, H 96": (1, 2048 + 128, (32, 32, 96), RING),
+    "step, ring, H 96": (4, 2048 + 128, (32, 32, 96), RING),
 }
 SHARDED_STEPS = {
     "sharded, full, 128k": (2, 131072, QWEN3_4B, FULL),
-    "sharded, ring, H 64": (2, 2048 + 128, (32, 8, 64), RING),
+    "sharded, ring, H 64": (4, 2048 + 128, (32, 8, 64), RING),
 }
 
 
