@@ -48,7 +48,9 @@ CASES = {
 
 
 def run_decode(q, *cache, backend, **given):
-    """``swa_decode`` with the TPU kernel interpreted."""
+    """``swa_decode`` with the TPU kernel interpreted, as if for a TPU."""
+    if backend == "pallas_tpu":
+        given["target"] = backends.Target(platform="tpu", device_kind="TPU v5 lite")
     with mock.patch.dict(backends._REGISTRY["swa_decode"], pallas_tpu=INTERPRETED):
         return swa_decode(q, *cache, backend=backend, **given)
 
