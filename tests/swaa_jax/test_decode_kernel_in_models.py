@@ -30,6 +30,7 @@ def interpreted(monkeypatch):
         return pallas_tpu.decode_in_blocks(arguments, blocks=blocks, interpret=True)
 
     monkeypatch.setitem(backends._REGISTRY["swa_decode"], "pallas_tpu", run)
+    monkeypatch.delitem(backends._PLATFORM, "pallas_tpu")
     return calls
 
 
