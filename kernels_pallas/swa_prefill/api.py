@@ -52,7 +52,7 @@ def swa_prefill(
         ``n // (N // K)``.
       v: values.
       window: keys a row sees up to and including itself; an int, an int32 array ``[B]`` (a policy
-        per row), or None for a full layer.
+        per row; one of S keys or more is full attention), or None for a full layer.
       num_sink_tokens: first tokens of each segment that stay visible; an int or int32 ``[B]``.
       lengths: real tokens of each row (padding on the right); None: all S. Rows at or after the
         length return zeros, keys there are never seen and may hold anything.

@@ -48,12 +48,14 @@ class _Chip:
         up to 128. Both are static cycles of the compiler's (``benchmarks/tpu_static.py``).
       bytes_per_cycle: what HBM delivers meanwhile: four fifths of its nominal bandwidth.
       vmem_bytes: VMEM of a core.
+      cores: that share a device's programs, of which there is one for each ``kv_heads`` KV heads.
     """
 
     step: int
     body: Mapping[int, tuple[float, float]]
     bytes_per_cycle: int
     vmem_bytes: int
+    cores: int = 1
 
 
 _CHIPS = {
@@ -62,6 +64,7 @@ _CHIPS = {
         body={128: (277, 282), 256: (272, 279), 512: (259, 262)},
         bytes_per_cycle=470,
         vmem_bytes=16 << 20,
+        cores=2,
     ),
     "v5e": _Chip(
         step=200,
@@ -74,6 +77,7 @@ _CHIPS = {
         body={128: (277, 282), 256: (272, 279), 512: (259, 262)},
         bytes_per_cycle=560,
         vmem_bytes=64 << 20,
+        cores=2,
     ),
     "v6e": _Chip(
         step=240,
@@ -137,7 +141,7 @@ def choose_tiles(arguments: PrefillArguments, *, generation: str | None = None) 
 
 
 def _candidates(arguments: PrefillArguments, chip: _Chip) -> Iterator[Tiles]:
-    """Tiles within VMEM, blocks beyond the input cut to it, as many KV heads as a step may hold."""
+    """Tiles within VMEM, blocks beyond the input cut to it."""
     num_queries, num_keys = arguments.shape[1:]
     num_kv_heads = arguments.k.shape[2]
     num_groups = arguments.q.shape[2] // num_kv_heads
@@ -159,11 +163,10 @@ def _candidates(arguments: PrefillArguments, chip: _Chip) -> Iterator[Tiles]:
                 fits = _vmem_need(arguments, wide) <= chip.vmem_bytes * 3 // 4
                 if (small and fits) or smallest:
                     yield wide
-                    break
 
 
 def _cycles(arguments: PrefillArguments, tiles: Tiles, chip: _Chip) -> float:
-    """What the forward kernel takes for one KV head, roughly; good for comparing tiles."""
+    """What the forward kernel takes, roughly; good for comparing tiles."""
     head_dim, itemsize = arguments.q.shape[3], arguments.q.dtype.itemsize
     rows = arguments.q.shape[2] // arguments.k.shape[2] * tiles.block_q
     items = most_items(arguments, tiles)
@@ -176,7 +179,8 @@ def _cycles(arguments: PrefillArguments, tiles: Tiles, chip: _Chip) -> float:
     body *= rows / 512 * tiles.block_kv / 128 * max(head_dim, LANES) / LANES
     loaded = 2 * tiles.block_kv * _round_up(head_dim) * itemsize / chip.bytes_per_cycle
     # Of tiles that take as long, those that load less.
-    return items * (chip.step / tiles.kv_heads + max(body, loaded) + loaded / 16)
+    step = chip.step + tiles.kv_heads * (max(body, loaded) + loaded / 16)
+    return items * step * -(-arguments.k.shape[2] // tiles.kv_heads // chip.cores)
 
 
 def _masked_items(arguments: PrefillArguments, tiles: Tiles) -> int:
