@@ -17,12 +17,29 @@ from swaa_jax.policy import LayerAttention
 from swaa_jax.sharding import attention_specs, constrain_heads, target_of
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerChoice:
+    """One of a few kinds of layer, chosen by a traced index: what a scan over layers is given.
+
+    Each kind is a program of its own, so windows stay static; the device runs the one that is
+    chosen. Whole rows only: caches differ by layer.
+
+    Attributes:
+        index: which of the kinds this layer is.
+        kinds: what each kind of layer sees.
+    """
+
+    index: Int[Array, ""]
+    kinds: tuple[LayerAttention, ...] = dataclasses.field(metadata={"static": True})
+
+
 def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     *,
-    layer: LayerAttention,
+    layer: LayerAttention | LayerChoice,
     lengths: Int[Array, " B"] | None = None,
     stage_ids: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
@@ -48,6 +65,22 @@ def attend(
     Returns:
         What each query gathered, in q's dtype.
     """
+    if isinstance(layer, LayerChoice):
+        branches = [
+            functools.partial(
+                attend,
+                layer=kind,
+                lengths=lengths,
+                stage_ids=stage_ids,
+                segment_ids=segment_ids,
+                scale=scale,
+                softcap=softcap,
+                mesh=mesh,
+                backend=backend,
+            )
+            for kind in layer.kinds
+        ]
+        return jax.lax.switch(layer.index, branches, q, k, v)
     tail = layer.full_attention_tail
     if layer.is_full:
         stage_ids, tail = None, 0

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from swaa_jax.attention import FullCache, RingCache, attend, attend_cached
+from swaa_jax.attention import FullCache, LayerChoice, RingCache, attend, attend_cached
 from swaa_jax.models._config import DecoderConfig
 from swaa_jax.models._rope import RopeConfig, rotate
 from swaa_jax.policy import LayerAttention
@@ -184,7 +184,7 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         rows: Rows,
         *,
-        layer: LayerAttention,
+        layer: LayerAttention | LayerChoice,
         cache: FullCache | RingCache | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValues | FullCache | RingCache]:
         """The output, and what was kept: without a cache keys and values, with one it, grown."""
@@ -218,7 +218,7 @@ class Attention(nnx.Module):
                 k,
                 v,
                 cache,
-                layer=layer,
+                layer=layer,  # pyright: ignore[reportArgumentType]  (a choice has no caches)
                 pos_B=rows.pos_B,  # pyright: ignore[reportArgumentType]  (set with caches)
                 stage_ids=rows.stage_ids,
                 scale=self.scale,
@@ -269,7 +269,7 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "B T D"],
         rows: Rows,
         *,
-        layer: LayerAttention,
+        layer: LayerAttention | LayerChoice,
         cache: FullCache | RingCache | None = None,
     ) -> LayerOutput:
         attended, kept = self.self_attn(self.input_layernorm(x), rows, layer=layer, cache=cache)

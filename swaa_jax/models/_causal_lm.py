@@ -5,8 +5,8 @@ The policy lives on the model alone, so `with_policy` shares every block and par
 
 import copy
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,10 @@ class Prefill:
 
     logits: Any
     caches: Any
+
+
+RunLayers: TypeAlias = Callable[[Any, Rows], tuple[Any, Sequence[Any]]]
+"""Residual stream and rows in; the residual stream after all layers, and their routers."""
 
 
 @jax.tree_util.register_dataclass
@@ -158,9 +162,14 @@ class CausalLM(nnx.Module):
         stage_ids: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
+        run_layers: RunLayers | None = None,
     ) -> HiddenStates:
         """What training needs: hidden states for a chunked loss over `head`, and the loss that
-        keeps experts in balance where the family has experts. Arguments as in `__call__`.
+        keeps experts in balance where the family has experts.
+
+        Args:
+            tokens, lengths, stage_ids, segment_ids, positions: as in `__call__`.
+            run_layers: runs the layers (scanned, say, or rematerialised) in place of the model.
         """
         hidden, _, routers, rows = self._run_rows(
             tokens,
@@ -168,6 +177,7 @@ class CausalLM(nnx.Module):
             stage_ids=stage_ids,
             segment_ids=segment_ids,
             positions=positions,
+            run_layers=run_layers,
         )
         return HiddenStates(hidden=hidden, router_loss=self.router_loss(routers, rows))
 
@@ -267,7 +277,8 @@ class CausalLM(nnx.Module):
         stage_ids: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], list[Any], list[Any], Rows]:
+        run_layers: RunLayers | None = None,
+    ) -> tuple[Float[Array, "B T D"], list[Any], Sequence[Any], Rows]:
         """Final hidden states of whole rows; every layer's keys and values, and router."""
         if positions is None:
             if segment_ids is None:
@@ -284,6 +295,9 @@ class CausalLM(nnx.Module):
             backend=self.backend,
         )
         x = constrain_batch(self.embed_tokens(tokens), self.mesh)
+        if run_layers is not None:
+            x, routers = run_layers(x, rows)
+            return self.norm(x), [], routers, rows
         kept, routers = [], []
         for block, layer in zip(self.layers, self.layer_attention, strict=True):
             output = block(x, rows, layer=layer)
