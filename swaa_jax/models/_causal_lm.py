@@ -5,7 +5,7 @@ The policy lives on the model alone, so `with_policy` shares every block and par
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -52,9 +52,12 @@ class CausalLM(nnx.Module):
         policy: what each token may see; `layer_attention` is it, layer by layer.
         mesh: the device mesh that the parameters lie on, or None.
         source: the directory that the model was loaded from, or None.
+        lora_config: the config of its adapters (`swaa_jax.lora`), or None.
     """
 
     layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer
+    fused_projections: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """HF's projections that are several here, by name, with their parts from top to bottom."""
 
     def __init__(
         self,
@@ -74,6 +77,7 @@ class CausalLM(nnx.Module):
         self.layer_attention = policy.resolve(config.num_layers)
         self.mesh = mesh
         self.source: PathLike | None = None
+        self.lora_config: Any = None
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, scale=config.embedding_scale, **shared
         )
