@@ -34,7 +34,11 @@ def activation(name: str) -> Callable[[Array], Array]:
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias`, kernel `[in, out]`; a mesh splits it between `units` (see sharding)."""
+    """`x @ kernel + bias`, kernel `[in, out]`; a mesh splits it between `units` (see sharding).
+
+    `adapter`: None, or a module that is called with (x, y) and gives the output in y's place;
+    `swaa_jax.lora` puts one there. Code that reads `kernel` itself (heads, routers) has none.
+    """
 
     def __init__(
         self,
@@ -51,10 +55,13 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(kernel.astype(dtype), axes=axes, units=units)
         bias = nnx.Param(jnp.zeros(shape[1:], dtype), axes=axes[1:], units=units[1:])
         self.bias = bias if use_bias else None
+        self.adapter: Any = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         y = x @ self.kernel[...]
-        return y if self.bias is None else y + self.bias[...]
+        if self.bias is not None:
+            y = y + self.bias[...]
+        return y if self.adapter is None else self.adapter(x, y)
 
 
 class RMSNorm(nnx.Module):

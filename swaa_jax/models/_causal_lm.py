@@ -5,7 +5,7 @@ The policy lives on the model alone, so `with_policy` shares every block and par
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import jax
@@ -57,9 +57,12 @@ class CausalLM(nnx.Module):
         mesh: the device mesh that the parameters lie on, or None.
         backend: of attention and experts: "auto", a name, or names by op (`resolve_backend`).
         source: the directory that the model was loaded from, or None.
+        lora_config: the config of its adapters (`swaa_jax.lora`), or None.
     """
 
     layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer
+    fused_projections: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """HF's projections that are several here, by name, with their parts from top to bottom."""
 
     def __init__(
         self,
@@ -81,6 +84,7 @@ class CausalLM(nnx.Module):
         self.mesh = mesh
         self.backend = backend
         self.source: PathLike | None = None
+        self.lora_config: Any = None
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, scale=config.embedding_scale, **shared
         )

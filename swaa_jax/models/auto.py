@@ -244,7 +244,14 @@ def save_model(
 
     Raises:
         CheckpointError: the directory exists and `overwrite` is false, or it holds no model.
+        ValueError: the model has adapters: merge them, or save them alone.
     """
+    if model.lora_config is not None:
+        raise ValueError(
+            "model: expected one without adapters, got one with LoRA adapters, which a checkpoint "
+            "in Hugging Face layout does not hold. Save merge_lora(model), or the adapters alone "
+            "with save_adapter(model, directory)."
+        )
     config = model.config
     family = FAMILIES[config.model_type]
     state = nnx.to_flat_state(nnx.state(model, nnx.Param))
