@@ -85,15 +85,19 @@ $(TEST): $(LOCK)-test.txt $(CORE)
 	@$(PIP) -r $(LOCK)-test.txt
 	@touch $@
 
-# torch is the oracle of the tests. It is no part of the lock, where its CUDA packages would follow.
-# For other Pythons than CI's its wheel may bring gigabytes of them, so that is left to you.
-$(TORCH): requirements/torch.txt $(TEST)
+# torch and the TPU compiler are the oracles of the tests. torch is no part of the lock, where its CUDA
+# packages would follow: for other Pythons than CI's its wheel may bring gigabytes of them, so that is
+# left to you. The compiler is the one that goes with the lock's JAX on this Python.
+$(TORCH): requirements/torch.txt requirements/libtpu.txt $(TEST)
 ifeq ($(VERSION),3.11)
 	@echo "Installing requirements/torch.txt in $(VENV)"
 	@$(PIP) -r requirements/torch.txt
+	@$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),\
+	  echo "Installing requirements/libtpu.txt in $(VENV)"; $(PIP) -r requirements/libtpu.txt)
 else
-	@echo "Without torch: the tests against Transformers are skipped on Python $(VERSION)." \
-	  "To run them: $(BIN)/pip install -r requirements/torch.txt"
+	@echo "Without torch and the TPU compiler: the tests against Transformers and those that compile" \
+	  "for TPUs are skipped on Python $(VERSION). To run them:" \
+	  "$(BIN)/pip install -r requirements/torch.txt -r requirements/libtpu.txt"
 endif
 	@touch $@
 

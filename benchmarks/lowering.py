@@ -1,4 +1,4 @@
-"""Time and memory on the host until a TPU program is ready to compile: windowed attention with sinks.
+"""Host time and memory until a TPU program is ready to compile: windowed attention with sinks.
 
     python benchmarks/lowering.py                    ours at 32,768 and 131,072 tokens
     python benchmarks/lowering.py --peers splash     JAX's Splash beside it (minutes)

@@ -28,7 +28,7 @@ from hlo_flops import Product, count_products
 from jax.experimental import topologies
 from machine import version
 
-from kernels_pallas import grouped_matmul
+from kernels_pallas import Target, grouped_matmul
 from swaa_jax import sharding
 from swaa_jax.models._blocks import Rows
 from swaa_jax.models._moe import SparseMLP
@@ -137,7 +137,7 @@ def one_product(backend: str, devices: Sequence[Any], tokens: int) -> tuple[int,
     x = jax.ShapeDtypeStruct((tokens * PER_TOKEN, WIDTH), DTYPE, sharding=on)
     w = jax.ShapeDtypeStruct((EXPERTS, WIDTH, INNER), DTYPE, sharding=on)
     sizes = jax.ShapeDtypeStruct((EXPERTS,), jnp.int32, sharding=on)
-    run = functools.partial(grouped_matmul, backend=backend, platform="tpu")
+    run = functools.partial(grouped_matmul, backend=backend, target=Target.of(devices[0]))
     return total(compile_text(run, x, w, sizes)), 2 * tokens * PER_TOKEN * WIDTH * INNER
 
 

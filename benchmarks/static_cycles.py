@@ -18,10 +18,8 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
-DELAY_SLOTS = 4
-"""Bundles after a branch that are executed whether or not it is taken."""
-
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:")
+_IN_LOOP = re.compile(r"^[^{]*>")
 _BRANCH = re.compile(r"sbr\.rel\s*(\([^)]*\))?\s*target = \$region(\d+)")
 _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
 
@@ -74,8 +72,13 @@ class Kernel:
         return used / self.capacity[unit]
 
 
-def parse_kernel(name: str, bundles: str, utilization: str) -> Kernel:
+def parse_kernel(name: str, bundles: str, utilization: str, *, delay_slots: int = 4) -> Kernel:
     """A kernel from the compiler's `final_bundles` and `static-per-bundle-utilization` dumps.
+
+    Args:
+        name: of the kernel.
+        bundles, utilization: the dumps' texts.
+        delay_slots: bundles after a branch that are executed whether or not it is taken.
 
     Raises:
         ValueError: the texts do not look as described above, or do not belong together.
@@ -87,9 +90,11 @@ def parse_kernel(name: str, bundles: str, utilization: str) -> Kernel:
     for at, line in enumerate(lines):
         for _, region in _BRANCH.findall(line):
             target = places.get(int(region))
+            if target is None and "exit bundle" in lines[-1] and not _IN_LOOP.match(line):
+                target = len(lines) - 1  # the program's end has no mark of its own
             if target is None:
                 raise ValueError(f"{name}: the branch at bundle {at} leads to no region {region}")
-            after = min(at + 1 + DELAY_SLOTS, len(lines))
+            after = min(at + 1 + delay_slots, len(lines))
             if target <= at:
                 spans.append((target, after, "loop"))
             elif target > after:

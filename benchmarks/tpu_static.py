@@ -1,89 +1,53 @@
-"""Static cycles of windowed attention with sinks on TPUs that are not there: what libtpu compiles.
+"""Static cycles of our TPU kernels and of their peers on TPUs that are not there.
 
-    python benchmarks/tpu_static.py          v5e and v6e, 131,072 tokens, windows 2,048 and 4,096
-    python benchmarks/tpu_static.py --generations v6e --windows 1024 --blocks 512,512 1024,512
+    python benchmarks/tpu_static.py          v5e and v6e, 131,072 tokens, 128 sinks, windows 2,048
+                                             and 4,096 and full attention, forward and backward
+    python benchmarks/tpu_static.py --generations v4 v5p tpu7x --windows 2048 --kernels forward
+    python benchmarks/tpu_static.py --kernels decode
+    python benchmarks/tpu_static.py --tiles block_q=512,block_kv=256      beside the library's own
 
-Each kernel is compiled ahead of time for the generation, in a process of its own; its bundles are
-counted by `static_cycles.py` and multiplied by how often the mask makes each part run. These are
-static cycles, not run on a TPU: good for comparing kernels, not for quoting seconds. Needs
-requirements/libtpu.txt.
+Each program is compiled ahead of time for the generation, in a process of its own. Bundles, about a
+cycle each, are multiplied by how often the mask makes each part of a kernel run. The peers are
+JAX's Splash attention and, where it is installed, tokamax's, given the same mask, each at the best
+of the block sizes tried. These are static cycles, not run on a TPU: good for comparing kernels, not
+for quoting seconds. Needs requirements/libtpu.txt.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import pathlib
-import subprocess
 import sys
-import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from attention_case import Case
 from machine import version
-from static_cycles import Kernel, parse_kernel
+from tpu_compile import GENERATIONS, ROOT, CompilationError, compiled
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
-FLOPS_PER_CYCLE = {"v5e": 131072, "v6e": 262144}
-"""Of the matrix units of one core: four of 128 x 128, on v6e two of 256 x 256."""
-BLOCKS = ((512, 512), (512, 1024), (1024, 512), (1024, 1024), (256, 512))
+OURS, SPLASH, TOKAMAX = "swaa_jax", "jax Splash", "tokamax Splash"
+FORWARD, BACKWARD, DECODE = "forward", "forward+backward", "decode"
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """One attention forward pass: N query heads on K key/value heads of size H, one row of T."""
-
-    tokens: int
-    window: int | None
-    sinks: int
-    heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
-
-    def visible(self, query: int) -> int:
-        """Keys that a query sees."""
-        seen = query + 1
-        return seen if self.window is None else min(seen, max(self.window, 0) + self._sinks(query))
-
-    def _sinks(self, query: int) -> int:
-        """Sinks that lie outside the query's window."""
-        assert self.window is not None
-        return min(self.sinks, max(query + 1 - self.window, 0))
-
-    @property
-    def pairs(self) -> int:
-        """Visible (query, key) pairs of one head."""
-        return sum(self.visible(query) for query in range(self.tokens))
-
-    def key_blocks(self, first: int, rows: int, block_kv: int) -> int:
-        """Blocks of keys that the queries `first` ... `first + rows - 1` need between them."""
-        last = min(first + rows, self.tokens) - 1
-        causal = set(range(last // block_kv + 1))
-        if self.window is None:
-            return len(causal)
-        start = max(first - self.window + 1, 0) // block_kv
-        sinks = set(range(-(-self.sinks // block_kv)))
-        return len({b for b in causal if b >= start} | (sinks & causal))
+Row = dict[str, Any]
 
 
 def main() -> None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is for the compiling processes
+    sys.path.insert(0, str(ROOT))
+    from tpu_static_report import line, plot, print_table
+
     arguments = parse_arguments()
-    if arguments.compile:
-        compile_splash(json.loads(arguments.compile))
-        return
-    rows = []
-    for generation in arguments.generations:
-        for tokens in arguments.lengths:
-            for window in arguments.windows:
-                case = Case(tokens=tokens, window=window or None, sinks=arguments.sinks)
-                for block_q, block_kv in arguments.blocks:
-                    row = splash(generation, case, block_q, block_kv)
-                    rows.append(row)
-                    print(line(row), flush=True)
+    rows: list[Row] = []
+    for row in measured(arguments):
+        add_ratio(row, rows)
+        rows.append(row)
+        print(line(row), flush=True)
+    print_table(rows)
     result = {
-        "command": " ".join(["python", "benchmarks/tpu_static.py", *sys.argv[1:]]),
+        "command": command(sys.argv[1:]),
         "what": "static cycles from the TPU compiler's bundles, not run on a TPU",
-        "versions": {name: version(name) for name in ("jax", "libtpu")},
+        "versions": {name: version(name) for name in ("jax", "jaxlib", "libtpu", "tokamax")},
         "rows": rows,
     }
     path = pathlib.Path(arguments.output)
@@ -93,224 +57,220 @@ def main() -> None:
     print(f"{path}\n{path.with_suffix('.png')}")
 
 
+def command(words: Sequence[str]) -> str:
+    """What to type for these figures again; where they were written is no part of it."""
+    kept = [
+        word
+        for before, word in zip(["", *words], words, strict=False)
+        if before != "--output" and word != "--output"
+    ]
+    return " ".join(["python", "benchmarks/tpu_static.py", *kept])
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--generations", nargs="+", default=["v5e", "v6e"], choices=TOPOLOGIES)
+    parser.add_argument("--generations", nargs="+", default=["v5e", "v6e"], choices=GENERATIONS)
     parser.add_argument("--lengths", nargs="+", type=int, default=[131072], help="tokens")
     parser.add_argument(
-        "--windows", nargs="+", type=int, default=[2048, 4096], help="0: full causal attention"
+        "--windows", nargs="+", type=int, default=[2048, 4096, 0], help="0: full causal attention"
     )
     parser.add_argument("--sinks", type=int, default=128)
+    parser.add_argument(
+        "--kernels",
+        nargs="+",
+        default=["forward", "backward"],
+        choices=["forward", "backward", "decode"],
+        help="backward: the gradients' kernels, and their sum with a forward pass",
+    )
+    parser.add_argument(
+        "--tiles",
+        nargs="+",
+        type=parse_tiles,
+        default=[],
+        metavar="NAME=N,...",
+        help="tiles of our kernels, beside those of the library's table",
+    )
     parser.add_argument(
         "--blocks",
         nargs="+",
         type=lambda text: tuple(int(n) for n in text.split(",")),
-        default=list(BLOCKS),
-        metavar="Q,KV",
-        help="block sizes to try; the best one counts",
+        metavar="Q,KV,COMPUTE",
+        help="the peers' block sizes for every kernel, in place of a search",
     )
+    parser.add_argument("--peers", nargs="*", default=["splash", "tokamax"])
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile at a time")
     parser.add_argument("--output", default=ROOT / "benchmarks" / "results" / "tpu_static.json")
-    parser.add_argument("--compile", help=argparse.SUPPRESS)  # the process that loads libtpu
     return parser.parse_args()
 
 
-def splash(generation: str, case: Case, block_q: int, block_kv: int) -> dict[str, Any]:
-    """JAX's Splash attention, with the mask as a function that the kernel computes."""
-    kernel = compiled(
-        {
-            "generation": generation,
-            # A part of the row is enough: the kernel's parts do not depend on its length.
-            "tokens": min(case.tokens, 4 * max(block_q, block_kv, case.window or 0)),
-            "window": case.window,
-            "sinks": case.sinks,
-            "group": case.heads // case.kv_heads,
-            "head_dim": case.head_dim,
-            "block_q": block_q,
-            "block_kv": block_kv,
-        }
-    )
-    blocks_of_q = range(0, case.tokens, block_q)
-    visited = [case.key_blocks(first, block_q, block_kv) for first in blocks_of_q]
-    rows = len(visited) * case.heads
-    # The grid is as wide as its longest row; a step beyond a row's end computes nothing.
-    steps = rows * max(visited)
-    parts = splash_parts(kernel)
-    executions = [0] * len(kernel.blocks)
-    times = {
-        "program": case.kv_heads,
-        "loop": steps + 2 * case.kv_heads,  # the pipeline runs two steps longer
-        "step": steps,
-        "init": rows,
-        "body": sum(visited) * case.heads,
-        "end": rows,
-    }
-    for index, part in enumerate(parts):
-        executions[index] = times[part]
-    cycles = kernel.cycles(executions)
-    ideal = 4 * case.head_dim * case.pairs * case.heads / FLOPS_PER_CYCLE[generation]
-    body = kernel.blocks[parts.index("body")]
-    return {
-        "kernel": "splash",
+def parse_tiles(text: str) -> dict[str, int]:
+    """`block_q=256,block_kv=512`."""
+    return {name: int(n) for name, _, n in (field.partition("=") for field in text.split(","))}
+
+
+def measured(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Rows of figures as they come; ours before the peers that they are compared with."""
+    import tokamax_cycles
+
+    passes = [FORWARD] if "forward" in arguments.kernels else []
+    passes += [BACKWARD] if "backward" in arguments.kernels else []
+    absent = tokamax_cycles.why_absent()
+    if "tokamax" in arguments.peers and absent is not None and passes:
+        print(f"{TOKAMAX} is left out: {absent}", flush=True)
+    for generation in arguments.generations:
+        for tokens in arguments.lengths:
+            for window in arguments.windows:
+                case = Case(tokens=tokens, window=window or None, sinks=arguments.sinks)
+                if passes:
+                    yield from ours(generation, case, passes, [None, *arguments.tiles])
+                if passes and "splash" in arguments.peers:
+                    yield from splash(generation, case, passes, arguments)
+                if FORWARD in passes and "tokamax" in arguments.peers and absent is None:
+                    yield from tokamax(generation, case, arguments)
+                if DECODE in arguments.kernels:
+                    yield decode(generation, case)
+
+
+def ours(
+    generation: str, case: Case, passes: Sequence[str], tiles: Sequence[Mapping[str, int] | None]
+) -> Iterator[Row]:
+    """This library's kernels."""
+    import swaa_cycles
+
+    for given in tiles:
+        settings = swaa_cycles.settings_of(
+            generation, case, backward=BACKWARD in passes, tiles=given
+        )
+        kernels = swaa_cycles.rows(compiled("swaa_cycles:lower", settings), settings)
+        for name in passes:
+            parts = (
+                kernels if name == BACKWARD else {swaa_cycles.FORWARD: kernels[swaa_cycles.FORWARD]}
+            )
+            yield entry(OURS, name, generation, case, parts, tiles=given)
+
+
+def splash(
+    generation: str, case: Case, passes: Sequence[str], arguments: argparse.Namespace
+) -> Iterator[Row]:
+    """JAX's Splash at its best block sizes; forward without residuals where that is all."""
+    import splash_cycles
+
+    given = arguments.blocks
+    settings = splash_cycles.forward_candidates(generation, case, given)
+    tried = search("splash_cycles:lower", settings, splash_cycles.rows, arguments.jobs)
+    forward = best(tried, splash_cycles.FORWARD)
+    if FORWARD in passes:
+        yield entry(
+            SPLASH, FORWARD, generation, case, {splash_cycles.FORWARD: forward}, tried=tried
+        )
+    if BACKWARD in passes:
+        settings = splash_cycles.gradient_candidates(generation, case, forward["blocks"], given)
+        tried = search("splash_cycles:lower", settings, splash_cycles.rows, arguments.jobs)
+        names = (splash_cycles.FORWARD, splash_cycles.DQ, splash_cycles.DKV)
+        parts = {name: best(tried, name) for name in names}
+        yield entry(SPLASH, BACKWARD, generation, case, parts, tried=tried)
+
+
+def tokamax(generation: str, case: Case, arguments: argparse.Namespace) -> Iterator[Row]:
+    """Splash of tokamax, forward, at its best block sizes."""
+    import tokamax_cycles
+
+    settings = tokamax_cycles.candidates(generation, case, arguments.blocks)
+    tried = search("tokamax_cycles:lower", settings, tokamax_cycles.rows, arguments.jobs)
+    name = tokamax_cycles.FORWARD
+    yield entry(TOKAMAX, FORWARD, generation, case, {name: best(tried, name)}, tried=tried)
+
+
+def decode(generation: str, case: Case) -> Row:
+    """This library's decode kernel, one token."""
+    import decode_cycles
+
+    settings = decode_cycles.settings_of(generation, case)
+    kernel = compiled("decode_cycles:lower", settings)[decode_cycles.KERNEL]
+    parts = {decode_cycles.KERNEL: decode_cycles.row(kernel, settings)}
+    return entry(OURS, DECODE, generation, case, parts)
+
+
+def search(
+    builder: str,
+    candidates: Sequence[Mapping[str, Any]],
+    rows: Callable[[Any, Mapping[str, Any]], dict[str, Row]],
+    jobs: int,
+) -> list[dict[str, Row]]:
+    """Figures of the kernels of every candidate that compiles."""
+
+    def one(settings: Mapping[str, Any]) -> dict[str, Row]:
+        try:
+            return rows(compiled(builder, settings), settings)
+        except CompilationError as error:
+            print(f"  left out: {settings['blocks']}: {error.reason()}", flush=True)
+            return {}
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(one, candidates))
+
+
+def best(tried: Sequence[Mapping[str, Row]], name: str) -> Row:
+    """The kernel of fewest cycles."""
+    return min((kernels[name] for kernels in tried if name in kernels), key=lambda r: r["cycles"])
+
+
+def entry(
+    kernel: str,
+    what: str,
+    generation: str,
+    case: Case,
+    kernels: Mapping[str, Row],
+    *,
+    tiles: Mapping[str, int] | None = None,
+    tried: Sequence[Mapping[str, Row]] = (),
+) -> Row:
+    """A row of the results: one pass of one implementation."""
+    cycles = sum(part["cycles"] for part in kernels.values())
+    row = {
+        "kernel": kernel,
+        "pass": what,
         "generation": generation,
         "tokens": case.tokens,
         "window": case.window,
         "sinks": case.sinks,
-        "blocks": [block_q, block_kv],
-        "visited": sum(visited),
-        "needed": case.pairs / (block_q * block_kv),
-        "bundles": {
-            part: sum(b.own for b, p in zip(kernel.blocks, parts, strict=True) if p == part)
-            for part in dict.fromkeys(parts)
-        },
-        "body_use": {
-            unit: round(used / kernel.capacity[unit] / body.own, 3)
-            for unit, used in body.units.items()
-        },
         "cycles": cycles,
-        "ideal_cycles": round(ideal),
-        "over_ideal": round(cycles / ideal, 3),
+        "kernels": dict(kernels),
+        "tried": [
+            {"kernel": name, "blocks": part["blocks"], "cycles": part["cycles"]}
+            for parts in tried
+            for name, part in parts.items()
+        ],
     }
-
-
-def splash_parts(kernel: Kernel) -> list[str]:
-    """What each block of Splash's kernel is: its steps hold init, body (products) and end.
-
-    Raises:
-        ValueError: the compiler made another program of it.
-    """
-    kinds = [(block.kind, block.parent) for block in kernel.blocks]
-    expected = [("program", None), ("loop", 0), ("branch", 1)] + [("branch", 2)] * 3
-    products = [index for index, block in enumerate(kernel.blocks) if block.units["MXU"]]
-    if kinds != expected or products != [4]:
-        raise ValueError(
-            f"Splash: expected a loop over steps of init, body and end, got {kinds}, "
-            f"products in {products}"
+    if tiles is not None:
+        row["tiles"] = dict(tiles)
+    if what != DECODE:
+        pairs = case.pairs * case.heads
+        ideal = case.ideal_cycles(
+            GENERATIONS[generation].flops_per_cycle, backward=what == BACKWARD
         )
-    return ["program", "loop", "step", "init", "body", "end"]
-
-
-def compiled(settings: dict[str, Any]) -> Kernel:
-    """The kernel that a process of its own compiled with these settings."""
-    with tempfile.TemporaryDirectory() as directory:
-        environment = {
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true "
-            "--xla_jf_dump_llo_pass_label_regex=.*final.*",
+        row |= {
+            "visible_pairs": pairs,
+            "cycles_per_1000_pairs": round(1000 * cycles / pairs, 3),
+            "limit_per_1000_pairs": round(1000 * ideal / pairs, 3),
+            "over_limit": round(cycles / ideal, 3),
         }
-        done = subprocess.run(
-            [sys.executable, __file__, "--compile", json.dumps(settings)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            sys.exit(f"compiling {settings} failed:\n{done.stderr[-3000:]}")
-        (bundles,) = pathlib.Path(directory).glob("*splash*-final_bundles.txt")
-        prefix = bundles.name.split("-")[0]
-        (use,) = (
-            path
-            for path in pathlib.Path(directory).glob(f"{prefix}-*-per-bundle-utilization.txt")
-            if "splash" in path.name
-        )
-        return parse_kernel("splash", bundles.read_text(), use.read_text())
+    return row
 
 
-def compile_splash(settings: dict[str, Any]) -> None:
-    import jax
-    import jax.numpy as jnp
-    from jax.experimental import topologies
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel,
-        splash_attention_mask,
-    )
-
-    window, sinks, tokens = settings["window"], settings["sinks"], settings["tokens"]
-
-    class WindowAndSinks(splash_attention_mask._ComputableMask):
-        def __init__(self) -> None:
-            super().__init__(shape=(tokens, tokens), mask_function=self.visible, shard_count=1)
-
-        @staticmethod
-        def visible(q: Any, k: Any) -> Any:
-            causal = k <= q
-            return causal if window is None else causal & ((q - k < window) | (k < sinks))
-
-        def __eq__(self, other: object) -> bool:
-            return isinstance(other, WindowAndSinks)
-
-        def __hash__(self) -> int:
-            return hash((window, sinks, tokens))
-
-    mask = splash_attention_mask.MultiHeadMask([WindowAndSinks()] * settings["group"])
-    sizes = splash_attention_kernel.BlockSizes(
-        block_q=settings["block_q"],
-        block_kv=settings["block_kv"],
-        block_kv_compute=settings["block_kv"],
-    )
-    kernel = splash_attention_kernel.make_splash_mqa_single_device(mask, block_sizes=sizes)
-    topology = topologies.get_topology_desc(
-        platform="tpu", topology_name=TOPOLOGIES[settings["generation"]]
-    )
-    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    q, k = (
-        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
-        for shape in (
-            (settings["group"], tokens, settings["head_dim"]),
-            (tokens, settings["head_dim"]),
-        )
-    )
-    jax.jit(lambda q, k, v: kernel(q, k, v)).lower(q, k, k).compile()
-
-
-def line(row: dict[str, Any]) -> str:
-    """A row for people."""
-    use = row["body_use"]
-    return (
-        f"{row['generation']:4} {row['kernel']} {row['tokens']:7,} tokens  "
-        f"window {row['window'] or 'full'!s:>5} + {row['sinks']}  blocks "
-        f"{row['blocks'][0]:4} x {row['blocks'][1]:4}  {row['over_ideal']:5.2f} x ideal  "
-        f"body {row['bundles']['body']:5,} bundles, MXU {use['MXU']:4.0%}, "
-        f"VALU {use['VALU']:4.0%}, spills {use['VSTORE:SPILL']:4.0%}"
-    )
-
-
-def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Cycles over the ideal, by block sizes; a panel a generation, length and window."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    down = list(dict.fromkeys(r["generation"] for r in rows))
-    across = list(dict.fromkeys((r["tokens"], r["window"]) for r in rows))
-    size = (3.4 * len(across) + 0.8, 2.2 * len(down) + 0.6)
-    figure, axes = pyplot.subplots(
-        len(down), len(across), figsize=size, sharex="row", sharey=True, squeeze=False
-    )
-    for generation, panels in zip(down, axes, strict=True):
-        for (tokens, window), axis in zip(across, panels, strict=True):
-            shown = [
-                r
-                for r in rows
-                if (r["generation"], r["tokens"], r["window"]) == (generation, tokens, window)
-            ]
-            names = [f"{r['kernel']} {r['blocks'][0]} x {r['blocks'][1]}" for r in shown]
-            bars = axis.barh(names, [r["over_ideal"] for r in shown], color="#0072b2")
-            axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
-            axis.margins(x=0.15)
-            title = f"{generation}, {tokens:,} tokens, window {window or 'full'}"
-            axis.set_title(title, fontsize=9)
-            axis.axvline(1, color="black", linewidth=0.8)
-            axis.tick_params(labelsize=7)
-    figure.supxlabel("static cycles (not run on a TPU) over the matrix units' limit", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+def add_ratio(row: Row, before: Sequence[Row]) -> None:
+    """To a peer's row: cycles of ours (with the table's tiles) over the peer's."""
+    same = ("pass", "generation", "tokens", "window", "sinks")
+    for other in before:
+        if (
+            row["kernel"] != OURS
+            and other["kernel"] == OURS
+            and "tiles" not in other
+            and all(other[name] == row[name] for name in same)
+        ):
+            row["ours_over_this"] = round(other["cycles"] / row["cycles"], 3)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ which mesh axes each name is split. An axis that its mesh axes do not divide is 
 | mlp | tensor | the feed-forward width F |
 | experts | expert | the experts of a mixture-of-experts layer |
 | router | none | the router's scores, one an expert |
+| lora_rank | none | the rank r of a LoRA adapter's factors |
 | norm | none | norm scales and head-wide vectors |
 """
 
@@ -23,6 +24,8 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from kernels_pallas import Target
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
 
@@ -35,6 +38,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "experts": ("expert",),
     "router": (),
+    "lora_rank": (),
     "norm": (),
 }
 
@@ -82,6 +86,11 @@ def resolve_mesh(mesh: Mesh | str | None) -> Mesh | None:
             "swaa_jax.sharding.make_mesh(fsdp=4, tensor=2) builds one"
         )
     return mesh
+
+
+def target_of(mesh: Mesh | None) -> Target | None:
+    """What programs on the mesh are compiled for; None: this process's first device."""
+    return None if mesh is None else Target.of(mesh.devices.flat[0])
 
 
 def spec_for(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:

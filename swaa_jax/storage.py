@@ -204,14 +204,19 @@ def sha256(path: epath.PathLike) -> str:
 
 def write_text_atomic(path: epath.PathLike, text: str) -> None:
     """Writes `text` (UTF-8) to `path`; a reader sees the old file or the new one, never a part."""
+    write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def write_bytes_atomic(path: epath.PathLike, data: bytes) -> None:
+    """Writes `data` to `path`; a reader sees the old file or the new one, never a part."""
     path = epath.Path(path)
     if not is_local(path):  # an object store's put is atomic
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(data)
         return
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.backends import get_backend
+from kernels_pallas.backends import Target, get_backend
 from kernels_pallas.grouped_matmul import megablox as _megablox  # noqa: F401  (registers itself)
 from kernels_pallas.grouped_matmul import ragged_dot as _ragged_dot  # noqa: F401
 from kernels_pallas.grouped_matmul import reference as _reference  # noqa: F401
@@ -17,7 +17,7 @@ def grouped_matmul(
     *,
     rows_per_group: int | None = None,
     backend: str = "auto",
-    platform: str | None = None,
+    target: Target | None = None,
 ) -> Float[Array, "M F"]:
     """Each group of rows times its own matrix.
 
@@ -33,14 +33,15 @@ def grouped_matmul(
         chosen by it. Give it where many rows are of no group.
       backend: ``"auto"``, or one of ``available_backends("grouped_matmul")``. ``auto`` never takes
         ``ragged_dot``: with some compilers it multiplies every row by every group's matrix.
-      platform: where the program will run ("cpu", "gpu" or "tpu"), if not on this process's
-        default device: a mesh's, or a topology's that is compiled for and not attached.
+      target: what the program is compiled for, if not this process's first device: a mesh's
+        device, or a topology's that is not attached. ``auto`` follows it.
 
     Returns:
       The products in x's dtype, summed in float32. Differentiable in x and w, in reverse mode.
 
     Raises:
       ValueError: a shape or dtype does not fit, or the backend is unknown.
+      NotImplementedError: the named backend does not run on this platform.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -51,7 +52,7 @@ def grouped_matmul(
     if rows_per_group is None:
         rows_per_group = x.shape[0] // max(group_sizes.shape[0], 1)
     arguments = GroupedMatmulArguments(
-        x=x, w=w, group_sizes=group_sizes, rows_per_group=rows_per_group
+        x=x, w=w, group_sizes=group_sizes, rows_per_group=rows_per_group, target=target
     )
     validate(arguments)
-    return get_backend("grouped_matmul", backend, platform=platform)(arguments)
+    return get_backend("grouped_matmul", backend, arguments=arguments)(arguments)

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.backends import Target
+
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -17,6 +19,7 @@ class GroupedMatmulArguments:
     w: Float[Array, "E D F"]
     group_sizes: Int[Array, " E"]
     rows_per_group: int
+    target: Target | None = None
 
 
 def validate(arguments: GroupedMatmulArguments) -> None:

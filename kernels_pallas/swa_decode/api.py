@@ -4,7 +4,7 @@ import math
 
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels_pallas.backends import get_backend
+from kernels_pallas.backends import Target, get_backend
 from kernels_pallas.mask import IntOrPerRow
 from kernels_pallas.swa_decode import pallas_tpu as _pallas_tpu  # noqa: F401  (registers itself)
 from kernels_pallas.swa_decode import reference as _reference  # noqa: F401  (registers itself)
@@ -28,6 +28,7 @@ def swa_decode(
     scale: float | None = None,
     softcap: float | None = None,
     backend: str = "auto",
+    target: Target | None = None,
 ) -> Float[Array, "B n N H"]:
     """Attention of n new tokens a row to a cache and to themselves.
 
@@ -53,13 +54,15 @@ def swa_decode(
       scale: factor on ``q.k``; None: ``1 / sqrt(H)``.
       softcap: None: no cap.
       backend: ``"auto"``, or one of ``kernels_pallas.available_backends("swa_decode")``.
+      target: what the program is compiled for, if not this process's first device: a mesh's
+        device, or a topology's that is not attached. ``auto`` and block sizes follow it.
 
     Returns:
       Output in q's dtype; a row that sees nothing returns zeros.
 
     Raises:
       ValueError: a shape, dtype or value does not fit, or the backend is unknown.
-      NotImplementedError: the named backend cannot express this case.
+      NotImplementedError: the named backend cannot express this case, or not on this platform.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -84,6 +87,7 @@ def swa_decode(
         q_full=q_full,
         scale=1.0 / math.sqrt(q.shape[-1]) if scale is None else scale,
         softcap=softcap,
+        target=target,
     )
     validate_decode(arguments)
     return get_backend("swa_decode", backend, arguments=arguments)(arguments)

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels_pallas.backends import Target
 from kernels_pallas.mask import IntOrPerRow, per_row, visible
 from kernels_pallas.swa_prefill.arguments import check_array, check_qkv, check_softcap
 
@@ -25,6 +26,7 @@ class DecodeArguments:
     q_full: Bool[Array, "B n"] | None
     scale: float
     softcap: float | None
+    target: Target | None = None
 
     def mask(self, k_positions: Int[Array, "B S"]) -> Bool[Array, "B n S"]:
         """:func:`visible` of every query against keys at ``k_positions``; -1 is never seen."""

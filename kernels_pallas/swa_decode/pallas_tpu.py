@@ -1,8 +1,9 @@
 """The ``pallas_tpu`` backend of decoding: what it takes, its blocks, its work list, the final sum.
 
-The cache is read where it lies (for H a multiple of 128, see ``copies_cache``). ``[B, S, K, H]``
-seen as ``[B, S * K, H]`` is the same bytes, so a block of slots is one matrix with the KV heads of
-a slot in rows that follow one another::
+The cache is read where it lies, in the layout that XLA gives it, see ``has_slots_in_lanes``.
+
+With H a multiple of 128, ``[B, S, K, H]`` seen as ``[B, S * K, H]`` is the same bytes, so a block
+of slots is one matrix with the KV heads of a slot in rows that follow one another::
 
     slot        0            1            2              K = 4 KV heads
     row      0 1 2 3      4 5 6 7      8 9 10 11         KV head = row % K
@@ -16,18 +17,24 @@ other KV heads::
     query head 1          x . . .  x . . .      K times the products that count, yet decoding waits
     query head 2          . x . .  . x . .      for the cache to arrive: a block is loaded once, for
        ...                                      all heads and all new tokens.
+
+With any other H, slots lie along lanes, and a column holds the keys of all KV heads. Queries are
+zero where other heads than their own have their part, so that again one product does for all::
+
+    query head 0   [ q q q . . . . . . . . . ]             slot 0   1   2
+    query head 1   [ q q q . . . . . . . . . ]   head 0  [  k   k   k
+    query head 2   [ . . . q q q . . . . . . ]    ...       .   .   .
+       ...                                       head 3     k   k   k  ]
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.backends import register_backend
+from kernels_pallas.backends import Target, register_backend
 from kernels_pallas.mask import per_row
 from kernels_pallas.swa_decode.arguments import DecodeArguments
 
@@ -38,6 +45,7 @@ NEVER = jnp.iinfo(jnp.int32).max
 _HEAD_DIMS = (64, 80, 96, 128, 256)
 _LANES = 128
 _WORK_LIST_BYTES = 512 << 10  # of the 1 MiB of scalar memory
+_VECTOR_BYTES = 14 << 20  # of the 16 MiB that a kernel has on v4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,14 +76,34 @@ _LIMITS = {"TPU v4": _TWO_CORES, "TPU v5": _TWO_CORES, "TPU v5p": _TWO_CORES}
 
 def choose_blocks(arguments: DecodeArguments) -> DecodeBlocks:
     """Blocks as large as the limits of the chip allow, whole lanes of 128 rows."""
-    num_slots, num_kv_heads, head_dim = arguments.cache_k.shape[1:]
-    limits = _limits()
-    row_bytes = _round_up(head_dim, _LANES) * arguments.q.dtype.itemsize
-    num_rows = min(limits.key_bytes // row_bytes, limits.scores // _num_query_rows(arguments))
+    num_slots = arguments.cache_k.shape[1]
+    limits = limits_of((arguments.target or Target.here()).device_kind)
+    keys_of_a_slot, width = _key_shape(arguments)
+    key_bytes = width * arguments.q.dtype.itemsize
+    num_keys = min(limits.key_bytes // key_bytes, limits.scores // _num_query_rows(arguments))
     # A block is whole in slots and in lanes, and never longer than the cache.
-    step = _LANES // math.gcd(_LANES, num_kv_heads)
-    slots = min(num_rows // num_kv_heads, num_slots) // step * step
+    step = _LANES // math.gcd(_LANES, keys_of_a_slot)
+    slots = min(num_keys // keys_of_a_slot, num_slots) // step * step
     return DecodeBlocks(slots=max(slots, step), splits=limits.splits)
+
+
+def has_slots_in_lanes(arguments: DecodeArguments) -> bool:
+    """How XLA lays out a cache ``[B, S, K, H]``: it pads no lanes where it can help it.
+
+    ::
+
+        H = 128    [B, S, K, H]    read as [B, S * K, H]: a key of one KV head in a row
+        H = 96     [B, K, H, S]    read as [B, K * H, S]: a key of all KV heads in a column
+    """
+    return arguments.q.shape[3] % _LANES != 0
+
+
+def _key_shape(arguments: DecodeArguments) -> tuple[int, int]:
+    """How many keys the kernel sees in a slot, and how long each is."""
+    num_kv_heads, head_dim = arguments.cache_k.shape[2:]
+    return (
+        (1, num_kv_heads * head_dim) if has_slots_in_lanes(arguments) else (num_kv_heads, head_dim)
+    )
 
 
 def refusal(arguments: DecodeArguments) -> str | None:
@@ -94,6 +122,13 @@ def refusal(arguments: DecodeArguments) -> str | None:
             "the scale) or use backend 'xla'"
         )
     blocks = choose_blocks(arguments)
+    vector_bytes = _vector_bytes(arguments, blocks)
+    if vector_bytes > _VECTOR_BYTES:
+        return (
+            f"q: expected {num_new} new tokens and a block of the cache within "
+            f"{_VECTOR_BYTES >> 20} MiB of vector memory, got {vector_bytes / 2**20:.1f}; pass "
+            "fewer tokens at a time or use backend 'xla'"
+        )
     num_blocks = -(-arguments.cache_k.shape[1] // blocks.slots)
     if 4 * num_batch * num_blocks > _WORK_LIST_BYTES:
         return (
@@ -103,26 +138,35 @@ def refusal(arguments: DecodeArguments) -> str | None:
     return None
 
 
+def _vector_bytes(arguments: DecodeArguments, blocks: DecodeBlocks) -> int:
+    """Of queries, keys and values, each there twice, and of the running sum."""
+    num_new, item_bytes = arguments.q.shape[1], arguments.q.dtype.itemsize
+    keys_of_a_slot, width = _key_shape(arguments)
+    num_keys = blocks.slots * keys_of_a_slot + _round_up(num_new * keys_of_a_slot, _LANES)
+    num_rows = _num_query_rows(arguments)
+    return width * (num_rows * (2 * item_bytes + 4) + 4 * num_keys * item_bytes)
+
+
 def reasons_against(arguments: DecodeArguments) -> tuple[str, ...]:
     """Why ``auto`` takes another backend: the case is refused, or its cache would be copied."""
     refused = refusal(arguments)
     if refused is not None:
         return (refused,)
     if copies_cache(arguments):
-        head_dim = arguments.q.shape[3]
-        return (f"the cache, of head dim {head_dim}, would be copied at each call",)
+        num_kv_heads = arguments.cache_k.shape[2]
+        return (f"the cache, of {num_kv_heads} KV heads, would be copied at each call",)
     return ()
 
 
 def copies_cache(arguments: DecodeArguments) -> bool:
-    """XLA pads no lanes where it can help it.
+    """XLA pads no sublanes either: with K = 10 it lays the cache out as ``[B, K, S, H]``.
 
-    ::
-
-        H = 128    [B, S, K, H] as it is read here
-        H = 96     [B, K, H, S] in memory, which is copied into [B, S, K, H] before the kernel
+    It is copied into ``[B, S, K, H]`` before the kernel, unless K fills tiles of 8 rows or is a
+    power of two.
     """
-    return arguments.q.shape[3] % _LANES != 0
+    num_kv_heads = arguments.cache_k.shape[2]
+    fills_tiles = num_kv_heads in (1, 2, 4) or num_kv_heads % 8 == 0
+    return not (has_slots_in_lanes(arguments) or fills_tiles)
 
 
 @register_backend("swa_decode", "pallas_tpu", limits=reasons_against)
@@ -150,7 +194,6 @@ def decode_in_blocks(
 
     arguments = _at_least_a_block(arguments, blocks.slots)
     q = arguments.q
-    num_batch, num_new, num_heads, head_dim = q.shape
     num_slots, num_kv_heads = arguments.cache_k.shape[1:3]
     num_blocks = -(-num_slots // blocks.slots)
     items, counts = work_list(arguments, blocks.slots)
@@ -159,9 +202,11 @@ def decode_in_blocks(
     positions_BS = jnp.where(positions_BS < 0, NEVER, positions_BS)
     positions_BS = jnp.pad(positions_BS, pad_slots, constant_values=NEVER)
 
-    q_rows = q.reshape(num_batch, num_new * num_heads, head_dim)
+    slots_in_lanes = has_slots_in_lanes(arguments)
+    q_rows = _query_rows(arguments, slots_in_lanes)
     pad_rows = ((0, 0), (0, _num_query_rows(arguments) - q_rows.shape[1]), (0, 0))
-    new_positions, new_k, new_v = _new_rows(arguments)
+    new_positions, new_k, new_v = _new_keys(arguments, slots_in_lanes)
+    keys_of_a_slot = 1 if slots_in_lanes else num_kv_heads
     out, lse = attend_to_blocks(
         items=items,
         counts=counts,
@@ -170,11 +215,12 @@ def decode_in_blocks(
         new_positions=new_positions,
         new_k=new_k,
         new_v=new_v,
-        positions=jnp.repeat(positions_BS, num_kv_heads, axis=1)[:, None],
-        k=arguments.cache_k.reshape(num_batch, num_slots * num_kv_heads, head_dim),
-        v=arguments.cache_v.reshape(num_batch, num_slots * num_kv_heads, head_dim),
+        positions=_for_each_key(positions_BS, keys_of_a_slot),
+        k=_keys(arguments.cache_k, slots_in_lanes),
+        v=_keys(arguments.cache_v, slots_in_lanes),
         num_kv_heads=num_kv_heads,
-        block_rows=blocks.slots * num_kv_heads,
+        block_keys=blocks.slots * keys_of_a_slot,
+        slots_in_lanes=slots_in_lanes,
         num_splits=blocks.splits,
         is_full=arguments.window is None,
         scale=arguments.scale,
@@ -231,9 +277,36 @@ def _row_rules(arguments: DecodeArguments) -> Int[Array, "B R 4"]:
     return jnp.stack(columns, axis=-1).reshape(num_batch, num_new * num_heads, 4)
 
 
-def _new_rows(
-    arguments: DecodeArguments,
-) -> tuple[Int[Array, "B 1 M"], Float[Array, "B M H"], Float[Array, "B M H"]]:
+def _for_each_key(positions_BS: Int[Array, "B S"], keys_of_a_slot: int) -> Int[Array, "B 1 P"]:
+    """Each slot's position once for each of its keys, in whole lanes: ``jnp.repeat``, on MXUs.
+
+    XLA repeats along lanes element by element: for 128k slots and 8 heads 268,000 cycles on v5e,
+    a quarter of what reading such a cache takes, and 40 seconds of compiling. A product with zeros
+    and ones takes 15,000 (both are the compiler's estimates). It is exact on halves of 16 bits::
+
+                       row  0 1 2 3 4 5 6 7
+                 slot 0   [ 1 1 1 1 . . . . ]
+        [ 7 9 ]  slot 1   [ . . . . 1 1 1 1 ]   =   [ 7 7 7 7 9 9 9 9 ]        K = 4
+    """
+    num_batch, num_slots = positions_BS.shape
+    if keys_of_a_slot == 1:
+        return positions_BS[:, None]
+    step = _LANES // math.gcd(_LANES, keys_of_a_slot)
+    groups_BSs = jnp.pad(positions_BS, ((0, 0), (0, -num_slots % step))).reshape(
+        num_batch, -1, step
+    )
+    row_of_slot = jnp.repeat(jnp.eye(step, dtype=jnp.float32), keys_of_a_slot, axis=1)
+    high, low = (
+        jnp.dot(half.astype(jnp.float32), row_of_slot, precision="highest").astype(jnp.int32)
+        for half in (groups_BSs >> 16, groups_BSs & 0xFFFF)
+    )
+    positions = ((high << 16) | low).reshape(num_batch, 1, -1)
+    return positions[:, :, : num_slots * keys_of_a_slot]
+
+
+def _new_keys(
+    arguments: DecodeArguments, slots_in_lanes: bool
+) -> tuple[Int[Array, "B 1 M"], Float[Array, "B _ _"], Float[Array, "B _ _"]]:
     """Positions, keys and values of the new tokens as one more block, in whole lanes.
 
     Without new tokens the block has nothing to see. They are only padded here: XLA would fuse more
@@ -241,19 +314,38 @@ def _new_rows(
     """
     num_batch, num_new, _, head_dim = arguments.q.shape
     num_kv_heads = arguments.cache_k.shape[2]
-    if arguments.new_k is None or arguments.new_v is None:
-        nothing = jnp.zeros((num_batch, _LANES, head_dim), arguments.q.dtype)
-        return jnp.full((num_batch, 1, _LANES), NEVER, jnp.int32), nothing, nothing
-    num_rows = num_new * num_kv_heads
-    pad = ((0, 0), (0, -num_rows % _LANES), (0, 0))
+    new_k, new_v, positions = arguments.new_k, arguments.new_v, arguments.q_positions
+    if new_k is None or new_v is None:
+        new_k = new_v = jnp.zeros((num_batch, num_new, num_kv_heads, head_dim), arguments.q.dtype)
+        positions = jnp.full_like(positions, -1)
+    keys_of_a_slot = 1 if slots_in_lanes else num_kv_heads
+    pad_keys = (0, -num_new * keys_of_a_slot % _LANES)
+    pad = ((0, 0), (0, 0), pad_keys) if slots_in_lanes else ((0, 0), pad_keys, (0, 0))
+    positions = jnp.where(positions < 0, NEVER, positions).astype(jnp.int32)
+    positions = jnp.repeat(positions, keys_of_a_slot, axis=1)[:, None]
+    positions = jnp.pad(positions, ((0, 0), (0, 0), pad_keys), constant_values=NEVER)
+    new_k, new_v = (jnp.pad(_keys(x, slots_in_lanes), pad) for x in (new_k, new_v))
+    return positions, new_k, new_v
 
-    def rows(x: Array) -> Array:
-        return jnp.pad(x.reshape(num_batch, num_rows, head_dim), pad)
 
-    positions = jnp.where(arguments.q_positions < 0, NEVER, arguments.q_positions)
-    positions = jnp.repeat(positions.astype(jnp.int32), num_kv_heads, axis=1)
-    positions = jnp.pad(positions, pad[:2], constant_values=NEVER)[:, None]
-    return positions, rows(arguments.new_k), rows(arguments.new_v)
+def _keys(x_BSKH: Float[Array, "B S K H"], slots_in_lanes: bool) -> Float[Array, "B _ _"]:
+    """``[B, S * K, H]``, or ``[B, K * H, S]``: whichever is the same bytes."""
+    num_batch, num_slots, num_kv_heads, head_dim = x_BSKH.shape
+    if slots_in_lanes:
+        return x_BSKH.transpose(0, 2, 3, 1).reshape(num_batch, num_kv_heads * head_dim, num_slots)
+    return x_BSKH.reshape(num_batch, num_slots * num_kv_heads, head_dim)
+
+
+def _query_rows(arguments: DecodeArguments, slots_in_lanes: bool) -> Float[Array, "B R W"]:
+    """Rows ``[token, head]`` as wide as a key; with slots in lanes, zero in other heads' parts."""
+    num_batch, num_new, num_heads, head_dim = arguments.q.shape
+    num_kv_heads = arguments.cache_k.shape[2]
+    q_rows = arguments.q.reshape(num_batch, num_new * num_heads, head_dim)
+    if not slots_in_lanes:
+        return q_rows
+    head_of_row = jnp.tile(jnp.arange(num_heads) // (num_heads // num_kv_heads), num_new)
+    is_own_RK1 = head_of_row[:, None, None] == jnp.arange(num_kv_heads)[:, None]
+    return jnp.where(is_own_RK1, q_rows[:, :, None], 0).reshape(*q_rows.shape[:2], -1)
 
 
 def _combine(out: Float[Array, "X B R H"], lse: Float[Array, "X B R 1"]) -> Float[Array, "B R H"]:
@@ -291,12 +383,6 @@ def _num_query_rows(arguments: DecodeArguments) -> int:
 
 def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
-
-
-@functools.cache
-def _limits() -> _Limits:
-    """Of this process's chip."""
-    return limits_of(jax.devices()[0].device_kind if jax.default_backend() == "tpu" else "")
 
 
 def limits_of(device_kind: str) -> _Limits:

@@ -23,15 +23,16 @@ def attend_to_blocks(
     items: Int[Array, " items"],
     counts: Int[Array, " B"],
     rules: Int[Array, "B R 4"],
-    q: Float[Array, "B R H"],
+    q: Float[Array, "B R W"],
     new_positions: Int[Array, "B 1 M"],
-    new_k: Float[Array, "B M H"],
-    new_v: Float[Array, "B M H"],
+    new_k: Float[Array, "B _ _"],
+    new_v: Float[Array, "B _ _"],
     positions: Int[Array, "B 1 P"],
-    k: Float[Array, "B C H"],
-    v: Float[Array, "B C H"],
+    k: Float[Array, "B _ _"],
+    v: Float[Array, "B _ _"],
     num_kv_heads: int,
-    block_rows: int,
+    block_keys: int,
+    slots_in_lanes: bool,
     num_splits: int,
     is_full: bool,
     scale: float,
@@ -52,13 +53,16 @@ def attend_to_blocks(
       items: ``2 * block + free``, see ``work_list``.
       counts: items of each row.
       rules: position, window, sinks and KV head of each query row.
-      q: query rows ``[token, head]``.
-      new_positions: of the new tokens' rows, which split 0 sees first.
-      new_k, new_v: their keys and values.
-      positions: of the rows of k and v, padded to whole blocks.
-      k, v: the cache, ``S * K`` rows; row ``r`` belongs to KV head ``r % K``.
+      q: query rows ``[token, head]`` of width W, that of a key.
+      new_positions: of the new tokens' keys, which split 0 sees first.
+      new_k, new_v: their keys and values, in k's layout.
+      positions: of the keys in k and v, padded to whole blocks.
+      k, v: the cache. Either a key of every KV head, ``[B, S * K, H]``, where key ``c`` belongs to
+        KV head ``c % K``; or ``slots_in_lanes``: a key of all KV heads, ``[B, K * H, S]``, and a
+        query row is zero where other heads than its own have their part.
       num_kv_heads: K.
-      block_rows: rows of k and v of a block, a multiple of K.
+      block_keys: keys of a block: ``slots * K``, or slots if they lie in lanes.
+      slots_in_lanes: which of the two.
       num_splits: X.
       is_full: the layer is full, whatever ``rules`` say.
       scale: factor on ``q.k``.
@@ -68,8 +72,9 @@ def attend_to_blocks(
     Returns:
       ``(out, lse)`` in float32, the log-sum-exp in base 2; out is 0 where a row sees nothing.
     """
-    num_batch, num_rows, head_dim = q.shape
-    num_blocks = positions.shape[2] // block_rows
+    num_batch, num_rows, width = q.shape
+    head_dim = width // num_kv_heads if slots_in_lanes else width
+    num_blocks = positions.shape[2] // block_keys
     num_steps = jnp.maximum(jnp.max(-(-counts // num_splits)), 1)
 
     def block_of(split: Any, b: Any, step: Any, items_ref: Any, counts_ref: Any) -> Any:
@@ -85,12 +90,17 @@ def attend_to_blocks(
     def of_lanes(split: Any, b: Any, step: Any, *prefetched: Any) -> Any:
         return b, 0, block_of(split, b, step, *prefetched)
 
-    new_rows = new_k.shape[1]
+    new_block = pl.BlockSpec((1, *new_k.shape[1:]), of_row)
+    if slots_in_lanes:
+        block = pl.BlockSpec((1, width, block_keys), of_lanes)
+    else:
+        block = pl.BlockSpec((1, block_keys, width), of_block)
     kernel = functools.partial(
         _kernel,
         num_kv_heads=num_kv_heads,
         num_blocks=num_blocks,
         num_splits=num_splits,
+        slots_in_lanes=slots_in_lanes,
         is_full=is_full,
         scale=scale,
         softcap=softcap,
@@ -102,13 +112,13 @@ def attend_to_blocks(
             grid=(num_splits, num_batch, num_steps),
             in_specs=[
                 pl.BlockSpec((1, num_rows, 4), of_row),
-                pl.BlockSpec((1, num_rows, head_dim), of_row),
-                pl.BlockSpec((1, 1, new_rows), of_row),
-                pl.BlockSpec((1, new_rows, head_dim), of_row),
-                pl.BlockSpec((1, new_rows, head_dim), of_row),
-                pl.BlockSpec((1, 1, block_rows), of_lanes),
-                pl.BlockSpec((1, block_rows, head_dim), of_block),
-                pl.BlockSpec((1, block_rows, head_dim), of_block),
+                pl.BlockSpec((1, num_rows, width), of_row),
+                pl.BlockSpec((1, 1, new_positions.shape[2]), of_row),
+                new_block,
+                new_block,
+                pl.BlockSpec((1, 1, block_keys), of_lanes),
+                block,
+                block,
             ],
             out_specs=[
                 pl.BlockSpec((1, 1, num_rows, head_dim), _of_split),
@@ -117,7 +127,7 @@ def attend_to_blocks(
             scratch_shapes=[
                 pltpu.VMEM((num_rows, 1), jnp.float32),
                 pltpu.VMEM((num_rows, 1), jnp.float32),
-                pltpu.VMEM((num_rows, head_dim), jnp.float32),
+                pltpu.VMEM((num_rows, width), jnp.float32),
             ],
         ),
         out_shape=[
@@ -152,24 +162,25 @@ def _kernel(
     counts_ref,  # [B] int32, scalar memory
     # in
     rules_ref,  # [1, R, 4] int32: position, window, sinks, KV head
-    q_ref,  # [1, R, H]
+    q_ref,  # [1, R, W], W = H, or K * H if slots lie in lanes
     new_positions_ref,  # [1, 1, M] int32
-    new_k_ref,  # [1, M, H]
-    new_v_ref,  # [1, M, H]
+    new_k_ref,  # [1, M, W], or [1, W, M]
+    new_v_ref,  # [1, M, W], or [1, W, M]
     positions_ref,  # [1, 1, C] int32
-    k_ref,  # [1, C, H]
-    v_ref,  # [1, C, H]
+    k_ref,  # [1, C, W], or [1, W, C]
+    v_ref,  # [1, C, W], or [1, W, C]
     # out
     out_ref,  # [1, 1, R, H] float32
     lse_ref,  # [1, 1, R, 1] float32, base 2
     # scratch
     largest_ref,  # [R, 1] float32: largest score so far, in base 2
     total_ref,  # [R, 1] float32: sum of 2^(score - largest)
-    sum_ref,  # [R, H] float32: sum of 2^(score - largest) * v
+    sum_ref,  # [R, W] float32: sum of 2^(score - largest) * v
     *,
     num_kv_heads: int,
     num_blocks: int,
     num_splits: int,
+    slots_in_lanes: bool,
     is_full: bool,
     scale: float,
     softcap: float | None,
@@ -179,35 +190,42 @@ def _kernel(
     is_free = (items_ref[b * num_blocks + at] & 1) == 1
 
     def same_head(num_keys):
-        """[R, num_keys]: the key row belongs to the query row's KV head."""
+        """[R, num_keys]: the key belongs to the query row's KV head. None: every key does."""
+        if slots_in_lanes or num_kv_heads == 1:
+            return None
         row_1C = lax.broadcasted_iota(jnp.int32, (1, num_keys), 1)
         return rules_ref[0, :, 3:4] == lax.rem(row_1C, jnp.int32(num_kv_heads))
 
     def seen_by(positions_1C):
         """[R, C]: same head, and the visibility formula."""
-        return same_head(positions_1C.shape[1]) & visible(
+        seen_RC = visible(
             rules_ref[0, :, 0:1],
             positions_1C,
             window=None if is_full else rules_ref[0, :, 1:2],
             num_sink_tokens=rules_ref[0, :, 2:3],
         )
+        same_RC = same_head(positions_1C.shape[1])
+        return seen_RC if same_RC is None else same_RC & seen_RC
 
-    def add(k_CH, v_CH, seen_RC):
+    def add(k, v, seen_RC):
         """One step of the running softmax. Values that no row sees must be zero: 0 * NaN is NaN."""
-        scores_RC = _product(q_ref[0], k_CH, contract=(1, 1))
+        scores_RC = _product(q_ref[0], k, contract=(1, 0 if slots_in_lanes else 1))
         if softcap is None:
             scores_RC = scores_RC * (scale * _LOG2_E)
         else:
             scores_RC = (softcap * _LOG2_E) * jnp.tanh(scores_RC * (scale / softcap))
-        scores_RC = jnp.where(seen_RC, scores_RC, -jnp.inf)
+        if seen_RC is not None:
+            scores_RC = jnp.where(seen_RC, scores_RC, -jnp.inf)
         before_R1 = largest_ref[...]
         largest_R1 = jnp.maximum(before_R1, jnp.max(scores_RC, axis=1, keepdims=True))
         weights_RC = jnp.exp2(scores_RC - largest_R1)
         shrink_R1 = jnp.exp2(before_R1 - largest_R1)
         largest_ref[...] = largest_R1
         total_ref[...] = shrink_R1 * total_ref[...] + jnp.sum(weights_RC, axis=1, keepdims=True)
-        gathered_RH = _product(weights_RC.astype(v_CH.dtype), v_CH, contract=(1, 0))
-        sum_ref[...] = shrink_R1 * sum_ref[...] + gathered_RH
+        gathered_RW = _product(weights_RC.astype(v.dtype), v, contract=(1, int(slots_in_lanes)))
+        sum_ref[...] = shrink_R1 * sum_ref[...] + gathered_RW
+
+    hide = functools.partial(_hide, slots_in_lanes=slots_in_lanes)
 
     @pl.when(step == 0)
     def _start():
@@ -218,22 +236,25 @@ def _kernel(
     @pl.when((step == 0) & (split == 0))
     def _new_tokens():
         seen_RM = seen_by(new_positions_ref[0])
-        add(new_k_ref[0], _hide(new_v_ref[0], seen_RM), seen_RM)
+        add(new_k_ref[0], hide(new_v_ref[0], seen_RM), seen_RM)
 
     @pl.when(takes_item & is_free)
     def _free_block():
-        add(k_ref[0], v_ref[0], same_head(k_ref.shape[1]))
+        add(k_ref[0], v_ref[0], same_head(positions_ref.shape[2]))
 
     @pl.when(takes_item & ~is_free)
     def _masked_block():
         seen_RC = seen_by(positions_ref[0])
-        add(k_ref[0], _hide(v_ref[0], seen_RC), seen_RC)
+        add(k_ref[0], hide(v_ref[0], seen_RC), seen_RC)
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _finish():
         total_R1 = total_ref[...]
         some_R1 = jnp.where(total_R1 > 0, total_R1, 1.0)
-        out_ref[0, 0] = sum_ref[...] / some_R1
+        sum_RH = sum_ref[...]
+        if slots_in_lanes:  # of each row only its own head's part means something
+            sum_RH = _own_head(sum_RH, rules_ref[0, :, 3:4], num_kv_heads)
+        out_ref[0, 0] = sum_RH / some_R1
         lse_ref[0, 0] = largest_ref[...] + jnp.log2(some_R1)
 
 
@@ -246,12 +267,24 @@ def _product(x: Array, y: Array, *, contract: tuple[int, int]) -> Array:
     )
 
 
-def _hide(v_CH: Array, seen_RC: Array) -> Array:
-    """Zero in rows of v that no query row sees, empty slots and what lies past the cache's end.
+def _own_head(sum_RW: Array, head_R1: Array, num_kv_heads: int) -> Array:
+    """``[R, H]`` from ``[R, K * H]``: each row's part of its own KV head."""
+    head_dim = sum_RW.shape[1] // num_kv_heads
+    own_RH = jnp.zeros((sum_RW.shape[0], head_dim), sum_RW.dtype)
+    for head in range(num_kv_heads):
+        part_RH = sum_RW[:, head * head_dim : (head + 1) * head_dim]
+        own_RH = jnp.where(head_R1 == head, part_RH, own_RH)
+    return own_RH
 
-    Keys lie along lanes in ``seen`` and along sublanes in v, hence a transpose, of eight equal rows
-    since that is the smallest tile. In float32, where every TPU selects.
+
+def _hide(v: Array, seen_RC: Array, *, slots_in_lanes: bool) -> Array:
+    """Zero in keys of v that no query row sees, empty slots and what lies past the cache's end.
+
+    Keys lie along lanes in ``seen``. Where they lie along sublanes in v it takes a transpose, of
+    eight equal rows since that is the smallest tile. In float32, where every TPU selects.
     """
     seen_1C = jnp.max(jnp.where(seen_RC, 1.0, 0.0), axis=0, keepdims=True)
+    if slots_in_lanes:
+        return jnp.where(seen_1C > 0, v.astype(jnp.float32), 0.0).astype(v.dtype)
     seen_C8 = jnp.broadcast_to(seen_1C, (8, seen_1C.shape[1])).T
-    return jnp.where(seen_C8[:, :1] > 0, v_CH.astype(jnp.float32), 0.0).astype(v_CH.dtype)
+    return jnp.where(seen_C8[:, :1] > 0, v.astype(jnp.float32), 0.0).astype(v.dtype)

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from kernels_pallas.backends import register_backend
+from kernels_pallas.backends import Target, register_backend
 from kernels_pallas.swa_decode.arguments import DecodeArguments
 
 # (q [B, n, K, G, H], k [B, S, K, H]) -> q.k, float32 [B, K, G, n, S]
@@ -29,7 +28,7 @@ def decode_xla(arguments: DecodeArguments) -> Float[Array, "B n N H"]:
     num_batch, num_new, num_heads, head_dim = q.shape
     num_kv_heads = arguments.cache_k.shape[2]
     q_BnKGH = q.reshape(num_batch, num_new, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    score, gather = _products(num_new, platform=jax.default_backend())
+    score, gather = _products(num_new, platform=(arguments.target or Target.here()).platform)
 
     parts = [(arguments.cache_k, arguments.cache_v, arguments.mask(arguments.cache_positions))]
     if arguments.new_k is not None and arguments.new_v is not None:

@@ -4,7 +4,7 @@ import math
 
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.backends import get_backend
+from kernels_pallas.backends import Target, get_backend
 from kernels_pallas.mask import IntOrPerRow
 from kernels_pallas.swa_prefill import reference as _reference  # noqa: F401  (registers itself)
 from kernels_pallas.swa_prefill import tpu as _tpu  # noqa: F401  (registers itself)
@@ -33,6 +33,7 @@ def swa_prefill(
     softcap: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    target: Target | None = None,
 ) -> Float[Array, "B T N H"] | AttentionOutput:
     r"""Causal attention under a sliding window, sink tokens and full rows.
 
@@ -51,7 +52,7 @@ def swa_prefill(
         ``n // (N // K)``.
       v: values.
       window: keys a row sees up to and including itself; an int, an int32 array ``[B]`` (a policy
-        per row), or None for a full layer.
+        per row; one of S keys or more is full attention), or None for a full layer.
       num_sink_tokens: first tokens of each segment that stay visible; an int or int32 ``[B]``.
       lengths: real tokens of each row (padding on the right); None: all S. Rows at or after the
         length return zeros, keys there are never seen and may hold anything.
@@ -64,6 +65,8 @@ def swa_prefill(
       softcap: None: no cap.
       return_lse: also return the log-sum-exp of each row's scores.
       backend: ``"auto"``, or one of :func:`kernels_pallas.available_backends`.
+      target: what the program is compiled for, if not this process's first device: a mesh's
+        device, or a topology's that is not attached. ``auto`` and block sizes follow it.
 
     Returns:
       ``out`` in q's dtype, or :class:`AttentionOutput` with ``return_lse=True``. Softmax statistics
@@ -71,7 +74,7 @@ def swa_prefill(
 
     Raises:
       ValueError: a shape, dtype or value does not fit, or the backend is unknown.
-      NotImplementedError: the named backend cannot express this case.
+      NotImplementedError: the named backend cannot express this case, or not on this platform.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -92,6 +95,7 @@ def swa_prefill(
         full_attention_tail=static_int(full_attention_tail),
         scale=1.0 / math.sqrt(q.shape[-1]) if scale is None else scale,
         softcap=softcap,
+        target=target,
     )
     validate_prefill(arguments)
     run = get_backend("swa_prefill", backend, arguments=arguments)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.backends import Target
 from kernels_pallas.mask import IntOrPerRow, RowInfo, row_info
 
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -41,6 +42,7 @@ class PrefillArguments:
     full_attention_tail: IntOrPerRow
     scale: float
     softcap: float | None
+    target: Target | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:

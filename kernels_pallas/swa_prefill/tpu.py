@@ -51,8 +51,8 @@ def prefill_tpu(
       arguments: validated.
       return_lse: no matter.
       tiles: None: :func:`choose_tiles`.
-      generation: whose tiles to take, a name of ``tpu_tiles.GENERATIONS``; None: of this process's
-        first device. Name it when compiling ahead of time.
+      generation: whose tiles to take, a name of ``tpu_tiles.GENERATIONS``; None: of the
+        arguments' target.
       interpret: run on any device, slowly: True or ``pltpu.InterpretParams``.
 
     Raises:

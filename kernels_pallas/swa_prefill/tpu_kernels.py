@@ -1,8 +1,8 @@
 """Pallas TPU kernels over a work list: forward, dq, and dk with dv.
 
-An item is one block of query rows against one block of keys, for one KV head. All G query heads of
-the KV head are stacked, ``R = G * block_q`` rows, and share its keys and values. Scores are held
-transposed, keys down and rows along lanes::
+An item is one block of query rows against one block of keys, for a few KV heads (``heads``). All
+G query heads of a KV head are stacked, ``R = G * block_q`` rows, and share its keys and values.
+Scores are held transposed, keys down and rows along lanes::
 
     s^T                head 0: q0 q1 .. | head 1: q0 q1 .. | ...     [block_kv, R]
                   k0                    |                  |
@@ -23,7 +23,7 @@ overwritten, at addresses that the compiler knows. So blocks of inputs are those
 blocks of outputs those of the item before, and the few inputs that the second half needs as well
 are copied to scratch.
 
-    grid   (KV head, item); items of one query block follow one another:
+    grid   (KV heads, item); items of one query block follow one another:
            first: forget the sums | add pair | add pair | last: divide, transpose, write
 
 The mask is one ``[block_kv, block_q]`` array for all heads and is only built in the body of items

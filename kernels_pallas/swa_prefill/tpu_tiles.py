@@ -11,9 +11,9 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 
-import jax
 import jax.numpy as jnp
 
+from kernels_pallas.backends import Target
 from kernels_pallas.swa_prefill.arguments import PrefillArguments
 from kernels_pallas.swa_prefill.work_list import count_items_at_most, list_limits
 
@@ -48,12 +48,14 @@ class _Chip:
         up to 128. Both are static cycles of the compiler's (``benchmarks/tpu_static.py``).
       bytes_per_cycle: what HBM delivers meanwhile: four fifths of its nominal bandwidth.
       vmem_bytes: VMEM of a core.
+      cores: that share a device's programs, of which there is one for each ``kv_heads`` KV heads.
     """
 
     step: int
     body: Mapping[int, tuple[float, float]]
     bytes_per_cycle: int
     vmem_bytes: int
+    cores: int = 1
 
 
 _CHIPS = {
@@ -62,9 +64,10 @@ _CHIPS = {
         body={128: (277, 282), 256: (272, 279), 512: (259, 262)},
         bytes_per_cycle=470,
         vmem_bytes=16 << 20,
+        cores=2,
     ),
     "v5e": _Chip(
-        step=130,
+        step=200,
         body={128: (277, 282), 256: (272, 279), 512: (259, 262)},
         bytes_per_cycle=440,
         vmem_bytes=128 << 20,
@@ -74,15 +77,16 @@ _CHIPS = {
         body={128: (277, 282), 256: (272, 279), 512: (259, 262)},
         bytes_per_cycle=560,
         vmem_bytes=64 << 20,
+        cores=2,
     ),
     "v6e": _Chip(
-        step=147,
+        step=240,
         body={128: (174, 187), 256: (147, 173), 512: (128, 157)},
         bytes_per_cycle=750,
         vmem_bytes=128 << 20,
     ),
     "tpu7x": _Chip(
-        step=147,
+        step=240,
         body={128: (174, 187), 256: (147, 173), 512: (128, 157)},
         bytes_per_cycle=1300,
         vmem_bytes=64 << 20,
@@ -101,17 +105,17 @@ _DEVICE_KINDS = {
 }
 GENERATIONS = tuple(_CHIPS)
 
-# Of a step, all heads. Its bodies are unrolled: twice as many would save some 4% of the cycles, and
-# take the compiler twice as long.
+# Of a step, all heads. Its bodies are unrolled, and the compiler takes as long as they are. Of full
+# layers larger ones save some 5% of the cycles; small blocks are worth more to windowed ones.
 _MOST_ROWS = 4096
-_MOST_SCORES = 1 << 19
+_MOST_SCORES_OF_WINDOWED, _MOST_SCORES_OF_FULL = 1 << 19, 1 << 20
 # Where the compiler needs no telling: its own limit is 16 MiB on v5e, of which it spills some.
 _FREE_VMEM_BYTES = 10 << 20
 
 
-def this_generation() -> str:
-    """Of the first device of this process; v5e where there is no TPU or an unknown one."""
-    return _DEVICE_KINDS.get(jax.devices()[0].device_kind, "v5e")
+def generation_of(target: Target | None) -> str:
+    """None: of the first device of this process. v5e where it is no TPU or an unknown one."""
+    return _DEVICE_KINDS.get((target or Target.here()).device_kind, "v5e")
 
 
 def choose_tiles(arguments: PrefillArguments, *, generation: str | None = None) -> Tiles:
@@ -121,7 +125,7 @@ def choose_tiles(arguments: PrefillArguments, *, generation: str | None = None) 
       ValueError: the generation is not in the table.
       NotImplementedError: no tiles would fit.
     """
-    generation = this_generation() if generation is None else generation
+    generation = generation_of(arguments.target) if generation is None else generation
     if generation not in _CHIPS:
         raise ValueError(f"generation: expected one of {GENERATIONS}, got {generation!r}")
     chip = _CHIPS[generation]
@@ -137,10 +141,12 @@ def choose_tiles(arguments: PrefillArguments, *, generation: str | None = None) 
 
 
 def _candidates(arguments: PrefillArguments, chip: _Chip) -> Iterator[Tiles]:
-    """Tiles within VMEM, blocks beyond the input cut to it, as many KV heads as a step may hold."""
+    """Tiles within VMEM, blocks beyond the input cut to it."""
     num_queries, num_keys = arguments.shape[1:]
     num_kv_heads = arguments.k.shape[2]
     num_groups = arguments.q.shape[2] // num_kv_heads
+    full = arguments.window is None
+    most_scores = _MOST_SCORES_OF_FULL if full else _MOST_SCORES_OF_WINDOWED
     divisors = [n for n in range(num_kv_heads, 0, -1) if num_kv_heads % n == 0]
     for block_q in (128, 256, 512):
         for block_kv in chip.body:
@@ -150,18 +156,17 @@ def _candidates(arguments: PrefillArguments, chip: _Chip) -> Iterator[Tiles]:
             )
             for kv_heads in divisors:
                 rows = kv_heads * num_groups * tiles.block_q
-                small = rows <= _MOST_ROWS and rows * tiles.block_kv <= _MOST_SCORES
+                small = rows <= _MOST_ROWS and rows * tiles.block_kv <= most_scores
                 wide = dataclasses.replace(tiles, kv_heads=kv_heads)
                 # The smallest step of all is offered whatever its size.
                 smallest = kv_heads == 1 and tiles.block_q == tiles.block_kv == LANES
                 fits = _vmem_need(arguments, wide) <= chip.vmem_bytes * 3 // 4
                 if (small and fits) or smallest:
                     yield wide
-                    break
 
 
 def _cycles(arguments: PrefillArguments, tiles: Tiles, chip: _Chip) -> float:
-    """What the forward kernel takes for one KV head, roughly; good for comparing tiles."""
+    """What the forward kernel takes, roughly; good for comparing tiles."""
     head_dim, itemsize = arguments.q.shape[3], arguments.q.dtype.itemsize
     rows = arguments.q.shape[2] // arguments.k.shape[2] * tiles.block_q
     items = most_items(arguments, tiles)
@@ -174,7 +179,8 @@ def _cycles(arguments: PrefillArguments, tiles: Tiles, chip: _Chip) -> float:
     body *= rows / 512 * tiles.block_kv / 128 * max(head_dim, LANES) / LANES
     loaded = 2 * tiles.block_kv * _round_up(head_dim) * itemsize / chip.bytes_per_cycle
     # Of tiles that take as long, those that load less.
-    return items * (chip.step / tiles.kv_heads + max(body, loaded) + loaded / 16)
+    step = chip.step + tiles.kv_heads * (max(body, loaded) + loaded / 16)
+    return items * step * -(-arguments.k.shape[2] // tiles.kv_heads // chip.cores)
 
 
 def _masked_items(arguments: PrefillArguments, tiles: Tiles) -> int:
@@ -203,7 +209,7 @@ def vmem_limit_bytes(
     need = _vmem_need(arguments, tiles)
     if need <= _FREE_VMEM_BYTES:
         return None
-    generation = this_generation() if generation is None else generation
+    generation = generation_of(arguments.target) if generation is None else generation
     return min(2 * need, _CHIPS[generation].vmem_bytes * 15 // 16)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.backends import register_backend
+from kernels_pallas.backends import Target, register_backend
 from kernels_pallas.mask import RowInfo, block_map, per_row
 from kernels_pallas.swa_prefill.arguments import (
     AttentionOutput,
@@ -41,7 +41,7 @@ def prefill_xla(
     cuDNN's fused kernel; its ``lse`` is NaN, which nobody has asked for. Which way a case goes is
     logged once.
     """
-    platform = jax.default_backend()
+    platform = (arguments.target or Target.here()).platform
     if platform == "gpu" and tiling is None:
         limits = cudnn_limits(arguments, return_lse=return_lse)
         _log_gpu_path(limits)

@@ -1,7 +1,7 @@
 """Attention under a policy: `attend`, `attend_cached`, and the caches they read."""
 
-from kernels_pallas import available_backends, resolve_backend
-from swaa_jax.attention.attend import attend, attend_cached
+from kernels_pallas import available_backends, check_backend, resolve_backend
+from swaa_jax.attention.attend import LayerChoice, attend, attend_cached
 from swaa_jax.attention.caches import (
     EMPTY,
     Caches,
@@ -15,11 +15,13 @@ __all__ = [
     "EMPTY",
     "Caches",
     "FullCache",
+    "LayerChoice",
     "RingCache",
     "attend",
     "attend_cached",
     "available_backends",
     "build_cache",
+    "check_backend",
     "recast_caches",
     "resolve_backend",
 ]

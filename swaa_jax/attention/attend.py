@@ -14,7 +14,24 @@ from kernels_pallas import Stage, swa_decode, swa_prefill
 from kernels_pallas.mask import full_rows
 from swaa_jax.attention.caches import FullCache, RingCache
 from swaa_jax.policy import LayerAttention
-from swaa_jax.sharding import attention_specs, constrain_heads
+from swaa_jax.sharding import attention_specs, constrain_heads, target_of
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerChoice:
+    """One of a few kinds of layer, chosen by a traced index: what a scan over layers is given.
+
+    Each kind is a program of its own, so windows stay static; the device runs the one that is
+    chosen. Whole rows only: caches differ by layer.
+
+    Attributes:
+        index: which of the kinds this layer is.
+        kinds: what each kind of layer sees.
+    """
+
+    index: Int[Array, ""]
+    kinds: tuple[LayerAttention, ...] = dataclasses.field(metadata={"static": True})
 
 
 def attend(
@@ -22,7 +39,7 @@ def attend(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     *,
-    layer: LayerAttention,
+    layer: LayerAttention | LayerChoice,
     lengths: Int[Array, " B"] | None = None,
     stage_ids: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
@@ -41,12 +58,29 @@ def attend(
         segment_ids: which of a packed row's texts each token belongs to. None: one text a row.
         scale: factor on the scores, by default H ** -0.5.
         softcap: scores become softcap * tanh(scores / softcap).
-        mesh: shard batch over data and fsdp, heads over tensor, where they divide.
-        backend: a name from `available_backends()`, or "auto".
+        mesh: shard batch over data and fsdp, heads over tensor, where they divide. Its devices say
+            what is compiled for.
+        backend: a name from `available_backends()`, "auto", or names by op (`resolve_backend`).
 
     Returns:
         What each query gathered, in q's dtype.
     """
+    if isinstance(layer, LayerChoice):
+        branches = [
+            functools.partial(
+                attend,
+                layer=kind,
+                lengths=lengths,
+                stage_ids=stage_ids,
+                segment_ids=segment_ids,
+                scale=scale,
+                softcap=softcap,
+                mesh=mesh,
+                backend=backend,
+            )
+            for kind in layer.kinds
+        ]
+        return jax.lax.switch(layer.index, branches, q, k, v)
     tail = layer.full_attention_tail
     if layer.is_full:
         stage_ids, tail = None, 0
@@ -74,6 +108,7 @@ def attend(
         scale=scale,
         softcap=softcap,
         backend=backend,
+        target=target_of(mesh),
     )
     per_row = {"lengths": lengths, "stage_ids": stage_ids, "segment_ids": segment_ids}
     per_row = {name: value for name, value in per_row.items() if value is not None}
@@ -130,6 +165,7 @@ def attend_cached(
         scale=scale,
         softcap=softcap,
         backend=backend,
+        target=target_of(mesh),
     )
     per_row = {"q_positions": positions, "cache_positions": cache.positions(pos_B)}
     if q_full is not None:
@@ -146,10 +182,33 @@ def attend_cached(
         return kernel(q, cache_k, cache_v, new_k=new_k, new_v=new_v, **per_row)
 
     out = _sharded(on_shard, mesh, num_kv_heads=k.shape[2])(q, cache.k, cache.v, k, v, per_row)
-    grown = cache.write(k, v, pos_B)
+    grown = _written(cache, k, v, pos_B, mesh)
     return out, dataclasses.replace(
         grown, k=constrain_heads(grown.k, mesh), v=constrain_heads(grown.v, mesh)
     )
+
+
+def _written(
+    cache: FullCache | RingCache, k: Array, v: Array, pos_B: Array, mesh: Mesh | None
+) -> FullCache | RingCache:
+    """The cache with the new tokens, each device writing its own rows and heads.
+
+    Left to the compiler, a write of single tokens would gather the cache.
+    """
+    if mesh is None:
+        return cache.write(k, v, pos_B)
+    heads, rows = attention_specs(mesh, batch=k.shape[0], num_kv_heads=k.shape[2])
+    specs = dataclasses.replace(cache, k=heads, v=heads)
+    if isinstance(specs, RingCache):
+        specs = dataclasses.replace(specs, slot_positions=rows)
+    mapped = jax.shard_map(
+        lambda cache, k, v, pos_B: cache.write(k, v, pos_B),
+        mesh=mesh,
+        in_specs=(specs, heads, heads, rows),
+        out_specs=specs,
+        check_vma=False,
+    )
+    return mapped(cache, k, v, pos_B)
 
 
 def _sharded(kernel: Callable[..., Any], mesh: Mesh | None, *, num_kv_heads: int):

@@ -24,6 +24,9 @@ from swaa_jax.sharding import constrain_heads
 EMPTY = -1
 """Position of a slot that holds no token; such a slot is never visible."""
 
+_MAX_SINGLE_WRITES = 16
+"""New tokens of all rows up to which they may be written one by one, each an operation."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,11 +59,7 @@ class FullCache:
     ) -> "FullCache":
         """Store n new tokens a row, the first at position `pos_B`."""
         slots = pos_B[:, None] + jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
-        rows = jnp.arange(k.shape[0])[:, None]
-        return FullCache(
-            k=self.k.at[rows, slots].set(k.astype(self.k.dtype), mode="drop"),
-            v=self.v.at[rows, slots].set(v.astype(self.v.dtype), mode="drop"),
-        )
+        return FullCache(k=_put(self.k, k, slots), v=_put(self.v, v, slots))
 
 
 @jax.tree_util.register_dataclass
@@ -110,10 +109,34 @@ class RingCache:
         rows = jnp.arange(k.shape[0])[:, None]
         return dataclasses.replace(
             self,
-            k=self.k.at[rows, slots].set(k.astype(self.k.dtype), mode="drop"),
-            v=self.v.at[rows, slots].set(v.astype(self.v.dtype), mode="drop"),
+            k=_put(self.k, k, slots),
+            v=_put(self.v, v, slots),
             slot_positions=self.slot_positions.at[rows, slots].set(positions, mode="drop"),
         )
+
+
+def _put(
+    cache: Float[Array, "B S K H"], new: Float[Array, "B n K H"], slots: Int[Array, "B n"]
+) -> Float[Array, "B S K H"]:
+    """The cache with each new token at its slot; those past the last slot are dropped.
+
+    On TPUs a cache with H < 128 has its slots along lanes, where XLA's scatter works on a copy of
+    the whole cache. Updates of one token are in place, so a few tokens are written one by one.
+    """
+    new = new.astype(cache.dtype)
+    num_batch, num_new = slots.shape
+    if cache.shape[3] % 128 == 0 or num_batch * num_new > _MAX_SINGLE_WRITES:
+        return cache.at[jnp.arange(num_batch)[:, None], slots].set(new, mode="drop")
+    last = cache.shape[1] - 1
+    for row in range(num_batch):
+        for token in range(num_new):
+            slot = slots[row, token]
+            at = (row, jnp.minimum(slot, last), 0, 0)
+            one = new[row : row + 1, token : token + 1]
+            held = jax.lax.dynamic_slice(cache, at, one.shape)
+            one = jnp.where(slot <= last, one, held)
+            cache = jax.lax.dynamic_update_slice(cache, one, at)
+    return cache
 
 
 def ring_slot(positions: Int[Array, "*shape"], ring: RingCache) -> Int[Array, "*shape"]:

@@ -1,6 +1,12 @@
 """Checkpoints in Hugging Face layout: safetensors in and out, the key-map engine, small files."""
 
-from swaa_jax.checkpoint._paths import SHIPPED, Origin, check_directory, checkpoint_origin
+from swaa_jax.checkpoint._paths import (
+    SHIPPED,
+    Origin,
+    check_directory,
+    checkpoint_origin,
+    read_json_object,
+)
 from swaa_jax.checkpoint.hf import (
     copy_tokenizer_files,
     read_attention_policy,
@@ -28,6 +34,7 @@ from swaa_jax.checkpoint.safetensors_io import (
     DEFAULT_MAX_SHARD_BYTES,
     WeightReader,
     write_safetensors,
+    write_tensors,
 )
 from swaa_jax.checkpoint.tokenizer import load_tokenizer
 from swaa_jax.storage import CheckpointError
@@ -54,6 +61,7 @@ __all__ = [
     "read_attention_policy",
     "read_config",
     "read_generation_config",
+    "read_json_object",
     "read_provenance",
     "with_dtype",
     "write_attention_policy",
@@ -61,4 +69,5 @@ __all__ = [
     "write_generation_config",
     "write_provenance",
     "write_safetensors",
+    "write_tensors",
 ]

@@ -49,12 +49,23 @@ class WeightReader:
     must not change while the reader is open. A directory in a bucket needs its commit mark,
     `config.json`: without it a save has not ended, or failed.
 
+    Args:
+        directory: the checkpoint.
+        files: the files of tensors in it, such as an adapter's, where they are not a model's
+            weights; the caller then has looked for the directory's own commit mark.
+
     Raises:
         CheckpointError: one paragraph naming every file and tensor that is wrong.
     """
 
-    def __init__(self, directory: epath.PathLike):
+    def __init__(self, directory: epath.PathLike, *, files: Collection[str] | None = None):
         self.directory = check_directory(directory)
+        self._info: dict[str, TensorInfo] = {}
+        self._file_of: dict[str, str] = {}
+        self._files: dict[str, MappedFile | RangeFile] = {}
+        if files is not None:
+            self._open(files)
+            return
         with reading(self.directory):
             names = [path.name for path in self.directory.iterdir()]
         if not is_local(self.directory) and COMMIT_MARK not in names:
@@ -62,9 +73,6 @@ class WeightReader:
                 f"{self.directory} has no {COMMIT_MARK}, which a save writes last: it has not "
                 "ended, or it failed. Wait for it, or save the checkpoint again."
             )
-        self._info: dict[str, TensorInfo] = {}
-        self._file_of: dict[str, str] = {}
-        self._files: dict[str, MappedFile | RangeFile] = {}
         found = find_weights(self.directory, names)
         self._open(found.files)
         if found.weight_map is not None:
@@ -295,7 +303,7 @@ def write_safetensors(
 
     def flush() -> None:
         # The number of shards is not known yet: give each its final name at the end.
-        _save(pending, _part(directory, len(shards)))
+        write_tensors(_part(directory, len(shards)), pending)
         shards.append(list(pending))
         pending.clear()
 
@@ -321,7 +329,9 @@ def write_safetensors(
     return _name_shards(directory, shards, total)
 
 
-def _save(tensors: dict[str, np.ndarray], path: str) -> None:
+def write_tensors(path: epath.PathLike, tensors: dict[str, np.ndarray]) -> None:
+    """Writes contiguous arrays, by name, as one local safetensors file; not atomic by itself."""
+    path = os.fspath(path)
     with open(path, "wb") as file:  # for the permissions of a new file, which the library narrows
         mode = os.fstat(file.fileno()).st_mode
     try:

@@ -29,6 +29,9 @@ examples:
   swaa generate MODEL "one" "two" --json
       several prompts in one batch; a line of JSON each
 
+  swaa generate MODEL "Hi" --verbose --backend swa_decode=xla
+      attention of answer tokens in plain XLA; the log says what computes the rest, and why
+
   swaa generate MODEL "Hi" --mesh fsdp=4,tensor=2
       split over eight devices
 
@@ -113,6 +116,13 @@ def add_parser(subparsers: Any) -> None:
     output.add_argument(
         "--revision", metavar="REV", help="of a hub id: a branch, a tag or a commit"
     )
+    output.add_argument(
+        "--backend",
+        metavar="NAME",
+        default="auto",
+        help="what computes attention and experts: auto (default; the environment's SWAA_BACKEND "
+        "if set), xla, pallas_tpu, reference, or by op: swa_prefill=pallas_tpu,swa_decode=xla",
+    )
     output.add_argument("--json", action="store_true", help="a line of JSON for each prompt")
     output.add_argument(
         "--stats", action="store_true", help="speed and memory on stderr, compilation apart"
@@ -134,7 +144,12 @@ def run(args: argparse.Namespace) -> int:
     prompts = [[{"role": "user", "content": text}] if chat else text for text in texts]
     mesh = process_args.mesh_from_args(args)
     model = load_model(
-        args.model, policy=policy, dtype=args.dtype, mesh=mesh, revision=args.revision
+        args.model,
+        policy=policy,
+        dtype=args.dtype,
+        mesh=mesh,
+        revision=args.revision,
+        backend=args.backend,
     )
 
     options = {

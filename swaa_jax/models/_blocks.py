@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from swaa_jax.attention import FullCache, RingCache, attend, attend_cached
+from swaa_jax.attention import FullCache, LayerChoice, RingCache, attend, attend_cached
 from swaa_jax.models._config import DecoderConfig
 from swaa_jax.models._rope import RopeConfig, rotate
 from swaa_jax.policy import LayerAttention
@@ -34,7 +34,11 @@ def activation(name: str) -> Callable[[Array], Array]:
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias`, kernel `[in, out]`; a mesh splits it between `units` (see sharding)."""
+    """`x @ kernel + bias`, kernel `[in, out]`; a mesh splits it between `units` (see sharding).
+
+    `adapter`: None, or a module that is called with (x, y) and gives the output in y's place;
+    `swaa_jax.lora` puts one there. Code that reads `kernel` itself (heads, routers) has none.
+    """
 
     def __init__(
         self,
@@ -51,10 +55,13 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(kernel.astype(dtype), axes=axes, units=units)
         bias = nnx.Param(jnp.zeros(shape[1:], dtype), axes=axes[1:], units=units[1:])
         self.bias = bias if use_bias else None
+        self.adapter: Any = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         y = x @ self.kernel[...]
-        return y if self.bias is None else y + self.bias[...]
+        if self.bias is not None:
+            y = y + self.bias[...]
+        return y if self.adapter is None else self.adapter(x, y)
 
 
 class RMSNorm(nnx.Module):
@@ -112,6 +119,8 @@ class Rows:
         rotations: cosines and sines of every token's position, by the rope that layers name.
         lengths, stage_ids, segment_ids: as in `swaa_jax.attention.attend`.
         pos_B: with caches, the tokens that each row has seen; None without.
+        mesh: the devices that the arrays lie on; None: one.
+        backend: of attention and experts, as in `swaa_jax.attention.attend`.
     """
 
     rotations: Mapping[RopeConfig, tuple[Float[Array, "B T H"], Float[Array, "B T H"]]]
@@ -120,6 +129,7 @@ class Rows:
     segment_ids: Int[Array, "B T"] | None = None
     pos_B: Int[Array, " B"] | None = None
     mesh: Mesh | None = None
+    backend: str = "auto"
 
     @property
     def valid(self) -> Bool[Array, "B T"] | None:
@@ -181,7 +191,7 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         rows: Rows,
         *,
-        layer: LayerAttention,
+        layer: LayerAttention | LayerChoice,
         cache: FullCache | RingCache | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValues | FullCache | RingCache]:
         """The output, and what was kept: without a cache keys and values, with one it, grown."""
@@ -206,6 +216,7 @@ class Attention(nnx.Module):
                 scale=self.scale,
                 softcap=self.softcap,
                 mesh=rows.mesh,
+                backend=rows.backend,
             )
             kept = KeyValues(k=k, v=v)
         else:
@@ -214,12 +225,13 @@ class Attention(nnx.Module):
                 k,
                 v,
                 cache,
-                layer=layer,
+                layer=layer,  # pyright: ignore[reportArgumentType]  (a choice has no caches)
                 pos_B=rows.pos_B,  # pyright: ignore[reportArgumentType]  (set with caches)
                 stage_ids=rows.stage_ids,
                 scale=self.scale,
                 softcap=self.softcap,
                 mesh=rows.mesh,
+                backend=rows.backend,
             )
         return self.o_proj(out.reshape(*x.shape[:2], -1)), kept
 
@@ -264,7 +276,7 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "B T D"],
         rows: Rows,
         *,
-        layer: LayerAttention,
+        layer: LayerAttention | LayerChoice,
         cache: FullCache | RingCache | None = None,
     ) -> LayerOutput:
         attended, kept = self.self_attn(self.input_layernorm(x), rows, layer=layer, cache=cache)

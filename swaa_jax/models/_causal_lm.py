@@ -5,8 +5,8 @@ The policy lives on the model alone, so `with_policy` shares every block and par
 
 import copy
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,10 @@ class Prefill:
     caches: Any
 
 
+RunLayers: TypeAlias = Callable[[Any, Rows], tuple[Any, Sequence[Any]]]
+"""Residual stream and rows in; the residual stream after all layers, and their routers."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HiddenStates:
@@ -51,10 +55,14 @@ class CausalLM(nnx.Module):
         config: shapes and constants.
         policy: what each token may see; `layer_attention` is it, layer by layer.
         mesh: the device mesh that the parameters lie on, or None.
+        backend: of attention and experts: "auto", a name, or names by op (`resolve_backend`).
         source: the directory that the model was loaded from, or None.
+        lora_config: the config of its adapters (`swaa_jax.lora`), or None.
     """
 
     layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer
+    fused_projections: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """HF's projections that are several here, by name, with their parts from top to bottom."""
 
     def __init__(
         self,
@@ -63,6 +71,7 @@ class CausalLM(nnx.Module):
         policy: AttentionPolicy | None = None,
         dtype: jnp.dtype | str = "float32",
         mesh: Mesh | None = None,
+        backend: str = "auto",
         initializer_range: float = 0.02,
         rngs: nnx.Rngs,
     ):
@@ -73,7 +82,9 @@ class CausalLM(nnx.Module):
         self.policy = policy
         self.layer_attention = policy.resolve(config.num_layers)
         self.mesh = mesh
+        self.backend = backend
         self.source: PathLike | None = None
+        self.lora_config: Any = None
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, scale=config.embedding_scale, **shared
         )
@@ -155,9 +166,14 @@ class CausalLM(nnx.Module):
         stage_ids: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
+        run_layers: RunLayers | None = None,
     ) -> HiddenStates:
         """What training needs: hidden states for a chunked loss over `head`, and the loss that
-        keeps experts in balance where the family has experts. Arguments as in `__call__`.
+        keeps experts in balance where the family has experts.
+
+        Args:
+            tokens, lengths, stage_ids, segment_ids, positions: as in `__call__`.
+            run_layers: runs the layers (scanned, say, or rematerialised) in place of the model.
         """
         hidden, _, routers, rows = self._run_rows(
             tokens,
@@ -165,6 +181,7 @@ class CausalLM(nnx.Module):
             stage_ids=stage_ids,
             segment_ids=segment_ids,
             positions=positions,
+            run_layers=run_layers,
         )
         return HiddenStates(hidden=hidden, router_loss=self.router_loss(routers, rows))
 
@@ -228,6 +245,7 @@ class CausalLM(nnx.Module):
             stage_ids=stage_ids,
             pos_B=caches.pos_B,
             mesh=self.mesh,
+            backend=self.backend,
         )
         x = constrain_batch(self.embed_tokens(tokens), self.mesh)
         grown = []
@@ -263,7 +281,8 @@ class CausalLM(nnx.Module):
         stage_ids: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], list[Any], list[Any], Rows]:
+        run_layers: RunLayers | None = None,
+    ) -> tuple[Float[Array, "B T D"], list[Any], Sequence[Any], Rows]:
         """Final hidden states of whole rows; every layer's keys and values, and router."""
         if positions is None:
             if segment_ids is None:
@@ -277,8 +296,12 @@ class CausalLM(nnx.Module):
             stage_ids=stage_ids,
             segment_ids=segment_ids,
             mesh=self.mesh,
+            backend=self.backend,
         )
         x = constrain_batch(self.embed_tokens(tokens), self.mesh)
+        if run_layers is not None:
+            x, routers = run_layers(x, rows)
+            return self.norm(x), [], routers, rows
         kept, routers = [], []
         for block, layer in zip(self.layers, self.layer_attention, strict=True):
             output = block(x, rows, layer=layer)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from swaa_jax.attention import FullCache, RingCache
+from swaa_jax.attention import FullCache, LayerChoice, RingCache
 from swaa_jax.checkpoint.keymap import WeightRule
 from swaa_jax.models import _weights as weights
 from swaa_jax.models._blocks import DecoderLayer, LayerOutput, Rows, make_norm
@@ -85,7 +85,7 @@ class GemmaLayer(DecoderLayer):
         x: Float[Array, "B T D"],
         rows: Rows,
         *,
-        layer: LayerAttention,
+        layer: LayerAttention | LayerChoice,
         cache: FullCache | RingCache | None = None,
     ) -> LayerOutput:
         """The residual stream after both blocks."""

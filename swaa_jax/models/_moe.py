@@ -9,8 +9,8 @@ device, and rows of other devices' experts are sorted along (they cost memory, b
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,9 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels_pallas import grouped_matmul
+from kernels_pallas import Target, grouped_matmul
 from swaa_jax.models._blocks import FeedForward, Linear, Rows, activation
-from swaa_jax.sharding import spec_for
+from swaa_jax.sharding import spec_for, target_of
 
 _GATHERED = "fsdp"  # the mesh axis over which experts' matrices are stored in slices of D
 
@@ -98,7 +98,17 @@ class StackedLinear(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """E gated feed-forward blocks of one shape."""
+    """E gated feed-forward blocks of one shape.
+
+    `<name>_adapter` for each of `fused_projections`: None, or a module of low-rank factors that
+    `SparseMLP` adds to the products of that projection's parts; `swaa_jax.lora` puts them there.
+    """
+
+    fused_projections: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "gate_up_proj": ("gate_proj", "up_proj"),
+        "down_proj": ("down_proj",),
+    }
+    """HF's stacks of experts, with their parts here from top to bottom."""
 
     def __init__(
         self,
@@ -117,6 +127,8 @@ class Experts(nnx.Module):
         self.down_proj = StackedLinear(
             (num_experts, inner, width), ("experts", "mlp", "embed"), **shared
         )
+        self.gate_up_proj_adapter: Any = nnx.data(None)
+        self.down_proj_adapter: Any = nnx.data(None)
 
 
 class SparseMLP(nnx.Module):
@@ -147,13 +159,15 @@ class SparseMLP(nnx.Module):
         mesh = rows.mesh
         experts = self.experts
         stacks = [p.kernel for p in (experts.gate_proj, experts.up_proj, experts.down_proj)]
+        for adapter in (experts.gate_up_proj_adapter, experts.down_proj_adapter):
+            stacks += [] if adapter is None else adapter.factors
         arrays = (x, rows.valid, self.gate.kernel[...], tuple(stack[...] for stack in stacks))
         if mesh is None:
-            out, statistics = self._on_device(*arrays, layout=_Layout())
+            out, statistics = self._on_device(*arrays, layout=_Layout(), backend=rows.backend)
         else:
             layout = _Layout.of(mesh, x.shape, [(stack.axes, stack.shape) for stack in stacks])
             out, statistics = jax.shard_map(
-                functools.partial(self._on_device, layout=layout),
+                functools.partial(self._on_device, layout=layout, backend=rows.backend),
                 mesh=mesh,
                 in_specs=(layout.rows, layout.rows, PartitionSpec(), layout.stacks),
                 out_specs=(layout.rows, layout.rows),
@@ -171,13 +185,14 @@ class SparseMLP(nnx.Module):
         stacks: tuple[Array, ...],
         *,
         layout: "_Layout",
+        backend: str,
     ) -> tuple[Float[Array, "b T D"], RouterStatistics]:
         """One device's share of its tokens' outputs, and its tokens' statistics `[1, ...]`."""
         tokens = x.reshape(-1, x.shape[-1])
         num_experts = router.shape[1]
         routing = route(tokens @ router, num_per_token=self.num_per_token, normalise=self.normalise)
         real = jnp.ones(tokens.shape[:1], bool) if valid is None else valid.reshape(-1)
-        gate, up, down = layout.gather(stacks)
+        gate, up, down, *factors = layout.gather(stacks)
 
         # Choices in the order of the experts here; those of other devices, and padding, at the end.
         num_local = gate.shape[0]
@@ -189,12 +204,21 @@ class SparseMLP(nnx.Module):
             grouped_matmul,
             group_sizes=sizes,
             rows_per_group=local.shape[0] // num_experts,
-            platform=layout.platform,
+            backend=backend,
+            target=layout.target,
         )
         sorted_rows = tokens[order // self.num_per_token]
-        inner = activation(self.activation)(product(sorted_rows, gate)) * product(sorted_rows, up)
-        outputs = product(inner, down)[jnp.argsort(order)]
-        outputs = outputs.reshape(*routing.experts.shape, -1)
+        gated, lifted = product(sorted_rows, gate), product(sorted_rows, up)
+        if (adapter := self.experts.gate_up_proj_adapter) is not None:
+            low_rank, factors = factors[: len(adapter.factors)], factors[len(adapter.factors) :]
+            gated, lifted = adapter(sorted_rows, (gated, lifted), low_rank, product)
+        inner = activation(self.activation)(gated) * lifted
+        outputs = product(inner, down)
+        if (adapter := self.experts.down_proj_adapter) is not None:
+            # Where F is split, a device's share of the inner product over F is multiplied on: the
+            # shares are added at the end, like those of `down`.
+            (outputs,) = adapter(inner, (outputs,), factors, product)
+        outputs = outputs[jnp.argsort(order)].reshape(*routing.experts.shape, -1)
         out = jnp.einsum(
             "Mk,MkD->MD", routing.weights, outputs, preferred_element_type=jnp.float32
         ).astype(x.dtype)
@@ -221,7 +245,7 @@ class _Layout:
     stacks: tuple[PartitionSpec, ...] = ()
     added: tuple[str, ...] = ()
     expert_axis: str | None = None
-    platform: str | None = None
+    target: Target | None = None
 
     @classmethod
     def of(
@@ -238,7 +262,7 @@ class _Layout:
             stacks=specs,
             added=experts + inner,
             expert_axis=experts[0] if experts else None,
-            platform=mesh.devices.flat[0].platform,
+            target=target_of(mesh),
         )
 
     def first_expert(self, num_local: int) -> Int[Array, ""] | int:

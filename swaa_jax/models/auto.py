@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from swaa_jax import checkpoint
+from swaa_jax.attention import check_backend
 from swaa_jax.checkpoint import WeightReader, WeightRule
 from swaa_jax.models import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe
 from swaa_jax.models._causal_lm import CausalLM
@@ -23,7 +24,7 @@ from swaa_jax.models._config_types import check_config_types
 from swaa_jax.models._source import Source
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.runtime import is_main_process, wait_for_all
-from swaa_jax.sharding import resolve_mesh, sharding_for
+from swaa_jax.sharding import resolve_mesh, sharding_for, target_of
 from swaa_jax.storage import atomic_directory
 from swaa_jax.typing import PathLike
 
@@ -68,6 +69,7 @@ def load_model(
     mesh: Mesh | str | None = None,
     revision: str | None = None,
     config_overrides: Mapping[str, Any] | None = None,
+    backend: str = "auto",
 ) -> CausalLM:
     """Load a pretrained model from a directory in Hugging Face layout, or from the hub.
 
@@ -83,11 +85,16 @@ def load_model(
             `swaa_jax.sharding.MESH_AXES`. Each device then reads only its own slices.
         revision: of a hub id: a branch, a tag or a commit; a directory has none.
         config_overrides: config values under their HF names that replace the checkpoint's.
+        backend: what computes attention and experts: `"auto"` (kernels on TPUs, plain XLA
+            elsewhere; the environment's `SWAA_BACKEND` if it is set), a name from
+            `swaa_jax.attention.available_backends()`, or names by op such as
+            `"swa_prefill=pallas_tpu,swa_decode=xla"`. What is named never falls back.
 
     Raises:
         CheckpointError: missing, malformed or inconsistent files; it names all of them.
         ValueError: an argument, an override, or a policy that does not fit the model.
-        NotImplementedError: a model family or a config value that is not supported.
+        NotImplementedError: a model family or a config value that is not supported, or a backend
+            that does not run on the mesh's devices.
 
     Examples:
         >>> model = load_model("tiny-retriever", dtype="float32")
@@ -99,8 +106,14 @@ def load_model(
     dtype = check_dtype(dtype)
     directory = checkpoint.open_checkpoint(path, revision)
     mesh = resolve_mesh(mesh)
+    _check_backend(backend, mesh)
     plan = read_blueprint(
-        directory, policy=policy, dtype=dtype, mesh=mesh, config_overrides=config_overrides
+        directory,
+        policy=policy,
+        dtype=dtype,
+        mesh=mesh,
+        config_overrides=config_overrides,
+        backend=backend,
     )
     arrays = checkpoint.load_weights(
         WeightReader(directory),
@@ -142,6 +155,7 @@ def read_blueprint(
     dtype: jnp.dtype,
     mesh: Mesh | None = None,
     config_overrides: Mapping[str, Any] | None = None,
+    backend: str = "auto",
 ) -> Blueprint:
     """Reads a checkpoint's config and policy; no weights, and no memory for them.
 
@@ -154,7 +168,9 @@ def read_blueprint(
     config = family.config_class.from_hf(hf_config, config_overrides)
     policy = _choose_policy(directory, config, policy)
     model = nnx.eval_shape(
-        lambda: family.model_class(config, policy=policy, dtype=dtype, mesh=mesh, rngs=nnx.Rngs(0))
+        lambda: family.model_class(
+            config, policy=policy, dtype=dtype, mesh=mesh, backend=backend, rngs=nnx.Rngs(0)
+        )
     )
     params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     return Blueprint(
@@ -176,6 +192,7 @@ def model_from_config(
     dtype: jnp.dtype | str = "float32",
     mesh: Mesh | str | None = None,
     seed: int = 0,
+    backend: str = "auto",
 ) -> CausalLM:
     """A model with random weights, from the content of an HF `config.json`.
 
@@ -184,11 +201,13 @@ def model_from_config(
     """
     family = _family(hf_config)
     mesh = resolve_mesh(mesh)
+    _check_backend(backend, mesh)
     model = family.model_class(
         family.config_class.from_hf(hf_config),
         policy=policy,
         dtype=check_dtype(dtype),
         mesh=mesh,
+        backend=backend,
         initializer_range=hf_config.get("initializer_range", 0.02),
         rngs=nnx.Rngs(seed),
     )
@@ -225,7 +244,14 @@ def save_model(
 
     Raises:
         CheckpointError: the directory exists and `overwrite` is false, or it holds no model.
+        ValueError: the model has adapters: merge them, or save them alone.
     """
+    if model.lora_config is not None:
+        raise ValueError(
+            "model: expected one without adapters, got one with LoRA adapters, which a checkpoint "
+            "in Hugging Face layout does not hold. Save merge_lora(model), or the adapters alone "
+            "with save_adapter(model, directory)."
+        )
     config = model.config
     family = FAMILIES[config.model_type]
     state = nnx.to_flat_state(nnx.state(model, nnx.Param))
@@ -268,6 +294,11 @@ def hf_config_under(config: DecoderConfig, policy: AttentionPolicy) -> dict[str,
             error,
         )
         return config.to_hf()
+
+
+def _check_backend(backend: str, mesh: Mesh | None) -> None:
+    target = target_of(mesh)
+    check_backend(backend, platform=None if target is None else target.platform)
 
 
 def _family(hf_config: Mapping[str, Any]) -> ModelFamily:

@@ -1,8 +1,12 @@
-"""Compiles the TPU decode kernel for a chip that is not attached; prints what it needs, as JSON.
+"""Compiles the TPU decode kernel for chips that are not attached; prints what it needs, as JSON.
 
-Run as ``python tests/support/compile_decode.py v5e``; libtpu must be installed.
+    python tests/support/compile_decode.py v5e v6e --only "step, ring"
+    python tests/support/compile_decode.py v5e:2x4 --only "sharded, full, 128k"
+
+libtpu must be installed.
 """
 
+import argparse
 import json
 import math
 import os
@@ -17,6 +21,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.sharding import NamedSharding
 
 from kernels_pallas.swa_decode.arguments import DecodeArguments
 from kernels_pallas.swa_decode.pallas_tpu import (
@@ -26,30 +31,66 @@ from kernels_pallas.swa_decode.pallas_tpu import (
 )
 from swaa_jax.attention import FullCache, RingCache, attend_cached
 from swaa_jax.policy import LayerAttention
+from swaa_jax.sharding import attention_specs, make_mesh
 
-# Name: B, n, S, (N, K, H), dtype, window and sinks (-1, 0: a full layer), soft cap, splits
+TOPOLOGIES = {
+    "v4": ("v4:2x2x1", {"chip_config_name": "megacore"}),
+    "v5e": ("v5e:2x2", {}),
+    "v5p": ("v5p:2x2x1", {}),
+    "v6e": ("v6e:2x2", {}),
+    "tpu7x": ("tpu7x:2x2x1", {}),
+}
 QWEN3_4B = (32, 8, 128)
+TRACED = "traced"  # window and sinks are arrays [B]
+B16, F32 = jnp.bfloat16, jnp.float32
+# Name: B, n, S, (N, K, H), dtype, window and sinks (-1, 0: a full layer), soft cap, splits
 PROGRAMS = {
-    "full, 128k": (1, 1, 131072, QWEN3_4B, jnp.bfloat16, (-1, 0), None, 1),
-    "full, 128k, two cores": (1, 1, 131072, QWEN3_4B, jnp.bfloat16, (-1, 0), None, 2),
-    "full rows, 128k, 8 new": (1, 8, 131072, QWEN3_4B, jnp.bfloat16, (2048, 128), None, 1),
-    "ring": (4, 1, 2048 + 128, QWEN3_4B, jnp.bfloat16, (2048, 128), None, 1),
-    "ring, 8 new, soft cap": (4, 8, 2048 + 10, QWEN3_4B, jnp.bfloat16, (2048, 10), 50.0, 1),
-    "float32": (2, 1, 5000, (32, 8, 128), jnp.float32, (1024, 4), None, 1),
-    "H 64, K 4": (2, 3, 8000, (16, 4, 64), jnp.bfloat16, (1024, 4), None, 1),
-    "H 80, K 2": (2, 1, 8000, (4, 2, 80), jnp.bfloat16, (1024, 4), None, 1),
-    "H 96, K 32": (2, 1, 8000, (32, 32, 96), jnp.bfloat16, (1024, 4), None, 1),
+    "full, 128k": (1, 1, 131072, QWEN3_4B, B16, (-1, 0), None, 1),
+    "full, 128k, two cores": (1, 1, 131072, QWEN3_4B, B16, (-1, 0), None, 2),
+    "full, 128k, H 64": (1, 1, 131072, (14, 2, 64), B16, (-1, 0), None, 1),
+    "full rows, 128k, 8 new": (1, 8, 131072, QWEN3_4B, B16, (2048, 128), None, 1),
+    "ring": (4, 1, 2048 + 128, QWEN3_4B, B16, (2048, 128), None, 1),
+    "ring, traced": (4, 1, 2048 + 128, QWEN3_4B, B16, TRACED, None, 2),
+    "ring, 8 new, soft cap": (4, 8, 2048 + 10, QWEN3_4B, B16, (2048, 10), 50.0, 1),
+    "ring, 8 new, traced, H 64": (4, 8, 2048 + 10, (32, 8, 64), B16, TRACED, 50.0, 2),
+    "a short cache": (4, 1, 100, QWEN3_4B, B16, (100, 0), None, 1),
+    "H 64, K 4": (2, 3, 8000, (16, 4, 64), B16, (1024, 4), None, 1),
+    "H 64, K 1, float32": (2, 1, 8000, (8, 1, 64), F32, (1024, 4), None, 1),
+    "H 80, K 2": (2, 1, 8000, (4, 2, 80), B16, (1024, 4), None, 1),
+    "H 80, K 32, float32": (2, 1, 8000, (32, 32, 80), F32, (1024, 4), None, 1),
+    "H 96, K 32": (2, 1, 8000, (32, 32, 96), B16, (1024, 4), None, 1),
+    "H 96, K 32, float32": (2, 1, 8000, (32, 32, 96), F32, (1024, 4), None, 1),
+    "H 96, K 32, 8 new": (2, 8, 8000, (32, 32, 96), B16, (1024, 4), None, 1),
+    "H 96, K 8, 8 new, float32": (2, 8, 8000, (32, 8, 96), F32, (1024, 4), None, 1),
+    "H 128, K 1": (2, 1, 8000, (8, 1, 128), B16, (1024, 4), None, 1),
+    "H 128, K 2": (2, 8, 8000, (8, 2, 128), B16, (1024, 4), None, 1),
+    "H 128, K 4": (2, 1, 8000, (32, 4, 128), B16, (1024, 4), None, 1),
+    "H 128, K 40": (2, 8, 8000, (40, 40, 128), B16, (1024, 4), None, 1),
+    "H 128, float32": (2, 1, 5000, QWEN3_4B, F32, (1024, 4), None, 1),
+    "H 256, K 4": (2, 8, 8000, (8, 4, 256), B16, (1024, 4), None, 1),
+    "H 256, K 8, float32": (2, 1, 8000, (16, 8, 256), F32, (1024, 4), None, 1),
+}
+# Name: B, S, (N, K, H), the layer
+FULL, RING = LayerAttention(), LayerAttention(window=2048, num_sink_tokens=128)
+STEPS = {
+    "step, full, 128k": (1, 131072, QWEN3_4B, FULL),
+    "step, ring": (1, 2048 + 128, QWEN3_4B, RING),
+    "step, full, 128k, H 64": (1, 131072, (14, 2, 64), FULL),
+    "step, ring, H 96": (4, 2048 + 128, (32, 32, 96), RING),
+}
+SHARDED_STEPS = {
+    "sharded, full, 128k": (2, 131072, QWEN3_4B, FULL),
+    "sharded, ring, H 64": (4, 2048 + 128, (32, 8, 64), RING),
 }
 
 
-def abstract(on, *sizes, dtype=jnp.bfloat16):
+def abstract(on, *sizes, dtype=B16):
     return jax.ShapeDtypeStruct(sizes, dtype, sharding=on)
 
 
 def decode_program(on, batch, new, slots, heads, dtype, rule, softcap, splits):
     """The function and its arguments: attention alone."""
     num_heads, num_kv_heads, head_dim = heads
-    window, sinks = rule
     new_kv = abstract(on, batch, new, num_kv_heads, head_dim, dtype=dtype)
     cache = abstract(on, batch, slots, num_kv_heads, head_dim, dtype=dtype)
     arrays = dict(
@@ -62,12 +103,16 @@ def decode_program(on, batch, new, slots, heads, dtype, rule, softcap, splits):
         new_v=new_kv,
         q_full=abstract(on, batch, new, dtype=jnp.bool_),
     )
+    rules = {}
+    if rule == TRACED:
+        arrays["window"] = arrays["num_sink_tokens"] = abstract(on, batch, dtype=jnp.int32)
+    else:
+        rules = dict(window=None if rule[0] < 0 else rule[0], num_sink_tokens=rule[1])
 
     def run(arrays):
         given = DecodeArguments(
             **arrays,
-            window=None if window < 0 else window,
-            num_sink_tokens=sinks,
+            **rules,
             scale=0.1,
             softcap=softcap,
         )
@@ -77,24 +122,31 @@ def decode_program(on, batch, new, slots, heads, dtype, rule, softcap, splits):
     return jax.jit(run), (arrays,), cache
 
 
-def step_program(on, slots, layer):
+def step_program(on, batch, slots, heads, layer, mesh=None):
     """A layer's step: attention to the cache, then the cache with the new token, in place."""
-    num_heads, num_kv_heads, head_dim = QWEN3_4B
-    kv = abstract(on, 1, slots, num_kv_heads, head_dim)
-    new_kv = abstract(on, 1, 1, num_kv_heads, head_dim)
+    num_heads, num_kv_heads, head_dim = heads
+    rows = on
+    if mesh is not None:
+        specs = attention_specs(mesh, batch=batch, num_kv_heads=num_kv_heads)
+        on, rows = (NamedSharding(mesh, spec) for spec in specs)
+    kv = abstract(on, batch, slots, num_kv_heads, head_dim)
+    new_kv = abstract(on, batch, 1, num_kv_heads, head_dim)
     cache = FullCache(k=kv, v=kv)
     if not layer.needs_full_cache:
         cache = RingCache(
             k=kv,
             v=kv,
-            slot_positions=abstract(on, 1, slots, dtype=jnp.int32),
+            slot_positions=abstract(rows, batch, slots, dtype=jnp.int32),
             num_sink_tokens=layer.num_sink_tokens,
         )
 
     def run(cache, q, k, v, pos_B):
-        return attend_cached(q, k, v, cache, layer=layer, pos_B=pos_B, backend="pallas_tpu")
+        return attend_cached(
+            q, k, v, cache, layer=layer, pos_B=pos_B, mesh=mesh, backend="pallas_tpu"
+        )
 
-    q, pos_B = abstract(on, 1, 1, num_heads, head_dim), abstract(on, 1, dtype=jnp.int32)
+    q = abstract(on, batch, 1, num_heads, head_dim)
+    pos_B = abstract(rows, batch, dtype=jnp.int32)
     return jax.jit(run, donate_argnums=0), (cache, q, new_kv, new_kv, pos_B), kv
 
 
@@ -104,31 +156,55 @@ def count_copies(text, size):
     return sum(math.prod(map(int, shape.split(","))) >= size for shape in shapes)
 
 
-def main(chip: str) -> None:
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x2")
+def collectives(text):
+    """Operations of the program that send something between devices."""
+    names = r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    return re.findall(rf" ({names})(?:-start)?\(", text)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("chips", nargs="+", help=f"some of {', '.join(TOPOLOGIES)}, or v5e:2x4")
+    parser.add_argument("--only", nargs="+", help="programs; default: all, but no sharded ones")
+    return parser.parse_args()
+
+
+def main(chip: str, only: list[str]) -> list[dict]:
+    name, options = TOPOLOGIES.get(chip, (chip, {}))
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     on = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    made = {name: decode_program(on, *sizes) for name, sizes in PROGRAMS.items()}
-    ring = LayerAttention(window=2048, num_sink_tokens=128)
-    made["step, full, 128k"] = step_program(on, 131072, LayerAttention())
-    made["step, ring"] = step_program(on, 2048 + 128, ring)
     rows = []
-    for name, (function, arrays, cache) in made.items():
+    for name in only:
         begun = time.perf_counter()
+        if name in PROGRAMS:
+            function, arrays, cache = decode_program(on, *PROGRAMS[name])
+        elif name in STEPS:
+            function, arrays, cache = step_program(on, *STEPS[name])
+        else:
+            mesh = make_mesh(topology.devices, data=2, tensor=4)
+            function, arrays, cache = step_program(on, *SHARDED_STEPS[name], mesh=mesh)
         compiled = function.lower(*arrays).compile()
         memory = compiled.memory_analysis()
+        size = math.prod(cache.sharding.shard_shape(cache.shape))  # one device's part
         rows.append(
             {
+                "chip": chip,
+                "device_kind": topology.devices[0].device_kind,
                 "program": name,
+                "is_step": name not in PROGRAMS,
                 "temporary_bytes": memory.temp_size_in_bytes,
-                "cache_bytes": 2 * cache.size * cache.dtype.itemsize,
-                "copies": count_copies(compiled.as_text(), cache.size),
-                "is_copied": cache.shape[3] % 128 != 0,
+                "aliased_bytes": memory.alias_size_in_bytes,
+                "cache_bytes": 2 * size * cache.dtype.itemsize,
+                "copies": count_copies(compiled.as_text(), size),
+                "collectives": collectives(compiled.as_text()),
                 "seconds": round(time.perf_counter() - begun, 1),
             }
         )
         print(rows[-1], file=sys.stderr, flush=True)
-    print(json.dumps(rows))
+    return rows
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    given = parse_arguments()
+    programs = given.only or [*PROGRAMS, *STEPS]
+    print(json.dumps([row for chip in given.chips for row in main(chip, programs)]))

@@ -31,7 +31,10 @@ def random_model(policy: swaa.AttentionPolicy | None = None, **overrides: Any) -
     """A four-layer model in float32, the same weights for the same overrides."""
     dtype = overrides.pop("dtype", "float32")
     mesh = overrides.pop("mesh", None)
-    return model_from_config({**HF_CONFIG, **overrides}, policy=policy, dtype=dtype, mesh=mesh)
+    backend = overrides.pop("backend", "auto")
+    return model_from_config(
+        {**HF_CONFIG, **overrides}, policy=policy, dtype=dtype, mesh=mesh, backend=backend
+    )
 
 
 def weights(model: CausalLM) -> dict[str, np.ndarray]:

@@ -105,6 +105,14 @@ def test_raw_policy_and_stats(run, api, directory):
     assert "KV cache" in err
 
 
+def test_a_backend_by_name(run, api, fails, directory):
+    _, out, _ = run(directory, "hi", "--backend", "swa_prefill=reference,swa_decode=xla", *COMMON)
+    assert out == api(user("hi")).texts[0] + "\n"
+    assert "backend: expected one of" in fails(directory, "hi", "--backend", "cuda", *COMMON)
+    err = fails(directory, "hi", "--backend", "pallas_tpu", *COMMON)
+    assert "expects platform 'tpu', got 'cpu'" in err
+
+
 def test_sampling_stop_thinking_and_cot(run, api, directory):
     _, out, _ = run(
         directory, "hi", "--temperature", 1.5, "--top-k", 9, "--top-p", 0.8, "--seed", 3,

@@ -39,11 +39,18 @@ CASES = {
     "h96": ((1, 2, 23), (4, 4, 96), None, "float32", True),
     "h128": ((2, 1, 23), (8, 2, 128), 1.5, "bfloat16", True),
     "h256": ((2, 1, 23), (4, 1, 256), None, "float32", True),
+    "h64_float32": ((1, 2, 13), (14, 2, 64), None, "float32", False),
+    "h80_bfloat16": ((1, 2, 13), (6, 3, 80), 1.5, "bfloat16", True),
+    "h96_bfloat16": ((1, 1, 13), (4, 4, 96), None, "bfloat16", True),
+    "h128_float32": ((1, 1, 13), (3, 3, 128), None, "float32", True),
+    "h256_bfloat16": ((1, 3, 13), (4, 2, 256), None, "bfloat16", False),
 }
 
 
 def run_decode(q, *cache, backend, **given):
-    """``swa_decode`` with the TPU kernel interpreted."""
+    """``swa_decode`` with the TPU kernel interpreted, as if for a TPU."""
+    if backend == "pallas_tpu":
+        given["target"] = backends.Target(platform="tpu", device_kind="TPU v5 lite")
     with mock.patch.dict(backends._REGISTRY["swa_decode"], pallas_tpu=INTERPRETED):
         return swa_decode(q, *cache, backend=backend, **given)
 

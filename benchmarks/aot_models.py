@@ -1,0 +1,374 @@
+"""What whole models need on TPUs that are not there: memory and compile time, from the compiler.
+
+Each program is compiled by libtpu, the real compiler, for a topology that is not attached, with
+this package's models and kernels; no weights are read or made. The table says how much memory a
+device needs (arguments are weights and caches, temporaries what the program adds), whether that
+fits, and how long tracing with lowering, and compiling, took: seconds on the clock, and of both
+together on all cores (a busy machine stretches the former). Nothing here has run on a TPU.
+
+    prefill       a prompt of the given length: the last row's logits, and the caches
+    decode-full   one token against caches of that length, all full, which are donated
+    decode-ring   the same under a window in every layer: ring caches of window + sinks slots
+
+The exit code is 1 where a program fails for another reason than memory, where this package's
+kernels are not in it, or where experts multiply more than 1.2 times what the active ones need.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from machine import version
+from model_shapes import MODELS
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+GIB = 1 << 30
+MOST_MOE_FLOPS = 1.2
+EPILOG = """\
+examples:
+  # everything: an hour or so on two cores; writes benchmarks/results/aot_models.json
+  pip install -r requirements/libtpu.txt && python benchmarks/aot_models.py
+
+  # go on where that was interrupted
+  python benchmarks/aot_models.py --resume
+
+  # what would be compiled
+  python benchmarks/aot_models.py --list
+
+  # does Qwen3-4B's prompt of 64k tokens fit on one v6e chip, with every other layer full?
+  python benchmarks/aot_models.py --models Qwen3-4B --chips v6e --mesh tensor=1 \\
+      --programs prefill --contexts 65536 --output -
+
+  # another policy, another model (any config.json of a supported family), 16 sinks
+  python benchmarks/aot_models.py --models ~/models/Qwen3-8B/config.json --chips v6e \\
+      --mesh tensor=8 --programs prefill decode-full --contexts 131072 --window 4096 --sinks 16
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """A TPU generation: the topology to compile for, and a device's memory."""
+
+    topology: str
+    hbm_gib: int
+    options: tuple[tuple[str, str], ...] = ()
+
+
+CHIPS = {
+    "v4": Chip(topology="v4:2x2x1", hbm_gib=32, options=(("chip_config_name", "megacore"),)),
+    "v5e": Chip(topology="v5e:2x4", hbm_gib=16),
+    "v5p": Chip(topology="v5p:2x2x2", hbm_gib=95),
+    "v6e": Chip(topology="v6e:2x4", hbm_gib=32),
+    "tpu7x": Chip(topology="tpu7x:2x2x1", hbm_gib=96),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """One row of the table.
+
+    Attributes:
+      model: a name of `model_shapes.MODELS`, or the path of a `config.json`.
+      chip: a name of `CHIPS`.
+      mesh: its axes' sizes; their product is the number of devices.
+      kind: "prefill", "decode-full" or "decode-ring".
+      context: tokens of the prompt, or that the caches hold.
+      batch: rows.
+      window, sinks, full_layers, decode: the policy, of prefill and decode-full.
+      layers: of the model, where they are not its own number.
+      effort: of the compiler, from -1 to 1; 0 is what programs are compiled with.
+    """
+
+    model: str
+    chip: str
+    mesh: dict[str, int]
+    kind: str
+    context: int
+    batch: int = 1
+    window: int = 2048
+    sinks: int = 128
+    full_layers: str = "1::2"
+    decode: str = "full"
+    layers: int | None = None
+    effort: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """As `--only` matches it."""
+        mesh = ",".join(f"{axis}={size}" for axis, size in self.mesh.items())
+        return f"{Path(self.model).name} {self.kind} {self.context // 1024}k {self.chip} {mesh}"
+
+
+KINDS = ("prefill", "decode-full", "decode-ring")
+EIGHT = {"tensor": 8}
+SPLITS = {"Qwen3-30B-A3B": {"tensor": 4, "expert": 2}}
+"""How eight chips share a model: heads and widths over `tensor`, as many as it has KV heads."""
+
+
+def default_programs() -> list[Program]:
+    """What is compiled when nothing is chosen."""
+    found = []
+    for chip in ("v5e", "v6e", "v5p"):
+        for kind, context in (
+            ("prefill", 32768),
+            ("prefill", 131072),
+            ("decode-full", 131072),
+            ("decode-ring", 131072),
+        ):
+            found.append(
+                Program(model="Qwen3-4B", chip=chip, mesh=EIGHT, kind=kind, context=context)
+            )
+        for model in ("Llama-3.1-8B", "Qwen3-30B-A3B"):
+            mesh = SPLITS.get(model, EIGHT)
+            found.append(Program(model=model, chip=chip, mesh=mesh, kind="prefill", context=32768))
+    for chip in ("v5e", "v6e"):
+        for model in ("Qwen3-0.6B", "Qwen3-4B"):
+            found.append(
+                Program(model=model, chip=chip, mesh={"tensor": 1}, kind="prefill", context=32768)
+            )
+    return found
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_argument_group("what to compile; with --models, all combinations")
+    what.add_argument(
+        "--only", nargs="+", metavar="TEXT", help="rows whose names (see --list) hold all of these"
+    )
+    what.add_argument("--list", action="store_true", help="print the rows' names and stop")
+    what.add_argument(
+        "--models",
+        nargs="+",
+        metavar="MODEL",
+        help=f"{', '.join(MODELS)}, or the path of a config.json; default: a list of its own",
+    )
+    what.add_argument("--chips", nargs="+", choices=CHIPS, default=["v5e", "v6e"])
+    what.add_argument(
+        "--mesh",
+        default=None,
+        metavar="SIZES",
+        help="such as fsdp=2,tensor=4: a chip's first 1, 2, 4 or 8 devices (default: tensor=8, "
+        "with experts tensor=4,expert=2)",
+    )
+    what.add_argument("--programs", nargs="+", choices=KINDS, default=["prefill"])
+    what.add_argument("--contexts", nargs="+", type=int, default=[32768], metavar="TOKENS")
+    what.add_argument("--batch", type=int, default=1, metavar="ROWS")
+    what.add_argument("--layers", type=int, help="instead of the model's own number")
+    what.add_argument(
+        "--effort",
+        type=float,
+        default=0.0,
+        metavar="E",
+        help="of the compiler, -1 to 1; default 0, as when programs are run. -1 compiles several "
+        "times faster, to a program that needs more memory",
+    )
+    policy = parser.add_argument_group("attention policy (decode-ring: window and sinks alone)")
+    policy.add_argument("--window", type=int, help="keys a row sees; default 2048")
+    policy.add_argument("--sinks", type=int, help="first tokens that stay visible; default 128")
+    policy.add_argument("--full-layers", metavar="LAYERS", help="default 1::2; '' for none")
+    policy.add_argument("--decode", choices=["full", "window"], help="default full")
+    parser.add_argument(
+        "--output", default=None, help="JSON file; '-' for none (default: benchmarks/results)"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the output file's rows, and compile only what it lacks (same versions only)",
+    )
+    parser.add_argument("--compile", help=argparse.SUPPRESS)  # the process that loads libtpu
+    return parser.parse_args(argv)
+
+
+def programs(arguments: argparse.Namespace) -> list[Program]:
+    """The rows that the command line asks for."""
+    if arguments.models:
+        found = [
+            Program(
+                model=model,
+                chip=chip,
+                mesh=parse_sizes(arguments.mesh) if arguments.mesh else SPLITS.get(model, EIGHT),
+                kind=kind,
+                context=context,
+                batch=arguments.batch,
+                layers=arguments.layers,
+            )
+            for model in arguments.models
+            for chip in arguments.chips
+            for kind in arguments.programs
+            for context in arguments.contexts
+        ]
+    else:
+        found = default_programs()
+    policy = {
+        name: value
+        for name in ("window", "sinks", "full_layers", "decode")
+        if (value := getattr(arguments, name)) is not None
+    }
+    found = [dataclasses.replace(program, effort=arguments.effort, **policy) for program in found]
+    wanted = arguments.only or []
+    return [program for program in found if all(text in program.name for text in wanted)]
+
+
+def parse_sizes(text: str) -> dict[str, int]:
+    """`"fsdp=2,tensor=4"` as a dict."""
+    sizes = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if not size.isdecimal():
+            sys.exit(f"--mesh: expected sizes such as fsdp=2,tensor=4, got {text!r}")
+        sizes[axis.strip()] = int(size)
+    return sizes
+
+
+def main() -> int:
+    """Compile, print, write."""
+    arguments = parse_arguments()
+    if arguments.compile:
+        from aot_compile import compile_program
+
+        print(json.dumps(compile_program(Program(**json.loads(arguments.compile)))))
+        return 0
+    chosen = programs(arguments)
+    if arguments.list:
+        print("\n".join(program.name for program in chosen))
+        return 0
+    if not chosen:
+        sys.exit(f"--only: expected texts of rows that --list prints, got {arguments.only}")
+    if version("libtpu") is None:
+        sys.exit("libtpu is not installed: pip install -r requirements/libtpu.txt")
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    rows = rows_so_far(arguments.output) if arguments.resume else []
+    done = [{key: row[key] for key in dataclasses.asdict(chosen[0])} for row in rows]
+    chosen = [program for program in chosen if dataclasses.asdict(program) not in done]
+    for number, program in enumerate(chosen, 1):
+        with console.status(f"{number}/{len(chosen)}: {program.name}"):
+            row = run(program)
+        rows.append(row)
+        console.print(f"{program.name:55} {verdict(row)}", highlight=False, soft_wrap=True)
+        write(rows, arguments.output)
+    console.print(table(rows))
+    return int(any(not is_good(row) for row in rows))
+
+
+def run(program: Program) -> dict[str, Any]:
+    """Compile a program in a process of its own, so that a crash is one row's."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--compile", json.dumps(dataclasses.asdict(program))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *_python_path()])},
+    )
+    row: dict[str, Any] = {**dataclasses.asdict(program), "hbm_gib": CHIPS[program.chip].hbm_gib}
+    try:
+        row |= json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
+        row |= {"error": f"exit code {done.returncode}: {' '.join(last)}"}
+    return row
+
+
+def _python_path() -> list[str]:
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+
+
+def is_good(row: dict[str, Any]) -> bool:
+    """Not fitting is an answer; failing, lacking a kernel or multiplying too much is not."""
+    ratio = row.get("moe_flops_ratio")
+    return not row.get("error") and (ratio is None or 1.0 <= ratio <= MOST_MOE_FLOPS)
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """Whether it fits, or by how much not, or what went wrong."""
+    if row.get("error"):
+        return f"FAILED: {row['error']}"
+    ratio = row.get("moe_flops_ratio")
+    if ratio is not None and not is_good(row):
+        return f"FAILED: experts multiply {ratio:.2f} x the active ones', at most {MOST_MOE_FLOPS}"
+    if not row["fits"]:
+        return f"does not fit: {row['missing'] / GIB:.2f} GiB too much"
+    return f"fits: {row['peak'] / GIB:.2f} of {row['hbm_gib']} GiB"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """All rows; sizes are GiB a device."""
+    result = Table(title="GiB a device, from the TPU compiler; not run on a TPU")
+    numbers = ("peak", "arguments", "outputs", "temporaries", "aliased")
+    for name in ("model", "program", "devices", "mesh"):
+        result.add_column(name, overflow="fold")
+    for name in (*numbers, "of HBM", "lower s", "compile s", "CPU s", "MoE FLOPs"):
+        result.add_column(name, justify="right")
+    result.add_column("verdict", overflow="fold")
+    for row in rows:
+        mesh = ",".join(f"{axis}={size}" for axis, size in row["mesh"].items())
+        sizes = [f"{row[name] / GIB:.2f}" if row.get(name) is not None else "" for name in numbers]
+        share = f"{row['peak'] / GIB / row['hbm_gib']:.0%}" if row.get("peak") else ""
+        seconds = [
+            f"{row[name]:.0f}" if name in row else "" for name in ("lower_s", "compile_s", "cpu_s")
+        ]
+        ratio = row.get("moe_flops_ratio")
+        result.add_row(
+            Path(row["model"]).name,
+            f"{row['kind']} {row['context'] // 1024}k",
+            row["chip"],
+            mesh,
+            *sizes,
+            share,
+            *seconds,
+            "" if ratio is None else f"{ratio:.2f}",
+            verdict(row).split(":")[0],
+        )
+    return result
+
+
+def results_path(output: str | None) -> Path:
+    """Of the results file."""
+    return Path(output or ROOT / "benchmarks" / "results" / "aot_models.json")
+
+
+def versions() -> dict[str, str | None]:
+    """Of what the figures depend on."""
+    return {name: version(name) for name in ("jax", "flax", "libtpu")}
+
+
+def rows_so_far(output: str | None) -> list[dict[str, Any]]:
+    """The rows of an earlier run that were no failures."""
+    path = results_path(output)
+    if output == "-" or not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found["versions"] != versions():
+        sys.exit(
+            f"--resume: expected a file of versions {versions()}, got {found['versions']} in "
+            f"{path}; run without --resume to replace it"
+        )
+    return [row for row in found["rows"] if is_good(row)]
+
+
+def write(rows: Sequence[dict[str, Any]], output: str | None) -> None:
+    """The results file, after each row."""
+    if output == "-":
+        return
+    path = results_path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {
+        "command": " ".join(["python", "benchmarks/aot_models.py", *sys.argv[1:]]),
+        "what": "bytes a device and seconds, from the TPU compiler, not run on a TPU",
+        "versions": versions(),
+        "rows": list(rows),
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

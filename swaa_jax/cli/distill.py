@@ -1,0 +1,154 @@
+"""`swaa distill`: training data from the model itself."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from swaa_jax.cli import process_args
+from swaa_jax.cli.policy_args import add_policy_arguments, policy_from_args
+
+_EPILOG = """\
+examples:
+  swaa distill Qwen/Qwen3-4B questions.parquet out/ --judge regex --judge-set 'pattern=answer: (.*)'
+      four answers a question at temperature 1, by the model with full attention; those whose
+      answer is right are in out/train.parquet
+
+  swaa distill Qwen/Qwen3-4B questions.jsonl out/ --thinking --max-new-tokens 8192 \\
+      --judge llm --judge-set url=http://localhost:8000/v1 --judge-set model=grader
+      thinking; judged by a model behind an OpenAI-compatible URL (SWAA_JUDGE_API_KEY is its key)
+
+A row of the questions has `prompt`, or `context` and `question`; and `answer`. The same command
+again goes on where it was stopped. `swaa train` reads the result.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "distill",
+        help="make training data: the model's own answers that a judge accepts",
+        description="Let the full-attention model answer questions several times, and keep the "
+        "answers that a judge accepts.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, hub id or gs://...")
+    parser.add_argument("questions", metavar="QUESTIONS", help="a .parquet or .jsonl file")
+    parser.add_argument("output", metavar="OUT", help="a directory: new, or that of the same run")
+    answers = parser.add_argument_group("answers")
+    answers.add_argument("--attempts", type=int, default=4, metavar="N", help="default 4")
+    answers.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default 1")
+    answers.add_argument("--top-k", type=int, metavar="K")
+    answers.add_argument("--top-p", type=float, metavar="P")
+    answers.add_argument("--max-new-tokens", type=int, default=2048, metavar="N", help="2048")
+    answers.add_argument(
+        "--thinking",
+        action=argparse.BooleanOptionalAction,
+        help="the chat template's thinking mode, where it has one",
+    )
+    answers.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws, default 0")
+    answers.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    answers.add_argument(
+        "--questions-per-part",
+        type=int,
+        default=2,
+        metavar="N",
+        help="answered in one batch and saved together, default 2",
+    )
+    judge = parser.add_argument_group("judge")
+    judge.add_argument(
+        "--judge",
+        choices=["exact", "regex", "ruler", "llm"],
+        default="exact",
+        help="exact: the answer is the reference; regex: what the pattern finds is; ruler: all "
+        "references are in it; llm: a model says so. Default exact",
+    )
+    judge.add_argument(
+        "--judge-set",
+        type=_setting,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of the judge, as JSON or plain text; repeatable",
+    )
+    judge.add_argument("--keep", choices=["all", "first"], default="all", help="default all")
+    add_policy_arguments(parser)
+    process_args.add_process_arguments(parser, mesh=True)
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16", help="bfloat16"
+    )
+    parser.add_argument("--revision", metavar="REV", help="of a hub id")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+    parser.add_argument("--verbose", action="store_true", help="log what is chosen and why")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    policy = policy_from_args(args)
+    process_args.start(args)
+
+    import os
+
+    from swaa_jax import AttentionPolicy, load_model, load_tokenizer
+    from swaa_jax.distill import DistillConfig, distill, read_questions
+    from swaa_jax.eval.judges import make_judge
+
+    settings = dict(args.judge_set)
+    secret = {}
+    if args.judge == "llm" and os.environ.get("SWAA_JUDGE_API_KEY"):
+        secret["api_key"] = os.environ["SWAA_JUDGE_API_KEY"]
+    judge = make_judge(args.judge, **settings, **secret)
+    config = DistillConfig(
+        attempts=args.attempts,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        max_new_tokens=args.max_new_tokens,
+        enable_thinking=args.thinking,
+        questions_per_part=args.questions_per_part,
+        keep=args.keep,
+        seed=args.seed,
+    )
+    questions = read_questions(args.questions, limit=args.limit)
+    policy = AttentionPolicy() if policy is None else policy
+    model = load_model(
+        args.model,
+        policy=policy,
+        dtype=args.dtype,
+        mesh=process_args.mesh_from_args(args),
+        revision=args.revision,
+    )
+    done = distill(
+        model,
+        load_tokenizer(args.model, revision=args.revision),
+        questions,
+        judge,
+        args.output,
+        config=config,
+        settings={
+            "model": args.model,
+            "dtype": args.dtype,
+            "policy": policy.to_dict(),
+            "judge": {"name": args.judge, **settings},
+        },
+        progress=sys.stderr.isatty() and not args.quiet,
+    )
+    if not args.quiet:
+        print(
+            f"{done.path}: {done.kept} answers kept; {done.accepted} of {done.answers} accepted, "
+            f"{done.questions_answered} of {done.questions} questions answered"
+        )
+    return 0
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """Key and value of KEY=VALUE; the value is JSON where it can be."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    try:
+        return key.strip(), json.loads(value)
+    except ValueError:
+        return key.strip(), value

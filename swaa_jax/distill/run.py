@@ -1,0 +1,304 @@
+"""Generate, judge, keep: the paper's self-distilled training data (arXiv 2512.10411, section 3.5).
+
+A run writes into a directory of its own, a part at a time, and goes on where it was stopped::
+
+    out/run.json                the questions' and the settings' fingerprint
+    out/attempts/00000.parquet  every answer to the first few questions, and its verdict
+    out/attempts/00001.parquet  ...
+    out/train.parquet           the answers that were accepted, written when the last part is there
+
+What a question is answered with depends on the seed, its part and its place in it, not on what was
+done before: a run that was stopped ends as one that was not.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from swaa_jax import runtime, storage
+from swaa_jax.distill.questions import Question
+from swaa_jax.eval.judges import Judge, Judged
+from swaa_jax.infer import generate
+from swaa_jax.infer.prompts import encode_prompts
+from swaa_jax.typing import PathLike
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """How questions are answered.
+
+    Attributes:
+        attempts: answers to each question; the paper takes 4.
+        temperature: the paper takes 1.
+        top_k, top_p: draw among the likeliest tokens only.
+        max_new_tokens: of an answer, its thinking included. Answers cut off there are dropped.
+        enable_thinking: for the chat template; None: its own default.
+        questions_per_part: answered in one batch, ``questions_per_part * attempts`` rows.
+        keep: "all" accepted answers of a question, or the "first" one.
+        seed: of the draws.
+    """
+
+    attempts: int = 4
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    max_new_tokens: int = 2048
+    enable_thinking: bool | None = None
+    questions_per_part: int = 2
+    keep: str = "all"
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("attempts", "max_new_tokens", "questions_per_part"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.keep not in ("all", "first"):
+            raise ValueError(f'keep: expected "all" or "first", got {self.keep!r}')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillSummary:
+    """What a run came to; `questions_answered` have at least one accepted answer."""
+
+    questions: int
+    answers: int
+    accepted: int
+    questions_answered: int
+    kept: int
+    path: str
+
+
+def distill(
+    model: Any,
+    tok: Any,
+    questions: Sequence[Question],
+    judge: Judge,
+    directory: PathLike,
+    *,
+    config: DistillConfig | None = None,
+    settings: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> DistillSummary:
+    """Answer the questions, judge the answers, and write those that were accepted.
+
+    Args:
+        model: from `load_model`, under the policy that the answers are to come from: the paper's
+            is full attention.
+        tok: its tokenizer. Prompts go through its chat template, where it has one.
+        questions: see `read_questions`.
+        judge: see `swaa_jax.eval.judges`.
+        directory: new, or that of the same run, which then goes on.
+        config: how questions are answered.
+        settings: what else makes this run what it is (the model's name, the judge's settings), so
+            that another one does not go on in its directory.
+        progress: show a bar on stderr.
+
+    Raises:
+        ValueError: the directory holds another run; the message names what differs.
+    """
+    config = config or DistillConfig()
+    directory = epath.Path(directory)
+    parts = [
+        questions[start : start + config.questions_per_part]
+        for start in range(0, len(questions), config.questions_per_part)
+    ]
+    _claim(directory, _fingerprint(questions, config, settings or {}))
+    with _bar(len(parts), show=progress) as advance:
+        for number, part in enumerate(parts):
+            path = directory / "attempts" / f"{number:05d}.parquet"
+            if not path.exists():
+                rows = _answer(model, tok, part, judge, config, number)
+                if runtime.is_main_process():
+                    _write_parquet(path, rows)
+            advance()
+    runtime.wait_for_all("distill: the last part")
+    attempts = [
+        row
+        for number in range(len(parts))
+        for row in _read_parquet(directory / "attempts" / f"{number:05d}.parquet")
+    ]
+    kept = _keep(attempts, config)
+    target = directory / "train.parquet"
+    if runtime.is_main_process():
+        _write_parquet(target, kept)
+    accepted = [row for row in attempts if row["judge"]]
+    return DistillSummary(
+        questions=len(questions),
+        answers=len(attempts),
+        accepted=len(accepted),
+        questions_answered=len({row["question_id"] for row in accepted}),
+        kept=len(kept),
+        path=str(target),
+    )
+
+
+def _answer(
+    model: Any,
+    tok: Any,
+    part: Sequence[Question],
+    judge: Judge,
+    config: DistillConfig,
+    number: int,
+) -> list[dict[str, Any]]:
+    """A row for each answer to each question of a part."""
+    templated = bool(getattr(tok, "chat_template", None))
+    prompts = [
+        [{"role": "user", "content": question.prompt}] if templated else question.prompt
+        for question in part
+    ]
+    thinking = {"enable_thinking": config.enable_thinking} if templated else {}
+    encoded = [
+        ids for ids in encode_prompts(tok, prompts, **thinking) for _ in range(config.attempts)
+    ]
+    out = generate(
+        model,
+        tok,
+        encoded,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=_seed(config.seed, number),
+        batch_size=len(encoded),
+    )
+    rows = []
+    for at, (text, tokens, reason) in enumerate(
+        zip(out.texts, out.tokens, out.finish_reasons, strict=True)
+    ):
+        question = part[at // config.attempts]
+        judged = Judged(
+            question=question.prompt,
+            references=question.references,
+            response=text,
+            thinking=_opens_thinking(tok, encoded[at]),
+        )
+        cut = reason == "length"
+        verdict = None if cut else judge(judged)
+        rows.append(
+            {
+                "question_id": question.id,
+                "attempt": at % config.attempts,
+                "prompt": question.prompt,
+                "response": text,
+                "answer": question.references[0],
+                "judge": int(verdict is not None and verdict.accepted),
+                "reason": "cut off" if verdict is None else verdict.reason,
+                "num_tokens": len(tokens),
+            }
+        )
+    return rows
+
+
+def _opens_thinking(tok: Any, prompt_ids: Sequence[int]) -> bool:
+    """Whether the prompt ends within `<think>`, as thinking templates' do."""
+    end = tok.decode(list(prompt_ids[-16:]))
+    return end.rfind("<think>") > end.rfind("</think>")
+
+
+def _keep(attempts: Sequence[dict[str, Any]], config: DistillConfig) -> list[dict[str, Any]]:
+    kept, seen = [], set()
+    for row in attempts:
+        key = (row["question_id"], row["response"] if config.keep == "all" else None)
+        if row["judge"] and key not in seen:  # an answer given twice teaches nothing new
+            seen.add(key)
+            kept.append(row)
+    return kept
+
+
+def _seed(seed: int, part: int) -> int:
+    """A seed of 32 bits for a part."""
+    digest = hashlib.sha256(f"{seed}/{part}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def _fingerprint(
+    questions: Sequence[Question], config: DistillConfig, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for question in questions:
+        digest.update(json.dumps(dataclasses.asdict(question)).encode())
+    return {
+        "questions": {"count": len(questions), "sha256": digest.hexdigest()},
+        "config": dataclasses.asdict(config),
+        "settings": dict(settings),
+    }
+
+
+def _claim(directory: epath.Path, fingerprint: dict[str, Any]) -> None:
+    """Make the directory this run's, or see that it is."""
+    path = directory / "run.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        differs = [
+            f"{section}.{name}: {before.get(section, {}).get(name)!r} there, {value!r} now"
+            for section, values in fingerprint.items()
+            for name, value in values.items()
+            if before.get(section, {}).get(name) != json.loads(json.dumps(value))
+        ]
+        if differs:
+            raise ValueError(
+                f"{directory}: holds another run ({'; '.join(differs)}); pass another directory, "
+                "or what that run was started with"
+            )
+        return
+    if runtime.is_main_process():
+        (directory / "attempts").mkdir(parents=True, exist_ok=True)
+        storage.write_json_atomic(path, fingerprint)
+    runtime.wait_for_all("distill: the directory")
+
+
+_COLUMNS = (
+    "question_id",
+    "attempt",
+    "prompt",
+    "response",
+    "answer",
+    "judge",
+    "reason",
+    "num_tokens",
+)
+
+
+def _write_parquet(path: epath.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    integers = ("attempt", "judge", "num_tokens")
+    schema = pyarrow.schema(
+        [(name, pyarrow.int64() if name in integers else pyarrow.string()) for name in _COLUMNS]
+    )
+    buffer = io.BytesIO()
+    table = pyarrow.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    pyarrow.parquet.write_table(table, buffer)
+    storage.write_bytes_atomic(path, buffer.getvalue())
+
+
+def _read_parquet(path: epath.Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(io.BytesIO(path.read_bytes())).to_pylist()
+
+
+def _bar(total: int, *, show: bool) -> Any:
+    """A context that gives ``advance()``."""
+    import contextlib
+
+    @contextlib.contextmanager
+    def bar():
+        if not show:
+            yield lambda: None
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task("distill", total=total)
+            yield lambda: progress.advance(task)
+
+    return bar()

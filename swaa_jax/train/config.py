@@ -1,0 +1,170 @@
+"""What a training step is made from: its loss, its optimizer, how it is computed."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+REMATS = ("none", "layer", "dots")
+SCHEDULES = ("cosine", "linear", "constant")
+TRAINABLE = ("lora", "all")
+_DTYPES = ("bfloat16", "float32")
+
+
+def _check_one_of(name: str, value: object, known: tuple[object, ...]) -> None:
+    if not any(value is one or (isinstance(value, str) and value == one) for one in known):
+        raise ValueError(f"{name}: expected one of {list(known)}, got {value!r}")
+
+
+def _check_range(
+    name: str,
+    value: Any,
+    *,
+    least: float | int | None = None,
+    most: float | int | None = None,
+    above: float | int | None = None,
+    below: float | int | None = None,
+) -> None:
+    limits = [
+        (least, "at least", lambda limit: value >= limit),
+        (most, "at most", lambda limit: value <= limit),
+        (above, "more than", lambda limit: value > limit),
+        (below, "less than", lambda limit: value < limit),
+    ]
+    named = [(words, limit, holds) for limit, words, holds in limits if limit is not None]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not all(holds(limit) for _, limit, holds in named):
+        wanted = " and ".join(f"{words} {limit:g}" for words, limit, _ in named)
+        raise ValueError(f"{name}: expected a number {wanted}, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with warm-up, a schedule and clipping by global norm.
+
+    The rate of step `s` (from 0) is `learning_rate * s / warmup_steps` while warming up, so the
+    first step moves nothing, as in Transformers; then the schedule falls from 1 to `min_lr_ratio`
+    at `total_steps`. Weight decay spares vectors (norm scales, biases), as Transformers' does.
+
+    Attributes:
+        learning_rate: the highest.
+        schedule: "cosine", "linear" or "constant" after the warm-up.
+        total_steps: optimizer steps of the whole run.
+        warmup_ratio: share of `total_steps`, rounded up; `warmup_steps` replaces it.
+        warmup_steps: None: by `warmup_ratio`.
+        min_lr_ratio: of `learning_rate`, at the end.
+        b1, b2, eps: Adam's.
+        weight_decay: decoupled, times the learning rate.
+        clip_norm: largest global norm of the gradient; None: no clipping.
+    """
+
+    learning_rate: float = 1e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    total_steps: int = 1000
+    warmup_ratio: float = 0.05
+    warmup_steps: int | None = None
+    min_lr_ratio: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        _check_one_of("schedule", self.schedule, SCHEDULES)
+        _check_range("learning_rate", self.learning_rate, above=0.0)
+        _check_range("total_steps", self.total_steps, least=1)
+        _check_range("warmup_ratio", self.warmup_ratio, least=0.0, most=1.0)
+        _check_range("min_lr_ratio", self.min_lr_ratio, least=0.0, most=1.0)
+        _check_range("b1", self.b1, least=0.0, below=1.0)
+        _check_range("b2", self.b2, least=0.0, below=1.0)
+        _check_range("eps", self.eps, above=0.0)
+        _check_range("weight_decay", self.weight_decay, least=0.0)
+        if self.warmup_steps is not None:
+            _check_range("warmup_steps", self.warmup_steps, least=0)
+        if self.clip_norm is not None:
+            _check_range("clip_norm", self.clip_norm, above=0.0)
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """Steps before the schedule begins."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return math.ceil(self.warmup_ratio * self.total_steps)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What is minimised: `sft * NLL + self_distill * KL`, a mean over the targets' weights, and
+    `router_loss` times the loss that keeps experts in balance.
+
+    Attributes:
+        sft: factor on the cross entropy of the targets.
+        self_distill: factor on the divergence from the teacher, which is the same model with its
+            adapters off and full attention (`temperature^2 KL(teacher || student)`).
+        temperature: both sides' logits are divided by it in the divergence.
+        top_k: compare the teacher's k largest logits and the rest as one bucket; None: all.
+        chunk_tokens: tokens whose logits exist at a time, on a device; None: by the vocabulary,
+            so that they take at most 320 MiB.
+        router_loss: factor on the load-balancing loss; None: what the model's config says.
+    """
+
+    sft: float = 1.0
+    self_distill: float = 0.0
+    temperature: float = 1.0
+    top_k: int | None = None
+    chunk_tokens: int | None = None
+    router_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_range("sft", self.sft, least=0.0)
+        _check_range("self_distill", self.self_distill, least=0.0)
+        _check_range("temperature", self.temperature, above=0.0)
+        if self.sft == 0.0 and self.self_distill == 0.0:
+            raise ValueError(
+                "loss: expected sft or self_distill above 0, got 0 for both; nothing would be "
+                "trained"
+            )
+        for name in ("top_k", "chunk_tokens"):
+            if (value := getattr(self, name)) is not None:
+                _check_range(name, value, least=1)
+        if self.router_loss is not None:
+            _check_range("router_loss", self.router_loss, least=0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """How a step is computed.
+
+    Attributes:
+        loss, optimizer: what they say.
+        accumulate: micro-batches a step; the step equals one on the whole batch.
+        remat: what the backward pass computes again. "layer": all of a layer but its input;
+            "dots": all but the results of its matrix products; "none": nothing.
+        scan_layers: one body for all layers, which compiles several times faster; "auto": where
+            layers are alike and there are at least eight. Weights are stacked once for it.
+        trainable: "lora": the adapters; "all": every parameter, kept in float32.
+        dtype: of the forward and backward pass.
+        seed: of dropout.
+    """
+
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    accumulate: int = 1
+    remat: Literal["none", "layer", "dots"] = "layer"
+    scan_layers: bool | Literal["auto"] = "auto"
+    trainable: Literal["lora", "all"] = "lora"
+    dtype: str = "bfloat16"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_range("accumulate", self.accumulate, least=1)
+        _check_one_of("remat", self.remat, REMATS)
+        _check_one_of("scan_layers", self.scan_layers, (True, False, "auto"))
+        _check_one_of("trainable", self.trainable, TRAINABLE)
+        _check_one_of("dtype", self.dtype, _DTYPES)
+        if self.trainable == "all" and self.loss.self_distill:
+            raise ValueError(
+                "self_distill: expected trainable='lora', got 'all'; the teacher is the base model "
+                "without adapters, which full fine-tuning changes. Train adapters, or set "
+                "self_distill to 0 and train on answers that the model generated"
+            )

@@ -1,0 +1,134 @@
+"""Distillation: questions in, accepted answers out; stopped runs; other runs' directories."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+import swaa_jax as swaa
+from swaa_jax.cli.main import main
+from swaa_jax.distill import DistillConfig, Question, distill, read_questions
+from swaa_jax.eval.judges import Verdict, make_judge
+
+CONFIG = DistillConfig(attempts=3, max_new_tokens=6, questions_per_part=2)
+QUESTIONS = [Question(id=str(n), prompt=f"Number {n}?", references=(str(n),)) for n in range(5)]
+
+
+@pytest.fixture(scope="module")
+def retriever():
+    return swaa.load_model("tiny-retriever", dtype="float32"), swaa.load_tokenizer("tiny-retriever")
+
+
+def even_lengths(judged):
+    """A judge that accepts about half."""
+    return Verdict(accepted=len(judged.response) % 2 == 0, reason="length")
+
+
+def rows_of(path):
+    return pyarrow.parquet.read_table(path).to_pylist()
+
+
+def test_accepted_answers_are_kept(retriever, tmp_path):
+    done = distill(*retriever, QUESTIONS, even_lengths, tmp_path / "out", config=CONFIG)
+    attempts = [
+        row for n in range(3) for row in rows_of(tmp_path / f"out/attempts/{n:05d}.parquet")
+    ]
+    assert [(row["question_id"], row["attempt"]) for row in attempts] == [
+        (question.id, attempt) for question in QUESTIONS for attempt in range(3)
+    ]
+    right = [r for r in attempts if r["judge"]]
+    for row in attempts:
+        cut = row["reason"] == "cut off"
+        assert cut == (row["num_tokens"] == 6 and not row["judge"] and row["reason"] != "length")
+        assert row["judge"] == (not cut and len(row["response"]) % 2 == 0)
+    kept = rows_of(tmp_path / "out/train.parquet")
+    assert {(r["question_id"], r["response"]) for r in kept} == {
+        (r["question_id"], r["response"]) for r in right
+    }
+    assert len(kept) == len({(r["question_id"], r["response"]) for r in right}) == done.kept
+    assert (done.questions, done.answers, done.accepted) == (5, 15, len(right))
+
+
+def test_a_stopped_run_ends_as_one_that_was_not(retriever, tmp_path):
+    def stops(judged):
+        if judged.question == "Number 3?":
+            raise KeyboardInterrupt
+        return everything(judged)
+
+    def everything(judged):
+        return Verdict(accepted=True, reason="")
+
+    config = DistillConfig(attempts=2, max_new_tokens=160, questions_per_part=2)
+    whole = distill(*retriever, QUESTIONS, everything, tmp_path / "whole", config=config)
+    assert whole.kept
+    with pytest.raises(KeyboardInterrupt):
+        distill(*retriever, QUESTIONS, stops, tmp_path / "parts", config=config)
+    assert len(list((tmp_path / "parts/attempts").iterdir())) == 1
+    assert not (tmp_path / "parts/train.parquet").exists()
+    distill(*retriever, QUESTIONS, everything, tmp_path / "parts", config=config)
+    assert rows_of(tmp_path / "parts/train.parquet") == rows_of(tmp_path / "whole/train.parquet")
+
+
+def test_another_run_is_named(retriever, tmp_path):
+    judge = make_judge("exact")
+    distill(*retriever, QUESTIONS[:1], judge, tmp_path, config=CONFIG, settings={"model": "a"})
+    other = DistillConfig(attempts=3, max_new_tokens=7, questions_per_part=2)
+    with pytest.raises(ValueError, match=r"holds another run .*max_new_tokens: 6 there, 7 now"):
+        distill(*retriever, QUESTIONS[:1], judge, tmp_path, config=other, settings={"model": "a"})
+    with pytest.raises(ValueError, match=r"settings\.model: 'a' there, 'b' now"):
+        distill(*retriever, QUESTIONS[:1], judge, tmp_path, config=CONFIG, settings={"model": "b"})
+    with pytest.raises(ValueError, match=r"questions\.count: 1 there, 2 now"):
+        distill(*retriever, QUESTIONS[:2], judge, tmp_path, config=CONFIG, settings={"model": "a"})
+
+
+@pytest.mark.parametrize("kind", ("jsonl", "parquet"))
+def test_questions_in_either_form(kind, tmp_path):
+    rows = [
+        {"prompt": "A?", "answer": "a", "answers": None, "context": None, "question": None},
+        {"prompt": None, "answer": None, "answers": ["b", "c"], "context": "C", "question": "Q?"},
+    ]
+    path = tmp_path / f"questions.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    assert read_questions(path) == [
+        Question(id="0", prompt="A?", references=("a",)),
+        Question(id="1", prompt="C\n\nQ?", references=("b", "c")),
+    ]
+    assert len(read_questions(path, limit=1)) == 1
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"prompt": "A?"}', "row 0: expected answer, not empty, got the columns prompt"),
+        ('{"answer": "a"}', "row 0: expected prompt, or context and question"),
+        ("{", "line 1: expected a JSON object"),
+        ("", "at least one question"),
+    ],
+)
+def test_wrong_questions_are_named(text, message, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_questions(path)
+    with pytest.raises(ValueError, match=r"ends in \.parquet or \.jsonl"):
+        read_questions(tmp_path / "questions.csv")
+
+
+def test_the_command(tmp_path, capsys):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"prompt": "One?", "answer": "one"}\n')
+    command = ["distill", "tiny-retriever", str(path), str(tmp_path / "out")]
+    options = ["--max-new-tokens", "4", "--attempts", "2", "--dtype", "float32"]
+    assert main([*command, *options]) == 0
+    assert "of 2 accepted" in capsys.readouterr().out
+    assert rows_of(tmp_path / "out/train.parquet") is not None
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    assert run["settings"]["policy"]["window"] is None
+    assert main([*command, *options, "--seed", "1"]) == 2
+    assert "config.seed: 0 there, 1 now" in capsys.readouterr().err
+    assert main([*command, "--judge", "regex", "--judge-set", "pattern=("]) == 2
+    assert "expected a regular expression" in capsys.readouterr().err
