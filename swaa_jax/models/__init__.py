@@ -1,11 +1,20 @@
 """Model families and the functions that load and save them. `auto.py` is the file to open first."""
 
 from swaa_jax.models._causal_lm import CausalLM, HiddenStates, Prefill
-from swaa_jax.models.auto import FAMILIES, ModelFamily, load_model, model_from_config, save_model
+from swaa_jax.models.auto import (
+    FAMILIES,
+    Blueprint,
+    ModelFamily,
+    load_model,
+    model_from_config,
+    read_blueprint,
+    save_model,
+)
 from swaa_jax.models.convert import Converted, convert_checkpoint
 
 __all__ = [
     "FAMILIES",
+    "Blueprint",
     "CausalLM",
     "Converted",
     "HiddenStates",
@@ -14,5 +23,6 @@ __all__ = [
     "convert_checkpoint",
     "load_model",
     "model_from_config",
+    "read_blueprint",
     "save_model",
 ]

@@ -33,7 +33,7 @@ from swaa_jax.storage import (
     write_json_atomic,
 )
 
-__all__ = ["CheckpointMismatchError", "Checkpoints", "Restored"]
+__all__ = ["CheckpointMismatchError", "Checkpoints", "Restored", "all_processes"]
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +239,7 @@ class Checkpoints:
                 raise
             except Exception as error:  # whatever the library makes of a damaged file
                 fault = " ".join(str(error).split())[:300] or type(error).__name__
-            if _all_processes(restored is not None):
+            if all_processes(restored is not None):
                 assert restored is not None
                 if folder == self.directory:
                     self.last_step = restored.step
@@ -269,8 +269,9 @@ class Checkpoints:
         wanted = _named(template)
         _check_same(path, record["identity"], self.identity)
         _check_same(path, {"arrays": record["arrays"]}, {"arrays": _describe_arrays(wanted)})
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shapes = {
-            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding or here)
             for name, array in wanted.items()
         }
         arrays = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
@@ -384,7 +385,8 @@ def _agreed(choose: Callable[[], int | None]) -> int | None:
     return None if received < 0 else received
 
 
-def _all_processes(good: bool) -> bool:
+def all_processes(good: bool) -> bool:
+    """Whether it is so on every process."""
     if jax.process_count() == 1:
         return good
     from jax.experimental import multihost_utils

@@ -1,0 +1,103 @@
+"""`swaa train`: fine-tune a model under an attention policy, from one YAML file."""
+
+import argparse
+import sys
+from typing import Any
+
+from swaa_jax.cli import process_args
+
+_EPILOG = """\
+A config says which model, which data, under which policy, and where the results go:
+
+  model: Qwen/Qwen3-4B-Thinking-2507
+  policy: trained-quality             a recipe of `swaa recipes`, a file, or {window: 2048, ...}
+  data: {files: data/*.parquet, seq_len: 34816, batch_size: 8}
+  output_dir: runs/qwen3-4b           local, or gs://bucket/...
+
+Everything else has a default (adapters on q, k, v; AdamW; cosine). `--dry-run` prints all of it.
+
+examples:
+  swaa train configs/train/tiny.yaml output_dir=/tmp/tiny
+      a few steps of the shipped model on a CPU
+
+  swaa train paper-qwen3-4b data.files=mine.parquet output_dir=runs/a --dry-run
+      the paper's settings by the name of a shipped config; samples, steps, memory, nothing trained
+
+  swaa train mine.yaml optimizer.learning_rate=5e-5 lora.rank=32 'policy.full_attention_layers="1::4"'
+      a file with other values: any key, with dots
+
+  swaa train mine.yaml lora=null
+      all parameters in place of adapters
+
+  swaa train mine.yaml mesh.fsdp=4 mesh.tensor=2
+      on eight devices
+
+  swaa train mine.yaml --distributed
+      one process a host of a TPU slice, each with this same command
+
+output_dir is then
+  config.yaml  metrics.jsonl  tensorboard/  checkpoints/  adapter/ (PEFT's layout; model/ without LoRA)
+
+The same command goes on from the newest complete checkpoint there, after a kill too; SIGTERM on any
+process saves on all and exits 0. Then: swaa generate ..., or PEFT, with output_dir/adapter.
+
+exit codes: 0 done, or saved and stopped; 2 for a mistake in config, data or files.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "train",
+        help="fine-tune under an attention policy: adapters or all parameters, resumable",
+        description="Fine-tune a model under an attention policy, on one device or many.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "config", metavar="CONFIG", help="a YAML file, or the name of a shipped one (configs/train)"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY.SUB=VALUE",
+        help="values in place of the file's; VALUE is YAML",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the whole config, samples, steps, padding, parameters and memory, and stop",
+    )
+    parser.add_argument("--verbose", action="store_true", help="log what is chosen and why")
+    process_args.add_process_arguments(parser, mesh=False)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    # Slow to import, hence not above: `swaa --help` stays fast.
+    from swaa_jax.configs import config_path
+    from swaa_jax.train import TrainConfig, plan_run, train
+
+    is_path = args.config.endswith((".yaml", ".yml", ".json"))
+    path = args.config if is_path else config_path("train", args.config)
+    config = TrainConfig.load(path, args.overrides)
+    process_args.start(args)
+    shows = sys.stderr.isatty()
+    if args.dry_run:
+        plan = plan_run(config, progress=shows)
+        print(config.to_yaml())
+        print(plan)
+        return 0
+    result = train(config, progress=shows)
+    if not result.finished:
+        print(
+            f"stopped at step {result.step} of {result.total_steps}, which is saved; the same "
+            "command goes on from there"
+        )
+        return 0
+    loss = f", loss {result.metrics['loss']:.4f}" if "loss" in result.metrics else ""
+    print(f"{result.total_steps} steps done{loss}")
+    for directory in result.exports:
+        print(f"  {directory}")
+    return 0

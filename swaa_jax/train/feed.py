@@ -1,0 +1,112 @@
+"""Global batches: which rows this process reads, and where they go on the devices.
+
+    rows of a step       0 1 2 3 4 5 6 7          batch_size 8, two processes, accumulate 2
+    process 0 reads      0 1 2 3                  process 1 reads 4 5 6 7
+    micro-batches        0 1 | 4 5   and   2 3 | 6 7
+
+Processes that hold the same rows (a mesh with `tensor` over processes) read the same ones.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from swaa_jax.sharding import RULES, spec_for
+
+__all__ = ["Feed", "make_feed"]
+
+_INPUTS = (
+    *("tokens", "targets", "loss_weights", "stage_ids", "segment_ids", "positions"),
+    "lengths",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Feed:
+    """This process's share of every global batch.
+
+    Attributes:
+        mesh: of the model; None: one device.
+        batch_size: rows of a step, over all processes.
+        accumulate: micro-batches of a step.
+        index, count: this is share `index` of `count`; `load_data`'s process_index and
+            process_count.
+    """
+
+    mesh: Mesh | None
+    batch_size: int
+    accumulate: int
+    index: int
+    count: int
+
+    def put(self, batch: Any) -> Any:
+        """A local batch as global arrays `[accumulate, rows, T]`."""
+        if self.mesh is None:
+            return batch
+        rows = self.batch_size // self.accumulate
+        (spec,) = spec_for(("batch",), (rows,), self.mesh)
+        sharding = NamedSharding(self.mesh, PartitionSpec(None, spec))
+        placed = {}
+        for name in _INPUTS:
+            local = np.asarray(getattr(batch, name))
+            dtype = np.float32 if name == "loss_weights" else np.int32
+            local = local.astype(dtype).reshape(self.accumulate, -1, *local.shape[1:])
+            placed[name] = jax.make_array_from_process_local_data(
+                sharding, local, (self.accumulate, rows, *local.shape[2:])
+            )
+        return placed
+
+
+def make_feed(mesh: Mesh | None, *, batch_size: int, rows_per_device: int) -> Feed:
+    """How steps of `batch_size` rows are fed.
+
+    Raises:
+        ValueError: the rows cannot be shared out evenly.
+    """
+    sizes = {} if mesh is None else {axis: mesh.shape.get(axis, 1) for axis in RULES["batch"]}
+    sizes = {axis: size for axis, size in sizes.items() if size > 1}
+    parts = math.prod(sizes.values())
+    if batch_size % parts:
+        named = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise ValueError(
+            f"data.batch_size: expected a multiple of the {parts} devices that share a step's rows "
+            f"(mesh {named}), got {batch_size}. Change it, or lay devices along tensor."
+        )
+    rows_per_device = min(rows_per_device, batch_size // parts)
+    if batch_size % (parts * rows_per_device):
+        raise ValueError(
+            f"rows_per_device: expected a number that divides the {batch_size // parts} rows a "
+            f"step of each device, got {rows_per_device}."
+        )
+    index, count = _share(mesh, parts)
+    return Feed(
+        mesh=mesh,
+        batch_size=batch_size,
+        accumulate=batch_size // (parts * rows_per_device),
+        index=index,
+        count=count,
+    )
+
+
+def _share(mesh: Mesh | None, parts: int) -> tuple[int, int]:
+    """Which of how many equal blocks of rows the process's devices hold."""
+    if mesh is None or jax.process_count() == 1:
+        return 0, 1
+    (spec,) = spec_for(("batch",), (parts,), mesh)
+    sharding = NamedSharding(mesh, PartitionSpec(spec))
+    held: dict[int, set[int]] = {}
+    for device, (rows,) in sharding.devices_indices_map((parts,)).items():
+        start, stop, _ = rows.indices(parts)
+        held.setdefault(device.process_index, set()).update(range(start, stop))
+    blocks = sorted({tuple(sorted(rows)) for rows in held.values()})
+    flat = [row for block in blocks for row in block]
+    if flat != list(range(parts)) or len({len(block) for block in blocks}) != 1:
+        raise ValueError(
+            f"mesh: expected devices in an order where each process holds one block of the batch's "
+            f"rows, got blocks {blocks[:4]}; put the axes data and fsdp over the processes."
+        )
+    return blocks.index(tuple(sorted(held[jax.process_index()]))), len(blocks)

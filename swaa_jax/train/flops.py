@@ -1,0 +1,129 @@
+"""Floating-point operations of a step, and what chips can do: the two sides of MFU.
+
+Model operations, as MFU counts them: what the mathematics needs, without rematerialisation, a
+product of [m, k] and [k, n] as 2 m k n. Attention counts visible pairs only, so a windowed layer
+is not credited with what it saves.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from kernels_pallas.mask import Stage
+from swaa_jax.policy import LayerAttention
+
+__all__ = ["FlopCounter", "peak_flops"]
+
+_PEAKS = {  # dense bfloat16, without sparsity, from the vendors' data sheets
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,  # a chip is two devices
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100": 312e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Operations a second of a device in bfloat16; None where the table has none.
+
+    >>> peak_flops("NVIDIA H100 80GB HBM3") / 1e12
+    989.0
+    """
+    for name in sorted(_PEAKS, key=len, reverse=True):
+        if device_kind.startswith(name):
+            return _PEAKS[name]
+    return None
+
+
+class FlopCounter:
+    """Operations of the steps of one model.
+
+    Args:
+        model: with shapes or arrays; its adapters, if any, are what is trained.
+        trains_all: every parameter gets a gradient: 6 operations a parameter and token. With
+            adapters the frozen weights have none: 4.
+        with_teacher: the loss runs a second forward pass, under the model's own policy.
+    """
+
+    def __init__(self, model: Any, *, trains_all: bool, with_teacher: bool):
+        config = model.config
+        self._layers: Sequence[LayerAttention] = model.layer_attention
+        self._teacher_layers: Sequence[LayerAttention] = (
+            config.own.resolve(config.num_layers) if with_teacher else ()
+        )
+        self._width = config.num_heads * config.head_dim
+        matrices = _active_parameters(model)
+        passes = (6 if trains_all else 4) + (2 if with_teacher else 0)
+        self._per_token = passes * matrices
+        # The head runs on targets only; the embedding is a look-up.
+        self._per_target = passes * config.hidden_size * config.vocab_size
+
+    def __call__(self, batch: Any) -> float:
+        """Operations of a step on (a share of) a batch of numpy arrays."""
+        used = np.asarray(batch.segment_ids) >= 0
+        answer = np.asarray(batch.stage_ids) == Stage.ANSWER
+        positions = np.asarray(batch.positions).astype(np.int64)
+        seen: dict[LayerAttention, float] = {}
+        for layer in {*self._layers, *self._teacher_layers}:
+            pairs = visible_keys(layer, positions, answer)
+            seen[layer] = float(pairs[used].sum())
+        # Scores and values: 2 products forward, 4 backward.
+        attention = 12 * self._width * sum(seen[layer] for layer in self._layers)
+        attention += 4 * self._width * sum(seen[layer] for layer in self._teacher_layers)
+        tokens, targets = float(used.sum()), float(np.count_nonzero(batch.loss_weights))
+        return self._per_token * tokens + self._per_target * targets + attention
+
+
+def visible_keys(layer: LayerAttention, positions: np.ndarray, answer: np.ndarray) -> np.ndarray:
+    """How many keys each query sees, from its position in its sample.
+
+    >>> from swaa_jax.policy import AttentionPolicy
+    >>> (layer,) = AttentionPolicy(window=2, num_sink_tokens=1).resolve(1)
+    >>> visible_keys(layer, np.arange(5), np.zeros(5, bool)).tolist()
+    [1, 2, 3, 3, 3]
+    """
+    everything = positions + 1
+    if layer.window is None:
+        return everything
+    beyond = np.maximum(everything - layer.window, 0)
+    windowed = np.minimum(everything, layer.window) + np.minimum(beyond, layer.num_sink_tokens)
+    if layer.full_decode:
+        return np.where(answer, everything, windowed)
+    return windowed
+
+
+def _active_parameters(model: Any) -> float:
+    """Weights of matrices in layers that a token is multiplied with: of experts, those chosen."""
+    config = model.config
+    share = 1.0
+    if getattr(config, "num_experts", None):
+        share = config.num_experts_per_tok / config.num_experts
+    total = 0.0
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        names = [str(part) for part in path]
+        if names[0] != "layers" or len(variable.shape) < 2:
+            continue
+        metadata = variable.get_metadata()
+        stacked = "experts" in (metadata.get("axes") or ()) and len(variable.shape) == 3
+        total += float(np.prod(variable.shape)) * (share if stacked else 1.0)
+    return total
+
+
+def device_memory() -> dict[str, float]:
+    """GiB in use on this process's fullest device, now and at most; empty where it is unknown."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    found = {}
+    for name, key in (("memory_gib", "bytes_in_use"), ("peak_memory_gib", "peak_bytes_in_use")):
+        if all(key in one for one in stats):
+            found[name] = max(one[key] for one in stats) / 2**30
+    return found

@@ -1,0 +1,256 @@
+"""The loop: batches in, steps, numbers out, checkpoints now and then, an end when it is asked for."""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from swaa_jax.runtime import is_main_process
+from swaa_jax.train.checkpoints import Checkpoints
+from swaa_jax.train.feed import Feed
+from swaa_jax.train.flops import FlopCounter, device_memory, peak_flops
+from swaa_jax.train.metrics import JsonLines, MetricWriter, ProgressBar
+from swaa_jax.train.preemption import stop_requests
+from swaa_jax.train.run_config import ProfileConfig
+
+__all__ = ["Evaluation", "LoopResult", "NonFiniteLossError", "run_loop"]
+
+logger = logging.getLogger(__name__)
+
+Evaluation = Callable[[Any, int], Mapping[str, float]]
+"""`(state, step) -> numbers by name`; called on all processes."""
+
+
+class NonFiniteLossError(ValueError):
+    """The loss or the gradient is no number any more."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopResult:
+    """How the loop ended.
+
+    Attributes:
+        state: the last one.
+        step: optimizer steps done.
+        finished: all of them; False where SIGTERM ended it, and a checkpoint is there to go on.
+        metrics: of the last step that this process ran; empty if there was none.
+    """
+
+    state: Any
+    step: int
+    finished: bool
+    metrics: Mapping[str, float]
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Pending:
+    """A step whose numbers are still being computed."""
+
+    step: int
+    metrics: Mapping[str, jax.Array]
+    extra: dict[str, float]
+
+
+def run_loop(
+    trainer: Any,
+    state: Any,
+    batches: Any,
+    *,
+    start: int,
+    total_steps: int,
+    feed: Feed,
+    checkpoints: Checkpoints,
+    checkpoint_every: int,
+    writer: MetricWriter,
+    flops: FlopCounter | None = None,
+    sample_lines: JsonLines | None = None,
+    evaluate: Evaluation | None = None,
+    eval_every: int | None = None,
+    profile: ProfileConfig | None = None,
+    profile_directory: epath.Path | None = None,
+    should_stop: Callable[[int], bool] | None = None,
+) -> LoopResult:
+    """Trains from step `start` to `total_steps`, or until SIGTERM.
+
+    A step's numbers are read while the next one runs, and always before anything is saved, so a
+    state that has gone wrong is never kept.
+
+    Args:
+        trainer: `trainer(state, batch) -> (state, metrics)`.
+        state: of step `start`; its memory is given away.
+        batches: an iterator of local batches with `get_state`, at the batch of step `start`.
+        start: steps done.
+        total_steps: steps of the run.
+        feed: puts a batch on the devices.
+        checkpoints: where to save.
+        checkpoint_every: steps between saves; the last step is saved too.
+        writer: of metrics.
+        flops: operations of a step on a local batch, for MFU.
+        sample_lines: takes the ids of this process's samples, step by step.
+        evaluate: called every `eval_every` steps, and after the last one.
+        eval_every: None: after the last one only.
+        profile, profile_directory: steps to trace, and where.
+        should_stop: in place of SIGTERM.
+
+    Raises:
+        NonFiniteLossError: a loss or gradient that is NaN or infinite; nothing is saved of it.
+        CheckpointError: a save failed.
+    """
+    loop = _Loop(flops=flops, feed=feed, writer=writer, total=total_steps, start=start)
+    done = start
+    with contextlib.ExitStack() as stack:
+        stack.callback(loop.bar.close)
+        stopping = stack.enter_context(_stopping(should_stop))
+        tracing = stack.enter_context(_Tracing(profile, profile_directory))
+        finished = done >= total_steps
+        while not finished:
+            local = next(batches)
+            step = done + 1
+            tracing.before(step)
+            state, metrics = trainer(state, feed.put(local))
+            done = step
+            if sample_lines is not None:
+                sample_lines.write({"step": step, "samples": _sample_ids(local)})
+            loop.after_step(step, metrics, local)
+            tracing.after(step, state)
+            finished = done == total_steps
+            stopped = stopping(step)
+            if evaluate is not None and (finished or (eval_every and step % eval_every == 0)):
+                loop.settle()
+                scores = evaluate(state, step)
+                writer.write(step, {f"eval/{name}": float(v) for name, v in scores.items()})
+                loop.forget_time()
+            if finished or stopped or step % checkpoint_every == 0:
+                loop.settle()
+                writer.flush()
+                if sample_lines is not None:
+                    sample_lines.flush()
+                checkpoints.save(step, state, batches.get_state())
+            if stopped and not finished:
+                logger.warning("SIGTERM: saved at step %d of %d, and stopping", step, total_steps)
+                break
+        loop.settle()
+    return LoopResult(state=state, step=done, finished=finished, metrics=loop.last)
+
+
+def _sample_ids(batch: Any) -> list[int]:
+    ids = np.unique(np.asarray(batch.sample_ids))
+    return [int(number) for number in ids if number >= 0]
+
+
+@contextlib.contextmanager
+def _stopping(should_stop: Callable[[int], bool] | None) -> Iterator[Callable[[int], bool]]:
+    if should_stop is not None:
+        yield should_stop
+        return
+    with stop_requests() as requested:
+        yield requested
+
+
+class _Loop:
+    """The numbers of steps: read one step late, checked, written."""
+
+    def __init__(
+        self,
+        *,
+        flops: FlopCounter | None,
+        feed: Feed,
+        writer: MetricWriter,
+        total: int,
+        start: int,
+    ):
+        self._flops, self._feed, self._writer = flops, feed, writer
+        self.bar = ProgressBar(total, done=start, enabled=is_main_process())
+        self.last: dict[str, float] = {}
+        self._pending: _Pending | None = None
+        self._settled_at: float | None = None
+        kind = jax.devices()[0].device_kind
+        peak = peak_flops(kind)
+        self._peak = None if peak is None else peak * jax.device_count()
+
+    def after_step(self, step: int, metrics: Mapping[str, jax.Array], local: Any) -> None:
+        extra = {"padding_share": 1.0 - float(np.sum(local.lengths)) / local.tokens.size}
+        if self._flops is not None and self._peak is not None:
+            extra["flops"] = self._flops(local) * self._feed.count
+        before, self._pending = self._pending, _Pending(step=step, metrics=metrics, extra=extra)
+        if before is not None:
+            self._read(before)
+
+    def settle(self) -> None:
+        """Reads what is pending."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._read(pending)
+
+    def forget_time(self) -> None:
+        """What happened since the last step was no training."""
+        self._settled_at = None
+
+    def _read(self, pending: _Pending) -> None:
+        values = {name: float(value) for name, value in pending.metrics.items()}
+        now = time.perf_counter()
+        _check_finite(pending.step, values)
+        flops = pending.extra.pop("flops", None)
+        values |= pending.extra
+        if self._settled_at is not None:  # the first step compiles
+            seconds = now - self._settled_at
+            values["seconds"] = seconds
+            if "num_tokens" in values:
+                values["tokens_per_second"] = values["num_tokens"] / seconds
+            if flops is not None and self._peak is not None:
+                values["mfu"] = flops / seconds / self._peak
+        self._settled_at = now
+        values |= device_memory()
+        self._writer.write(pending.step, values)
+        self.bar.update(pending.step, values)
+        self.last = values
+
+
+def _check_finite(step: int, values: Mapping[str, float]) -> None:
+    bad = {name: value for name, value in values.items() if not math.isfinite(value)}
+    if not bad:
+        return
+    named = ", ".join(f"{name} is {value}" for name, value in bad.items())
+    raise NonFiniteLossError(
+        f"step {step}: {named}. Training stops, and nothing was saved of this step: the checkpoint "
+        "before it is good. Lower optimizer.learning_rate, lower optimizer.clip_norm, or look at "
+        "the step's samples (metrics.sample_ids=true)."
+    )
+
+
+class _Tracing:
+    """A profiler trace of some steps."""
+
+    def __init__(self, profile: ProfileConfig | None, directory: epath.Path | None):
+        self._profile = profile if directory is not None else None
+        self._directory, self._running = directory, False
+
+    def __enter__(self) -> "_Tracing":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def before(self, step: int) -> None:
+        profile = self._profile
+        if profile is not None and not self._running and profile.first <= step <= profile.last:
+            jax.profiler.start_trace(str(self._directory))
+            self._running = True
+
+    def after(self, step: int, state: Any) -> None:
+        if self._running and self._profile is not None and step >= self._profile.last:
+            jax.block_until_ready(state)
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+            logger.info("profile written to %s", self._directory)

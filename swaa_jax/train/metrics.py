@@ -1,0 +1,234 @@
+"""Where a run's numbers go: `metrics.jsonl`, TensorBoard, wandb, a bar. Process 0 writes.
+
+A resumed run takes back the lines after the step that it goes on from, so each step is there once.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from swaa_jax.storage import forget_listings, is_local, write_text_atomic
+
+__all__ = ["JsonLines", "MetricWriter", "ProgressBar"]
+
+logger = logging.getLogger(__name__)
+
+_LINE_SECONDS = 30.0
+
+
+class JsonLines:
+    """A file of one JSON object a line, each with its `step`, in order.
+
+    Locally each line is appended and flushed. Objects in a bucket cannot be appended to: lines are
+    kept, and the file is written anew in `flush`.
+
+    Args:
+        path: of the file.
+        resumed_step: lines of later steps, and one that was cut off, are removed.
+    """
+
+    def __init__(self, path: epath.PathLike, *, resumed_step: int):
+        self.path = epath.Path(path)
+        kept = _lines_up_to(self.path, resumed_step)
+        text = "".join(line + "\n" for line in kept)
+        if is_local(self.path):
+            write_text_atomic(self.path, text)
+            self._file, self._kept = open(os.fspath(self.path), "a", encoding="utf-8"), None
+        else:
+            self._file, self._kept = None, kept
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Adds a line."""
+        line = json.dumps(record, ensure_ascii=False)
+        if self._file is not None:
+            self._file.write(line + "\n")
+            self._file.flush()
+        else:
+            assert self._kept is not None
+            self._kept.append(line)
+
+    def flush(self) -> None:
+        """Has all lines on the disk, or in the bucket."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+        else:
+            assert self._kept is not None
+            write_text_atomic(self.path, "".join(line + "\n" for line in self._kept))
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+
+
+def _lines_up_to(path: epath.Path, step: int) -> list[str]:
+    forget_listings(path.parent)
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] > step:
+                continue
+        except (ValueError, KeyError, TypeError):  # the line that a killed process was writing
+            continue
+        kept.append(line)
+    return kept
+
+
+class MetricWriter:
+    """All places that numbers go to, on process 0; elsewhere it does nothing.
+
+    Args:
+        directory: the run's.
+        resumed_step: what is there of later steps is removed or hidden.
+        tensorboard: write `tensorboard/`.
+        wandb: a project, or None.
+        config: plain data that wandb shows with the run.
+        enabled: whether this process writes.
+
+    Raises:
+        ValueError: wandb was asked for and is not installed.
+    """
+
+    def __init__(
+        self,
+        directory: epath.Path,
+        *,
+        resumed_step: int,
+        tensorboard: bool,
+        wandb: str | None,
+        config: Mapping[str, Any],
+        enabled: bool,
+    ):
+        self._lines = self._board = self._wandb = None
+        if not enabled:
+            return
+        self._lines = JsonLines(directory / "metrics.jsonl", resumed_step=resumed_step)
+        if tensorboard:
+            self._board = _open_board(directory / "tensorboard", resumed_step)
+        if wandb is not None:
+            self._wandb = _open_wandb(directory, wandb, config)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A step's numbers; the same step may come again with others (an evaluation)."""
+        if self._lines is None:
+            return
+        self._lines.write({"step": step, **metrics})
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(metrics), step=step)
+
+    def flush(self) -> None:
+        """To be called before a checkpoint is committed, so that no step of it is missing."""
+        if self._lines is not None:
+            self._lines.flush()
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        """Flushes and closes all."""
+        if self._lines is not None:
+            self._lines.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _open_board(directory: epath.Path, resumed_step: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        logger.warning("no tensorboard/: tensorboardX is not installed (pip install tensorboardX)")
+        return None
+    if not is_local(directory):
+        logger.warning("no tensorboard/ in %s: it is written to local directories only", directory)
+        return None
+    return SummaryWriter(os.fspath(directory), purge_step=resumed_step + 1)
+
+
+def _open_wandb(directory: epath.Path, project: str, config: Mapping[str, Any]) -> Any:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(
+            f"metrics.wandb: expected the wandb package for project {project!r}, got none "
+            "installed. pip install wandb, or set metrics.wandb to null."
+        ) from error
+    name = hashlib.sha256(os.fspath(directory).encode()).hexdigest()[:16]
+    return wandb.init(project=project, id=name, resume="allow", config=dict(config))
+
+
+class ProgressBar:
+    """A bar on stderr; where that is no terminal, a line every half minute, the first and the last.
+
+    Args:
+        total: steps of the run.
+        done: steps behind it.
+        enabled: whether this process shows it.
+    """
+
+    def __init__(self, total: int, *, done: int, enabled: bool):
+        self._total, self._bar, self._enabled = total, None, enabled
+        self._last = 0.0
+        if enabled and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+            from rich.progress import TimeRemainingColumn as Remaining
+
+            columns = [
+                BarColumn(24),
+                MofNCompleteColumn(),
+                Remaining(),
+                TextColumn("{task.fields[text]}"),
+            ]
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._task = self._bar.add_task("", total=total, completed=done, text="compiling")
+            self._bar.start()
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Shows a step's numbers."""
+        if not self._enabled:
+            return
+        text = summary(metrics)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text)
+        elif time.monotonic() - self._last > _LINE_SECONDS or step == self._total:
+            self._last = time.monotonic()
+            print(f"step {step}/{self._total}  {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def summary(metrics: Mapping[str, float]) -> str:
+    """A line of the numbers that one looks at.
+
+    >>> summary({"loss": 1.5, "learning_rate": 1e-4, "tokens_per_second": 12345.6})
+    'loss 1.5000  lr 1.00e-04  12,346 tok/s'
+    """
+    formats = {
+        "loss": "loss {:.4f}",
+        "learning_rate": "lr {:.2e}",
+        "grad_norm": "grad {:.3g}",
+        "tokens_per_second": "{:,.0f} tok/s",
+        "mfu": "MFU {:.1%}",
+        "padding_share": "padding {:.1%}",
+        "memory_gib": "{:.1f} GiB",
+    }
+    return "  ".join(
+        form.format(metrics[name]) for name, form in formats.items() if name in metrics
+    )
