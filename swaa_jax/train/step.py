@@ -124,32 +124,33 @@ class Trainer:
             name: variable.get_value() for name, variable in variables.items()
         }
         self.frozen = self._freeze(consume=consume)
-        self._run = jax.jit(self._step, donate_argnums=0)
+        self._layout = self._state_shardings()
+        self._run = jax.jit(
+            self._step,
+            donate_argnums=0,
+            out_shardings=None if self._layout is None else (self._layout, None),
+        )
         self._run_evaluation = jax.jit(self._evaluation)
 
     def init(self) -> TrainState:
         """The state before the first step, from the model's own values."""
-        if self._base is None:
-            raise ValueError("init: expected a model that is not consumed; call make_step again")
         # Copies: a step gives its state's memory away.
         trainable = {
-            name: jnp.array(self._base[name], jnp.float32, copy=True) for name in self._trainable
+            name: jnp.array(variable.get_value(), jnp.float32, copy=True)
+            for name, variable in self._trainable.items()
         }
-        layout = self._state_shardings()
-        make = jax.jit(self._optimizer.init, out_shardings=layout and layout.opt_state)
-        step = jnp.zeros((), jnp.int32)
-        if layout is not None:
-            step, trainable = jax.device_put((step, trainable), (layout.step, layout.trainable))
-        return TrainState(step=step, trainable=trainable, opt_state=make(trainable))
+        step, opt_state = jnp.zeros((), jnp.int32), jax.jit(self._optimizer.init)(trainable)
+        state = TrainState(step=step, trainable=trainable, opt_state=opt_state)
+        # As a step leaves it, or else the second one would be compiled anew.
+        return jax.device_put(state, self._layout)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
         shapes = self._state_shapes()
-        layout = self._state_shardings()
-        if layout is None:
+        if self._layout is None:
             return shapes
         return jax.tree.map(
-            lambda x, on: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on), shapes, layout
+            lambda x, on: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on), shapes, self._layout
         )
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -286,8 +287,7 @@ class Trainer:
                     if not isinstance(array, jax.ShapeDtypeStruct) and not array.is_deleted():
                         array.delete()
         if consume:
-            kept = {name: self._base[name] for name in self._trainable}
-            self._initial, self._base = kept, None
+            self._base = None
         return frozen
 
     def _thaw(self, name: str) -> Any:
@@ -317,11 +317,16 @@ class Trainer:
         )
 
     def _state_shardings(self) -> TrainState | None:
-        """Each array's; the optimizer's arrays lie as their parameters do."""
-        if self._mesh is None:
-            return None
-        whole = NamedSharding(self._mesh, PartitionSpec())
-        trainable = {name: self._shardings[name] for name in self._trainable}
+        """Each array's; the optimizer's arrays lie as their parameters do. None: only shapes."""
+        if self._mesh is not None:
+            whole = NamedSharding(self._mesh, PartitionSpec())
+            trainable = {name: self._shardings[name] for name in self._trainable}
+        else:
+            value = next(iter(self._trainable.values())).get_value()
+            if isinstance(value, jax.ShapeDtypeStruct):
+                return None
+            whole = value.sharding
+            trainable = dict.fromkeys(self._trainable, whole)
         opt_state = optax.tree_map_params(
             self._optimizer,
             lambda _, sharding: sharding,
@@ -348,9 +353,6 @@ class Trainer:
             trainable=optax.apply_updates(state.trainable, updates),
             opt_state=opt_state,
         )
-        layout = self._state_shardings()
-        if layout is not None:  # as it came, so that the next step is the same program
-            new = jax.lax.with_sharding_constraint(new, layout)
         return new, metrics
 
     def _evaluation(
