@@ -38,7 +38,7 @@ class Blueprint:
     def __init__(self, module: nnx.Module):
         self.graphdef, state = nnx.split(module)
         leaves, self.treedef = jax.tree_util.tree_flatten_with_path(state)
-        self.names = [".".join(_key(part) for part in path) for path, _ in leaves]
+        self.names = [_name(path) for path, _ in leaves]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Blueprint):
@@ -115,9 +115,7 @@ class ModelFunction:
         self, arrays: Mapping[str, Any], x: Array, rows: Rows, *, dropout_key: Any
     ) -> tuple[Float[Array, "B T D"], Sequence[Any]]:
         x, routers = x.astype(self._dtype), []
-        for number, (blueprint, kind) in enumerate(
-            zip(self._layers, self._attention, strict=True)
-        ):
+        for number, (blueprint, kind) in enumerate(zip(self._layers, self._attention, strict=True)):
             prefix = f"layers.{number}."
             own = {name: arrays[prefix + name] for name in blueprint.names}
             run = functools.partial(_run_layer, blueprint, kind, rows, number, dropout_key)
@@ -140,7 +138,9 @@ class ModelFunction:
 
         numbers = jnp.arange(self.num_layers, dtype=jnp.int32)
         x, routers = jax.lax.scan(
-            self._remembering(body, scanned=True), x.astype(self._dtype), (stacked, indices, numbers)
+            self._remembering(body, scanned=True),
+            x.astype(self._dtype),
+            (stacked, indices, numbers),
         )
         return x, [jax.tree.map(lambda sums: jnp.sum(sums, axis=0), routers)]
 
@@ -182,8 +182,8 @@ def _is_scanned(layers: Sequence[Blueprint], wanted: bool | str) -> bool:
     if wanted and not alike:
         odd = next(number for number, layer in enumerate(layers) if layer != layers[0])
         raise ValueError(
-            f"scan_layers: expected layers that differ in nothing but their attention's policy, got "
-            f"layer {odd} unlike layer 0; set scan_layers to 'auto' or false"
+            "scan_layers: expected layers that differ in nothing but their attention's policy, "
+            f"got layer {odd} unlike layer 0; set scan_layers to 'auto' or false"
         )
     return bool(wanted)
 
@@ -208,9 +208,8 @@ def stacked_sharding(sharding: NamedSharding | None) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
 
 
-def _key(part: Any) -> str:
-    """The name in an entry of a tree path."""
-    for attribute in ("key", "name", "idx"):
-        if hasattr(part, attribute):
-            return str(getattr(part, attribute))
-    return str(part)
+def _name(path: Sequence[Any]) -> str:
+    """The path of a leaf of a state, without the step from a variable to its value."""
+    if isinstance(path[-1], jax.tree_util.GetAttrKey):
+        path = path[:-1]
+    return ".".join(str(part.key) for part in path)

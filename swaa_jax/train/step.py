@@ -1,0 +1,512 @@
+"""The training step: one jitted, sharded program from state and batch to state and metrics."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from swaa_jax.lora import LoraParam, without_lora
+from swaa_jax.models import CausalLM
+from swaa_jax.sharding import sharding_for, spec_for
+from swaa_jax.train.config import StepConfig
+from swaa_jax.train.function import Blueprint, ModelFunction, stack, stacked_sharding, unstack
+from swaa_jax.train.loss import Head, LossSums, check_rows, chunked_loss
+from swaa_jax.train.optimizer import learning_rate, make_optimizer
+
+_NEEDED = ("tokens", "targets", "loss_weights")
+_OPTIONAL = ("stage_ids", "segment_ids", "positions", "lengths")
+_ROUTER_LOSS = 0.001  # Transformers' router_aux_loss_coef, where a config has none
+_EMBEDDING, _HEAD = "embed_tokens.embedding", "lm_head.kernel"
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """What a step changes, and a checkpoint has to hold.
+
+    Attributes:
+        step: optimizer steps done.
+        trainable: float32 arrays by name, as they are called in the model, layer by layer.
+        opt_state: optax's; its moments have the names of `trainable`.
+    """
+
+    step: Int[Array, ""]
+    trainable: dict[str, Any]
+    opt_state: Any
+
+
+def make_step(model: CausalLM, config: StepConfig, *, consume: bool = False) -> "Trainer":
+    """A trainer of the model, under the model's own policy and on its own mesh.
+
+    Args:
+        model: with adapters (`swaa_jax.lora.add_lora`) unless `config.trainable` is "all"; of one
+            with shapes in place of arrays, programs can be lowered.
+        config: what to compute, and how.
+        consume: free the model's arrays as copies of them (stacked for a scan, cast) come to be.
+            Every model that shares them is unusable then; `Trainer.model` gives a new one.
+
+    Raises:
+        ValueError: nothing is trainable, adapters are there that should not be, or layers cannot
+            be scanned.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> from flax import nnx
+        >>> from swaa_jax.lora import LoraConfig, add_lora
+        >>> base = swaa.load_model("tiny-retriever", policy=swaa.AttentionPolicy(window=64))
+        >>> model = add_lora(base, LoraConfig(rank=2), rngs=nnx.Rngs(0))
+        >>> trainer = make_step(model, StepConfig(scan_layers=False))
+        >>> tokens = np.arange(8)[None]
+        >>> batch = {"tokens": tokens, "targets": tokens + 1, "loss_weights": np.ones((1, 8))}
+        >>> state, metrics = trainer(trainer.init(), batch)
+        >>> int(state.step), float(metrics["num_answer_tokens"])
+        (1, 8.0)
+    """
+    return Trainer(model, config, consume=consume)
+
+
+class Trainer:
+    """`state, metrics = trainer(state, batch)`; see `make_step`.
+
+    A batch is a mapping (or `swaa_jax.data.Batch`) of arrays `[B, T]`: `tokens`, `targets` and
+    `loss_weights`, and where needed `stage_ids`, `segment_ids`, `positions` and `lengths` `[B]`;
+    or of arrays `[accumulate, B, T]`. Each process gives its own rows. Loss and gradient are means
+    over all weights of the batch, so a step does not depend on how it is cut into micro-batches;
+    the routers' loss alone is a mean over micro-batches, by their tokens.
+
+    Attributes:
+        config: as given.
+        frozen: the arrays that a step does not change, by name; layers' stacked (`layers.*.`)
+            where they are scanned.
+    """
+
+    def __init__(self, model: CausalLM, config: StepConfig, *, consume: bool = False):
+        self.config = config
+        self._mesh = model.mesh
+        self._dtype = jnp.dtype(config.dtype)
+        self._whole = Blueprint(model)
+        variables = {".".join(map(str, path)): variable for path, variable in _variables(model)}
+        self._trainable = {
+            name: variable for name, variable in variables.items() if self._is_trained(variable)
+        }
+        _check_adapters(variables, self._trainable, config)
+        self._shardings = {
+            name: sharding_for(variable, self._mesh) for name, variable in variables.items()
+        }
+        self._dtypes = {name: variable.dtype for name, variable in variables.items()}
+        self._optimizer = make_optimizer(config.optimizer)
+        self._student = ModelFunction(
+            model, dtype=self._dtype, remat=config.remat, scan_layers=config.scan_layers
+        )
+        self._teacher = None
+        if config.loss.self_distill:
+            self._teacher = ModelFunction(
+                without_lora(model).with_policy(model.config.own),
+                dtype=self._dtype,
+                scan_layers=self._student.scanned,
+            )
+        self._softcap = model.config.logits_softcap
+        self._head_name = _EMBEDDING if model.lm_head is None else _HEAD
+        self._head_axes = variables[self._head_name].get_metadata()["axes"]
+        self._router_factor = _router_factor(model, config)
+        self._base: dict[str, Any] | None = {
+            name: variable.get_value() for name, variable in variables.items()
+        }
+        self.frozen = self._freeze(consume=consume)
+        self._layout = self._state_shardings()
+        self._run = jax.jit(
+            self._step,
+            donate_argnums=0,
+            out_shardings=None if self._layout is None else (self._layout, None),
+        )
+        self._run_evaluation = jax.jit(self._evaluation)
+
+    def init(self) -> TrainState:
+        """The state before the first step, from the model's own values."""
+        # Copies: a step gives its state's memory away.
+        trainable = {
+            name: jnp.array(variable.get_value(), jnp.float32, copy=True)
+            for name, variable in self._trainable.items()
+        }
+        step, opt_state = jnp.zeros((), jnp.int32), jax.jit(self._optimizer.init)(trainable)
+        state = TrainState(step=step, trainable=trainable, opt_state=opt_state)
+        # As a step leaves it, or else the second one would be compiled anew.
+        return jax.device_put(state, self._layout)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
+        shapes = self._state_shapes()
+        if self._layout is None:
+            return shapes
+        return jax.tree.map(
+            lambda x, on: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on), shapes, self._layout
+        )
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        """One optimizer step. The state given is gone afterwards: its memory is the new one's.
+
+        Returns:
+            The state, and float32 scalars: `loss`, `sft_loss`, `self_distill_loss` and
+            `router_loss` (where they are part of it), `accuracy`, `grad_norm` (before clipping),
+            `learning_rate`, `num_tokens`, `num_answer_tokens` (of the whole batch).
+
+        Raises:
+            ValueError: the batch lacks an array, does not fit the mesh or `accumulate`, or has no
+                target with a weight.
+        """
+        return self._run(state, self.frozen, self.put(batch))
+
+    def evaluate(self, state: TrainState, batch: Any) -> Metrics:
+        """The metrics of a batch without a step, and without dropout."""
+        return self._run_evaluation(state, self.frozen, self.put(batch))
+
+    def model(self, state: TrainState) -> CausalLM:
+        """The model with the trained values, in the dtypes that it was given with."""
+        if self._base is not None:
+            arrays = dict(self._base)
+        else:
+            arrays = {
+                name: self._thaw(name) for name in self._dtypes if name not in self._trainable
+            }
+        for name, value in state.trainable.items():
+            arrays[name] = value.astype(self._dtypes[name])
+        return self._whole.build(arrays)
+
+    def num_compiles(self) -> int:
+        """Programs that steps were compiled to: one for each shape of batches."""
+        return self._run._cache_size()
+
+    def lower(self, batch: Any) -> jax.stages.Lowered:
+        """The step's program for a batch of this shape; of a model of shapes too."""
+        return self._run.lower(self.abstract_state(), self.frozen, self.put(batch))
+
+    def put(self, batch: Any) -> dict[str, Array]:
+        """A batch on its devices, `[accumulate, B, T]`; one that was put already is left alone.
+
+        Raises:
+            ValueError: as `__call__`.
+        """
+        arrays = _as_mapping(batch)
+        missing = [name for name in _NEEDED if arrays.get(name) is None]
+        if missing:
+            raise ValueError(
+                f"batch: expected arrays {list(_NEEDED)}, got none of {missing}; "
+                "swaa_jax.data makes such batches"
+            )
+        arrays = {
+            name: arrays[name] for name in (*_NEEDED, *_OPTIONAL) if arrays.get(name) is not None
+        }
+        shape = self._micro_shape(arrays["tokens"].shape)
+        placed = {}
+        for name, value in arrays.items():
+            wanted = shape[:2] if name == "lengths" else shape
+            if value.shape not in (wanted, self._flat(wanted)):
+                raise ValueError(
+                    f"batch: expected {name} of shape {self._flat(wanted)} or {wanted}, as tokens "
+                    f"{arrays['tokens'].shape}, got {value.shape}"
+                )
+            dtype = jnp.float32 if name == "loss_weights" else jnp.int32
+            placed[name] = self._place(value, wanted, dtype)
+        return placed
+
+    def _micro_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        accumulate = self.config.accumulate
+        if len(shape) == 3 and shape[0] == accumulate:
+            num_rows = shape[1]
+        elif len(shape) == 2 and shape[0] % accumulate == 0:
+            num_rows = shape[0] // accumulate
+        else:
+            raise ValueError(
+                f"batch: expected tokens [B, T], B a multiple of accumulate={accumulate}, or "
+                f"[{accumulate}, B, T]; got shape {shape}"
+            )
+        check_rows(self._mesh, num_rows * jax.process_count())
+        return accumulate, num_rows, shape[-1]
+
+    def _flat(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (shape[0] * shape[1], *shape[2:])
+
+    def _place(self, value: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+        on = None
+        if self._mesh is not None:
+            rows = spec_for(("batch",), (shape[1] * jax.process_count(),), self._mesh)
+            on = NamedSharding(self._mesh, PartitionSpec(None, *rows))
+        if isinstance(value, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=on)
+        if isinstance(value, jax.Array) and value.shape == shape and value.dtype == dtype:
+            return value
+        value = np.asarray(value)
+        if dtype == jnp.float32 and jax.process_count() == 1 and not np.any(value > 0):
+            raise ValueError(
+                "batch: expected loss_weights above 0 for some targets, got none: it has no "
+                "answers. swaa_jax.data makes batches of samples that have one"
+            )
+        value = value.astype(dtype).reshape(shape)
+        if on is None:
+            return jnp.asarray(value)
+        return jax.make_array_from_process_local_data(on, value)
+
+    def _is_trained(self, variable: nnx.Variable) -> bool:
+        return self.config.trainable == "all" or isinstance(variable, LoraParam)
+
+    def _freeze(self, *, consume: bool) -> dict[str, Any]:
+        """The frozen arrays in the dtype of the computation, kind by kind so that little is held
+        twice at a time.
+        """
+        assert self._base is not None
+        groups: dict[str, list[str]] = {}
+        relative = set(self._student.layer_names)
+        for name in self._base:
+            if name in self._trainable:
+                continue
+            below = name.split(".", 2)[-1] if name.startswith("layers.") else ""
+            groups.setdefault(f"layers.*.{below}" if below in relative else name, []).append(name)
+        frozen = {}
+        for group, names in groups.items():
+            arrays = [self._base[name] for name in names]
+            made = [self._cast(array) for array in arrays]
+            sharding = self._shardings[names[0]]
+            if group != names[0]:
+                frozen[group] = stack(made, stacked_sharding(sharding))
+            else:
+                (frozen[group],) = (_laid_out(one, sharding) for one in made)
+            if consume and not any(frozen[group] is array for array in arrays):
+                jax.block_until_ready(frozen[group])
+                for array in (*arrays, *made):
+                    if not isinstance(array, jax.ShapeDtypeStruct) and not array.is_deleted():
+                        array.delete()
+        if consume:
+            self._base = None
+        return frozen
+
+    def _thaw(self, name: str) -> Any:
+        """A frozen array as the model has it."""
+        if name in self.frozen:
+            return self.frozen[name].astype(self._dtypes[name])
+        _, number, below = name.split(".", 2)
+        array = unstack(self.frozen[f"layers.*.{below}"], int(number), self._shardings[name])
+        return array.astype(self._dtypes[name])
+
+    def _cast(self, array: Any) -> Any:
+        if array.dtype == self._dtype or not jnp.issubdtype(array.dtype, jnp.floating):
+            return array
+        if isinstance(array, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(array.shape, self._dtype, sharding=array.sharding)
+        return array.astype(self._dtype)
+
+    def _state_shapes(self) -> TrainState:
+        trainable = {
+            name: jax.ShapeDtypeStruct(variable.shape, jnp.float32)
+            for name, variable in self._trainable.items()
+        }
+        return TrainState(
+            step=jax.ShapeDtypeStruct((), jnp.int32),
+            trainable=trainable,
+            opt_state=jax.eval_shape(self._optimizer.init, trainable),
+        )
+
+    def _state_shardings(self) -> TrainState | None:
+        """Each array's; the optimizer's arrays lie as their parameters do. None: only shapes."""
+        if self._mesh is not None:
+            whole = NamedSharding(self._mesh, PartitionSpec())
+            trainable = {name: self._shardings[name] for name in self._trainable}
+        else:
+            value = next(iter(self._trainable.values())).get_value()
+            if isinstance(value, jax.ShapeDtypeStruct):
+                return None
+            whole = value.sharding
+            trainable = dict.fromkeys(self._trainable, whole)
+        opt_state = optax.tree_map_params(
+            self._optimizer,
+            lambda _, sharding: sharding,
+            self._state_shapes().opt_state,
+            trainable,
+            transform_non_params=lambda _: whole,
+        )
+        return TrainState(step=whole, trainable=trainable, opt_state=opt_state)
+
+    def _step(
+        self, state: TrainState, frozen: dict[str, Any], batch: dict[str, Array]
+    ) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
+        gradient, metrics = self._over_micro_batches(
+            functools.partial(self._gradient, state.trainable, frozen), batch, key
+        )
+        updates, opt_state = self._optimizer.update(gradient, state.opt_state, state.trainable)
+        metrics |= {
+            "grad_norm": optax.global_norm(gradient),
+            "learning_rate": learning_rate(self.config.optimizer, state.step),
+        }
+        new = TrainState(
+            step=state.step + 1,
+            trainable=optax.apply_updates(state.trainable, updates),
+            opt_state=opt_state,
+        )
+        return new, metrics
+
+    def _evaluation(
+        self, state: TrainState, frozen: dict[str, Any], batch: dict[str, Array]
+    ) -> Metrics:
+        def losses(*arguments: Any) -> tuple[None, Any]:
+            return None, self._losses(state.trainable, frozen, *arguments)[1]
+
+        return self._over_micro_batches(losses, batch, None)[1]
+
+    def _over_micro_batches(
+        self, function: Any, batch: dict[str, Array], key: Any
+    ) -> tuple[Any, Metrics]:
+        """Sums of what the function gives for each micro-batch, the second as metrics."""
+        weight, tokens = jnp.sum(batch["loss_weights"]), _num_tokens(batch)
+        whole = {"weight": jnp.where(weight > 0, weight, 1.0), "tokens": jnp.maximum(tokens, 1.0)}
+
+        def run(number: Any, micro: dict[str, Array]) -> Any:
+            return function(micro, whole, None if key is None else jax.random.fold_in(key, number))
+
+        if self.config.accumulate == 1:
+            results = run(0, {name: value[0] for name, value in batch.items()})
+        else:
+            numbers = jnp.arange(self.config.accumulate)
+            first = {name: value[0] for name, value in batch.items()}
+            shapes = jax.eval_shape(run, numbers[0], first)
+            start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            results, _ = jax.lax.scan(
+                lambda sums, one: (jax.tree.map(jnp.add, sums, run(*one)), None),
+                start,
+                (numbers, batch),
+            )
+        gradient, metrics = results
+        answers = jnp.sum(batch["loss_weights"] > 0, dtype=jnp.float32)
+        return gradient, metrics | {"num_tokens": tokens, "num_answer_tokens": answers}
+
+    def _gradient(
+        self, trainable: dict[str, Any], frozen: dict[str, Any], *arguments: Any
+    ) -> tuple[dict[str, Any], Metrics]:
+        teacher = self._teach(frozen, arguments[0])
+        loss = functools.partial(self._losses, teacher=teacher)
+        (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(
+            trainable, frozen, *arguments
+        )
+        return gradient, metrics
+
+    def _teach(self, frozen: dict[str, Any], micro: dict[str, Array]) -> Any:
+        """The teacher's final hidden states, None where there is none."""
+        if self._teacher is None:
+            return None
+        return jax.lax.stop_gradient(self._teacher(frozen, micro).hidden)
+
+    def _losses(
+        self,
+        trainable: dict[str, Any],
+        frozen: dict[str, Any],
+        micro: dict[str, Array],
+        whole: dict[str, Array],
+        key: Any,
+        *,
+        teacher: Any = None,
+    ) -> tuple[Array, Metrics]:
+        """A micro-batch's part of the loss and of the metrics of the whole batch."""
+        if teacher is None:
+            teacher = self._teach(frozen, micro)
+        out = self._student(frozen | self._compute(trainable), micro, dropout_key=key)
+        sums: LossSums = chunked_loss(
+            out.hidden,
+            self._head(trainable, frozen),
+            micro["targets"],
+            micro["loss_weights"],
+            config=self.config.loss,
+            teacher=teacher,
+            mesh=self._mesh,
+        )
+        loss = sums.total / whole["weight"]
+        metrics = {
+            "accuracy": sums.correct / whole["weight"],
+            "sft_loss": sums.nll / whole["weight"],
+        }
+        if self.config.loss.self_distill:
+            metrics["self_distill_loss"] = sums.kl / whole["weight"]
+        if out.router_loss is not None:
+            router_loss = out.router_loss * _num_tokens(micro) / whole["tokens"]
+            loss += self._router_factor * router_loss
+            metrics["router_loss"] = router_loss
+        return loss, metrics | {"loss": loss}
+
+    def _compute(self, trainable: dict[str, Any]) -> dict[str, Any]:
+        """Trained values as the forward pass reads them.
+
+        Adapters stay in float32, and so does a trained embedding until rows are taken from it: the
+        gradients of a frequent token's rows are added up before they are rounded.
+        """
+        if self.config.trainable == "lora":
+            return trainable
+        return {
+            name: value if name == _EMBEDDING else value.astype(self._dtype)
+            for name, value in trainable.items()
+        }
+
+    def _head(self, trainable: dict[str, Any], frozen: dict[str, Any]) -> Head:
+        trained = self._head_name in trainable
+        return Head(
+            weight=(trainable if trained else frozen)[self._head_name],
+            vocab_axis=0 if self._head_name == _EMBEDDING else 1,
+            axes=tuple(self._head_axes),
+            softcap=self._softcap,
+            trained=trained,
+        )
+
+
+def _variables(model: CausalLM) -> list[tuple[Any, nnx.Variable]]:
+    return list(nnx.to_flat_state(nnx.state(model)))
+
+
+def _check_adapters(
+    variables: Mapping[str, nnx.Variable], trainable: Mapping[str, Any], config: StepConfig
+) -> None:
+    adapters = [name for name, variable in variables.items() if isinstance(variable, LoraParam)]
+    if not trainable:
+        raise ValueError(
+            "model: expected one with adapters for trainable='lora', got none; "
+            "swaa_jax.lora.add_lora(model, LoraConfig(), rngs=...) adds them, trainable='all' "
+            "trains every parameter"
+        )
+    if config.trainable == "all" and adapters:
+        raise ValueError(
+            f"model: expected one without adapters for trainable='all', got {len(adapters)} arrays "
+            f"of them, {adapters[0]!r} the first; swaa_jax.lora.merge_lora(model) takes them into "
+            "the weights, without_lora(model) drops them"
+        )
+
+
+def _router_factor(model: CausalLM, config: StepConfig) -> float:
+    if config.loss.router_loss is not None:
+        return config.loss.router_loss
+    return float(json.loads(model.config.hf_json).get("router_aux_loss_coef") or _ROUTER_LOSS)
+
+
+def _as_mapping(batch: Any) -> Mapping[str, Any]:
+    if isinstance(batch, Mapping):
+        return batch
+    return {name: getattr(batch, name, None) for name in (*_NEEDED, *_OPTIONAL)}
+
+
+def _num_tokens(batch: Mapping[str, Array]) -> Float[Array, ""]:
+    """Tokens that are no padding."""
+    if "lengths" in batch:
+        return jnp.sum(batch["lengths"]).astype(jnp.float32)
+    return jnp.float32(batch["tokens"].size)
+
+
+def _laid_out(array: Any, sharding: NamedSharding | None) -> Any:
+    if sharding is None or not isinstance(array, jax.ShapeDtypeStruct):
+        return array
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
