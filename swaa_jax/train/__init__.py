@@ -1,5 +1,4 @@
-<<<<<<< HEAD
-"""Training under an attention policy: losses, the optimizer, the jitted step, the loop around it."""
+"""Training under an attention policy: losses, optimizer, the jitted step, the loop around it."""
 
 from swaa_jax.train.checkpoints import CheckpointMismatchError, Checkpoints
 from swaa_jax.train.config import LossConfig, OptimizerConfig, StepConfig
@@ -32,31 +31,13 @@ __all__ = [
     "StepConfig",
     "TrainConfig",
     "TrainResult",
-=======
-"""Training under an attention policy: losses, the optimizer, the jitted step."""
-
-from swaa_jax.train.config import LossConfig, OptimizerConfig, StepConfig
-from swaa_jax.train.loss import Head, LossSums, chunked_loss
-from swaa_jax.train.optimizer import learning_rate, make_optimizer
-from swaa_jax.train.step import Trainer, TrainState, make_step
-
-__all__ = [
-    "Head",
-    "LossConfig",
-    "LossSums",
-    "OptimizerConfig",
-    "StepConfig",
->>>>>>> train
     "TrainState",
     "Trainer",
     "chunked_loss",
     "learning_rate",
     "make_optimizer",
     "make_step",
-<<<<<<< HEAD
     "plan_run",
     "run_loop",
     "train",
-=======
->>>>>>> train
 ]
