@@ -23,10 +23,12 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from model_shapes import MODELS
 
+from swaa_jax.lora import LoraConfig, add_lora
 from swaa_jax.models import CausalLM
 from swaa_jax.models.auto import FAMILIES
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.sharding import attention_specs, make_mesh, sharding_for
+from swaa_jax.train import StepConfig, make_step
 
 if TYPE_CHECKING:
     from aot_models import Program
@@ -34,6 +36,10 @@ if TYPE_CHECKING:
 _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _TOO_MUCH = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+KERNELS = {
+    "prefill": ("swa_prefill_forward",),
+    "train": ("swa_prefill_forward", "swa_prefill_dq", "swa_prefill_dkv"),
+}
 # An array's shape and the operation that makes it.
 _OPERATION = re.compile(r"= \(?\w+\[([\d,]*)\]\S* ([\w-]+)\(")
 
@@ -50,7 +56,7 @@ def compile_program(program: "Program") -> dict[str, Any]:
     mesh = make_mesh(topology.devices[:count], **program.mesh)
     model = abstract_model(program, mesh)
     begun, begun_cpu = time.perf_counter(), time.process_time()
-    make = prefill_program if program.kind == "prefill" else decode_program
+    make = {"prefill": prefill_program, "train": train_program}.get(program.kind, decode_program)
     function, shapes = make(program, model, mesh)
     lowered = function.lower(*shapes)
     lowered_at = time.perf_counter()
@@ -79,13 +85,13 @@ def compile_program(program: "Program") -> dict[str, Any]:
         text = compiled.as_text()
         row |= {"fits": True, **memory(compiled)}
         row |= {"collectives": collectives(text), "cache_copies": cache_copies(text, shapes)}
-        if hasattr(model.config, "num_experts"):
+        if hasattr(model.config, "num_experts") and program.kind != "train":
             row["moe_flops_ratio"] = round(moe_flops_ratio(text, program, model, mesh), 3)
     row["compile_s"] = round(compiled_at - lowered_at, 2)
     row["cpu_s"] = round(compiled_cpu - begun_cpu, 2)
-    kernel = "swa_prefill_forward" if program.kind == "prefill" else "swa_decode"
-    if kernel not in text:
-        row["error"] = f"expected kernel {kernel} in the program, got none of that name"
+    for kernel in KERNELS.get(program.kind, ("swa_decode",)):
+        if kernel not in text:
+            row["error"] = f"expected kernel {kernel} in the program, got none of that name"
     return row
 
 
@@ -154,6 +160,18 @@ def decode_program(program: "Program", model: CausalLM, mesh: Mesh) -> tuple[Any
 
     tokens = _shape((program.batch, 1), jnp.int32, rows)
     return jax.jit(decode, donate_argnums=2), (params, tokens, jax.tree.map(lay_out, caches))
+
+
+def train_program(program: "Program", model: CausalLM, mesh: Mesh) -> tuple[Any, Any]:
+    """A step of LoRA training: what has `lower`, and the batch."""
+    del mesh
+    model = add_lora(model, LoraConfig(), rngs=nnx.Rngs(0))
+    shape = (program.batch, program.context)
+    names = ("tokens", "targets", "stage_ids", "segment_ids", "positions")
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+    batch["loss_weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    batch["lengths"] = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
+    return make_step(model, StepConfig()), (batch,)
 
 
 def _rows(program: "Program", model: CausalLM, mesh: Mesh) -> NamedSharding:

@@ -9,6 +9,9 @@ together on all cores (a busy machine stretches the former). Nothing here has ru
     prefill       a prompt of the given length: the last row's logits, and the caches
     decode-full   one token against caches of that length, all full, which are donated
     decode-ring   the same under a window in every layer: ring caches of window + sinks slots
+    train         a step of LoRA training (rank 16 on q, k, v) on packed rows of that length, each
+                  layer computed again in the backward pass; the adapters and their optimizer's state
+                  are donated
 
 The exit code is 1 where a program fails for another reason than memory, where this package's
 kernels are not in it, or where experts multiply more than 1.2 times what the active ones need.
@@ -66,7 +69,9 @@ CHIPS = {
     "v4": Chip(topology="v4:2x2x1", hbm_gib=32, options=(("chip_config_name", "megacore"),)),
     "v5e": Chip(topology="v5e:2x4", hbm_gib=16),
     "v5p": Chip(topology="v5p:2x2x2", hbm_gib=95),
+    "v5p-16": Chip(topology="v5p:2x2x4", hbm_gib=95),
     "v6e": Chip(topology="v6e:2x4", hbm_gib=32),
+    "v6e-16": Chip(topology="v6e:4x4", hbm_gib=32),
     "tpu7x": Chip(topology="tpu7x:2x2x1", hbm_gib=96),
 }
 
@@ -79,10 +84,10 @@ class Program:
       model: a name of `model_shapes.MODELS`, or the path of a `config.json`.
       chip: a name of `CHIPS`.
       mesh: its axes' sizes; their product is the number of devices.
-      kind: "prefill", "decode-full" or "decode-ring".
+      kind: one of `KINDS`.
       context: tokens of the prompt, or that the caches hold.
       batch: rows.
-      window, sinks, full_layers, decode: the policy, of prefill and decode-full.
+      window, sinks, full_layers, decode: the policy, of all but decode-ring.
       layers: of the model, where they are not its own number.
       effort: of the compiler, from -1 to 1; 0 is what programs are compiled with.
     """
@@ -107,7 +112,7 @@ class Program:
         return f"{Path(self.model).name} {self.kind} {self.context // 1024}k {self.chip} {mesh}"
 
 
-KINDS = ("prefill", "decode-full", "decode-ring")
+KINDS = ("prefill", "decode-full", "decode-ring", "train")
 EIGHT = {"tensor": 8}
 SPLITS = {"Qwen3-30B-A3B": {"tensor": 4, "expert": 2}}
 """How eight chips share a model: heads and widths over `tensor`, as many as it has KV heads."""
@@ -134,6 +139,19 @@ def default_programs() -> list[Program]:
             found.append(
                 Program(model=model, chip=chip, mesh={"tensor": 1}, kind="prefill", context=32768)
             )
+    trained = (("Qwen3-4B", "v5e", 8, 32768), ("Qwen3-4B", "v6e", 8, 32768))
+    trained += (("Qwen3-30B-A3B", "v6e-16", 16, 16384), ("Qwen3-30B-A3B", "v5p-16", 16, 16384))
+    for model, chip, devices, context in trained:
+        found.append(
+            Program(
+                model=model,
+                chip=chip,
+                mesh={"fsdp": devices},
+                kind="train",
+                context=context,
+                batch=devices,
+            )
+        )
     return found
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kernels_pallas.mask import Stage
     from swaa_jax.checkpoint.tokenizer import load_tokenizer
     from swaa_jax.infer import generate
+    from swaa_jax.lora import LoraConfig, add_lora, load_adapter, merge_lora, save_adapter
     from swaa_jax.models.auto import load_model, save_model
     from swaa_jax.policy import AttentionPolicy
 
@@ -26,20 +27,30 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionPolicy",
+    "LoraConfig",
     "Stage",
     "__version__",
+    "add_lora",
     "generate",
+    "load_adapter",
     "load_model",
     "load_tokenizer",
+    "merge_lora",
+    "save_adapter",
     "save_model",
 ]
 
 _LAZY = {
     "AttentionPolicy": "swaa_jax.policy",
+    "LoraConfig": "swaa_jax.lora",
     "Stage": "kernels_pallas.mask",
+    "add_lora": "swaa_jax.lora",
     "generate": "swaa_jax.infer",
+    "load_adapter": "swaa_jax.lora",
     "load_model": "swaa_jax.models.auto",
     "load_tokenizer": "swaa_jax.checkpoint.tokenizer",
+    "merge_lora": "swaa_jax.lora",
+    "save_adapter": "swaa_jax.lora",
     "save_model": "swaa_jax.models.auto",
 }
 

@@ -45,13 +45,13 @@ class LoraConfig:
     """
 
     rank: int = 16
-    alpha: float = 128
+    alpha: int | float = 128
     rslora: bool = False
     dropout: float = 0.0
     target_modules: tuple[str, ...] | str = ("q_proj", "k_proj", "v_proj")
     target_parameters: tuple[str, ...] = ()
     rank_pattern: tuple[tuple[str, int], ...] = ()
-    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    alpha_pattern: tuple[tuple[str, int | float], ...] = ()
 
     def __post_init__(self):
         set_field = field_setter(self)
@@ -151,13 +151,13 @@ class LoraConfig:
             raise ValueError(f"{path}: {error}") from error
 
 
-def _scale(alpha: float, rank: int, *, rslora: bool) -> float:
+def _scale(alpha: int | float, rank: int, *, rslora: bool) -> float:
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
 def _first_match(
-    pattern: tuple[tuple[str, float], ...], names: tuple[str, ...], default: float
-) -> float:
+    pattern: tuple[tuple[str, int | float], ...], names: tuple[str, ...], default: int | float
+) -> int | float:
     """PEFT's rule: the expression matches the whole name, or all that follows a dot."""
     for expression, value in pattern:
         if any(re.match(rf"(.*\.)?({expression})$", name) for name in names):
@@ -169,7 +169,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _positive(name: str, value: Any) -> float:
+def _positive(name: str, value: Any) -> int | float:
     if not _is_number(value) or value <= 0:
         raise ValueError(f"{name} must be a positive number; got {describe(value)}.")
     return value
@@ -185,7 +185,7 @@ def _names(name: str, value: Any) -> tuple[str, ...]:
     return names
 
 
-def _pairs(name: str, value: Any) -> tuple[tuple[str, float], ...]:
+def _pairs(name: str, value: Any) -> tuple[tuple[str, int | float], ...]:
     try:
         pairs = tuple((str(key), item) for key, item in dict(value).items())
     except (TypeError, ValueError):

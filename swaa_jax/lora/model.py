@@ -133,23 +133,23 @@ def _variables(
 
 
 def _place(param: nnx.Variable, mesh: Mesh | None) -> None:
-    """Put a variable's value where its axes say."""
+    """Put a variable's value where its axes say; without a mesh, on the default device."""
     value = param.get_value()
-    if mesh is None:
-        return
     sharding = sharding_for(param, mesh)
     if isinstance(value, jax.ShapeDtypeStruct):
         param.set_value(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding))
-    else:
+    elif mesh is not None:
         param.set_value(jax.device_put(value, sharding))
+    elif not isinstance(value, jax.Array):
+        param.set_value(jnp.asarray(value))
 
 
-def lora_state(model: nnx.Module) -> nnx.State:
+def lora_state(model: nnx.Module) -> "nnx.State[Any, Any]":
     """The adapters' variables, by their paths: what is trained, and what `set_adapter` takes."""
     return nnx.state(model, LoraParam)
 
 
-def set_adapter(model: Model, state: nnx.State) -> Model:
+def set_adapter(model: Model, state: "nnx.State[Any, Any]") -> Model:
     """The model with other adapters in the same places, such as `lora_state` of another copy.
 
     Nothing is compiled again where the ranks are those of the model's. The scale stays the model's:
@@ -226,7 +226,7 @@ def merge_lora(model: Model) -> Model:
         adapter = site.adapter
         b_parts = adapter.lora_B if site.stacked else [adapter.lora_B]
         for path, kernel, b in zip(site.parts, site.kernels, b_parts, strict=True):
-            value = _merged(kernel[...], adapter.lora_A[...], b[...], scale=adapter.scale)
+            value = _merged(kernel[...], adapter.lora_A[...], b[...], adapter.scale)
             param = kernel.replace(value)
             _place(param, getattr(model, "mesh", None))
             edits[path] = {"kernel": param}
@@ -235,7 +235,10 @@ def merge_lora(model: Model) -> Model:
 
 @jax.jit
 def _merged(
-    w: Float[Array, "*E I O"], a: Float[Array, "*E I r"], b: Float[Array, "*E r O"], *, scale: float
+    w: Float[Array, "*E I O"],
+    a: Float[Array, "*E I r"],
+    b: Float[Array, "*E r O"],
+    scale: Float[Array, ""],
 ) -> Float[Array, "*E I O"]:
     low_rank = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
     return (w.astype(jnp.float32) + scale * low_rank).astype(w.dtype)

@@ -31,6 +31,7 @@ class Site:
         slot: the attribute.
         name: the HF name of the module, or of the stack of experts.
         fused: the HF name of the module that this one is a part of, or None.
+        order: which part of it, from the top.
         kernels: the frozen matrices; `[in, out]`, or, of experts, `[E, in, out]` for each part.
         parts: the modules of `kernels`, by their paths.
         adapter: what the slot holds.
@@ -43,6 +44,7 @@ class Site:
     kernels: tuple[nnx.Variable, ...]
     parts: tuple[Path, ...]
     adapter: Any
+    order: int = 0
 
     @property
     def stacked(self) -> bool:
@@ -58,14 +60,14 @@ class Site:
 def find_sites(model: nnx.Module) -> list[Site]:
     """Every slot of the model, layer by layer."""
     fused_as = {
-        part: name
+        part: (name, number)
         for name, parts in getattr(model, "fused_projections", {}).items()
-        for part in parts
+        for number, part in enumerate(parts)
     }
     sites = []
     for path, module in nnx.iter_modules(model):
         if hasattr(module, "adapter") and hasattr(module, "kernel"):
-            fused = fused_as.get(str(path[-1])) if path else None
+            fused, order = fused_as.get(path[-1] if path else "", (None, 0))
             sites.append(
                 Site(
                     path=path,
@@ -75,6 +77,7 @@ def find_sites(model: nnx.Module) -> list[Site]:
                     kernels=(module.kernel,),
                     parts=(path,),
                     adapter=module.adapter,
+                    order=order,
                 )
             )
         for name, parts in getattr(module, "fused_projections", {}).items():

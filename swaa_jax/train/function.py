@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from swaa_jax.attention import LayerChoice
@@ -186,26 +185,6 @@ def _is_scanned(layers: Sequence[Blueprint], wanted: bool | str) -> bool:
             f"got layer {odd} unlike layer 0; set scan_layers to 'auto' or false"
         )
     return bool(wanted)
-
-
-def stack(arrays: Sequence[Any], sharding: NamedSharding | None) -> Any:
-    """`[L, ...]` from L arrays of one shape, or their shapes, laid out on the mesh."""
-    if isinstance(arrays[0], jax.ShapeDtypeStruct):
-        shape = (len(arrays), *arrays[0].shape)
-        return jax.ShapeDtypeStruct(shape, arrays[0].dtype, sharding=sharding)
-    return jax.jit(lambda *x: jnp.stack(x), out_shardings=sharding)(*arrays)
-
-
-def unstack(stacked: Array, number: int, sharding: NamedSharding | None) -> Array:
-    """One layer's array of the stacked ones."""
-    return jax.jit(lambda x, number: x[number], out_shardings=sharding)(stacked, number)
-
-
-def stacked_sharding(sharding: NamedSharding | None) -> NamedSharding | None:
-    """The sharding of stacked arrays whose own is this: layers are whole on every device."""
-    if sharding is None:
-        return None
-    return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
 
 
 def _name(path: Sequence[Any]) -> str:

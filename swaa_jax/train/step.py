@@ -8,22 +8,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from swaa_jax.lora import LoraParam, without_lora
+from swaa_jax.lora import without_lora
 from swaa_jax.models import CausalLM
-from swaa_jax.sharding import sharding_for, spec_for
 from swaa_jax.train.config import StepConfig
-from swaa_jax.train.function import Blueprint, ModelFunction, stack, stacked_sharding, unstack
-from swaa_jax.train.loss import Head, LossSums, check_rows, chunked_loss
+from swaa_jax.train.function import Blueprint, ModelFunction
+from swaa_jax.train.loss import Head, LossSums, chunked_loss
 from swaa_jax.train.optimizer import learning_rate, make_optimizer
+from swaa_jax.train.placement import place_batch
+from swaa_jax.train.weights import Weights
 
-_NEEDED = ("tokens", "targets", "loss_weights")
-_OPTIONAL = ("stage_ids", "segment_ids", "positions", "lengths")
 _ROUTER_LOSS = 0.001  # Transformers' router_aux_loss_coef, where a config has none
 _EMBEDDING, _HEAD = "embed_tokens.embedding", "lm_head.kernel"
 
@@ -96,16 +93,6 @@ class Trainer:
         self._mesh = model.mesh
         self._dtype = jnp.dtype(config.dtype)
         self._whole = Blueprint(model)
-        variables = {".".join(map(str, path)): variable for path, variable in _variables(model)}
-        self._trainable = {
-            name: variable for name, variable in variables.items() if self._is_trained(variable)
-        }
-        _check_adapters(variables, self._trainable, config)
-        self._shardings = {
-            name: sharding_for(variable, self._mesh) for name, variable in variables.items()
-        }
-        self._dtypes = {name: variable.dtype for name, variable in variables.items()}
-        self._optimizer = make_optimizer(config.optimizer)
         self._student = ModelFunction(
             model, dtype=self._dtype, remat=config.remat, scan_layers=config.scan_layers
         )
@@ -116,14 +103,20 @@ class Trainer:
                 dtype=self._dtype,
                 scan_layers=self._student.scanned,
             )
+        self._weights = Weights(
+            model,
+            trainable=config.trainable,
+            dtype=self._dtype,
+            stacked=self._student.layer_names,
+            consume=consume,
+        )
+        self.frozen = self._weights.frozen
         self._softcap = model.config.logits_softcap
         self._head_name = _EMBEDDING if model.lm_head is None else _HEAD
-        self._head_axes = variables[self._head_name].get_metadata()["axes"]
+        head = model.embed_tokens.embedding if model.lm_head is None else model.lm_head.kernel
+        self._head_axes = head.get_metadata()["axes"]
         self._router_factor = _router_factor(model, config)
-        self._base: dict[str, Any] | None = {
-            name: variable.get_value() for name, variable in variables.items()
-        }
-        self.frozen = self._freeze(consume=consume)
+        self._optimizer = make_optimizer(config.optimizer)
         self._layout = self._state_shardings()
         self._run = jax.jit(
             self._step,
@@ -134,15 +127,20 @@ class Trainer:
 
     def init(self) -> TrainState:
         """The state before the first step, from the model's own values."""
-        # Copies: a step gives its state's memory away.
-        trainable = {
-            name: jnp.array(variable.get_value(), jnp.float32, copy=True)
-            for name, variable in self._trainable.items()
-        }
-        step, opt_state = jnp.zeros((), jnp.int32), jax.jit(self._optimizer.init)(trainable)
-        state = TrainState(step=step, trainable=trainable, opt_state=opt_state)
-        # As a step leaves it, or else the second one would be compiled anew.
-        return jax.device_put(state, self._layout)
+
+        def make(values: dict[str, Any]) -> TrainState:
+            # Copies: a step gives its state's memory away.
+            trainable = {
+                name: jnp.array(value, jnp.float32, copy=True) for name, value in values.items()
+            }
+            return TrainState(
+                step=jnp.zeros((), jnp.int32),
+                trainable=trainable,
+                opt_state=self._optimizer.init(trainable),
+            )
+
+        # Laid out as a step leaves it, or else the second one would be compiled anew.
+        return jax.jit(make, out_shardings=self._layout)(self._weights.initial())
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
@@ -173,15 +171,7 @@ class Trainer:
 
     def model(self, state: TrainState) -> CausalLM:
         """The model with the trained values, in the dtypes that it was given with."""
-        if self._base is not None:
-            arrays = dict(self._base)
-        else:
-            arrays = {
-                name: self._thaw(name) for name in self._dtypes if name not in self._trainable
-            }
-        for name, value in state.trainable.items():
-            arrays[name] = value.astype(self._dtypes[name])
-        return self._whole.build(arrays)
+        return self._whole.build(self._weights.whole(state.trainable))
 
     def num_compiles(self) -> int:
         """Programs that steps were compiled to: one for each shape of batches."""
@@ -192,123 +182,13 @@ class Trainer:
         return self._run.lower(self.abstract_state(), self.frozen, self.put(batch))
 
     def put(self, batch: Any) -> dict[str, Array]:
-        """A batch on its devices, `[accumulate, B, T]`; one that was put already is left alone.
-
-        Raises:
-            ValueError: as `__call__`.
-        """
-        arrays = _as_mapping(batch)
-        missing = [name for name in _NEEDED if arrays.get(name) is None]
-        if missing:
-            raise ValueError(
-                f"batch: expected arrays {list(_NEEDED)}, got none of {missing}; "
-                "swaa_jax.data makes such batches"
-            )
-        arrays = {
-            name: arrays[name] for name in (*_NEEDED, *_OPTIONAL) if arrays.get(name) is not None
-        }
-        shape = self._micro_shape(arrays["tokens"].shape)
-        placed = {}
-        for name, value in arrays.items():
-            wanted = shape[:2] if name == "lengths" else shape
-            if value.shape not in (wanted, self._flat(wanted)):
-                raise ValueError(
-                    f"batch: expected {name} of shape {self._flat(wanted)} or {wanted}, as tokens "
-                    f"{arrays['tokens'].shape}, got {value.shape}"
-                )
-            dtype = jnp.float32 if name == "loss_weights" else jnp.int32
-            placed[name] = self._place(value, wanted, dtype)
-        return placed
-
-    def _micro_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        accumulate = self.config.accumulate
-        if len(shape) == 3 and shape[0] == accumulate:
-            num_rows = shape[1]
-        elif len(shape) == 2 and shape[0] % accumulate == 0:
-            num_rows = shape[0] // accumulate
-        else:
-            raise ValueError(
-                f"batch: expected tokens [B, T], B a multiple of accumulate={accumulate}, or "
-                f"[{accumulate}, B, T]; got shape {shape}"
-            )
-        check_rows(self._mesh, num_rows * jax.process_count())
-        return accumulate, num_rows, shape[-1]
-
-    def _flat(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (shape[0] * shape[1], *shape[2:])
-
-    def _place(self, value: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-        on = None
-        if self._mesh is not None:
-            rows = spec_for(("batch",), (shape[1] * jax.process_count(),), self._mesh)
-            on = NamedSharding(self._mesh, PartitionSpec(None, *rows))
-        if isinstance(value, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=on)
-        if isinstance(value, jax.Array) and value.shape == shape and value.dtype == dtype:
-            return value
-        value = np.asarray(value)
-        if dtype == jnp.float32 and jax.process_count() == 1 and not np.any(value > 0):
-            raise ValueError(
-                "batch: expected loss_weights above 0 for some targets, got none: it has no "
-                "answers. swaa_jax.data makes batches of samples that have one"
-            )
-        value = value.astype(dtype).reshape(shape)
-        if on is None:
-            return jnp.asarray(value)
-        return jax.make_array_from_process_local_data(on, value)
-
-    def _is_trained(self, variable: nnx.Variable) -> bool:
-        return self.config.trainable == "all" or isinstance(variable, LoraParam)
-
-    def _freeze(self, *, consume: bool) -> dict[str, Any]:
-        """The frozen arrays in the dtype of the computation, kind by kind so that little is held
-        twice at a time.
-        """
-        assert self._base is not None
-        groups: dict[str, list[str]] = {}
-        relative = set(self._student.layer_names)
-        for name in self._base:
-            if name in self._trainable:
-                continue
-            below = name.split(".", 2)[-1] if name.startswith("layers.") else ""
-            groups.setdefault(f"layers.*.{below}" if below in relative else name, []).append(name)
-        frozen = {}
-        for group, names in groups.items():
-            arrays = [self._base[name] for name in names]
-            made = [self._cast(array) for array in arrays]
-            sharding = self._shardings[names[0]]
-            if group != names[0]:
-                frozen[group] = stack(made, stacked_sharding(sharding))
-            else:
-                (frozen[group],) = (_laid_out(one, sharding) for one in made)
-            if consume and not any(frozen[group] is array for array in arrays):
-                jax.block_until_ready(frozen[group])
-                for array in (*arrays, *made):
-                    if not isinstance(array, jax.ShapeDtypeStruct) and not array.is_deleted():
-                        array.delete()
-        if consume:
-            self._base = None
-        return frozen
-
-    def _thaw(self, name: str) -> Any:
-        """A frozen array as the model has it."""
-        if name in self.frozen:
-            return self.frozen[name].astype(self._dtypes[name])
-        _, number, below = name.split(".", 2)
-        array = unstack(self.frozen[f"layers.*.{below}"], int(number), self._shardings[name])
-        return array.astype(self._dtypes[name])
-
-    def _cast(self, array: Any) -> Any:
-        if array.dtype == self._dtype or not jnp.issubdtype(array.dtype, jnp.floating):
-            return array
-        if isinstance(array, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(array.shape, self._dtype, sharding=array.sharding)
-        return array.astype(self._dtype)
+        """A batch on its devices, `[accumulate, B, T]`, ahead of its step; see `place_batch`."""
+        return place_batch(batch, accumulate=self.config.accumulate, mesh=self._mesh)
 
     def _state_shapes(self) -> TrainState:
         trainable = {
-            name: jax.ShapeDtypeStruct(variable.shape, jnp.float32)
-            for name, variable in self._trainable.items()
+            name: jax.ShapeDtypeStruct(value.shape, jnp.float32)
+            for name, value in self._weights.initial().items()
         }
         return TrainState(
             step=jax.ShapeDtypeStruct((), jnp.int32),
@@ -320,13 +200,13 @@ class Trainer:
         """Each array's; the optimizer's arrays lie as their parameters do. None: only shapes."""
         if self._mesh is not None:
             whole = NamedSharding(self._mesh, PartitionSpec())
-            trainable = {name: self._shardings[name] for name in self._trainable}
+            trainable = {name: self._weights.shardings[name] for name in self._weights.trainable}
         else:
-            value = next(iter(self._trainable.values())).get_value()
+            value = next(iter(self._weights.initial().values()))
             if isinstance(value, jax.ShapeDtypeStruct):
                 return None
             whole = value.sharding
-            trainable = dict.fromkeys(self._trainable, whole)
+            trainable = dict.fromkeys(self._weights.trainable, whole)
         opt_state = optax.tree_map_params(
             self._optimizer,
             lambda _, sharding: sharding,
@@ -465,38 +345,10 @@ class Trainer:
         )
 
 
-def _variables(model: CausalLM) -> list[tuple[Any, nnx.Variable]]:
-    return list(nnx.to_flat_state(nnx.state(model)))
-
-
-def _check_adapters(
-    variables: Mapping[str, nnx.Variable], trainable: Mapping[str, Any], config: StepConfig
-) -> None:
-    adapters = [name for name, variable in variables.items() if isinstance(variable, LoraParam)]
-    if not trainable:
-        raise ValueError(
-            "model: expected one with adapters for trainable='lora', got none; "
-            "swaa_jax.lora.add_lora(model, LoraConfig(), rngs=...) adds them, trainable='all' "
-            "trains every parameter"
-        )
-    if config.trainable == "all" and adapters:
-        raise ValueError(
-            f"model: expected one without adapters for trainable='all', got {len(adapters)} arrays "
-            f"of them, {adapters[0]!r} the first; swaa_jax.lora.merge_lora(model) takes them into "
-            "the weights, without_lora(model) drops them"
-        )
-
-
 def _router_factor(model: CausalLM, config: StepConfig) -> float:
     if config.loss.router_loss is not None:
         return config.loss.router_loss
     return float(json.loads(model.config.hf_json).get("router_aux_loss_coef") or _ROUTER_LOSS)
-
-
-def _as_mapping(batch: Any) -> Mapping[str, Any]:
-    if isinstance(batch, Mapping):
-        return batch
-    return {name: getattr(batch, name, None) for name in (*_NEEDED, *_OPTIONAL)}
 
 
 def _num_tokens(batch: Mapping[str, Array]) -> Float[Array, ""]:
@@ -504,9 +356,3 @@ def _num_tokens(batch: Mapping[str, Array]) -> Float[Array, ""]:
     if "lengths" in batch:
         return jnp.sum(batch["lengths"]).astype(jnp.float32)
     return jnp.float32(batch["tokens"].size)
-
-
-def _laid_out(array: Any, sharding: NamedSharding | None) -> Any:
-    if sharding is None or not isinstance(array, jax.ShapeDtypeStruct):
-        return array
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)

@@ -26,7 +26,7 @@ def lora_model(
 ) -> Any:
     """Two layers with adapters whose B is random too: gradients flow to both factors."""
     base = random_model(policy, **{"num_hidden_layers": 2, **overrides})
-    model = add_lora(base, lora or LoraConfig(rank=3, alpha=6), rngs=nnx.Rngs(seed))
+    model = add_lora(base, lora or LoraConfig(rank=3, alpha=6.0), rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)
     for path, param in nnx.to_flat_state(nnx.state(model, LoraParam)):
         if "lora_B" in path:

@@ -1,0 +1,59 @@
+"""Compiles the chunked loss for a TPU that is not attached; prints its memory as JSON.
+
+Run as ``python tests/support/compile_loss.py frozen`` (or ``trained``, ``distilled``); libtpu must be
+installed. T = 32k, V = 152k, D = 2560, bfloat16, on one v5e chip.
+"""
+
+import json
+import os
+import sys
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from swaa_jax.train import Head, LossConfig, chunked_loss
+
+T, V, D = 32768, 151936, 2560
+
+
+def main(case):
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    on = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    trained, distilled = case == "trained", case == "distilled"
+    config = LossConfig(self_distill=0.5 if distilled else 0.0)
+
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=on)
+
+    def loss(hidden, matrix, targets, weights, teacher=None):
+        head = Head(weight=matrix, vocab_axis=0, trained=trained)
+        sums = chunked_loss(hidden, head, targets, weights, config=config, teacher=teacher)
+        return sums.total / sums.weight
+
+    arguments = [
+        shape(1, T, D),
+        shape(V, D, dtype=jnp.float32 if trained else jnp.bfloat16),
+        shape(1, T, dtype=jnp.int32),
+        shape(1, T, dtype=jnp.float32),
+    ]
+    if distilled:
+        arguments.append(shape(1, T, D))
+    wanted = (0, 1) if trained else 0
+    compiled = jax.jit(jax.value_and_grad(loss, argnums=wanted)).lower(*arguments).compile()
+    stats = compiled.memory_analysis()
+    found = {
+        "temporaries": stats.temp_size_in_bytes,
+        "arguments": stats.argument_size_in_bytes,
+        "outputs": stats.output_size_in_bytes,
+        "code": stats.generated_code_size_in_bytes,
+    }
+    print(json.dumps(found | {"peak": sum(found.values())}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
