@@ -195,8 +195,10 @@ def test_merging_is_exact_up_to_one_rounding(dtype):
     model = adapted(two_layers(dtype=dtype))
     merged = swaa.merge_lora(model)
     proj, after = model.layers[0].self_attn.v_proj, merged.layers[0].self_attn.v_proj
-    delta = 2.0 * np.asarray(proj.adapter.lora_A[...], float) @ np.asarray(
-        proj.adapter.lora_B[...], float
+    delta = (
+        2.0
+        * np.asarray(proj.adapter.lora_A[...], float)
+        @ np.asarray(proj.adapter.lora_B[...], float)
     )
     exact = np.asarray(proj.kernel[...], float) + delta
     assert after.kernel.dtype == dtype
@@ -261,7 +263,9 @@ def test_dropout_is_off_until_a_step_turns_it_on_and_follows_its_key():
     np.testing.assert_array_equal(one, again)
     assert np.abs(one - other).max() > 0.1
     assert np.abs(one - run(model)).max() > 0.1
-    np.testing.assert_array_equal(lora.with_dropout(plain, jax.random.key(1))(TOKENS), plain(TOKENS))
+    np.testing.assert_array_equal(
+        lora.with_dropout(plain, jax.random.key(1))(TOKENS), plain(TOKENS)
+    )
 
 
 def test_dropout_keeps_the_mean_and_differs_by_projection_and_layer():
@@ -311,7 +315,9 @@ def test_swapping_compiles_nothing_and_checks_what_it_is_given():
     assert swapped.layers[0].self_attn.q_proj.kernel is one.layers[0].self_attn.q_proj.kernel
 
     with pytest.raises(ValueError, match=r"missing: .*v_proj.*unexpected: .*o_proj"):
-        state = lora.lora_state(adapted(two_layers(), target_modules=["q_proj", "k_proj", "o_proj"]))
+        state = lora.lora_state(
+            adapted(two_layers(), target_modules=["q_proj", "k_proj", "o_proj"])
+        )
         lora.set_adapter(one, state)
     with pytest.raises(ValueError, match="of the wrong shape"):
         lora.set_adapter(one, lora.lora_state(adapted(two_layers(hidden_size=16))))
