@@ -23,7 +23,7 @@ examples:
   swaa train paper-qwen3-4b data.files=mine.parquet output_dir=runs/a --dry-run
       the paper's settings by the name of a shipped config; samples, steps, memory, nothing trained
 
-  swaa train mine.yaml optimizer.learning_rate=5e-5 lora.rank=32 'policy.full_attention_layers="1::4"'
+  swaa train mine.yaml optimizer.learning_rate=5e-5 'policy.full_attention_layers="1::4"'
       a file with other values: any key, with dots
 
   swaa train mine.yaml lora=null
@@ -35,8 +35,8 @@ examples:
   swaa train mine.yaml --distributed
       one process a host of a TPU slice, each with this same command
 
-output_dir is then
-  config.yaml  metrics.jsonl  tensorboard/  checkpoints/  adapter/ (PEFT's layout; model/ without LoRA)
+output_dir then holds config.yaml, metrics.jsonl, tensorboard/, checkpoints/ and adapter/ (PEFT's
+layout; without LoRA model/).
 
 The same command goes on from the newest complete checkpoint there, after a kill too; SIGTERM on any
 process saves on all and exits 0. Then: swaa generate ..., or PEFT, with output_dir/adapter.

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written in the background by Orbax, committed by one file, checked on reading.
+"""Checkpoints of a run: written in the background by Orbax, committed by one file, checked.
 
     checkpoints/00000100/state/             arrays by name, Orbax
                          attention_policy.json  provenance.json

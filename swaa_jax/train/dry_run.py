@@ -79,20 +79,19 @@ class RunPlan:
             f"{name} {size / _GIB:.2f}" for name, size in dataclasses.asdict(memory).items()
         )
         share = self.trained_parameters / self.parameters
-        return "\n".join(
-            (
-                f"data        {self.report}",
-                f"            {self.num_tokens:,} tokens an epoch, {self.padding_share:.1%} padding",
-                f"steps       {self.steps:,} of {data.batch_size} rows of up to {data.seq_len:,} "
-                f"tokens, {self.warmup_steps:,} of them warm-up",
-                f"policy      {self.policy}",
-                f"trained     {self.trained_parameters:,} of {self.parameters:,} parameters "
-                f"({share:.2%})",
-                f"devices     {self.devices}; {self.accumulate} micro-batch(es) a step",
-                f"memory      about {memory.total / _GIB:.2f} GiB a device: {parts}",
-                f"output      {self.config.output_dir}",
-            )
-        )
+        lines = {
+            "data": self.report,
+            "": f"{self.num_tokens:,} tokens an epoch, {self.padding_share:.1%} padding",
+            "steps": f"{self.steps:,} of {data.batch_size} rows of up to {data.seq_len:,} tokens, "
+            f"{self.warmup_steps:,} of them warm-up",
+            "policy": self.policy,
+            "trained": f"{self.trained_parameters:,} of {self.parameters:,} parameters "
+            f"({share:.2%})",
+            "devices": f"{self.devices}; {self.accumulate} micro-batch(es) a step",
+            "memory": f"about {memory.total / _GIB:.2f} GiB a device: {parts}",
+            "output": self.config.output_dir,
+        }
+        return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
 
 
 def plan_run(config: TrainConfig, *, progress: bool = False) -> RunPlan:

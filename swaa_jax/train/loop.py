@@ -1,4 +1,4 @@
-"""The loop: batches in, steps, numbers out, checkpoints now and then, an end when it is asked for."""
+"""The loop: batches in, steps, numbers out, checkpoints now and then, an end when asked for."""
 
 import contextlib
 import dataclasses

@@ -40,7 +40,8 @@ class JsonLines:
         text = "".join(line + "\n" for line in kept)
         if is_local(self.path):
             write_text_atomic(self.path, text)
-            self._file, self._kept = open(os.fspath(self.path), "a", encoding="utf-8"), None
+            self._file = open(os.fspath(self.path), "a", encoding="utf-8")  # noqa: SIM115
+            self._kept = None
         else:
             self._file, self._kept = None, kept
 

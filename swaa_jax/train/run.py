@@ -99,7 +99,7 @@ def train(
     identity = run_identity(config, model, data, total_steps)
     if config.lora is not None:
         model = add_lora(model, config.lora, rngs=nnx.Rngs(config.seed))
-    trainer = make_step(model, step_config)
+    trainer = make_step(model, step_config, consume=True)
     checkpoints = Checkpoints(
         directory,
         keep=config.checkpoint.keep,

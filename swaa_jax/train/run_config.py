@@ -169,9 +169,9 @@ class TrainConfig:
     mesh: Mapping[str, int] | str | None = None
     eval_files: tuple[str, ...] = ()
     eval_every: int | None = None
-    lora: LoraConfig | None = LoraConfig()
-    loss: LossConfig = LossConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig | None = LoraConfig()  # noqa: RUF009
+    loss: LossConfig = LossConfig()  # noqa: RUF009
+    optimizer: OptimizerConfig = OptimizerConfig()  # noqa: RUF009
     max_steps: int | None = None
     rows_per_device: int = 1
     remat: str = "layer"
