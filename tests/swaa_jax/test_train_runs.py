@@ -1,0 +1,205 @@
+"""`swaa train` in processes of its own: killed, stopped, on two processes, resumed on one."""
+
+import pathlib
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from swaa_jax.checkpoint import WeightReader
+from tests.support import processes, train_runs
+
+MESH = "mesh.fsdp=2"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A config, and variables that let the processes share what they compile."""
+    directory = tmp_path_factory.mktemp("train")
+    config = train_runs.write_inputs(directory)
+    variables = {
+        "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return config, variables
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 240) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+        process.wait()
+    return process.returncode, out, err
+
+
+def train(inputs, output: pathlib.Path, *overrides: str, **more: str) -> str:
+    config, variables = inputs
+    process = train_runs.start(
+        train_runs.command(config, output, *overrides), **{**variables, **more}
+    )
+    code, out, err = finish(process)
+    assert code == 0, err
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    """A run that nobody disturbed."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    train(inputs, output)
+    return output
+
+
+def adapter(output: pathlib.Path) -> dict[str, np.ndarray]:
+    reader = WeightReader(output / "adapter", files=["adapter_model.safetensors"])
+    return {name: reader.read(name) for name in reader.names()}
+
+
+def assert_same_run(output: pathlib.Path, whole: pathlib.Path) -> None:
+    assert train_runs.curve(output) == train_runs.curve(whole)
+    assert train_runs.seen_samples(output) == train_runs.seen_samples(whole)
+    expected = adapter(whole)
+    for name, value in adapter(output).items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
+def test_every_sample_once_an_epoch(whole):
+    seen = [sample for _, samples in train_runs.seen_samples(whole) for sample in samples]
+    count = train_runs.NUM_SAMPLES
+    assert sorted(seen[:count]) == sorted(seen[count:]) == list(range(count))
+    assert [step for step, *_ in train_runs.curve(whole)] == list(range(1, count + 1))
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir())[-1] == "00000024"
+    for name in ("adapter_config.json", "attention_policy.json", "provenance.json"):
+        assert (whole / "adapter" / name).exists()
+    for name in ("attention_policy.json", "provenance.json", "checkpoint.json"):
+        assert (whole / "checkpoints" / "00000024" / name).exists()
+
+
+def num_steps(output: pathlib.Path) -> int:
+    path = output / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def saving(output: pathlib.Path, step: int) -> bool:
+    directory = output / "checkpoints" / f"{step:08d}"
+    return directory.exists() and not (directory / "checkpoint.json").exists()
+
+
+def kill_when(inputs, output: pathlib.Path, moment: Callable[[], bool]) -> bool:
+    """Whether it was killed; False where the run came to its end before."""
+    config, variables = inputs
+    process = train_runs.start(train_runs.command(config, output), **variables)
+    try:
+        limit = time.monotonic() + 240
+        while process.poll() is None and time.monotonic() < limit:
+            if moment():
+                process.kill()
+                process.communicate()
+                return True
+            time.sleep(0.001)
+    finally:
+        process.kill()
+        process.communicate()
+    return False
+
+
+def killed_and_resumed(inputs, whole, output, moments) -> None:
+    kills = sum(kill_when(inputs, output, moment) for moment in moments)
+    assert kills >= len(moments) // 2, "most of the kills came too late"
+    train(inputs, output)
+    assert_same_run(output, whole)
+
+
+def test_killed_three_times(inputs, whole, tmp_path):
+    output = tmp_path / "out"
+    moments = [
+        lambda: num_steps(output) >= 3,
+        lambda: saving(output, 4),
+        lambda: num_steps(output) >= 11,
+    ]
+    killed_and_resumed(inputs, whole, output, moments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0])
+def test_killed_ten_times(inputs, whole, tmp_path, seed):
+    output, rng = tmp_path / "out", random.Random(seed)
+    steps = sorted(rng.sample(range(1, 24), 6))
+    saves = sorted(rng.sample(range(4, 24, 4), 4))
+    moments = [lambda n=n: num_steps(output) >= n for n in steps]
+    moments += [lambda n=n: saving(output, n) for n in saves]
+    rng.shuffle(moments)
+    killed_and_resumed(inputs, whole, output, moments)
+
+
+def test_sigterm_saves_and_goes_on(inputs, whole, tmp_path):
+    config, variables = inputs
+    output = tmp_path / "out"
+    process = train_runs.start(train_runs.command(config, output), **variables)
+    wait_for(lambda: num_steps(output) >= 2 or process.poll() is not None)
+    process.send_signal(signal.SIGTERM)
+    code, out, err = finish(process)
+    assert code == 0, err
+    assert "stopped at step" in out, out
+    train(inputs, output)
+    assert_same_run(output, whole)
+
+
+def wait_for(moment: Callable[[], bool], timeout: float = 240) -> None:
+    limit = time.monotonic() + timeout
+    while not moment() and time.monotonic() < limit:
+        time.sleep(0.001)
+
+
+def start_two(inputs, output: pathlib.Path, *overrides: str) -> list[subprocess.Popen[str]]:
+    config, variables = inputs
+    port = processes.free_port()
+    command = train_runs.command(config, output, MESH, *overrides)
+    return [
+        train_runs.start(
+            command,
+            **variables,
+            JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
+            JAX_NUM_PROCESSES="2",
+            JAX_PROCESS_ID=str(number),
+        )
+        for number in range(2)
+    ]
+
+
+def test_two_processes_stop_together_and_one_goes_on(inputs, whole, tmp_path):
+    """Process 1 gets the signal. The rest is run by one process with one device."""
+    output = tmp_path / "out"
+    longer = "data.num_epochs=200"
+    running = start_two(inputs, output, longer)
+    wait_for(lambda: num_steps(output) >= 2 or any(p.poll() is not None for p in running))
+    running[1].send_signal(signal.SIGTERM)
+    ends = [finish(process) for process in running]
+    for code, _, err in ends:
+        assert code == 0, err
+    assert "stopped at step" in ends[0][1]
+    done = num_steps(output)
+    latest = max(int(p.name) for p in (output / "checkpoints").iterdir())
+    assert latest == done < 200 * train_runs.NUM_SAMPLES // 2
+    train(inputs, output, longer, "checkpoint.every=1000")
+    seen = train_runs.seen_samples(output)
+    other = train_runs.seen_samples(output, "samples-1.jsonl")
+    assert [step for step, _ in seen] == list(range(1, len(seen) + 1))
+    together = [s for _, samples in seen + other for s in samples]
+    assert sorted(together) == sorted(list(range(train_runs.NUM_SAMPLES)) * 200)
+
+
+def test_two_processes_train_to_the_same(inputs, whole, tmp_path):
+    output = tmp_path / "out"
+    ends = [finish(process) for process in start_two(inputs, output)]
+    for code, _, err in ends:
+        assert code == 0, err
+    # float32: dropout's masks are the same, sums over rows are in another order.
+    np.testing.assert_allclose(
+        train_runs.curve(output), train_runs.curve(whole), rtol=2e-4, atol=1e-5
+    )
