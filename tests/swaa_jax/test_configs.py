@@ -7,9 +7,11 @@ import yaml
 
 from swaa_jax import configs
 from swaa_jax.policy import AttentionPolicy
+from swaa_jax.train import TrainConfig
 
 ROOT = pathlib.Path(__file__).parents[2] / "configs"
 FILES = sorted(path for path in ROOT.rglob("*") if path.is_file() and path.name != "README.md")
+TRAIN = [path for path in FILES if path.is_relative_to(ROOT / "train")]
 POLICIES = [path for path in FILES if path.is_relative_to(ROOT / "policies")]
 
 # Table 1 of arXiv 2512.10411 v5: window, FA layers, sinks, FA decode.
@@ -46,6 +48,25 @@ def test_every_policy_resolves_and_says_where_it_is_from(path):
     assert file.source
     assert path.read_text().startswith("# "), "says in a comment what it is for"
     assert len(file.policy.resolve(36)) == 36
+
+
+@pytest.mark.parametrize("path", TRAIN, ids=lambda path: path.stem)
+def test_every_training_config_is_one(path):
+    config = TrainConfig.load(path)
+    assert TrainConfig.from_yaml(config.to_yaml()) == config
+    assert path.read_text().startswith("# "), "says in a comment what it is for"
+
+
+@pytest.mark.parametrize("name, longest", [("qwen3-4b", 34816), ("qwen3-30b-a3b", 28672)])
+def test_training_of_the_paper(name, longest):
+    config = TrainConfig.load(configs.config_path("train", f"paper-{name}"))
+    assert config.lora is not None
+    assert (config.lora.rank, config.lora.alpha, config.lora.rslora) == (16, 128, False)
+    assert config.lora.target_modules == ("q_proj", "k_proj", "v_proj")
+    optimizer = config.optimizer
+    assert (optimizer.learning_rate, optimizer.schedule, optimizer.clip_norm) == (1e-4, "cosine", 1)
+    assert (config.data.batch_size, config.data.num_epochs) == (8, 1)
+    assert (config.data.seq_len, config.dtype) == (longest, "bfloat16")
 
 
 @pytest.mark.parametrize("name", TABLE_1)

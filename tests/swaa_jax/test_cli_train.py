@@ -1,0 +1,138 @@
+"""`swaa train` in this process: its mistakes are one paragraph each, its dry run trains nothing."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from swaa_jax.cli import main
+from swaa_jax.train import TrainConfig
+from tests.support import processes, train_runs
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return train_runs.write_inputs(tmp_path_factory.mktemp("cli"))
+
+
+def run(config, tmp_path, *overrides: str) -> int:
+    command = ["train", str(config), f"output_dir={tmp_path / 'out'}", "--no-compilation-cache"]
+    return main.main([*command, *overrides])
+
+
+def error(capsys) -> str:
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("swaa train: error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("optimizer.lerning_rate=1", "'lerning_rate' (did you mean 'learning_rate'?)"),
+        ("ouput_dir=x", "'ouput_dir' (did you mean 'output_dir'?)"),
+        ("data.pakcing=pack", "'pakcing' (did you mean 'packing'?)"),
+        ("lora.rnk=2", "'rnk' (did you mean 'rank'?)"),
+        ("policy.windw=2", "'windw' (did you mean 'window'?)"),
+        ("mesh.tensr=2", "unknown axis 'tensr' (did you mean 'tensor'?)"),
+        ("optimizer.total_steps=5", "Use max_steps"),
+        ("seed.x=5", "seed is "),
+        ("seed", "expected KEY=VALUE"),
+    ],
+)
+def test_unknown_keys(inputs, tmp_path, capsys, override, message):
+    if override == "seed.x=5":
+        override = "output_dir.x=5"
+        message = "and has no keys"
+    assert run(inputs, tmp_path, override) == 2
+    assert message in error(capsys)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["mesh.fsdp=3"], "product is the number of devices"),
+        (["mesh.tensor=1", "rows_per_device=3", "data.batch_size=8"], "rows_per_device: expected"),
+        (["config_overrides.max_position_embeddings=16"], "expected samples of at most 16 tokens"),
+        (["data.seq_len=20", "data.bucket_widths=[20]"], "row "),
+        (["checkpoint.resume=nowhere"], "expected a checkpoint or a run's directory"),
+        (["metrics.wandb=mine"], "pip install wandb"),
+    ],
+)
+def test_what_does_not_fit(inputs, tmp_path, capsys, overrides, message):
+    if overrides == ["mesh.fsdp=3"]:
+        import jax
+
+        overrides = [f"mesh.fsdp={jax.device_count() + 1}"]
+    assert run(inputs, tmp_path, *overrides) == 2
+    assert message in error(capsys)
+
+
+def test_a_row_without_an_answer(inputs, tmp_path, capsys):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c", "response": ""}\n')
+    assert run(inputs, tmp_path, f"data.files={path}") == 2
+    assert "bad.jsonl, row 1" in error(capsys)
+
+
+def test_a_checkpoint_of_another_run(inputs, tmp_path, capsys):
+    """Another rank, another policy, and a model of the same shape with other weights."""
+    short = ("max_steps=1", "mesh=null")
+    assert run(inputs, tmp_path, *short) == 0
+    capsys.readouterr()
+    assert run(inputs, tmp_path, *short, "lora.rank=3", "policy.window=9") == 2
+    line = error(capsys)
+    assert "lora.rank was 2 and is 3" in line
+    assert "policy.window was 8 and is 9" in line
+
+
+def test_dry_run(inputs, tmp_path, capsys):
+    assert run(inputs, tmp_path, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "24 samples of 860 tokens" in out
+    assert "704 of 15,120 parameters" in out
+    assert "44.0% padding" in out
+    assert not (tmp_path / "out").exists()
+    config, _, _ = out.partition("\n\n")
+    assert TrainConfig.from_yaml(config).lora is not None
+
+
+def test_a_loss_that_is_no_number(inputs, tmp_path, capsys):
+    assert run(inputs, tmp_path, "optimizer.learning_rate=1e38", "checkpoint.every=1") == 2
+    assert "is nan" in (line := capsys.readouterr().err.splitlines()[-1]) or "is inf" in line
+    lines = train_runs.read_lines(tmp_path / "out" / "metrics.jsonl")
+    kept = [int(p.name) for p in (tmp_path / "out" / "checkpoints").iterdir()]
+    assert max(kept, default=0) <= lines[-1]["step"]
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_evaluation_profile_and_full_parameters(inputs, tmp_path):
+    """All parameters; loss on held-out files; a trace of two steps; TensorBoard."""
+    overrides = [
+        *("lora=null", "max_steps=3", "eval_every=2", "metrics.tensorboard=true"),
+        *("profile.first=2", "profile.last=3"),
+        f"eval_files=[{inputs.parent / 'data.jsonl'}]",
+    ]
+    assert run(inputs, tmp_path, *overrides) == 0
+    out = tmp_path / "out"
+    evaluated = [r["step"] for r in train_runs.read_lines(out / "metrics.jsonl") if "eval/loss" in r]
+    assert evaluated == [2, 3]
+    assert list((out / "tensorboard").iterdir())
+    assert list((out / "profiles").rglob("*.xplane.pb"))
+    assert json.loads((out / "model" / "config.json").read_text())["model_type"] == "qwen3"
+    assert (out / "model" / "attention_policy.json").exists()
+
+
+@pytest.mark.slow
+def test_the_shipped_tiny_config(tmp_path, capsys):
+    data = tmp_path / "needles.jsonl"
+    script = ["training/tiny_retriever/needles.py", str(data)]
+    subprocess.run(
+        [sys.executable, *script], cwd=processes.ROOT, env=processes.environment(), check=True
+    )
+    overrides = [f"data.files={data}", f"output_dir={tmp_path / 'out'}", "merge=true"]
+    assert main.main(["train", "tiny", *overrides]) == 0
+    assert "4 steps done, loss" in capsys.readouterr().out
+    assert (tmp_path / "out" / "adapter" / "adapter_config.json").exists()
+    assert (tmp_path / "out" / "merged" / "config.json").exists()
