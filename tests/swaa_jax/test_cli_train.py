@@ -116,7 +116,9 @@ def test_evaluation_profile_and_full_parameters(inputs, tmp_path):
     ]
     assert run(inputs, tmp_path, *overrides) == 0
     out = tmp_path / "out"
-    evaluated = [r["step"] for r in train_runs.read_lines(out / "metrics.jsonl") if "eval/loss" in r]
+    evaluated = [
+        r["step"] for r in train_runs.read_lines(out / "metrics.jsonl") if "eval/loss" in r
+    ]
     assert evaluated == [2, 3]
     assert list((out / "tensorboard").iterdir())
     assert list((out / "profiles").rglob("*.xplane.pb"))

@@ -101,10 +101,10 @@ def test_a_damaged_one_is_passed_over(tmp_path, caplog, damage):
 
 
 def test_nothing_good_is_not_a_beginning(tmp_path):
-    """All damaged: an error. One half-written and no other: the run was killed in its first save."""
+    """All damaged: an error. One half-written and no other: killed in its first save."""
     saved(tmp_path, 1)
     data_file(tmp_path / "checkpoints").unlink()
-    with pytest.raises(CheckpointError, match="no checkpoint can be read .* is missing"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint can be read .* is missing"):
         opened(tmp_path).restore(state(0))
     (tmp_path / "checkpoints" / "00000001" / "checkpoint.json").unlink()
     assert opened(tmp_path).restore(state(0)) is None
@@ -121,7 +121,7 @@ def test_another_run_is_refused(tmp_path):
 
 def test_resume_by_name(tmp_path):
     saved(tmp_path / "a", 1, 2)
-    with pytest.raises(CheckpointError, match='resume is "none", but .* up to step 2'):
+    with pytest.raises(CheckpointError, match=r'resume is "none", but .* up to step 2'):
         opened(tmp_path / "a").restore(state(0), "none")
     elsewhere = opened(tmp_path / "b")
     for path, step in (("a", 2), ("a/checkpoints", 2), ("a/checkpoints/00000001", 1)):
@@ -131,7 +131,7 @@ def test_resume_by_name(tmp_path):
     with pytest.raises(CheckpointError, match="expected a checkpoint or a run's directory, got"):
         elsewhere.restore(state(0), str(tmp_path / "c"))
     data_file(tmp_path / "a/checkpoints/00000001").unlink()
-    with pytest.raises(CheckpointError, match="00000001 is damaged: .* is missing"):
+    with pytest.raises(CheckpointError, match=r"00000001 is damaged: .* is missing"):
         elsewhere.restore(state(0), str(tmp_path / "a/checkpoints/00000001"))
 
 

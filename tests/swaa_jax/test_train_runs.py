@@ -194,12 +194,17 @@ def test_two_processes_stop_together_and_one_goes_on(inputs, whole, tmp_path):
     assert sorted(together) == sorted(list(range(train_runs.NUM_SAMPLES)) * 200)
 
 
-def test_two_processes_train_to_the_same(inputs, whole, tmp_path):
-    output = tmp_path / "out"
-    ends = [finish(process) for process in start_two(inputs, output)]
+def test_two_processes_train_to_the_same(inputs, tmp_path):
+    """As one process on one device, which takes the rows in turn. Without dropout: its masks are
+    drawn for each micro-batch, and there is one here and two there.
+    """
+    one, two, plain = tmp_path / "one", tmp_path / "two", "lora.dropout=0.0"
+    ends = [finish(process) for process in start_two(inputs, two, plain)]
     for code, _, err in ends:
         assert code == 0, err
-    # float32: dropout's masks are the same, sums over rows are in another order.
-    np.testing.assert_allclose(
-        train_runs.curve(output), train_runs.curve(whole), rtol=2e-4, atol=1e-5
-    )
+    train(inputs, one, plain)
+    # float32: sums over rows are in another order, and Adam divides small gradients by their size.
+    np.testing.assert_allclose(train_runs.curve(two), train_runs.curve(one), rtol=2e-4, atol=1e-5)
+    expected = adapter(one)
+    for name, value in adapter(two).items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-3, atol=1e-4, err_msg=name)

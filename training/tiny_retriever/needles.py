@@ -10,9 +10,9 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
-from swaa_jax import load_tokenizer  # noqa: E402
-from swaa_jax.eval.ruler import niah_multiquery  # noqa: E402
-from swaa_jax.eval.ruler.text import join_list  # noqa: E402
+from swaa_jax import load_tokenizer
+from swaa_jax.eval.ruler import niah_multiquery
+from swaa_jax.eval.ruler.text import join_list
 
 
 def main() -> None:
