@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 
 from swaa_jax import checkpoint
@@ -107,7 +108,7 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> RunPlan:
     blueprint = read_blueprint(
         checkpoint.open_checkpoint(config.model, config.revision),
         policy=config.policy,
-        dtype=config.dtype,  # pyright: ignore[reportArgumentType]
+        dtype=jnp.dtype(config.dtype),
         mesh=mesh,
         config_overrides=config.config_overrides or None,
     )

@@ -4,6 +4,7 @@ A resumed run takes back the lines after the step that it goes on from, so each 
 """
 
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -113,11 +114,11 @@ class MetricWriter:
         self._lines = self._board = self._wandb = None
         if not enabled:
             return
+        if wandb is not None:
+            self._wandb = _open_wandb(directory, wandb, config)
         self._lines = JsonLines(directory / "metrics.jsonl", resumed_step=resumed_step)
         if tensorboard:
             self._board = _open_board(directory / "tensorboard", resumed_step)
-        if wandb is not None:
-            self._wandb = _open_wandb(directory, wandb, config)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """A step's numbers; the same step may come again with others (an evaluation)."""
@@ -159,14 +160,23 @@ def _open_board(directory: epath.Path, resumed_step: int) -> Any:
     return SummaryWriter(os.fspath(directory), purge_step=resumed_step + 1)
 
 
-def _open_wandb(directory: epath.Path, project: str, config: Mapping[str, Any]) -> Any:
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
+def check_wandb(project: str | None) -> None:
+    """Refuses a project where the package is missing.
+
+    Raises:
+        ValueError: it is.
+    """
+    if project is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError(
             f"metrics.wandb: expected the wandb package for project {project!r}, got none "
             "installed. pip install wandb, or set metrics.wandb to null."
-        ) from error
+        )
+
+
+def _open_wandb(directory: epath.Path, project: str, config: Mapping[str, Any]) -> Any:
+    check_wandb(project)
+    import wandb  # pyright: ignore[reportMissingImports]
+
     name = hashlib.sha256(os.fspath(directory).encode()).hexdigest()[:16]
     return wandb.init(project=project, id=name, resume="allow", config=dict(config))
 

@@ -21,7 +21,7 @@ from swaa_jax.train.checkpoints import Checkpoints, all_processes
 from swaa_jax.train.feed import Feed, make_feed
 from swaa_jax.train.flops import FlopCounter
 from swaa_jax.train.loop import Evaluation, run_loop
-from swaa_jax.train.metrics import JsonLines, MetricWriter
+from swaa_jax.train.metrics import JsonLines, MetricWriter, check_wandb
 from swaa_jax.train.run_config import TrainConfig
 from swaa_jax.train.step import Trainer, make_step
 
@@ -78,6 +78,7 @@ def train(
         NonFiniteLossError: the loss is no number any more.
         ValueError: settings that do not fit each other, the model or the devices.
     """
+    check_wandb(config.metrics.wandb)
     mesh = config.make_mesh()
     feed = make_feed(
         mesh, batch_size=config.data.batch_size, rows_per_device=config.rows_per_device

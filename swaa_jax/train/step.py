@@ -225,7 +225,7 @@ class Trainer:
         )
         updates, opt_state = self._optimizer.update(gradient, state.opt_state, state.trainable)
         metrics |= {
-            "grad_norm": optax.global_norm(gradient),
+            "grad_norm": optax.tree.norm(gradient),
             "learning_rate": learning_rate(self.config.optimizer, state.step),
         }
         new = TrainState(

@@ -7,21 +7,30 @@ import sys
 from typing import Any
 
 import swaa_jax as swaa
+from swaa_jax.models import model_from_config
 from tests.support import byte_tokenizer, processes
-from tests.support.random_models import random_model
+from tests.support.random_models import HF_CONFIG
 
 NUM_SAMPLES = 24
 
 
+def small_model(seed: int = 0) -> Any:
+    """Two layers over bytes."""
+    return model_from_config(
+        {
+            **HF_CONFIG,
+            "vocab_size": byte_tokenizer.VOCAB_SIZE + 1,
+            "num_hidden_layers": 2,
+            "hidden_size": 16,
+            "eos_token_id": byte_tokenizer.EOS_ID,
+        },
+        seed=seed,
+    )
+
+
 def write_inputs(directory: pathlib.Path, *, num_samples: int = NUM_SAMPLES) -> pathlib.Path:
     """`model/`, `data.jsonl` and `config.yaml`; gives the config's path."""
-    model = random_model(
-        vocab_size=byte_tokenizer.VOCAB_SIZE + 1,
-        num_hidden_layers=2,
-        hidden_size=16,
-        eos_token_id=byte_tokenizer.EOS_ID,
-    )
-    swaa.save_model(model, directory / "model", tokenizer=byte_tokenizer.build())
+    swaa.save_model(small_model(), directory / "model", tokenizer=byte_tokenizer.build())
     with open(directory / "data.jsonl", "w", encoding="utf-8") as file:
         for number in range(num_samples):
             text = "".join(chr(97 + (number * 7 + i * i) % 26) for i in range(3 + number % 9))
