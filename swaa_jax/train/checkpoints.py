@@ -295,13 +295,13 @@ def _absolute(path: epath.PathLike) -> epath.Path:
     return epath.Path(pathlib.Path(path).absolute()) if is_local(path) else path
 
 
-def _named(tree: Any) -> dict[str, jax.Array]:
+def _named(tree: Any) -> dict[str, Any]:
     """Leaves by their paths, in the tree's order."""
     leaves, _ = jax.tree.flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _describe_arrays(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
+def _describe_arrays(arrays: Mapping[str, Any]) -> dict[str, str]:
     return {
         name: f"{np.dtype(array.dtype).name}{list(array.shape)}" for name, array in arrays.items()
     }
