@@ -32,7 +32,7 @@ class LoraAdapter(nnx.Module):
     once. Without a `dropout_key` nothing is dropped.
     """
 
-    def __init__(self, lora_A: LoraParam, lora_B: LoraParam, *, scale: float, dropout: float):  # noqa: N803
+    def __init__(self, lora_A: LoraParam, lora_B: LoraParam, *, scale: float, dropout: float):
         self.lora_A, self.lora_B = lora_A, lora_B
         self.scale, self.dropout = scale, dropout
         self.dropout_key: Any = nnx.data(None)
@@ -55,7 +55,7 @@ class StackedLoraAdapter(nnx.Module):
     to the rows' dtype, as PEFT casts them to that of the weight; products are summed in float32.
     """
 
-    def __init__(self, lora_A: LoraParam, lora_B: Sequence[LoraParam], *, scale: float):  # noqa: N803
+    def __init__(self, lora_A: LoraParam, lora_B: Sequence[LoraParam], *, scale: float):
         self.lora_A, self.lora_B = lora_A, nnx.List(lora_B)
         self.scale = scale
 
@@ -89,9 +89,7 @@ class StackedLoraAdapter(nnx.Module):
         ]
 
 
-def initial_a(
-    key: PRNGKeyArray, shape: tuple[int, ...], *, fan_in: int
-) -> Float[Array, "..."]:
+def initial_a(key: PRNGKeyArray, shape: tuple[int, ...], *, fan_in: int) -> Float[Array, "..."]:
     """PEFT's first A: Kaiming-uniform with a = sqrt(5), which is uniform in +-1 / sqrt(fan_in)."""
     bound = 1 / math.sqrt(fan_in)
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)

@@ -122,9 +122,7 @@ def _variables(
     ones = (1,) * len(experts)
     lora_a = LoraParam(a, axes=(*experts, inputs, "lora_rank"), units=(*ones, units[0][-2], 1))
     lora_b = [
-        LoraParam(
-            b, axes=(*experts, "lora_rank", each["axes"][-1]), units=(*ones, 1, unit[-1])
-        )
+        LoraParam(b, axes=(*experts, "lora_rank", each["axes"][-1]), units=(*ones, 1, unit[-1]))
         for b, each, unit in zip(b_parts, metadata, units, strict=True)
     ]
     for param in (lora_a, *lora_b):

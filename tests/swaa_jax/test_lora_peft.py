@@ -17,7 +17,9 @@ from tests.support import tiny_hf
 peft = pytest.importorskip("peft", reason="the oracle; see requirements/torch.txt")
 torch = tiny_hf.torch
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*rank_pattern:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore:.*rank_pattern:RuntimeWarning"
+)
 
 QKV = ["q_proj", "k_proj", "v_proj"]
 EVERY = [*QKV, "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -123,7 +125,9 @@ def test_the_tensors_go_through_unchanged(base, tmp_path):
         with_peft(directory, fields).save_pretrained(here / "theirs")
         ours = swaa.load_adapter(swaa.load_model(directory), here / "theirs")
         swaa.save_adapter(ours, here / "ours")
-        before, after = (load_file(here / d / "adapter_model.safetensors") for d in ("theirs", "ours"))
+        before, after = (
+            load_file(here / d / "adapter_model.safetensors") for d in ("theirs", "ours")
+        )
         assert before.keys() == after.keys()
         for name, value in before.items():
             np.testing.assert_array_equal(after[name], value, err_msg=name)
@@ -135,9 +139,7 @@ def test_the_tensors_go_through_unchanged(base, tmp_path):
 def test_parts_of_a_fused_module_leave_as_one_adapter(targets, rslora, base, tmp_path):
     directory = base("phi3")
     config = swaa.LoraConfig(rank=4, alpha=8, rslora=rslora, target_modules=targets)
-    model = swaa.add_lora(
-        swaa.load_model(directory, dtype="float32"), config, rngs=nnx.Rngs(0)
-    )
+    model = swaa.add_lora(swaa.load_model(directory, dtype="float32"), config, rngs=nnx.Rngs(0))
     model = lora.set_adapter(model, randomised(lora.lora_state(model)))
     swaa.save_adapter(model, tmp_path / "adapter")
     expected = np.asarray(model(jnp.asarray(TOKENS)))
