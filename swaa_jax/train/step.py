@@ -225,7 +225,7 @@ class Trainer:
         )
         updates, opt_state = self._optimizer.update(gradient, state.opt_state, state.trainable)
         metrics |= {
-            "grad_norm": optax.global_norm(gradient),
+            "grad_norm": jnp.sqrt(sum(jnp.vdot(one, one) for one in jax.tree.leaves(gradient))),
             "learning_rate": learning_rate(self.config.optimizer, state.step),
         }
         new = TrainState(
