@@ -12,6 +12,8 @@ from tests.support import tiny_hf
 from tests.support.training import examples, packed, to_host
 
 torch = tiny_hf.torch
+# peft 0.21 asks Transformers 5 by a name that will go.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 STEPS = 5
 OPTIMIZER = {
     "learning_rate": 5e-3,
@@ -58,7 +60,7 @@ def train_torch(model):
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_([*decayed, *spared], OPTIMIZER["clip_norm"])
-        history.append((float(loss), float(norm), schedule.get_last_lr()[0]))
+        history.append((float(loss.detach()), float(norm), schedule.get_last_lr()[0]))
         optimizer.step()
         schedule.step()
     return history
@@ -150,7 +152,7 @@ def test_schedules_are_those_of_transformers(schedule):
     theirs = tiny_hf.transformers.get_scheduler(
         schedule, optimizer, num_warmup_steps=config.num_warmup_steps, num_training_steps=30
     )
-    for step in range(32):
+    for step in range(31):
         ours = learning_rate(config, jnp.int32(step))
         np.testing.assert_allclose(ours, theirs.get_last_lr()[0], rtol=1e-5, atol=1e-7)
         optimizer.step()
