@@ -40,6 +40,7 @@ class LoraAdapter(nnx.Module):
     def __call__(
         self, x: Float[Array, "*batch I"], y: Float[Array, "*batch O"]
     ) -> Float[Array, "*batch O"]:
+        """The projection's output y for its input x, with the low-rank product added."""
         x32 = x.astype(jnp.float32)
         if self.dropout_key is not None and self.dropout:
             kept = jax.random.bernoulli(self.dropout_key[...], 1 - self.dropout, x.shape)

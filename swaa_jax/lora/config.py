@@ -15,11 +15,11 @@ from swaa_jax.typing import PathLike
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters (arXiv 2106.09685): `y = x W + scale * dropout(x) A B`, W frozen.
+    r"""Low-rank adapters (arXiv 2106.09685): `y = x W + scale * dropout(x) A B`, W frozen.
 
-    `scale` is `alpha / rank`, or `alpha / sqrt(rank)` with `rslora` (arXiv 2312.03732). The defaults
-    are the paper's (arXiv 2512.10411: q, k, v; rank 16, alpha 128); its released script has alpha
-    32, rsLoRA and dropout 0.1.
+    `scale` is `alpha / rank`, or `alpha / sqrt(rank)` with `rslora` (arXiv 2312.03732). The
+    defaults are the paper's (arXiv 2512.10411: q, k, v; rank 16, alpha 128); its released script
+    has alpha 32, rsLoRA and dropout 0.1.
 
     Attributes:
         rank: r, the inner size of the two factors.
@@ -28,9 +28,10 @@ class LoraConfig:
         dropout: share of the inputs that are dropped in training (see `with_dropout`).
         target_modules: ends of module names (`"q_proj"`, `"self_attn.q_proj"`), in all layers; or
             one string, a regular expression over whole names, such as
-            `r"model\\.layers\\.[0-3]\\..*q_proj"`. As in PEFT.
+            `r"model\.layers\.[0-3]\..*q_proj"`. As in PEFT.
         target_parameters: ends of names of stacked expert weights, as Transformers has them:
-            `"mlp.experts.gate_up_proj"`, `"mlp.experts.down_proj"`. No dropout with them, as in PEFT.
+            `"mlp.experts.gate_up_proj"`, `"mlp.experts.down_proj"`. They take no dropout, as in
+            PEFT.
         rank_pattern, alpha_pattern: other ranks and alphas for the modules whose name's end is
             matched by a regular expression; the first match counts. A mapping, kept as pairs.
 

@@ -1,4 +1,4 @@
-"""A model with adapters, and back: every function gives a copy that shares the frozen parameters."""
+"""A model with adapters, and back: each function gives a copy that shares the frozen parameters."""
 
 import zlib
 from collections.abc import Mapping

@@ -164,9 +164,9 @@ def _refuse(
         if any(_matches(config.target_modules, (part,)) for part in parts):
             name = ".".join(site.name.split(".")[-3:])
             raise NotImplementedError(
-                f"target_modules: names {listing(parts)}, which are stacks of experts. Transformers "
-                f"5 and PEFT adapt these through target_parameters, such as {name!r}: name them "
-                "there. (An older adapter with a tensor for every expert: load it with PEFT on "
+                f"target_modules: names {listing(parts)}, which are stacks of experts. "
+                f"Transformers 5 and PEFT adapt these through target_parameters, such as {name!r}: "
+                "name them there. (An older adapter with a tensor for every expert: load it with "
                 "Transformers 5, save it from there, and load that.)"
             )
 
