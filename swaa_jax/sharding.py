@@ -13,6 +13,7 @@ which mesh axes each name is split. An axis that its mesh axes do not divide is 
 | mlp | tensor | the feed-forward width F |
 | experts | expert | the experts of a mixture-of-experts layer |
 | router | none | the router's scores, one an expert |
+| lora_rank | none | the rank of an adapter |
 | norm | none | norm scales and head-wide vectors |
 """
 
@@ -37,6 +38,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "experts": ("expert",),
     "router": (),
+    "lora_rank": (),
     "norm": (),
 }
 
