@@ -102,7 +102,7 @@ def load_adapter(model: Any, directory: PathLike) -> Any:
     missing = [n for n in (CONFIG_FILE, WEIGHTS_FILE) if not (directory / n).exists()]
     if missing:
         raise FileNotFoundError(
-            f"{directory}: expected an adapter in PEFT's layout, which save_adapter writes; found no "
+            f"{directory}: expected an adapter in PEFT's layout (save_adapter writes it), found no "
             f"{' and no '.join(missing)}"
         )
     try:

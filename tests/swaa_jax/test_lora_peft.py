@@ -1,5 +1,6 @@
 """Against the `peft` package: its adapters here, ours there, merged ones in Transformers."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 TOKENS = np.arange(1, 41).reshape(2, 20) * 3 % 131
+OURS = jnp.asarray(TOKENS)
 # float32 on both sides; as in test_model_parity, with the adapters' products on top.
 ATOL = 1e-4
 
@@ -45,19 +47,19 @@ def test_both_ways(family, targets, rslora, tmp_path):
     model = swaa.load_model(directory, dtype="float32")
     ours = load_adapter(model, tmp_path / "theirs")
     wanted = tiny_hf.logits(adapted, TOKENS)
-    np.testing.assert_allclose(ours(TOKENS), wanted, atol=ATOL, rtol=1e-4)
-    assert np.abs(np.asarray(model(TOKENS)) - wanted).max() > 0.05
+    np.testing.assert_allclose(ours(OURS), wanted, atol=ATOL, rtol=1e-4)
+    assert np.abs(np.asarray(model(OURS)) - wanted).max() > 0.05
 
     config = LoraConfig(rank=3, alpha=5, rslora=rslora, target_modules=targets)
     other = drawn(add_lora(model, config), seed=7)
     save_adapter(other, tmp_path / "ours", base_model_name_or_path=str(directory))
     base = type(reference).from_pretrained(directory)
     read = peft.PeftModel.from_pretrained(base, str(tmp_path / "ours")).eval()
-    np.testing.assert_allclose(tiny_hf.logits(read, TOKENS), other(TOKENS), atol=ATOL, rtol=1e-4)
+    np.testing.assert_allclose(tiny_hf.logits(read, TOKENS), other(OURS), atol=ATOL, rtol=1e-4)
 
     swaa.save_model(merge_lora(other), tmp_path / "merged")
     merged = type(reference).from_pretrained(tmp_path / "merged").eval()
-    np.testing.assert_allclose(tiny_hf.logits(merged, TOKENS), other(TOKENS), atol=ATOL, rtol=1e-4)
+    np.testing.assert_allclose(tiny_hf.logits(merged, TOKENS), other(OURS), atol=ATOL, rtol=1e-4)
 
 
 def test_fused_projections_are_refused(tmp_path):

@@ -1,0 +1,271 @@
+"""Samples: token ids with a stage and a loss mark each, token for token as at inference."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from kernels_pallas.mask import Stage
+from swaa_jax.data.config import DataConfig
+from swaa_jax.data.formats import Completion, Conversation, Message, parse_row
+from swaa_jax.data.rows import DataError, Row
+
+__all__ = ["Encoder", "Sample"]
+
+log = logging.getLogger(__name__)
+
+_PROBE = "ANSWER"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One sequence to train on.
+
+    Attributes:
+        tokens: ids.
+        stage_ids: ANSWER where the token is produced at inference, PROMPT where it is given.
+        is_target: whether predicting this token counts in the loss.
+    """
+
+    tokens: Int[np.ndarray, " T"]
+    stage_ids: Int[np.ndarray, " T"]
+    is_target: Bool[np.ndarray, " T"]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Turn:
+    """The ids that inference is given for an answer, and those that it should produce."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+class Encoder:
+    r"""From rows to samples, with a tokenizer and its chat template.
+
+    An answer's prompt is what `generate` makes of the messages before it, the generation prompt
+    included; the answer is what the template puts behind that, up to and with the token that ends
+    the turn (what follows it, a line break mostly, is the template's and nobody produces it). A
+    thinking template, whose generation prompt ends in ``<think>``::
+
+        ... <|im_start|> assistant \n <think> \n   Hm </think> \n\n Yo <|im_end|>  \n
+            P            P         P  P       P    A  A        A    A  A           (left out)
+                                              ^ predicts the first answer token
+    """
+
+    def __init__(self, tok: Any, config: DataConfig):
+        self._tok, self._config = tok, config
+        if tok is None:
+            raise ValueError("tok: expected a tokenizer, got None; see swaa_jax.load_tokenizer.")
+        if config.chat_template and not getattr(tok, "chat_template", None):
+            raise DataError(
+                "chat_template: the tokenizer has none, so rows cannot be rendered. Give a "
+                "tokenizer with a template, or set chat_template: false to train on the rows' texts"
+            )
+        self._special = dict(_special_tokens(tok))
+        self._blank: dict[int, bool] = {}
+        self._ids("a")  # a tokenizer saved with truncation drops it now, before threads share it
+        self._tail, self._ends = self._end_of_turn()
+        if not self._ends:
+            log.warning("no token ends an answer, so none teaches the model to stop: stop_tokens")
+
+    def __call__(self, row: Row) -> list[Sample]:
+        """The samples of a row: one, or one an answer with `split_answers`.
+
+        Raises:
+            DataError: a row of no known shape or without an answer, a template that fails, or one
+                that renders an answer otherwise than its generation prompt begins it.
+        """
+        parsed = parse_row(row, self._config)
+        if isinstance(parsed, Completion):
+            return [self._completion(parsed)]
+        answers = [n for n, m in enumerate(parsed.messages) if m["role"] == "assistant"]
+        config = self._config
+        if config.loss_on == "last" and (config.split_answers or config.answer_stage == "last"):
+            answers = answers[-1:]  # the rest is history, however the template renders that
+        turns = [self._turn(row, parsed, n) for n in answers]
+        if config.split_answers:
+            return [self._sample([turn]) for turn in turns]
+        self._check_history(row, turns, answers)
+        return [self._sample(turns)]
+
+    def _sample(self, turns: Sequence[_Turn]) -> Sample:
+        tokens = np.array([*turns[-1].prompt, *turns[-1].answer], np.int32)
+        stage_ids = np.full(len(tokens), Stage.PROMPT, np.int32)
+        is_target = np.zeros(len(tokens), bool)
+        for turn in turns:
+            span = slice(len(turn.prompt), len(turn.prompt) + len(turn.answer))
+            if turn is turns[-1] or self._config.answer_stage == "all":
+                stage_ids[span] = Stage.ANSWER
+            if turn is turns[-1] or self._config.loss_on == "all":
+                is_target[span] = True
+        return Sample(tokens=tokens, stage_ids=stage_ids, is_target=is_target)
+
+    def _completion(self, text: Completion) -> Sample:
+        # As `generate` encodes a string: with the special tokens, unless it begins with BOS.
+        bos = self._tok.bos_token
+        bare = bool(bos) and text.prompt.startswith(bos)
+        prompt = list(self._tok(text.prompt, add_special_tokens=not bare)["input_ids"])
+        return self._sample([_Turn(prompt, [*self._ids(text.response), *self._tail])])
+
+    def _turn(self, row: Row, conversation: Conversation, index: int) -> _Turn:
+        messages = conversation.messages
+        prompt = self._render(row, messages[:index], conversation.tools, prompt=True)
+        prompt_ids = self._ids(prompt)
+        if self._config.answers == "verbatim":
+            text = _verbatim(row, messages[index], prompt)
+            return _Turn(prompt_ids, [*self._continue(prompt, prompt_ids, text), *self._tail])
+        whole = self._render(row, messages[: index + 1], conversation.tools, prompt=False)
+        if not whole.startswith(prompt):
+            at = next((n for n, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b), 0)
+            raise DataError(
+                f"{row.place}, message {index}: the chat template renders this answer otherwise "
+                "than its generation prompt begins it, so what the model should produce is "
+                f"undefined: after {prompt[max(0, at - 30) : at]!r} expected "
+                f"{prompt[at : at + 40]!r}, got {whole[at : at + 40]!r}. Check "
+                "chat_template_kwargs (enable_thinking), or set answers: verbatim, which takes the "
+                "answer's text as it is."
+            )
+        answer = self._continue(prompt, prompt_ids, whole[len(prompt) :])
+        return _Turn(prompt_ids, self._produced(answer, messages[: index + 1], conversation.tools))
+
+    def _check_history(self, row: Row, turns: Sequence[_Turn], answers: Sequence[int]) -> None:
+        for before, turn, index in zip(turns, turns[1:], answers, strict=False):
+            so_far = [*before.prompt, *before.answer]
+            if turn.prompt[: len(so_far)] != so_far:
+                raise DataError(
+                    f"{row.place}: the chat template rewrites history: once the conversation goes "
+                    f"on, it renders the answer in message {index} with other tokens than when the "
+                    "answer was given (templates drop old reasoning, say), so one sequence cannot "
+                    "hold both. Set split_answers: true, which makes every answer a sample of its "
+                    'own, or answer_stage: "last" with loss_on: "last".'
+                )
+
+    def _render(self, row: Row, messages: Sequence[Message], tools: Any, *, prompt: bool) -> str:
+        import jinja2
+
+        variables = dict(self._config.chat_template_kwargs)
+        if tools is not None:
+            variables["tools"] = list(tools)
+        try:
+            return self._tok.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **variables,
+            )
+        except (jinja2.TemplateError, TypeError, IndexError) as error:
+            raise DataError(
+                f"{row.place}: the chat template failed on its first {len(messages)} messages "
+                f"({' '.join(str(error).split())[:300]}). Mend the row's roles, or the template."
+            ) from error
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tok(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _continue(self, prompt: str, prompt_ids: list[int], text: str) -> list[int]:
+        """Ids of `text` behind a prompt whose own ids stay as they are.
+
+        Tokens may depend on what is before them (SentencePiece's space) but must not merge with it
+        (a prompt that ends in a line break before an answer that begins with one): the text is
+        encoded together with the prompt's end, from its last special token on, and by itself if
+        that changes the prompt.
+        """
+        start = max([prompt.rfind(name) for name in self._special.values()], default=0)
+        end = prompt[max(start, 0) :]
+        end_ids, ids = self._ids(end), self._ids(end + text)
+        cut = len(end_ids)
+        if ids[:cut] == end_ids and prompt_ids[len(prompt_ids) - cut :] == end_ids:
+            return ids[cut:]
+        return self._ids(text)
+
+    def _produced(self, ids: list[int], messages: Sequence[Message], tools: Any) -> list[int]:
+        """The answer without what the template puts after the end of the turn."""
+        start = self._trailing(ids)
+        for end in range(start, len(ids)):
+            if ids[end] in self._ends:
+                return ids[: end + 1]
+        if "{% generation" in str(self._tok.chat_template).replace("{%-", "{%"):
+            encoded = self._tok.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=None if tools is None else list(tools),
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                **self._config.chat_template_kwargs,
+            )
+            after = list(encoded["assistant_masks"])[::-1].index(1)
+            return ids[: len(ids) - after]
+        return ids
+
+    def _trailing(self, ids: Sequence[int]) -> int:
+        """Where the special tokens and blanks at the end of `ids` begin."""
+        start = len(ids)
+        while start and (ids[start - 1] in self._special or self._is_blank(ids[start - 1])):
+            start -= 1
+        return start
+
+    def _is_blank(self, token: int) -> bool:
+        if token not in self._blank:
+            self._blank[token] = not self._tok.decode([token]).strip()
+        return self._blank[token]
+
+    def _end_of_turn(self) -> tuple[list[int], frozenset[int]]:
+        """What is appended to an answer's text, and the tokens that end a turn.
+
+        They are read off the template: the first special token that it puts behind an answer.
+        """
+        tok, config = self._tok, self._config
+        eos = [] if tok.eos_token_id is None else [int(tok.eos_token_id)]
+        named = [_token_id(tok, name) for name in config.stop_tokens]
+        if not config.chat_template:
+            return (named[:1] or eos), frozenset(named or eos)
+        row = Row(file="chat template", index=0, fields={})
+        probe = ({"role": "user", "content": "Q"}, {"role": "assistant", "content": _PROBE})
+        try:
+            text = self._render(row, probe, None, prompt=False)
+        except DataError:
+            return (named[:1] or eos), frozenset(named or eos)
+        tail = self._ids(text.rpartition(_PROBE)[2])
+        for end, token in enumerate(tail):
+            if token in (named or self._special):
+                return tail[: end + 1], frozenset(named or [token])
+        return named[:1], frozenset(named)
+
+
+def _verbatim(row: Row, message: Message, prompt: str) -> str:
+    """The answer's text, without what the generation prompt has of it already (``<think>``)."""
+    content = message["content"]
+    if not isinstance(content, str) or set(message) - {"role", "content"}:
+        raise DataError(
+            f"{row.place}: answers: verbatim takes an answer's content alone, and as text; found "
+            f"{', '.join(map(repr, message))}. Put all of it into content, or set answers: template"
+        )
+    if content.startswith("<"):
+        for size in range(min(len(content), len(prompt), 64), 0, -1):
+            if prompt.endswith(content[:size]):
+                return content[size:]
+    return content
+
+
+def _special_tokens(tok: Any) -> Any:
+    for token, added in getattr(tok, "added_tokens_decoder", {}).items():
+        if added.special:
+            yield int(token), added.content
+    for token, name in zip(tok.all_special_ids, tok.all_special_tokens, strict=True):
+        yield int(token), str(name)
+
+
+def _token_id(tok: Any, name: str) -> int:
+    token = tok.convert_tokens_to_ids(name)
+    if token is None or (token == tok.unk_token_id and name != tok.unk_token):
+        raise ValueError(
+            f"stop_tokens: expected tokens of the tokenizer's vocabulary, got {name!r}, which is "
+            "none. Look for it in tokenizer.json, under added_tokens."
+        )
+    return int(token)

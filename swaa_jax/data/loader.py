@@ -1,0 +1,201 @@
+"""Batches of a process: by number, or from an iterator whose state is one global batch index."""
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from swaa_jax.data.batches import Batch, make_batch
+from swaa_jax.data.config import DataConfig
+from swaa_jax.data.packing import Plan, make_plan, process_rows
+from swaa_jax.data.reading import read_ahead
+from swaa_jax.data.samples import Samples, prepare_samples
+
+__all__ = ["BatchIterator", "BatchSource", "load_data"]
+
+log = logging.getLogger(__name__)
+
+
+def load_data(
+    config: DataConfig,
+    tok: Any,
+    *,
+    rows: Sequence[Mapping[str, Any]] | None = None,
+    process_index: int | None = None,
+    process_count: int | None = None,
+    progress: bool = False,
+) -> "BatchSource":
+    r"""Reads, filters, tokenizes and packs the data: everything before the first batch.
+
+    Every process reads all rows once (or the cache) and makes the same plan.
+
+    Args:
+        config: which data, and how it becomes batches.
+        tok: the model's tokenizer.
+        rows: train on these rows in place of `config.files`.
+        process_index, process_count: whose share of each batch to make; None: this process's, of
+            the JAX processes that there are.
+        progress: draw a bar while rows are tokenized.
+
+    Raises:
+        DataError: data that cannot be used; file and row are named.
+        CheckpointError: files that cannot be read.
+        ValueError: `batch_size` does not divide among the processes.
+
+    Examples:
+        >>> tok = __import__("swaa_jax").load_tokenizer("tiny-retriever")
+        >>> config = DataConfig(seq_len=64, batch_size=2, answers="verbatim")
+        >>> row = {"prompt": "What is the number?", "response": "5.\n</think>\n\nIt is 5."}
+        >>> data = load_data(config, tok, rows=[row] * 5)
+        >>> len(data), data[0].tokens.shape
+        (2, (2, 64))
+    """
+    samples = prepare_samples(config, tok, rows=rows, progress=progress)
+    plan = make_plan(samples.lengths, samples.digest, config)
+    pad_id = next((int(t) for t in (tok.pad_token_id, tok.eos_token_id) if t is not None), 0)
+    return BatchSource(
+        samples,
+        plan,
+        config,
+        pad_id=pad_id,
+        process_index=process_index,
+        process_count=process_count,
+    )
+
+
+class BatchSource:
+    """A process's share of every global batch, by global batch index.
+
+    Attributes:
+        samples: what the batches are made of; `samples.report` counts what was dropped.
+        plan: which samples are where; `plan.num_batches` an epoch, `plan.padding_share`.
+        config: as given.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        plan: Plan,
+        config: DataConfig,
+        *,
+        pad_id: int = 0,
+        process_index: int | None = None,
+        process_count: int | None = None,
+    ):
+        if process_index is None or process_count is None:
+            import jax
+
+            process_index, process_count = jax.process_index(), jax.process_count()
+        if config.batch_size % process_count:
+            raise ValueError(
+                f"batch_size: expected a multiple of the {process_count} processes, since each "
+                f"feeds as many rows, got {config.batch_size}"
+            )
+        if not 0 <= process_index < process_count:
+            raise ValueError(
+                f"process_index: expected 0 to {process_count - 1}, got {process_index}"
+            )
+        self.samples, self.plan, self.config = samples, plan, config
+        self._pad_id = pad_id
+        self._process = {"process_index": process_index, "process_count": process_count}
+
+    def __len__(self) -> int:
+        """Batches of all epochs (without end: as many as an int can count)."""
+        total = self.plan.total_batches
+        return sys.maxsize if total is None else total
+
+    def __getitem__(self, index: int) -> Batch:
+        rows, width = self.plan.batch(int(index))
+        mine = process_rows(rows, **self._process)
+        filled = [[(number, self.samples[number]) for number in row] for row in mine]
+        return make_batch(filled, width=width, pad_id=self._pad_id)
+
+    def __iter__(self) -> "BatchIterator":
+        return BatchIterator(self)
+
+    def iterator(self, start: int = 0) -> "BatchIterator":
+        """Batches in order, from global batch `start` on, made ahead in threads or processes."""
+        return BatchIterator(self, start=start)
+
+    def __repr__(self) -> str:
+        return (
+            f"BatchSource({self.samples.report}; {self.plan.num_batches} batches an epoch, "
+            f"{self.plan.padding_share:.1%} padding)"
+        )
+
+
+class BatchIterator(Iterator[Batch]):
+    """Batches in order, through Grain, read ahead.
+
+    Its state is the index of the next global batch and the plan that the index belongs to: plain
+    data, the same on every process, valid for any number of processes. Batches that were made ahead
+    and not taken do not count.
+    """
+
+    def __init__(self, source: BatchSource, *, start: int = 0):
+        self._source = source
+        self._restart(start)
+
+    def _restart(self, start: int) -> None:
+        if not 0 <= start <= len(self._source):
+            raise ValueError(f"start: expected 0 to {len(self._source)}, got {start}")
+        self.close()
+        self.next_batch = start
+        self._batches: Any = None
+
+    def _open(self) -> Any:
+        import grain
+
+        dataset = grain.MapDataset.source(_From(self._source, self.next_batch))
+        config = self._source.config
+        return iter(read_ahead(dataset, config, num_items=config.prefetch))
+
+    def __next__(self) -> Batch:
+        if self.next_batch >= len(self._source):
+            raise StopIteration
+        if self._batches is None:
+            self._batches = self._open()
+        batch = next(self._batches)
+        self.next_batch += 1
+        return batch
+
+    @property
+    def epoch(self) -> float:
+        """Epochs that are behind, with their fraction."""
+        return self.next_batch / self._source.plan.num_batches
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the iterator is, as JSON takes it."""
+        return self._source.plan.state(self.next_batch)
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes where `get_state` was called, on whatever number of processes.
+
+        Raises:
+            PlanMismatchError: the state belongs to other data or settings; nothing has changed.
+            ValueError: it is no state.
+        """
+        self._restart(self._source.plan.position(state))
+
+    def close(self) -> None:
+        """Ends the reading ahead."""
+        batches = getattr(self, "_batches", None)
+        if batches is not None and hasattr(batches, "close"):
+            batches.close()
+        self._batches = None
+
+
+class _From:
+    """The batches from one on, as a source of Grain's."""
+
+    def __init__(self, source: BatchSource, start: int):
+        self._source, self._start = source, start
+
+    def __len__(self) -> int:
+        return len(self._source) - self._start
+
+    def __getitem__(self, index: int) -> Batch:
+        return self._source[self._start + index]
+
+    def __repr__(self) -> str:
+        return f"batches from {self._start} on"

@@ -1,0 +1,407 @@
+"""The first pass: every row becomes samples once, filtered, counted and kept on the disk.
+
+Packing is planned from the samples' lengths, so all rows are tokenized before the first step. What
+that gives is kept under a key of the files (path, size, time), the tokenizer and the settings:
+
+    <cache>/<key>/lengths.npy  origins.npy    tokens of each sample; its row and its place there
+                  tokens.bin   marks.bin      int32 and uint8 of all samples, one after the other
+                  meta.json                   counts and the digest of the contents; written last
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Int
+
+from kernels_pallas.mask import Stage
+from swaa_jax.data.config import DataConfig
+from swaa_jax.data.encode import Encoder, Sample
+from swaa_jax.data.reading import read_ahead
+from swaa_jax.data.rows import DataError, Row, Rows, find_files, open_rows
+from swaa_jax.storage import CheckpointError, atomic_directory, is_local, reading
+
+__all__ = ["SampleReport", "Samples", "prepare_samples"]
+
+log = logging.getLogger(__name__)
+
+_VERSION = 1
+_META = "meta.json"
+_USUAL_JUDGE = "judge"  # looked for, not asked for
+_SETTINGS = (
+    *("format", "columns", "chat_template", "chat_template_kwargs", "answers", "stop_tokens"),
+    *("answer_stage", "loss_on", "split_answers", "judge_column", "min_length", "on_too_long"),
+    "tokens",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleReport:
+    """What the first pass found.
+
+    Attributes:
+        rows: in the files.
+        samples: that are trained on.
+        num_tokens: in those samples.
+        num_targets: tokens among them that count in the loss.
+        judged_wrong, too_short, too_long: dropped rows, and dropped samples.
+    """
+
+    rows: int = 0
+    samples: int = 0
+    num_tokens: int = 0
+    num_targets: int = 0
+    judged_wrong: int = 0
+    too_short: int = 0
+    too_long: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.samples} samples of {self.num_tokens} tokens ({self.num_targets} in the loss) "
+            f"from {self.rows} rows; dropped: {self.judged_wrong} judged wrong, "
+            f"{self.too_short} too short, {self.too_long} too long"
+        )
+
+
+class Samples:
+    """Samples by number, in the order of the files.
+
+    Attributes:
+        lengths: tokens of each.
+        digest: of all tokens and marks: the same on every process that has the same data.
+        report: how many there are, and what was dropped.
+    """
+
+    def __init__(self, *, lengths: Int[np.ndarray, " n"], digest: str, report: SampleReport):
+        self.lengths, self.digest, self.report = lengths, digest, report
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, number: int) -> Sample:
+        raise NotImplementedError
+
+
+def prepare_samples(
+    config: DataConfig,
+    tok: Any,
+    *,
+    rows: Sequence[Mapping[str, Any]] | None = None,
+    progress: bool = False,
+) -> Samples:
+    """The samples of `config.files`, from the cache or by a first pass over all rows.
+
+    Args:
+        config: what to read and how.
+        tok: the tokenizer.
+        rows: take these in place of files; nothing is cached.
+        progress: draw a bar.
+
+    Raises:
+        DataError: a file or row that cannot be used, or nothing left after the filters.
+        CheckpointError: a file that cannot be read, or no room for the cache.
+    """
+    encoder = Encoder(tok, config)
+    if rows is not None:
+        writer = _Memory()
+        report = _first_pass(open_rows(list(rows)), encoder, config, writer, progress=progress)
+        return writer.samples(report)
+    files = find_files(config.files)
+    key = _key(files, tok, config)
+    place, remote = _cache_place(files, key, config)
+    if remote is not None and not place.exists():
+        _copy(remote, place)
+    stored = _open(place)
+    if stored is None:
+        try:
+            with atomic_directory(place, overwrite=True, commit_mark=_META) as directory:
+                with _Disk(directory, keep_tokens=config.tokens == "cached") as writer:
+                    all_rows = open_rows(files)
+                    report = _first_pass(all_rows, encoder, config, writer, progress=progress)
+                writer.finish(report)
+        except (CheckpointError, OSError):
+            if _open(place) is None:  # else another process of this machine was faster
+                raise
+        if remote is not None:
+            _copy(place, remote)
+        stored = _open(place)
+        assert stored is not None
+    log.info("%s (%s)", stored.report, place)
+    if config.tokens == "lazy":
+        return _Lazy(stored, open_rows(files), encoder)
+    return stored
+
+
+# The pass.
+
+
+class _EncodeRow:
+    """A row's samples, or None where the row was judged wrong. Grain maps it over the rows."""
+
+    def __init__(self, encoder: Encoder, judge_column: str | None):
+        self._encoder, self._judge = encoder, judge_column
+
+    def __call__(self, row: Row) -> tuple[str, list[Sample] | None]:
+        if self._judge not in (None, _USUAL_JUDGE, *row.fields):
+            raise DataError(
+                f"{row.place}: judge_column says that the verdict is in {self._judge!r}, but the "
+                f"row's columns are {', '.join(map(repr, row.fields))}. Correct it, or set it to "
+                "null to train on all rows."
+            )
+        if self._judge is not None and self._judge in row.fields:
+            value = row.fields[self._judge]
+            if str(value).strip().lower() not in ("1", "1.0", "true"):
+                return row.place, None
+        return row.place, self._encoder(row)
+
+
+def _first_pass(
+    rows: Rows, encoder: Encoder, config: DataConfig, writer: Any, *, progress: bool
+) -> SampleReport:
+    limit = config.max_length or config.seq_len
+    counts = dict.fromkeys(
+        ("judged_wrong", "too_short", "too_long", "num_tokens", "num_targets"), 0
+    )
+    digest, num_samples = hashlib.sha256(), 0
+    for number, (place, samples) in enumerate(_encoded(rows, encoder, config, progress)):
+        counts["judged_wrong"] += samples is None
+        for part, sample in enumerate(samples or ()):
+            if len(sample) > limit:
+                if config.on_too_long == "error":
+                    raise DataError(
+                        f"{place}: its sample has {len(sample)} tokens, more than "
+                        f"{'max_length' if config.max_length else 'seq_len'}={limit}, and an "
+                        "answer is never cut from its prompt. Raise it, remove the row, or set "
+                        "on_too_long: drop."
+                    )
+                counts["too_long"] += 1
+            elif len(sample) < config.min_length:
+                counts["too_short"] += 1
+            else:
+                marks = _marks(sample)
+                digest.update(len(sample).to_bytes(8, "little"))
+                digest.update(sample.tokens.astype("<i4").tobytes())
+                digest.update(marks.tobytes())
+                writer.add(sample.tokens, marks, (number, part))
+                num_samples += 1
+                counts["num_tokens"] += len(sample)
+                counts["num_targets"] += int(sample.is_target.sum())
+    writer.digest = digest.hexdigest()
+    report = SampleReport(rows=len(rows), samples=num_samples, **counts)
+    if not num_samples:
+        raise DataError(
+            f"Nothing is left to train on: {report}. Look at judge_column, min_length, max_length "
+            "and seq_len."
+        )
+    return report
+
+
+def _encoded(
+    rows: Rows, encoder: Encoder, config: DataConfig, progress: bool
+) -> Iterator[tuple[str, list[Sample] | None]]:
+    import grain
+
+    mapped = grain.MapDataset.source(rows).map(_EncodeRow(encoder, config.judge_column))
+    results = read_ahead(mapped, config, num_items=8 * max(config.num_threads, config.num_workers))
+    if not progress:
+        yield from results
+        return
+    from rich.progress import track
+
+    yield from track(results, total=len(rows), description="Tokenizing")
+
+
+def _marks(sample: Sample) -> np.ndarray:
+    return (sample.stage_ids == Stage.ANSWER).astype(np.uint8) | (sample.is_target * np.uint8(2))
+
+
+# What is kept.
+
+
+class _Memory:
+    """Collects samples in memory."""
+
+    def __init__(self):
+        self._tokens, self._marks, self.digest = [], [], ""
+
+    def add(self, tokens: np.ndarray, marks: np.ndarray, origin: tuple[int, int]) -> None:
+        del origin
+        self._tokens.append(tokens)
+        self._marks.append(marks)
+
+    def samples(self, report: SampleReport) -> "_Stored":
+        return _Stored(
+            lengths=np.array([len(tokens) for tokens in self._tokens], np.int64),
+            digest=self.digest,
+            report=report,
+            arrays=(np.concatenate(self._tokens), np.concatenate(self._marks)),
+        )
+
+
+class _Disk:
+    """Writes samples into a directory, one after the other."""
+
+    def __init__(self, directory: epath.Path, *, keep_tokens: bool):
+        self._directory, self._keep = pathlib.Path(directory), keep_tokens
+        self._lengths: list[int] = []
+        self._origins: list[tuple[int, int]] = []
+        self.digest = ""
+
+    def __enter__(self) -> "_Disk":
+        with contextlib.ExitStack() as stack:
+            names = ("tokens.bin", "marks.bin")
+            self._files = [stack.enter_context(open(self._directory / n, "wb")) for n in names]
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def add(self, tokens: np.ndarray, marks: np.ndarray, origin: tuple[int, int]) -> None:
+        self._lengths.append(len(tokens))
+        self._origins.append(origin)
+        if self._keep:
+            self._files[0].write(tokens.astype("<i4").tobytes())
+            self._files[1].write(marks.tobytes())
+
+    def finish(self, report: SampleReport) -> None:
+        np.save(self._directory / "lengths.npy", np.array(self._lengths, np.int64))
+        np.save(self._directory / "origins.npy", np.array(self._origins, np.int64))
+        meta = {"version": _VERSION, "digest": self.digest, "report": dataclasses.asdict(report)}
+        (self._directory / _META).write_text(json.dumps(meta | {"tokens": self._keep}))
+
+
+class _Stored(Samples):
+    """Samples out of arrays, in memory or mapped from the cache."""
+
+    def __init__(
+        self,
+        *,
+        lengths: np.ndarray,
+        digest: str,
+        report: SampleReport,
+        arrays: tuple[np.ndarray, np.ndarray] | None = None,
+        directory: pathlib.Path | None = None,
+    ):
+        super().__init__(lengths=lengths, digest=digest, report=report)
+        self.directory = directory
+        self._starts = np.cumsum(lengths) - lengths
+        self._arrays = arrays
+
+    def __getstate__(self) -> dict[str, Any]:
+        mapped = {} if self.directory is None else {"_arrays": None}  # mapped anew, not copied
+        return self.__dict__ | mapped
+
+    def __getitem__(self, number: int) -> Sample:
+        if self._arrays is None:
+            assert self.directory is not None
+            self._arrays = (
+                np.memmap(self.directory / "tokens.bin", "<i4", mode="r"),
+                np.memmap(self.directory / "marks.bin", np.uint8, mode="r"),
+            )
+        start = int(self._starts[number])
+        tokens, marks = (a[start : start + int(self.lengths[number])] for a in self._arrays)
+        return Sample(
+            tokens=np.array(tokens, np.int32),
+            stage_ids=np.array(marks & 1, np.int32),
+            is_target=np.array(marks & 2, bool),
+        )
+
+
+class _Lazy(Samples):
+    """Samples tokenized again whenever they are asked for."""
+
+    def __init__(self, stored: _Stored, rows: Rows, encoder: Encoder):
+        super().__init__(lengths=stored.lengths, digest=stored.digest, report=stored.report)
+        assert stored.directory is not None
+        self._origins = np.load(stored.directory / "origins.npy")
+        self._rows, self._encoder = rows, encoder
+
+    def __getitem__(self, number: int) -> Sample:
+        row_number, part = map(int, self._origins[number])
+        row = self._rows[row_number]
+        sample = self._encoder(row)[part]
+        if len(sample) != self.lengths[number]:
+            raise DataError(
+                f"{row.place}: expected the {self.lengths[number]} tokens that the plan was made "
+                f"for, got {len(sample)}: the file has changed. Start again with the new file."
+            )
+        return sample
+
+
+# The cache.
+
+
+def _key(files: Sequence[epath.Path], tok: Any, config: DataConfig) -> str:
+    described = []
+    for file in files:
+        with reading(file):
+            stat = file.stat()
+        described.append([os.fspath(file), stat.length, stat.mtime])
+    settings = {name: getattr(config, name) for name in _SETTINGS}
+    settings["limit"] = config.max_length or config.seq_len
+    identity = [_VERSION, described, _tokenizer_identity(tok), settings]
+    text = json.dumps(identity, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _tokenizer_identity(tok: Any) -> str:
+    backend = getattr(tok, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else sorted(tok.get_vocab().items())
+    parts = [type(tok).__name__, vocabulary, str(tok.chat_template), str(tok.special_tokens_map)]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _cache_place(
+    files: Sequence[epath.Path], key: str, config: DataConfig
+) -> tuple[epath.Path, epath.Path | None]:
+    """The local directory, and the remote one that it is shared through."""
+    user = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    user = user / "swaa_jax" / "data" / key
+    if config.cache_dir is not None:
+        chosen = epath.Path(config.cache_dir).expanduser() / key
+        return (chosen, None) if is_local(chosen) else (user, chosen)
+    parent = files[0].parent
+    if is_local(parent) and os.access(parent, os.W_OK):
+        return parent / ".swaa_cache" / key, None
+    return user, None
+
+
+def _open(place: epath.Path) -> _Stored | None:
+    """What the cache holds; None where it is absent or damaged."""
+    directory = pathlib.Path(place)
+    if not (directory / _META).exists():
+        return None
+    try:
+        meta = json.loads((directory / _META).read_text())
+        lengths = np.load(directory / "lengths.npy")
+        expected = int(lengths.sum()) if meta["tokens"] else 0
+        sizes = [(directory / name).stat().st_size for name in ("tokens.bin", "marks.bin")]
+        if sizes != [4 * expected, expected]:
+            raise ValueError(f"files of {sizes} bytes")
+        report = SampleReport(**meta["report"])
+        return _Stored(lengths=lengths, digest=meta["digest"], report=report, directory=directory)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s is damaged (%s) and is made anew", place, error)
+        return None
+
+
+def _copy(source: epath.Path, target: epath.Path) -> None:
+    """Copies a cache between a bucket and this machine, if it is whole."""
+    with reading(source):
+        if not (source / _META).exists():
+            return
+    try:
+        with atomic_directory(target, overwrite=True, commit_mark=_META) as directory:
+            for path in source.iterdir():
+                path.copy(directory / path.name)
+    except CheckpointError as error:
+        log.warning("the cache is not shared: %s", error)

@@ -1,0 +1,52 @@
+"""`DataConfig`: YAML in and out, and what it refuses."""
+
+import pytest
+
+from swaa_jax.data import DataConfig
+
+
+def test_round_trip():
+    config = DataConfig(
+        files=["a.parquet", "gs://b/c.jsonl"],
+        columns={"response": "generated"},
+        chat_template_kwargs={"enable_thinking": False},
+        seq_len=4096,
+        batch_size=8,
+        packing="bucket",
+        bucket_widths=[1024, 4096],
+        num_epochs=None,
+    )
+    assert config.files == ("a.parquet", "gs://b/c.jsonl")
+    assert DataConfig.from_yaml(config.to_yaml()) == config
+    assert DataConfig.from_dict(config.to_dict()) == config
+    assert DataConfig(files="a.parquet", seq_len=4, batch_size=1).files == ("a.parquet",)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"pakcing": "pack"}, r"'pakcing' \(did you mean 'packing'\?\)"),
+        ({"packing": "packed"}, "packing: expected one of pack, bucket, got 'packed'"),
+        ({"loss_on": "first"}, "loss_on: expected one of last, all"),
+        ({"batch_size": 0}, "batch_size must be an integer, at least 1; got 0"),
+        ({"num_epochs": 0}, "num_epochs must be an integer, at least 1"),
+        ({"split_answers": "yes"}, "split_answers: expected true or false, got 'yes'"),
+        ({"columns": {"answer": "x"}}, "Unknown key in the data config's columns: 'answer'"),
+        ({"columns": ["x"]}, "columns: expected a mapping"),
+        ({"files": 3}, "files: expected text or a list of texts"),
+        ({"judge_column": 1}, "judge_column: expected text or null"),
+        ({"max_length": 65}, "max_length: expected at most seq_len=64"),
+        ({"bucket_widths": [32]}, r"the last one seq_len=64, got \[32\]"),
+        ({"bucket_widths": 32}, "bucket_widths: expected a list"),
+    ],
+)
+def test_refused(no_type_checks, fields, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig.from_dict({"seq_len": 64, "batch_size": 8} | fields)
+
+
+def test_required(no_type_checks):
+    with pytest.raises(ValueError, match="has no seq_len and no batch_size"):
+        DataConfig.from_dict({})
+    with pytest.raises(ValueError, match="A data config is a mapping"):
+        DataConfig.from_dict(["seq_len"])
