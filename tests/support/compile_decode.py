@@ -188,7 +188,8 @@ def main(chip: str, only: list[str]) -> list[dict]:
         if name in PROGRAMS | COPIED:
             function, arrays, cache = decode_program(on, *(PROGRAMS | COPIED)[name])
         elif name in STEPS:
-            function, arrays, cache = step_program(on, *STEPS[name])
+            mesh = make_mesh(topology.devices[:1])  # tells the backend what it is for
+            function, arrays, cache = step_program(on, *STEPS[name], mesh=mesh)
         else:
             mesh = make_mesh(topology.devices, data=2, tensor=4)
             function, arrays, cache = step_program(on, *SHARDED_STEPS[name], mesh=mesh)

@@ -1,0 +1,177 @@
+"""Chunked losses against whole logits and JAX's own gradients, and against finite differences."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from swaa_jax import sharding
+from swaa_jax.train.config import LossConfig
+from swaa_jax.train.loss import Head, chunked_loss
+
+B, T, D, V = 8, 10, 16, 24
+CASES = {
+    "sft": LossConfig(chunk_tokens=7),
+    "one chunk": LossConfig(),
+    "kl": LossConfig(sft=0.0, self_distill=1.0, chunk_tokens=7),
+    "hot kl": LossConfig(sft=0.3, self_distill=0.7, temperature=2.5, chunk_tokens=16),
+    "top 5": LossConfig(sft=0.5, self_distill=2.0, temperature=0.7, top_k=5, chunk_tokens=7),
+    "top all": LossConfig(sft=0.0, self_distill=1.0, top_k=99, chunk_tokens=7),
+}
+
+
+def arrays(seed=0):
+    rng = np.random.default_rng(seed)
+    hidden, teacher = rng.normal(size=(2, B, T, D)).astype(np.float32)
+    matrix = rng.normal(size=(V, D)).astype(np.float32) * 0.5
+    targets = rng.integers(0, V, (B, T))
+    weights = rng.uniform(0.5, 2.0, (B, T)) * (rng.uniform(size=(B, T)) < 0.4)
+    weights[2] = 0.0  # more than a chunk without any weight
+    weights[3, :4] = 0.0
+    weights = weights.astype(np.float32)
+    return [jnp.asarray(x) for x in (hidden, teacher, matrix, targets, weights)]
+
+
+def dense(hidden, matrix, teacher, targets, weights, *, config, softcap):
+    """The same total, from whole logits."""
+
+    def logits(x):
+        raw = x @ matrix.T
+        return raw if softcap is None else softcap * jnp.tanh(raw / softcap)
+
+    student = jax.nn.log_softmax(logits(hidden))
+    nll = -jnp.take_along_axis(student, targets[..., None], axis=-1)[..., 0]
+    total = config.sft * nll
+    if config.self_distill:
+        log_p = jax.nn.log_softmax(jax.lax.stop_gradient(logits(teacher)) / config.temperature)
+        log_s = jax.nn.log_softmax(logits(hidden) / config.temperature)
+        p, s = jnp.exp(log_p), jnp.exp(log_s)
+        if config.top_k is not None and config.top_k < V:
+            _, best = jax.lax.top_k(log_p, config.top_k)
+            p, s = (jnp.take_along_axis(x, best, axis=-1) for x in (p, s))
+            p, s = (jnp.concatenate([x, 1 - x.sum(-1, keepdims=True)], -1) for x in (p, s))
+        kl = jnp.sum(p * (jnp.log(p) - jnp.log(s)), axis=-1)
+        total += config.self_distill * config.temperature**2 * kl
+    return jnp.sum(weights * total)
+
+
+@pytest.mark.parametrize(
+    "name, tied, softcap",
+    [
+        ("sft", True, None),
+        ("one chunk", False, 3.0),
+        ("kl", False, None),
+        ("hot kl", True, 3.0),
+        ("top 5", False, 3.0),
+        ("top all", True, None),
+    ],
+)
+def test_values_and_gradients_equal_those_of_whole_logits(name, tied, softcap):
+    config = CASES[name]
+    hidden, teacher, matrix, targets, weights = arrays()
+
+    def ours(hidden, matrix):
+        head = Head(
+            weight=matrix if tied else matrix.T,
+            vocab_axis=0 if tied else 1,
+            softcap=softcap,
+            trained=True,
+        )
+        return chunked_loss(hidden, head, targets, weights, config=config, teacher=teacher).total
+
+    def oracle(hidden, matrix):
+        # The teacher's logits have no gradient in the matrix.
+        return dense(
+            hidden,
+            matrix,
+            teacher,
+            targets,
+            weights,
+            config=config,
+            softcap=softcap,
+        )
+
+    got, got_slopes = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(hidden, matrix)
+    want, want_slopes = jax.jit(jax.value_and_grad(oracle, argnums=(0, 1)))(hidden, matrix)
+    np.testing.assert_allclose(got, want, rtol=2e-6)
+    np.testing.assert_allclose(ours(hidden, matrix), want, rtol=2e-6)  # without a gradient
+    for one, other in zip(got_slopes, want_slopes, strict=True):
+        # float32 sums over at most 80 tokens, in another order.
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_head_has_no_gradient_and_metrics_are_counts():
+    hidden, _, matrix, targets, weights = arrays()
+    config = LossConfig(chunk_tokens=7)
+
+    def total(hidden, matrix):
+        return chunked_loss(
+            hidden, Head(weight=matrix, vocab_axis=0), targets, weights, config=config
+        ).total
+
+    slopes = jax.grad(total, argnums=(0, 1))(hidden, matrix)
+    assert np.any(slopes[0]) and not np.any(slopes[1])
+    sums = chunked_loss(hidden, Head(weight=matrix, vocab_axis=0), targets, weights, config=config)
+    right = np.argmax(hidden @ matrix.T, axis=-1) == targets
+    np.testing.assert_allclose(sums.correct, np.sum(weights * right), rtol=1e-6)
+    np.testing.assert_allclose(sums.weight, np.sum(weights), rtol=1e-6)
+    np.testing.assert_allclose(sums.total, sums.nll)
+
+
+@pytest.mark.parametrize("name", ["sft", "top 5"])
+def test_finite_differences(name):
+    hidden, teacher, matrix, targets, weights = arrays(1)
+    config = CASES[name]
+
+    def total(hidden):
+        head = Head(weight=matrix, vocab_axis=0, softcap=5.0)
+        return chunked_loss(hidden, head, targets, weights, config=config, teacher=teacher).total
+
+    direction = np.random.default_rng(2).normal(size=hidden.shape).astype(np.float32)
+    step = 1e-2
+    slope = np.sum(np.asarray(jax.grad(total)(hidden)) * direction)
+    there, back = total(hidden + step * direction), total(hidden - step * direction)
+    # float32 values near 100 over a step of 1e-2, and the third derivative times 1e-4.
+    np.testing.assert_allclose((there - back) / (2 * step), slope, rtol=2e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "sizes, trained",
+    [
+        ({"fsdp": 8}, True),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, True),
+        ({"fsdp": 2, "tensor": 4}, False),
+    ],
+    ids=str,
+)
+def test_a_mesh_changes_nothing(sizes, trained):
+    mesh = sharding.make_mesh(**sizes)
+    hidden, teacher, matrix, targets, weights = arrays()
+    config = CASES["top 5"]
+
+    def total(hidden, matrix, mesh):
+        head = Head(weight=matrix, vocab_axis=0, axes=("vocab", "embed"), trained=trained)
+        sums = chunked_loss(
+            hidden, head, targets, weights, config=config, teacher=teacher, mesh=mesh
+        )
+        return sums.total, sums
+
+    run = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True), static_argnums=2)
+    one, many = run(hidden, matrix, None), run(hidden, matrix, mesh)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), many, one)
+
+
+def test_wrong_calls_are_refused():
+    hidden, _, matrix, targets, weights = arrays()
+    head = Head(weight=matrix, vocab_axis=0)
+    with pytest.raises(ValueError, match="teacher"):
+        chunked_loss(hidden, head, targets, weights, config=CASES["kl"])
+    mesh = sharding.make_mesh(fsdp=8)
+    with pytest.raises(ValueError, match=r"fsdp=8.*got 3"):
+        chunked_loss(hidden[:3], head, targets[:3], weights[:3], config=CASES["sft"], mesh=mesh)
+    with pytest.raises(ValueError, match="nothing would be trained"):
+        LossConfig(sft=0.0)
+    with pytest.raises(ValueError, match="temperature"):
+        LossConfig(temperature=0.0)
