@@ -416,9 +416,3 @@ def check_rows(mesh: Mesh | None, num_rows: int) -> None:
             f"{parts}, got {num_rows}; change batch_size or accumulate, or lay devices along "
             "tensor"
         )
-
-
-def logits_bytes(config: LossConfig, *, num_tokens: int, vocab: int) -> int:
-    """Bytes of the float32 logits that exist at a time on a device, the teacher's included."""
-    sides = 2 if config.self_distill else 1
-    return math.prod((4, sides, vocab, _chunk_tokens(config, num_tokens, vocab)))
