@@ -35,11 +35,17 @@ if TYPE_CHECKING:
 
 _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_TOO_MUCH = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 KERNELS = {
     "prefill": ("swa_prefill_forward",),
     "train": ("swa_prefill_forward", "swa_prefill_dq", "swa_prefill_dkv"),
 }
+_TOO_MUCH = (
+    re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
+    re.compile(
+        r"required for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM "
+        r"\(([\d.]+)([KMGT]?)\)"
+    ),
+)
 # An array's shape and the operation that makes it.
 _OPERATION = re.compile(r"= \(?\w+\[([\d,]*)\]\S* ([\w-]+)\(")
 
@@ -79,6 +85,7 @@ def compile_program(program: "Program") -> dict[str, Any]:
             "peak": needed,
             "available": available,
             "missing": needed - available,
+            "refusal": " ".join(str(error).split())[:600],
         }
     else:
         compiled_at, compiled_cpu = time.perf_counter(), time.process_time()
@@ -198,12 +205,12 @@ def memory(compiled: Any) -> dict[str, int]:
 
 
 def too_much(message: str) -> tuple[int, int] | None:
-    """Bytes that a program needs and that there are, from the compiler's refusal.
+    """Bytes that a program needs at least and that there are, from the compiler's refusal.
 
     >>> too_much("RESOURCE_EXHAUSTED: ... Used 17.50G of 15.75G hbm. Exceeded ...")
     (18790481920, 16911433728)
     """
-    match = _TOO_MUCH.search(message)
+    match = next(filter(None, (pattern.search(message) for pattern in _TOO_MUCH)), None)
     if match is None:
         return None
     used, used_unit, of, of_unit = match.groups()

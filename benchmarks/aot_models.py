@@ -37,11 +37,12 @@ GIB = 1 << 30
 MOST_MOE_FLOPS = 1.2
 EPILOG = """\
 examples:
-  # everything: an hour or so on two cores; writes benchmarks/results/aot_models.json
+  # everything: hours on two cores; writes benchmarks/results/aot_models.json after each row
   pip install -r requirements/libtpu.txt && python benchmarks/aot_models.py
 
-  # go on where that was interrupted
+  # go on where that was interrupted; quickly, for upper bounds
   python benchmarks/aot_models.py --resume
+  python benchmarks/aot_models.py --resume --effort -1
 
   # what would be compiled
   python benchmarks/aot_models.py --list

@@ -153,20 +153,31 @@ def reasons_against(arguments: DecodeArguments) -> tuple[str, ...]:
     if refused is not None:
         return (refused,)
     if copies_cache(arguments):
-        num_kv_heads = arguments.cache_k.shape[2]
-        return (f"the cache, of {num_kv_heads} KV heads, would be copied at each call",)
+        num_kv_heads, head_dim = arguments.cache_k.shape[2:]
+        return (
+            f"the cache, of {num_kv_heads} KV heads of {head_dim}, would be copied at each call",
+        )
     return ()
 
 
 def copies_cache(arguments: DecodeArguments) -> bool:
-    """XLA pads no sublanes either: with K = 10 it lays the cache out as ``[B, K, S, H]``.
+    """Whether ``[B, S * K, H]`` is other bytes than the cache, so that XLA copies it.
 
-    It is copied into ``[B, S, K, H]`` before the kernel, unless K fills tiles of 8 rows or is a
-    power of two.
+    XLA pads no sublanes either, and lays the cache out in tiles of fewer rows, or K before S::
+
+        H = 128, K = 8, 16, ... or 1    tiles of 8 rows                        the same bytes
+        H = 128, K = 2 or 4             tiles of K rows, one after another     the same bytes
+        H = 256, K = 2 or 4             tiles of K rows, left and right half   copied
+        K = 10                          [B, K, S, H]                           copied
     """
-    num_kv_heads = arguments.cache_k.shape[2]
-    fills_tiles = num_kv_heads in (1, 2, 4) or num_kv_heads % 8 == 0
-    return not (has_slots_in_lanes(arguments) or fills_tiles)
+    if has_slots_in_lanes(arguments):
+        return False
+    num_kv_heads, head_dim = arguments.cache_k.shape[2:]
+    return not (
+        num_kv_heads == 1
+        or num_kv_heads % 8 == 0
+        or (num_kv_heads in (2, 4) and head_dim == _LANES)
+    )
 
 
 @register_backend("swa_decode", "pallas_tpu", limits=reasons_against)

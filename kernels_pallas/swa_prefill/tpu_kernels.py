@@ -421,8 +421,9 @@ def _call(
       by_key: what the list is ordered by.
       name: of the kernel, in profiles.
     """
-    (num_rows, num_kv_heads), num_columns = inputs["q"].shape[:2], inputs["kv"].shape[0]
-    heads, q_block, kv_block = static.heads, inputs["q_info"].shape[2], inputs["kv"].shape[3]
+    given = {array: x for array, x in inputs.items() if x is not None}
+    (num_rows, num_kv_heads), num_columns = given["q"].shape[:2], given["kv"].shape[0]
+    heads, q_block, kv_block = static.heads, given["q_info"].shape[2], given["kv"].shape[3]
     num_minor = num_rows if by_key else num_columns
     major = functools.partial(major_of, num_minor_blocks=num_minor)
     minor = functools.partial(minor_of, num_minor_blocks=num_minor)
@@ -438,7 +439,6 @@ def _call(
             (1, heads, *shape[2:]), lambda h, i, items: (number(items[i + lag]), h, *zeros)
         )
 
-    given = {array: x for array, x in inputs.items() if x is not None}
     absent = {f"{array}_ref": None for array in inputs if array not in given}
     names = [f"{array}_ref" for array in (*given, *outputs, "mask", *scratch)]
 

@@ -151,10 +151,10 @@ def _answer(
         [{"role": "user", "content": question.prompt}] if templated else question.prompt
         for question in part
     ]
-    thinking = {"enable_thinking": config.enable_thinking} if templated else {}
-    encoded = [
-        ids for ids in encode_prompts(tok, prompts, **thinking) for _ in range(config.attempts)
-    ]
+    asked = encode_prompts(
+        tok, prompts, enable_thinking=config.enable_thinking if templated else None
+    )
+    encoded = [ids for ids in asked for _ in range(config.attempts)]
     out = generate(
         model,
         tok,

@@ -15,11 +15,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.mask import segment_positions
-from swaa_jax.attention import Caches, build_cache
-from swaa_jax.models._blocks import DecoderLayer, Embedding, Linear, Rows, make_norm
+from swaa_jax.attention import Caches, FullCache, RingCache, build_cache
+from swaa_jax.models._blocks import DecoderLayer, Embedding, KeyValues, Linear, Rows, make_norm
 from swaa_jax.models._config import DecoderConfig
 from swaa_jax.models._rope import rotation
-from swaa_jax.policy import AttentionPolicy
+from swaa_jax.policy import AttentionPolicy, LayerAttention
 from swaa_jax.sharding import constrain_batch
 from swaa_jax.typing import PathLike
 
@@ -209,16 +209,16 @@ class CausalLM(nnx.Module):
         if lengths is None:
             lengths = jnp.full((batch,), width, jnp.int32)
         cache_size = width + 128 if cache_size is None else cache_size
-        hidden, kept, _, _ = self._run_rows(tokens, lengths=lengths)
-        layers = tuple(
-            build_cache(
+
+        def cache(kv: KeyValues, layer: LayerAttention) -> FullCache | RingCache:
+            return build_cache(
                 kv.k, kv.v, lengths=lengths, layer=layer, num_slots=cache_size, mesh=self.mesh
             )
-            for kv, layer in zip(kept, self.layer_attention, strict=True)
-        )
+
+        hidden, layers, _, _ = self._run_rows(tokens, lengths=lengths, keep=cache)
         return Prefill(
             logits=self.head(_last_rows(hidden, lengths)),
-            caches=Caches(layers=layers, pos_B=lengths.astype(jnp.int32)),
+            caches=Caches(layers=tuple(layers), pos_B=lengths.astype(jnp.int32)),
         )
 
     def decode(
@@ -281,9 +281,12 @@ class CausalLM(nnx.Module):
         stage_ids: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
+        keep: Callable[[KeyValues, LayerAttention], Any] | None = None,
         run_layers: RunLayers | None = None,
     ) -> tuple[Float[Array, "B T D"], list[Any], Sequence[Any], Rows]:
-        """Final hidden states of whole rows; every layer's keys and values, and router."""
+        """Final hidden states of whole rows; what `keep` makes of every layer's keys and values
+        (None, or with `run_layers`: nothing is kept), and its router.
+        """
         if positions is None:
             if segment_ids is None:
                 positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
@@ -306,7 +309,11 @@ class CausalLM(nnx.Module):
         for block, layer in zip(self.layers, self.layer_attention, strict=True):
             output = block(x, rows, layer=layer)
             x = output.x
-            kept.append(output.kept)
+            if keep is not None:
+                # The next layer waits for this one's cache: left to itself the compiler may build
+                # all caches at the end, with all keys and values beside them.
+                x, cache = jax.lax.optimization_barrier((x, keep(output.kept, layer)))
+                kept.append(cache)
             routers.append(output.router)
         return self.norm(x), kept, routers, rows
 

@@ -10,6 +10,7 @@ import swaa_jax as swaa
 from swaa_jax.cli.main import main
 from swaa_jax.distill import DistillConfig, Question, distill, read_questions
 from swaa_jax.eval.judges import Verdict, make_judge
+from swaa_jax.eval.ruler import niah_multiquery
 
 CONFIG = DistillConfig(attempts=3, max_new_tokens=6, questions_per_part=2)
 QUESTIONS = [Question(id=str(n), prompt=f"Number {n}?", references=(str(n),)) for n in range(5)]
@@ -51,22 +52,27 @@ def test_accepted_answers_are_kept(retriever, tmp_path):
 
 
 def test_a_stopped_run_ends_as_one_that_was_not(retriever, tmp_path):
+    model, tok = retriever
+    samples = niah_multiquery(tok, num_samples=5, target_length=256, seed=0, haystack="noise")
+    questions = [
+        Question(id=str(n), prompt=sample.messages[0]["content"], references=sample.answers)
+        for n, sample in enumerate(samples)
+    ]
+    judge = make_judge("ruler")
+
     def stops(judged):
-        if judged.question == "Number 3?":
+        if judged.question == questions[3].prompt:
             raise KeyboardInterrupt
-        return everything(judged)
+        return judge(judged)
 
-    def everything(judged):
-        return Verdict(accepted=True, reason="")
-
-    config = DistillConfig(attempts=2, max_new_tokens=160, questions_per_part=2)
-    whole = distill(*retriever, QUESTIONS, everything, tmp_path / "whole", config=config)
-    assert whole.kept
+    config = DistillConfig(attempts=2, max_new_tokens=120, questions_per_part=2)
+    whole = distill(model, tok, questions, judge, tmp_path / "whole", config=config)
+    assert whole.kept, "the model finds needles: some answers are right"
     with pytest.raises(KeyboardInterrupt):
-        distill(*retriever, QUESTIONS, stops, tmp_path / "parts", config=config)
+        distill(model, tok, questions, stops, tmp_path / "parts", config=config)
     assert len(list((tmp_path / "parts/attempts").iterdir())) == 1
     assert not (tmp_path / "parts/train.parquet").exists()
-    distill(*retriever, QUESTIONS, everything, tmp_path / "parts", config=config)
+    distill(model, tok, questions, judge, tmp_path / "parts", config=config)
     assert rows_of(tmp_path / "parts/train.parquet") == rows_of(tmp_path / "whole/train.parquet")
 
 
