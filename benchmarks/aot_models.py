@@ -9,9 +9,8 @@ together on all cores (a busy machine stretches the former). Nothing here has ru
     prefill       a prompt of the given length: the last row's logits, and the caches
     decode-full   one token against caches of that length, all full, which are donated
     decode-ring   the same under a window in every layer: ring caches of window + sinks slots
-    train         a step of LoRA training (rank 16 on q, k, v) on packed rows of that length, each
-                  layer computed again in the backward pass; the adapters and their optimizer's state
-                  are donated
+    train         a step of LoRA training (rank 16 on q, k, v) on packed rows of that length; the
+                  backward pass computes each layer again; adapters and optimizer are donated
 
 The exit code is 1 where a program fails for another reason than memory, where this package's
 kernels are not in it, or where experts multiply more than 1.2 times what the active ones need.

@@ -178,7 +178,7 @@ def _positive(name: str, value: Any) -> int | float:
 
 def _names(name: str, value: Any) -> tuple[str, ...]:
     listed = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
-    names = tuple(value) if listed else (None,)
+    names: tuple[Any, ...] = tuple(value) if listed else (None,)
     if not all(isinstance(item, str) and item for item in names):
         raise ValueError(f'{name} must be a list of names such as ["q_proj"]; got {value!r}.')
     if len(set(names)) != len(names):

@@ -65,6 +65,7 @@ def find_sites(model: nnx.Module) -> list[Site]:
         for number, part in enumerate(parts)
     }
     sites = []
+    module: Any
     for path, module in nnx.iter_modules(model):
         if hasattr(module, "adapter") and hasattr(module, "kernel"):
             fused, order = fused_as.get(path[-1] if path else "", (None, 0))

@@ -43,7 +43,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     steps = [
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=matrices),
-        optax.scale_by_learning_rate(lambda step: learning_rate(config, step)),
+        optax.scale_by_learning_rate(lambda step: learning_rate(config, jnp.asarray(step))),
     ]
     if config.clip_norm is not None:
         steps.insert(0, optax.clip_by_global_norm(config.clip_norm))

@@ -353,7 +353,7 @@ def with_overrides(fields: Mapping[str, Any], overrides: Sequence[str]) -> dict[
             place[parent] = dict(below)
             place = place[parent]
         value = parse_yaml(text) if text.strip() else None
-        place[last] = float(value) if _is_number_text(value) else value
+        place[last] = _number(value)
     return result
 
 
@@ -363,7 +363,7 @@ def _section(kind: Any, name: str, value: Any) -> Any:
     if not isinstance(value, Mapping):
         raise ValueError(f"{name}: expected a mapping of its fields, got {describe(value)}.")
     if name != "data":
-        value = {key: float(v) if _is_number_text(v) else v for key, v in value.items()}
+        value = {key: _number(v) for key, v in value.items()}
     if name == "optimizer" and "total_steps" in value:
         raise ValueError(
             "optimizer.total_steps: expected to be left out, since the data's length sets it. Use "
@@ -387,5 +387,8 @@ def _policy(value: Any) -> AttentionPolicy | None:
     return AttentionPolicy.from_dict(value)
 
 
-def _is_number_text(value: Any) -> bool:
-    return isinstance(value, str) and _NUMBER.fullmatch(value.strip()) is not None
+def _number(value: Any) -> Any:
+    """A number that YAML 1.1 left as text; anything else as it is."""
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+        return float(value)
+    return value

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -175,7 +175,7 @@ class Trainer:
 
     def num_compiles(self) -> int:
         """Programs that steps were compiled to: one for each shape of batches."""
-        return self._run._cache_size()
+        return self._run._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
 
     def lower(self, batch: Any) -> jax.stages.Lowered:
         """The step's program for a batch of this shape; of a model of shapes too."""
@@ -191,7 +191,7 @@ class Trainer:
             for name, value in self._weights.initial().items()
         }
         return TrainState(
-            step=jax.ShapeDtypeStruct((), jnp.int32),
+            step=cast(Any, jax.ShapeDtypeStruct((), jnp.int32)),
             trainable=trainable,
             opt_state=jax.eval_shape(self._optimizer.init, trainable),
         )
@@ -214,7 +214,7 @@ class Trainer:
             trainable,
             transform_non_params=lambda _: whole,
         )
-        return TrainState(step=whole, trainable=trainable, opt_state=opt_state)
+        return TrainState(step=cast(Any, whole), trainable=trainable, opt_state=opt_state)
 
     def _step(
         self, state: TrainState, frozen: dict[str, Any], batch: dict[str, Array]
@@ -230,7 +230,7 @@ class Trainer:
         }
         new = TrainState(
             step=state.step + 1,
-            trainable=optax.apply_updates(state.trainable, updates),
+            trainable=cast(dict[str, Any], optax.apply_updates(state.trainable, updates)),
             opt_state=opt_state,
         )
         return new, metrics

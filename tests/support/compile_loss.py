@@ -1,6 +1,6 @@
 """Compiles the chunked loss for a TPU that is not attached; prints its memory as JSON.
 
-Run as ``python tests/support/compile_loss.py frozen`` (or ``trained``, ``distilled``); libtpu must be
+Run as ``python tests/support/compile_loss.py frozen`` (or ``trained``, ``distilled``), with libtpu
 installed. T = 32k, V = 152k, D = 2560, bfloat16, on one v5e chip.
 """
 
