@@ -16,7 +16,7 @@ NEEDED = ("tokens", "targets", "loss_weights")
 OPTIONAL = ("stage_ids", "segment_ids", "positions", "lengths")
 
 
-def place_batch(batch: Any, *, accumulate: int, mesh: Mesh | None) -> dict[str, Array]:
+def place_batch(batch: Any, *, accumulate: int, mesh: Mesh | None) -> dict[str, Any]:
     """The batch as a step takes it: arrays `[accumulate, B, T]`, rows over data and fsdp.
 
     Args:

@@ -181,7 +181,7 @@ class Trainer:
         """The step's program for a batch of this shape; of a model of shapes too."""
         return self._run.lower(self.abstract_state(), self.frozen, self.put(batch))
 
-    def put(self, batch: Any) -> dict[str, Array]:
+    def put(self, batch: Any) -> dict[str, Any]:
         """A batch on its devices, `[accumulate, B, T]`, ahead of its step; see `place_batch`."""
         return place_batch(batch, accumulate=self.config.accumulate, mesh=self._mesh)
 
