@@ -10,11 +10,16 @@ import swaa_jax
 
 PUBLIC = {
     "AttentionPolicy",
+    "LoraConfig",
     "Stage",
     "__version__",
+    "add_lora",
     "generate",
+    "load_adapter",
     "load_model",
     "load_tokenizer",
+    "merge_lora",
+    "save_adapter",
     "save_model",
 }
 
