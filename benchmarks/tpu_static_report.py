@@ -160,7 +160,7 @@ def plot(rows: Sequence[Row], path: pathlib.Path) -> None:
         )
         axis.set_title(f"{generation}, {tokens:,} tokens, {rows[0]['sinks']} sinks", fontsize=9)
         axis.axvline(1, color="black", linewidth=0.8)
-        axis.margins(x=0.45)
+        axis.margins(x=0.6)
         axis.tick_params(axis="x", labelsize=8)
     axes[0][0].invert_yaxis()
     handles, labels = axes[0][0].get_legend_handles_labels()
