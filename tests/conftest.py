@@ -2,10 +2,15 @@
 
 import os
 
-# Eight CPU devices stand in for a mesh. The flag is read once, when JAX's backend starts.
-_FLAG = "--xla_force_host_platform_device_count"
-if _FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+# Eight CPU devices stand in for a mesh, and programs are compiled without LLVM's optimizations:
+# tests compile much and run little. Flags are read once, when JAX's backend starts.
+for _flag, _value in (
+    ("--xla_force_host_platform_device_count", "8"),
+    ("--xla_backend_optimization_level", "0"),
+    ("--xla_llvm_disable_expensive_passes", "true"),
+):
+    if _flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
 
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402

@@ -1,14 +1,13 @@
 """Static cycles: the count of bundles, on a program written out here and on a compiled kernel."""
 
-import importlib.util
+import importlib
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+
+from tests.support import tpu_compiler
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -295,11 +294,11 @@ def lower(settings, sharding):
 @pytest.mark.parametrize("generation", ["v4", "v5e", "v6e", "tpu7x"])
 def test_a_small_compiled_kernel(generation, tmp_path, monkeypatch):
     """16 steps; its trip counts are known: once, in 12 of them, and once."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed; see requirements/libtpu.txt")
+    tpu_compiler.needs_libtpu()
     grid_cycles, tpu_compile = map(importlib.import_module, ("grid_cycles", "tpu_compile"))
     (tmp_path / "sum_of_products.py").write_text(SUM_OF_PRODUCTS)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delenv("XLA_FLAGS")
     kernels = tpu_compile.compiled("sum_of_products:lower", {"generation": generation})
     assert list(kernels) == ["sum_of_products"]
     bodies = [
@@ -338,17 +337,12 @@ def test_a_small_compiled_kernel(generation, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("generation", ["v5e", "v6e"])
 def test_our_kernels_and_splash_are_counted(generation, tmp_path):
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed; see requirements/libtpu.txt")
     output = tmp_path / "result.json"
-    command = [sys.executable, str(BENCHMARKS / "tpu_static.py"), "--output", str(output)]
     sizes = ["--lengths", "8192", "--windows", "1024", "--blocks", "512,512,512"]
     kernels = ["--peers", "splash", "--kernels", "forward", "backward", "decode"]
-    done = subprocess.run(
-        [*command, "--generations", generation, *sizes, *kernels],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    done = tpu_compiler.run_script(
+        BENCHMARKS / "tpu_static.py",
+        *("--output", output, "--generations", generation, *sizes, *kernels),
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(output.read_text())["rows"]

@@ -1,14 +1,12 @@
 """Whole programs compiled by the real TPU compiler, and what the script makes of its answers."""
 
 import importlib
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support import tpu_compiler
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "aot_models.py"
@@ -48,16 +46,12 @@ def script(monkeypatch):
 @pytest.fixture
 def compiled(tmp_path):
     """Runs the script on a config; gives its exit code, its output and its rows."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed; see requirements/libtpu.txt")
+    tpu_compiler.needs_libtpu()
 
     def run(config, *options):
         shape, output = tmp_path / "config.json", tmp_path / "result.json"
         shape.write_text(json.dumps(config))
-        environment = dict(os.environ)
-        environment.pop("XLA_FLAGS", None)
-        command = [sys.executable, SCRIPT, "--models", shape, "--output", output, *options]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = tpu_compiler.run_script(SCRIPT, "--models", shape, "--output", output, *options)
         assert output.exists(), done.stderr
         return done.returncode, done.stdout, json.loads(output.read_text())["rows"]
 

@@ -2,12 +2,12 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support import tpu_compiler
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "moe_flops.py"
@@ -61,19 +61,8 @@ def test_the_counter_knows_loops_fusions_and_batched_products():
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_a_tpu_multiplies_little_more_than_the_active_experts(chip, tmp_path):
-    """In a process of its own: libtpu would stay in this one."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed; see requirements/libtpu.txt")
     output = tmp_path / "result.json"
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path}
-    environment.pop("XLA_FLAGS", None)
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--chips", chip, "--tokens", "4096", "--output", output],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    done = tpu_compiler.run_script(SCRIPT, "--chips", chip, "--tokens", "4096", "--output", output)
     assert done.returncode == 0, done.stderr
     ratios = {row["program"]: row["ratio"] for row in json.loads(output.read_text())["rows"]}
     assert ratios.pop("plain product (proves the counter)") == 1.0

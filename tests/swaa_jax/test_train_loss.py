@@ -1,10 +1,7 @@
 """Chunked losses against whole logits and JAX's own gradients, and against finite differences."""
 
 import functools
-import importlib.util
 import json
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +11,7 @@ import pytest
 from swaa_jax import sharding
 from swaa_jax.train.config import LossConfig
 from swaa_jax.train.loss import Head, chunked_loss
-from tests.support import processes
+from tests.support import tpu_compiler
 
 B, T, D, V = 8, 10, 16, 24
 CASES = {
@@ -184,15 +181,7 @@ def test_wrong_calls_are_refused():
 
 def tpu_memory(case):
     """Bytes by the TPU compiler: 32k tokens of a vocabulary of 152k, width 2560, on a v5e."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed; see requirements/libtpu.txt")
-    done = subprocess.run(
-        [sys.executable, "tests/support/compile_loss.py", case],
-        cwd=processes.ROOT,
-        env=processes.environment(),
-        capture_output=True,
-        text=True,
-    )
+    done = tpu_compiler.run_script("tests/support/compile_loss.py", case)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -5,13 +5,8 @@ That its results are right is shown in test_decode.py, beside the other backends
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +18,10 @@ from kernels_pallas import backends, swa_decode
 from kernels_pallas.swa_decode import pallas_tpu, tpu_kernel, xla
 from kernels_pallas.swa_decode.arguments import DecodeArguments
 from kernels_pallas.swa_decode.pallas_tpu import DecodeBlocks, decode_in_blocks
-from tests.support import bruteforce
+from tests.support import bruteforce, tpu_compiler
 
 # float32 sums over some tens of slots, of entries of order 1: a few dozen units of 1.2e-7.
 ATOL = 1e-5
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def arguments(
@@ -378,15 +371,9 @@ def test_a_planted_stray_read_is_found(head_dim, monkeypatch):
 
 
 def compiled_by_libtpu(*chips, only=()):
-    """What tests/support/compile_decode.py says. In a process of its own: libtpu would stay."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed; see requirements/libtpu.txt")
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path}
-    environment.pop("XLA_FLAGS", None)
-    script = ROOT / "tests" / "support" / "compile_decode.py"
-    command = [sys.executable, script, *chips, *(["--only", *only] if only else [])]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    """What compile_decode.py says."""
+    options = ["--only", *only] if only else []
+    done = tpu_compiler.run_script("tests/support/compile_decode.py", *chips, *options)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

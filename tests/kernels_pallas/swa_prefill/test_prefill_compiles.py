@@ -1,30 +1,17 @@
 """The TPU prefill kernels through the TPU compiler, for chips that are not attached."""
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.support import tpu_compiler
+
 HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
 
 
 def compile_for(generation, *sets):
-    """What compile_prefill.py prints, in a process of its own: libtpu would stay in this one."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed; see requirements/libtpu.txt")
-    done = subprocess.run(
-        [sys.executable, "tests/support/compile_prefill.py", generation, *sets],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """What compile_prefill.py prints."""
+    done = tpu_compiler.run_script("tests/support/compile_prefill.py", generation, *sets)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     for row in rows:
