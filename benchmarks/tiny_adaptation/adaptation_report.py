@@ -59,10 +59,13 @@ def print_table(record: dict[str, Any]) -> None:
 
 def markdown(record: dict[str, Any]) -> str:
     """The table, with its command and device."""
-    lines = [
+    about = (
         f"`{record['command']}`, {record['device']}, JAX {record['versions']['jax']}; "
         f"{record['size']['samples']} prompts of {record['size']['length']:,} tokens a mode; "
-        "mean over seeds ± the largest distance from it.",
+        "mean over seeds ± the largest distance from it."
+    )
+    lines = [
+        about,
         "",
         "| " + " | ".join(HEADER) + " |",
         "|--|--|" + "--:|" * (len(HEADER) - 2),
