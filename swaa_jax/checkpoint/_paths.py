@@ -16,8 +16,11 @@ from swaa_jax.storage import (
     unreadable,
 )
 
-SHIPPED = {"tiny-retriever": epath.resource_path("swaa_jax") / "assets" / "tiny-retriever"}
-"""Models inside this package, by the name that stands for their directory."""
+SHIPPED = {
+    name: epath.resource_path("swaa_jax") / "assets" / name
+    for name in ("tiny-retriever", "tiny-retriever-lora")
+}
+"""A model inside this package and adapters for it, by the name that stands for their directory."""
 
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -8,6 +8,7 @@ from typing import Any
 from swaa_jax.cli import process_args
 
 _SHIPPED = "tiny-retriever"
+_SHIPPED_ADAPTER = "tiny-retriever-lora"
 _LENGTH, _HAYSTACK = 1024, "essay"
 _SOUND = 0.95
 """What full attention finds at least, on the shipped model at default length and haystack."""
@@ -33,6 +34,9 @@ examples:
 
   swaa demo --model ~/models/Qwen3-4B --length 8192 --window 2048 --sinks 10 --max-new-tokens 1024
       another checkpoint in Hugging Face layout
+
+  swaa demo --model ~/models/Qwen3-4B --adapter runs/a/adapter --length 8192 --window 2048
+      what adapters of `swaa train` bring, beside the untrained policies
 
   swaa demo --policies mine.yaml
       policies of your own:
@@ -96,6 +100,13 @@ def add_parser(subparsers: Any) -> None:
         "--model", default=_SHIPPED, metavar="PATH", help="default: tiny-retriever, shipped"
     )
     model.add_argument(
+        "--adapter",
+        metavar="PATH",
+        help="LoRA adapters in PEFT's layout: the model with and without them, under the policy "
+        "that they were trained under. Default for the shipped model: tiny-retriever-lora, "
+        "shipped too; 'none' for none",
+    )
+    model.add_argument(
         "--dtype",
         choices=["bfloat16", "float32", "float16"],
         help="of weights and activations, default float32 on a CPU, where it is faster, and "
@@ -140,6 +151,8 @@ def run(args: argparse.Namespace) -> int:
     tok = load_tokenizer(args.model)
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     model = load_model(args.model, dtype=dtype)
+    adapted = _adapted(args, model)
+    policies += tuple(one.policy for one in adapted.values() if one.policy not in policies)
     output = epath.Path(args.output).expanduser()
     if runtime.is_main_process():
         output.mkdir(parents=True, exist_ok=True)
@@ -147,7 +160,9 @@ def run(args: argparse.Namespace) -> int:
     console = Console(soft_wrap=False)
     console.print(_introduction(args, settings, policies, dtype=dtype), highlight=False)
     with _progress_bar() as progress:
-        results = sweep.run_sweep(model, tok, policies, settings, progress=progress)
+        results = sweep.run_sweep(
+            model, tok, policies, settings, adapted=adapted, progress=progress
+        )
     if not runtime.is_main_process():
         return 0
 
@@ -169,6 +184,19 @@ def run(args: argparse.Namespace) -> int:
     for name in ("accuracy_against_cost.png", "results.json"):
         print(f"  {output / name}")
     return _check(args, rows)
+
+
+def _adapted(args: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """The model with adapters, merged, by their name; empty where there are none."""
+    from swaa_jax.lora import load_adapter, merge_lora
+
+    name = args.adapter
+    if name is None:
+        at_home = args.model == _SHIPPED and args.policies is None and not args.quick
+        name = _SHIPPED_ADAPTER if at_home else "none"
+    if name == "none":
+        return {}
+    return {name: merge_lora(load_adapter(model, name, with_policy=True))}
 
 
 def _introduction(args: argparse.Namespace, settings: Any, policies: Any, *, dtype: str) -> str:

@@ -107,7 +107,7 @@ def _panel(
                 artist.set_data(*([value] for value in place))
                 axis.add_line(artist)
             axis.annotate(
-                str(rows[index].number),
+                rows[index].label,
                 place,
                 ha="center",
                 va="center_baseline",
@@ -207,6 +207,10 @@ def _marker(color: str, *, square: bool = False, ring: bool = False) -> list[Any
     ]
 
 
+def _trained(row: Row) -> str:
+    return ", adapters" if row.adapter else ""
+
+
 def _layers(row: Row) -> str:
     layers = row.policy.full_attention_layers
     return "all" if row.policy.is_full else format_layers(layers) if layers else "none"
@@ -231,7 +235,7 @@ def _legend(figure: Any, rows: Sequence[Row], colors: dict[str, str]) -> None:
         (tuple(_marker(gray)), "no"),
         (tuple(_marker(gray, ring=True)), "yes"),
         (nothing, "Row of the table"),
-        *((nothing, f"{row.number}  {row.policy}") for row in rows),
+        *((nothing, f"{row.label}  {row.policy}{_trained(row)}") for row in rows),
     ]
     handles, labels = zip(*entries, strict=True)
     legend = figure.legend(

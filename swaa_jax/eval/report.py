@@ -51,6 +51,16 @@ class Row:
     prefill_share: float
 
     @property
+    def adapter(self) -> str | None:
+        """The name of the adapters that the model had, None without."""
+        return self.thinking.adapter
+
+    @property
+    def label(self) -> str:
+        """Its number, with a + where there were adapters."""
+        return f"{self.number}{'+' if self.adapter else ''}"
+
+    @property
     def modes(self) -> tuple[PolicyScore, PolicyScore]:
         """Thinking, non-thinking."""
         return self.thinking, self.non_thinking
@@ -121,7 +131,8 @@ _SHORT = (
 LEGEND = (
     "values: % of the values found; all: % of the samples with every value found. FA layers keep "
     "full attention; FA decode: answer tokens see everything. Policies that differ only in FA "
-    "decode share one measured prefill. KV: keys and values as allocated."
+    "decode share one measured prefill. KV: keys and values as allocated. +: with adapters that "
+    "were trained under the policy."
 )
 TABLE_LEGEND = f"T: thinking, N: non-thinking. {LEGEND}"
 """What stands under `table`."""
@@ -190,7 +201,7 @@ def _cells(row: Row) -> list[str]:
         "" if per_token is None else f"{1e3 * per_token:.2f}",
         f"{row.cache_bytes / 1024:,.0f}",
     ]
-    return [str(row.number), *setting, *scores, *costs]
+    return [row.label, *setting, *scores, *costs]
 
 
 # --- the paragraph ---
@@ -200,10 +211,11 @@ def findings(sweep: Sweep) -> str:
     """What the numbers say, in a paragraph made from them."""
     rows = summarize(sweep)
     full = next((row for row in rows if row.policy.is_full), None)
-    windowed = [row for row in rows if not row.policy.is_full]
+    windowed = [row for row in rows if not row.policy.is_full and row.adapter is None]
     parts = ["Values found, thinking / non-thinking:"]
     parts += [_on_ends(full, windowed), _on_methods(windowed), _on_layers(windowed)]
     parts += [_on_thinking(windowed), _on_cost(full, windowed), _on_fa_decode(full, windowed)]
+    parts += [_on_adapters(rows)]
     return " ".join(part for part in parts if part)
 
 
@@ -334,6 +346,17 @@ def _on_fa_decode(full: Row | None, windowed: Sequence[Row]) -> str:
     return f"FA decode holds {size}: it saves prefill time, not memory."
 
 
+def _on_adapters(rows: Sequence[Row]) -> str:
+    """What the same policy found without adapters and with them."""
+    without = {row.policy: row for row in rows if row.adapter is None}
+    return " ".join(
+        f"Adapters trained under {row.policy} take it from {_found(without[row.policy])} to "
+        f"{_found(row)} (row {row.number})."
+        for row in rows
+        if row.adapter is not None and row.policy in without
+    )
+
+
 # --- JSON ---
 
 
@@ -401,6 +424,7 @@ def _row_record(row: Row) -> dict[str, Any]:
     return {
         "row": row.number,
         "policy": row.policy.to_dict(),
+        "adapter": row.adapter,
         "summary": str(row.policy),
         "prefill_attention_share": row.prefill_share,
         "prefill_tokens_per_second": timings.prefill_tokens_per_second,

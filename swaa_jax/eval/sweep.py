@@ -75,12 +75,14 @@ class PolicyScore:
         answers: one a sample, in the order of the samples.
         timings: without compilation and without a program's first run. Where policies share a
             prefill its time is in the timings of each.
+        adapter: the name of the adapters that the model answered with, None without.
     """
 
     policy: AttentionPolicy
     thinking: bool
     answers: tuple[ScoredAnswer, ...]
     timings: Timings
+    adapter: str | None = None
 
     @property
     def values_found(self) -> float:
@@ -151,6 +153,7 @@ def run_sweep(
     policies: Sequence[AttentionPolicy],
     settings: SweepSettings,
     *,
+    adapted: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Sweep:
     """Score policies in thinking and in non-thinking mode, on the same needles.
@@ -160,6 +163,8 @@ def run_sweep(
         tokenizer: the model's.
         policies: at least one, all different on this model.
         settings: the task.
+        adapted: by the name of their adapters, the model with adapters merged into it, each scored
+            under its own policy, after the others.
         progress: told how far it is.
 
     Raises:
@@ -187,26 +192,34 @@ def run_sweep(
         )
         for thinking in (True, False)
     }
-    scores = {}
-    for part, thinking in enumerate(samples):
+    runs = [(None, model, list(policies))]
+    runs += [(name, one, [one.policy]) for name, one in (adapted or {}).items()]
+    total = 2 * sum(len(chosen) for *_, chosen in runs)
+    scores: dict[bool, list[PolicyScore]] = {True: [], False: []}
+    done = 0
+    for thinking in samples:
         mode = "thinking" if thinking else "non-thinking"
-        scores[thinking] = score_policies(
-            model,
-            tokenizer,
-            samples[thinking],
-            policies,
-            thinking=thinking,
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=settings.batch_size,
-            progress=lambda what, fraction, mode=mode, part=part: report(
-                f"{mode}: {what}", (part + fraction) / 2
-            ),
-        )
+        for name, one, chosen in runs:
+            count = len(chosen)
+            found = score_policies(
+                one,
+                tokenizer,
+                samples[thinking],
+                chosen,
+                thinking=thinking,
+                max_new_tokens=settings.max_new_tokens,
+                batch_size=settings.batch_size,
+                progress=lambda what, fraction, mode=mode, done=done, count=count: report(
+                    f"{mode}: {what}", (done + fraction * count) / total
+                ),
+            )
+            done += count
+            scores[thinking] += [dataclasses.replace(score, adapter=name) for score in found]
     return Sweep(
         settings=settings,
         thinking=tuple(scores[True]),
         non_thinking=tuple(scores[False]),
-        layers=tuple(_resolve_all(model, policies)),
+        layers=tuple(score.policy.resolve(model.config.num_layers) for score in scores[True]),
         seconds=time.perf_counter() - start,
     )
 

@@ -2,12 +2,15 @@
 
 import json
 
+import jax
 import pytest
+from flax import nnx
 
 import swaa_jax as swaa
 from swaa_jax.checkpoint._paths import SHIPPED
 from swaa_jax.cli import demo
 from swaa_jax.cli.main import build_parser, main
+from swaa_jax.lora import lora_state, set_adapter
 from tests.support.random_models import random_model
 
 LIST = """\
@@ -60,9 +63,30 @@ def test_end_to_end(checkpoint, work, capsys):
     assert again | {"markdown": None} == first
 
 
+def test_adapters_are_scored_beside_the_untrained_model(checkpoint, work, capsys):
+    """Under the policy that they were trained under, which the list of policies lacks."""
+    policy = swaa.AttentionPolicy(window=8, full_attention_layers="1::2")
+    model = swaa.load_model(checkpoint, policy=policy, dtype="float32")
+    adapted = swaa.add_lora(model, swaa.LoraConfig(rank=2), rngs=nnx.Rngs(0))
+    state = lora_state(adapted)
+    filled = jax.tree.map(lambda x: x + 0.3, state)  # B is zero at first, and nothing would change
+    swaa.save_adapter(set_adapter(adapted, filled), work / "adapter")
+    arguments = ["demo", "--model", str(checkpoint), "--policies", "mine.yaml", "--samples", "1"]
+    arguments += ["--length", "300", "--max-new-tokens", "4", "--dtype", "float32"]
+    assert main([*arguments, "--adapter", "adapter"]) == 0
+    record = json.loads((work / "demo_output" / "results.json").read_text())
+    rows = [(row["policy"]["window"], row["adapter"]) for row in record["policies"]]
+    assert rows == [(None, None)] + [(64, None)] * 3 + [(8, None), (8, "adapter")]
+    texts = [row["thinking"]["answers"][0]["text"] for row in record["policies"][-2:]]
+    assert texts[0] != texts[1]
+    assert "Adapters trained under window 8" in record["findings"]
+    assert "6+" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["--adapter", "nowhere"], "nowhere"),
         (["--policies", "none.yaml"], "No such file or directory: none.yaml"),
         (["--policies", "dmeo"], "Did you mean 'demo'"),
         (["--policies", "broken.yaml"], "policy 1"),
