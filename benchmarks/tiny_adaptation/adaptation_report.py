@@ -60,7 +60,8 @@ def print_table(record: dict[str, Any]) -> None:
 def markdown(record: dict[str, Any]) -> str:
     """The table, with its command and device."""
     about = (
-        f"`{record['command']}`, {record['device']}, JAX {record['versions']['jax']}; "
+        f"`python benchmarks/tiny_adaptation/run.py`, {record['device']}, JAX "
+        f"{record['versions']['jax']}; "
         f"{record['size']['samples']} prompts of {record['size']['length']:,} tokens a mode; "
         "mean over seeds ± the largest distance from it."
     )

@@ -280,8 +280,9 @@ def start_record(path: Path, size: Size, device: str) -> dict[str, Any]:
     """The results so far; of another size or device they are refused."""
     from machine import version
 
+    command = " ".join(["python", "benchmarks/tiny_adaptation/run.py", *sys.argv[1:]])
     about = {
-        "command": " ".join(["python", "benchmarks/tiny_adaptation/run.py", *sys.argv[1:]]),
+        "commands": [command],
         "what": "percent of the needles' values found, and of prompts with all four",
         "device": device,
         "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")},
@@ -296,6 +297,7 @@ def start_record(path: Path, size: Size, device: str) -> dict[str, Any]:
                 f"{path} holds results of another {name}: expected {about[name]}, got "
                 f"{found[name]}; give another --output, or remove it"
             )
+    found["commands"].append(command)
     return found
 
 
