@@ -1,11 +1,28 @@
-"""cuDNN's fused attention through ``jax.nn``, for the cases that it expresses exactly."""
+"""cuDNN's fused attention through ``jax.nn``, for the cases that it expresses exactly.
 
-from typing import Any, Literal
+It knows causal rows, a window and lengths. Two more things are made from these:
+
+* sinks beside a window: chunks of queries become rows of a batch, each with the keys it can see::
+
+      queries          . . . . [ chunk ] . .
+      keys    [sinks] . [ window ][ chunk ]        one softmax over [sinks | window | chunk]
+
+  under a mask, which is small since a chunk's keys are few.
+* full rows in a windowed layer (FA decode, a tail): a causal pass beside the windowed one, and each
+  row takes its own of the two.
+"""
+
+import dataclasses
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
+from kernels_pallas.mask import visible
 from kernels_pallas.swa_prefill.arguments import AttentionOutput, PrefillArguments
+
+Implementation: TypeAlias = Literal["cudnn", "xla"]
 
 
 def cudnn_limits(arguments: PrefillArguments, *, return_lse: bool) -> tuple[str, ...]:
@@ -16,10 +33,8 @@ def cudnn_limits(arguments: PrefillArguments, *, return_lse: bool) -> tuple[str,
         "float32 inputs": arguments.q.dtype not in (jnp.bfloat16, jnp.float16),
         "a head dim above 128 or not a multiple of 8": head_dim > 128 or head_dim % 8 != 0,
         "a window that is an array": windowed and not isinstance(arguments.window, int),
-        "sink tokens beside a window": windowed and not _is_zero(arguments.num_sink_tokens),
-        "full rows by stage in a windowed layer": windowed and arguments.stage_ids is not None,
-        "a full attention tail in a windowed layer": windowed
-        and not _is_zero(arguments.full_attention_tail),
+        "a number of sink tokens that is an array": windowed
+        and not isinstance(arguments.num_sink_tokens, int),
         "segments": arguments.segment_ids is not None,
         "a soft cap": arguments.softcap is not None,
         "a query offset": not _is_zero(arguments.q_offset),
@@ -47,7 +62,7 @@ def cudnn_keywords(arguments: PrefillArguments) -> dict[str, Any]:
 
 
 def prefill_cudnn(
-    arguments: PrefillArguments, *, implementation: Literal["cudnn", "xla"] = "cudnn"
+    arguments: PrefillArguments, *, implementation: Implementation = "cudnn"
 ) -> AttentionOutput:
     """Attention through ``jax.nn``; ``lse`` is NaN. Gradients are cuDNN's own.
 
@@ -59,12 +74,75 @@ def prefill_cudnn(
     if arguments.lengths is not None:
         valid = jnp.arange(q.shape[1]) < arguments.lengths[:, None]
         q, k, v = (jnp.where(valid[:, :, None, None], x, 0) for x in (q, k, v))
-    out = jax.nn.dot_product_attention(
-        q, k, v, implementation=implementation, **cudnn_keywords(arguments)
-    )
+    clean = dataclasses.replace(arguments, q=q, k=k, v=v)
+    folded = arguments.window is not None and arguments.num_sink_tokens > 0
+    out = (_folded if folded else _fused)(clean, implementation)
+    full_BT = None if arguments.window is None else arguments.rows().q_full
+    if full_BT is not None:
+        everything = _fused(dataclasses.replace(clean, window=None), implementation)
+        out = jnp.where(full_BT[:, :, None, None], everything, out)
     if valid is not None:
         out = jnp.where(valid[:, :, None, None], out, 0)
     return AttentionOutput(out=out, lse=jnp.full(out.shape[:3], jnp.nan, jnp.float32))
+
+
+def _fused(arguments: PrefillArguments, implementation: Implementation) -> Float[Array, "B T N H"]:
+    q, k, v = arguments.q, arguments.k, arguments.v
+    return jax.nn.dot_product_attention(
+        q, k, v, implementation=implementation, **cudnn_keywords(arguments)
+    )
+
+
+def _folded(arguments: PrefillArguments, implementation: Implementation) -> Float[Array, "B T N H"]:
+    """Window and sinks. No row sees padding, which comes after all that is real."""
+    num_batch, num_queries, _ = arguments.shape
+    window, num_sinks = arguments.window, arguments.num_sink_tokens
+    assert isinstance(window, int) and isinstance(num_sinks, int)
+    chunk = max(_MULTIPLE, _round_up(window // 4))
+    before = -(-(window - 1) // chunk)  # chunks that a window reaches back
+    num_chunks = -(-num_queries // chunk)
+    num_near = (before + 1) * chunk
+    num_far = min(_round_up(num_sinks), num_chunks * chunk)
+
+    def chunks(x: Float[Array, "B T M H"]) -> Float[Array, "B c chunk M H"]:
+        x = jnp.pad(x, ((0, 0), (0, num_chunks * chunk - num_queries), (0, 0), (0, 0)))
+        return x.reshape(num_batch, num_chunks, chunk, *x.shape[2:])
+
+    def keys(x: Float[Array, "B T K H"]) -> Float[Array, "batch S K H"]:
+        own = jnp.pad(chunks(x), ((0, 0), (before, 0), (0, 0), (0, 0), (0, 0)))
+        near = [own[:, shift : shift + num_chunks] for shift in range(before + 1)]
+        far = jnp.pad(x, ((0, 0), (0, max(0, num_far - num_queries)), (0, 0), (0, 0)))[:, :num_far]
+        far = jnp.broadcast_to(far[:, None], (num_batch, num_chunks, *far.shape[1:]))
+        both = jnp.concatenate([far, *near], axis=2)
+        return both.reshape(num_batch * num_chunks, *both.shape[2:])
+
+    starts = chunk * jnp.arange(num_chunks)[:, None, None]
+    q_pos = starts + jnp.arange(chunk)[:, None]
+    near_pos = starts - before * chunk + jnp.arange(num_near)
+    near = visible(q_pos, near_pos, window=window, num_sink_tokens=num_sinks) & (near_pos >= 0)
+    # A sink among the near keys is seen there.
+    far_pos = jnp.arange(num_far)
+    far = (far_pos < num_sinks) & (far_pos < starts - before * chunk)
+    far = jnp.broadcast_to(far, (num_chunks, chunk, num_far))
+    mask = jnp.concatenate([far, near], axis=2)
+    queries = chunks(arguments.q)
+    out = jax.nn.dot_product_attention(
+        queries.reshape(num_batch * num_chunks, *queries.shape[2:]),
+        keys(arguments.k),
+        keys(arguments.v),
+        mask=jnp.tile(mask, (num_batch, 1, 1))[:, None],
+        scale=float(arguments.scale),
+        implementation=implementation,
+    )
+    return out.reshape(num_batch, num_chunks * chunk, *out.shape[2:])[:, :num_queries]
+
+
+_MULTIPLE = 64
+"""Of queries in a chunk and of keys beside it."""
+
+
+def _round_up(value: int) -> int:
+    return -(-value // _MULTIPLE) * _MULTIPLE
 
 
 def _is_zero(value: Any) -> bool:

@@ -35,6 +35,8 @@ class Feed:
         accumulate: micro-batches of a step.
         index, count: this is share `index` of `count`; `load_data`'s process_index and
             process_count.
+        one_a_row: every row holds one sample, whose length says all that segments and positions
+            would; without these more cases have a fused kernel on a GPU.
     """
 
     mesh: Mesh | None
@@ -42,16 +44,19 @@ class Feed:
     accumulate: int
     index: int
     count: int
+    one_a_row: bool = False
 
     def put(self, batch: Any) -> Any:
         """A local batch as global arrays `[accumulate, rows, T]`."""
+        left_out = ("segment_ids", "positions") if self.one_a_row else ()
+        names = [name for name in _INPUTS if name not in left_out]
         if self.mesh is None:
-            return batch
+            return {name: getattr(batch, name) for name in names}
         rows = self.batch_size // self.accumulate
         (spec,) = spec_for(("batch",), (rows,), self.mesh)
         sharding = NamedSharding(self.mesh, PartitionSpec(None, spec))
         placed = {}
-        for name in _INPUTS:
+        for name in names:
             local = np.asarray(getattr(batch, name))
             dtype = np.float32 if name == "loss_weights" else np.int32
             local = local.astype(dtype).reshape(self.accumulate, -1, *local.shape[1:])
@@ -61,7 +66,9 @@ class Feed:
         return placed
 
 
-def make_feed(mesh: Mesh | None, *, batch_size: int, rows_per_device: int) -> Feed:
+def make_feed(
+    mesh: Mesh | None, *, batch_size: int, rows_per_device: int, one_a_row: bool = False
+) -> Feed:
     """How steps of `batch_size` rows are fed.
 
     Raises:
@@ -89,6 +96,7 @@ def make_feed(mesh: Mesh | None, *, batch_size: int, rows_per_device: int) -> Fe
         accumulate=batch_size // (parts * rows_per_device),
         index=index,
         count=count,
+        one_a_row=one_a_row,
     )
 
 

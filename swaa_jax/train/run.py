@@ -81,7 +81,10 @@ def train(
     check_wandb(config.metrics.wandb)
     mesh = config.make_mesh()
     feed = make_feed(
-        mesh, batch_size=config.data.batch_size, rows_per_device=config.rows_per_device
+        mesh,
+        batch_size=config.data.batch_size,
+        rows_per_device=config.rows_per_device,
+        one_a_row=config.data.packing == "bucket",
     )
     directory = _prepare_directory(config)
     tok = checkpoint.load_tokenizer(config.model, config.revision)

@@ -1,5 +1,7 @@
 """What goes to cuDNN, and in which words, which jax.nn's XLA path tries on the CPU."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,7 @@ def arguments(*, dtype="bfloat16", head_dim=16, num_keys=T, **changes):
 
 
 IDS = jnp.zeros((2, T), jnp.int32)
+STAGES = jnp.asarray(np.arange(T) >= np.array([[7], [20]]), jnp.int32)
 LENGTHS = jnp.array([T, 9], jnp.int32)
 EXACT = {
     "full": dict(),
@@ -42,14 +45,20 @@ EXACT = {
     "window": dict(window=5),
     "window_lengths": dict(window=5, lengths=LENGTHS),
     "window_of_one": dict(window=1),
+    "sinks": dict(window=5, num_sink_tokens=2),
+    "sinks_lengths": dict(window=5, num_sink_tokens=2, lengths=LENGTHS),
+    "sinks_beyond_the_window": dict(window=3, num_sink_tokens=9),
+    "sinks_beyond_all": dict(window=3, num_sink_tokens=T + 200),
+    "stages": dict(window=5, stage_ids=STAGES),
+    "stages_sinks_lengths": dict(
+        window=5, num_sink_tokens=2, stage_ids=STAGES, lengths=LENGTHS, full_attention_tail=2
+    ),
+    "tail": dict(window=5, full_attention_tail=3),
 }
 LIMITED = {
     "float32 inputs": dict(dtype="float32"),
     "a head dim above 128 or not a multiple of 8": dict(head_dim=12),
     "a window that is an array": dict(window=jnp.array([3, 4])),
-    "sink tokens beside a window": dict(window=5, num_sink_tokens=1),
-    "full rows by stage in a windowed layer": dict(window=5, stage_ids=IDS),
-    "a full attention tail in a windowed layer": dict(window=5, full_attention_tail=1),
     "segments": dict(segment_ids=IDS),
     "a soft cap": dict(softcap=2.0),
     "a query offset": dict(q_offset=jnp.zeros((), jnp.int32)),
@@ -74,7 +83,7 @@ def test_the_lse_is_a_limit():
 
 def test_traced_sinks_are_a_limit():
     limits = cudnn_limits(arguments(window=4, num_sink_tokens=jnp.array([0, 0])), return_lse=False)
-    assert limits == ("sink tokens beside a window",)
+    assert limits == ("a number of sink tokens that is an array",)
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -90,7 +99,18 @@ def test_words_mean_our_mask(name):
                 | {n: jnp.where(padding, jnp.nan, getattr(case, n)) for n in ("q", "k", "v")}
             )
         )
-    mask = bruteforce.visible_pairs(shape=case.shape, window=case.window, lengths=case.lengths)
+    assert_equals_the_loop(case)
+
+
+def assert_equals_the_loop(case):
+    mask = bruteforce.visible_pairs(
+        shape=case.shape,
+        window=case.window,
+        sinks=case.num_sink_tokens,
+        lengths=case.lengths,
+        stage_ids=case.stage_ids,
+        tail=case.full_attention_tail,
+    )
     wanted = bruteforce.attend(case.q, case.k, case.v, mask, scale=case.scale)
     out = prefill_cudnn(case, implementation="xla").out
     np.testing.assert_allclose(out, wanted.out, atol=1e-5, rtol=0)
@@ -108,6 +128,18 @@ def test_words_mean_our_mask(name):
     )
     for actual, want in zip(grads, wanted, strict=True):
         np.testing.assert_allclose(actual, want, atol=1e-5 * np.abs(want).max(), rtol=0)
+
+
+@pytest.mark.parametrize("window, sinks", [(100, 3), (1, 70), (65, 130), (300, 4)])
+def test_chunks_of_a_longer_row(window, sinks):
+    """200 rows are several chunks, and sinks lie before, in and behind a window."""
+    rng = np.random.default_rng(2)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 200, n, 8)), jnp.float32) for n in (2, 1, 1))
+    stages = jnp.asarray(np.arange(200)[None] >= 150, jnp.int32)
+    case = dataclasses.replace(
+        arguments(window=window, num_sink_tokens=sinks), q=q, k=k, v=v, stage_ids=stages
+    )
+    assert_equals_the_loop(case)
 
 
 def test_keywords():

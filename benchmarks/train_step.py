@@ -1,0 +1,356 @@
+"""A LoRA training step beside torch + Transformers + PEFT, on one GPU, in one run.
+
+All sides train rank-16 adapters on q, k, v of the same randomly drawn Qwen3-0.6B-shaped model, in
+bfloat16, on the same row of tokens under the same policy: window, sinks, every second layer full,
+and FA decode on the answer, the last quarter. Each side runs in a process of its own, with and
+without computing layers again in the backward pass, and its better time counts. Losses of the first
+step are compared. Model FLOPs of MFU count visible pairs and no recomputation, for all sides alike.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from machine import version  # noqa: E402
+
+EPILOG = """\
+examples:
+  python benchmarks/train_step.py                   # all sides; about 5 minutes on an H100
+  python benchmarks/train_step.py --sides swaa_jax torch_sdpa --tokens 16384
+  python benchmarks/train_step.py --smoke           # does it run here? tiny, on the CPU
+"""
+SIDES = ("swaa_jax", "torch_sdpa", "torch_flex", "torch_flex_compiled")
+LORA = {"r": 16, "alpha": 128, "targets": ["q_proj", "k_proj", "v_proj"]}
+LEARNING_RATE = 1e-4
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--sides", nargs="+", choices=SIDES, default=SIDES)
+    add("--tokens", type=int, default=8192, help="of the row; default 8192")
+    add("--window", type=int, default=2048)
+    add("--sinks", type=int, default=10)
+    add("--steps", type=int, default=20, help="timed steps; the median counts")
+    add("--limit", type=float, default=200, help="seconds that a side may take")
+    add("--output", default=str(ROOT / "benchmarks" / "results" / "train_step.json"))
+    add("--smoke", action="store_true", help="two tiny layers, two steps, nothing kept")
+    add("--side", help=argparse.SUPPRESS)  # one side, in a process of its own
+    add("--model", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.smoke:
+        arguments.tokens, arguments.window, arguments.steps = 128, 32, 2
+        arguments.sides = [side for side in arguments.sides if "flex" not in side]
+    return arguments
+
+
+def main() -> int:
+    """Runs each side, prints and writes."""
+    arguments = parse_arguments()
+    if arguments.side:
+        run = run_jax if arguments.side == "swaa_jax" else run_torch
+        for remat in (False, True):
+            print(json.dumps({"remat": remat, **run(arguments, remat=remat)}), flush=True)
+        return 0
+    with tempfile.TemporaryDirectory() as directory:
+        in_process(arguments, "model", directory)
+        rows = [row for side in arguments.sides for row in in_process(arguments, side, directory)]
+    report(rows, arguments)
+    return 0
+
+
+def in_process(arguments: argparse.Namespace, side: str, directory: str) -> list[dict[str, Any]]:
+    """A side's rows; one with an `error` where it failed or took too long."""
+    if side == "model":
+        code = f"import train_step as t; t.write_model({directory!r}, smoke={arguments.smoke})"
+        command = [sys.executable, "-c", code]
+    else:
+        sizes = [f"--{name}={getattr(arguments, name)}" for name in ("tokens", "window", "sinks")]
+        command = [sys.executable, __file__, *sizes, f"--steps={arguments.steps}"]
+        command += [f"--side={side}", f"--model={directory}"]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=arguments.limit
+        )
+        out, error = done.stdout, done.stderr if done.returncode else ""
+    except subprocess.TimeoutExpired as expired:
+        out = (expired.stdout or b"").decode()
+        error = f"took more than {arguments.limit:.0f} s"
+    rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    if error:
+        rows.append({"remat": None, "error": error.strip().splitlines()[-1]})
+        print(f"{side}: {error[-1500:]}", file=sys.stderr)
+    return [{"side": side, **row} for row in rows]
+
+
+def write_model(directory: str, *, smoke: bool) -> None:
+    """The model in Hugging Face layout."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+    from model_shapes import MODELS
+
+    import swaa_jax as swaa
+    from swaa_jax.models import model_from_config
+
+    config = dict(MODELS["Qwen3-0.6B"])
+    if smoke:
+        config |= {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64}
+        config |= {"vocab_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = model_from_config(config, seed=0)
+    graphdef, state = nnx.split(model)
+    state = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state)
+    swaa.save_model(nnx.merge(graphdef, state), directory, overwrite=True)
+
+
+def batch(arguments: argparse.Namespace, vocab: int) -> dict[str, Any]:
+    """One row: tokens, targets, weights and stages as numpy arrays."""
+    import numpy as np
+
+    tokens = np.random.default_rng(0).integers(0, vocab, (1, arguments.tokens + 1))
+    answer = np.arange(arguments.tokens)[None] >= arguments.tokens * 3 // 4
+    return {
+        "tokens": tokens[:, :-1].astype(np.int32),
+        "targets": tokens[:, 1:].astype(np.int32),
+        "loss_weights": answer.astype(np.float32),
+        "stage_ids": answer.astype(np.int32),
+    }
+
+
+def timed(step: Callable[[], Any], wait: Callable[[Any], Any], steps: int) -> float:
+    """Median seconds of a step, after three that are not counted."""
+    for _ in range(3):
+        wait(step())
+    seconds = []
+    for _ in range(steps):
+        begun = time.perf_counter()
+        wait(step())
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds)
+
+
+def run_jax(arguments: argparse.Namespace, *, remat: bool) -> dict[str, Any]:
+    """Our step."""
+    import types
+
+    import jax
+    import numpy as np
+    from flax import nnx
+
+    import swaa_jax as swaa
+    from swaa_jax.train import OptimizerConfig, StepConfig, make_step
+    from swaa_jax.train.flops import FlopCounter, peak_flops
+
+    policy = swaa.AttentionPolicy(
+        window=arguments.window,
+        num_sink_tokens=arguments.sinks,
+        full_attention_layers="1::2",
+        decode="full",
+    )
+    model = swaa.load_model(arguments.model, policy=policy, dtype="bfloat16")
+    lora = swaa.LoraConfig(rank=LORA["r"], alpha=LORA["alpha"], target_modules=LORA["targets"])
+    model = swaa.add_lora(model, lora, rngs=nnx.Rngs(0))
+    data = batch(arguments, model.config.vocab_size)
+
+    counted = types.SimpleNamespace(
+        **data,
+        segment_ids=np.zeros_like(data["tokens"]),
+        positions=np.arange(arguments.tokens)[None],
+    )
+    flops = FlopCounter(model, trains_all=False, with_teacher=False)(counted)
+    trainer = make_step(
+        model,
+        StepConfig(
+            optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant"),
+            remat="layer" if remat else "none",
+        ),
+    )
+    state, begun, losses = trainer.init(), time.perf_counter(), []
+    placed = trainer.put(data)
+
+    def step() -> Any:
+        nonlocal state
+        state, metrics = trainer(state, placed)
+        losses.append(metrics["loss"])
+        return metrics["loss"]
+
+    first = float(step())
+    compile_s = time.perf_counter() - begun
+    seconds = timed(step, jax.block_until_ready, arguments.steps)
+    device = jax.devices()[0]
+    memory = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+    peak = peak_flops(device.device_kind)
+    return {
+        "seconds": seconds,
+        "loss": first,
+        "first_step_s": round(compile_s, 1),
+        "peak_gib": round(memory / 2**30, 2),
+        "flops": flops,
+        "peak_flops": peak,
+        "device": device.device_kind,
+    }
+
+
+def run_torch(arguments: argparse.Namespace, *, remat: bool) -> dict[str, Any]:
+    """A step of torch, Transformers and PEFT under the same masks."""
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    flex = "flex" in arguments.side
+    config = transformers.AutoConfig.from_pretrained(arguments.model)
+    config.layer_types = [
+        "full_attention" if index % 2 else "sliding_attention"
+        for index in range(config.num_hidden_layers)
+    ]
+    config.use_sliding_window, config.sliding_window = True, arguments.window
+    config.use_cache = False
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        arguments.model,
+        config=config,
+        dtype=torch.bfloat16,
+        attn_implementation="flex_attention" if flex else "sdpa",
+    ).to(device)
+    model = get_peft_model(
+        model,
+        LoraConfig(
+            r=LORA["r"],
+            lora_alpha=LORA["alpha"],
+            target_modules=LORA["targets"],
+            task_type="CAUSAL_LM",
+        ),
+    )
+    model.train()
+    if remat:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    data = {
+        name: torch.as_tensor(value, device=device)
+        for name, value in batch(arguments, config.vocab_size).items()
+    }
+    tokens, answer = data["tokens"].long(), data["stage_ids"][0].bool()
+    targets = data["targets"].long()[0][answer]
+    window, sinks = arguments.window, arguments.sinks
+
+    def seen(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return (q >= k) & ((q - k < window) | (k < sinks) | answer[q])
+
+    length = arguments.tokens
+    if flex:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        masks = {
+            "sliding_attention": create_block_mask(seen, None, None, length, length, device=device),
+            "full_attention": create_block_mask(
+                lambda b, h, q, k: q >= k, None, None, length, length, device=device
+            ),
+        }
+    else:
+        rows = torch.arange(length, device=device)
+        windowed = seen(None, None, rows[:, None], rows[None, :])[None, None]
+        masks = {"sliding_attention": windowed, "full_attention": None}  # None: causal, fused
+    forward = model
+    if arguments.side.endswith("compiled"):
+        forward = torch.compile(model)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0
+    )
+    keep = torch.nonzero(answer)[:, 0]
+
+    def step() -> Any:
+        optimizer.zero_grad(set_to_none=True)
+        out = forward(input_ids=tokens, attention_mask=masks, logits_to_keep=keep)
+        loss = torch.nn.functional.cross_entropy(out.logits[0].float(), targets)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    def wait(_: Any) -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    begun = time.perf_counter()
+    first = float(step())
+    first_step_s = time.perf_counter() - begun
+    seconds = timed(step, wait, arguments.steps)
+    memory = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    return {
+        "seconds": seconds,
+        "loss": first,
+        "first_step_s": round(first_step_s, 1),
+        "peak_gib": round(memory / 2**30, 2),
+    }
+
+
+def report(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """A table of each side's better time, with ratios; all rows go to the file."""
+    from rich.console import Console
+    from rich.table import Table
+
+    known = [row for row in rows if "seconds" in row]
+    about = next((row for row in known if "flops" in row), {})
+    best = {
+        side: min((row for row in known if row["side"] == side), key=lambda row: row["seconds"])
+        for side in dict.fromkeys(row["side"] for row in known)
+    }
+    table = Table(title=f"{arguments.tokens:,} tokens, {about.get('device')}")
+    names = ("side", "remat", "ms", "tokens/s", "MFU", "loss", "first step s", "GiB", "our speed")
+    for name in names:
+        table.add_column(name, justify="left" if name == "side" else "right")
+    ours = best.get("swaa_jax")
+    for side, row in best.items():
+        rate = arguments.tokens / row["seconds"]
+        row["tokens_per_second"] = rate
+        if about.get("peak_flops"):
+            row["mfu"] = about["flops"] / row["seconds"] / about["peak_flops"]
+        if ours is not None:
+            row["speed_of_ours"] = row["seconds"] / ours["seconds"]
+        table.add_row(
+            side,
+            "yes" if row["remat"] else "no",
+            f"{1e3 * row['seconds']:.1f}",
+            f"{rate:,.0f}",
+            f"{row['mfu']:.1%}" if "mfu" in row else "",
+            f"{row['loss']:.4f}",
+            f"{row['first_step_s']:.0f}",
+            f"{row['peak_gib']:.1f}",
+            f"{row['speed_of_ours']:.2f}" if ours is not None else "",
+        )
+    Console(width=120).print(table)
+    losses = [row["loss"] for row in best.values()]
+    if losses and max(losses) - min(losses) > 0.02:
+        sys.exit(f"the sides do not compute the same: losses of the first step are {losses}")
+    if arguments.smoke:
+        return
+    result = {
+        "command": " ".join(["python", "benchmarks/train_step.py", *sys.argv[1:]]),
+        "what": "seconds of a LoRA training step, batch of one row; the median of "
+        f"{arguments.steps}",
+        "tokens": arguments.tokens,
+        "window": arguments.window,
+        "sinks": arguments.sinks,
+        "versions": {name: version(name) for name in ("jax", "torch", "transformers", "peft")},
+        "rows": list(rows),
+    }
+    Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
