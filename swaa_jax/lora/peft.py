@@ -34,6 +34,7 @@ def save_adapter(
     directory: PathLike,
     *,
     base_model_name_or_path: str | None = None,
+    seed: int | None = None,
     overwrite: bool = False,
 ) -> epath.Path:
     """Save the adapters alone, as PEFT does, all of it or nothing: PEFT, vLLM and `load_adapter`
@@ -48,6 +49,7 @@ def save_adapter(
         directory: must not exist, unless `overwrite`.
         base_model_name_or_path: the hub id or the path of the model that the adapters belong to;
             by default what the model was loaded from.
+        seed: of the run that trained them, for `provenance.json`.
         overwrite: replace the directory, once the new one is complete.
 
     Raises:
@@ -80,7 +82,9 @@ def save_adapter(
         checkpoint.write_attention_policy(
             target, model.policy.to_dict(), num_layers=model.config.num_layers
         )
-        checkpoint.write_provenance(target, base=model.source or base, dtype="float32")
+        checkpoint.write_provenance(
+            target, base=model.source or base, dtype="float32", seed=seed
+        )
         write_json_atomic(
             target / CONFIG_FILE,
             peft_config.to_peft(config, base_model_name_or_path=base, revision=revision),

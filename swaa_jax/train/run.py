@@ -332,7 +332,7 @@ def _write_beside(path: epath.Path, model: CausalLM, config: TrainConfig) -> Non
 def _export(config: TrainConfig, model: CausalLM, directory: epath.Path) -> tuple[epath.Path, ...]:
     if config.lora is None:
         return (save_model(model, directory / "model", overwrite=True),)
-    exports = [save_adapter(model, directory / "adapter", overwrite=True)]
+    exports = [save_adapter(model, directory / "adapter", seed=config.seed, overwrite=True)]
     if config.merge:
         exports.append(save_model(merge_lora(model), directory / "merged", overwrite=True))
     return tuple(exports)
