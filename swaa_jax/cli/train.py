@@ -10,7 +10,7 @@ _EPILOG = """\
 A config says which model, which data, under which policy, and where the results go:
 
   model: Qwen/Qwen3-4B-Thinking-2507
-  policy: trained-quality             a recipe of `swaa recipes`, a file, or {window: 2048, ...}
+  policy: trained-quality             a recipe of configs/policies, a file, or {window: 2048, ...}
   data: {files: data/*.parquet, seq_len: 34816, batch_size: 8}
   output_dir: runs/qwen3-4b           local, or gs://bucket/...
 

@@ -82,9 +82,7 @@ def save_adapter(
         checkpoint.write_attention_policy(
             target, model.policy.to_dict(), num_layers=model.config.num_layers
         )
-        checkpoint.write_provenance(
-            target, base=model.source or base, dtype="float32", seed=seed
-        )
+        checkpoint.write_provenance(target, base=model.source or base, dtype="float32", seed=seed)
         write_json_atomic(
             target / CONFIG_FILE,
             peft_config.to_peft(config, base_model_name_or_path=base, revision=revision),
