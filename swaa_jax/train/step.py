@@ -58,6 +58,7 @@ def make_step(model: CausalLM, config: StepConfig, *, consume: bool = False) -> 
             be scanned.
 
     Examples:
+        >>> import numpy as np
         >>> import swaa_jax as swaa
         >>> from flax import nnx
         >>> from swaa_jax.lora import LoraConfig, add_lora

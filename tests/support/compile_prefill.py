@@ -31,9 +31,12 @@ SINKS = 128
 # Length, heads (N, K, H), dtype, window (None: full causal, "rows": traced, one a row), gradient,
 # everything else too (lengths, stages, segments, offset, tail, soft cap).
 WINDOWS = [
-    (length, QWEN3_4B, "bfloat16", window, gradient, False)
-    for length, gradient in ((8192, True), (131072, True), (131072, False))
+    (length, QWEN3_4B, "bfloat16", window, True, False)
+    for length in (8192, 131072)
     for window in (2048, 4096, None)
+]
+FORWARD = [
+    (length, heads, dtype, window, False, rest) for length, heads, dtype, window, _, rest in WINDOWS
 ]
 FEATURES = [(4000, (8, 2, head_dim), "bfloat16", "rows", True, True) for head_dim in (64, 128)]
 MORE = [
@@ -41,7 +44,7 @@ MORE = [
     for num_heads, num_kv_heads, head_dim in ((4, 4, 80), (6, 2, 96), (8, 1, 256), (16, 2, 128))
     for dtype in ("bfloat16", "float32")
 ]
-SETS = {"windows": WINDOWS, "features": FEATURES, "more": MORE}
+SETS = {"windows": WINDOWS, "forward": FORWARD, "features": FEATURES, "more": MORE}
 
 
 def compile_program(generation, on, length, heads, dtype, window, gradient, everything):

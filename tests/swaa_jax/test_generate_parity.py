@@ -27,7 +27,11 @@ POLICIES = {
 }
 
 
-@pytest.fixture(scope="module", params=list(tiny_hf.FAMILIES))
+QUICK = ("qwen3", "qwen3_moe", "gemma3_text")  # together they have every kind of layer
+ALL = [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in tiny_hf.FAMILIES]
+
+
+@pytest.fixture(scope="module", params=ALL)
 def pair(request, tmp_path_factory):
     """A random Transformers model, and ours loaded from what it wrote."""
     directory = tmp_path_factory.mktemp(request.param)

@@ -40,7 +40,11 @@ REFUSED = {
         (WINDOW, r"windows on layers \[0, 1, 2\]: a layer's kind also chooses its rope")
     ],
 }
-CASES = [(family, policy) for family, policies in EXPRESSED.items() for policy in policies]
+CASES = [
+    pytest.param(family, policy, marks=[pytest.mark.slow] if policy != policies[0] else [])
+    for family, policies in EXPRESSED.items()
+    for policy in policies
+]
 
 
 def _ours(family, directory, policy):

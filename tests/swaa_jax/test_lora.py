@@ -349,7 +349,7 @@ def test_generation_runs_adapters_as_it_runs_merged_weights():
     assert outs[0] != outs[2]
 
 
-@pytest.mark.parametrize("name", ["dense", "moe"])
+@pytest.mark.parametrize("name", ["dense", pytest.param("moe", marks=pytest.mark.slow)])
 def test_a_sharded_model_equals_one_device(name, tmp_path):
     mesh = (
         sharding.make_mesh(fsdp=2, tensor=2, expert=2)

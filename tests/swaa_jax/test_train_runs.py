@@ -186,6 +186,7 @@ def start_two(inputs, output: pathlib.Path, *overrides: str) -> list[subprocess.
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_one_goes_on(inputs, whole, tmp_path):
     """Process 1 gets the signal. The rest is run by one process with one device."""
     output = tmp_path / "out"
@@ -208,6 +209,7 @@ def test_two_processes_stop_together_and_one_goes_on(inputs, whole, tmp_path):
     assert sorted(together) == sorted(list(range(train_runs.NUM_SAMPLES)) * 200)
 
 
+@pytest.mark.slow
 def test_two_processes_train_to_the_same(inputs, tmp_path):
     """As one process on one device, which takes the rows in turn. Without dropout: its masks are
     drawn for each micro-batch, and there is one here and two there.

@@ -39,12 +39,16 @@ CASES = {
     "h96": ((1, 2, 23), (4, 4, 96), None, "float32", True),
     "h128": ((2, 1, 23), (8, 2, 128), 1.5, "bfloat16", True),
     "h256": ((2, 1, 23), (4, 1, 256), None, "float32", True),
+}
+OTHER_DTYPES = {
     "h64_float32": ((1, 2, 13), (14, 2, 64), None, "float32", False),
     "h80_bfloat16": ((1, 2, 13), (6, 3, 80), 1.5, "bfloat16", True),
     "h96_bfloat16": ((1, 1, 13), (4, 4, 96), None, "bfloat16", True),
     "h128_float32": ((1, 1, 13), (3, 3, 128), None, "float32", True),
     "h256_bfloat16": ((1, 3, 13), (4, 2, 256), None, "bfloat16", False),
 }
+NAMES = [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_DTYPES)]
+CASES |= OTHER_DTYPES
 
 
 def run_decode(q, *cache, backend, **given):
@@ -106,7 +110,7 @@ def drawn_values(data, name):
 
 @pytest.mark.parametrize("is_full", (False, True), ids=("windowed", "full"))
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=20)
 @given(data=st.data())
 def test_against_loop(name, backend, is_full, data):
