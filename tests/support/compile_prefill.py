@@ -35,9 +35,7 @@ WINDOWS = [
     for length in (8192, 131072)
     for window in (2048, 4096, None)
 ]
-FORWARD = [
-    (length, heads, dtype, window, False, rest) for length, heads, dtype, window, _, rest in WINDOWS
-]
+FORWARD = [(*program[:4], False, program[5]) for program in WINDOWS]
 FEATURES = [(4000, (8, 2, head_dim), "bfloat16", "rows", True, True) for head_dim in (64, 128)]
 MORE = [
     (3000, (num_heads, num_kv_heads, head_dim), dtype, 512, True, True)
