@@ -23,6 +23,9 @@ CASES = {
     "window_lengths": {"window": 64, "lengths": LENGTHS},
     "stages": {"window": 64, "num_sink_tokens": 4, "lengths": LENGTHS, "stage_ids": STAGES},
     "self_only": {"window": 1},
+    "many_sinks": {"window": 40, "num_sink_tokens": 130},
+    "window_stages": {"window": 64, "stage_ids": STAGES},
+    "tail": {"window": 64, "num_sink_tokens": 4, "full_attention_tail": 30},
 }
 
 
