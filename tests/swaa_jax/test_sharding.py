@@ -15,7 +15,7 @@ POLICY = swaa.AttentionPolicy(
     window=5, num_sink_tokens=2, full_attention_layers="1::2", decode="full"
 )
 MESHES = [
-    {"fsdp": 8},
+    pytest.param({"fsdp": 8}, marks=pytest.mark.slow),
     {"data": 2, "fsdp": 2, "tensor": 2},
     {"fsdp": 2, "tensor": 4},  # more than the KV heads
     {"tensor": 8},  # more than the query heads
