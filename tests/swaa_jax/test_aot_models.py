@@ -61,6 +61,7 @@ def compiled(tmp_path):
 SMALL = ("--window", "256", "--sinks", "4", "--contexts", "1024")
 
 
+@pytest.mark.slow
 def test_a_small_prefill_fits_a_v5e(compiled):
     code, out, (row,) = compiled(TINY, *SMALL, "--chips", "v5e", "--mesh", "tensor=1")
     assert code == 0 and "fits: " in out

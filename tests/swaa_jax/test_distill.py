@@ -51,6 +51,7 @@ def test_accepted_answers_are_kept(retriever, tmp_path):
     assert (done.questions, done.answers, done.accepted) == (5, 15, len(right))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_as_one_that_was_not(retriever, tmp_path):
     model, tok = retriever
     samples = niah_multiquery(tok, num_samples=5, target_length=256, seed=0, haystack="noise")

@@ -148,6 +148,7 @@ def test_a_real_model_compiles_once_a_bucket(model):
     }
 
 
+@pytest.mark.slow
 def test_a_sharded_model_answers_alike(model):
     """Eight fake devices: parameters split, batches that the mesh divides and that it does not."""
     mesh = swaa_sharding.make_mesh(fsdp=4, tensor=2)

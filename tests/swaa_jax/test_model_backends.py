@@ -49,6 +49,7 @@ def assert_close(got, wanted):
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_the_tpu_kernels_on_a_mesh_equal_xla_on_one_device():
     """Prefill, decode steps, ring and full caches."""
     mesh = make_mesh(jax.devices()[:4], data=2, tensor=2)

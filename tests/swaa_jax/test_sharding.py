@@ -17,7 +17,7 @@ POLICY = swaa.AttentionPolicy(
 MESHES = [
     pytest.param({"fsdp": 8}, marks=pytest.mark.slow),
     {"data": 2, "fsdp": 2, "tensor": 2},
-    {"fsdp": 2, "tensor": 4},  # more than the KV heads
+    pytest.param({"fsdp": 2, "tensor": 4}, marks=pytest.mark.slow),  # more than the KV heads
     {"tensor": 8},  # more than the query heads
 ]
 

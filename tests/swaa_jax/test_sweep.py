@@ -50,7 +50,7 @@ def samples_of(tok, *, thinking, count=4):
     )
 
 
-@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("thinking", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_shared_prefill_gives_the_tokens_of_separate_runs(tok, model, thinking):
     samples = samples_of(tok, thinking=thinking)
     fractions = []

@@ -126,6 +126,7 @@ def killed_and_resumed(inputs, whole, output, moments, *overrides: str) -> None:
     assert_same_run(output, whole)
 
 
+@pytest.mark.slow
 def test_killed_three_times(inputs, whole, tmp_path):
     output = tmp_path / "out"
     moments = [

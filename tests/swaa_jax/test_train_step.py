@@ -90,7 +90,9 @@ def test_accumulation_weighs_micro_batches_by_their_targets():
     assert_close(train(model, config(accumulate=4), given), cut, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("per_row", [2, 1], ids=["packed", "one a row"])
+@pytest.mark.parametrize(
+    "per_row", [2, pytest.param(1, marks=pytest.mark.slow)], ids=["packed", "one a row"]
+)
 def test_five_sharded_steps_equal_those_of_one_device(per_row):
     batches = [random_batch(i, per_row=per_row) for i in range(5)]
     for batch in batches if per_row == 1 else ():
@@ -105,6 +107,7 @@ def test_five_sharded_steps_equal_those_of_one_device(per_row):
         assert_close(many_history, one_history, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_on_a_mesh_equals_one_device():
     batches = [random_batch(i) for i in range(5)]
     step_config = config(trainable="all", scan_layers=True, accumulate=1)
