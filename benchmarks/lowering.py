@@ -102,11 +102,12 @@ def peak_mib() -> int:
 
 def swaa(length: int, window: int, sinks: int) -> Any:
     """This project's kernel; its work list is built inside the program."""
-    from kernels_pallas import swa_prefill
+    from kernels_pallas import Target, swa_prefill
 
     del length
+    chip = Target(platform="tpu", device_kind="TPU v5 lite")
     return lambda q, k, v: swa_prefill(
-        q, k, v, window=window, num_sink_tokens=sinks, backend="pallas_tpu"
+        q, k, v, window=window, num_sink_tokens=sinks, backend="pallas_tpu", target=chip
     )
 
 
