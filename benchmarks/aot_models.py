@@ -266,7 +266,7 @@ def main() -> int:
     if version("libtpu") is None:
         sys.exit("libtpu is not installed: pip install -r requirements/libtpu.txt")
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    rows = rows_so_far(arguments.output) if arguments.resume else []
+    rows, earlier = so_far(arguments.output) if arguments.resume else ([], [])
     done = [{key: row[key] for key in dataclasses.asdict(chosen[0])} for row in rows]
     chosen = [program for program in chosen if dataclasses.asdict(program) not in done]
     for number, program in enumerate(chosen, 1):
@@ -274,7 +274,7 @@ def main() -> int:
             row = run(program)
         rows.append(row)
         console.print(f"{program.name:55} {verdict(row)}", highlight=False, soft_wrap=True)
-        write(rows, arguments.output)
+        write(rows, arguments.output, earlier=earlier)
     console.print(table(rows))
     return int(any(not is_good(row) for row in rows))
 
@@ -359,28 +359,30 @@ def versions() -> dict[str, str | None]:
     return {name: version(name) for name in ("jax", "flax", "libtpu")}
 
 
-def rows_so_far(output: str | None) -> list[dict[str, Any]]:
-    """The rows of an earlier run that were no failures."""
+def so_far(output: str | None) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of earlier runs that were no failures, and the commands of those runs."""
     path = results_path(output)
     if output == "-" or not path.exists():
-        return []
+        return [], []
     found = json.loads(path.read_text(encoding="utf-8"))
     if found["versions"] != versions():
         sys.exit(
             f"--resume: expected a file of versions {versions()}, got {found['versions']} in "
             f"{path}; run without --resume to replace it"
         )
-    return [row for row in found["rows"] if is_good(row)]
+    return [row for row in found["rows"] if is_good(row)], found["commands"]
 
 
-def write(rows: Sequence[dict[str, Any]], output: str | None) -> None:
-    """The results file, after each row."""
+def write(
+    rows: Sequence[dict[str, Any]], output: str | None, *, earlier: Sequence[str] = ()
+) -> None:
+    """The results file, after each row; `earlier`: commands that made rows of it before."""
     if output == "-":
         return
     path = results_path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {
-        "command": " ".join(["python", "benchmarks/aot_models.py", *sys.argv[1:]]),
+        "commands": [*earlier, " ".join(["python", "benchmarks/aot_models.py", *sys.argv[1:]])],
         "what": "bytes a device and seconds, from the TPU compiler, not run on a TPU",
         "versions": versions(),
         "rows": list(rows),

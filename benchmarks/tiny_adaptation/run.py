@@ -93,10 +93,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def load_cases() -> dict[str, Any]:
     """`cases.yaml`, its policies as such."""
-    from swaa_jax import AttentionPolicy
-    from swaa_jax._policy_fields import parse_yaml
+    import yaml
 
-    found = parse_yaml((HERE / "cases.yaml").read_text(encoding="utf-8"))
+    from swaa_jax import AttentionPolicy
+
+    found = yaml.safe_load((HERE / "cases.yaml").read_text(encoding="utf-8"))
     for case in found["cases"]:
         case["policy"] = AttentionPolicy.from_dict(case["policy"])
     return found
@@ -234,6 +235,7 @@ class Scorer:
 def make_data(scorer: Scorer, path: Path) -> Path:
     """The model's own right answers under full attention, thinking and not, as training rows."""
     from swaa_jax import AttentionPolicy
+    from swaa_jax.storage import write_text_atomic
 
     if path.exists():
         return path
@@ -247,9 +249,7 @@ def make_data(scorer: Scorer, path: Path) -> Path:
                 lines.append(json.dumps(row, ensure_ascii=False))
     print(f"{len(lines)} of {asked} answers of the model are right and become training data")
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".partial")
-    beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    beside.rename(path)
+    write_text_atomic(path, "\n".join(lines) + "\n")
     return path
 
 
@@ -257,15 +257,13 @@ def train_one(
     policy: Any, loss: dict[str, float], seed: int, data: Path, directory: Path, size: Size
 ) -> dict[str, Any]:
     """Trains adapters; the merged model, and what the run says about itself."""
-    from swaa_jax._policy_fields import parse_yaml
     from swaa_jax.lora import merge_lora
     from swaa_jax.train import TrainConfig, train
-    from swaa_jax.train.run_config import with_overrides
 
-    fields = parse_yaml((HERE / "train.yaml").read_text(encoding="utf-8"))
-    fields |= {"policy": policy, "loss": loss, "seed": seed, "output_dir": str(directory)}
-    fields["data"] = {**fields["data"], "files": str(data)}
-    result = train(TrainConfig.from_dict(with_overrides(fields, size.overrides)))
+    given = {"policy": policy.to_dict(), "loss": loss, "seed": seed}
+    given |= {"data.files": str(data), "output_dir": str(directory)}
+    overrides = [f"{key}={json.dumps(value)}" for key, value in given.items()]
+    result = train(TrainConfig.load(HERE / "train.yaml", [*overrides, *size.overrides]))
     adapter = directory / "adapter" / "adapter_model.safetensors"
     return {
         "model": merge_lora(result.model),
@@ -303,10 +301,10 @@ def start_record(path: Path, size: Size, device: str) -> dict[str, Any]:
 
 def write(record: dict[str, Any], path: Path) -> None:
     """All of it or nothing."""
+    from swaa_jax.storage import write_json_atomic
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)
+    write_json_atomic(path, record)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ from kernels_pallas.swa_prefill.arguments import AttentionOutput, PrefillArgumen
 
 Implementation: TypeAlias = Literal["cudnn", "xla"]
 
+_MULTIPLE = 64
+"""Of queries in a chunk and of sink keys beside it."""
+
 
 def cudnn_limits(arguments: PrefillArguments, *, return_lse: bool) -> tuple[str, ...]:
     """Why cuDNN cannot compute exactly this case; empty when it can."""
@@ -98,6 +101,8 @@ def _folded(arguments: PrefillArguments, implementation: Implementation) -> Floa
     num_batch, num_queries, _ = arguments.shape
     window, num_sinks = arguments.window, arguments.num_sink_tokens
     assert isinstance(window, int) and isinstance(num_sinks, int)
+    # A row computes up to a chunk more keys than it sees, and keys are copied once for each chunk
+    # of a window: a quarter of the window is between the two.
     chunk = max(_MULTIPLE, _round_up(window // 4))
     before = -(-(window - 1) // chunk)  # chunks that a window reaches back
     num_chunks = -(-num_queries // chunk)
@@ -135,10 +140,6 @@ def _folded(arguments: PrefillArguments, implementation: Implementation) -> Floa
         implementation=implementation,
     )
     return out.reshape(num_batch, num_chunks * chunk, *out.shape[2:])[:, :num_queries]
-
-
-_MULTIPLE = 64
-"""Of queries in a chunk and of keys beside it."""
 
 
 def _round_up(value: int) -> int:

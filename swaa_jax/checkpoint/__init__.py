@@ -2,6 +2,7 @@
 
 from swaa_jax.checkpoint._paths import (
     SHIPPED,
+    SHIPPED_ADAPTERS,
     Origin,
     check_directory,
     checkpoint_origin,
@@ -43,6 +44,7 @@ __all__ = [
     "DEFAULT_MAX_SHARD_BYTES",
     "IGNORED",
     "SHIPPED",
+    "SHIPPED_ADAPTERS",
     "CheckpointError",
     "Origin",
     "Transform",

@@ -16,28 +16,29 @@ from swaa_jax.storage import (
     unreadable,
 )
 
-SHIPPED = {
-    name: epath.resource_path("swaa_jax") / "assets" / name
-    for name in ("tiny-retriever", "tiny-retriever-lora")
-}
-"""A model inside this package and adapters for it, by the name that stands for their directory."""
+_ASSETS = epath.resource_path("swaa_jax") / "assets"
+SHIPPED = {"tiny-retriever": _ASSETS / "tiny-retriever"}
+"""Models inside this package, by the name that stands for their directory."""
+SHIPPED_ADAPTERS = {"tiny-retriever-lora": _ASSETS / "tiny-retriever-lora"}
+"""Adapters for them, likewise."""
 
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def check_directory(directory: epath.PathLike) -> epath.Path:
-    """`directory` as a path, if it is one; `~` and the names in `SHIPPED` are resolved.
+    """`directory` as a path, if it is one; `~` and names of what is shipped are resolved.
 
-    A directory of that name in the working directory comes before a shipped model.
+    A directory of that name in the working directory comes first.
 
     Raises:
         CheckpointError: it does not exist, or is a file; says so when it looks like a hub id.
     """
     try:
         path = epath.Path(directory).expanduser()
-        if str(directory) in SHIPPED and not path.exists():
-            path = SHIPPED[str(directory)]
+        shipped = SHIPPED | SHIPPED_ADAPTERS
+        if str(directory) in shipped and not path.exists():
+            path = shipped[str(directory)]
         forget_listings(path)
         if path.is_dir():
             next(path.iterdir(), None)  # may we look?

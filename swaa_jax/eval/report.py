@@ -25,7 +25,7 @@ from swaa_jax.policy import AttentionPolicy
 from swaa_jax.storage import sha256, write_json_atomic
 from swaa_jax.typing import PathLike
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _HASHED_BYTES = 100 * 2**20
 NEAR = 0.05
 """A policy is near full attention when it finds at most this much less of the values."""

@@ -168,7 +168,7 @@ def _refuse(
                 f"target_modules: names {listing(parts)}, which are stacks of experts. "
                 f"Transformers 5 and PEFT adapt these through target_parameters, such as {name!r}: "
                 "name them there. (An older adapter with a tensor for every expert: load it with "
-                "Transformers 5, save it from there, and load that.)"
+                "PEFT on Transformers 5, save it from there, and load that.)"
             )
 
 

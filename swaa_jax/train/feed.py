@@ -35,8 +35,8 @@ class Feed:
         accumulate: micro-batches of a step.
         index, count: this is share `index` of `count`; `load_data`'s process_index and
             process_count.
-        one_a_row: every row holds one sample, whose length says all that segments and positions
-            would; without these more cases have a fused kernel on a GPU.
+        one_a_row: every row holds one sample. Its length says all that segments and positions
+            would, and without these cuDNN takes more cases.
     """
 
     mesh: Mesh | None
@@ -47,7 +47,7 @@ class Feed:
     one_a_row: bool = False
 
     def put(self, batch: Any) -> Any:
-        """A local batch as global arrays `[accumulate, rows, T]`."""
+        """A local batch as what a step takes: on a mesh, global arrays `[accumulate, rows, T]`."""
         left_out = ("segment_ids", "positions") if self.one_a_row else ()
         names = [name for name in _INPUTS if name not in left_out]
         if self.mesh is None:

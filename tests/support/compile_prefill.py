@@ -32,17 +32,17 @@ SINKS = 128
 # everything else too (lengths, stages, segments, offset, tail, soft cap).
 WINDOWS = [
     (length, QWEN3_4B, "bfloat16", window, True, False)
-    for length, window in ((8192, 2048), (131072, 2048), (131072, 4096), (131072, None))
+    for length in (8192, 131072)
+    for window in (2048, 4096, None)
 ]
-SHORT = [(8192, QWEN3_4B, "bfloat16", window, True, False) for window in (4096, None)]
-FORWARD = [(*program[:4], False, program[5]) for program in (*WINDOWS, *SHORT)]
+FORWARD = [(*program[:4], False, program[5]) for program in WINDOWS]
 FEATURES = [(4000, (8, 2, 64), "bfloat16", "rows", True, True)]  # H of 128 is in MORE
 MORE = [
     (3000, (num_heads, num_kv_heads, head_dim), dtype, 512, True, True)
     for num_heads, num_kv_heads, head_dim in ((4, 4, 80), (6, 2, 96), (8, 1, 256), (16, 2, 128))
     for dtype in ("bfloat16", "float32")
 ]
-SETS = {"windows": WINDOWS, "short": SHORT, "forward": FORWARD, "features": FEATURES, "more": MORE}
+SETS = {"windows": WINDOWS, "forward": FORWARD, "features": FEATURES, "more": MORE}
 
 
 def compile_program(generation, on, length, heads, dtype, window, gradient, everything):

@@ -10,6 +10,7 @@ import pytest
 import swaa_jax
 from swaa_jax.checkpoint import (
     SHIPPED,
+    SHIPPED_ADAPTERS,
     CheckpointError,
     check_directory,
     checkpoint_origin,
@@ -38,11 +39,11 @@ def test_home_and_shipped_models_are_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert str(check_directory("~")) == str(tmp_path)
-    for name, shipped in SHIPPED.items():
+    for name, shipped in (SHIPPED | SHIPPED_ADAPTERS).items():
         assert check_directory(name) == shipped
         (tmp_path / name).mkdir()  # one's own comes first
         assert str(check_directory(name)) == name
-    with pytest.raises(CheckpointError, match="this package ships"):
+    with pytest.raises(CheckpointError, match=r"this package ships \(tiny-retriever\)"):
         check_directory("tiny-retriver")
 
 

@@ -1,6 +1,7 @@
 """The training step against itself: scanned, accumulated, sharded, packed, distilled."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import swaa_jax as swaa
 from swaa_jax import sharding
 from swaa_jax.lora import LoraConfig, LoraParam, without_lora
 from swaa_jax.train import LossConfig, OptimizerConfig, StepConfig, make_step
+from swaa_jax.train.feed import make_feed
 from tests.support.training import (
     POLICY,
     examples,
@@ -67,7 +69,7 @@ def test_scanned_layers_equal_unrolled_ones(unrolled, remat):
     assert_close(got, unrolled)
 
 
-def test_dropout_differs_by_seed_and_micro_batches_are_one_batch(unrolled):
+def test_dropout_differs_by_seed(unrolled):
     batches = [random_batch(i) for i in range(3)]
     other, _ = train(deep_model(), config(seed=1), batches)
     name = "layers.0.self_attn.q_proj.adapter.lora_B"
@@ -105,6 +107,16 @@ def test_five_sharded_steps_equal_those_of_one_device(per_row):
         # float32; sums over devices are added in another order.
         assert_close(many, one, rtol=0, atol=1e-5)
         assert_close(many_history, one_history, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_one_sample_need_no_segments():
+    """What `Feed(one_a_row=True)` leaves out says nothing that lengths do not say."""
+    batches = [random_batch(i, per_row=1) for i in range(2)]
+    feed = make_feed(None, batch_size=8, rows_per_device=8, one_a_row=True)
+    fed = [feed.put(types.SimpleNamespace(**batch)) for batch in batches]
+    assert set(batches[0]) - set(fed[0]) == {"segment_ids", "positions"}
+    model = lora_model(backend="reference")
+    assert_close(train(model, config(), fed), train(model, config(), batches))
 
 
 @pytest.mark.slow

@@ -23,11 +23,11 @@ def compile_for(generation, *sets):
 
 @pytest.mark.parametrize("generation", ("v5e", "v6e"))
 def test_windows_and_full_attention(generation):
-    """128k tokens of Qwen3-4B's heads: windows 2,048 and 4,096 with 128 sinks, and none; 8k tokens.
+    """8k and 128k tokens of Qwen3-4B's heads: windows 2,048 and 4,096 with 128 sinks, and none.
 
     Each program is a forward and a backward pass, of three kernels.
     """
-    assert len(compile_for(generation, "windows")) == 4
+    assert len(compile_for(generation, "windows")) == 6
 
 
 @pytest.mark.parametrize("generation", ("v5e", "v6e"))
@@ -38,14 +38,14 @@ def test_everything_traced(generation):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("generation", HBM_GIB)
-def test_forward_alone_and_short_rows(generation):
-    assert len(compile_for(generation, "short", "forward")) == 8
+def test_forward_alone(generation):
+    assert len(compile_for(generation, "forward")) == 6
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("generation", ("v4", "v5p", "tpu7x"))
 def test_other_generations(generation):
-    assert len(compile_for(generation, "windows", "features")) == 5
+    assert len(compile_for(generation, "windows", "features")) == 7
 
 
 @pytest.mark.slow
