@@ -4,7 +4,7 @@ from swaa_jax.train.checkpoints import CheckpointMismatchError, Checkpoints
 from swaa_jax.train.config import LossConfig, OptimizerConfig, StepConfig
 from swaa_jax.train.dry_run import RunPlan, plan_run
 from swaa_jax.train.loop import LoopResult, NonFiniteLossError, run_loop
-from swaa_jax.train.loss import Head, LossSums, chunked_loss
+from swaa_jax.train.loss import Head, LossSums, TargetLosses, chunked_loss
 from swaa_jax.train.optimizer import learning_rate, make_optimizer
 from swaa_jax.train.run import TrainResult, train
 from swaa_jax.train.run_config import (
@@ -29,6 +29,7 @@ __all__ = [
     "ProfileConfig",
     "RunPlan",
     "StepConfig",
+    "TargetLosses",
     "TrainConfig",
     "TrainResult",
     "TrainState",

@@ -5,7 +5,7 @@ import math
 from typing import Any, Literal
 
 REMATS = ("none", "layer", "dots")
-SCHEDULES = ("cosine", "linear", "constant")
+SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 TRAINABLE = ("lora", "all")
 _DTYPES = ("bfloat16", "float32")
 
@@ -47,10 +47,12 @@ class OptimizerConfig:
 
     Attributes:
         learning_rate: the highest.
-        schedule: "cosine", "linear" or "constant" after the warm-up.
+        schedule: "cosine", "linear" or "constant" after the warm-up; "warmup_stable_decay":
+            constant, and linear in the last `decay_steps`.
         total_steps: optimizer steps of the whole run.
         warmup_ratio: share of `total_steps`, rounded up; `warmup_steps` replaces it.
         warmup_steps: None: by `warmup_ratio`.
+        decay_steps: of "warmup_stable_decay"; None: a tenth of `total_steps`, rounded up.
         min_lr_ratio: of `learning_rate`, at the end.
         b1, b2, eps: Adam's.
         weight_decay: decoupled, times the learning rate.
@@ -58,10 +60,11 @@ class OptimizerConfig:
     """
 
     learning_rate: float = 1e-4
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine"
     total_steps: int = 1000
     warmup_ratio: float = 0.05
     warmup_steps: int | None = None
+    decay_steps: int | None = None
     min_lr_ratio: float = 0.0
     b1: float = 0.9
     b2: float = 0.999
@@ -81,6 +84,13 @@ class OptimizerConfig:
         _check_range("weight_decay", self.weight_decay, least=0.0)
         if self.warmup_steps is not None:
             _check_range("warmup_steps", self.warmup_steps, least=0)
+        if self.decay_steps is not None:
+            _check_range("decay_steps", self.decay_steps, least=1)
+            if self.schedule != "warmup_stable_decay":
+                raise ValueError(
+                    f"decay_steps: expected schedule='warmup_stable_decay' with it, got "
+                    f"{self.schedule!r}; leave decay_steps out, or change the schedule"
+                )
         if self.clip_norm is not None:
             _check_range("clip_norm", self.clip_norm, above=0.0)
 
@@ -90,6 +100,14 @@ class OptimizerConfig:
         if self.warmup_steps is not None:
             return self.warmup_steps
         return math.ceil(self.warmup_ratio * self.total_steps)
+
+    @property
+    def num_decay_steps(self) -> int:
+        """Steps in which "warmup_stable_decay" falls, after the warm-up at the earliest."""
+        wanted = self.decay_steps
+        if wanted is None:
+            wanted = math.ceil(0.1 * self.total_steps)
+        return max(1, min(wanted, self.total_steps - self.num_warmup_steps))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,6 +162,7 @@ class StepConfig:
             layers are alike and there are at least eight. Weights are stacked once for it.
         trainable: "lora": the adapters; "all": every parameter, kept in float32.
         dtype: of the forward and backward pass.
+        target_losses: metrics also hold what became of each target, for scores of one's own.
         seed: of dropout.
     """
 
@@ -154,6 +173,7 @@ class StepConfig:
     scan_layers: bool | Literal["auto"] = "auto"
     trainable: Literal["lora", "all"] = "lora"
     dtype: str = "bfloat16"
+    target_losses: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

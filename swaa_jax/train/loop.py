@@ -134,7 +134,7 @@ def run_loop(
                     sample_lines.flush()
                 checkpoints.save(step, state, batches.get_state())
             if stopped and not finished:
-                logger.warning("SIGTERM: saved at step %d of %d, and stopping", step, total_steps)
+                logger.warning("asked to stop: saved at step %d of %d", step, total_steps)
                 break
         loop.settle()
     return LoopResult(state=state, step=done, finished=finished, metrics=loop.last)

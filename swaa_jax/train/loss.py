@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from swaa_jax.sharding import RULES, spec_for
 from swaa_jax.train.config import LossConfig
@@ -54,6 +54,20 @@ class LossSums:
     kl: Float[Array, ""]
     correct: Float[Array, ""]
     weight: Float[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetLosses:
+    """What became of each target, whatever its weight; without a gradient.
+
+    Attributes:
+        nll: cross entropy.
+        correct: whether it has the largest logit.
+    """
+
+    nll: Float[Array, "B T"]
+    correct: Bool[Array, "B T"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +97,7 @@ class _Static:
     vocab_axis: int
     softcap: float | None
     trained: bool
+    each_target: bool
     mesh: Mesh | None
     rows: PartitionSpec
     matrix: PartitionSpec
@@ -106,8 +121,9 @@ def chunked_loss(
     *,
     config: LossConfig,
     teacher: Float[Array, "B T D"] | None = None,
+    each_target: bool = False,
     mesh: Mesh | None = None,
-) -> LossSums:
+) -> tuple[LossSums, TargetLosses | None]:
     """Sums of the losses of all targets; differentiable in `hidden`, and a trained head's matrix.
 
     Args:
@@ -118,6 +134,7 @@ def chunked_loss(
         weights: of each target, not negative.
         config: which losses, and the size of chunks.
         teacher: the teacher's final hidden states; needed where `config.self_distill` is not 0.
+        each_target: also say what became of each one; None otherwise. No chunk is skipped then.
         mesh: the devices that the arrays lie on: rows over data and fsdp.
 
     Raises:
@@ -137,6 +154,7 @@ def chunked_loss(
         vocab_axis=head.vocab_axis,
         softcap=head.softcap,
         trained=head.trained,
+        each_target=each_target,
         mesh=mesh,
         rows=rows,
         matrix=matrix,
@@ -155,19 +173,20 @@ def chunked_loss(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss(
     static: _Static, hidden: Array, weight: Array, teacher: Any, targets: Array, weights: Array
-) -> LossSums:
-    return _run(static, hidden, weight, teacher, targets, weights, gradient=False)[0]
+) -> tuple[LossSums, TargetLosses | None]:
+    return _run(static, hidden, weight, teacher, targets, weights, gradient=False)[:2]
 
 
-def _forward(static: _Static, *arguments: Any) -> tuple[LossSums, tuple[Any, Any]]:
-    sums, *gradients = _run(static, *arguments, gradient=True)
-    return sums, tuple(gradients)
+def _forward(static: _Static, *arguments: Any) -> tuple[Any, tuple[Any, Any]]:
+    *found, dhidden, dmatrix = _run(static, *arguments, gradient=True)
+    return tuple(found), (dhidden, dmatrix)
 
 
-def _backward(static: _Static, saved: tuple[Any, Any], cotangents: LossSums) -> tuple[Any, ...]:
+def _backward(static: _Static, saved: tuple[Any, Any], cotangents: Any) -> tuple[Any, ...]:
     del static
+    slope = cotangents[0].total
     scaled = [
-        None if one is None else (cotangents.total * one.astype(jnp.float32)).astype(one.dtype)
+        None if one is None else (slope * one.astype(jnp.float32)).astype(one.dtype)
         for one in saved
     ]
     return (*scaled, None, None, None)
@@ -176,8 +195,13 @@ def _backward(static: _Static, saved: tuple[Any, Any], cotangents: LossSums) -> 
 _loss.defvjp(_forward, _backward)
 
 
-def _run(static: _Static, *arguments: Any, gradient: bool) -> tuple[LossSums, Any, Any]:
-    """The sums, and the gradients of their total in hidden states and matrix, where wanted."""
+def _run(
+    static: _Static, *arguments: Any, gradient: bool
+) -> tuple[LossSums, TargetLosses | None, Any, Any]:
+    """Sums, each target's losses, the gradients of the total in hidden states and matrix.
+
+    All but the first where wanted.
+    """
     local = functools.partial(_on_device, static, gradient=gradient)
     if static.mesh is None:
         return local(*arguments)
@@ -186,7 +210,7 @@ def _run(static: _Static, *arguments: Any, gradient: bool) -> tuple[LossSums, An
         local,
         mesh=static.mesh,
         in_specs=(rows, matrix, rows, rows, rows),
-        out_specs=(PartitionSpec(), rows, matrix),
+        out_specs=(PartitionSpec(), rows, rows, matrix),
         check_vma=False,
     )(*arguments)
 
@@ -200,7 +224,7 @@ def _on_device(
     weights: Float[Array, "b T"],
     *,
     gradient: bool,
-) -> tuple[LossSums, Any, Any]:
+) -> tuple[LossSums, TargetLosses | None, Any, Any]:
     """One device's rows, chunk after chunk; sums over all devices."""
     matrix = _gathered(static, weight.astype(hidden.dtype))
     num_tokens, width = targets.size, hidden.shape[-1]
@@ -215,21 +239,23 @@ def _on_device(
 
     def body(carry: tuple[LossSums, Any], one: tuple[Any, ...]) -> tuple[Any, Any]:
         sums, matrix_gradient = carry
-        if not whole_gradient:
-            found, dhidden = jax.lax.cond(
+        if whole_gradient or static.each_target:
+            # A trained matrix has no branch: the compiler would copy what it does not write.
+            found, each, dhidden, dlogits = _chunk(static, matrix, *one, gradient=gradient)
+        else:
+            found, each, dhidden, dlogits = jax.lax.cond(
                 jnp.any(one[3] > 0),
-                lambda *one: _chunk(static, *one, gradient=gradient)[:2],
+                lambda *one: (*_chunk(static, *one, gradient=gradient)[:3], None),
                 lambda *one: _no_chunk(*one, gradient=gradient),
                 matrix,
                 *one,
             )
-        else:  # no branch: the compiler would copy what it does not write
-            found, dhidden, dlogits = _chunk(static, matrix, *one, gradient=True)
+        if whole_gradient:
             product = "cv,cd->vd" if static.vocab_axis == 0 else "cv,cd->dv"
             matrix_gradient += jnp.einsum(
                 product, dlogits, one[0], preferred_element_type=jnp.float32
             )
-        return (jax.tree.map(jnp.add, sums, found), matrix_gradient), dhidden
+        return (jax.tree.map(jnp.add, sums, found), matrix_gradient), (each, dhidden)
 
     matrix_start = jnp.zeros(matrix.shape, jnp.float32) if whole_gradient else None
     inputs = (
@@ -238,14 +264,15 @@ def _on_device(
         chunks(targets),
         chunks(weights),
     )
-    (sums, matrix_gradient), dhidden = jax.lax.scan(body, (_zeros(), matrix_start), inputs)
+    (sums, matrix_gradient), (each, dhidden) = jax.lax.scan(body, (_zeros(), matrix_start), inputs)
     if static.row_names:
         sums = jax.lax.psum(sums, static.row_names)
+    each = jax.tree.map(lambda x: x.reshape(-1)[:num_tokens].reshape(targets.shape), each)
     if gradient:
         dhidden = dhidden.reshape(-1, width)[:num_tokens].reshape(hidden.shape)
     if whole_gradient:
         matrix_gradient = _scattered(static, matrix_gradient).astype(weight.dtype)
-    return sums, dhidden, matrix_gradient
+    return sums, each, dhidden, matrix_gradient
 
 
 def _chunk_tokens(loss: LossConfig, num_tokens: int, vocab: int) -> int:
@@ -258,10 +285,10 @@ def _chunk_tokens(loss: LossConfig, num_tokens: int, vocab: int) -> int:
 
 def _no_chunk(
     matrix: Array, hidden: Array, *others: Any, gradient: bool
-) -> tuple[LossSums, Array | None]:
+) -> tuple[LossSums, None, Array | None, None]:
     """What `_chunk` gives where no target weighs anything."""
     del matrix, others
-    return _zeros(), jnp.zeros_like(hidden) if gradient else None
+    return _zeros(), None, jnp.zeros_like(hidden) if gradient else None, None
 
 
 def _zeros() -> LossSums:
@@ -278,8 +305,11 @@ def _chunk(
     weights: Float[Array, " C"],
     *,
     gradient: bool,
-) -> tuple[LossSums, Float[Array, "C D"] | None, Float[Array, "C V"] | None]:
-    """A chunk's sums, its gradient in the hidden states, and in the logits for a trained head."""
+) -> tuple[LossSums, TargetLosses | None, Float[Array, "C D"] | None, Float[Array, "C V"] | None]:
+    """A chunk's sums and each target's losses, where wanted.
+
+    Then its gradient in the hidden states, and in the logits for a trained head.
+    """
     loss = static.loss
     logits = _logits(static, hidden, matrix)
     ids = jnp.arange(logits.shape[1], dtype=targets.dtype)[None, :]
@@ -291,7 +321,9 @@ def _chunk(
     lse = _logsumexp(static, logits, largest)
     target_logit = _sum(static, jnp.where(is_target, logits, 0.0))
     nll = lse - target_logit
-    sums = {"nll": nll, "correct": (target_logit >= largest).astype(jnp.float32)}
+    correct = target_logit >= largest
+    each = TargetLosses(nll=nll, correct=correct) if static.each_target else None
+    sums = {"nll": nll, "correct": correct.astype(jnp.float32)}
     slope = 0.0
     if loss.sft:
         slope = loss.sft * (jnp.exp(logits - lse[:, None]) - is_target)
@@ -306,7 +338,7 @@ def _chunk(
     sums |= {"total": total, "kl": kl, "weight": jnp.ones_like(nll)}
     sums = LossSums(**{name: jnp.sum(weights * value) for name, value in sums.items()})
     if not gradient:
-        return sums, None, None
+        return sums, each, None, None
 
     slope *= weights[:, None]
     if static.softcap is not None:
@@ -316,7 +348,7 @@ def _chunk(
     dhidden = jnp.einsum(product, dlogits, matrix, preferred_element_type=jnp.float32)
     if static.vocab_names:
         dhidden = jax.lax.psum(dhidden, static.vocab_names)
-    return sums, dhidden.astype(hidden.dtype), dlogits if static.trained else None
+    return sums, each, dhidden.astype(hidden.dtype), dlogits if static.trained else None
 
 
 def _logits(static: _Static, hidden: Float[Array, "C D"], matrix: Array) -> Float[Array, "C V"]:

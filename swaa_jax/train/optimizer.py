@@ -27,6 +27,9 @@ def learning_rate(config: OptimizerConfig, step: Int[Array, ""]) -> Float[Array,
         share = 0.5 * (1.0 + jnp.cos(jnp.pi * done))
     elif config.schedule == "linear":
         share = 1.0 - done
+    elif config.schedule == "warmup_stable_decay":
+        left = (config.total_steps - step) / config.num_decay_steps
+        share = jnp.clip(left.astype(jnp.float32), 0.0, 1.0)
     else:
         share = jnp.ones_like(done)
     share = config.min_lr_ratio + (1.0 - config.min_lr_ratio) * share

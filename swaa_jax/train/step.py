@@ -16,7 +16,7 @@ from swaa_jax.lora import without_lora
 from swaa_jax.models import CausalLM
 from swaa_jax.train.config import StepConfig
 from swaa_jax.train.function import Blueprint, ModelFunction
-from swaa_jax.train.loss import Head, LossSums, chunked_loss
+from swaa_jax.train.loss import Head, chunked_loss
 from swaa_jax.train.optimizer import learning_rate, make_optimizer
 from swaa_jax.train.placement import place_batch
 from swaa_jax.train.weights import Weights
@@ -24,7 +24,7 @@ from swaa_jax.train.weights import Weights
 _ROUTER_LOSS = 0.001  # Transformers' router_aux_loss_coef, where a config has none
 _EMBEDDING, _HEAD = "embed_tokens.embedding", "lm_head.kernel"
 
-Metrics = dict[str, Float[Array, ""]]
+Metrics = dict[str, Any]
 
 
 @jax.tree_util.register_dataclass
@@ -158,7 +158,8 @@ class Trainer:
         Returns:
             The state, and float32 scalars: `loss`, `sft_loss`, `self_distill_loss` and
             `router_loss` (where they are part of it), `accuracy`, `grad_norm` (before clipping),
-            `learning_rate`, `num_tokens`, `num_answer_tokens` (of the whole batch).
+            `learning_rate`, `num_tokens`, `num_answer_tokens` (of the whole batch); with
+            `config.target_losses` also `target_nll` and `target_correct` `[accumulate, B, T]`.
 
         Raises:
             ValueError: the batch lacks an array, does not fit the mesh or `accumulate`, or has no
@@ -239,15 +240,18 @@ class Trainer:
     def _evaluation(
         self, state: TrainState, frozen: dict[str, Any], batch: dict[str, Array]
     ) -> Metrics:
-        def losses(*arguments: Any) -> tuple[None, Any]:
-            return None, self._losses(state.trainable, frozen, *arguments)[1]
+        def losses(*arguments: Any) -> tuple[None, Metrics, Metrics]:
+            return None, *self._losses(state.trainable, frozen, *arguments)[1]
 
         return self._over_micro_batches(losses, batch, None)[1]
 
     def _over_micro_batches(
         self, function: Any, batch: dict[str, Array], key: Any
     ) -> tuple[Any, Metrics]:
-        """Sums of what the function gives for each micro-batch, the second as metrics."""
+        """Sums of what the function gives for each micro-batch, the second as metrics.
+
+        Its third, of each target, is put together and joins the metrics.
+        """
         weight, tokens = jnp.sum(batch["loss_weights"]), _num_tokens(batch)
         whole = {"weight": jnp.where(weight > 0, weight, 1.0), "tokens": jnp.maximum(tokens, 1.0)}
 
@@ -255,30 +259,33 @@ class Trainer:
             return function(micro, whole, None if key is None else jax.random.fold_in(key, number))
 
         if self.config.accumulate == 1:
-            results = run(0, {name: value[0] for name, value in batch.items()})
+            *results, targets = run(0, {name: value[0] for name, value in batch.items()})
+            targets = {name: value[None] for name, value in targets.items()}
         else:
             numbers = jnp.arange(self.config.accumulate)
             first = {name: value[0] for name, value in batch.items()}
-            shapes = jax.eval_shape(run, numbers[0], first)
+            *shapes, _ = jax.eval_shape(run, numbers[0], first)
+
+            def add(sums: list[Any], one: Any) -> tuple[list[Any], Any]:
+                *found, targets = run(*one)
+                return jax.tree.map(jnp.add, sums, found), targets
+
             start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            results, _ = jax.lax.scan(
-                lambda sums, one: (jax.tree.map(jnp.add, sums, run(*one)), None),
-                start,
-                (numbers, batch),
-            )
+            results, targets = jax.lax.scan(add, start, (numbers, batch))
         gradient, metrics = results
         answers = jnp.sum(batch["loss_weights"] > 0, dtype=jnp.float32)
-        return gradient, metrics | {"num_tokens": tokens, "num_answer_tokens": answers}
+        metrics |= {"num_tokens": tokens, "num_answer_tokens": answers}
+        return gradient, metrics | targets
 
     def _gradient(
         self, trainable: dict[str, Any], frozen: dict[str, Any], *arguments: Any
-    ) -> tuple[dict[str, Any], Metrics]:
+    ) -> tuple[dict[str, Any], Metrics, Metrics]:
         teacher = self._teach(frozen, arguments[0])
         loss = functools.partial(self._losses, teacher=teacher)
-        (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(
+        (_, others), gradient = jax.value_and_grad(loss, has_aux=True)(
             trainable, frozen, *arguments
         )
-        return gradient, metrics
+        return gradient, *others
 
     def _teach(self, frozen: dict[str, Any], micro: dict[str, Array]) -> Any:
         """The teacher's final hidden states, None where there is none."""
@@ -295,18 +302,19 @@ class Trainer:
         key: Any,
         *,
         teacher: Any = None,
-    ) -> tuple[Array, Metrics]:
-        """A micro-batch's part of the loss and of the metrics of the whole batch."""
+    ) -> tuple[Array, tuple[Metrics, Metrics]]:
+        """A micro-batch's part of the loss and of the metrics of the whole batch; its targets'."""
         if teacher is None:
             teacher = self._teach(frozen, micro)
         out = self._student(frozen | self._compute(trainable), micro, dropout_key=key)
-        sums: LossSums = chunked_loss(
+        sums, each = chunked_loss(
             out.hidden,
             self._head(trainable, frozen),
             micro["targets"],
             micro["loss_weights"],
             config=self.config.loss,
             teacher=teacher,
+            each_target=self.config.target_losses,
             mesh=self._mesh,
         )
         loss = sums.total / whole["weight"]
@@ -320,7 +328,10 @@ class Trainer:
             router_loss = out.router_loss * _num_tokens(micro) / whole["tokens"]
             loss += self._router_factor * router_loss
             metrics["router_loss"] = router_loss
-        return loss, metrics | {"loss": loss}
+        targets = {}
+        if each is not None:
+            targets = {"target_nll": each.nll, "target_correct": each.correct}
+        return loss, (metrics | {"loss": loss}, targets)
 
     def _compute(self, trainable: dict[str, Any]) -> dict[str, Any]:
         """Trained values as the forward pass reads them.

@@ -32,7 +32,7 @@ def main(case):
 
     def loss(hidden, matrix, targets, weights, teacher=None):
         head = Head(weight=matrix, vocab_axis=0, trained=trained)
-        sums = chunked_loss(hidden, head, targets, weights, config=config, teacher=teacher)
+        sums, _ = chunked_loss(hidden, head, targets, weights, config=config, teacher=teacher)
         return sums.total / sums.weight
 
     arguments = [

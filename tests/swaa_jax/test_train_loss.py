@@ -81,7 +81,8 @@ def test_values_and_gradients_equal_those_of_whole_logits(name, tied, softcap):
             softcap=softcap,
             trained=True,
         )
-        return chunked_loss(hidden, head, targets, weights, config=config, teacher=teacher).total
+        sums, _ = chunked_loss(hidden, head, targets, weights, config=config, teacher=teacher)
+        return sums.total
 
     def oracle(hidden, matrix):
         # The teacher's logits have no gradient in the matrix.
@@ -109,13 +110,13 @@ def test_a_frozen_head_has_no_gradient_and_metrics_are_counts():
     config = LossConfig(chunk_tokens=7)
 
     def total(hidden, matrix):
-        return chunked_loss(
-            hidden, Head(weight=matrix, vocab_axis=0), targets, weights, config=config
-        ).total
+        head = Head(weight=matrix, vocab_axis=0)
+        sums, none = chunked_loss(hidden, head, targets, weights, config=config)
+        assert none is None
+        return sums.total, sums
 
-    slopes = jax.grad(total, argnums=(0, 1))(hidden, matrix)
+    slopes, sums = jax.grad(total, argnums=(0, 1), has_aux=True)(hidden, matrix)
     assert np.any(slopes[0]) and not np.any(slopes[1])
-    sums = chunked_loss(hidden, Head(weight=matrix, vocab_axis=0), targets, weights, config=config)
     right = np.argmax(hidden @ matrix.T, axis=-1) == targets
     np.testing.assert_allclose(sums.correct, np.sum(weights * right), rtol=1e-6)
     np.testing.assert_allclose(sums.weight, np.sum(weights), rtol=1e-6)
@@ -129,7 +130,8 @@ def test_finite_differences(name):
 
     def total(hidden):
         head = Head(weight=matrix, vocab_axis=0, softcap=5.0)
-        return chunked_loss(hidden, head, targets, weights, config=config, teacher=teacher).total
+        sums, _ = chunked_loss(hidden, head, targets, weights, config=config, teacher=teacher)
+        return sums.total
 
     direction = np.random.default_rng(2).normal(size=hidden.shape).astype(np.float32)
     step = 1e-2
@@ -155,14 +157,42 @@ def test_a_mesh_changes_nothing(sizes, trained):
 
     def total(hidden, matrix, mesh):
         head = Head(weight=matrix, vocab_axis=0, axes=("vocab", "embed"), trained=trained)
-        sums = chunked_loss(
-            hidden, head, targets, weights, config=config, teacher=teacher, mesh=mesh
+        sums, each = chunked_loss(
+            hidden,
+            head,
+            targets,
+            weights,
+            config=config,
+            teacher=teacher,
+            each_target=True,
+            mesh=mesh,
         )
-        return sums.total, sums
+        return sums.total, (sums, each)
 
     run = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True), static_argnums=2)
     one, many = run(hidden, matrix, None), run(hidden, matrix, mesh)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), many, one)
+
+
+def test_what_became_of_each_target():
+    hidden, _, matrix, targets, weights = arrays()
+
+    def total(hidden):
+        head = Head(weight=matrix, vocab_axis=0)
+        sums, each = chunked_loss(
+            hidden, head, targets, weights, config=CASES["sft"], each_target=True
+        )
+        return sums.total, each
+
+    (_, found), slope = jax.value_and_grad(total, has_aux=True)(hidden)
+    _, alone = total(hidden)  # without a gradient
+    logits = np.asarray(hidden, np.float64) @ np.asarray(matrix, np.float64).T
+    picked = np.take_along_axis(logits, np.asarray(targets)[..., None], axis=-1)[..., 0]
+    nll = np.log(np.exp(logits).sum(-1)) - picked
+    for each in (found, alone):  # whatever a target weighs
+        np.testing.assert_allclose(each.nll, nll, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(each.correct, logits.argmax(-1) == targets)
+    assert not np.any(slope[2]) and np.any(slope[0])
 
 
 def test_wrong_calls_are_refused():

@@ -82,14 +82,26 @@ def test_accumulation_weighs_micro_batches_by_their_targets():
         batch["loss_weights"][:2] = 0.0  # a micro-batch without answers
         batch["loss_weights"][5] *= 3.0
     model = lora_model(backend="reference")
-    whole = train(model, config(), batches)
-    cut = train(model, config(accumulate=4), batches)
+    whole = train(model, config(target_losses=True), batches)
+    cut = train(model, config(target_losses=True, accumulate=4), batches)
+    for (_, history), rows in ((whole, (1, 8)), (cut, (4, 2))):
+        for metrics, batch in zip(history, batches, strict=True):
+            nll, correct = metrics["target_nll"], metrics["target_correct"]
+            weights = batch["loss_weights"].reshape(*rows, -1)
+            assert nll.shape == correct.shape == weights.shape
+            share = weights / weights.sum()
+            np.testing.assert_allclose(np.sum(share * nll), metrics["loss"], rtol=1e-5)
+            np.testing.assert_allclose(np.sum(share * correct), metrics["accuracy"], rtol=1e-5)
+            for name in ("target_nll", "target_correct"):
+                metrics[name] = metrics[name].reshape(batch["tokens"].shape)
     assert_close(cut, whole)
     given = [
         {name: value.reshape(4, 2, *value.shape[1:]) for name, value in batch.items()}
         for batch in batches
     ]
-    assert_close(train(model, config(accumulate=4), given), cut, rtol=0, atol=0)
+    again, history = train(model, config(accumulate=4), given)
+    assert_close(again, cut[0], rtol=0, atol=0)
+    np.testing.assert_array_equal([m["loss"] for m in history], [m["loss"] for m in cut[1]])
 
 
 @pytest.mark.parametrize(
@@ -276,6 +288,8 @@ def test_what_does_not_fit_is_refused():
         config(trainable="all", loss=LossConfig(self_distill=1.0))
     with pytest.raises(ValueError, match=r"schedule.*'linaer'"):
         OptimizerConfig(schedule="linaer")
+    with pytest.raises(ValueError, match=r"decay_steps.*warmup_stable_decay.*'cosine'"):
+        OptimizerConfig(decay_steps=5)
     trainer = make_step(model, config(accumulate=3))
     state = trainer.init()
     with pytest.raises(ValueError, match="multiple of accumulate=3"):

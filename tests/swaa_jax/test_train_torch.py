@@ -141,16 +141,32 @@ def test_full_fine_tuning_equals_transformers(tmp_path):
     assert_same_weights(trained, theirs)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant_with_warmup"])
-def test_schedules_are_those_of_transformers(schedule):
+@pytest.mark.parametrize(
+    "schedule, changes",
+    [
+        ("linear", {}),
+        ("cosine", {}),
+        ("constant_with_warmup", {"schedule": "constant"}),
+        ("warmup_stable_decay", {"decay_steps": 7}),
+    ],
+)
+def test_schedules_are_those_of_transformers(schedule, changes):
     from swaa_jax.train import learning_rate
 
     config = OptimizerConfig(
-        learning_rate=0.5, schedule=schedule.split("_")[0], warmup_ratio=0.13, total_steps=30
+        **{"learning_rate": 0.5, "schedule": schedule, "warmup_ratio": 0.13, "total_steps": 30}
+        | changes
     )
+    specific = None
+    if config.decay_steps is not None:
+        specific = {"num_decay_steps": config.decay_steps, "decay_type": "linear"}
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
     theirs = tiny_hf.transformers.get_scheduler(
-        schedule, optimizer, num_warmup_steps=config.num_warmup_steps, num_training_steps=30
+        schedule,
+        optimizer,
+        num_warmup_steps=config.num_warmup_steps,
+        num_training_steps=30,
+        scheduler_specific_kwargs=specific,
     )
     for step in range(31):
         ours = learning_rate(config, jnp.int32(step))

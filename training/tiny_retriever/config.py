@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+from swaa_jax.train import OptimizerConfig
 from training.tiny_retriever.data import Stage
 
 ASSETS = pathlib.Path(__file__).resolve().parents[2] / "swaa_jax" / "assets" / "tiny-retriever"
@@ -114,22 +115,27 @@ with shorter documents kept in the mix."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Optimizer and batch; AdamW, warm-up, constant rate, linear cool-down at the end."""
+class RunConfig:
+    """How weights begin and are trained; steps over float32 parameters."""
 
-    compute_dtype: str = "bfloat16"  # over float32 master weights
-    learning_rate: float = 2e-3
-    warmup_steps: int = 300
-    b1: float = 0.9
-    b2: float = 0.98
-    eps: float = 1e-9
-    weight_decay: float = 0.05  # of matrices, not of norms or the embedding
-    clip: float = 1.0
+    optimizer: OptimizerConfig = dataclasses.field(
+        default_factory=lambda: OptimizerConfig(
+            learning_rate=2e-3,
+            schedule="warmup_stable_decay",
+            total_steps=16_600,
+            warmup_steps=300,
+            decay_steps=3500,
+            b2=0.98,
+            eps=1e-9,
+            weight_decay=0.05,
+        )
+    )
+    dtype: str = "bfloat16"  # of the computation
     qk_norm_gain: float = 1.5  # attention can be sharp from the start
     input_std: float = 0.04  # of matrices that read the residual stream
     output_std: float = 0.005  # of matrices that write to it: 0.02 / sqrt(2 * layers)
-    log_every: int = 50
-    judge_over: int = 200  # steps that a stage's exact match is taken over
+    judge_every: int = 50  # steps
+    judge_over: int = 200  # steps that exact match is taken over
 
 
 SMOKE_MODEL = MODEL | {
@@ -144,4 +150,11 @@ SMOKE_STAGES = (
     dataclasses.replace(STAGES[0], batch_tokens=2048, min_steps=10, max_steps=10),
     dataclasses.replace(STAGES[2], batch_tokens=2048, min_steps=10**9, max_steps=10**9),
 )
-SMOKE_CONFIG = TrainConfig(compute_dtype="float32", log_every=5, judge_over=5, warmup_steps=5)
+SMOKE_CONFIG = RunConfig(
+    optimizer=dataclasses.replace(
+        RunConfig().optimizer, total_steps=20, warmup_steps=5, decay_steps=5
+    ),
+    dtype="float32",
+    judge_every=5,
+    judge_over=5,
+)
