@@ -1,11 +1,12 @@
 """Finds and reads the shipped YAML: `configs/` in a checkout, `swaa_jax/_configs` in the wheel.
 
 A policy file, ``configs/policies/NAME.yaml``, is a mapping of the fields of `AttentionPolicy`
-(those left out keep their defaults) and up to three notes that change nothing:
+(those left out keep their defaults) and up to four notes that change nothing:
 
     description: what the policy is for, in a sentence
-    source: where it comes from, and the evidence
-    models: the models that it was measured on, a list
+    source: where it comes from
+    needs: {training: true, thinking: true, prefer: quality}; for whom it is, see `Needs`
+    evidence: a list of {model: ..., task: ..., score: ..., full: ...}, see `Evidence`
 
 Slices of layers are quoted: ``full_attention_layers: "1::2"``.
 """
@@ -14,7 +15,7 @@ import dataclasses
 import difflib
 import os
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
 from etils import epath
 
@@ -22,11 +23,67 @@ from swaa_jax._policy_fields import parse_yaml
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.typing import PathLike
 
-__all__ = ["PolicyFile", "config_path", "list_configs", "load_policy", "load_policy_file"]
+__all__ = [
+    "Evidence",
+    "Needs",
+    "PolicyFile",
+    "config_path",
+    "list_configs",
+    "load_policy",
+    "load_policy_file",
+]
 
 _PACKAGE = pathlib.Path(__file__).parent
 # An editable install and a checkout have configs/ beside the package, a wheel has it inside.
 _ROOTS = (_PACKAGE / "_configs", _PACKAGE.parent / "configs")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Needs:
+    """For whom a policy is; None: it does not matter.
+
+    Attributes:
+        training: whether the model is fine-tuned under it.
+        thinking: whether the model thinks before it answers.
+        prefer: "quality" or "efficiency".
+    """
+
+    training: bool | None = None
+    thinking: bool | None = None
+    prefer: Literal["quality", "efficiency"] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("training", "thinking"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise ValueError(f"{name} must be true or false; got {getattr(self, name)!r}.")
+        if self.prefer not in (None, "quality", "efficiency"):
+            raise ValueError(f"prefer must be quality or efficiency; got {self.prefer!r}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """A published score under a policy.
+
+    Attributes:
+        model: the name of the model that was measured.
+        task: what it was asked.
+        score: in percent.
+        full: the same model's under full attention, fine-tuned where the policy is for that.
+    """
+
+    model: str
+    task: str
+    score: float
+    full: float
+
+    def __post_init__(self) -> None:
+        for name in ("model", "task"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be text; got {getattr(self, name)!r}.")
+        for name in ("score", "full"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value <= 100:
+                raise ValueError(f"{name} must be a percentage, 0 to 100; got {value!r}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,14 +95,21 @@ class PolicyFile:
         policy: the policy.
         description: what it is for.
         source: where it comes from.
-        models: the models that it was measured on.
+        needs: for whom it is.
+        evidence: published scores.
     """
 
     name: str
     policy: AttentionPolicy
     description: str = ""
     source: str = ""
-    models: tuple[str, ...] = ()
+    needs: Needs = Needs()
+    evidence: tuple[Evidence, ...] = ()
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that it was measured on."""
+        return tuple(dict.fromkeys(one.model for one in self.evidence))
 
 
 def list_configs(kind: str) -> list[str]:
@@ -126,7 +190,8 @@ def load_policy_file(name_or_path: PathLike) -> PolicyFile:
             policy=policy,
             description=_note(document, "description"),
             source=_note(document, "source"),
-            models=_models(document.get("models", ())),
+            needs=_record(Needs, document.get("needs", {}), "needs"),
+            evidence=_evidence(document.get("evidence", [])),
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -149,7 +214,22 @@ def _note(document: dict[str, Any], key: str) -> str:
     return " ".join(value.split())
 
 
-def _models(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-        raise ValueError(f"models must be a list of names; got {value!r}.")
-    return tuple(value)
+def _evidence(value: Any) -> tuple[Evidence, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"evidence must be a list; got {value!r}.")
+    return tuple(
+        _record(Evidence, one, f"evidence, entry {number}") for number, one in enumerate(value, 1)
+    )
+
+
+def _record(kind: Any, value: Any, where: str) -> Any:
+    """`kind` from a mapping of its fields."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    if not isinstance(value, dict) or not set(value) <= set(names):
+        raise ValueError(
+            f"{where} must be a mapping with keys of {', '.join(names)}; got {value!r}."
+        )
+    try:
+        return kind(**value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None

@@ -45,7 +45,7 @@ from swaa_jax.typing import PathLike
 __all__ = ["AttentionPolicy", "LayerAttention", "LayerSelection"]
 
 # Keys of a policy file beside the policy's own fields; see `swaa_jax.configs`.
-_FILE_NOTES = ("description", "source", "models")
+_FILE_NOTES = ("description", "source", "needs", "evidence")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -286,7 +286,7 @@ class AttentionPolicy:
     def from_yaml(cls, text: str) -> "AttentionPolicy":
         """Parses a policy in YAML: a mapping of the policy's fields.
 
-        The notes of a policy file (`description`, `source`, `models`; see `swaa_jax.configs`) are
+        The notes of a policy file (`description`, `needs` and others; see `swaa_jax.configs`) are
         accepted and left out. Numbers in base sixty, as YAML 1.1 reads a bare ``1:36``, and
         repeated keys are errors.
 

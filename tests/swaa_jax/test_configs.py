@@ -110,9 +110,10 @@ def test_unknown_names(call, message):
 
 def test_files_of_the_user(tmp_path):
     path = tmp_path / "mine.json"
-    path.write_text('{"window": 4, "description": "a\\n  b", "models": ["c"]}')
+    path.write_text('{"window": 4, "description": "a\\n  b", "needs": {"thinking": true}}')
     file = configs.load_policy_file(path)
-    assert (file.name, file.description, file.models) == (str(path), "a b", ("c",))
+    assert (file.name, file.description, file.models) == (str(path), "a b", ())
+    assert file.needs == configs.Needs(thinking=True)
     assert file.policy == AttentionPolicy(window=4)
     with pytest.raises(FileNotFoundError):
         configs.load_policy(tmp_path / "none.yaml")
@@ -122,7 +123,14 @@ def test_files_of_the_user(tmp_path):
     "text, message",
     [
         ("{window: 4, description: 3}", "bad.yaml: description must be text"),
-        ("{window: 4, models: one}", "bad.yaml: models must be a list"),
+        ("{window: 4, evidence: one}", "bad.yaml: evidence must be a list"),
+        ("{window: 4, evidence: [{model: a}]}", "bad.yaml: evidence, entry 1: .*'task'"),
+        (
+            "{window: 4, evidence: [{model: a, task: b, score: 101, full: 3}]}",
+            "bad.yaml: evidence, entry 1: score must be a percentage, 0 to 100; got 101",
+        ),
+        ("{window: 4, needs: {train: true}}", "bad.yaml: needs must be .*training.*'train'"),
+        ("{window: 4, needs: {prefer: speed}}", "bad.yaml: needs: prefer must be quality or"),
         ("{window: 4, sinks: 1}", "bad.yaml: Unknown key"),
     ],
 )

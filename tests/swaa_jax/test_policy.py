@@ -342,7 +342,7 @@ class TestFiles:
             AttentionPolicy.load(tmp_path / "none.yaml")
 
     def test_notes_are_left_out(self):
-        text = "{description: a, source: b, models: [c], window: 4}"
+        text = "{description: a, source: b, needs: {training: true}, evidence: [], window: 4}"
         assert AttentionPolicy.from_yaml(text) == AttentionPolicy(window=4)
         with pytest.raises(ValueError, match="Unknown key"):
             AttentionPolicy.from_dict({"description": "a", "window": 4})

@@ -1,0 +1,217 @@
+"""`swaa recipes`: the shipped policies, what they are for, and which one to begin with."""
+
+import argparse
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from swaa_jax.eval.recipes import ModelSize, Recipe
+
+_EPILOG = """\
+examples:
+  swaa recipes
+      all of them, with the paper's scores, and their work and memory for Qwen3-4B at 32k tokens
+
+  swaa recipes --no-training --thinking --prefer quality
+      which to begin with, the best first
+
+  swaa recipes --training --prefer efficiency --context 131072
+      for long prompts: full attention's share of prefill work falls with their length
+
+  swaa recipes --model ./my-model --context 65536 --rows 4 --memory 40
+      work and memory of your own model; only what fits 40 GiB, weights included
+
+  swaa recipes trained-quality
+      one of them: policy, source, all published scores
+
+Scores are the paper's (arXiv 2512.10411), of its models; another model may want its even layers
+full where these have the odd ones. Then: swaa generate MODEL --policy NAME, swaa train ...
+policy=NAME.
+
+"prefill" is the share of full attention's (query, key) pairs: the least that attention can take;
+"GiB a row" is one row's keys and values (bfloat16) at that context.
+"""
+
+_GIB = 1 << 30
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "recipes",
+        help="the shipped policies, what they are for, and which one to begin with",
+        description="List the shipped attention policies, or recommend some by need.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("name", nargs="?", metavar="NAME", help="one recipe: show all of it")
+    needs = parser.add_argument_group("needs; any of them makes a recommendation")
+    needs.add_argument(
+        "--training",
+        action=argparse.BooleanOptionalAction,
+        help="you will, or will not, fine-tune under the policy",
+    )
+    needs.add_argument(
+        "--thinking",
+        action=argparse.BooleanOptionalAction,
+        help="the model thinks before it answers, or does not",
+    )
+    needs.add_argument("--prefer", choices=["quality", "efficiency"])
+    needs.add_argument(
+        "--memory", type=float, metavar="GIB", help="of weights and caches together, at most"
+    )
+    add("--model", help="directory, bucket, hub id or shipped model; no weights are read")
+    add("--context", type=int, default=32768, metavar="TOKENS", help="default: %(default)s")
+    add("--rows", type=int, default=1, help="in memory at once; default: %(default)s")
+    add("--json", action="store_true", help="for programs")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    from swaa_jax.configs import Needs, config_path
+    from swaa_jax.eval.recipes import QWEN3_4B, list_recipes, recommend
+
+    if args.name is not None:
+        config_path("policies", args.name)  # an unknown name is told with the nearest
+    size = QWEN3_4B if args.model is None else _size_of(args.model)
+    recipes = list_recipes(size, context=args.context, rows=args.rows)
+    needs = Needs(training=args.training, thinking=args.thinking, prefer=args.prefer)
+    asked = needs != Needs() or args.memory is not None
+    if args.name is not None:
+        recipes = [recipe for recipe in recipes if recipe.file.name == args.name]
+    elif asked:
+        limit = None if args.memory is None else int(args.memory * _GIB)
+        fitting = recommend(recipes, needs, model=args.model, max_memory=limit)
+        if not fitting:
+            raise ValueError(_nothing_fits(recipes, needs, args))
+        recipes = fitting
+    if args.json:
+        print(json.dumps([_plain(recipe) for recipe in recipes], indent=2))
+    elif args.name is not None:
+        _show(recipes[0], size, args)
+    else:
+        _table(recipes, size, args)
+        if asked:
+            print(f"Begin with {recipes[0].file.name}: {recipes[0].file.description}")
+    return 0
+
+
+def _size_of(name: str) -> "ModelSize":
+    import math
+
+    import jax.numpy as jnp
+
+    from swaa_jax.checkpoint import open_checkpoint
+    from swaa_jax.eval.recipes import ModelSize
+    from swaa_jax.models import read_blueprint
+
+    blueprint = read_blueprint(
+        open_checkpoint(name, weights=False), policy=None, dtype=jnp.dtype("bfloat16")
+    )
+    numbers = sum(math.prod(param.shape) for param in blueprint.params.values())
+    return ModelSize.of(blueprint.model, name=name, weight_bytes=2 * numbers)
+
+
+def _nothing_fits(recipes: "list[Recipe]", needs: Any, args: argparse.Namespace) -> str:
+    from swaa_jax.eval.recipes import recommend
+
+    others = recommend(recipes, needs, model=args.model)
+    least = min((recipe.memory for recipe in others), default=None)
+    if least is None:
+        return f"no shipped recipe is for {needs}; run `swaa recipes` for all of them"
+    return (
+        f"--memory: expected at least {least / _GIB:.1f} GiB (weights, and the caches of "
+        f"{args.rows} row(s) of {args.context:,} tokens under the smallest fitting recipe), got "
+        f"{args.memory:g}; take a shorter --context, fewer --rows, or --training, whose recipes "
+        "keep smaller caches"
+    )
+
+
+def _plain(recipe: "Recipe") -> dict[str, Any]:
+    """For JSON."""
+    file = recipe.file
+    return {
+        "name": file.name,
+        "description": file.description,
+        "source": file.source,
+        "policy": file.policy.to_dict(),
+        "needs": dataclasses.asdict(file.needs),
+        "evidence": [dataclasses.asdict(one) for one in file.evidence],
+        "prefill_share": recipe.prefill_share,
+        "cache_bytes_per_row": recipe.cache_bytes,
+        "memory_bytes": recipe.memory,
+    }
+
+
+def _table(recipes: "list[Recipe]", size: "ModelSize", args: argparse.Namespace) -> None:
+    """All of them, a row each."""
+    from rich import box
+    from rich.table import Table
+
+    from swaa_jax.eval.recipes import MAIN_TASK
+
+    table = Table(
+        title=f"{_case(size, args)}; scores: arXiv 2512.10411",
+        box=box.SIMPLE,
+    )
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("policy", overflow="fold")
+    for name in (f"{MAIN_TASK} %\nof full", "prefill", "GiB\na row", "GiB\nin all"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for recipe in recipes:
+        scores = [f"{one.score:g}/{one.full:g}" for one in recipe.evidence(MAIN_TASK)]
+        table.add_row(
+            recipe.file.name,
+            str(recipe.file.policy),
+            "\n".join(scores),
+            f"{recipe.prefill_share:.0%}",
+            f"{recipe.cache_bytes / _GIB:.2f}",
+            f"{recipe.memory / _GIB:.2f}",
+        )
+    _console().print(table)
+
+
+def _case(size: "ModelSize", args: argparse.Namespace) -> str:
+    """What work and memory are counted for."""
+    return f"{size.name}, {args.rows} row(s) of {args.context:,} tokens"
+
+
+def _needs(recipe: "Recipe") -> str:
+    """In words."""
+    needs = recipe.file.needs
+    training = "fine-tuned" if needs.training else "not fine-tuned"
+    thinking = {None: "", True: ", thinking", False: ", not thinking"}[needs.thinking]
+    prefer = "" if needs.prefer is None else f", {needs.prefer}"
+    return f"{training}{thinking}{prefer}"
+
+
+def _show(recipe: "Recipe", size: "ModelSize", args: argparse.Namespace) -> None:
+    """One of them."""
+    from rich import box
+    from rich.table import Table
+
+    file = recipe.file
+    print(f"{file.name}: {file.description}\nfor: {_needs(recipe)}\nsource: {file.source}\n")
+    print(file.policy.to_yaml())
+    print(
+        f"{_case(size, args)}: {recipe.prefill_share:.1%} of "
+        f"full attention's prefill pairs, {recipe.cache_bytes / _GIB:.2f} GiB a row, "
+        f"{recipe.memory / _GIB:.2f} GiB with weights"
+    )
+    table = Table(title="published scores, %", box=box.SIMPLE)
+    for name in ("model", "task", "under the policy", "full attention"):
+        table.add_column(name)
+    for one in file.evidence:
+        table.add_row(one.model, one.task, f"{one.score:g}", f"{one.full:g}")
+    _console().print(table)
+
+
+def _console() -> Any:
+    """A file or a pipe is as wide as the table."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=120)

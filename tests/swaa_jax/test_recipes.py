@@ -1,0 +1,116 @@
+"""`swaa recipes`: what is listed, recommended and counted, against the paper and whole models."""
+
+import dataclasses
+import json
+
+import pytest
+
+from swaa_jax.cli.main import main
+from swaa_jax.configs import Needs, load_policy
+from swaa_jax.eval import recipes
+from swaa_jax.infer import prefill_prompts
+from swaa_jax.lora import without_lora
+from tests.support.training import lora_model
+
+# arXiv 2512.10411 v5, Table 1: LongMemEval_24k, LongBench-v2, RULER; Thinking, then Instruct.
+TABLE_1 = {
+    "full": ((73.0, 34.6, 85.6), (62.0, 35.2, 92.8)),  # row 0
+    "naive": ((3.2, 9.4, 0.0), (11.0, 25.8, 0.0)),  # row 1
+    "thinking-no-train-efficient": ((50.0, 24.2, 3.2), None),  # row 8
+    "instruct-no-train": (None, (53.6, 28.6, 75.8)),  # row 17
+    "thinking-no-train-quality": ((73.0, 33.4, 65.4), None),  # row 22
+    "trained-efficient-fa-decode": ((57.9, 29.2, 0.4), (42.0, 30.2, 0.8)),  # row 27
+    "trained-efficient-interleave": ((63.6, 29.5, 59.0), (54.6, 31.9, 62.2)),  # row 28
+    "trained-quality": ((73.2, 38.3, 74.0), (58.8, 34.6, 85.8)),  # row 31
+    "trained-quality-sinks": ((73.2, 37.2, 72.8), (61.4, 33.9, 89.2)),  # row 34
+}
+TRAINED_FULL = ((74.6, 37.9, 88.2), (63.4, 34.9, 90.6))  # row 24
+MODELS = ("Qwen3-4B-Thinking-2507", "Qwen3-4B-Instruct-2507")
+
+
+@pytest.mark.parametrize("name", TABLE_1)
+def test_evidence_is_the_papers(name):
+    found = {r.file.name: r for r in recipes.list_recipes()}[name]
+    full = TRAINED_FULL if found.file.needs.training else TABLE_1["full"]
+    for model, scores, limits in zip(MODELS, TABLE_1[name], full, strict=True):
+        got = [(one.score, one.full) for one in found.file.evidence if one.model == model]
+        assert got == ([] if scores is None else list(zip(scores, limits, strict=True)))
+
+
+def names(needs, **options):
+    return [one.file.name for one in recipes.recommend(recipes.list_recipes(), needs, **options)]
+
+
+def test_recommendations_are_table_2():
+    untrained = {"training": False}
+    assert names(Needs(**untrained, thinking=False))[0] == "instruct-no-train"  # 0.86, 0.70 kept
+    assert names(Needs(**untrained, thinking=False), model=MODELS[1]) == ["instruct-no-train"]
+    efficient = Needs(**untrained, thinking=True, prefer="efficiency")
+    assert names(efficient) == ["thinking-no-train-efficient"]
+    quality = Needs(**untrained, thinking=True, prefer="quality")
+    assert names(quality, model=f"Qwen/{MODELS[0]}") == ["thinking-no-train-quality"]
+    assert names(quality, model="Qwen/Qwen3-30B-A3B-Thinking-2507/") == [
+        "thinking-no-train-even-layers"
+    ]
+    assert set(names(Needs(training=True, prefer="efficiency"))) == {
+        "trained-efficient-fa-decode",
+        "trained-efficient-interleave",
+    }
+    assert names(Needs(training=True, thinking=False, prefer="quality"))[0].startswith(
+        "trained-quality"
+    )
+    assert not {"full", "naive"} & set(names(Needs()))
+
+
+def test_a_memory_limit_leaves_out_what_keeps_everything():
+    listed = {one.file.name: one for one in recipes.list_recipes(context=131072)}
+    half, whole = listed["trained-efficient-interleave"], listed["trained-efficient-fa-decode"]
+    assert half.memory < whole.memory
+    needs = Needs(training=True)
+    found = recipes.recommend(list(listed.values()), needs, max_memory=half.memory)
+    assert [one.file.name for one in found] == ["trained-efficient-interleave"]
+    assert not recipes.recommend(list(listed.values()), needs, max_memory=half.memory - 1)
+
+
+@pytest.mark.parametrize("name", ["full", "naive", "trained-efficient-interleave"])
+def test_cache_bytes_are_those_of_a_models_caches(name):
+    window = {"window": 6} if load_policy(name).window is not None else {}
+    policy = type(load_policy(name)).from_dict(load_policy(name).to_dict() | window)
+    model = without_lora(lora_model(num_hidden_layers=4)).with_policy(policy)
+    size = recipes.ModelSize.of(model, name="tiny", weight_bytes=0)
+    size = dataclasses.replace(size, cache_itemsize=4)  # float32
+    prefilled = prefill_prompts(model, [[3] * 16], max_new_tokens=16)
+    slots = max(cache.num_slots for cache in prefilled.caches.layers)
+    layers = policy.resolve(4)
+    want = recipes.cache_bytes(layers, size, context=slots)
+    assert prefilled.caches.nbytes == want
+
+
+def test_the_command(capsys):
+    assert main(["recipes", "--no-training", "--thinking", "--prefer", "efficiency"]) == 0
+    assert "Begin with thinking-no-train-efficient" in capsys.readouterr().out
+    assert main(["recipes", "--model", "tiny-retriever", "--context", "1152", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    full = rows["full"]
+    assert full["prefill_share"] == 1.0
+    assert (
+        full["cache_bytes_per_row"] == 9216 * 1024
+    )  # as `swaa demo` measures it: 1,024 + 128 tokens
+    assert full["memory_bytes"] - full["cache_bytes_per_row"] == 2 * 6_887_680
+    assert main(["recipes", "trained-quality"]) == 0
+    shown = capsys.readouterr().out
+    assert "window: 2000" in shown and "73.2" in shown and "Table 1, row 31" in shown
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["trained-qualty"], "Did you mean 'trained-quality'"),
+        (["--memory", "1"], "--memory: expected at least 9.9 GiB"),
+        (["--context", "0"], "context: expected at least 1, got 0"),
+        (["--model", "./nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_one_paragraph(arguments, message, capsys):
+    assert main(["recipes", *arguments]) == 2
+    assert message in capsys.readouterr().err
