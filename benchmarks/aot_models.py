@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -381,8 +382,9 @@ def write(
         return
     path = results_path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "benchmarks/aot_models.py", *sys.argv[1:]])
     result = {
-        "commands": [*earlier, " ".join(["python", "benchmarks/aot_models.py", *sys.argv[1:]])],
+        "commands": list(dict.fromkeys([*earlier, command])),
         "what": "bytes a device and seconds, from the TPU compiler, not run on a TPU",
         "versions": versions(),
         "rows": list(rows),

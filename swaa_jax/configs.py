@@ -40,7 +40,7 @@ _ROOTS = (_PACKAGE / "_configs", _PACKAGE.parent / "configs")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Needs:
-    """For whom a policy is; None: it does not matter.
+    """For whom a policy is; None: it does not matter. All None: for comparison, no recipe.
 
     Attributes:
         training: whether the model is fine-tuned under it.

@@ -12,6 +12,7 @@ A finished run is not repeated: the same command goes on where it was stopped. R
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -278,7 +279,7 @@ def start_record(path: Path, size: Size, device: str) -> dict[str, Any]:
     """The results so far; of another size or device they are refused."""
     from machine import version
 
-    command = " ".join(["python", "benchmarks/tiny_adaptation/run.py", *sys.argv[1:]])
+    command = shlex.join(["python", "benchmarks/tiny_adaptation/run.py", *sys.argv[1:]])
     about = {
         "commands": [command],
         "what": "percent of the needles' values found, and of prompts with all four",

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from swaa_jax.configs import Needs
     from swaa_jax.eval.recipes import ModelSize, Recipe
 
 _EPILOG = """\
@@ -17,7 +18,7 @@ examples:
       which to begin with, the best first
 
   swaa recipes --training --prefer efficiency --context 131072
-      for long prompts: full attention's share of prefill work falls with their length
+      for long prompts: the longer they are, the more a window saves
 
   swaa recipes --model ./my-model --context 65536 --rows 4 --memory 40
       work and memory of your own model; only what fits 40 GiB, weights included
@@ -115,18 +116,21 @@ def _size_of(name: str) -> "ModelSize":
     return ModelSize.of(blueprint.model, name=name, weight_bytes=2 * numbers)
 
 
-def _nothing_fits(recipes: "list[Recipe]", needs: Any, args: argparse.Namespace) -> str:
+def _nothing_fits(recipes: "list[Recipe]", needs: "Needs", args: argparse.Namespace) -> str:
     from swaa_jax.eval.recipes import recommend
 
     others = recommend(recipes, needs, model=args.model)
     least = min((recipe.memory for recipe in others), default=None)
     if least is None:
-        return f"no shipped recipe is for {needs}; run `swaa recipes` for all of them"
+        return (
+            f"no shipped recipe is for these needs: {_words(needs)}; leave one out, or run `swaa "
+            "recipes` for all of them"
+        )
+    less = "" if args.training else ", or --training: its recipes keep the smallest caches"
     return (
         f"--memory: expected at least {least / _GIB:.1f} GiB (weights, and the caches of "
         f"{args.rows} row(s) of {args.context:,} tokens under the smallest fitting recipe), got "
-        f"{args.memory:g}; take a shorter --context, fewer --rows, or --training, whose recipes "
-        "keep smaller caches"
+        f"{args.memory:g}; take a shorter --context or fewer --rows{less}"
     )
 
 
@@ -153,16 +157,13 @@ def _table(recipes: "list[Recipe]", size: "ModelSize", args: argparse.Namespace)
 
     from swaa_jax.eval.recipes import MAIN_TASK
 
-    table = Table(
-        title=f"{_case(size, args)}; scores: arXiv 2512.10411",
-        box=box.SIMPLE,
-    )
+    table = Table(title=f"{_case(size, args)}; scores: arXiv 2512.10411", box=box.SIMPLE)
     table.add_column("recipe", no_wrap=True)
     table.add_column("policy", overflow="fold")
     for name in (f"{MAIN_TASK} %\nof full", "prefill", "GiB\na row", "GiB\nin all"):
         table.add_column(name, justify="right", no_wrap=True)
     for recipe in recipes:
-        scores = [f"{one.score:g}/{one.full:g}" for one in recipe.evidence(MAIN_TASK)]
+        scores = [f"{one.score:g}/{one.full:g}" for one in recipe.main_evidence]
         table.add_row(
             recipe.file.name,
             str(recipe.file.policy),
@@ -179,13 +180,13 @@ def _case(size: "ModelSize", args: argparse.Namespace) -> str:
     return f"{size.name}, {args.rows} row(s) of {args.context:,} tokens"
 
 
-def _needs(recipe: "Recipe") -> str:
-    """In words."""
-    needs = recipe.file.needs
-    training = "fine-tuned" if needs.training else "not fine-tuned"
-    thinking = {None: "", True: ", thinking", False: ", not thinking"}[needs.thinking]
-    prefer = "" if needs.prefer is None else f", {needs.prefer}"
-    return f"{training}{thinking}{prefer}"
+def _words(needs: "Needs") -> str:
+    parts = [
+        {None: "", True: "fine-tuned", False: "not fine-tuned"}[needs.training],
+        {None: "", True: "thinking", False: "not thinking"}[needs.thinking],
+        needs.prefer or "",
+    ]
+    return ", ".join(part for part in parts if part) or "comparison"
 
 
 def _show(recipe: "Recipe", size: "ModelSize", args: argparse.Namespace) -> None:
@@ -194,7 +195,7 @@ def _show(recipe: "Recipe", size: "ModelSize", args: argparse.Namespace) -> None
     from rich.table import Table
 
     file = recipe.file
-    print(f"{file.name}: {file.description}\nfor: {_needs(recipe)}\nsource: {file.source}\n")
+    print(f"{file.name}: {file.description}\nfor: {_words(file.needs)}\nsource: {file.source}\n")
     print(file.policy.to_yaml())
     print(
         f"{_case(size, args)}: {recipe.prefill_share:.1%} of "

@@ -6,7 +6,6 @@ model is for `swaa demo` and an evaluation of one's own to say.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 from swaa_jax.configs import Evidence, Needs, PolicyFile, list_configs, load_policy_file
@@ -73,19 +72,16 @@ class Recipe:
     cache_bytes: int
     memory: int
 
-    def evidence(self, task: str, *, model: str | None = None) -> tuple[Evidence, ...]:
-        """Published scores on a task, of all models or one."""
-        return tuple(
-            one
-            for one in self.file.evidence
-            if one.task == task and (model is None or one.model == model)
-        )
+    @property
+    def main_evidence(self) -> tuple[Evidence, ...]:
+        """Published scores on `MAIN_TASK`, one a model."""
+        return tuple(one for one in self.file.evidence if one.task == MAIN_TASK)
 
     @property
     def kept(self) -> float:
-        """The part of full attention's score that is kept on `MAIN_TASK`; the mean over models."""
-        parts = [one.score / one.full for one in self.evidence(MAIN_TASK) if one.full]
-        return sum(parts) / len(parts) if parts else math.nan
+        """The part of full attention's score kept on `MAIN_TASK`: the mean over models, or 0."""
+        parts = [one.score / one.full for one in self.main_evidence if one.full]
+        return sum(parts) / len(parts) if parts else 0.0
 
 
 def cache_bytes(layers: Sequence[LayerAttention], size: ModelSize, *, context: int) -> int:
@@ -155,7 +151,8 @@ def recommend(
     Args:
         recipes: from `list_recipes`.
         needs: what is wanted; None is taken for "either".
-        model: a name as in `Evidence.model`, or a path that ends in one.
+        model: a name as in `Evidence.model`, or a path that ends in one; a vendor's prefix may
+            be missing ("Llama-..." is "Meta-Llama-...").
         max_memory: bytes of weights and caches, at most.
 
     Returns:
@@ -164,7 +161,7 @@ def recommend(
 
     def serves(recipe: Recipe) -> bool:
         offers = recipe.file.needs
-        if offers == Needs(training=False):  # full and naive
+        if offers == Needs():
             return False
         for field in dataclasses.fields(Needs):
             wanted, offered = getattr(needs, field.name), getattr(offers, field.name)
@@ -175,7 +172,9 @@ def recommend(
     found = [recipe for recipe in recipes if serves(recipe)]
     if model is not None:
         name = model.rstrip("/").rpartition("/")[2]
-        measured = [recipe for recipe in found if name in recipe.file.models]
+        measured = [
+            recipe for recipe in found if any(one.endswith(name) for one in recipe.file.models)
+        ]
         found = measured or found
     if needs.prefer == "efficiency":
         return sorted(found, key=lambda one: (one.prefill_share, one.cache_bytes))

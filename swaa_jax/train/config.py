@@ -162,7 +162,8 @@ class StepConfig:
             layers are alike and there are at least eight. Weights are stacked once for it.
         trainable: "lora": the adapters; "all": every parameter, kept in float32.
         dtype: of the forward and backward pass.
-        target_losses: metrics also hold what became of each target, for scores of one's own.
+        target_losses: metrics also hold what became of each target, for scores of one's own. Take
+            these arrays out before `run_loop`, which writes scalars.
         seed: of dropout.
     """
 

@@ -44,7 +44,11 @@ def names(needs, **options):
 def test_recommendations_are_table_2():
     untrained = {"training": False}
     assert names(Needs(**untrained, thinking=False))[0] == "instruct-no-train"  # 0.86, 0.70 kept
-    assert names(Needs(**untrained, thinking=False), model=MODELS[1]) == ["instruct-no-train"]
+    for prefer in (None, "quality", "efficiency"):
+        instruct = Needs(**untrained, thinking=False, prefer=prefer)
+        assert names(instruct, model=MODELS[1]) == ["instruct-no-train"]
+        for model in ("meta-llama/Llama-3.1-8B-Instruct", "Meta-Llama-3.1-8B-Instruct"):
+            assert names(instruct, model=model) == ["instruct-no-train-even-layers"]
     efficient = Needs(**untrained, thinking=True, prefer="efficiency")
     assert names(efficient) == ["thinking-no-train-efficient"]
     quality = Needs(**untrained, thinking=True, prefer="quality")
@@ -74,15 +78,16 @@ def test_a_memory_limit_leaves_out_what_keeps_everything():
 
 @pytest.mark.parametrize("name", ["full", "naive", "trained-efficient-interleave"])
 def test_cache_bytes_are_those_of_a_models_caches(name):
-    window = {"window": 6} if load_policy(name).window is not None else {}
-    policy = type(load_policy(name)).from_dict(load_policy(name).to_dict() | window)
+    policy = load_policy(name)
+    if policy.window is not None:
+        policy = dataclasses.replace(policy, window=6)  # shorter than the prompt
     model = without_lora(lora_model(num_hidden_layers=4)).with_policy(policy)
     size = recipes.ModelSize.of(model, name="tiny", weight_bytes=0)
     size = dataclasses.replace(size, cache_itemsize=4)  # float32
     prefilled = prefill_prompts(model, [[3] * 16], max_new_tokens=16)
+    # A full cache has room for the answer, in slots that are rounded up.
     slots = max(cache.num_slots for cache in prefilled.caches.layers)
-    layers = policy.resolve(4)
-    want = recipes.cache_bytes(layers, size, context=slots)
+    want = recipes.cache_bytes(policy.resolve(4), size, context=slots)
     assert prefilled.caches.nbytes == want
 
 
@@ -93,13 +98,14 @@ def test_the_command(capsys):
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     full = rows["full"]
     assert full["prefill_share"] == 1.0
-    assert (
-        full["cache_bytes_per_row"] == 9216 * 1024
-    )  # as `swaa demo` measures it: 1,024 + 128 tokens
+    assert full["cache_bytes_per_row"] == 9216 * 1024  # the demo's KV KiB, 1,024 + 128 tokens
     assert full["memory_bytes"] - full["cache_bytes_per_row"] == 2 * 6_887_680
     assert main(["recipes", "trained-quality"]) == 0
     shown = capsys.readouterr().out
     assert "window: 2000" in shown and "73.2" in shown and "Table 1, row 31" in shown
+    assert "for: fine-tuned, quality" in shown
+    assert main(["recipes", "naive"]) == 0
+    assert "for: comparison" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

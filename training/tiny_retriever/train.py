@@ -134,7 +134,7 @@ class Curriculum:
         return {"stage": self._stage, "steps_in_stage": self._steps}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Goes there."""
+        """Goes there; exact match is counted anew, so that a stage may end some steps later."""
         self._stage, self._steps = state["stage"], state["steps_in_stage"]
         self._loader.set_stage(self._stage, self._steps)
         self._recent.clear()
