@@ -1,0 +1,102 @@
+"""What a task is: settings in, samples out. `swaa_jax.eval.evaluate` asks and scores them."""
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+__all__ = ["Sample", "Task", "encode_sample"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One thing to ask, and what would be right.
+
+    Attributes:
+        id: names it in the results; distinct within a task.
+        messages: the chat, never templated: `{"role": ..., "content": ...}` each.
+        references: right answers; the task's judge says whether any of them will do or all are
+            wanted.
+        question: what is asked, short enough for a report and for a judge: without the context.
+        answer_prefix: the start of the answer, put at the prompt's end where the model does not
+            think first (RULER's).
+        kind: what results are broken down by: a question's type, a domain.
+        grading: what a language model that judges the answer must know beside the references.
+        info: what else is worth keeping beside the answer, as JSON's types.
+    """
+
+    id: str
+    messages: tuple[Mapping[str, str], ...]
+    references: tuple[str, ...]
+    question: str
+    answer_prefix: str = ""
+    kind: str = ""
+    grading: str = ""
+    info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task(abc.ABC):
+    """A source of samples. A subclass is a frozen dataclass: its fields are the task's settings.
+
+    Class attributes:
+        name: in configs and results.
+        judge: who decides, with its settings: arguments of `swaa_jax.eval.judges.make_judge`.
+        max_new_tokens: the longest answer without thinking, by default.
+    """
+
+    name: ClassVar[str]
+    judge: ClassVar[Mapping[str, Any]]
+    max_new_tokens: ClassVar[int]
+
+    @abc.abstractmethod
+    def samples(self, tokenizer: Any, *, thinking: bool) -> list[Sample]:
+        """All samples, the same ones in the same order at every call.
+
+        Args:
+            tokenizer: the model's, which lengths in tokens are counted by.
+            thinking: whether the model will think first; ids, questions and references do not
+                depend on it.
+
+        Raises:
+            ValueError: a malformed row (file, row and field are named), or settings that cannot be
+                met.
+            FileNotFoundError: no such file.
+        """
+
+
+def encode_sample(
+    sample: Sample,
+    tokenizer: Any,
+    *,
+    thinking: bool,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """The sample's prompt as token ids: templated once, where the tokenizer has a template.
+
+    Args:
+        sample: what to ask.
+        tokenizer: a Transformers tokenizer.
+        thinking: the template's `enable_thinking`; without it the answer's prefix is added.
+        chat_template_kwargs: more variables for the template.
+
+    Raises:
+        ValueError: a chat of several messages for a tokenizer without a template.
+    """
+    prefix = "" if thinking else sample.answer_prefix
+    if getattr(tokenizer, "chat_template", None):
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in sample.messages],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=thinking,
+            **(chat_template_kwargs or {}),
+        )
+        # The template brings its own BOS.
+        return list(tokenizer(text + prefix, add_special_tokens=False)["input_ids"])
+    if len(sample.messages) != 1:
+        raise ValueError(
+            f"sample {sample.id}: expected one message, since the tokenizer has no chat template, "
+            f"got {len(sample.messages)}"
+        )
+    return list(tokenizer(sample.messages[0]["content"] + prefix)["input_ids"])
