@@ -1,9 +1,5 @@
 """Scores attention policies on the needle task: what each one finds, and what it costs.
 
-    policies that read a prompt alike          one prefill          each decodes for itself
-      window 64                      -.                          .-> ring caches
-      window 64, FA decode           -'-> full caches (shared) -'--> full caches
-
 `score_policies` runs given samples in one mode. `run_sweep` makes the samples, runs the thinking
 and the non-thinking mode, and gives what `swaa_jax.eval.report` prints, plots and writes.
 """
@@ -18,25 +14,15 @@ from etils import epath
 
 from swaa_jax._policy_fields import parse_yaml
 from swaa_jax.configs import config_path
+from swaa_jax.eval.answering import answer_prompts, even_batches, resolve_all
 from swaa_jax.eval.ruler import RulerSample, niah_multiquery
 from swaa_jax.eval.scorers import all_or_nothing, string_match_all, strip_thinking
-from swaa_jax.infer import (
-    DecodeOptions,
-    Generation,
-    Prefilled,
-    Timings,
-    check_prompts,
-    compile_counts,
-    decode_from,
-    prefill_prompts,
-)
+from swaa_jax.infer import DecodeOptions, Generation, Timings
 from swaa_jax.policy import AttentionPolicy, LayerAttention
 from swaa_jax.typing import PathLike
 
 Progress = Callable[[str, float], None]
 """Told what is being done, and which part of the whole is done, 0 to 1."""
-
-_PREFILL_WEIGHT = 0.5  # of a decode run, in the progress shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,7 +165,7 @@ def run_sweep(
             f"{settings.max_new_tokens} exceed the model's context of {context} tokens; ask for at "
             f"most {max(0, context - settings.max_new_tokens)}"
         )
-    _resolve_all(model, policies)  # before any work
+    resolve_all(model, policies)  # before any work
     report = progress or (lambda what, fraction: None)
     samples = {  # both before any work, which may show that the length is not to be met
         thinking: niah_multiquery(
@@ -237,9 +223,7 @@ def score_policies(
 ) -> list[PolicyScore]:
     """Answer the samples greedily under each policy, and score the answers.
 
-    Policies that differ only in `decode` share their prefill, which then keeps the full caches that
-    the most demanding of them needs; the others turn theirs into rings. The tokens are those that
-    each policy would give on its own.
+    Policies that differ only in `decode` share their prefill; see `answer_prompts`.
 
     Args:
         model: a causal language model; its own policy is not used.
@@ -260,45 +244,17 @@ def score_policies(
     """
     if not samples:
         raise ValueError("samples: expected at least one, got none")
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    groups = _prefill_groups(model, policies)
-    prompts = [list(sample.prompt_ids) for sample in samples]
-    check_prompts(model, prompts, max_new_tokens=max_new_tokens)
-    pad_id = getattr(tokenizer, "pad_token_id", None) or 0
-    batches = _even_batches(len(samples), batch_size)
-    options = DecodeOptions(max_new_tokens=max_new_tokens)
-
-    done = _Done(progress, total=len(samples) * (len(policies) + _PREFILL_WEIGHT * len(groups)))
     generations: dict[AttentionPolicy, list[Generation]] = {policy: [] for policy in policies}
-    for group in groups:
-        for number, rows in enumerate(batches):
-            done.begin(f"{group.reader}")
-            prefilled = _prefill(
-                model.with_policy(group.reader),
-                [prompts[row] for row in rows],
-                max_new_tokens=max_new_tokens,
-                row_ids=rows,
-                pad_id=pad_id,
-            )
-            done.add(_PREFILL_WEIGHT * len(rows))
-            for policy in group.policies:
-                done.begin(f"{policy}")
-                answering = model.with_policy(policy)
-                if number == 0:  # the program's first run, of one step, is not timed
-                    warm = DecodeOptions(max_new_tokens=min(2, max_new_tokens), ignore_eos=True)
-                    decode_from(answering, tokenizer, prefilled, options=warm, keep_caches=True)
-                generations[policy].append(
-                    decode_from(
-                        answering,
-                        tokenizer,
-                        prefilled,
-                        options=options,
-                        keep_caches=policy != group.policies[-1],
-                        on_progress=lambda tokens: done.show(tokens / max_new_tokens),
-                    )
-                )
-                done.add(float(len(rows)))
+    for done in answer_prompts(
+        model,
+        tokenizer,
+        [sample.prompt_ids for sample in samples],
+        policies,
+        batches=even_batches(len(samples), batch_size),
+        options=DecodeOptions(max_new_tokens=max_new_tokens),
+        progress=progress,
+    ):
+        generations[done.policy].append(done.generation)
     return [_score(policy, samples, generations[policy], thinking=thinking) for policy in policies]
 
 
@@ -365,74 +321,6 @@ def prefill_attention_share(layers: Sequence[LayerAttention], length: int) -> fl
     return sum(pairs(layer) for layer in layers) / (full * len(layers))
 
 
-@dataclasses.dataclass(frozen=True)
-class _PrefillGroup:
-    """Policies that read a prompt alike, and the one that the prompt is read under."""
-
-    policies: tuple[AttentionPolicy, ...]
-    reader: AttentionPolicy
-
-
-def _prefill_groups(model: Any, policies: Sequence[AttentionPolicy]) -> list[_PrefillGroup]:
-    groups: dict[tuple[LayerAttention, ...], list[AttentionPolicy]] = {}
-    for policy, layers in zip(policies, _resolve_all(model, policies), strict=True):
-        reads_as = tuple(dataclasses.replace(layer, full_decode=False) for layer in layers)
-        groups.setdefault(reads_as, []).append(policy)
-    return [
-        _PrefillGroup(
-            tuple(members),
-            # A full cache can become a ring, not the other way round.
-            members[0] if len(members) == 1 else dataclasses.replace(members[0], decode="full"),
-        )
-        for members in groups.values()
-    ]
-
-
-def _resolve_all(
-    model: Any, policies: Sequence[AttentionPolicy]
-) -> list[tuple[LayerAttention, ...]]:
-    """Each policy's layers.
-
-    Raises:
-        ValueError: no policy, one that does not fit the model, or two that are the same on it.
-    """
-    if not policies:
-        raise ValueError("policies: expected at least one, got none")
-    resolved: dict[tuple[LayerAttention, ...], AttentionPolicy] = {}
-    for policy in policies:
-        layers = policy.resolve(model.config.num_layers)
-        if layers in resolved:
-            raise ValueError(
-                f"policies: {str(policy)!r} and {str(resolved[layers])!r} are the same for a model "
-                f"of {len(layers)} layers; leave one out"
-            )
-        resolved[layers] = policy
-    return list(resolved)
-
-
-def _prefill(model: Any, prompts: list[list[int]], **options: Any) -> Prefilled:
-    """`prefill_prompts`; where it had to compile, a second run is the one that is timed."""
-    before = compile_counts()
-    prefilled = prefill_prompts(model, prompts, **options)
-    if compile_counts() == before:
-        return prefilled
-    compile_s = prefilled.compile_s
-    del prefilled  # its caches
-    return dataclasses.replace(prefill_prompts(model, prompts, **options), compile_s=compile_s)
-
-
-def _even_batches(count: int, batch_size: int) -> list[range]:
-    """Consecutive rows in as few batches as `batch_size` allows, as even as they go, so that they
-    share a bucket.
-
-    >>> _even_batches(5, 3)
-    [range(0, 3), range(3, 5)]
-    """
-    number = -(-count // batch_size)
-    ends = [-(-count * (index + 1) // number) for index in range(number)]
-    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-
-
 def _score(
     policy: AttentionPolicy,
     samples: Sequence[RulerSample],
@@ -490,23 +378,3 @@ def _parse_policies(document: Any) -> list[AttentionPolicy]:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-class _Done:
-    """Adds up finished work and tells `progress`."""
-
-    def __init__(self, progress: Progress | None, *, total: float):
-        self._progress, self._total = progress, total
-        self._finished, self._what = 0.0, ""
-
-    def begin(self, what: str) -> None:
-        self._what = what
-        self.show(0.0)
-
-    def show(self, more: float) -> None:
-        if self._progress is not None:
-            self._progress(self._what, min(1.0, (self._finished + more) / self._total))
-
-    def add(self, amount: float) -> None:
-        self._finished += amount
-        self.show(0.0)

@@ -9,7 +9,7 @@ import swaa_jax as swaa
 from kernels_pallas.mask import visible
 from swaa_jax import infer
 from swaa_jax.checkpoint._paths import SHIPPED
-from swaa_jax.eval import sweep
+from swaa_jax.eval import answering, sweep
 from swaa_jax.eval.ruler import niah_multiquery
 from swaa_jax.policy import AttentionPolicy, LayerAttention
 from tests.support.random_models import random_model
@@ -91,8 +91,8 @@ def test_policies_that_differ_in_decode_share_one_prefill(tok, model, monkeypatc
         reads.append(model.policy)
         return infer.prefill_prompts(model, prompts, **options)
 
-    monkeypatch.setattr(sweep, "prefill_prompts", counted)
-    monkeypatch.setattr(sweep, "compile_counts", dict)  # nothing is run a second time
+    monkeypatch.setattr(answering, "prefill_prompts", counted)
+    monkeypatch.setattr(answering, "compile_counts", dict)  # nothing is run a second time
     samples = samples_of(tok, thinking=True, count=1)
     scores = sweep.score_policies(model, tok, samples, POLICIES, thinking=True, max_new_tokens=3)
     assert [str(policy) for policy in reads] == [
