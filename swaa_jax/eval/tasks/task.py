@@ -49,6 +49,11 @@ class Task(abc.ABC):
     judge: ClassVar[Mapping[str, Any]]
     max_new_tokens: ClassVar[int]
 
+    @property
+    def label(self) -> str:
+        """What results call it unless the user says otherwise: the name and what tells it apart."""
+        return self.name
+
     @abc.abstractmethod
     def samples(self, tokenizer: Any, *, thinking: bool) -> list[Sample]:
         """All samples, the same ones in the same order at every call.
