@@ -132,6 +132,7 @@ def run(args: argparse.Namespace) -> int:
 
     from swaa_jax import load_model, load_tokenizer, runtime
     from swaa_jax.eval import plot, report, sweep
+    from swaa_jax.eval.provenance import describe_model
     from swaa_jax.storage import write_text_atomic
 
     process_args.start(args)
@@ -167,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
 
     record = report.to_record(
-        results, command=_command(args), model=report.describe_model(model), dtype=dtype
+        results, command=_command(args), model=describe_model(model), dtype=dtype
     )
     report.write_json(output / "results.json", record)
     plot.plot(results, output / "accuracy_against_cost.png", title=_title(args, settings))

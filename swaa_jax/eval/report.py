@@ -5,28 +5,21 @@ The plot is in `swaa_jax.eval.plot`.
 """
 
 import dataclasses
-import os
-import platform
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from typing import Any
 
-import jax
-from etils import epath
 from rich import box
 from rich.table import Table
 
-import swaa_jax
 from swaa_jax._policy_fields import format_layers
-from swaa_jax.checkpoint import checkpoint_origin, read_provenance
+from swaa_jax.eval.provenance import describe_device, describe_versions
 from swaa_jax.eval.sweep import PolicyScore, Sweep, prefill_attention_share
 from swaa_jax.infer import Timings
 from swaa_jax.policy import AttentionPolicy
-from swaa_jax.storage import sha256, write_json_atomic
+from swaa_jax.storage import write_json_atomic
 from swaa_jax.typing import PathLike
 
 SCHEMA_VERSION = 2
-_HASHED_BYTES = 100 * 2**20
 NEAR = 0.05
 """A policy is near full attention when it finds at most this much less of the values."""
 
@@ -381,37 +374,12 @@ def to_record(
             "task": "RULER niah_multiquery, 4 keys, 4 queries",
         },
         "model": dict(model),
-        "device": _device(),
-        "versions": _versions(),
+        "device": describe_device(),
+        "versions": describe_versions(),
         "seconds": sweep.seconds,
         "findings": findings(sweep),
         "policies": [_row_record(row) for row in summarize(sweep)],
     }
-
-
-def describe_model(model: Any) -> dict[str, Any]:
-    """What is known of a loaded model's checkpoint, for `to_record`.
-
-    Its path, provenance and shape; and the SHA-256 of its weight files, unless they are large.
-    """
-    source = model.source
-    config = model.config
-    out: dict[str, Any] = {
-        "source": None,
-        "revision": None,
-        "model_type": config.model_type,
-        "num_layers": config.num_layers,
-        "provenance": None,
-        "sha256": {},
-    }
-    if source is not None:
-        origin = checkpoint_origin(source)
-        out["source"], out["revision"] = origin.name, origin.commit
-        out["provenance"] = read_provenance(source)
-        files = sorted(epath.Path(source).glob("*.safetensors"))
-        if sum(file.stat().length for file in files) <= _HASHED_BYTES:
-            out["sha256"] = {file.name: sha256(file) for file in files}
-    return out
 
 
 def write_json(path: PathLike, record: Mapping[str, Any]) -> None:
@@ -449,28 +417,4 @@ def _score_record(score: PolicyScore) -> dict[str, Any]:
             }
             for answer in score.answers
         ],
-    }
-
-
-def _device() -> dict[str, Any]:
-    devices = jax.devices()
-    kind, name = devices[0].platform, devices[0].device_kind
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    on_cpu = kind == "cpu"
-    return {
-        "platform": kind,
-        "kind": name,
-        "num_devices": len(devices),
-        "host": f"{platform.system()} {platform.machine()}",
-        "cpu_cores": cores,
-        "description": f"CPU, {cores} cores" if on_cpu else f"{name} (1 of {len(devices)})",
-    }
-
-
-def _versions() -> dict[str, str]:
-    packages = ("jax", "jaxlib", "flax", "numpy", "transformers")
-    return {
-        "swaa_jax": swaa_jax.__version__,
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in packages},
     }

@@ -1,0 +1,68 @@
+"""What results must say of where they come from: checkpoint, device, versions."""
+
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+import jax
+from etils import epath
+
+import swaa_jax
+from swaa_jax.checkpoint import checkpoint_origin, read_provenance
+from swaa_jax.storage import sha256
+
+__all__ = ["describe_device", "describe_model", "describe_versions"]
+
+_HASHED_BYTES = 100 * 2**20
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers")
+
+
+def describe_model(model: Any) -> dict[str, Any]:
+    """What is known of a loaded model's checkpoint.
+
+    Its path, provenance and shape; and the SHA-256 of its weight files, unless they are large.
+    """
+    source = model.source
+    config = model.config
+    out: dict[str, Any] = {
+        "source": None,
+        "revision": None,
+        "model_type": config.model_type,
+        "num_layers": config.num_layers,
+        "provenance": None,
+        "sha256": {},
+    }
+    if source is not None:
+        origin = checkpoint_origin(source)
+        out["source"], out["revision"] = origin.name, origin.commit
+        out["provenance"] = read_provenance(source)
+        files = sorted(epath.Path(source).glob("*.safetensors"))
+        if sum(file.stat().length for file in files) <= _HASHED_BYTES:
+            out["sha256"] = {file.name: sha256(file) for file in files}
+    return out
+
+
+def describe_device() -> dict[str, Any]:
+    """The devices that this process computes on, and its host."""
+    devices = jax.devices()
+    kind, name = devices[0].platform, devices[0].device_kind
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    on_cpu = kind == "cpu"
+    return {
+        "platform": kind,
+        "kind": name,
+        "num_devices": len(devices),
+        "host": f"{platform.system()} {platform.machine()}",
+        "cpu_cores": cores,
+        "description": f"CPU, {cores} cores" if on_cpu else f"{name} (1 of {len(devices)})",
+    }
+
+
+def describe_versions() -> dict[str, str]:
+    """Of this package, Python, and what computes."""
+    return {
+        "swaa_jax": swaa_jax.__version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in _PACKAGES},
+    }
