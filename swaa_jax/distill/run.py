@@ -23,6 +23,7 @@ from etils import epath
 from swaa_jax import runtime, storage
 from swaa_jax.distill.questions import Question
 from swaa_jax.eval.judges import Judge, Judged
+from swaa_jax.eval.tasks import opens_thinking
 from swaa_jax.infer import generate
 from swaa_jax.infer.prompts import encode_prompts
 from swaa_jax.typing import PathLike
@@ -175,7 +176,7 @@ def _answer(
             question=question.prompt,
             references=question.references,
             response=text,
-            thinking=_opens_thinking(tok, encoded[at]),
+            thinking=opens_thinking(tok, encoded[at]),
         )
         cut = reason == "length"
         verdict = None if cut else judge(judged)
@@ -192,12 +193,6 @@ def _answer(
             }
         )
     return rows
-
-
-def _opens_thinking(tok: Any, prompt_ids: Sequence[int]) -> bool:
-    """Whether the prompt ends within `<think>`, as thinking templates' do."""
-    end = tok.decode(list(prompt_ids[-16:]))
-    return end.rfind("<think>") > end.rfind("</think>")
 
 
 def _keep(attempts: Sequence[dict[str, Any]], config: DistillConfig) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from flax import nnx
 from kernels_pallas.mask import Stage
 from swaa_jax.policy import LayerAttention
 
-__all__ = ["FlopCounter", "peak_flops"]
+__all__ = ["FlopCounter", "active_parameters", "peak_flops"]
 
 _PEAKS = {  # dense bfloat16, without sparsity, from the vendors' data sheets
     "TPU v4": 275e12,
@@ -62,7 +62,7 @@ class FlopCounter:
             config.own.resolve(config.num_layers) if with_teacher else ()
         )
         self._width = config.num_heads * config.head_dim
-        matrices = _active_parameters(model)
+        matrices = active_parameters(model)
         passes = (6 if trains_all else 4) + (2 if with_teacher else 0)
         self._per_token = passes * matrices
         # The head runs on targets only; the embedding is a look-up.
@@ -102,7 +102,7 @@ def visible_keys(layer: LayerAttention, positions: np.ndarray, answer: np.ndarra
     return windowed
 
 
-def _active_parameters(model: Any) -> float:
+def active_parameters(model: Any) -> float:
     """Weights of matrices in layers that a token is multiplied with: of experts, those chosen."""
     config = model.config
     share = 1.0

@@ -5,9 +5,9 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from swaa_jax.eval.tasks.task import Sample, Task, encode_sample
+from swaa_jax.eval.tasks.task import Sample, Task, encode_sample, opens_thinking
 
-__all__ = ["Sample", "Task", "TASKS", "encode_sample", "make_task"]
+__all__ = ["Sample", "Task", "TASKS", "encode_sample", "make_task", "opens_thinking"]
 
 TASKS: Mapping[str, type[Task]] = {}
 """Every task by its name."""

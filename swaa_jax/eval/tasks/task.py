@@ -2,10 +2,10 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-__all__ = ["Sample", "Task", "encode_sample"]
+__all__ = ["Sample", "Task", "encode_sample", "opens_thinking"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,3 +105,9 @@ def encode_sample(
             f"got {len(sample.messages)}"
         )
     return list(tokenizer(sample.messages[0]["content"] + prefix)["input_ids"])
+
+
+def opens_thinking(tokenizer: Any, prompt_ids: Sequence[int]) -> bool:
+    """Whether the prompt ends within `<think>`, as thinking templates' do."""
+    end = tokenizer.decode(list(prompt_ids[-16:]))
+    return end.rfind("<think>") > end.rfind("</think>")
