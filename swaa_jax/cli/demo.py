@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from swaa_jax.cli import process_args
+from swaa_jax.cli.progress import progress_bar
 
 _SHIPPED = "tiny-retriever"
 _SHIPPED_ADAPTER = "tiny-retriever-lora"
@@ -160,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console(soft_wrap=False)
     console.print(_introduction(args, settings, policies, dtype=dtype), highlight=False)
-    with _progress_bar() as progress:
+    with progress_bar() as progress:
         results = sweep.run_sweep(
             model, tok, policies, settings, adapted=adapted, progress=progress
         )
@@ -248,36 +249,3 @@ def _title(args: argparse.Namespace, settings: Any) -> str:
         f"{args.model}: values found against cost, {settings.num_samples} prompts a mode of "
         f"{settings.length:,} tokens"
     )
-
-
-def _progress_bar() -> Any:
-    """A bar on stderr; where that is no terminal, a line now and then."""
-    import contextlib
-
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    @contextlib.contextmanager
-    def bar():
-        columns = [BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("{task.description}")]
-        with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-            task = shown.add_task("starting", total=1.0)
-            yield lambda what, part: shown.update(task, description=what, completed=part)
-
-    @contextlib.contextmanager
-    def lines():
-        seen = -1
-
-        def show(what: str, part: float) -> None:
-            nonlocal seen
-            if int(part * 10) > seen:
-                seen = int(part * 10)
-                print(f"{100 * part:3.0f}%  {what}", file=sys.stderr, flush=True)
-
-        yield show
-
-    from swaa_jax import runtime
-
-    if not runtime.is_main_process():
-        return contextlib.nullcontext(lambda what, part: None)
-    return bar() if sys.stderr.isatty() else lines()

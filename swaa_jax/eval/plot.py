@@ -10,6 +10,7 @@ from etils import epath
 from swaa_jax._policy_fields import format_layers
 from swaa_jax.eval.report import Row, summarize
 from swaa_jax.eval.sweep import Sweep
+from swaa_jax.policy import AttentionPolicy
 from swaa_jax.typing import PathLike
 
 # After Okabe and Ito, whose colours people with any colour vision tell apart; dark enough for the
@@ -54,7 +55,7 @@ def plot(sweep: Sweep, path: PathLike, *, title: str = "") -> None:
 
 
 def _draw(figure: Any, axes: Any, rows: Sequence[Row], *, title: str) -> None:
-    colors = _layer_colors(rows)
+    colors = layer_colors([row.policy for row in rows])
     costs = (
         (
             "query-key pairs in the prefill, % of full attention",
@@ -83,12 +84,34 @@ def _draw(figure: Any, axes: Any, rows: Sequence[Row], *, title: str) -> None:
             (cost, 100 * row.modes[line].values_found)
             for row, cost in zip(rows, costs[column][1], strict=True)
         ]
-        _panel(axes[line, column], rows, points, colors)
+        draw_policies(
+            axes[line, column],
+            points,
+            [row.policy for row in rows],
+            labels=[row.label for row in rows],
+            colors=colors,
+        )
 
 
-def _panel(
-    axis: Any, rows: Sequence[Row], points: Sequence[_Point], colors: dict[str, str]
+def draw_policies(
+    axis: Any,
+    points: Sequence[_Point],
+    policies: Sequence[AttentionPolicy],
+    *,
+    labels: Sequence[str],
+    colors: dict[str, str],
 ) -> None:
+    """A dot where each policy stands, exactly, and beside it a badge with its label.
+
+    A badge's colour says which layers keep full attention, a square is FA decode, a ring sinks.
+
+    Args:
+        axis: of matplotlib, its layout fixed (`figure.canvas.draw()`), since badges are placed by
+            what it measures.
+        points: in data coordinates.
+        policies, labels: of each point.
+        colors: from `layer_colors`.
+    """
     to_points = 72 / axis.figure.dpi  # all that follows is in points, 1/72 inch
     dots = [tuple(to_points * axis.transData.transform(point)) for point in points]
     box = axis.get_window_extent()
@@ -103,11 +126,11 @@ def _panel(
             place = axis.transData.inverted().transform([at[0] / to_points, at[1] / to_points])
             near = (points[index], place)
             axis.plot(*zip(*near, strict=True), color="#B5B5B5", linewidth=0.7, zorder=1)
-            for artist in _badge(rows[index], colors):
+            for artist in _badge(policies[index], colors):
                 artist.set_data(*([value] for value in place))
                 axis.add_line(artist)
             axis.annotate(
-                rows[index].label,
+                labels[index],
                 place,
                 ha="center",
                 va="center_baseline",
@@ -186,11 +209,11 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     return across * up if across > 0 and up > 0 else 0.0
 
 
-def _badge(row: Row, colors: dict[str, str]) -> list[Any]:
+def _badge(policy: AttentionPolicy, colors: dict[str, str]) -> list[Any]:
     return _marker(
-        colors[_layers(row)],
-        square=row.policy.decode != "window",
-        ring=bool(row.policy.num_sink_tokens),
+        colors[_layers(policy)],
+        square=policy.decode != "window",
+        ring=bool(policy.num_sink_tokens),
     )
 
 
@@ -211,17 +234,24 @@ def _trained(row: Row) -> str:
     return ", adapters" if row.adapter else ""
 
 
-def _layers(row: Row) -> str:
-    layers = row.policy.full_attention_layers
-    return "all" if row.policy.is_full else format_layers(layers) if layers else "none"
+def _layers(policy: AttentionPolicy) -> str:
+    layers = policy.full_attention_layers
+    return "all" if policy.is_full else format_layers(layers) if layers else "none"
 
 
-def _layer_colors(rows: Sequence[Row]) -> dict[str, str]:
-    names = list(dict.fromkeys(_layers(row) for row in rows))
+def layer_colors(policies: Sequence[AttentionPolicy]) -> dict[str, str]:
+    """A colour for each choice of full layers among the policies."""
+    names = list(dict.fromkeys(_layers(policy) for policy in policies))
     return dict(zip(names, itertools.cycle(_COLORS), strict=False))
 
 
 def _legend(figure: Any, rows: Sequence[Row], colors: dict[str, str]) -> None:
+    labels = [f"{row.label}  {row.policy}{_trained(row)}" for row in rows]
+    draw_legend(figure, labels, colors, heading="Row of the table")
+
+
+def draw_legend(figure: Any, lines: Sequence[str], colors: dict[str, str], *, heading: str) -> None:
+    """To the right of the figure: what badges mean, then lines of text under a heading."""
     from matplotlib.lines import Line2D
 
     gray, nothing = "#808080", Line2D([], [], linestyle="")
@@ -234,14 +264,14 @@ def _legend(figure: Any, rows: Sequence[Row], colors: dict[str, str]) -> None:
         (nothing, "Sink tokens"),
         (tuple(_marker(gray)), "no"),
         (tuple(_marker(gray, ring=True)), "yes"),
-        (nothing, "Row of the table"),
-        *((nothing, f"{row.label}  {row.policy}{_trained(row)}") for row in rows),
+        (nothing, heading),
+        *((nothing, line) for line in lines),
     ]
     handles, labels = zip(*entries, strict=True)
     legend = figure.legend(
         handles, labels, loc="outside right upper", frameon=False, fontsize=9, labelspacing=0.75
     )
-    headings = {"Full attention in layers", "Answer tokens see", "Sink tokens", "Row of the table"}
+    headings = {"Full attention in layers", "Answer tokens see", "Sink tokens", heading}
     for text in legend.get_texts():
         if text.get_text() in headings:
             text.set_fontweight("bold")

@@ -1,0 +1,258 @@
+"""`swaa eval`: models under attention policies, asked tasks: scores, costs, a report."""
+
+import argparse
+import shlex
+import sys
+from typing import TYPE_CHECKING, Any
+
+from swaa_jax.cli import process_args
+
+if TYPE_CHECKING:
+    from swaa_jax.eval.evaluation import CellSummary, EvalConfig
+
+_POLICIES = ("full", "naive", "instruct-no-train")
+_EPILOG = """\
+examples:
+  swaa eval --model ./my-model --data mine.jsonl --policies full,naive,instruct-no-train
+      your checkpoint, your questions, three recipes of `swaa recipes`; a row of the data has
+      `prompt`, or `context` and `question`; and `answer`. Then open eval_output/report.html
+
+  swaa eval --model tiny-retriever --task ruler,variant=niah_multiquery,length=1024 \\
+      --policies full,window=64,window=64+sinks=4+decode=full --thinking both
+      RULER on the shipped model; policies by their fields
+
+  swaa eval mine.yaml
+      everything in one file:
+          models: [Qwen/Qwen3-4B-Thinking-2507, {path: ./tuned, name: tuned}]
+          policies:
+            - full
+            - trained-quality
+            - {name: mine, window: 4096, num_sink_tokens: 16, full_attention_layers: "1::4"}
+          tasks:
+            - task: longmemeval
+              files: longmemeval_s.json
+              judge: {url: http://localhost:8000/v1, model: grader}
+            - {task: longbench_v2, files: data.json, max_tokens: 120000}
+            - {task: ruler, variant: niah_multiquery, length: 131072, num_samples: 500}
+          thinking: true
+          max_thinking_tokens: 10000
+          output_dir: results
+
+  swaa eval mine.yaml temperature=1 attempts=4 batch_size=2
+      other values: any key; pass@k where there are several attempts
+
+  swaa eval settings.json --data mine.jsonl
+      the paper's reference code's list of {swaa_config, model_list}
+
+Everything that was done is kept: the same command goes on where it was stopped, and a changed one
+does only what is new. output_dir then holds report.html (open it in a browser), report.md,
+answers.jsonl and .parquet, results.json, run.json. SWAA_JUDGE_API_KEY is a judging model's key.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "eval",
+        help="score models under attention policies on your data or a benchmark, with a report",
+        description="Ask models under attention policies, judge the answers, and compare scores "
+        "and costs.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("config", nargs="?", metavar="CONFIG", help="a YAML file, or the reference's JSON")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="in place of the file's; VALUE is YAML")
+    ask = parser.add_argument_group("without a CONFIG, or in place of what it says")
+    ask.add_argument("--model", action="append", metavar="MODEL", help="a checkpoint; repeatable")
+    ask.add_argument(
+        "--policies",
+        metavar="LIST",
+        help="shipped names, files, or fields joined by + as in window=64+decode=full; default: "
+        + ",".join(_POLICIES),
+    )
+    ask.add_argument(
+        "--data", action="append", metavar="FILE", help=".jsonl or .parquet, asked as task qa"
+    )
+    ask.add_argument(
+        "--task", action="append", metavar="NAME,KEY=VALUE,...", help="a task; repeatable"
+    )
+    ask.add_argument(
+        "--judge",
+        metavar="NAME,KEY=VALUE,...",
+        help="exact, includes, regex, ruler or llm, with settings; default: the task's own",
+    )
+    ask.add_argument("--thinking", choices=["no", "yes", "both"], help="default: no")
+    ask.add_argument("--limit", type=int, metavar="N", help="the first N samples of --data")
+    ask.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer to --data")
+    ask.add_argument("--output", metavar="DIR", help="default: eval_output")
+    add("--quiet", action="store_true", help="no progress bar and no table")
+    add("--verbose", action="store_true", help="log what is chosen and why")
+    process_args.add_process_arguments(parser, mesh=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    import contextlib
+
+    from swaa_jax import runtime
+    from swaa_jax.cli.progress import progress_bar
+    from swaa_jax.eval.evaluation import evaluate, summarize, write_evaluation
+
+    config = _config(args)
+    process_args.start(args)
+    bar = contextlib.nullcontext(None) if args.quiet else progress_bar()
+    with bar as progress:
+        done = evaluate(config, mesh=process_args.mesh_from_args(args), progress=progress)
+    if not runtime.is_main_process():
+        return 0
+    summaries = summarize(done)
+    paths = write_evaluation(done, summaries, command=shlex.join(["swaa", *sys.argv[1:]]))
+    if args.quiet:
+        return 0
+    _print_table(summaries)
+    print(
+        f"{done.answered} answers made in this run, {sum(len(c.rows) for c in done.cells)} in all; "
+        f"{done.seconds:,.0f} s."
+    )
+    print("Open the report in a browser; answers and numbers lie beside it:")
+    for name in ("report.html", "report.md", "answers.jsonl", "results.json"):
+        print(f"  {paths[name]}")
+    return 0
+
+
+def _config(args: argparse.Namespace) -> "EvalConfig":
+    """From a file, from flags, or from both.
+
+    Raises:
+        ValueError: neither, or something malformed.
+        FileNotFoundError: there is no such file.
+    """
+    from etils import epath
+
+    from swaa_jax.eval.evaluation import EvalConfig
+    from swaa_jax.eval.evaluation.config import read_document
+    from swaa_jax.train.run_config import with_overrides
+
+    overrides = list(args.overrides)
+    path = args.config
+    if path is not None and "=" in path and not epath.Path(path).exists():
+        path, overrides = None, [path, *overrides]
+    if path is None and not args.model:
+        raise ValueError(
+            "CONFIG: expected a file, or --model with --data or --task, got neither; see "
+            "swaa eval --help for examples"
+        )
+    try:
+        fields = {} if path is None else read_document(epath.Path(path).read_text())
+        if args.model:
+            fields.pop("settings", None)
+            fields["models"] = args.model
+            fields.setdefault("policies", list(_POLICIES))
+        if args.policies is not None:
+            fields["policies"] = [_policy(text) for text in _split(args.policies)]
+        tasks = _tasks(args)
+        if tasks:
+            fields["tasks"] = tasks
+        if args.judge is not None:
+            judge = _named(args.judge, "name")
+            fields["tasks"] = [
+                {**({"task": one} if isinstance(one, str) else one), "judge": judge}
+                for one in fields.get("tasks") or []
+            ]
+        if args.thinking is not None:
+            fields["thinking"] = {"no": [False], "yes": [True], "both": [True, False]}[
+                args.thinking
+            ]
+        if args.output is not None:
+            fields["output_dir"] = args.output
+        fields.setdefault("output_dir", "eval_output")
+        return EvalConfig.from_dict(with_overrides(fields, overrides))
+    except ValueError as error:
+        if path is None:
+            raise
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _tasks(args: argparse.Namespace) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for file in args.data or []:
+        task: dict[str, Any] = {"task": "qa", "files": file}
+        if args.limit is not None:
+            task["limit"] = args.limit
+        if args.max_new_tokens is not None:
+            task["max_new_tokens"] = args.max_new_tokens
+        found.append(task)
+    return found + [_named(text, "task") for text in args.task or []]
+
+
+def _split(text: str) -> list[str]:
+    """Policies, separated by commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _policy(text: str) -> Any:
+    """A name or file as it is; fields, joined by +, as a policy."""
+    import os
+
+    from swaa_jax.cli.policy_args import parse_policy
+
+    if "=" not in text or os.path.exists(text):
+        return text
+    return parse_policy(text.replace("+", ","))
+
+
+def _named(text: str, key: str) -> dict[str, Any]:
+    """`NAME,KEY=VALUE,...` as a mapping; values are YAML.
+
+    >>> _named("regex,which=last", "name")
+    {'name': 'regex', 'which': 'last'}
+    """
+    from swaa_jax._policy_fields import parse_yaml
+
+    name, *settings = text.split(",")
+    found: dict[str, Any] = {key: name.strip()}
+    last = None
+    for setting in settings:
+        setting_key, equals, value = setting.partition("=")
+        if equals:
+            last = setting_key.strip()
+            found[last] = value
+        elif last is None:
+            raise ValueError(f"{key}: expected NAME,KEY=VALUE,..., got {text!r}")
+        else:  # a comma within a value
+            found[last] += f",{setting}"
+    return {k: v if k == key else parse_yaml(v) for k, v in found.items()}
+
+
+def _print_table(summaries: "list[CellSummary]") -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from swaa_jax.eval.evaluation.report import table_columns, table_rows
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    shown = [
+        name
+        for name in table_columns()
+        if name
+        in ("#", "policy", "score", "right", "difference", "p", "tokens", "prefill pairs", "KV MiB")
+    ]
+    columns = table_columns()
+    groups: dict[tuple[str, ...], list[list[str]]] = {}
+    for cells in table_rows(summaries):
+        row = dict(zip(columns, cells, strict=True))
+        groups.setdefault((row["model"], row["task"], row["mode"]), []).append(
+            [row[name] for name in shown]
+        )
+    for (model, task, mode), rows in groups.items():
+        table = Table(title=f"{model}: {task}, {mode}", box=box.SIMPLE_HEAD, title_justify="left")
+        for name in shown:
+            table.add_column(name, justify="left" if name == "policy" else "right")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)

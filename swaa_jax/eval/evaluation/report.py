@@ -1,0 +1,339 @@
+"""An evaluation for people: one HTML file that needs nothing else, and the same in Markdown."""
+
+import dataclasses
+import json
+import random
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from swaa_jax.eval.evaluation.charts import length_chart, pareto_chart, pareto_front
+from swaa_jax.eval.evaluation.run import Evaluation
+from swaa_jax.eval.evaluation.summary import CellSummary, Part
+
+__all__ = ["html_report", "markdown_report", "table_columns", "table_rows"]
+
+_EXAMPLES = 4
+"""Questions a group of which all answers are shown."""
+_SHOWN = 2_000
+"""Characters of an answer that are shown."""
+
+LEGEND = (
+    "Scores in %, with 95% intervals: bootstrap over samples (Wilson's where all are right, or "
+    "none). difference: to the baseline, in points; p: of a paired permutation test. prefill "
+    "pairs: query-key pairs of the prompts, of full attention's. Policies that differ only in FA "
+    "decode share one measured prefill. KV: keys and values of one sample as allocated."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Column:
+    name: str
+    help: str
+    left: bool = False
+
+
+_COLUMNS = (
+    _Column("#", "row"),
+    _Column("model", "the checkpoint", left=True),
+    _Column("task", "what is asked", left=True),
+    _Column("mode", "whether the model thinks first", left=True),
+    _Column("policy", "which keys are visible", left=True),
+    _Column("n", "samples"),
+    _Column("score", "mean of the judge's scores, %"),
+    _Column("right", "answers that count as right, %"),
+    _Column("difference", "of the score to the baseline's, points"),
+    _Column("p", "paired permutation test against the baseline"),
+    _Column("unfinished", "answers whose thinking never ended, %"),
+    _Column("cut off", "answers that ended at their longest length, %"),
+    _Column("tokens", "mean length of an answer, thinking included"),
+    _Column("prefill pairs", "query-key pairs, % of full attention's"),
+    _Column("prefill GFLOP", "operations to read one prompt"),
+    _Column("prefill tok/s", "prompt tokens a second, measured"),
+    _Column("decode tok/s", "new tokens a second, all rows of a batch, measured"),
+    _Column("ms per token", "one decode step, measured"),
+    _Column("KV MiB", "keys and values of one sample"),
+)
+
+
+def table_columns() -> list[str]:
+    """The headings of the table."""
+    return [column.name for column in _COLUMNS]
+
+
+def table_rows(summaries: Sequence[CellSummary]) -> list[list[str]]:
+    """The table as text, a row a cell."""
+    return [[cell["text"] for cell in _cells(summary)] for summary in summaries]
+
+
+def html_report(
+    evaluation: Evaluation,
+    summaries: Sequence[CellSummary],
+    *,
+    title: str,
+    command: str,
+    provenance: Mapping[str, Any],
+) -> str:
+    """The whole report as one HTML file, without links to anything.
+
+    Args:
+        evaluation: the answers.
+        summaries: from `summarize`.
+        title: of the page.
+        command: what ran it.
+        provenance: shown, and embedded as JSON under the id "provenance".
+    """
+    import jinja2
+
+    template = resources.files("swaa_jax.eval.evaluation").joinpath("report.html.jinja").read_text()
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    document = json.dumps(provenance, indent=2, ensure_ascii=False)
+    return environment.from_string(template).render(
+        title=title,
+        setting=_setting(evaluation),
+        command=command,
+        findings=[_finding(group) for group in _groups(summaries)],
+        legend=LEGEND,
+        columns=_COLUMNS,
+        rows=[{"cells": _cells(s), "is_baseline": s.difference is None} for s in summaries],
+        groups=[_group_view(group, evaluation.config.seed) for group in _groups(summaries)],
+        provenance_text=document,
+        # A text within may hold "</script>".
+        provenance_json=document.replace("<", "\\u003c"),
+    )
+
+
+def markdown_report(
+    evaluation: Evaluation, summaries: Sequence[CellSummary], *, title: str, command: str
+) -> str:
+    """The table and the breakdowns, for a document."""
+    lines = [f"# {title}", "", f"`{command}`", "", _setting(evaluation), ""]
+    lines += [line for group in _groups(summaries) for line in (_finding(group), "")]
+    lines += _markdown_table(
+        table_columns(), table_rows(summaries), left=[column.left for column in _COLUMNS]
+    )
+    lines += ["", LEGEND, ""]
+    for group in _groups(summaries):
+        for heading, parts in (("kind", "by_kind"), ("prompt tokens", "by_length")):
+            names = _part_names(group, parts)
+            if len(names) < 2:
+                continue
+            rows = [
+                [f"{s.number} {s.cell.policy_name}"]
+                + [_part_text(getattr(s, parts).get(name)) for name in names]
+                for s in group
+            ]
+            heads = ["policy", *(name.strip() or "(none)" for name in names)]
+            lines += [f"## {_title(group)}: score by {heading}", ""]
+            lines += [*_markdown_table(heads, rows, left=[True] + [False] * len(names)), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _markdown_table(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[bool]
+) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    rule = "|" + "|".join(":--" if one else "--:" for one in left) + "|"
+    return [line(heads), rule, *(line(row) for row in rows)]
+
+
+def _groups(summaries: Sequence[CellSummary]) -> list[list[CellSummary]]:
+    """The cells that differ in their policy alone."""
+    groups: dict[tuple[str, str, bool], list[CellSummary]] = {}
+    for summary in summaries:
+        cell = summary.cell
+        groups.setdefault((cell.model, cell.task, cell.thinking), []).append(summary)
+    return list(groups.values())
+
+
+def _title(group: Sequence[CellSummary]) -> str:
+    cell = group[0].cell
+    return f"{cell.model}: {cell.task}, {_mode(cell.thinking)}"
+
+
+def _mode(thinking: bool) -> str:
+    return "thinking" if thinking else "non-thinking"
+
+
+def _setting(evaluation: Evaluation) -> str:
+    config, versions = evaluation.config, evaluation.versions
+    drawn = (
+        "greedy"
+        if not config.temperature
+        else f"temperature {config.temperature:g}, {config.attempts} attempts a sample"
+    )
+    return (
+        f"{evaluation.device['description']}, {evaluation.dtype}, {drawn}; swaa_jax "
+        f"{versions['swaa_jax']}, JAX {versions['jax']}."
+    )
+
+
+def _finding(group: Sequence[CellSummary]) -> str:
+    """What the numbers say of a group, in two sentences made from them."""
+    base = next((s for s in group if s.difference is None), group[0])
+    text = f"{_title(group)}: {base.cell.policy_name} scores {_score(base)}"
+    others = [s for s in group if s is not base]
+    if not others:
+        return f"{text}."
+    best = max(others, key=lambda s: s.score.mean)
+    text += f", the best of the others, {best.cell.policy_name} (row {best.number}), {_score(best)}"
+    if best.p_value is not None:
+        text += f" (p = {_p(best.p_value)})"
+    points = [(s.cell.cost.prefill_share, s.score.mean) for s in group]
+    front = [group[index] for index in pareto_front(points)]
+    listed = ", ".join(f"{s.cell.policy_name} (row {s.number})" for s in front)
+    return f"{text}. No other policy has both more score and less prefill work than: {listed}."
+
+
+def _score(summary: CellSummary) -> str:
+    score = summary.score
+    return f"{100 * score.mean:.1f}% [{100 * score.low:.1f}, {100 * score.high:.1f}]"
+
+
+def _p(value: float) -> str:
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _cells(summary: CellSummary) -> list[dict[str, Any]]:
+    """A row of the table: text, and the value that sorting goes by."""
+    cell, cost, score = summary.cell, summary.cell.cost, summary.score
+
+    def number(value: float | None, form: str) -> dict[str, Any]:
+        return {
+            "text": "" if value is None else format(value, form),
+            "value": "" if value is None else repr(float(value)),
+        }
+
+    def text(value: str) -> dict[str, Any]:
+        return {"text": value, "value": value, "left": True}
+
+    bar = {
+        "low": f"{100 * score.low:.1f}",
+        "width": f"{100 * (score.high - score.low):.1f}",
+        "mean": f"{100 * score.mean:.1f}",
+    }
+    cache = cost.cache_bytes_per_sample
+    return [
+        number(summary.number, "d"),
+        text(cell.model),
+        text(cell.task),
+        text(_mode(cell.thinking)),
+        text(cell.policy_name),
+        {
+            "text": f"{summary.num_samples}" + (f" (+{cell.skipped})" if cell.skipped else ""),
+            "value": summary.num_samples,
+        },
+        {"text": _score(summary), "value": score.mean, "bar": bar},
+        number(100 * summary.accepted.mean, ".1f"),
+        number(None if summary.difference is None else 100 * summary.difference, "+.1f"),
+        {
+            "text": "" if summary.p_value is None else _p(summary.p_value),
+            "value": "" if summary.p_value is None else summary.p_value,
+        },
+        number(100 * summary.unfinished, ".1f"),
+        number(100 * summary.cut_off, ".1f"),
+        number(summary.mean_tokens, ".1f"),
+        number(100 * cost.prefill_share, ".1f"),
+        number(cost.prefill_flops / 1e9, ",.2f"),
+        number(cost.prefill_tokens_per_second, ",.0f"),
+        number(cost.decode_tokens_per_second, ",.0f"),
+        number(cost.ms_per_token, ".2f"),
+        number(None if cache is None else cache / 2**20, ",.2f"),
+    ]
+
+
+def _group_view(group: Sequence[CellSummary], seed: int) -> dict[str, Any]:
+    matrices = []
+    for title, parts in (("Score by kind", "by_kind"), ("Score by prompt tokens", "by_length")):
+        names = _part_names(group, parts)
+        if len(names) > 1:
+            matrices.append(
+                {
+                    "title": title,
+                    "names": [name.strip() or "(none)" for name in names],
+                    "lines": [
+                        {
+                            "name": f"{s.number} {s.cell.policy_name}",
+                            "cells": [_part_view(getattr(s, parts).get(name)) for name in names],
+                        }
+                        for s in group
+                    ],
+                }
+            )
+    several = len(_part_names(group, "by_length")) > 1
+    return {
+        "title": _title(group),
+        "pareto": pareto_chart(group, title="Score against cost"),
+        "matrices": matrices,
+        "lengths": length_chart(group, title="Score by prompt length") if several else "",
+        "examples": _examples(group, seed),
+    }
+
+
+def _part_names(group: Sequence[CellSummary], parts: str) -> list[str]:
+    return sorted({name for summary in group for name in getattr(summary, parts)})
+
+
+def _part_text(part: Part | None) -> str:
+    return "" if part is None else f"{100 * part.score.mean:.1f} (n={part.num_samples})"
+
+
+def _part_view(part: Part | None) -> dict[str, str]:
+    if part is None:
+        return {"text": "", "color": "#ffffff", "help": "no sample"}
+    mean = part.score.mean
+    # From warm (0) over white (0.5) to cool (1), light enough for black text.
+    low, high = ((222, 146, 110), (255, 255, 255)), ((255, 255, 255), (120, 178, 222))
+    (start, end), at = (low, 2 * mean) if mean < 0.5 else (high, 2 * mean - 1)
+    rgb = [round(a + (b - a) * at) for a, b in zip(start, end, strict=True)]
+    return {
+        "text": f"{100 * mean:.1f}",
+        "color": "#" + "".join(f"{value:02x}" for value in rgb),
+        "help": f"{part.num_samples} samples, {100 * part.score.low:.1f} to "
+        f"{100 * part.score.high:.1f}",
+    }
+
+
+def _examples(group: Sequence[CellSummary], seed: int) -> list[dict[str, Any]]:
+    """A few questions with every policy's first answer; those on which they differ come first."""
+    first = [
+        {row["sample"]: row for row in summary.cell.rows if row["attempt"] == 0}
+        for summary in group
+    ]
+    samples = list(first[0])
+    random.Random(seed).shuffle(samples)
+    samples.sort(key=lambda sample: len({rows[sample]["accepted"] for rows in first}) < 2)
+    found = []
+    for sample in samples[:_EXAMPLES]:
+        row = first[0][sample]
+        found.append(
+            {
+                "sample": sample,
+                "kind": row["kind"],
+                "prompt_tokens": f"{row['prompt_tokens']:,}",
+                "question": _clipped(row["question"], 300),
+                "references": "; ".join(row["references"]),
+                "answers": [
+                    {
+                        "policy": f"{summary.number} {summary.cell.policy_name}",
+                        "accepted": rows[sample]["accepted"],
+                        "score": f"{rows[sample]['score']:.2f}",
+                        "num_tokens": rows[sample]["num_tokens"],
+                        "cut": rows[sample]["finish_reason"] == "length",
+                        "finished": rows[sample]["finished"],
+                        "reason": _clipped(rows[sample]["reason"], 120),
+                        "text": _clipped(rows[sample]["response"], _SHOWN) or "(nothing)",
+                    }
+                    for summary, rows in zip(group, first, strict=True)
+                ],
+            }
+        )
+    return found
+
+
+def _clipped(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[:limit]} ..."

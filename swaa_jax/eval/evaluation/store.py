@@ -1,0 +1,96 @@
+"""Where an evaluation keeps what it has done, so that nothing is done twice.
+
+A cell is one model under one policy, asked one task in one mode. Its directory is named after
+everything that its answers depend on, so a changed config finds what is still good::
+
+    out/work/3f1c.../cell.json              what the cell is
+    out/work/3f1c.../answers-00000.json     the answers of its first batch, and their timings
+    out/work/3f1c.../verdicts-9a0b-00000.json   what the judge of that name made of them
+
+A file is there in full or not at all: a run that was killed loses the batch that it was at.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from swaa_jax import runtime, storage
+from swaa_jax.infer import Timings
+from swaa_jax.typing import PathLike
+
+__all__ = ["AnswerBatch", "CellStore", "fingerprint"]
+
+_TIMING_FIELDS = tuple(field.name for field in dataclasses.fields(Timings))
+
+
+def fingerprint(content: Any) -> str:
+    """Sixteen hexadecimal digits that differ when the content (JSON's types) does.
+
+    >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    True
+    """
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnswerBatch:
+    """The answers of one batch, one a row, as JSON's types, and what they cost."""
+
+    rows: Sequence[Mapping[str, Any]]
+    timings: Timings
+
+
+class CellStore:
+    """The files of one cell.
+
+    Args:
+        output_dir: of the evaluation.
+        identity: everything that the answers depend on, as JSON's types.
+    """
+
+    def __init__(self, output_dir: PathLike, identity: Mapping[str, Any]):
+        self._directory = epath.Path(output_dir) / "work" / fingerprint(identity)
+        self._identity = dict(identity)
+
+    def has_answers(self, batch: int) -> bool:
+        """Whether the batch has been answered."""
+        return self._answers(batch).exists()
+
+    def write_answers(self, batch: int, answers: AnswerBatch) -> None:
+        """Keep a batch's answers; process 0 writes."""
+        if not runtime.is_main_process():
+            return
+        self._directory.mkdir(parents=True, exist_ok=True)
+        note = self._directory / "cell.json"
+        if not note.exists():
+            storage.write_json_atomic(note, self._identity)
+        fields = {name: getattr(answers.timings, name) for name in _TIMING_FIELDS}
+        document = {"answers": [dict(row) for row in answers.rows], "timings": fields}
+        storage.write_json_atomic(self._answers(batch), document)
+
+    def read_answers(self, batch: int) -> AnswerBatch:
+        """What `write_answers` kept."""
+        document = json.loads(self._answers(batch).read_text())
+        return AnswerBatch(rows=document["answers"], timings=Timings(**document["timings"]))
+
+    def read_verdicts(self, judge: str, batch: int) -> list[dict[str, Any]] | None:
+        """The verdicts of a judge, by its fingerprint; None where it has not judged the batch."""
+        path = self._verdicts(judge, batch)
+        return json.loads(path.read_text())["verdicts"] if path.exists() else None
+
+    def write_verdicts(self, judge: str, batch: int, verdicts: Sequence[Mapping[str, Any]]) -> None:
+        """Keep a batch's verdicts; process 0 writes."""
+        if runtime.is_main_process():
+            document = {"verdicts": [dict(verdict) for verdict in verdicts]}
+            storage.write_json_atomic(self._verdicts(judge, batch), document)
+
+    def _answers(self, batch: int) -> epath.Path:
+        return self._directory / f"answers-{batch:05d}.json"
+
+    def _verdicts(self, judge: str, batch: int) -> epath.Path:
+        return self._directory / f"verdicts-{judge}-{batch:05d}.json"
