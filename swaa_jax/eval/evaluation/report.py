@@ -63,7 +63,7 @@ def table_columns() -> list[str]:
 
 def table_rows(summaries: Sequence[CellSummary]) -> list[list[str]]:
     """The table as text, a row a cell."""
-    return [[cell["text"] for cell in _cells(summary)] for summary in summaries]
+    return [[cell.text for cell in _cells(summary)] for summary in summaries]
 
 
 def html_report(
@@ -198,51 +198,57 @@ def _p(value: float) -> str:
     return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _cells(summary: CellSummary) -> list[dict[str, Any]]:
-    """A row of the table: text, and the value that sorting goes by."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Cell:
+    """Of the table: what it says, what sorting goes by, and perhaps a bar of low, width, mean."""
+
+    text: str
+    value: Any
+    left: bool = False
+    bar: Mapping[str, str] | None = None
+
+
+def _number(value: float | int | None, form: str) -> _Cell:
+    return (
+        _Cell(text="", value="") if value is None else _Cell(text=format(value, form), value=value)
+    )
+
+
+def _text(value: str) -> _Cell:
+    return _Cell(text=value, value=value, left=True)
+
+
+def _cells(summary: CellSummary) -> list[_Cell]:
+    """A row of the table, in the order of `_COLUMNS`."""
     cell, cost, score = summary.cell, summary.cell.cost, summary.score
-
-    def number(value: float | None, form: str) -> dict[str, Any]:
-        return {
-            "text": "" if value is None else format(value, form),
-            "value": "" if value is None else repr(float(value)),
-        }
-
-    def text(value: str) -> dict[str, Any]:
-        return {"text": value, "value": value, "left": True}
-
+    skipped = f" (+{cell.skipped})" if cell.skipped else ""
     bar = {
         "low": f"{100 * score.low:.1f}",
         "width": f"{100 * (score.high - score.low):.1f}",
         "mean": f"{100 * score.mean:.1f}",
     }
     cache = cost.cache_bytes_per_sample
+    p_value = summary.p_value
     return [
-        number(summary.number, "d"),
-        text(cell.model),
-        text(cell.task),
-        text(_mode(cell.thinking)),
-        text(cell.policy_name),
-        {
-            "text": f"{summary.num_samples}" + (f" (+{cell.skipped})" if cell.skipped else ""),
-            "value": summary.num_samples,
-        },
-        {"text": _score(summary), "value": score.mean, "bar": bar},
-        number(100 * summary.accepted.mean, ".1f"),
-        number(None if summary.difference is None else 100 * summary.difference, "+.1f"),
-        {
-            "text": "" if summary.p_value is None else _p(summary.p_value),
-            "value": "" if summary.p_value is None else summary.p_value,
-        },
-        number(100 * summary.unfinished, ".1f"),
-        number(100 * summary.cut_off, ".1f"),
-        number(summary.mean_tokens, ".1f"),
-        number(100 * cost.prefill_share, ".1f"),
-        number(cost.prefill_flops / 1e9, ",.2f"),
-        number(cost.prefill_tokens_per_second, ",.0f"),
-        number(cost.decode_tokens_per_second, ",.0f"),
-        number(cost.ms_per_token, ".2f"),
-        number(None if cache is None else cache / 2**20, ",.2f"),
+        _number(summary.number, "d"),
+        _text(cell.model),
+        _text(cell.task),
+        _text(_mode(cell.thinking)),
+        _text(cell.policy_name),
+        _Cell(text=f"{summary.num_samples}{skipped}", value=summary.num_samples),
+        _Cell(text=_score(summary), value=score.mean, bar=bar),
+        _number(100 * summary.accepted.mean, ".1f"),
+        _number(None if summary.difference is None else 100 * summary.difference, "+.1f"),
+        _number(None, "") if p_value is None else _Cell(text=_p(p_value), value=p_value),
+        _number(100 * summary.unfinished, ".1f"),
+        _number(100 * summary.cut_off, ".1f"),
+        _number(summary.mean_tokens, ".1f"),
+        _number(100 * cost.prefill_share, ".1f"),
+        _number(cost.prefill_flops / 1e9, ",.2f"),
+        _number(cost.prefill_tokens_per_second, ",.0f"),
+        _number(cost.decode_tokens_per_second, ",.0f"),
+        _number(cost.ms_per_token, ".2f"),
+        _number(None if cache is None else cache / 2**20, ",.2f"),
     ]
 
 

@@ -120,10 +120,10 @@ def length_bin(num_tokens: int) -> str:
     """The range between powers of two that a length is in; ranges sort as text.
 
     >>> length_bin(1), length_bin(1023), length_bin(24_000)
-    ('     1-1', '   512-1,023', '16,384-32,767')
+    ('        1-1', '      512-1,023', '   16,384-32,767')
     """
     low = 1 << (num_tokens.bit_length() - 1)
-    return f"{low:>6,}-{2 * low - 1:,}"
+    return f"{low:>9,}-{2 * low - 1:,}"
 
 
 Samples = Sequence[Sequence[Mapping[str, Any]]]
@@ -141,7 +141,7 @@ def _means(samples: Samples, field: str) -> list[float]:
     return [_mean([row[field] for row in attempts]) for attempts in samples]
 
 
-def _mean(values: Sequence[float]) -> float:
+def _mean(values: Sequence[Any]) -> float:
     return sum(float(value) for value in values) / len(values)
 
 

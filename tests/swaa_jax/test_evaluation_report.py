@@ -1,0 +1,153 @@
+"""What an evaluation's numbers and reports say, from answers made by hand."""
+
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from swaa_jax.eval.evaluation import summarize, write_evaluation
+from swaa_jax.eval.evaluation.summary import length_bin
+from swaa_jax.policy import AttentionPolicy
+from tests.support.evaluations import cell, evaluation, row
+
+FULL, WINDOW = AttentionPolicy(), AttentionPolicy(window=8)
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def two_policies(output_dir="out", **config):
+    """Eight samples, of two kinds and lengths: full attention gets 7 of them, the window 2."""
+    kinds = ["near", "far"] * 4
+    lengths = [100] * 4 + [5000] * 4
+    full = [row(f"s{i}", i != 3, kind=kinds[i], prompt_tokens=lengths[i]) for i in range(8)]
+    window = [
+        row(f"s{i}", i < 2, kind=kinds[i], prompt_tokens=lengths[i], num_tokens=9) for i in range(8)
+    ]
+    window[7] |= {"finished": False, "finish_reason": "length", "response": "<b>&</script>"}
+    return evaluation(
+        [cell("full", FULL, full), cell("window 8", WINDOW, window)], output_dir, **config
+    )
+
+
+def test_scores_are_those_of_the_answers():
+    full, window = summarize(two_policies())
+    assert (full.score.mean, window.score.mean) == (7 / 8, 2 / 8)
+    assert (full.num_samples, full.unfinished, full.mean_tokens) == (8, 0.0, 3.0)
+    assert (window.unfinished, window.cut_off, window.mean_tokens) == (1 / 8, 1 / 8, 9.0)
+    assert {k: (p.num_samples, p.score.mean) for k, p in full.by_kind.items()} == {
+        "far": (4, 3 / 4),
+        "near": (4, 1.0),
+    }
+    assert {k.strip(): (p.num_samples, p.score.mean) for k, p in window.by_length.items()} == {
+        "64-127": (4, 2 / 4),
+        "4,096-8,191": (4, 0.0),
+    }
+    assert full.difference is None
+    assert window.difference == pytest.approx(-5 / 8)
+    # Five of five discordant pairs the same way: 2 * 0.5^5.
+    assert window.p_value == pytest.approx(2 * 0.5**5)
+
+
+def test_the_baseline_is_full_attention_unless_another_is_named():
+    done = two_policies(baseline="window 8")
+    full, window = summarize(done)
+    assert window.difference is None
+    assert full.difference == pytest.approx(5 / 8)
+    with pytest.raises(ValueError, match="expected one of full, window 8, got 'nothing'"):
+        summarize(two_policies(baseline="nothing"))
+
+
+def test_attempts_count_as_their_mean_and_give_pass_at_k():
+    rows = [
+        row(f"s{i}", attempt < i, attempt=attempt) for i in range(3) for attempt in range(3)
+    ]  # 0, 1 and 2 right of 3
+    (found,) = summarize(evaluation([cell("full", FULL, rows)], attempts=3, temperature=1.0))
+    assert found.num_samples == 3
+    assert found.score.mean == pytest.approx(1 / 3)
+    # pass@1: the mean of 0, 1/3, 2/3; pass@2: of 0, 1 - 1/3, 1; pass@3: of 0, 1, 1.
+    assert dict(found.pass_at) == pytest.approx({1: 1 / 3, 2: 5 / 9, 3: 2 / 3})
+
+
+def test_length_bins_are_between_powers_of_two_and_in_order():
+    assert length_bin(64).strip() == "64-127"
+    assert length_bin(127) == length_bin(64)
+    bins = [length_bin(1 << n) for n in range(18)]
+    assert bins == sorted(bins)
+
+
+def test_the_files_hold_every_answer_and_no_secret(tmp_path):
+    done = two_policies(tmp_path / "out")
+    summaries = summarize(done)
+    paths = write_evaluation(done, summaries, command="swaa eval x.yaml")
+    rows = [json.loads(line) for line in paths["answers.jsonl"].read_text().splitlines()]
+    assert rows == [dict(one) for found in done.cells for one in found.rows]
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(paths["answers.parquet"]).to_pylist()
+    assert [(r["policy"], r["sample"], r["response"]) for r in table] == [
+        (r["policy"], r["sample"], r["response"]) for r in rows
+    ]
+    results = json.loads(paths["results.json"].read_text())
+    assert [one["score"]["mean"] for one in results["cells"]] == [7 / 8, 2 / 8]
+    run = json.loads(paths["run.json"].read_text())
+    assert run["command"] == "swaa eval x.yaml"
+    assert run["costs"][1]["cache_bytes_per_sample"] == 2**18
+    markdown = paths["report.md"].read_text()
+    assert "| 2 | toy | counting | non-thinking | window 8 | 8 | 25.0% [" in markdown
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_the_page_stands_alone(tmp_path):
+    done = two_policies(tmp_path / "out")
+    page = write_evaluation(done, summarize(done), command="swaa eval <x>")["report.html"]
+    text = page.read_text()
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!#)""", text), "the page links to something"
+    assert not re.search(r"@import|url\(\s*[\"']?http", text)
+    assert "&lt;b&gt;&amp;&lt;/script&gt;" in text, "an answer's text must be escaped"
+    embedded = re.search(r'id="provenance">(.*?)</script>', text, re.S)[1]
+    assert json.loads(embedded)["command"] == "swaa eval <x>"
+    assert text.count("<svg") == 2  # score against cost, score by length
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
+def test_the_page_opens_in_a_browser_without_errors_or_network(tmp_path):
+    done = two_policies(tmp_path / "out")
+    page = write_evaluation(done, summarize(done), command="swaa eval x")["report.html"]
+    # A copy that sorts by score as soon as it is loaded: a click on the heading.
+    clicking = pathlib.Path(tmp_path / "clicking.html")
+    script = "document.querySelectorAll('#scores th button')[6].click();"
+    clicking.write_text(
+        page.read_text().replace('dataset.ready = "yes";', f'dataset.ready = "yes"; {script}')
+    )
+    options = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--enable-logging=stderr",
+        "--window-size=1280,2600",
+        "--virtual-time-budget=2000",
+    ]
+    shown = subprocess.run(
+        [*options, f"--screenshot={tmp_path / 'report.png'}", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "CONSOLE" not in shown.stderr, shown.stderr
+    image = (tmp_path / "report.png").read_bytes()
+    assert image[:8] == b"\x89PNG\r\n\x1a\n" and len(image) > 40_000
+    dumped = subprocess.run(
+        [*options, "--dump-dom", clicking.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    assert "CONSOLE" not in dumped.stderr, dumped.stderr
+    dom = dumped.stdout
+    assert 'data-ready="yes"' in dom
+    assert 'aria-sort="descending"' in dom
+    table = dom[dom.index('id="scores"') : dom.index("</table>")]
+    assert table.index("87.5%") < table.index("25.0%")
