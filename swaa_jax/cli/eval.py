@@ -84,7 +84,7 @@ def add_parser(subparsers: Any) -> None:
         help="exact, includes, regex, ruler or llm, with settings; default: the task's own",
     )
     ask.add_argument("--thinking", choices=["no", "yes", "both"], help="default: no")
-    ask.add_argument("--limit", type=int, metavar="N", help="the first N samples of --data")
+    ask.add_argument("--limit", type=int, metavar="N", help="the first N samples of each task")
     ask.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer to --data")
     ask.add_argument("--output", metavar="DIR", help="default: eval_output")
     add("--quiet", action="store_true", help="no progress bar and no table")
@@ -165,6 +165,8 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
             fields["thinking"] = {"no": [False], "yes": [True], "both": [True, False]}[
                 args.thinking
             ]
+        if args.limit is not None:
+            fields["limit"] = args.limit
         if args.output is not None:
             fields["output_dir"] = args.output
         fields.setdefault("output_dir", "eval_output")
@@ -179,8 +181,6 @@ def _tasks(args: argparse.Namespace) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for file in args.data or []:
         task: dict[str, Any] = {"task": "qa", "files": file}
-        if args.limit is not None:
-            task["limit"] = args.limit
         if args.max_new_tokens is not None:
             task["max_new_tokens"] = args.max_new_tokens
         found.append(task)

@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `swaa` with these arguments (default: the process's) and give the exit code."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    if hasattr(args, "overrides") and not any(word.startswith("-") for word in rest):
+    if hasattr(args, "forwarded"):
+        args.forwarded = rest  # another program's arguments
+    elif hasattr(args, "overrides") and not any(word.startswith("-") for word in rest):
         args.overrides += rest  # argparse takes no positional arguments after a flag
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -109,6 +109,8 @@ class EvalConfig:
         temperature, top_k, top_p: how tokens are drawn; 0 is greedy.
         seed: of the draws, the resampling, and the choice of shown examples.
         batch_size: prompts run at once, at most, of similar length.
+        skip_samples, limit: of each task's samples, the first so many are left out, and at most so
+            many are asked; None: all.
         too_long: "error", or "skip": what to do with prompts beyond the model's context. Skipped
             ones are counted in the results.
         baseline: the policy that others are tested against; None: full attention, else the first.
@@ -130,6 +132,8 @@ class EvalConfig:
     top_p: float | None = None
     seed: int = 0
     batch_size: int = 8
+    skip_samples: int = 0
+    limit: int | None = None
     too_long: str = "error"
     baseline: str | None = None
     dtype: str | None = None
@@ -139,6 +143,9 @@ class EvalConfig:
         put = field_setter(self)
         for name in ("attempts", "batch_size", "max_thinking_tokens"):
             put(name, integer(name, getattr(self, name), minimum=1))
+        put("skip_samples", integer("skip_samples", self.skip_samples, minimum=0))
+        if self.limit is not None:
+            put("limit", integer("limit", self.limit, minimum=1))
         if self.attempts > 1 and not self.temperature:
             raise ValueError(
                 f"attempts: expected 1 at temperature 0, where all answers are the same, got "
@@ -156,9 +163,8 @@ class EvalConfig:
             raise ValueError(
                 f"thinking: expected true, false or a list of both; got {describe(self.thinking)}."
             )
-        for what, found in (("settings", self.settings), ("tasks", self.tasks)):
-            if not found:
-                raise ValueError(f"{what}: expected at least one, got none.")
+        if not self.tasks:
+            raise ValueError("tasks: expected at least one, got none.")
         _check_distinct("tasks", [entry.name for entry in self.tasks])
 
     @classmethod

@@ -6,6 +6,7 @@ already is not done again; the results do not depend on how often the run was st
 """
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -86,12 +87,17 @@ class Evaluation:
 
 
 def evaluate(
-    config: EvalConfig, *, mesh: Any = None, progress: Progress | None = None
+    config: EvalConfig,
+    *,
+    load: Callable[[ModelEntry], tuple[CausalLM, Any]] | None = None,
+    mesh: Any = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Run an evaluation, or what is left of it.
 
     Args:
         config: what is asked.
+        load: gives a model and its tokenizer; None: `load_entry`.
         mesh: as `load_model` takes it.
         progress: told how far it is.
 
@@ -102,7 +108,7 @@ def evaluate(
     """
     start = time.perf_counter()
     judges = {entry.name: _judge(entry, config) for entry in config.tasks}  # before any work
-    dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    load = load or functools.partial(load_entry, config=config, mesh=mesh)
     entries = [(setting, model) for setting in config.settings for model in setting.models]
     steps = _Steps(progress, len(entries) * len(config.tasks) * len(config.thinking))
     cells: list[Cell] = []
@@ -110,10 +116,9 @@ def evaluate(
     answered = 0
     for setting, entry in entries:
         steps.show(f"loading {entry.label}", 0.0)
-        tokenizer = load_tokenizer(entry.path, revision=entry.revision)
-        model = _load(entry, config, dtype=dtype, mesh=mesh)
+        model, tokenizer = load(entry)
         models[entry.label] = describe_model(model)
-        policies = _policies(setting.policies, model)
+        policies = _policies(setting.policies, model, baseline=config.baseline)
         for task in config.tasks:
             for thinking in config.thinking:
                 asking = _Asking(
@@ -121,7 +126,11 @@ def evaluate(
                     entry=entry,
                     model=model,
                     tokenizer=tokenizer,
-                    identity={**models[entry.label], "adapter": entry.adapter, "dtype": dtype},
+                    identity={
+                        **models[entry.label],
+                        "adapter": entry.adapter,
+                        "dtype": dtype_of(config),
+                    },
                     task=task,
                     thinking=thinking,
                 )
@@ -133,7 +142,7 @@ def evaluate(
         config=config,
         cells=tuple(cells),
         models=models,
-        dtype=dtype,
+        dtype=dtype_of(config),
         device=describe_device(),
         versions=describe_versions(),
         seconds=time.perf_counter() - start,
@@ -157,7 +166,8 @@ class _Asking:
     ):
         self._config, self._entry, self._model = config, entry, model
         self._tokenizer, self._task, self._thinking = tokenizer, task, thinking
-        samples = task.task.samples(tokenizer, thinking=thinking)
+        samples = task.task.samples(tokenizer, thinking=thinking)[config.skip_samples :]
+        samples = samples[: config.limit]
         prompts = [encode_sample(one, tokenizer, thinking=thinking) for one in samples]
         self._options = _decode_options(config, task, thinking)
         fits = self._fitting(samples, prompts)
@@ -354,26 +364,36 @@ class _Steps:
         self._done += 1
 
 
-def _load(entry: ModelEntry, config: EvalConfig, *, dtype: str, mesh: Any) -> CausalLM:
+def load_entry(entry: ModelEntry, *, config: EvalConfig, mesh: Any = None) -> tuple[CausalLM, Any]:
+    """A model with its adapters merged, under full attention, and its tokenizer."""
+    tokenizer = load_tokenizer(entry.path, revision=entry.revision)
     model = load_model(
         entry.path,
         policy=AttentionPolicy(),
-        dtype=dtype,
+        dtype=dtype_of(config),
         mesh=mesh,
         revision=entry.revision,
         config_overrides=dict(entry.config_overrides) or None,
         backend=config.backend,
     )
-    return model if entry.adapter is None else merge_lora(load_adapter(model, entry.adapter))
+    if entry.adapter is not None:
+        model = merge_lora(load_adapter(model, entry.adapter))
+    return model, tokenizer
+
+
+def dtype_of(config: EvalConfig) -> str:
+    """The config's, else float32 on a CPU, where it is faster, and bfloat16 elsewhere."""
+    return config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
 def _policies(
-    entries: Sequence[PolicyEntry | Mapping[str, Any]], model: CausalLM
+    entries: Sequence[PolicyEntry | Mapping[str, Any]], model: CausalLM, *, baseline: str | None
 ) -> list[PolicyEntry]:
     """The policies of a setting, for this model.
 
     Raises:
-        ValueError: one that does not fit, or two that are the same on this model.
+        ValueError: one that does not fit, two that are the same on this model, or a baseline that
+            is none of them.
     """
     found = []
     for entry in entries:
@@ -382,6 +402,9 @@ def _policies(
             entry = PolicyEntry(name=str(policy), policy=policy)
         found.append(entry)
     resolve_all(model, [entry.policy for entry in found])
+    names = [entry.name for entry in found]
+    if baseline is not None and baseline not in names:
+        raise ValueError(f"baseline: expected one of {', '.join(names)}, got {baseline!r}")
     return found
 
 

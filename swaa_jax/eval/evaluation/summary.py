@@ -34,7 +34,7 @@ class CellSummary:
         mean_tokens: of an answer, thinking included.
         by_kind, by_length: the score of the samples of each kind, and of each range of prompt
             tokens.
-        difference: of the score to the baseline's; None for the baseline, or without one.
+        difference: of the score to the baseline's; None for the baseline.
         p_value: of that difference, paired by sample.
     """
 
@@ -90,7 +90,7 @@ def summarize(evaluation: Evaluation) -> list[CellSummary]:
         interval = lambda values: bootstrap_interval(values, seed=config.seed)  # noqa: E731
         baseline = _baseline(evaluation, cell)
         difference = p_value = None
-        if baseline is not None and baseline is not cell:
+        if baseline is not cell:
             theirs = _means(_by_sample(baseline), "score")
             difference = _mean(scores) - _mean(theirs)
             p_value = paired_p_value(scores, theirs, seed=config.seed)
@@ -173,23 +173,14 @@ def _parts(
     }
 
 
-def _baseline(evaluation: Evaluation, cell: Cell) -> Cell | None:
-    """The cell that this one is tested against: the same model, task and mode.
-
-    Raises:
-        ValueError: the config names a baseline that is no policy of this model.
-    """
+def _baseline(evaluation: Evaluation, cell: Cell) -> Cell:
+    """The cell that this one is tested against: the same model, task and mode."""
     peers = [
         other
         for other in evaluation.cells
         if (other.model, other.task, other.thinking) == (cell.model, cell.task, cell.thinking)
     ]
     name = evaluation.config.baseline
-    if name is not None:
-        named = [other for other in peers if other.policy_name == name]
-        if not named:
-            raise ValueError(
-                f"baseline: expected one of {', '.join(o.policy_name for o in peers)}, got {name!r}"
-            )
-        return named[0]
-    return next((other for other in peers if other.policy.is_full), peers[0])
+    named = [other for other in peers if other.policy_name == name]
+    full = [other for other in peers if other.policy.is_full]
+    return [*named, *full, *peers][0]

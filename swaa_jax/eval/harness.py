@@ -1,0 +1,284 @@
+"""lm-evaluation-harness runs our models: `--model swaa` (the package's extra `harness`).
+
+Importing this module registers the model; `swaa lm-eval` is the harness's command with it. Where a
+task scores continuations, its context is in stage PROMPT and the continuation in stage ANSWER, so a
+policy that decodes with full attention is scored as it answers. A text's perplexity
+(`loglikelihood_rolling`) is that of a text that is only read: all of it PROMPT.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
+from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+from lm_eval.models.utils import normalize_gen_kwargs  # pyright: ignore[reportMissingImports]
+from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
+    get_rolling_token_windows,
+    make_disjoint_window,
+)
+
+from swaa_jax.checkpoint import load_tokenizer
+from swaa_jax.configs import load_policy
+from swaa_jax.eval.loglikelihood import Continuation, score_continuations
+from swaa_jax.eval.scorers import strip_thinking
+from swaa_jax.infer import generate
+from swaa_jax.lora import load_adapter, merge_lora
+from swaa_jax.models import load_model
+from swaa_jax.policy import AttentionPolicy
+
+__all__ = ["SwaaLM"]
+
+log = logging.getLogger(__name__)
+
+_DEFAULT_NEW_TOKENS = 256
+_BATCH_SIZE = 8
+
+
+@register_model("swaa")
+class SwaaLM(TemplateLM):
+    """A model under an attention policy, as the harness wants it.
+
+    Its arguments are those of `--model_args`:
+
+    Args:
+        pretrained: a checkpoint directory, hub id, gs://... or a shipped model.
+        policy: a shipped name or a file; None: the checkpoint's own.
+        window, num_sink_tokens, full_attention_layers, decode, full_attention_tail: fields of a
+            policy in place of `policy`; layers as a slice ("1::2"), or numbers joined by + ("1+3").
+        adapter: LoRA adapters in PEFT's layout.
+        dtype: of weights and activations; None: float32 on a CPU, bfloat16 elsewhere.
+        revision: of a hub id.
+        backend: of attention.
+        max_length: tokens of context and answer, at most; None: the model's own context. Longer
+            contexts lose their first tokens, as the harness's other models have it.
+        max_gen_toks: of an answer, where the task does not say.
+        enable_thinking: for the chat template; with it only what follows `</think>` is the answer.
+        batch_size: rows run at once; "auto" is 8.
+
+    Raises:
+        ValueError: a policy by name and by fields at once, or one that does not fit.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        *,
+        policy: str | None = None,
+        adapter: str | None = None,
+        dtype: str | None = None,
+        revision: str | None = None,
+        backend: str = "auto",
+        max_length: int | None = None,
+        max_gen_toks: int = _DEFAULT_NEW_TOKENS,
+        enable_thinking: bool | None = None,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        **policy_fields: Any,
+    ):
+        super().__init__()
+        del max_batch_size, device  # the harness passes them to every model
+        import jax
+
+        chosen = _policy(policy, policy_fields)
+        on_cpu = jax.default_backend() == "cpu"
+        model = load_model(
+            pretrained,
+            policy=chosen,
+            dtype=dtype or ("float32" if on_cpu else "bfloat16"),
+            revision=revision,
+            backend=backend,
+        )
+        if adapter is not None:
+            model = merge_lora(load_adapter(model, adapter))
+        self.model = model
+        self.tokenizer: Any = load_tokenizer(pretrained, revision=revision)
+        self.max_length = int(max_length or model.config.max_position_embeddings)
+        self.batch_size = _BATCH_SIZE if batch_size in (None, "auto") else int(batch_size)
+        self._name = pretrained
+        self._max_gen_toks, self._thinking = int(max_gen_toks), enable_thinking
+
+    @property
+    def eot_token_id(self) -> int:
+        """The tokenizer's end token."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context: BOS, else the end token."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names the tokenizer in the harness's caches."""
+        return self._name.replace("/", "__")
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Token ids; BOS is added where the tokenizer adds one and the text has none yet."""
+        del kwargs
+        if add_special_tokens is None:
+            bos = self.tokenizer.bos_token
+            add_special_tokens = not (bos and string.startswith(bos))
+        return list(self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The chat as text, by the tokenizer's template."""
+        thinking = {} if self._thinking is None else {"enable_thinking": self._thinking}
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+            **thinking,
+        )
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        """The stage-aware likelihood of each (text pair, context ids, continuation ids)."""
+        del kwargs
+        asked = [
+            Continuation(context=self._fit(context, len(tokens), number), tokens=tokens)
+            for number, (_, context, tokens) in enumerate(requests)
+        ]
+        found = self._score(asked, quiet=disable_tqdm)
+        for (pair, _, _), one in zip(requests, found, strict=True):
+            if pair is not None:
+                self.cache_hook.add_partial("loglikelihood", pair, one)
+        return found
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """The log-probability of each whole text, in windows of the model's context."""
+        pieces, owners = [], []
+        for number, request in enumerate(requests):
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(_text(request), add_special_tokens=False),
+                prefix_token=self.prefix_token_id,
+                # A window's inputs and the token that it predicts last stand in one row here.
+                max_seq_len=self.max_length - 1,
+                context_len=1,
+            )
+            for context, tokens in map(make_disjoint_window, windows):
+                pieces.append(Continuation(context=context, tokens=tokens, is_answer=False))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for number, (logprob, _) in zip(owners, self._score(pieces, disable_tqdm), strict=True):
+            totals[number] += logprob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answers, each under its request's own settings; alike ones are run together."""
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for number, request in enumerate(requests):
+            given = _arguments(request)[1]
+            options: dict[str, Any] = {**normalize_gen_kwargs(given, self._max_gen_toks)}
+            key = (
+                options["max_gen_toks"],
+                tuple(options["until"]),
+                float(options.get("temperature") or 0.0),
+                options.get("top_k"),
+                options.get("top_p"),
+            )
+            groups.setdefault(key, []).append(number)
+        texts: dict[int, str] = {}
+        for (limit, until, temperature, top_k, top_p), numbers in groups.items():
+            prompts = [
+                self._fit(self.tok_encode(_text(requests[number])), limit, number)
+                for number in numbers
+            ]
+            out = generate(
+                self.model,
+                self.tokenizer,
+                prompts,
+                max_new_tokens=limit,
+                temperature=temperature,
+                top_k=top_k if temperature else None,
+                top_p=top_p if temperature else None,
+                stop=[text for text in until if text],
+                batch_size=self.batch_size,
+                progress=not disable_tqdm,
+            )
+            for number, text in zip(numbers, out.texts, strict=True):
+                if self._thinking:
+                    opened = _text(requests[number]).rstrip().endswith("<think>")
+                    text = strip_thinking(text, thinking=opened).text
+                texts[number] = text
+                self.cache_hook.add_partial("generate_until", requests[number].args, text)
+        return [texts[number] for number in range(len(requests))]
+
+    def _score(self, asked: Sequence[Continuation], quiet: bool) -> list[tuple[float, bool]]:
+        from tqdm import tqdm
+
+        with tqdm(total=len(asked), desc="Scoring", disable=quiet) as bar:
+
+            def show(done: int) -> None:
+                bar.update(done - bar.n)
+
+            found = score_continuations(
+                self.model, asked, batch_size=self.batch_size, on_progress=show
+            )
+        return [(one.logprob, one.is_greedy) for one in found]
+
+    def _fit(self, context: Sequence[int], answer: int, number: int) -> list[int]:
+        """The last tokens of a context that leave room for the answer."""
+        room = self.max_length - answer
+        if room < 1:
+            raise ValueError(
+                f"max_length: request {number} wants {answer} tokens of answer, which leave no "
+                f"room in {self.max_length}; lower max_gen_toks, or raise max_length"
+            )
+        if len(context) > room:
+            log.warning(
+                "request %d: its first %d tokens are cut, since %d tokens of context and %d of "
+                "answer exceed %d",
+                number,
+                len(context) - room,
+                len(context),
+                answer,
+                self.max_length,
+            )
+        return list(context[-room:])
+
+
+def _policy(name: str | None, fields: dict[str, Any]) -> AttentionPolicy | None:
+    if name is not None and fields:
+        raise ValueError(
+            f"policy: expected a name or fields, got {name!r} and {', '.join(fields)}; leave one "
+            "out"
+        )
+    if name is not None:
+        return load_policy(name)
+    if not fields:
+        return None
+    read = dict(fields)
+    for field in ("full_attention_layers", "decode"):
+        value = read.get(field)
+        if isinstance(value, int):
+            read[field] = [value]
+        elif isinstance(value, str) and ":" not in value and value not in ("window", "full"):
+            read[field] = [int(part) for part in value.split("+")]
+    return AttentionPolicy.from_dict(read)
+
+
+def _text(request: Instance) -> str:
+    """A request's text: what is to be answered, or to be read."""
+    return _arguments(request)[0]
+
+
+def _arguments(request: Instance) -> Any:
+    """Which they are depends on the request's type."""
+    return request.args

@@ -1,0 +1,295 @@
+"""Which policy for this model and this task? Successive halving over samples (arXiv 1502.07943).
+
+Many candidates answer a few samples; the worse half is dropped, and the rest answer as many more,
+until all samples are used or one candidate is left::
+
+    samples    8       +8       +16      +32
+               48  ->  24  ->   12  ->   6     candidates, full attention always among them
+
+"Worse" is by two things at once: what a policy scores, and what it costs. A policy that another one
+beats in both goes first.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from swaa_jax._policy_fields import LayerSelection
+from swaa_jax.eval.evaluation import EvalConfig, ModelEntry, PolicyEntry, Setting, TaskEntry
+from swaa_jax.eval.evaluation.run import Cell, Progress, evaluate, load_entry
+from swaa_jax.eval.statistics import Interval, bootstrap_interval
+from swaa_jax.policy import AttentionPolicy
+
+__all__ = ["Candidate", "SearchConfig", "SearchResult", "SearchSpace", "search_policies"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchSpace:
+    """Candidates: every combination.
+
+    Attributes:
+        windows: keys that a query sees.
+        sinks: numbers of sink tokens.
+        full_layers: layers that keep full attention; `()` for none.
+        decode: "window", "full", or layers.
+    """
+
+    windows: tuple[int, ...]
+    sinks: tuple[int, ...] = (0, 10)
+    full_layers: tuple[LayerSelection, ...] = ((), "1::2", "0::2", "1::4")
+    decode: tuple[LayerSelection, ...] = ("window", "full")
+
+    def policies(self, num_layers: int) -> list[AttentionPolicy]:
+        """All of them that differ on a model of that depth; full attention is not among them."""
+        found: dict[Any, AttentionPolicy] = {}
+        for window in self.windows:
+            for sinks in self.sinks:
+                for layers in self.full_layers:
+                    for decode in self.decode:
+                        policy = AttentionPolicy(
+                            window=window,
+                            num_sink_tokens=sinks,
+                            full_attention_layers=layers,
+                            decode=decode,
+                        )
+                        found.setdefault(policy.resolve(num_layers), policy)
+        return list(found.values())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """What is searched for.
+
+    Attributes:
+        floor: the part of full attention's score that must be kept, 0 to 1; None: no floor.
+        max_prefill: the most prefill work, as a part of full attention's; None: no ceiling.
+        max_cache_bytes: the largest caches of a sample; None: no ceiling.
+        first_samples: that every candidate answers.
+        keep: the part of the candidates that goes on after each round.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    floor: float | None = None
+    max_prefill: float | None = None
+    max_cache_bytes: int | None = None
+    first_samples: int = 8
+    keep: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("floor", "max_prefill"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name}: expected more than 0 and at most 1, got {value}")
+        if self.first_samples < 1:
+            raise ValueError(f"first_samples: expected at least 1, got {self.first_samples}")
+        if not 0 < self.keep < 1:
+            raise ValueError(f"keep: expected a part between 0 and 1, got {self.keep}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A policy in the search.
+
+    Attributes:
+        policy: the policy.
+        scores: of the samples that it answered, in their order.
+        score: their mean, with its interval.
+        prefill_share, cache_bytes: its costs, as measured on the samples of the last round.
+        rounds: that it was in.
+    """
+
+    policy: AttentionPolicy
+    scores: tuple[float, ...]
+    score: Interval
+    prefill_share: float
+    cache_bytes: int
+    rounds: int
+
+    @property
+    def costs(self) -> tuple[float, float]:
+        """Prefill work and cache bytes: less is better in both."""
+        return self.prefill_share, float(self.cache_bytes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """What the search found.
+
+    Attributes:
+        full: full attention.
+        candidates: all others, those of the last rounds first, by falling score.
+        pareto: of those that answered all samples, full attention included, the ones that no other
+            one beats in score, prefill work and memory at once; by rising prefill work.
+        chosen: the cheapest that keeps the floor, else the best within the ceilings; None where the
+            floor is kept by none.
+        num_samples: that the last round's candidates answered.
+        num_answers: that the search took, and `exhaustive_answers`: that all candidates on all
+            samples would have taken.
+    """
+
+    full: Candidate
+    candidates: tuple[Candidate, ...]
+    pareto: tuple[Candidate, ...]
+    chosen: Candidate | None
+    num_samples: int
+    num_answers: int
+    exhaustive_answers: int
+
+
+def search_policies(
+    model: ModelEntry,
+    task: TaskEntry,
+    space: Sequence[AttentionPolicy],
+    output_dir: str,
+    *,
+    config: SearchConfig | None = None,
+    options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """Search a space of policies.
+
+    Args:
+        model: a checkpoint.
+        task: what it is asked; its samples, in their order, are the search's.
+        space: the candidates, without full attention; see `SearchSpace.policies`.
+        output_dir: every answer is kept there, so that a search that was stopped goes on.
+        config: what is searched for.
+        options: fields of `EvalConfig`: thinking (one mode), batch_size, ...
+        progress: told how far it is.
+
+    Raises:
+        ValueError: no candidate, or none within the ceilings.
+    """
+    config = config or SearchConfig()
+    full = AttentionPolicy()
+    alive = list(dict.fromkeys(policy for policy in space if not policy.is_full))
+    if not alive:
+        raise ValueError("space: expected at least one policy with a window, got none")
+    asked = EvalConfig(
+        settings=(),
+        tasks=(task,),
+        output_dir=output_dir,
+        **{"thinking": (False,), **(options or {})},
+    )
+    loaded = load_entry(model, config=asked)
+    total = len(task.task.samples(loaded[1], thinking=asked.thinking[0]))
+    known: dict[AttentionPolicy, Candidate] = {}
+    start, size, answers, rounds = 0, min(config.first_samples, total), 0, 0
+    while True:
+        setting = Setting(
+            models=(model,),
+            policies=tuple(PolicyEntry(name=str(p), policy=p) for p in (full, *alive)),
+        )
+        part = dataclasses.replace(asked, settings=(setting,), skip_samples=start, limit=size)
+        cells = evaluate(part, load=lambda _: loaded, progress=progress).cells
+        rounds += 1
+        known |= {cell.policy: _grown(known.get(cell.policy), cell, rounds) for cell in cells}
+        answers += sum(len(cell.rows) for cell in cells)
+        start += size
+        alive = _within(alive, known, config)
+        if start >= total:
+            break
+        alive = _survivors(alive, known, config)
+        size = min(start, total - start)
+    finalists = [known[policy] for policy in (full, *alive)]
+    others = [candidate for policy, candidate in known.items() if not policy.is_full]
+    return SearchResult(
+        full=known[full],
+        candidates=tuple(sorted(others, key=lambda c: (-c.rounds, -c.score.mean, c.costs))),
+        pareto=tuple(
+            sorted(
+                (c for c in finalists if not any(_beats(other, c) for other in finalists)),
+                key=lambda c: (c.costs, -c.score.mean),
+            )
+        ),
+        chosen=_chosen(finalists[1:], known[full], config),
+        num_samples=len(known[full].scores),
+        num_answers=answers,
+        exhaustive_answers=(1 + len(others)) * total * asked.attempts,
+    )
+
+
+def _grown(before: Candidate | None, cell: Cell, rounds: int) -> Candidate:
+    """A candidate with a further round's scores, a sample's attempts as their mean."""
+    by_sample: dict[str, list[float]] = {}
+    for row in cell.rows:
+        by_sample.setdefault(row["sample"], []).append(row["score"])
+    new = tuple(sum(scores) / len(scores) for scores in by_sample.values())
+    scores = (() if before is None else before.scores) + new
+    return Candidate(
+        policy=cell.policy,
+        scores=scores,
+        score=bootstrap_interval(scores),
+        prefill_share=cell.cost.prefill_share,
+        cache_bytes=cell.cost.cache_bytes_per_sample or 0,
+        rounds=rounds,
+    )
+
+
+def _within(
+    alive: Sequence[AttentionPolicy],
+    known: Mapping[AttentionPolicy, Candidate],
+    config: SearchConfig,
+) -> list[AttentionPolicy]:
+    """Those within the ceilings.
+
+    Raises:
+        ValueError: there are none.
+    """
+
+    def fits(candidate: Candidate) -> bool:
+        return (config.max_prefill is None or candidate.prefill_share <= config.max_prefill) and (
+            config.max_cache_bytes is None or candidate.cache_bytes <= config.max_cache_bytes
+        )
+
+    found = [policy for policy in alive if fits(known[policy])]
+    if not found:
+        least = [min(known[policy].costs[at] for policy in alive) for at in (0, 1)]
+        raise ValueError(
+            f"ceilings: expected some candidate within max_prefill={config.max_prefill} and "
+            f"max_cache_bytes={config.max_cache_bytes}, got none; the least of the candidates are "
+            f"{least[0]:.3f} and {least[1]:.0f}. Raise them, or add smaller windows"
+        )
+    return found
+
+
+def _survivors(
+    alive: Sequence[AttentionPolicy],
+    known: Mapping[AttentionPolicy, Candidate],
+    config: SearchConfig,
+) -> list[AttentionPolicy]:
+    """The better part, in the order of `alive`.
+
+    Candidates that may still keep the floor come before those that hardly do; then come those that
+    fewer others beat; then higher scores and lower costs.
+    """
+    full = max(candidate.score.mean for candidate in known.values() if candidate.policy.is_full)
+    least = 0.0 if config.floor is None else config.floor * full
+    candidates = [known[policy] for policy in alive]
+
+    def rank(candidate: Candidate) -> tuple[Any, ...]:
+        beaten = sum(_beats(other, candidate) for other in candidates)
+        return candidate.score.high < least, beaten, -candidate.score.mean, candidate.costs
+
+    count = max(1, math.ceil(config.keep * len(alive)))
+    best = {candidate.policy for candidate in sorted(candidates, key=rank)[:count]}
+    return [policy for policy in alive if policy in best]
+
+
+def _beats(one: Candidate, other: Candidate) -> bool:
+    """At least as good in score and in every cost, and better in one of them."""
+    ours = (-one.score.mean, *one.costs)
+    theirs = (-other.score.mean, *other.costs)
+    return ours != theirs and all(a <= b for a, b in zip(ours, theirs, strict=True))
+
+
+def _chosen(
+    finalists: Sequence[Candidate], full: Candidate, config: SearchConfig
+) -> Candidate | None:
+    if config.floor is None:
+        return min(finalists, key=lambda c: (-c.score.mean, c.costs))
+    good = [c for c in finalists if c.score.mean >= config.floor * full.score.mean]
+    return min(good, key=lambda c: (c.costs, -c.score.mean), default=None)

@@ -1,0 +1,73 @@
+"""Scores of continuations against logits of whole rows, made one by one."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+
+import swaa_jax as swaa
+from kernels_pallas import Stage
+from swaa_jax.eval.loglikelihood import Continuation, score_continuations
+from tests.support.random_models import random_model
+
+POLICIES = {
+    "full": swaa.AttentionPolicy(),
+    "window": swaa.AttentionPolicy(window=4, num_sink_tokens=1),
+    "FA decode": swaa.AttentionPolicy(window=4, decode="full"),
+}
+
+
+def asked(vocab_size, seed=0):
+    rng = np.random.default_rng(seed)
+    sizes = [(1, 1), (9, 3), (20, 5), (7, 12), (33, 1)]
+    return [
+        Continuation(
+            context=rng.integers(0, vocab_size, context).tolist(),
+            tokens=rng.integers(0, vocab_size, tokens).tolist(),
+        )
+        for context, tokens in sizes
+    ]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_likelihoods_are_those_of_each_row_alone(name):
+    model = random_model(policy=POLICIES[name])
+    pairs = asked(model.config.vocab_size)
+    # A continuation that greedy decoding gives: the answer to the second context.
+    out = swaa.generate(model, None, [pairs[1].context], max_new_tokens=3, ignore_eos=True)
+    pairs.append(Continuation(context=pairs[1].context, tokens=out.tokens[0]))
+    found = score_continuations(model, pairs, batch_size=3)
+    for one, pair in zip(found, pairs, strict=True):
+        tokens = jnp.array([[*pair.context, *pair.tokens]], jnp.int32)
+        first = len(pair.context)
+        stages = jnp.where(jnp.arange(tokens.shape[1]) < first, Stage.PROMPT, Stage.ANSWER)
+        logits = model(tokens, stage_ids=stages[None].astype(jnp.int32))
+        logits = np.asarray(logits)[0].astype(np.float64)
+        logprobs = log_softmax(logits[first - 1 : -1], axis=-1)
+        expected = logprobs[np.arange(len(pair.tokens)), pair.tokens].sum()
+        # float32 sums of a few dozen terms, in another order.
+        assert one.logprob == pytest.approx(expected, abs=2e-4)
+        assert one.is_greedy == (logits[first - 1 : -1].argmax(-1) == pair.tokens).all()
+    assert found[-1].is_greedy
+
+
+def test_the_stage_of_the_continuation_matters():
+    model = random_model(policy=POLICIES["FA decode"])
+    (pair,) = asked(model.config.vocab_size)[3:4]
+    read = Continuation(context=pair.context, tokens=pair.tokens, is_answer=False)
+    windowed = model.with_policy(swaa.AttentionPolicy(window=4))
+    answer, only_read = score_continuations(model, [pair, read])
+    (under_window,) = score_continuations(windowed, [pair])
+    assert only_read.logprob == pytest.approx(under_window.logprob, abs=2e-4)
+    assert abs(answer.logprob - only_read.logprob) > 1e-2
+
+
+def test_mistakes():
+    model = random_model()
+    with pytest.raises(ValueError, match=r"continuation 0: .*got 0 and 1"):
+        score_continuations(model, [Continuation(context=[], tokens=[1])])
+    with pytest.raises(ValueError, match="batch_size: expected at least 1"):
+        score_continuations(model, [], batch_size=0)
+    vocab = model.config.vocab_size
+    with pytest.raises(ValueError, match="vocabulary"):
+        score_continuations(model, [Continuation(context=[1], tokens=[vocab])])
