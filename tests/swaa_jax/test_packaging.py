@@ -73,7 +73,14 @@ def test_metadata(wheel):
     metadata = email.parser.Parser().parsestr(wheel.read(f"{folder}/METADATA").decode())
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra")) == {"tpu", "cuda", "gcs", "test", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {
+        "tpu",
+        "cuda",
+        "gcs",
+        "harness",
+        "test",
+        "dev",
+    }
     needed = [need for need in metadata.get_all("Requires-Dist") if "extra ==" not in need]
     names = {re.match(r"[\w.-]+", need)[0] for need in needed}
     assert {"jax", "flax", "jinja2", "transformers"} <= names
