@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from swaa_jax.cli import process_args
+from swaa_jax.cli.task_args import add_task_arguments, tasks_from_args, with_judge
 
 if TYPE_CHECKING:
     from swaa_jax.eval.evaluation import CellSummary, EvalConfig
@@ -72,20 +73,8 @@ def add_parser(subparsers: Any) -> None:
         help="shipped names, files, or fields joined by + as in window=64+decode=full; default: "
         + ",".join(_POLICIES),
     )
-    ask.add_argument(
-        "--data", action="append", metavar="FILE", help=".jsonl or .parquet, asked as task qa"
-    )
-    ask.add_argument(
-        "--task", action="append", metavar="NAME,KEY=VALUE,...", help="a task; repeatable"
-    )
-    ask.add_argument(
-        "--judge",
-        metavar="NAME,KEY=VALUE,...",
-        help="exact, includes, regex, ruler or llm, with settings; default: the task's own",
-    )
+    add_task_arguments(ask)
     ask.add_argument("--thinking", choices=["no", "yes", "both"], help="default: no")
-    ask.add_argument("--limit", type=int, metavar="N", help="the first N samples of each task")
-    ask.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer to --data")
     ask.add_argument("--output", metavar="DIR", help="default: eval_output")
     add("--quiet", action="store_true", help="no progress bar and no table")
     add("--verbose", action="store_true", help="log what is chosen and why")
@@ -151,16 +140,11 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
             fields["models"] = args.model
             fields.setdefault("policies", list(_POLICIES))
         if args.policies is not None:
-            fields["policies"] = [_policy(text) for text in _split(args.policies)]
-        tasks = _tasks(args)
-        if tasks:
-            fields["tasks"] = tasks
-        if args.judge is not None:
-            judge = _named(args.judge, "name")
-            fields["tasks"] = [
-                {**({"task": one} if isinstance(one, str) else one), "judge": judge}
-                for one in fields.get("tasks") or []
-            ]
+            policies = [_policy(text) for text in _split(args.policies)]
+            fields["policies"] = policies
+            if "settings" in fields:
+                fields["settings"] = [{**one, "policies": policies} for one in fields["settings"]]
+        fields["tasks"] = with_judge(tasks_from_args(args) or list(fields.get("tasks") or []), args)
         if args.thinking is not None:
             fields["thinking"] = {"no": [False], "yes": [True], "both": [True, False]}[
                 args.thinking
@@ -170,21 +154,13 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
         if args.output is not None:
             fields["output_dir"] = args.output
         fields.setdefault("output_dir", "eval_output")
+        if "settings" in fields:
+            fields.pop("policies", None)
         return EvalConfig.from_dict(with_overrides(fields, overrides))
     except ValueError as error:
         if path is None:
             raise
         raise ValueError(f"{path}: {error}") from error
-
-
-def _tasks(args: argparse.Namespace) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for file in args.data or []:
-        task: dict[str, Any] = {"task": "qa", "files": file}
-        if args.max_new_tokens is not None:
-            task["max_new_tokens"] = args.max_new_tokens
-        found.append(task)
-    return found + [_named(text, "task") for text in args.task or []]
 
 
 def _split(text: str) -> list[str]:
@@ -201,29 +177,6 @@ def _policy(text: str) -> Any:
     if "=" not in text or os.path.exists(text):
         return text
     return parse_policy(text.replace("+", ","))
-
-
-def _named(text: str, key: str) -> dict[str, Any]:
-    """`NAME,KEY=VALUE,...` as a mapping; values are YAML.
-
-    >>> _named("regex,which=last", "name")
-    {'name': 'regex', 'which': 'last'}
-    """
-    from swaa_jax._policy_fields import parse_yaml
-
-    name, *settings = text.split(",")
-    found: dict[str, Any] = {key: name.strip()}
-    last = None
-    for setting in settings:
-        setting_key, equals, value = setting.partition("=")
-        if equals:
-            last = setting_key.strip()
-            found[last] = value
-        elif last is None:
-            raise ValueError(f"{key}: expected NAME,KEY=VALUE,..., got {text!r}")
-        else:  # a comma within a value
-            found[last] += f",{setting}"
-    return {k: v if k == key else parse_yaml(v) for k, v in found.items()}
 
 
 def _print_table(summaries: "list[CellSummary]") -> None:

@@ -5,6 +5,8 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
+from swaa_jax.cli.recipes_search import add_search_arguments, run_search
+
 if TYPE_CHECKING:
     from swaa_jax.configs import Needs
     from swaa_jax.eval.recipes import ModelSize, Recipe
@@ -22,6 +24,10 @@ examples:
 
   swaa recipes --model ./my-model --context 65536 --rows 4 --memory 40
       work and memory of your own model; only what fits 40 GiB, weights included
+
+  swaa recipes --search --model ./my-model --data mine.jsonl --floor 0.95
+      a policy of your own: the least prefill work that keeps 95% of full attention's score on your
+      questions; writes search_output/policy.yaml, search.png and search.json
 
   swaa recipes trained-quality
       one of them: policy, source, all published scores
@@ -68,6 +74,7 @@ def add_parser(subparsers: Any) -> None:
     add("--context", type=int, default=32768, metavar="TOKENS", help="default: %(default)s")
     add("--rows", type=int, default=1, help="in memory at once; default: %(default)s")
     add("--json", action="store_true", help="for programs")
+    add_search_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,6 +82,10 @@ def run(args: argparse.Namespace) -> int:
     from swaa_jax.configs import Needs, config_path
     from swaa_jax.eval.recipes import QWEN3_4B, list_recipes, recommend
 
+    if args.search:
+        if args.model is None:
+            raise ValueError("--search: expected --model, and --data or --task, got no --model")
+        return run_search(args, num_layers=_size_of(args.model).num_layers)
     if args.name is not None:
         config_path("policies", args.name)  # an unknown name is told with the nearest
     size = QWEN3_4B if args.model is None else _size_of(args.model)

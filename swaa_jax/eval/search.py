@@ -21,7 +21,14 @@ from swaa_jax.eval.evaluation.run import Cell, Progress, evaluate, load_entry
 from swaa_jax.eval.statistics import Interval, bootstrap_interval
 from swaa_jax.policy import AttentionPolicy
 
-__all__ = ["Candidate", "SearchConfig", "SearchResult", "SearchSpace", "search_policies"]
+__all__ = [
+    "Candidate",
+    "SearchConfig",
+    "SearchResult",
+    "SearchSpace",
+    "search_policies",
+    "suggest_windows",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,7 +182,7 @@ def search_policies(
         **{"thinking": (False,), **(options or {})},
     )
     loaded = load_entry(model, config=asked)
-    total = len(task.task.samples(loaded[1], thinking=asked.thinking[0]))
+    total = len(task.task.samples(loaded[1], thinking=asked.thinking[0])[: asked.limit])
     known: dict[AttentionPolicy, Candidate] = {}
     start, size, answers, rounds = 0, min(config.first_samples, total), 0, 0
     while True:
@@ -210,6 +217,16 @@ def search_policies(
         num_answers=answers,
         exhaustive_answers=(1 + len(others)) * total * asked.attempts,
     )
+
+
+def suggest_windows(prompt_lengths: Sequence[int]) -> tuple[int, ...]:
+    """Windows of about a sixteenth, an eighth and a quarter of the median prompt: powers of two.
+
+    >>> suggest_windows([24_000, 32_000, 30_000])
+    (1024, 2048, 4096)
+    """
+    median = sorted(prompt_lengths)[len(prompt_lengths) // 2]
+    return tuple(sorted({1 << max(1, median // part).bit_length() - 1 for part in (16, 8, 4)}))
 
 
 def _grown(before: Candidate | None, cell: Cell, rounds: int) -> Candidate:

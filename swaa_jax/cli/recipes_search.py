@@ -1,0 +1,138 @@
+"""`swaa recipes --search`: a policy of one's own, for a model and a task."""
+
+import argparse
+from typing import Any
+
+from swaa_jax.cli.task_args import add_task_arguments, tasks_from_args, with_judge
+
+_GIB = 1 << 30
+
+
+def add_search_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--search` and what goes with it."""
+    group = parser.add_argument_group(
+        "search for a policy of your own (with --model, and --data or --task)",
+        "Every combination of the values below answers a few samples; the better half goes on to "
+        "twice as many, and so on. What is answered is kept in --output, so that the same command "
+        "goes on where it was stopped.",
+    )
+    add = group.add_argument
+    add("--search", action="store_true", help="search")
+    add("--floor", type=float, metavar="PART", help="of full attention's score to keep, as in 0.95")
+    add("--max-prefill", type=float, metavar="PART", help="of full attention's prefill work, most")
+    add("--max-cache", type=float, metavar="GIB", help="of one sample's keys and values, at most")
+    add("--windows", metavar="LIST", help="as in 64,128; default: 1/16, 1/8, 1/4 of the prompts")
+    add("--sinks", default="0,10", metavar="LIST", help="default: %(default)s")
+    add(
+        "--full-layers",
+        default="none;1::2;0::2;1::4",
+        metavar="LIST",
+        help="separated by ;, default: %(default)s; of `swaa select` too, as in 1,3,8",
+    )
+    add("--decode", default="window,full", metavar="LIST", help="default: %(default)s")
+    add("--first-samples", type=int, default=8, metavar="N", help="of the first round, default 8")
+    add("--batch-size", type=int, default=8, metavar="N", help="prompts at once, default 8")
+    add("--output", default="search_output", metavar="DIR", help="default: %(default)s")
+    add_task_arguments(group)
+
+
+def run_search(args: argparse.Namespace, *, num_layers: int) -> int:
+    """Run the search that the arguments ask for."""
+    import shlex
+    import sys
+
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from swaa_jax import load_tokenizer, runtime
+    from swaa_jax.cli.progress import progress_bar
+    from swaa_jax.eval.evaluation import ModelEntry
+    from swaa_jax.eval.evaluation.config import task_entry
+    from swaa_jax.eval.search import SearchConfig, SearchSpace, search_policies, suggest_windows
+    from swaa_jax.eval.search_report import HEADINGS, candidate_cells, write_search
+    from swaa_jax.eval.tasks import encode_sample
+
+    runtime.enable_compilation_cache()
+    tasks = with_judge(tasks_from_args(args), args)
+    if len(tasks) != 1:
+        raise ValueError(
+            f"--search: expected one --data or --task to search with, got {len(tasks)}"
+        )
+    task = task_entry(tasks[0])
+    thinking = bool(args.thinking)
+    if args.windows is None:
+        tokenizer = load_tokenizer(args.model)
+        samples = task.task.samples(tokenizer, thinking=thinking)[: args.limit]
+        lengths = [len(encode_sample(one, tokenizer, thinking=thinking)) for one in samples]
+        windows = suggest_windows(lengths)
+    else:
+        windows = _numbers("--windows", args.windows)
+    space = SearchSpace(
+        windows=windows,
+        sinks=_numbers("--sinks", args.sinks),
+        full_layers=tuple(_layers(text) for text in args.full_layers.split(";")),
+        decode=tuple(text.strip() for text in args.decode.split(",")),
+    )
+    policies = space.policies(num_layers)
+    config = SearchConfig(
+        floor=args.floor,
+        max_prefill=args.max_prefill,
+        max_cache_bytes=None if args.max_cache is None else int(args.max_cache * _GIB),
+        first_samples=args.first_samples,
+    )
+    print(f"{len(policies)} candidates and full attention, windows {', '.join(map(str, windows))}")
+    with progress_bar() as progress:
+        found = search_policies(
+            ModelEntry(path=args.model),
+            task,
+            policies,
+            args.output,
+            config=config,
+            options={
+                "thinking": (thinking,),
+                "batch_size": args.batch_size,
+                "limit": args.limit,
+            },
+            progress=progress,
+        )
+    if not runtime.is_main_process():
+        return 0
+    paths = write_search(
+        found,
+        args.output,
+        command=shlex.join(["swaa", *sys.argv[1:]]),
+        asked={"model": args.model, "task": task.name, "floor": args.floor},
+    )
+    table = Table(title="Not beaten in score, prefill work and memory at once", box=box.SIMPLE_HEAD)
+    for name in HEADINGS:
+        table.add_column(name, justify="left" if name == "policy" else "right")
+    for candidate in found.pareto:
+        table.add_row(*candidate_cells(candidate, found))
+    console = Console()
+    (console if console.is_terminal else Console(width=140)).print(table)
+    print(
+        f"{found.num_answers:,} answers; all candidates on all samples would have been "
+        f"{found.exhaustive_answers:,}."
+    )
+    if found.chosen is None:
+        print(f"No candidate keeps {args.floor:.0%} of full attention's score; try wider windows.")
+    else:
+        print(f"Chosen: {found.chosen.policy}")
+    for path in paths.values():
+        print(f"  {path}")
+    return 0 if found.chosen is not None else 1
+
+
+def _numbers(flag: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{flag}: expected numbers such as 64,128, got {text!r}") from None
+
+
+def _layers(text: str) -> Any:
+    text = text.strip()
+    if text in ("", "none"):
+        return ()
+    return text if ":" in text else _numbers("--full-layers", text)

@@ -1,0 +1,63 @@
+"""Tasks on the command line, for every command that asks a model something."""
+
+import argparse
+from typing import Any
+
+
+def add_task_arguments(group: Any) -> None:
+    """Add `--data`, `--task`, `--judge` and what goes with them."""
+    add = group.add_argument
+    add("--data", action="append", metavar="FILE", help=".jsonl or .parquet, asked as task qa")
+    add("--task", action="append", metavar="NAME,KEY=VALUE,...", help="a task; repeatable")
+    add(
+        "--judge",
+        metavar="NAME,KEY=VALUE,...",
+        help="exact, includes, regex, ruler or llm, with settings; default: the task's own",
+    )
+    add("--limit", type=int, metavar="N", help="the first N samples of each task")
+    add("--max-new-tokens", type=int, metavar="N", help="of an answer to --data")
+
+
+def tasks_from_args(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Entries of an evaluation's `tasks`; none where the arguments name none."""
+    found: list[dict[str, Any]] = []
+    for file in args.data or []:
+        task: dict[str, Any] = {"task": "qa", "files": file}
+        if args.max_new_tokens is not None:
+            task["max_new_tokens"] = args.max_new_tokens
+        found.append(task)
+    return found + [named(text, "task") for text in args.task or []]
+
+
+def with_judge(tasks: list[Any], args: argparse.Namespace) -> list[Any]:
+    """The tasks with `--judge` in place of their own, where it was given."""
+    if args.judge is None:
+        return tasks
+    judge = named(args.judge, "name")
+    return [{**({"task": one} if isinstance(one, str) else one), "judge": judge} for one in tasks]
+
+
+def named(text: str, key: str) -> dict[str, Any]:
+    """`NAME,KEY=VALUE,...` as a mapping; values are YAML.
+
+    >>> named("regex,which=last", "name")
+    {'name': 'regex', 'which': 'last'}
+
+    Raises:
+        ValueError: malformed.
+    """
+    from swaa_jax._policy_fields import parse_yaml
+
+    name, *settings = text.split(",")
+    found: dict[str, Any] = {key: name.strip()}
+    last = None
+    for setting in settings:
+        setting_key, equals, value = setting.partition("=")
+        if equals:
+            last = setting_key.strip()
+            found[last] = value
+        elif last is None:
+            raise ValueError(f"{key}: expected NAME,KEY=VALUE,..., got {text!r}")
+        else:  # a comma within a value
+            found[last] += f",{setting}"
+    return {k: v if k == key else parse_yaml(v) for k, v in found.items()}
