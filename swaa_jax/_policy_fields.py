@@ -3,6 +3,7 @@
 import difflib
 import operator
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -10,6 +11,9 @@ import yaml
 
 LayerSelection: TypeAlias = Sequence[int] | str
 """Layers, from 0: ints such as ``(1, 3, 5)``, or a slice of the layers in a string, ``"1::2"``."""
+
+HeadSelection: TypeAlias = Mapping[Any, Sequence[int]] | Sequence[tuple[int, Sequence[int]]]
+"""KV heads of some layers: ``{3: [0, 2], 5: [1]}``, or the pairs of that mapping."""
 
 SWAA_CONFIG_KEYS = ("sliding_window_size", "keep_first", "force_fa_decode", "non_sliding_layers")
 
@@ -100,6 +104,50 @@ def layer_selection(name: str, value: Any) -> str | tuple[int, ...]:
     return tuple(sorted(layers, key=lambda layer: (layer < 0, layer)))
 
 
+def head_set(name: str, value: Any) -> tuple[int, ...]:
+    """Distinct KV heads, from 0, sorted."""
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
+        hint = f" For that one head write [{value}]." if _as_int(value) is not None else ""
+        raise ValueError(f"{name} must be a list of KV heads; got {describe(value)}.{hint}")
+    heads = [integer(f"{name}: a KV head", head, minimum=0) for head in value]
+    repeated = sorted({head for head in heads if heads.count(head) > 1})
+    if repeated:
+        raise ValueError(f"{name} names KV heads more than once: {format_layers(repeated)}.")
+    return tuple(sorted(heads))
+
+
+def head_selection(name: str, value: Any) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Pairs of a layer and its heads, in canonical order; layers without heads are left out."""
+    message = f"{name} must map layers to lists of KV heads, as in {{3: [0, 2], 5: [1]}}; got "
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes):
+        raise ValueError(f"{message}{describe(value)}.")
+    pairs = list(value.items() if isinstance(value, Mapping) else value)
+    if not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs):
+        raise ValueError(f"{message}{describe(value)}.")
+    found: dict[int, tuple[int, ...]] = {}
+    for key, heads in pairs:
+        # JSON has no other keys than strings.
+        is_text = isinstance(key, str) and re.fullmatch(r"[+-]?\d+", key)
+        layer = int(key) if is_text else _as_int(key)
+        if layer is None:
+            raise ValueError(f"{message}{describe(key)} in the place of a layer.")
+        if layer in found:
+            raise ValueError(f"{name} names layers more than once: {layer}.")
+        found[layer] = head_set(f"{name}, layer {layer}", heads)
+    layers = sorted(found, key=lambda layer: (layer < 0, layer))
+    return tuple((layer, found[layer]) for layer in layers if found[layer])
+
+
+def check_idle_heads(name: str, layers: Iterable[int], full_layers: Iterable[Any]) -> None:
+    """A layer with full heads that is full anyway is a mistake."""
+    idle = sorted(set(layers) & set(full_layers))
+    if idle:
+        raise ValueError(
+            f"{name} names {plural('layer', len(idle))} {format_layers(idle)}, where it would have "
+            "no effect beside full_attention_layers. Leave them out of one of the two."
+        )
+
+
 def canonical_slice(name: str, text: str) -> str:
     """One spelling a slice: ``" +1 : : 2"`` gives ``"1::2"``, ``"0:4:1"`` gives ``"0:4"``."""
     match = _SLICE.fullmatch(text)
@@ -153,6 +201,31 @@ def resolve_layers(name: str, layers: LayerSelection, num_layers: int) -> frozen
     return frozenset(selected)
 
 
+def resolve_heads(
+    name: str,
+    selection: Any,
+    num_layers: int,
+    *,
+    num_kv_heads: int | None,
+    full_layers: frozenset[int],
+) -> list[tuple[int, ...]]:
+    """The full heads of each layer of a model, most of them none."""
+    layers = [layer for layer, _ in selection]
+    check_idle_heads(name, resolve_layers(name, layers, num_layers), full_layers)
+    heads_of: list[tuple[int, ...]] = [()] * num_layers
+    for layer, heads in selection:
+        heads_of[layer] = heads
+        outside = [head for head in heads if num_kv_heads is not None and head >= num_kv_heads]
+        if num_kv_heads is not None and outside:
+            raise ValueError(
+                f"{name}, layer {layer}: KV {plural('head', len(outside))} "
+                f"{format_layers(outside)} {'is' if len(outside) == 1 else 'are'} out of range: "
+                f"the model has {num_kv_heads} KV {plural('head', num_kv_heads)}, 0 to "
+                f"{num_kv_heads - 1}."
+            )
+    return heads_of
+
+
 # The reference's configuration.
 
 
@@ -166,6 +239,37 @@ def swaa_layers(name: str, value: Any) -> tuple[int, ...]:
     if any(not isinstance(layer, int) or layer < 0 for layer in layers):
         raise ValueError(f"{name} must hold layers from 0 up; got {list(value)!r}.")
     return tuple(int(layer) for layer in layers)
+
+
+def swaa_fields(config: Mapping[str, Any], *, num_layers: int | None) -> dict[str, Any]:
+    """The fields of a policy with a window, from the reference's settings.
+
+    Layers that a model with `num_layers` layers does not have are dropped with one warning.
+    """
+    full_layers = swaa_layers("non_sliding_layers", config.get("non_sliding_layers"))
+    decode = config.get("force_fa_decode")
+    if decode is None or isinstance(decode, bool):
+        decode = "full" if decode else "window"
+    else:
+        decode = swaa_layers("force_fa_decode", decode)
+    if num_layers is not None:
+        dropped = {layer for layer in full_layers if layer >= num_layers}
+        full_layers = tuple(layer for layer in full_layers if layer not in dropped)
+        if isinstance(decode, tuple):
+            dropped.update(layer for layer in decode if layer >= num_layers)
+            decode = tuple(layer for layer in decode if layer < num_layers)
+        if dropped:
+            warnings.warn(
+                f"SWAA config: dropped layers {format_layers(sorted(dropped))}, which a model "
+                f"with {num_layers} layers does not have.",
+                stacklevel=3,
+            )
+    return {
+        "window": integer("sliding_window_size", config["sliding_window_size"], minimum=1),
+        "num_sink_tokens": integer("keep_first", config.get("keep_first") or 0, minimum=0),
+        "full_attention_layers": full_layers,
+        "decode": decode,
+    }
 
 
 def one_setting(document: Any) -> Mapping[str, Any]:
@@ -253,6 +357,14 @@ def plural(noun: str, count: int) -> str:
 def format_layers(layers: LayerSelection) -> str:
     """A slice as it is, ints with commas: ``"1,3,5"``."""
     return layers if isinstance(layers, str) else ",".join(map(str, layers))
+
+
+def format_heads(selection: Any) -> str:
+    """Heads after their layer, ``"3:0+2,5:1"``; of many layers only how many heads there are."""
+    if len(selection) > 4:
+        count = sum(len(heads) for _, heads in selection)
+        return f"{count} in {len(selection)} layers"
+    return ",".join(f"{layer}:{'+'.join(map(str, heads))}" for layer, heads in selection)
 
 
 def describe(value: Any) -> str:

@@ -5,7 +5,7 @@ keeping the first k tokens, and interleaving full-attention (FA) layers with sli
 layers. Query i sees key j exactly when
 
     j <= i  and  same segment  and
-    ( the layer is full  or  (i is an answer token and the layer decodes in full)
+    ( the layer or its KV head is full  or  (i is an answer token and the layer decodes in full)
       or  i - j < window  or  j - segment_start < num_sink_tokens )
 
 `AttentionPolicy` is the symbolic object that people write, save and compare. Its
@@ -15,7 +15,6 @@ trainer and the exporters take.
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,12 +22,17 @@ from etils import epath
 
 from swaa_jax._policy_fields import (
     SWAA_CONFIG_KEYS,
+    HeadSelection,
     LayerSelection,
+    check_idle_heads,
     check_keys,
     decode_field,
     describe,
     field_setter,
+    format_heads,
     format_layers,
+    head_selection,
+    head_set,
     integer,
     integer_or_none,
     layer_selection,
@@ -36,13 +40,14 @@ from swaa_jax._policy_fields import (
     parse_yaml,
     plural,
     resolve_decode,
+    resolve_heads,
     resolve_layers,
-    swaa_layers,
+    swaa_fields,
 )
 from swaa_jax.storage import write_text_atomic
 from swaa_jax.typing import PathLike
 
-__all__ = ["AttentionPolicy", "LayerAttention", "LayerSelection"]
+__all__ = ["AttentionPolicy", "HeadSelection", "LayerAttention", "LayerSelection"]
 
 # Keys of a policy file beside the policy's own fields; see `swaa_jax.configs`.
 _FILE_NOTES = ("description", "source", "needs", "evidence")
@@ -60,6 +65,8 @@ class LayerAttention:
         num_sink_tokens: first tokens of each segment that stay visible outside the window.
         full_decode: answer tokens see all keys.
         full_attention_tail: last prompt tokens that see all keys.
+        full_heads: KV heads that see all keys, with the query heads of their groups. The other
+            fields are those of the other heads; `swaa_jax.attention.split_heads` tells them apart.
 
     Examples:
         >>> LayerAttention(window=2048, num_sink_tokens=10, full_decode=True).needs_full_cache
@@ -72,14 +79,14 @@ class LayerAttention:
     num_sink_tokens: int = 0
     full_decode: bool = False
     full_attention_tail: int = 0
+    full_heads: tuple[int, ...] = ()
 
     def __post_init__(self):
         set_field = field_setter(self)
         set_field("window", integer_or_none("window", self.window, minimum=1))
         if self.window is None:
-            set_field("num_sink_tokens", 0)
-            set_field("full_decode", False)
-            set_field("full_attention_tail", 0)
+            for field in dataclasses.fields(self):
+                set_field(field.name, field.default)
             return
         set_field("num_sink_tokens", integer("num_sink_tokens", self.num_sink_tokens, minimum=0))
         if not isinstance(self.full_decode, bool):
@@ -88,6 +95,7 @@ class LayerAttention:
             "full_attention_tail",
             integer("full_attention_tail", self.full_attention_tail, minimum=0),
         )
+        set_field("full_heads", head_set("full_heads", self.full_heads))
 
     @property
     def is_full(self) -> bool:
@@ -96,7 +104,10 @@ class LayerAttention:
 
     @property
     def needs_full_cache(self) -> bool:
-        """Decoding may read any key, so none can be dropped: a full layer, or FA decode."""
+        """Decoding may read any key, so none can be dropped: a full layer, or FA decode.
+
+        Of `full_heads`, whose keys are kept always, it does not speak.
+        """
         return self.is_full or self.full_decode
 
 
@@ -129,6 +140,11 @@ class AttentionPolicy:
             own positions. The paper's "keep first k", section 3.2; the reference's `keep_first`.
         full_attention_layers: layers that keep full attention. Section 3.3; the reference's
             `non_sliding_layers`.
+        full_attention_heads: KV heads that keep full attention in layers that are windowed
+            otherwise, with every query head of their groups: ``{3: [0, 2], 5: [1]}``. Layers count
+            as above; kept as sorted pairs of a layer and its heads. Their caches keep all keys,
+            the other heads' only the window. On a mesh whose `tensor` axis does not divide the
+            full heads of a layer, or its others, each device computes all of those.
         decode: ``"window"``: answer tokens see the window too; ``"full"``: they see everything, in
             all layers (FA decode, section 3.1; the reference's `force_fa_decode`); or the layers in
             which they see everything. FA decode saves prefill time, not memory: its layers keep all
@@ -154,6 +170,7 @@ class AttentionPolicy:
     window: int | None = None
     num_sink_tokens: int = 0
     full_attention_layers: LayerSelection = ()
+    full_attention_heads: HeadSelection = ()
     decode: LayerSelection = "window"
     full_attention_tail: int = 0
 
@@ -165,6 +182,12 @@ class AttentionPolicy:
             "full_attention_layers",
             layer_selection("full_attention_layers", self.full_attention_layers),
         )
+        set_field(
+            "full_attention_heads",
+            head_selection("full_attention_heads", self.full_attention_heads),
+        )
+        with_heads = [layer for layer, _ in self.full_attention_heads]
+        check_idle_heads("full_attention_heads", with_heads, self.full_attention_layers)
         set_field("decode", decode_field(self.decode))
         set_field(
             "full_attention_tail",
@@ -190,6 +213,8 @@ class AttentionPolicy:
             parts[0] += f" + {self.num_sink_tokens} {plural('sink', self.num_sink_tokens)}"
         if self.full_attention_layers:
             parts.append(f"full layers {format_layers(self.full_attention_layers)}")
+        if self.full_attention_heads:
+            parts.append(f"full heads {format_heads(self.full_attention_heads)}")
         if self.decode == "full":
             parts.append("FA decode")
         elif self.decode != "window":
@@ -204,12 +229,20 @@ class AttentionPolicy:
         """Full attention in every layer, whatever the model's depth."""
         return self.window is None
 
-    def resolve(self, num_layers: int) -> tuple[LayerAttention, ...]:
+    def resolve(
+        self, num_layers: int, *, num_kv_heads: int | None = None
+    ) -> tuple[LayerAttention, ...]:
         """The attention of each layer of a model with `num_layers` layers.
 
+        Args:
+            num_layers: the model's depth.
+            num_kv_heads: KV heads of each layer; a layer whose heads are all full is a full layer
+                then. None: not known, and heads are not checked.
+
         Raises:
-            ValueError: a layer is out of range, two ints name one layer (-1 and 35 of 36), or a
-                slice selects nothing or ends beyond the last layer.
+            ValueError: a layer or head is out of range, two ints name one layer (-1 and 35 of 36),
+                a slice selects nothing or ends beyond the last layer, or a layer with full heads is
+                among the full layers.
 
         Examples:
             >>> policy = AttentionPolicy(window=64, full_attention_layers=[-1], decode="0:2")
@@ -219,6 +252,13 @@ class AttentionPolicy:
         num_layers = integer("num_layers", num_layers, minimum=1)
         full = resolve_layers("full_attention_layers", self.full_attention_layers, num_layers)
         full_decode = resolve_decode(self.decode, num_layers)
+        heads = resolve_heads(
+            "full_attention_heads",
+            self.full_attention_heads,
+            num_layers,
+            num_kv_heads=num_kv_heads,
+            full_layers=full,
+        )
         windowed = {
             "window": self.window,
             "num_sink_tokens": self.num_sink_tokens,
@@ -226,17 +266,30 @@ class AttentionPolicy:
         }
         return tuple(
             LayerAttention()
-            if self.is_full or layer in full
-            else LayerAttention(**windowed, full_decode=layer in full_decode)
+            if self.is_full or layer in full or len(heads[layer]) == num_kv_heads
+            else LayerAttention(
+                **windowed, full_decode=layer in full_decode, full_heads=heads[layer]
+            )
             for layer in range(num_layers)
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as JSON's types (tuples become lists)."""
+        """All fields, as JSON's types: tuples become lists, and full heads a mapping.
+
+        Without full heads their field is left out, so that versions that do not know it can read
+        the policy.
+
+        >>> AttentionPolicy(window=64, full_attention_heads={3: [0]}).to_dict()
+        {'window': 64, 'num_sink_tokens': 0, 'full_attention_layers': [],
+         'full_attention_heads': {'3': [0]}, 'decode': 'window', 'full_attention_tail': 0}
+        """
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        heads = {str(layer): list(of_layer) for layer, of_layer in self.full_attention_heads}
+        fields["full_attention_heads"] = heads
         return {
-            field.name: list(value) if isinstance(value, tuple) else value
-            for field in dataclasses.fields(self)
-            for value in [getattr(self, field.name)]
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in fields.items()
+            if heads or name != "full_attention_heads"
         }
 
     @classmethod
@@ -292,8 +345,8 @@ class AttentionPolicy:
 
         Examples:
             >>> AttentionPolicy.from_yaml("{window: 64, decode: full}")
-            AttentionPolicy(window=64, num_sink_tokens=0, full_attention_layers=(), decode='full',
-                            full_attention_tail=0)
+            AttentionPolicy(window=64, num_sink_tokens=0, full_attention_layers=(),
+                            full_attention_heads=(), decode='full', full_attention_tail=0)
 
         Raises:
             ValueError: not YAML, not a mapping, an unknown key, or a malformed value.
@@ -366,33 +419,9 @@ class AttentionPolicy:
             return cls.from_swaa_config(one_setting(config["swaa_config"]), num_layers=num_layers)
         check_keys(config, SWAA_CONFIG_KEYS, what="SWAA config")
 
-        window = config.get("sliding_window_size")
-        if window is None:
+        if config.get("sliding_window_size") is None:
             return cls()  # the reference then ignores the other settings
-        full_layers = swaa_layers("non_sliding_layers", config.get("non_sliding_layers"))
-        decode = config.get("force_fa_decode")
-        if decode is None or isinstance(decode, bool):
-            decode = "full" if decode else "window"
-        else:
-            decode = swaa_layers("force_fa_decode", decode)
-        if num_layers is not None:
-            dropped = {layer for layer in full_layers if layer >= num_layers}
-            full_layers = tuple(layer for layer in full_layers if layer not in dropped)
-            if isinstance(decode, tuple):
-                dropped.update(layer for layer in decode if layer >= num_layers)
-                decode = tuple(layer for layer in decode if layer < num_layers)
-            if dropped:
-                warnings.warn(
-                    f"SWAA config: dropped layers {format_layers(sorted(dropped))}, which a model "
-                    f"with {num_layers} layers does not have.",
-                    stacklevel=2,
-                )
-        return cls(
-            window=integer("sliding_window_size", window, minimum=1),
-            num_sink_tokens=integer("keep_first", config.get("keep_first") or 0, minimum=0),
-            full_attention_layers=full_layers,
-            decode=decode,
-        )
+        return cls(**swaa_fields(config, num_layers=num_layers))
 
     def to_hf_config(self, config: HfExpressible) -> dict[str, Any]:
         """The HF `config.json` under which stock Transformers runs this policy.
@@ -413,8 +442,8 @@ class AttentionPolicy:
                 because the reference knows only explicit lists.
 
         Raises:
-            ValueError: the reference cannot express the policy (`full_attention_tail`), or
-                `num_layers` is needed.
+            ValueError: the reference cannot express the policy (`full_attention_heads`,
+                `full_attention_tail`), or `num_layers` is needed.
 
         Examples:
             >>> policy = AttentionPolicy(window=64, full_attention_layers="1::2")
@@ -422,11 +451,12 @@ class AttentionPolicy:
             {'swaa_config': {'sliding_window_size': 64, 'keep_first': 0,
                              'force_fa_decode': False, 'non_sliding_layers': [1, 3]}}
         """
-        if self.full_attention_tail:
-            raise ValueError(
-                f"full_attention_tail={self.full_attention_tail} cannot be expressed in the "
-                "reference's configuration. Set it to 0 to export the rest."
-            )
+        for name in ("full_attention_heads", "full_attention_tail"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} cannot be expressed in the reference's "
+                    "configuration. Leave it out to export the rest."
+                )
 
         def explicit(name: str, layers: LayerSelection) -> list[int]:
             if num_layers is not None:

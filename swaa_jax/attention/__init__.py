@@ -6,17 +6,23 @@ from swaa_jax.attention.caches import (
     EMPTY,
     Caches,
     FullCache,
+    LayerCache,
     RingCache,
+    SplitCache,
     build_cache,
     recast_caches,
 )
+from swaa_jax.attention.heads import HeadPart, split_heads
 
 __all__ = [
     "EMPTY",
     "Caches",
     "FullCache",
+    "HeadPart",
+    "LayerCache",
     "LayerChoice",
     "RingCache",
+    "SplitCache",
     "attend",
     "attend_cached",
     "available_backends",
@@ -24,4 +30,5 @@ __all__ = [
     "check_backend",
     "recast_caches",
     "resolve_backend",
+    "split_heads",
 ]

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas import Stage, swa_decode, swa_prefill
 from kernels_pallas.mask import full_rows
-from swaa_jax.attention.caches import FullCache, RingCache
+from swaa_jax.attention.caches import FullCache, LayerCache, RingCache, SplitCache
+from swaa_jax.attention.heads import join_heads, split_heads, take_heads
 from swaa_jax.policy import LayerAttention
 from swaa_jax.sharding import attention_specs, constrain_heads, target_of
 
@@ -52,7 +53,7 @@ def attend(
 
     Args:
         q, k, v: RoPE applied; N query heads share K key/value heads in groups of N // K.
-        layer: what this layer sees.
+        layer: what this layer sees; its full heads are KV heads, with their groups.
         lengths: real tokens of each row; later ones are padding, never seen, and give zeros.
         stage_ids: `Stage.PROMPT` or `Stage.ANSWER` of each token. None: all prompt.
         segment_ids: which of a packed row's texts each token belongs to. None: one text a row.
@@ -65,22 +66,28 @@ def attend(
     Returns:
         What each query gathered, in q's dtype.
     """
+    again = functools.partial(
+        attend,
+        lengths=lengths,
+        stage_ids=stage_ids,
+        segment_ids=segment_ids,
+        scale=scale,
+        softcap=softcap,
+        mesh=mesh,
+        backend=backend,
+    )
     if isinstance(layer, LayerChoice):
-        branches = [
-            functools.partial(
-                attend,
-                layer=kind,
-                lengths=lengths,
-                stage_ids=stage_ids,
-                segment_ids=segment_ids,
-                scale=scale,
-                softcap=softcap,
-                mesh=mesh,
-                backend=backend,
-            )
-            for kind in layer.kinds
-        ]
+        branches = [functools.partial(again, layer=kind) for kind in layer.kinds]
         return jax.lax.switch(layer.index, branches, q, k, v)
+    num_kv_heads = k.shape[2]
+    parts = split_heads(layer, num_kv_heads)
+    if len(parts) > 1:
+        outs = []
+        for part in parts:
+            take = functools.partial(take_heads, heads=part.heads, num_kv_heads=num_kv_heads)
+            outs.append(again(take(q), take(k), take(v), layer=part.layer))
+        return join_heads(outs, [part.heads for part in parts])
+    layer = parts[0].layer
     tail = layer.full_attention_tail
     if layer.is_full:
         stage_ids, tail = None, 0
@@ -123,7 +130,7 @@ def attend_cached(
     q: Float[Array, "B n N H"],
     k: Float[Array, "B n K H"],
     v: Float[Array, "B n K H"],
-    cache: FullCache | RingCache,
+    cache: LayerCache,
     *,
     layer: LayerAttention,
     pos_B: Int[Array, " B"],
@@ -132,7 +139,7 @@ def attend_cached(
     softcap: float | None = None,
     mesh: Mesh | None = None,
     backend: str = "auto",
-) -> tuple[Float[Array, "B n N H"], FullCache | RingCache]:
+) -> tuple[Float[Array, "B n N H"], LayerCache]:
     """Attention of n new tokens a row to the cache and to one another, then the cache with them.
 
     The block attends before it is written, so that its early rows lose nothing to its late ones.
@@ -146,8 +153,41 @@ def attend_cached(
         scale, softcap, mesh, backend: as in `attend`.
 
     Raises:
-        ValueError: a ring cache is given to a layer that needs a full one.
+        ValueError: a ring cache is given to a layer that needs a full one, or a cache that does
+            not keep its full heads apart.
     """
+    num_kv_heads = k.shape[2]
+    parts = split_heads(layer, num_kv_heads)
+    full_heads = parts[0].heads if len(parts) > 1 else ()
+    held = cache.full_heads if isinstance(cache, SplitCache) else ()
+    if held != full_heads:
+        raise ValueError(
+            f"cache: expected one with full heads {full_heads}, got one with {held}; "
+            "prefill again under this policy"
+        )
+    if isinstance(cache, SplitCache):
+        outs, grown = [], []
+        for part, kept in zip(parts, (cache.full, cache.windowed), strict=True):
+            take = functools.partial(take_heads, heads=part.heads, num_kv_heads=num_kv_heads)
+            out, more = attend_cached(
+                take(q),
+                take(k),
+                take(v),
+                kept,
+                layer=part.layer,
+                pos_B=pos_B,
+                stage_ids=stage_ids,
+                scale=scale,
+                softcap=softcap,
+                mesh=mesh,
+                backend=backend,
+            )
+            outs.append(out)
+            grown.append(more)
+        full, windowed = grown
+        joined = join_heads(outs, [part.heads for part in parts])
+        return joined, dataclasses.replace(cache, full=full, windowed=windowed)
+    layer = parts[0].layer
     if layer.needs_full_cache and isinstance(cache, RingCache):
         raise ValueError(
             "cache: expected a FullCache for a layer with full attention or full-attention "

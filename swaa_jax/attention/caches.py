@@ -8,16 +8,19 @@ number of tokens that each row has seen; padding never enters a cache as a visib
 
     ring cache, k = 2 sinks, W = 4, after 11 tokens (positions 0..10)
         [ 0 1 | 10 7 8 9 ]               sinks stay; slot of p >= k is k + (p - k) % W
+
+A layer with full heads keeps a full cache of those and another cache, mostly a ring, of the rest.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from swaa_jax.attention.heads import split_heads, take_heads
 from swaa_jax.policy import LayerAttention
 from swaa_jax.sharding import constrain_heads
 
@@ -148,6 +151,46 @@ def ring_slot(positions: Int[Array, "*shape"], ring: RingCache) -> Int[Array, "*
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SplitCache:
+    """The caches of a layer with full heads: memory that grows with the text for those alone.
+
+    Attributes:
+        full: a `FullCache` of the full heads.
+        windowed: a `RingCache` of the other heads; a `FullCache` where they decode in full.
+        full_heads: which KV heads are full.
+    """
+
+    full: Any
+    windowed: Any
+    full_heads: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens that a row has room for."""
+        return self.full.num_slots
+
+    def write(
+        self, k: Float[Array, "B n K H"], v: Float[Array, "B n K H"], pos_B: Int[Array, " B"]
+    ) -> "SplitCache":
+        """Store n new tokens a row, the first at position `pos_B`, each head in its own cache."""
+        num_kv_heads = k.shape[2]
+        rest = tuple(head for head in range(num_kv_heads) if head not in self.full_heads)
+
+        def written(cache: Any, heads: tuple[int, ...]) -> Any:
+            taken = (take_heads(x, heads, num_kv_heads=num_kv_heads) for x in (k, v))
+            return cache.write(*taken, pos_B)
+
+        return dataclasses.replace(
+            self, full=written(self.full, self.full_heads), windowed=written(self.windowed, rest)
+        )
+
+
+LayerCache: TypeAlias = FullCache | RingCache | SplitCache
+"""What a layer keeps."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Caches:
     """One cache a layer, and `pos_B` `[B]`: how many tokens each row has seen. A pytree."""
 
@@ -168,25 +211,39 @@ def build_cache(
     layer: LayerAttention,
     num_slots: int,
     mesh: Mesh | None = None,
-) -> FullCache | RingCache:
+) -> LayerCache:
     """A layer's cache from its prompt's keys and values.
 
     Args:
         k, v: right-padded rows, RoPE applied.
         lengths: real tokens of each row.
-        layer: the layer's policy; it decides between full cache and ring.
+        layer: the layer's policy; it decides between full cache, ring, and one of each.
         num_slots: slots of a full cache, at least T. A ring has window + sinks slots.
         mesh: rows and heads are split over it as in `attend`.
 
     Raises:
         ValueError: `num_slots` is smaller than the prompt.
     """
-    width = k.shape[1]
+    width, num_kv_heads = k.shape[1:3]
     if num_slots < width:
         raise ValueError(
             f"cache_size: expected at least the prompt's padded length {width}, got {num_slots}"
         )
-    if layer.needs_full_cache:
+    parts = split_heads(layer, num_kv_heads)
+    if len(parts) > 1:
+        full, windowed = (
+            build_cache(
+                take_heads(k, part.heads, num_kv_heads=num_kv_heads),
+                take_heads(v, part.heads, num_kv_heads=num_kv_heads),
+                lengths=lengths,
+                layer=part.layer,
+                num_slots=num_slots,
+                mesh=mesh,
+            )
+            for part in parts
+        )
+        return SplitCache(full=full, windowed=windowed, full_heads=layer.full_heads)
+    if parts[0].layer.needs_full_cache:
         pad = ((0, 0), (0, num_slots - width), (0, 0), (0, 0))
         cache = FullCache(k=jnp.pad(k, pad), v=jnp.pad(v, pad))
     else:
@@ -204,21 +261,38 @@ def recast_caches(caches: Caches, layers: tuple[LayerAttention, ...]) -> Caches:
 
     Raises:
         ValueError: a ring cannot become a full cache (its older keys are gone), or the number of
-            layers differs.
+            layers or a layer's full heads differ.
     """
     if len(layers) != len(caches.layers):
         raise ValueError(f"layers: expected {len(caches.layers)} of them, got {len(layers)}")
-    recast = []
-    for index, (cache, layer) in enumerate(zip(caches.layers, layers, strict=True)):
-        if isinstance(cache, FullCache) and not layer.needs_full_cache:
-            cache = _ring_from_rows(cache.k, cache.v, lengths=caches.pos_B, layer=layer)
-        elif isinstance(cache, RingCache) and layer.needs_full_cache:
-            raise ValueError(
-                f"layer {index}: a ring cache cannot serve a layer that needs a full cache; "
-                "prefill with the policy that keeps more, then recast to the one that keeps less"
-            )
-        recast.append(cache)
-    return Caches(layers=tuple(recast), pos_B=caches.pos_B)
+    recast = tuple(
+        _recast(cache, layer, pos_B=caches.pos_B, index=index)
+        for index, (cache, layer) in enumerate(zip(caches.layers, layers, strict=True))
+    )
+    return Caches(layers=recast, pos_B=caches.pos_B)
+
+
+def _recast(
+    cache: LayerCache, layer: LayerAttention, *, pos_B: Int[Array, " B"], index: int
+) -> LayerCache:
+    held = cache.full_heads if isinstance(cache, SplitCache) else ()
+    if held != layer.full_heads:
+        raise ValueError(
+            f"layer {index}: expected a cache with full heads {layer.full_heads}, got one with "
+            f"{held}; prefill again under this policy"
+        )
+    if isinstance(cache, SplitCache):
+        rest = dataclasses.replace(layer, full_heads=())
+        windowed = _recast(cache.windowed, rest, pos_B=pos_B, index=index)
+        return dataclasses.replace(cache, windowed=windowed)
+    if isinstance(cache, FullCache) and not layer.needs_full_cache:
+        return _ring_from_rows(cache.k, cache.v, lengths=pos_B, layer=layer)
+    if isinstance(cache, RingCache) and layer.needs_full_cache:
+        raise ValueError(
+            f"layer {index}: a ring cache cannot serve a layer that needs a full cache; "
+            "prefill with the policy that keeps more, then recast to the one that keeps less"
+        )
+    return cache
 
 
 def _ring_from_rows(

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from swaa_jax.attention import FullCache, LayerChoice, RingCache, attend, attend_cached
+from swaa_jax.attention import LayerCache, LayerChoice, attend, attend_cached
 from swaa_jax.models._config import DecoderConfig
 from swaa_jax.models._rope import RopeConfig, rotate
 from swaa_jax.policy import LayerAttention
@@ -192,8 +192,8 @@ class Attention(nnx.Module):
         rows: Rows,
         *,
         layer: LayerAttention | LayerChoice,
-        cache: FullCache | RingCache | None = None,
-    ) -> tuple[Float[Array, "B T D"], KeyValues | FullCache | RingCache]:
+        cache: LayerCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], KeyValues | LayerCache]:
         """The output, and what was kept: without a cache keys and values, with one it, grown."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -201,8 +201,10 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         cos_sin = rows.rotations[self.rope]
         q, k = rotate(q, cos_sin), rotate(k, cos_sin)
+        kinds = layer.kinds if isinstance(layer, LayerChoice) else (layer,)
+        is_split = any(kind.full_heads for kind in kinds)  # which counts heads without copies
         copies = kv_head_copies(rows.mesh, num_heads=q.shape[2], num_kv_heads=k.shape[2])
-        if copies > 1:
+        if copies > 1 and not is_split:
             k, v = jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)
         if cache is None:
             out = attend(
@@ -277,7 +279,7 @@ class DecoderLayer(nnx.Module):
         rows: Rows,
         *,
         layer: LayerAttention | LayerChoice,
-        cache: FullCache | RingCache | None = None,
+        cache: LayerCache | None = None,
     ) -> LayerOutput:
         attended, kept = self.self_attn(self.input_layernorm(x), rows, layer=layer, cache=cache)
         x = x + attended

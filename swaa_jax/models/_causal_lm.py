@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.mask import segment_positions
-from swaa_jax.attention import Caches, FullCache, RingCache, build_cache
+from swaa_jax.attention import Caches, LayerCache, build_cache
 from swaa_jax.models._blocks import DecoderLayer, Embedding, KeyValues, Linear, Rows, make_norm
 from swaa_jax.models._config import DecoderConfig
 from swaa_jax.models._rope import rotation
@@ -80,7 +80,7 @@ class CausalLM(nnx.Module):
         shared = {"std": initializer_range, "dtype": dtype, "rngs": rngs}
         self.config = config
         self.policy = policy
-        self.layer_attention = policy.resolve(config.num_layers)
+        self.layer_attention = policy.resolve(config.num_layers, num_kv_heads=config.num_kv_heads)
         self.mesh = mesh
         self.backend = backend
         self.source: PathLike | None = None
@@ -112,11 +112,13 @@ class CausalLM(nnx.Module):
         """The same model, with the same Param objects, under another policy.
 
         Raises:
-            ValueError: the policy names a layer that the model does not have.
+            ValueError: the policy names a layer or a KV head that the model does not have.
         """
         other = copy.copy(self)
         other.policy = policy
-        other.layer_attention = policy.resolve(self.config.num_layers)
+        other.layer_attention = policy.resolve(
+            self.config.num_layers, num_kv_heads=self.config.num_kv_heads
+        )
         return other
 
     def __call__(
@@ -210,7 +212,7 @@ class CausalLM(nnx.Module):
             lengths = jnp.full((batch,), width, jnp.int32)
         cache_size = width + 128 if cache_size is None else cache_size
 
-        def cache(kv: KeyValues, layer: LayerAttention) -> FullCache | RingCache:
+        def cache(kv: KeyValues, layer: LayerAttention) -> LayerCache:
             return build_cache(
                 kv.k, kv.v, lengths=lengths, layer=layer, num_slots=cache_size, mesh=self.mesh
             )

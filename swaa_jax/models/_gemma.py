@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from swaa_jax.attention import FullCache, LayerChoice, RingCache
+from swaa_jax.attention import LayerCache, LayerChoice
 from swaa_jax.checkpoint.keymap import WeightRule
 from swaa_jax.models import _weights as weights
 from swaa_jax.models._blocks import DecoderLayer, LayerOutput, Rows, make_norm
@@ -86,7 +86,7 @@ class GemmaLayer(DecoderLayer):
         rows: Rows,
         *,
         layer: LayerAttention | LayerChoice,
-        cache: FullCache | RingCache | None = None,
+        cache: LayerCache | None = None,
     ) -> LayerOutput:
         """The residual stream after both blocks."""
         attended, kept = self.self_attn(self.input_layernorm(x), rows, layer=layer, cache=cache)

@@ -1,7 +1,7 @@
 """Attention policies in `config.json`: what stock Transformers can be told, family by family.
 
 A family says in `hf_windows` how it stores windows, or why it cannot; what no family can store
-(sink tokens, FA decode, a full tail) is refused here. docs/interop.md has the table.
+(sink tokens, full heads, FA decode, a full tail) is refused here. docs/interop.md has the table.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def attention_fields(config: Any, policy: AttentionPolicy) -> dict[str, Any]:
     Raises:
         NotImplementedError: every part that the family cannot express, with the reason.
     """
-    layers = policy.resolve(config.num_layers)
+    layers = policy.resolve(config.num_layers, num_kv_heads=config.num_kv_heads)
     windowed = [layer for layer in layers if not layer.is_full]
     refused = []
     if any(layer.num_sink_tokens for layer in windowed):
@@ -32,6 +32,8 @@ def attention_fields(config: Any, policy: AttentionPolicy) -> dict[str, Any]:
         refused.append("decode: its mask does not tell answer tokens from the prompt's")
     if any(layer.full_attention_tail for layer in windowed):
         refused.append("full_attention_tail: its mask does not know where the prompt ends")
+    if any(layer.full_heads for layer in windowed):
+        refused.append("full_attention_heads: it windows all heads of a layer or none")
     fields: dict[str, Any] = {}
     try:
         kinds = tuple(FULL if layer.is_full else WINDOWED for layer in layers)

@@ -329,12 +329,15 @@ def _choose_policy(
 def _warn_of_wider_windows(config: DecoderConfig, chosen: AttentionPolicy) -> None:
     """A policy can undo the windows that a checkpoint (a Gemma, say) was trained with."""
     pairs = zip(
-        chosen.resolve(config.num_layers), config.own.resolve(config.num_layers), strict=True
+        chosen.resolve(config.num_layers, num_kv_heads=config.num_kv_heads),
+        config.own.resolve(config.num_layers),
+        strict=True,
     )
     wider = [
         index
         for index, (layer, own) in enumerate(pairs)
-        if own.window is not None and (layer.window is None or layer.window > own.window)
+        if own.window is not None
+        and (layer.window is None or layer.window > own.window or layer.full_heads)
     ]
     if wider:
         logger.warning(
