@@ -42,6 +42,9 @@ examples:
   swaa eval mine.yaml temperature=1 attempts=4 batch_size=2
       other values: any key; pass@k where there are several attempts
 
+  swaa eval tiny-table-1
+      a shipped config: the paper's Table 1 in tiny form; paper-table-1 is the real one
+
   swaa eval settings.json --data mine.jsonl
       the paper's reference code's list of {swaa_config, model_list}
 
@@ -63,7 +66,12 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
-    add("config", nargs="?", metavar="CONFIG", help="a YAML file, or the reference's JSON")
+    add(
+        "config",
+        nargs="?",
+        metavar="CONFIG",
+        help="a YAML file, the reference's JSON, or a shipped name",
+    )
     add("overrides", nargs="*", metavar="KEY=VALUE", help="in place of the file's; VALUE is YAML")
     ask = parser.add_argument_group("without a CONFIG, or in place of what it says")
     ask.add_argument("--model", action="append", metavar="MODEL", help="a checkpoint; repeatable")
@@ -120,6 +128,7 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
     """
     from etils import epath
 
+    from swaa_jax.configs import config_path
     from swaa_jax.eval.evaluation import EvalConfig
     from swaa_jax.eval.evaluation.config import read_document
     from swaa_jax.train.run_config import with_overrides
@@ -133,6 +142,8 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
             "CONFIG: expected a file, or --model with --data or --task, got neither; see "
             "swaa eval --help for examples"
         )
+    if path is not None and not path.endswith((".yaml", ".yml", ".json")):
+        path = str(config_path("eval", path))
     try:
         fields = {} if path is None else read_document(epath.Path(path).read_text())
         if args.model:

@@ -261,7 +261,7 @@ def score_policies(
 def load_policies(
     name_or_path: PathLike, *, window: int | None = None, num_sink_tokens: int | None = None
 ) -> tuple[AttentionPolicy, ...]:
-    """A list of policies from a shipped file of `configs/eval`, or from a YAML or JSON file.
+    """A list of policies from a shipped file of `configs/demo`, or from a YAML or JSON file.
 
     The file holds `policies`, a list of mappings with the fields of `AttentionPolicy`, and may hold
     a `description`.
@@ -281,7 +281,7 @@ def load_policies(
     """
     name = os.fspath(name_or_path)
     is_path = name.endswith((".yaml", ".yml", ".json"))
-    path = epath.Path(name) if is_path else epath.Path(config_path("eval", name))
+    path = epath.Path(name) if is_path else epath.Path(config_path("demo", name))
     try:
         document = parse_yaml(path.read_text())
         policies = _parse_policies(document)

@@ -34,7 +34,7 @@ TABLE_1 = {
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_file_is_yaml_in_a_known_folder(path):
     assert path.suffix == ".yaml"
-    assert path.relative_to(ROOT).parts[0] in ("models", "policies", "train", "eval")
+    assert path.relative_to(ROOT).parts[0] in ("models", "policies", "train", "eval", "demo")
     assert isinstance(yaml.safe_load(path.read_text()), dict)
 
 
