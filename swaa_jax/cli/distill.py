@@ -60,10 +60,10 @@ def add_parser(subparsers: Any) -> None:
     judge = parser.add_argument_group("judge")
     judge.add_argument(
         "--judge",
-        choices=["exact", "regex", "ruler", "llm"],
+        choices=["exact", "includes", "regex", "ruler", "llm"],
         default="exact",
-        help="exact: the answer is the reference; regex: what the pattern finds is; ruler: all "
-        "references are in it; llm: a model says so. Default exact",
+        help="exact: the answer is the reference; includes: it has one in it; regex: what the "
+        "pattern finds is one; ruler: all references are in it; llm: a model says so. Default exact",
     )
     judge.add_argument(
         "--judge-set",

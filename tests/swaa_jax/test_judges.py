@@ -43,7 +43,7 @@ def test_a_prompt_that_opened_the_thinking_counts():
 @pytest.mark.parametrize(
     "name, settings, message",
     [
-        ("vibes", {}, "expected one of exact, regex, ruler, llm, got 'vibes'"),
+        ("vibes", {}, "expected one of exact, includes, regex, ruler, llm, got 'vibes'"),
         ("regex", {"pattern": "answer"}, "expected a group"),
         ("regex", {"pattern": "("}, "expected a regular expression"),
         ("regex", {"which": "any"}, '"first" or "last"'),
