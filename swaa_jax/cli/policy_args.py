@@ -14,6 +14,9 @@ _FIELDS = {
     "num_sink_tokens": "num_sink_tokens",
     "full_layers": "full_attention_layers",
     "full_attention_layers": "full_attention_layers",
+    "heads": "full_attention_heads",
+    "full_heads": "full_attention_heads",
+    "full_attention_heads": "full_attention_heads",
     "decode": "decode",
     "tail": "full_attention_tail",
     "full_attention_tail": "full_attention_tail",
@@ -31,7 +34,7 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy",
         metavar="POLICY",
         help="a shipped name (full, naive, ...), a .yaml or .json file, or fields: "
-        "window=64,sinks=4,full_layers=1::2,decode=full",
+        "window=64,sinks=4,full_layers=1::2,heads=0:1+3,decode=full",
     )
     group.add_argument(
         "--window", metavar="N", help="keys a query sees, itself included; 'full' for all"
@@ -39,6 +42,11 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sinks", metavar="K", help="first tokens that stay visible")
     group.add_argument(
         "--full-layers", metavar="LAYERS", help="layers that keep full attention: 1::2 or 0,3,5"
+    )
+    group.add_argument(
+        "--full-heads",
+        metavar="HEADS",
+        help="KV heads that keep full attention in windowed layers: 3:0+2,5:1",
     )
     group.add_argument(
         "--decode",
@@ -64,6 +72,7 @@ def policy_from_args(args: argparse.Namespace) -> "AttentionPolicy | None":
             ("window", args.window),
             ("sinks", args.sinks),
             ("full_layers", args.full_layers),
+            ("full_heads", args.full_heads),
             ("decode", args.decode),
             ("full_attention_tail", args.full_attention_tail),
         )
@@ -80,6 +89,8 @@ def parse_policy(text: str) -> "AttentionPolicy":
 
     >>> print(parse_policy("window=64,sinks=4,full_layers=1,3,decode=full"))
     window 64 + 4 sinks, full layers 1,3, FA decode
+    >>> print(parse_policy("window=64,heads=3:0+2,5:1"))
+    window 64, full heads 3:0+2,5:1
 
     Raises:
         ValueError: an unknown name or field, or a malformed value.
@@ -101,7 +112,7 @@ def parse_policy(text: str) -> "AttentionPolicy":
             fields[name] = value.strip()
         elif name is None:
             raise ValueError(f"policy: expected NAME=VALUE,NAME=VALUE,... got {text!r}")
-        else:  # a list of layers has commas of its own: full_layers=1,3,5
+        else:  # lists of layers have commas of their own: full_layers=1,3,5
             fields[name] += f",{part.strip()}"
     return AttentionPolicy(**_fields(fields))
 
@@ -119,6 +130,8 @@ def _value(name: str, text: str) -> Any:
         return text
     if field == "window" and text in ("full", "none"):
         return None
+    if field == "full_attention_heads":
+        return () if text in ("", "none") else _heads(name, text)
     if field in ("decode", "full_attention_layers"):
         if text in ("", "none"):
             return ()
@@ -126,6 +139,20 @@ def _value(name: str, text: str) -> Any:
             return text
         return tuple(_integer(name, part) for part in text.split(","))
     return _integer(name, text)
+
+
+def _heads(name: str, text: str) -> list[tuple[int, tuple[int, ...]]]:
+    """Pairs of a layer and its heads from `3:0+2,5:1`; the policy checks them."""
+    pairs = []
+    for part in text.split(","):
+        layer, colon, heads = part.partition(":")
+        if not colon:
+            raise ValueError(
+                f"policy: {name}: expected LAYER:HEAD+HEAD,... such as 3:0+2,5:1; got {text!r}"
+            )
+        numbers = tuple(_integer(name, head) for head in heads.split("+"))
+        pairs.append((_integer(name, layer), numbers))
+    return pairs
 
 
 def _integer(name: str, text: str) -> int:

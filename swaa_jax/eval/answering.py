@@ -141,7 +141,7 @@ def resolve_all(
         raise ValueError("policies: expected at least one, got none")
     resolved: dict[tuple[LayerAttention, ...], AttentionPolicy] = {}
     for policy in policies:
-        layers = policy.resolve(model.config.num_layers)
+        layers = policy.resolve(model.config.num_layers, num_kv_heads=model.config.num_kv_heads)
         if layers in resolved:
             raise ValueError(
                 f"policies: {str(policy)!r} and {str(resolved[layers])!r} are the same for a model "

@@ -7,8 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from swaa_jax._policy_fields import format_layers
-from swaa_jax.eval.report import Row, summarize
+from swaa_jax.eval.report import Row, full_layers_label, summarize
 from swaa_jax.eval.sweep import Sweep
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.typing import PathLike
@@ -211,7 +210,7 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
 
 def _badge(policy: AttentionPolicy, colors: dict[str, str]) -> list[Any]:
     return _marker(
-        colors[_layers(policy)],
+        colors[full_layers_label(policy)],
         square=policy.decode != "window",
         ring=bool(policy.num_sink_tokens),
     )
@@ -234,14 +233,9 @@ def _trained(row: Row) -> str:
     return ", adapters" if row.adapter else ""
 
 
-def _layers(policy: AttentionPolicy) -> str:
-    layers = policy.full_attention_layers
-    return "all" if policy.is_full else format_layers(layers) if layers else "none"
-
-
 def layer_colors(policies: Sequence[AttentionPolicy]) -> dict[str, str]:
     """A colour for each choice of full layers among the policies."""
-    names = list(dict.fromkeys(_layers(policy) for policy in policies))
+    names = list(dict.fromkeys(full_layers_label(policy) for policy in policies))
     return dict(zip(names, itertools.cycle(_COLORS), strict=False))
 
 

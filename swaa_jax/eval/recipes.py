@@ -8,6 +8,7 @@ model is for `swaa demo` and an evaluation of one's own to say.
 import dataclasses
 from collections.abc import Sequence
 
+from swaa_jax.attention import split_heads
 from swaa_jax.configs import Evidence, Needs, PolicyFile, list_configs, load_policy_file
 from swaa_jax.eval.sweep import prefill_attention_share
 from swaa_jax.models import CausalLM
@@ -88,14 +89,16 @@ def cache_bytes(layers: Sequence[LayerAttention], size: ModelSize, *, context: i
     """Keys and values that one row of `context` tokens keeps while it decodes.
 
     A layer without FA decode keeps a ring of window + sinks slots, and 4 bytes a slot that say
-    which token is there; the others keep all.
+    which token is there; the others, and full heads, keep all.
 
     >>> cache_bytes([LayerAttention(), LayerAttention(window=9)], QWEN3_4B, context=1000)
     4132900
     """
-    token = 2 * size.num_kv_heads * size.head_dim * size.cache_itemsize
+    parts = [part for layer in layers for part in split_heads(layer, size.num_kv_heads)]
     total = 0
-    for layer in layers:
+    for part in parts:
+        layer = part.layer
+        token = 2 * len(part.heads) * size.head_dim * size.cache_itemsize
         if layer.window is None or layer.needs_full_cache:
             total += context * token
         else:
@@ -122,12 +125,14 @@ def list_recipes(
     found = []
     for name in list_configs("policies"):
         file = load_policy_file(name)
-        layers = file.policy.resolve(size.num_layers)
+        layers = file.policy.resolve(size.num_layers, num_kv_heads=size.num_kv_heads)
         row = cache_bytes(layers, size, context=context)
         found.append(
             Recipe(
                 file=file,
-                prefill_share=prefill_attention_share(layers, context),
+                prefill_share=prefill_attention_share(
+                    layers, context, num_kv_heads=size.num_kv_heads
+                ),
                 cache_bytes=row,
                 memory=size.weight_bytes + rows * row,
             )

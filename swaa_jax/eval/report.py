@@ -11,7 +11,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from swaa_jax._policy_fields import format_layers
+from swaa_jax._policy_fields import format_heads, format_layers
 from swaa_jax.eval.provenance import describe_device, describe_versions
 from swaa_jax.eval.sweep import PolicyScore, Sweep, prefill_attention_share
 from swaa_jax.infer import Timings
@@ -70,7 +70,7 @@ class Row:
         return (
             bool(policy.num_sink_tokens)
             + (policy.decode != "window")
-            + bool(policy.full_attention_layers)
+            + bool(policy.full_attention_layers or policy.full_attention_heads)
         )
 
 
@@ -84,7 +84,9 @@ def summarize(sweep: Sweep) -> list[Row]:
             thinking=thinking,
             non_thinking=non_thinking,
             timings=Timings.total([thinking.timings, non_thinking.timings]),
-            prefill_share=prefill_attention_share(layers, sweep.settings.length),
+            prefill_share=prefill_attention_share(
+                layers, sweep.settings.length, num_kv_heads=sweep.num_kv_heads
+            ),
         )
         for number, (thinking, non_thinking, layers) in enumerate(scores, start=1)
     ]
@@ -174,14 +176,13 @@ def _cells(row: Row) -> list[str]:
     policy, timings = row.policy, row.timings
     per_token = timings.time_per_output_token_s
     decode = {"window": "no", "full": "yes"}.get(str(policy.decode))
-    layers = policy.full_attention_layers
     if policy.is_full:
         setting = ["full", "", "", ""]
     else:
         setting = [
             str(policy.window),
             str(policy.num_sink_tokens),
-            format_layers(layers) if layers else "none",
+            full_layers_label(policy),
             decode or format_layers(policy.decode),
         ]
     scores = [
@@ -252,7 +253,19 @@ def _name(policy: AttentionPolicy) -> str:
         words.append("FA decode")
     if policy.full_attention_layers:
         words.append(f"full layers {format_layers(policy.full_attention_layers)}")
+    if policy.full_attention_heads:
+        words.append(f"full heads {format_heads(policy.full_attention_heads)}")
     return " + ".join(words)
+
+
+def full_layers_label(policy: AttentionPolicy) -> str:
+    """The layers and heads with full attention: "all", "none", "1::2", "0 + heads 3:1"."""
+    if policy.is_full:
+        return "all"
+    words = [format_layers(policy.full_attention_layers)] if policy.full_attention_layers else []
+    if policy.full_attention_heads:
+        words.append(f"heads {format_heads(policy.full_attention_heads)}")
+    return " + ".join(words) or "none"
 
 
 def _on_layers(windowed: Sequence[Row]) -> str:

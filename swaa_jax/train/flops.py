@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from kernels_pallas.mask import Stage
+from swaa_jax.attention import split_heads
 from swaa_jax.policy import LayerAttention
 
 __all__ = ["FlopCounter", "active_parameters", "peak_flops"]
@@ -62,6 +63,7 @@ class FlopCounter:
             config.own.resolve(config.num_layers) if with_teacher else ()
         )
         self._width = config.num_heads * config.head_dim
+        self._num_kv_heads = config.num_kv_heads
         matrices = active_parameters(model)
         passes = (6 if trains_all else 4) + (2 if with_teacher else 0)
         self._per_token = passes * matrices
@@ -75,8 +77,11 @@ class FlopCounter:
         positions = np.asarray(batch.positions).astype(np.int64)
         seen: dict[LayerAttention, float] = {}
         for layer in {*self._layers, *self._teacher_layers}:
-            pairs = visible_keys(layer, positions, answer)
-            seen[layer] = float(pairs[used].sum())
+            seen[layer] = 0.0
+            for part in split_heads(layer, self._num_kv_heads):
+                pairs = visible_keys(part.layer, positions, answer)
+                share = len(part.heads) / self._num_kv_heads
+                seen[layer] += share * float(pairs[used].sum())
         # Scores and values: 2 products forward, 4 backward.
         attention = 12 * self._width * sum(seen[layer] for layer in self._layers)
         attention += 4 * self._width * sum(seen[layer] for layer in self._teacher_layers)
@@ -85,7 +90,7 @@ class FlopCounter:
 
 
 def visible_keys(layer: LayerAttention, positions: np.ndarray, answer: np.ndarray) -> np.ndarray:
-    """How many keys each query sees, from its position in its sample.
+    """How many keys each query sees, from its position in its sample, in a layer of like heads.
 
     >>> from swaa_jax.policy import AttentionPolicy
     >>> (layer,) = AttentionPolicy(window=2, num_sink_tokens=1).resolve(1)

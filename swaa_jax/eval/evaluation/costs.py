@@ -56,7 +56,11 @@ def cell_cost(
     lengths = list(prompt_lengths) or [1]
     flops = {length: prefill_flops(model, layers, length) for length in set(lengths)}
     pairs = {length: length * (length + 1) / 2 for length in flops}
-    seen = {length: pairs[length] * prefill_attention_share(layers, length) for length in flops}
+    heads = model.config.num_kv_heads
+    seen = {
+        length: pairs[length] * prefill_attention_share(layers, length, num_kv_heads=heads)
+        for length in flops
+    }
     per_step = None if timings is None else timings.time_per_output_token_s
     decoded = 0 if timings is None else timings.new_tokens - timings.num_rows  # the first is drawn
     return CellCost(
@@ -75,6 +79,7 @@ def prefill_flops(model: Any, layers: Sequence[LayerAttention], length: int) -> 
     """Operations that reading a prompt of `length` tokens takes, its next-token logits included."""
     config = model.config
     width = config.num_heads * config.head_dim
-    pairs = len(layers) * prefill_attention_share(layers, length) * length * (length + 1) / 2
+    share = prefill_attention_share(layers, length, num_kv_heads=config.num_kv_heads)
+    pairs = len(layers) * share * length * (length + 1) / 2
     head = 2 * config.hidden_size * config.vocab_size  # of the last token only
     return 2 * active_parameters(model) * length + 4 * width * pairs + head
