@@ -17,7 +17,9 @@ from swaa_jax.eval.evaluation import EvalConfig, TaskEntry, evaluate, summarize,
 from swaa_jax.eval.evaluation import run as running
 from swaa_jax.eval.evaluation.store import CellStore
 from swaa_jax.eval.tasks import encode_sample
+from tests.support import byte_tokenizer
 from tests.support.evaluations import CountingTask
+from tests.support.random_models import random_model
 
 POLICIES = [
     "full",
@@ -26,10 +28,19 @@ POLICIES = [
 ]
 
 
-def config_of(output_dir, *, task=None, **fields):
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random model of few layers, which compiles in no time."""
+    path = tmp_path_factory.mktemp("model") / "random"
+    swaa.save_model(random_model(vocab_size=byte_tokenizer.VOCAB_SIZE), path)
+    byte_tokenizer.build().save_pretrained(path)
+    return str(path)
+
+
+def config_of(checkpoint, output_dir, *, task=None, **fields):
     return EvalConfig.from_dict(
         {
-            "models": ["tiny-retriever"],
+            "models": [checkpoint],
             "policies": POLICIES,
             "tasks": [TaskEntry(name="counting", task=task or CountingTask())],
             "output_dir": str(output_dir),
@@ -51,18 +62,18 @@ def lasting(directory):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(checkpoint, tmp_path_factory):
     """An evaluation that was not stopped, in both modes."""
     directory = tmp_path_factory.mktemp("whole") / "out"
-    done = evaluate(config_of(directory, thinking=[True, False], max_thinking_tokens=3))
+    done = evaluate(config_of(checkpoint, directory, thinking=[True, False], max_thinking_tokens=3))
     write(done)
     return directory, done
 
 
-def test_answers_are_those_of_generate(whole):
+def test_answers_are_those_of_generate(checkpoint, whole):
     _, done = whole
-    model = swaa.load_model("tiny-retriever", policy=swaa.AttentionPolicy(), dtype="float32")
-    tok = swaa.load_tokenizer("tiny-retriever")
+    model = swaa.load_model(checkpoint, policy=swaa.AttentionPolicy(), dtype="float32")
+    tok = swaa.load_tokenizer(checkpoint)
     assert [(c.thinking, c.policy_name) for c in done.cells] == [
         (mode, name) for mode in (True, False) for name in ("full", "window", "window, FA decode")
     ]
@@ -75,7 +86,7 @@ def test_answers_are_those_of_generate(whole):
             tok,
             prompts,
             max_new_tokens=8 if cell.thinking else 5,
-            batch_size=1,
+            batch_size=6,
         )
         assert [row["sample"] for row in cell.rows] == [s.id for s in samples]
         assert [row["response"] for row in cell.rows] == list(alone.texts)
@@ -88,7 +99,7 @@ def test_answers_are_those_of_generate(whole):
     assert len(texts) > 6, "the policies answer alike, so this shows nothing"
 
 
-def test_nothing_is_answered_or_judged_twice(whole, tmp_path, monkeypatch):
+def test_nothing_is_answered_or_judged_twice(checkpoint, whole, tmp_path, monkeypatch):
     directory, done = whole
     assert done.answered == sum(len(cell.rows) for cell in done.cells) == 36
     before = lasting(directory)
@@ -96,28 +107,32 @@ def test_nothing_is_answered_or_judged_twice(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(
         running, "make_judge", lambda **_: lambda judged_one: judged.append(judged_one)
     )
-    again = evaluate(config_of(directory, thinking=[True, False], max_thinking_tokens=3))
+    again = evaluate(
+        config_of(checkpoint, directory, thinking=[True, False], max_thinking_tokens=3)
+    )
     write(again)
     assert (again.answered, judged) == (0, [])
     assert lasting(directory) == before
 
 
-def test_a_changed_config_does_only_what_is_new(whole):
+def test_a_changed_config_does_only_what_is_new(checkpoint, whole):
     directory, _ = whole
     more = [*POLICIES, {"name": "wider", "window": 16}]
     done = evaluate(
-        config_of(directory, thinking=[True, False], max_thinking_tokens=3, policies=more)
+        config_of(
+            checkpoint, directory, thinking=[True, False], max_thinking_tokens=3, policies=more
+        )
     )
     assert done.answered == 12  # six samples, two modes, one policy
     assert len(done.cells) == 8
     other = CountingTask(reference="o")  # another judgement of the same answers is another task
-    done = evaluate(config_of(directory, task=other, thinking=False, policies=["full"]))
+    done = evaluate(config_of(checkpoint, directory, task=other, thinking=False, policies=["full"]))
     assert done.answered == 6
 
 
-def test_a_run_that_breaks_goes_on_where_it_was(whole, tmp_path, monkeypatch):
+def test_a_run_that_breaks_goes_on_where_it_was(checkpoint, whole, tmp_path, monkeypatch):
     """An error after each second batch, until nothing is left to break."""
-    config = config_of(tmp_path / "out", thinking=[True, False], max_thinking_tokens=3)
+    config = config_of(checkpoint, tmp_path / "out", thinking=[True, False], max_thinking_tokens=3)
     written = CellStore.write_answers
     broken = 0
     while True:
@@ -142,10 +157,10 @@ def test_a_run_that_breaks_goes_on_where_it_was(whole, tmp_path, monkeypatch):
     assert lasting(tmp_path / "out") == lasting(whole[0])
 
 
-def test_attempts_are_drawn_apart_and_do_not_depend_on_batches(tmp_path):
+def test_attempts_are_drawn_apart_and_do_not_depend_on_batches(checkpoint, tmp_path):
     settings = {"attempts": 2, "temperature": 1.0, "policies": ["full"]}
-    small = evaluate(config_of(tmp_path / "a", batch_size=4, **settings))
-    large = evaluate(config_of(tmp_path / "b", batch_size=12, **settings))
+    small = evaluate(config_of(checkpoint, tmp_path / "a", batch_size=4, **settings))
+    large = evaluate(config_of(checkpoint, tmp_path / "b", batch_size=12, **settings))
     rows = [
         [(r["sample"], r["attempt"], r["response"]) for r in d.cells[0].rows]
         for d in (small, large)
@@ -159,14 +174,14 @@ def test_attempts_are_drawn_apart_and_do_not_depend_on_batches(tmp_path):
     assert set(found.pass_at) == {1, 2}
 
 
-def test_prompts_beyond_the_context(tmp_path):
+def test_prompts_beyond_the_context(checkpoint, tmp_path):
     class Long(CountingTask):
         def samples(self, tokenizer, *, thinking):
             first, *rest = super().samples(tokenizer, thinking=thinking)
             message = {"role": "user", "content": "one more, " * 4000}
             return [dataclasses.replace(first, messages=(message,)), *rest]
 
-    config = config_of(tmp_path / "out", task=Long(), policies=["full"])
+    config = config_of(checkpoint, tmp_path / "out", task=Long(), policies=["full"])
     with pytest.raises(ValueError, match=r"counting: 1 of 6 prompts do not fit.*too_long=skip"):
         evaluate(config)
     done = evaluate(dataclasses.replace(config, too_long="skip"))
@@ -174,27 +189,33 @@ def test_prompts_beyond_the_context(tmp_path):
     assert [row["sample"] for row in done.cells[0].rows] == [f"sample {i}" for i in range(1, 6)]
 
 
-def test_mistakes_are_told_before_any_work(tmp_path):
+def test_mistakes_are_told_before_any_work(checkpoint, tmp_path):
     task = TaskEntry(name="counting", task=CountingTask(), judge={"name": "magic"})
     with pytest.raises(ValueError, match=r"judge: expected one of .*got 'magic'"):
-        evaluate(config_of(tmp_path / "out", tasks=[task]))
+        evaluate(config_of(checkpoint, tmp_path / "out", tasks=[task]))
     with pytest.raises(ValueError, match="out of range"):
         evaluate(
-            config_of(tmp_path / "out", policies=[{"window": 4, "full_attention_layers": [99]}])
+            config_of(
+                checkpoint,
+                tmp_path / "out",
+                policies=[{"window": 4, "full_attention_layers": [99]}],
+            )
         )
     with pytest.raises(ValueError, match=r"baseline: expected one of full, .*got 'none of them'"):
-        evaluate(config_of(tmp_path / "out", baseline="none of them"))
+        evaluate(config_of(checkpoint, tmp_path / "out", baseline="none of them"))
     assert not (tmp_path / "out").exists()
 
 
-def test_the_references_settings_are_read_for_the_models_depth(tmp_path):
+def test_the_references_settings_are_read_for_the_models_depth(checkpoint, tmp_path):
     reference = {
         "sliding_window_size": 8,
         "keep_first": 2,
         "force_fa_decode": True,
         "non_sliding_layers": [1, 3, 47],
     }
-    config = config_of(tmp_path / "out", policies=[reference], task=CountingTask(num_samples=1))
+    config = config_of(
+        checkpoint, tmp_path / "out", policies=[reference], task=CountingTask(num_samples=1)
+    )
     with pytest.warns(UserWarning, match="dropped layers 47"):
         done = evaluate(config)
     assert done.cells[0].policy == swaa.AttentionPolicy(

@@ -288,7 +288,8 @@ class _Asking:
                 store.write_verdicts(judge_id, number, verdicts)
             for answer, verdict in zip(batch.rows, verdicts, strict=True):
                 records[answer["row"]] = self._record(entry, answer, verdict)
-        layers = entry.policy.resolve(self._model.config.num_layers)
+        config = self._model.config
+        layers = entry.policy.resolve(config.num_layers, num_kv_heads=config.num_kv_heads)
         return Cell(
             model=self._entry.label,
             policy_name=entry.name,
