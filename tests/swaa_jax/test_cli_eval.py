@@ -62,7 +62,7 @@ def test_flags_change_a_file_and_overrides_change_both(data, tmp_path):
     }
     file.write_text(yaml.safe_dump(fields))
     assert config_of(file).output_dir == "there"
-    config = config_of(file, "--policies", "full,window=8+sinks=2", "batch_size=3")
+    config = config_of(file, "batch_size=3", "--policies", "full,window=8+sinks=2")
     assert policies_of(config) == ["full", "window 8 + 2 sinks"]
     assert config.batch_size == 3
     config = config_of(file, "--judge", "regex,which=last", "--thinking", "both", "--limit", "2")
@@ -88,7 +88,7 @@ def test_the_references_file_is_read_as_it_is(data, tmp_path):
         file.write_text(json.dumps(document))
         config = config_of(file, "--data", data)
         assert [one.path for one in config.settings[0].models] == ["a", "b"]
-        assert config.settings[0].policies[0]["sliding_window_size"] == 2000
+        assert config.settings[0].policies[0]["swaa_config"]["keep_first"] == 10
     file.write_text(json.dumps([{"swaa_config": {"sliding_window": 1}, "model_list": ["a"]}]))
     with pytest.raises(ValueError, match=r"settings.json.*did you mean 'sliding_window_size'"):
         config_of(file, "--data", data)
@@ -155,7 +155,7 @@ def test_ones_own_checkpoint_and_questions_in_one_command(data, tmp_path, capsys
     rows = (tmp_path / "eval_output/answers.jsonl").read_text().splitlines()
     assert len(rows) == 9
     assert {json.loads(row)["kind"] for row in rows} == {"sum", "fact"}
-    assert "my-model: mine" in (tmp_path / "eval_output/report.md").read_text()
+    assert "my-model: qa mine" in (tmp_path / "eval_output/report.md").read_text()
 
 
 def test_a_search_writes_a_policy_that_can_be_used(tmp_path, capsys):

@@ -214,7 +214,10 @@ def test_the_references_settings_are_read_for_the_models_depth(checkpoint, tmp_p
         "non_sliding_layers": [1, 3, 47],
     }
     config = config_of(
-        checkpoint, tmp_path / "out", policies=[reference], task=CountingTask(num_samples=1)
+        checkpoint,
+        tmp_path / "out",
+        policies=[{"swaa_config": reference}],
+        task=CountingTask(num_samples=1),
     )
     with pytest.warns(UserWarning, match="dropped layers 47"):
         done = evaluate(config)

@@ -87,8 +87,8 @@ class TaskEntry:
 class Setting:
     """Models, each of which is asked under each of the policies.
 
-    A policy's entry may be the reference's configuration, a mapping with `sliding_window_size`,
-    which is read when the model's depth is known: the reference names layers that a model may lack.
+    A policy's entry may be the reference's configuration, `{swaa_config: {...}}`, which is read when
+    the model's depth is known: the reference names layers that a model may lack.
     """
 
     models: tuple[ModelEntry, ...]
@@ -245,7 +245,10 @@ def read_document(text: str) -> dict[str, Any]:
             settings.append(
                 {
                     "models": entry.get("model_list") or [],
-                    "policies": [configs] if isinstance(configs, Mapping) else list(configs),
+                    "policies": [
+                        {"swaa_config": one}
+                        for one in ([configs] if isinstance(configs, Mapping) else configs)
+                    ],
                 }
             )
         return {"settings": settings}
@@ -266,7 +269,7 @@ def policy_entry(entry: Any) -> PolicyEntry | Mapping[str, Any]:
         raise ValueError(
             f"policies: expected a name, a file or a mapping of fields, got {describe(entry)}."
         )
-    if "sliding_window_size" in entry:
+    if "swaa_config" in entry:
         AttentionPolicy.from_swaa_config(entry)  # what is wrong with it shows now
         return dict(entry)
     fields = dict(entry)
