@@ -87,8 +87,8 @@ class TaskEntry:
 class Setting:
     """Models, each of which is asked under each of the policies.
 
-    A policy's entry may be the reference's configuration, `{swaa_config: {...}}`, which is read when
-    the model's depth is known: the reference names layers that a model may lack.
+    A policy's entry may be the reference's configuration, `{swaa_config: {...}}`, which is read
+    when the model's depth is known: the reference names layers that a model may lack.
     """
 
     models: tuple[ModelEntry, ...]
