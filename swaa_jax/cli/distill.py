@@ -63,7 +63,8 @@ def add_parser(subparsers: Any) -> None:
         choices=["exact", "includes", "regex", "ruler", "llm"],
         default="exact",
         help="exact: the answer is the reference; includes: it has one in it; regex: what the "
-        "pattern finds is one; ruler: all references are in it; llm: a model says so. Default exact",
+        "pattern finds is one; ruler: all references are in it; llm: a model says so. Default: "
+        "exact",
     )
     judge.add_argument(
         "--judge-set",

@@ -21,9 +21,9 @@ from typing import Any
 from etils import epath
 
 from swaa_jax import runtime, storage
-from swaa_jax.distill.questions import Question
 from swaa_jax.eval.judges import Judge, Judged
 from swaa_jax.eval.tasks import opens_thinking
+from swaa_jax.eval.tasks.question_answering import Question
 from swaa_jax.infer import generate
 from swaa_jax.infer.prompts import encode_prompts
 from swaa_jax.typing import PathLike
@@ -100,9 +100,16 @@ def distill(
         progress: show a bar on stderr.
 
     Raises:
-        ValueError: the directory holds another run; the message names what differs.
+        ValueError: the directory holds another run (the message names what differs), or a question
+            is a chat of several messages, which training data has no column for.
     """
     config = config or DistillConfig()
+    for question in questions:
+        if len(question.messages) > 1:
+            raise ValueError(
+                f"question {question.id}: expected one prompt, got a chat of "
+                f"{len(question.messages)} messages; write them into the prompt"
+            )
     directory = epath.Path(directory)
     parts = [
         questions[start : start + config.questions_per_part]
@@ -173,7 +180,7 @@ def _answer(
     ):
         question = part[at // config.attempts]
         judged = Judged(
-            question=question.prompt,
+            question=question.question or question.prompt,
             references=question.references,
             response=text,
             thinking=opens_thinking(tok, encoded[at]),
@@ -216,7 +223,8 @@ def _fingerprint(
 ) -> dict[str, Any]:
     digest = hashlib.sha256()
     for question in questions:
-        digest.update(json.dumps(dataclasses.asdict(question)).encode())
+        given = {name: value for name, value in dataclasses.asdict(question).items() if value}
+        digest.update(json.dumps(given).encode())
     return {
         "questions": {"count": len(questions), "sha256": digest.hexdigest()},
         "config": dataclasses.asdict(config),

@@ -26,7 +26,7 @@ from swaa_jax.eval.scorers import includes, plain, string_match_all, strip_think
 from swaa_jax.typing import PathLike
 
 CHOICE = r"The correct answer is \(?([A-D])"
-"""LongBench-v2's official pattern, brackets or none; asterisks are stripped before it is looked for."""
+"""LongBench-v2's official pattern; asterisks are stripped before it is looked for."""
 
 _PROMPT = """\
 You grade an answer to a question. It is right if it says the same as the reference answer, in \

@@ -53,7 +53,7 @@ def includes(text: str, reference: str) -> bool:
     """Whether `text` has `reference` in it as words or numbers of their own.
 
     Case, Unicode's spellings of one character (NFKC), Markdown's asterisks, runs of spaces and
-    thousands separators do not count. Scripts without spaces between words are searched as they are.
+    thousands separators do not count. Scripts without spaces between words have no bounds to keep.
 
     Example:
         >>> includes("It was **1,200** in Paris.", "1200"), includes("It was 1,200.", "12")

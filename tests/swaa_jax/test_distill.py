@@ -8,7 +8,7 @@ import pytest
 
 import swaa_jax as swaa
 from swaa_jax.cli.main import main
-from swaa_jax.distill import DistillConfig, Question, distill, read_questions
+from swaa_jax.distill import DistillConfig, Question, distill
 from swaa_jax.eval.judges import Verdict, make_judge
 from swaa_jax.eval.ruler import niah_multiquery
 
@@ -89,40 +89,23 @@ def test_another_run_is_named(retriever, tmp_path):
         distill(*retriever, QUESTIONS[:2], judge, tmp_path, config=CONFIG, settings={"model": "a"})
 
 
-@pytest.mark.parametrize("kind", ("jsonl", "parquet"))
-def test_questions_in_either_form(kind, tmp_path):
-    rows = [
-        {"prompt": "A?", "answer": "a", "answers": None, "context": None, "question": None},
-        {"prompt": None, "answer": None, "answers": ["b", "c"], "context": "C", "question": "Q?"},
-    ]
-    path = tmp_path / f"questions.{kind}"
-    if kind == "parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    else:
-        path.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    assert read_questions(path) == [
-        Question(id="0", prompt="A?", references=("a",)),
-        Question(id="1", prompt="C\n\nQ?", references=("b", "c")),
-    ]
-    assert len(read_questions(path, limit=1)) == 1
+def test_a_judge_sees_the_question_without_its_context_and_chats_are_refused(retriever, tmp_path):
+    question = Question(id="a", prompt="Long.\n\nOne?", references=("one",), question="One?")
+    seen = []
 
+    def judge(judged):
+        seen.append(judged.question)
+        return Verdict(accepted=True, reason="")
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ('{"prompt": "A?"}', "row 0: expected answer, not empty, got the columns prompt"),
-        ('{"answer": "a"}', "row 0: expected prompt, or context and question"),
-        ("{", "line 1: expected a JSON object"),
-        ("", "at least one question"),
-    ],
-)
-def test_wrong_questions_are_named(text, message, tmp_path):
-    path = tmp_path / "questions.jsonl"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_questions(path)
-    with pytest.raises(ValueError, match=r"ends in \.parquet or \.jsonl"):
-        read_questions(tmp_path / "questions.csv")
+    config = DistillConfig(attempts=4, max_new_tokens=48, questions_per_part=1)
+    done = distill(*retriever, [question], judge, tmp_path / "out", config=config)
+    assert set(seen) == {"One?"}
+    assert {row["prompt"] for row in rows_of(done.path)} == {"Long.\n\nOne?"}
+    turns = tuple({"role": "user", "content": text} for text in ("Hi.", "One?"))
+    chat = Question(id="b", prompt="One?", references=("one",), messages=turns)
+    with pytest.raises(ValueError, match="question b: expected one prompt, .* 2 messages"):
+        distill(*retriever, [chat], judge, tmp_path / "other", config=config)
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_command(tmp_path, capsys):

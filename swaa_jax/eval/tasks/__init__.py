@@ -5,11 +5,28 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from swaa_jax.eval.tasks.longbench_v2 import LongBenchV2Task
+from swaa_jax.eval.tasks.longmemeval import LongMemEvalTask
+from swaa_jax.eval.tasks.question_answering import QaTask
 from swaa_jax.eval.tasks.task import Sample, Task, encode_sample, opens_thinking
 
-__all__ = ["Sample", "Task", "TASKS", "encode_sample", "make_task", "opens_thinking"]
+__all__ = [
+    "Sample",
+    "Task",
+    "TASKS",
+    "LongBenchV2Task",
+    "LongMemEvalTask",
+    "QaTask",
+    "encode_sample",
+    "make_task",
+    "opens_thinking",
+]
 
-TASKS: Mapping[str, type[Task]] = {}
+TASKS: Mapping[str, type[Task]] = {
+    "longbench_v2": LongBenchV2Task,
+    "longmemeval": LongMemEvalTask,
+    "qa": QaTask,
+}
 """Every task by its name."""
 
 

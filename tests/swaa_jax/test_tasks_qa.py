@@ -1,0 +1,176 @@
+"""Questions of one's own, in every form that they may have; what malformed ones say."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from swaa_jax.distill import Question, read_questions
+from swaa_jax.eval.tasks import QaTask, encode_sample, make_task
+from tests.support import byte_tokenizer
+
+
+def write(path, rows):
+    """The rows, in the form that the path's name says."""
+    if path.suffix == ".parquet":
+        columns = {
+            name: [row.get(name) for row in rows] for name in {k: 0 for r in rows for k in r}
+        }
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    else:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n\n" for row in rows)
+        path.write_text(lines, encoding="utf-8")
+    return path
+
+
+ROWS = [
+    {"prompt": "A?", "answer": "a"},
+    {"context": "C é", "question": "Q?", "answers": ["b", "c"], "type": "two"},
+    {"prompt": "Long. Q?", "question": "Q?", "references": ["d"], "id": "mine", "kind": "three"},
+    {
+        "messages": [
+            {"role": "system", "content": "Be short."},
+            {"role": "user", "content": "Hi."},
+            {"role": "assistant", "content": "Hello."},
+            {"role": "user", "content": "M?"},
+        ],
+        "answer": "e",
+        "question_id": "chat",
+        "question_type": "four",
+    },
+]
+
+
+@pytest.mark.parametrize("ending", ("jsonl", "json", "parquet"))
+def test_rows_in_every_form(ending, tmp_path):
+    path = write(tmp_path / f"mine.{ending}", ROWS)
+    samples = QaTask(files=path).samples(None, thinking=False)
+    assert [(s.id, s.references, s.question, s.kind) for s in samples] == [
+        ("0", ("a",), "A?", ""),
+        ("1", ("b", "c"), "Q?", "two"),
+        ("mine", ("d",), "Q?", "three"),
+        ("chat", ("e",), "M?", "four"),
+    ]
+    contents = [[m["content"] for m in s.messages] for s in samples]
+    assert contents == [["A?"], ["C é\n\nQ?"], ["Long. Q?"], ["Be short.", "Hi.", "Hello.", "M?"]]
+    assert samples[3].messages == tuple(ROWS[3]["messages"])
+    questions = read_questions(path)
+    assert [question.prompt for question in questions] == ["A?", "C é\n\nQ?", "Long. Q?", "M?"]
+    assert questions[0] == Question(id="0", prompt="A?", references=("a",))
+    assert questions[1].question == "Q?" and questions[3].messages == samples[3].messages
+
+
+def test_numbers_are_answers(tmp_path):
+    rows = [{"prompt": "0?", "answer": 0}, {"prompt": "1?", "answer": [1.5, "x"], "id": 7}]
+    samples = QaTask(files=write(tmp_path / "a.jsonl", rows)).samples(None, thinking=True)
+    assert [(s.id, s.references) for s in samples] == [("0", ("0",)), ("7", ("1.5", "x"))]
+
+
+def test_several_files_and_limits(tmp_path):
+    first = write(tmp_path / "one.jsonl", [{"prompt": f"{n}?", "answer": "a"} for n in range(3)])
+    second = write(tmp_path / "two.json", [{"prompt": "3?", "answer": "a"}])
+    both = make_task("qa", files=[str(first), str(second)])
+    assert both.label == "qa one"
+    samples = both.samples(None, thinking=False)
+    assert [(s.id, s.question) for s in samples] == [(str(n), f"{n}?") for n in range(4)]
+    assert len(QaTask(files=[first, second], limit=2).samples(None, thinking=False)) == 2
+    assert len(read_questions(first, limit=2)) == 2
+    # What lies beyond the limit is not looked at.
+    first.write_text(first.read_text() + "{torn")
+    assert len(QaTask(files=first, limit=3).samples(None, thinking=False)) == 3
+
+
+def test_a_byte_order_mark_and_windows_line_ends(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "A?", "answer": "a"}\r\n\r\n')
+    assert len(read_questions(path)) == 1
+    path.write_bytes(b'\xef\xbb\xbf [{"prompt": "A?", "answer": "a"}]\r\n')
+    assert len(read_questions(path)) == 1
+
+
+def test_chats_are_templated_once(tmp_path):
+    tok = byte_tokenizer.build()
+    path = write(tmp_path / "mine.jsonl", ROWS)
+    sample = QaTask(files=path).samples(tok, thinking=True)[3]
+    assert tok.decode(encode_sample(sample, tok, thinking=True)) == (
+        "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nHi.<|im_end|>\n"
+        "<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\nM?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+CHAT = '"messages": [{"role": "user", "content": "a"}, %s]'
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"prompt": "A?"}', "row 0: expected answer, not empty, got the columns prompt"),
+        ('{"prompt": "A?", "answer": ""}', "row 0: expected answer, not empty"),
+        ('{"prompt": "A?", "answers": []}', "row 0: expected answer, not empty"),
+        ('{"answer": "a"}', "row 0: expected prompt, or context and question, or messages"),
+        ('{"prompt": "", "answer": "a"}', "row 0: expected prompt"),
+        ('{"prompt": " ", "answer": "a"}', r"prompt: expected a text that is not empty, got ' '"),
+        ('{"prompt": 7, "answer": "a"}', r"prompt: expected a text that is not empty, got 7 \(int"),
+        ('{"context": [1], "question": "?", "answer": "a"}', r"context: expected a text .*\[1\]"),
+        ('{"prompt": "A?", "answer": {"a": 1}}', r"answer: expected an answer, .* \(dict\)"),
+        ('{"prompt": "A?", "answer": true}', r"answer: expected an answer, .* True \(bool\)"),
+        ('{"prompt": "A?", "answers": ["a", " "]}', "answers: expected an answer, .* ' '"),
+        ('{"prompt": "A?", "answers": ["a", null]}', "answers: expected an answer, .* None"),
+        ('{"prompt": "A?", "answer": "a", "id": [1]}', r"id: expected a text or a number, .*\[1\]"),
+        ('{"messages": "A?", "answer": "a"}', "messages: expected a list of mappings of role"),
+        ('{"messages": ["A?"], "answer": "a"}', r"messages\[0\]: expected mapping.*'A\?'"),
+        (
+            f'{{{CHAT % """{"role": "user"}"""}, "answer": "a"}}',
+            r"messages\[1\].content: expected a text that is not empty, got None",
+        ),
+        (
+            f'{{{CHAT % """{"role": "assistant", "content": "b"}"""}, "answer": "a"}}',
+            "messages: expected the last one to be the user's, .*'assistant'",
+        ),
+        ('{"prompt": "A?", "answer": "a"}\n["B?"]', r"row 1: expected an object .*\['B\?'\]"),
+        ('{"prompt": "A?", "answer": "a"}\n{"answer": "b"}', "row 1: expected prompt"),
+        ("\n{", "line 2: expected a JSON object"),
+        ('[{"prompt": "A?",', "expected a JSON list"),
+        ("[]", "at least one question"),
+        ("", "at least one question"),
+    ],
+)
+def test_malformed_rows_are_named(text, message, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(text)
+    for read in (read_questions, lambda path: QaTask(files=path).samples(None, thinking=False)):
+        with pytest.raises(ValueError, match=message) as error:
+            read(path)
+        assert str(path) in str(error.value)
+
+
+def test_files_of_another_kind(tmp_path):
+    with pytest.raises(ValueError, match=r"ends in \.parquet or \.jsonl"):
+        read_questions(tmp_path / "questions.csv")
+    with pytest.raises(FileNotFoundError):
+        read_questions(tmp_path / "questions.jsonl")
+    (tmp_path / "questions.parquet").write_bytes(b"not parquet")
+    with pytest.raises(ValueError, match=r"questions\.parquet: expected parquet"):
+        read_questions(tmp_path / "questions.parquet")
+    (tmp_path / "latin1.jsonl").write_bytes(b'{"prompt": "\xe9", "answer": "a"}')
+    with pytest.raises(ValueError, match=r"latin1\.jsonl, line 1: expected a JSON object"):
+        read_questions(tmp_path / "latin1.jsonl")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({}, "task qa: .*files"),
+        ({"files": []}, "files: expected a path or several"),
+        ({"files": 3}, r"files: expected a path or several, got 3 \(int\)"),
+        ({"files": "a.jsonl", "limit": 0}, "limit must be an integer, at least 1"),
+        ({"files": "a.jsonl", "limits": 1}, "did you mean 'limit'"),
+    ],
+)
+def test_wrong_settings_are_named(settings, message, no_type_checks):
+    with pytest.raises(ValueError, match=message):
+        make_task("qa", **settings)
