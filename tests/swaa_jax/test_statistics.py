@@ -69,6 +69,8 @@ def test_many_samples_are_tested_by_random_swaps():
     # 9,999 random swaps: the standard error of p = 0.0022 is 0.0005.
     assert paired_p_value(ours, theirs) == pytest.approx(0.0022, abs=0.002)
     assert paired_p_value(ours, ours) == 1.0
+    assert paired_p_value([1.0, 0.5, 0.0], [0.0, 0.5, 0.0]) == 1.0  # one differs: enumerated too
+    assert enumerated([1.0, 0.5, 0.0], [0.0, 0.5, 0.0]) == 1.0
 
 
 @pytest.mark.parametrize("attempts, right", [(1, 0), (4, 1), (5, 3), (6, 6)])
