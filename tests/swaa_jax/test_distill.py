@@ -1,5 +1,6 @@
 """Distillation: questions in, accepted answers out; stopped runs; other runs' directories."""
 
+import dataclasses
 import json
 
 import pyarrow
@@ -90,21 +91,20 @@ def test_another_run_is_named(retriever, tmp_path):
 
 
 def test_a_judge_sees_the_question_without_its_context_and_chats_are_refused(retriever, tmp_path):
-    question = Question(id="a", prompt="Long.\n\nOne?", references=("one",), question="One?")
+    questions = [dataclasses.replace(one, question=f"{one.id}?") for one in QUESTIONS]
     seen = []
 
     def judge(judged):
         seen.append(judged.question)
         return Verdict(accepted=True, reason="")
 
-    config = DistillConfig(attempts=4, max_new_tokens=48, questions_per_part=1)
-    done = distill(*retriever, [question], judge, tmp_path / "out", config=config)
-    assert set(seen) == {"One?"}
-    assert {row["prompt"] for row in rows_of(done.path)} == {"Long.\n\nOne?"}
+    done = distill(*retriever, questions, judge, tmp_path / "out", config=CONFIG)
+    assert seen and set(seen) <= {"0?", "1?", "2?", "3?", "4?"}
+    assert all(row["prompt"].startswith("Number") for row in rows_of(done.path))
     turns = tuple({"role": "user", "content": text} for text in ("Hi.", "One?"))
     chat = Question(id="b", prompt="One?", references=("one",), messages=turns)
-    with pytest.raises(ValueError, match="question b: expected one prompt, .* 2 messages"):
-        distill(*retriever, [chat], judge, tmp_path / "other", config=config)
+    with pytest.raises(ValueError, match=r"question b: expected one prompt, .* 2 messages"):
+        distill(*retriever, [chat], judge, tmp_path / "other", config=CONFIG)
     assert not (tmp_path / "other").exists()
 
 
