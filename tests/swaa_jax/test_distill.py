@@ -1,7 +1,7 @@
 """Distillation: questions in, accepted answers out; stopped runs; other runs' directories."""
 
-import dataclasses
 import json
+import types
 
 import pyarrow
 import pyarrow.parquet
@@ -10,6 +10,7 @@ import pytest
 import swaa_jax as swaa
 from swaa_jax.cli.main import main
 from swaa_jax.distill import DistillConfig, Question, distill
+from swaa_jax.distill import run as distilling
 from swaa_jax.eval.judges import Verdict, make_judge
 from swaa_jax.eval.ruler import niah_multiquery
 
@@ -90,22 +91,34 @@ def test_another_run_is_named(retriever, tmp_path):
         distill(*retriever, QUESTIONS[:2], judge, tmp_path, config=CONFIG, settings={"model": "a"})
 
 
-def test_a_judge_sees_the_question_without_its_context_and_chats_are_refused(retriever, tmp_path):
-    questions = [dataclasses.replace(one, question=f"{one.id}?") for one in QUESTIONS]
+def test_what_the_judge_sees_and_what_is_kept(retriever, tmp_path, monkeypatch):
+    """Answers that are made up: two that end, of which one is right, and one that is cut off."""
+    answers = types.SimpleNamespace(
+        texts=["Yes.", "No.", "Yes and"],
+        tokens=[[1, 2], [1, 2], [1, 2]],
+        finish_reasons=["eos", "eos", "length"],
+    )
+    monkeypatch.setattr(distilling, "generate", lambda *_, **__: answers)
+    question = Question(id="a", prompt="Long.\n\nOne?", references=("yes",), question="One?")
     seen = []
 
     def judge(judged):
-        seen.append(judged.question)
-        return Verdict(accepted=True, reason="")
+        seen.append((judged.question, judged.response))
+        return make_judge("exact")(judged)
 
-    done = distill(*retriever, questions, judge, tmp_path / "out", config=CONFIG)
-    assert seen and set(seen) <= {"0?", "1?", "2?", "3?", "4?"}
-    assert all(row["prompt"].startswith("Number") for row in rows_of(done.path))
+    done = distill(*retriever, [question], judge, tmp_path / "out", config=CONFIG)
+    assert seen == [("One?", "Yes."), ("One?", "No.")]
+    assert (done.answers, done.accepted, done.kept) == (3, 1, 1)
+    (row,) = rows_of(done.path)
+    assert (row["prompt"], row["response"], row["answer"]) == ("Long.\n\nOne?", "Yes.", "yes")
+
+
+def test_chats_are_refused(retriever, tmp_path):
     turns = tuple({"role": "user", "content": text} for text in ("Hi.", "One?"))
     chat = Question(id="b", prompt="One?", references=("one",), messages=turns)
     with pytest.raises(ValueError, match=r"question b: expected one prompt, .* 2 messages"):
-        distill(*retriever, [chat], judge, tmp_path / "other", config=CONFIG)
-    assert not (tmp_path / "other").exists()
+        distill(*retriever, [chat], make_judge("exact"), tmp_path / "out", config=CONFIG)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command(tmp_path, capsys):
