@@ -5,6 +5,7 @@ policy (policies that read a prompt alike share its prefill), and judged. What i
 already is not done again; the results do not depend on how often the run was stopped.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import os
@@ -37,6 +38,9 @@ Progress = Callable[[str, float], None]
 
 API_KEY = "SWAA_JUDGE_API_KEY"
 """The environment variable of a judging model's key; it is never written anywhere."""
+
+_JUDGE_THREADS = 8
+"""Answers that a judge looks at at once: one that is a model behind a URL takes its time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -284,7 +288,9 @@ class _Asking:
             timings.append(batch.timings)
             verdicts = store.read_verdicts(judge_id, number)
             if verdicts is None:
-                verdicts = [self._verdict(answer, judge) for answer in batch.rows]
+                with concurrent.futures.ThreadPoolExecutor(_JUDGE_THREADS) as pool:
+                    judging = functools.partial(self._verdict, judge=judge)
+                    verdicts = list(pool.map(judging, batch.rows))
                 store.write_verdicts(judge_id, number, verdicts)
             for answer, verdict in zip(batch.rows, verdicts, strict=True):
                 records[answer["row"]] = self._record(entry, answer, verdict)
@@ -306,7 +312,7 @@ class _Asking:
             ),
         )
 
-    def _verdict(self, answer: Mapping[str, Any], judge: Judge) -> dict[str, Any]:
+    def _verdict(self, answer: Mapping[str, Any], *, judge: Judge) -> dict[str, Any]:
         index = answer["row"] // self._config.attempts
         sample = self._samples[index]
         verdict = judge(
