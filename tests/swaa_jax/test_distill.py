@@ -94,7 +94,7 @@ def test_another_run_is_named(retriever, tmp_path):
 def test_what_the_judge_sees_and_what_is_kept(retriever, tmp_path, monkeypatch):
     """Answers that are made up: two that end, of which one is right, and one that is cut off."""
     answers = types.SimpleNamespace(
-        texts=["Yes.", "No.", "Yes and"],
+        texts=["Hm.</think>Yes.", "Hm.</think>No.", "Hm.</think>Yes and"],
         tokens=[[1, 2], [1, 2], [1, 2]],
         finish_reasons=["eos", "eos", "length"],
     )
@@ -107,10 +107,14 @@ def test_what_the_judge_sees_and_what_is_kept(retriever, tmp_path, monkeypatch):
         return make_judge("exact")(judged)
 
     done = distill(*retriever, [question], judge, tmp_path / "out", config=CONFIG)
-    assert seen == [("One?", "Yes."), ("One?", "No.")]
+    assert seen == [("One?", "Hm.</think>Yes."), ("One?", "Hm.</think>No.")]
     assert (done.answers, done.accepted, done.kept) == (3, 1, 1)
     (row,) = rows_of(done.path)
-    assert (row["prompt"], row["response"], row["answer"]) == ("Long.\n\nOne?", "Yes.", "yes")
+    assert (row["prompt"], row["response"], row["answer"]) == (
+        "Long.\n\nOne?",
+        "Hm.</think>Yes.",
+        "yes",
+    )
 
 
 def test_chats_are_refused(retriever, tmp_path):
