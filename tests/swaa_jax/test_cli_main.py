@@ -179,6 +179,10 @@ def test_a_wrong_path_in_a_process(tmp_path):
                 window=64, full_attention_layers=(1, 3), decode=(0, 2), full_attention_tail=5
             ),
         ),
+        (
+            "window=64,heads=3:0+2,-1:1,decode=full",
+            AttentionPolicy(window=64, full_attention_heads={3: [0, 2], -1: [1]}, decode="full"),
+        ),
         ("window=full", AttentionPolicy()),
         ("full", AttentionPolicy()),
     ],
@@ -199,6 +203,9 @@ def test_a_policy_file(tmp_path):
         ("window=64,sink=4", "expected fields among .*got 'sink'"),
         ("window=wide", "window: expected an integer, got 'wide'"),
         ("window=1,window=2", "window twice"),
+        ("window=8,heads=3", "heads: expected LAYER:HEAD.HEAD,... .* got '3'"),
+        ("window=8,heads=3:0-2", "heads: expected an integer, got '0-2'"),
+        ("window=8,heads=3:1+1", "KV heads more than once: 1"),
         ("fast,window=1", "expected NAME=VALUE"),
         ("no-such-policy", "no-such-policy"),
         ("window=-1", "window"),
@@ -226,5 +233,11 @@ def test_flags_alone_and_beside_a_policy():
         AttentionPolicy(window=8, full_attention_layers=(0, 2), full_attention_tail=3)
     )
     assert policy("--policy", "window=8,full_layers=1::2", "--full-layers", "none") == (
+        AttentionPolicy(window=8)
+    )
+    assert policy("--window", "8", "--full-heads", "3:0+2,5:1") == (
+        AttentionPolicy(window=8, full_attention_heads={3: [0, 2], 5: [1]})
+    )
+    assert policy("--policy", "window=8,heads=1:0", "--full-heads", "none") == (
         AttentionPolicy(window=8)
     )

@@ -194,8 +194,8 @@ def test_operations_are_counted_by_heads():
 @pytest.mark.parametrize(
     "sizes",
     [
+        {"data": 2, "fsdp": 2, "tensor": 2},
         pytest.param({"data": 2, "fsdp": 2}, marks=pytest.mark.slow),
-        {"data": 2, "tensor": 2},
         pytest.param({"tensor": 8}, marks=pytest.mark.slow),  # twice the KV heads: no copies here
     ],
     ids=str,

@@ -1,4 +1,7 @@
-"""AttentionPolicy: what it accepts, what it means for each layer, and its files."""
+"""AttentionPolicy: what it accepts, what it means for each layer, and its files.
+
+`test_policy_heads.py` has more of full heads.
+"""
 
 import copy
 import dataclasses
@@ -44,13 +47,19 @@ def layer_selections(draw):
 def policies(draw):
     if draw(st.integers(0, 9)) == 0:
         return AttentionPolicy()
-    return AttentionPolicy(
+    policy = AttentionPolicy(
         window=draw(st.integers(1, 10_000)),
         num_sink_tokens=draw(st.integers(0, 200)),
         full_attention_layers=draw(st.just(()) | layer_selections()),
         decode=draw(st.sampled_from(["window", "full"]) | layer_selections()),
         full_attention_tail=draw(st.integers(0, 5)),
     )
+    windowed = [i for i, layer in enumerate(policy.resolve(DEPTH)) if not layer.is_full]
+    if not windowed or draw(st.booleans()):
+        return policy
+    heads = st.lists(st.integers(0, 7), unique=True, min_size=1)
+    chosen = draw(st.dictionaries(st.sampled_from(windowed), heads, max_size=3))
+    return dataclasses.replace(policy, full_attention_heads=chosen)
 
 
 class TestFields:
@@ -214,7 +223,9 @@ class TestResolve:
         except ValueError:
             # Two ints may name one layer at another depth than DEPTH.
             both = [policy.full_attention_layers, policy.decode]
-            assert any(len(selected(layers)) != len(set(selected(layers))) for layers in both)
+            twice = any(len(selected(layers)) != len(set(selected(layers))) for layers in both)
+            full = set(selected(policy.full_attention_layers))
+            assert twice or full & dict(policy.full_attention_heads).keys()
             return
         assert len(resolved) == num_layers
         for index, layer in enumerate(resolved):
@@ -227,6 +238,7 @@ class TestResolve:
                 assert layer.num_sink_tokens == policy.num_sink_tokens
                 assert layer.full_attention_tail == policy.full_attention_tail
                 assert layer.full_decode == (index in selected(policy.decode))
+                assert layer.full_heads == dict(policy.full_attention_heads).get(index, ())
                 assert layer.needs_full_cache == layer.full_decode
 
     @pytest.mark.parametrize("field", ["full_attention_layers", "decode"])
@@ -449,7 +461,7 @@ class TestSwaaConfig:
 
     @given(policies())
     def test_export_means_the_same(self, policy):
-        policy = dataclasses.replace(policy, full_attention_tail=0)
+        policy = dataclasses.replace(policy, full_attention_heads=(), full_attention_tail=0)
         exported = policy.to_swaa_config(num_layers=DEPTH)
         back = AttentionPolicy.from_swaa_config(exported)
         assert back.resolve(DEPTH) == policy.resolve(DEPTH)
