@@ -299,10 +299,12 @@ class LlmJudge:
             try:
                 reply = _content(self._request(prompt, temperature))
             except urllib.error.HTTPError as error:
+                with error:
+                    said = _body_of(error)
                 if error.code not in (408, 409, 429) and error.code < 500:
                     raise ValueError(
                         f"judge: {self._config.url} refused the request: {error.code} "
-                        f"{error.reason}; {_body_of(error)}"
+                        f"{error.reason}; {said}"
                     ) from None
                 problem = f"{error.code} {error.reason}"
                 pause = retry_after(error.headers.get("Retry-After"), default=pause)
