@@ -1,7 +1,7 @@
 """Attention under a policy: `attend`, `attend_cached`, and the caches they read."""
 
 from kernels_pallas import available_backends, check_backend, resolve_backend
-from swaa_jax.attention.attend import LayerChoice, attend, attend_cached
+from swaa_jax.attention.attend import LayerChoice, LayerKind, attend, attend_cached
 from swaa_jax.attention.caches import (
     EMPTY,
     Caches,
@@ -13,15 +13,19 @@ from swaa_jax.attention.caches import (
     recast_caches,
 )
 from swaa_jax.attention.heads import HeadPart, split_heads
+from swaa_jax.attention.traced import GatedLayer, RowWindows
 
 __all__ = [
     "EMPTY",
     "Caches",
     "FullCache",
+    "GatedLayer",
     "HeadPart",
     "LayerCache",
     "LayerChoice",
+    "LayerKind",
     "RingCache",
+    "RowWindows",
     "SplitCache",
     "attend",
     "attend_cached",

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from kernels_pallas import Stage, swa_decode, swa_prefill
 from kernels_pallas.mask import full_rows
 from swaa_jax.attention.caches import FullCache, LayerCache, RingCache, SplitCache
 from swaa_jax.attention.heads import join_heads, split_heads, take_heads
+from swaa_jax.attention.traced import GatedLayer, RowWindows
 from swaa_jax.policy import LayerAttention
 from swaa_jax.sharding import attention_specs, constrain_heads, target_of
 
@@ -35,12 +36,16 @@ class LayerChoice:
     kinds: tuple[LayerAttention, ...] = dataclasses.field(metadata={"static": True})
 
 
+LayerKind: TypeAlias = LayerAttention | LayerChoice | RowWindows | GatedLayer
+"""What a layer can be told to see, where it has no cache."""
+
+
 def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     *,
-    layer: LayerAttention | LayerChoice,
+    layer: LayerKind,
     lengths: Int[Array, " B"] | None = None,
     stage_ids: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
@@ -79,15 +84,19 @@ def attend(
     if isinstance(layer, LayerChoice):
         branches = [functools.partial(again, layer=kind) for kind in layer.kinds]
         return jax.lax.switch(layer.index, branches, q, k, v)
+    if isinstance(layer, GatedLayer):
+        return layer.mix(
+            again(q, k, v, layer=LayerAttention()), again(q, k, v, layer=layer.windowed)
+        )
     num_kv_heads = k.shape[2]
-    parts = split_heads(layer, num_kv_heads)
+    parts = [] if isinstance(layer, RowWindows) else split_heads(layer, num_kv_heads)
     if len(parts) > 1:
         outs = []
         for part in parts:
             take = functools.partial(take_heads, heads=part.heads, num_kv_heads=num_kv_heads)
             outs.append(again(take(q), take(k), take(v), layer=part.layer))
         return join_heads(outs, [part.heads for part in parts])
-    layer = parts[0].layer
+    layer = parts[0].layer if parts else layer
     tail = layer.full_attention_tail
     if layer.is_full:
         stage_ids, tail = None, 0
@@ -118,6 +127,8 @@ def attend(
         target=target_of(mesh),
     )
     per_row = {"lengths": lengths, "stage_ids": stage_ids, "segment_ids": segment_ids}
+    if isinstance(layer, RowWindows):
+        per_row["window"] = layer.window  # in place of the kernel's static one
     per_row = {name: value for name, value in per_row.items() if value is not None}
 
     def on_shard(q: Array, k: Array, v: Array, per_row: dict[str, Any]) -> Any:
@@ -169,10 +180,13 @@ def attend_cached(
         outs, grown = [], []
         for part, kept in zip(parts, (cache.full, cache.windowed), strict=True):
             take = functools.partial(take_heads, heads=part.heads, num_kv_heads=num_kv_heads)
+            # Left to itself the TPU's compiler takes heads and writes them in one fusion, so that
+            # the kernel waits for the write and reads a copy of the cache that was before it.
+            taken_q, taken_k, taken_v = jax.lax.optimization_barrier((take(q), take(k), take(v)))
             out, more = attend_cached(
-                take(q),
-                take(k),
-                take(v),
+                taken_q,
+                taken_k,
+                taken_v,
                 kept,
                 layer=part.layer,
                 pos_B=pos_B,

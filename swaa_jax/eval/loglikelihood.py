@@ -24,7 +24,7 @@ from swaa_jax.runtime import to_host
 from swaa_jax.train.config import LossConfig
 from swaa_jax.train.loss import Head, chunked_loss
 
-__all__ = ["Continuation", "Likelihood", "score_continuations"]
+__all__ = ["Continuation", "Likelihood", "model_head", "score_continuations"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,7 @@ def _token_losses(
     hidden = model(tokens, lengths=lengths, stage_ids=stage_ids, logits_at=at, return_hidden=True)
     _, each = chunked_loss(
         hidden,
-        _head(model),
+        model_head(model),
         targets,
         jnp.ones(targets.shape, jnp.float32),
         config=LossConfig(),
@@ -155,7 +155,8 @@ def _token_losses(
     return each.nll, each.correct
 
 
-def _head(model: CausalLM) -> Head:
+def model_head(model: CausalLM) -> Head:
+    """The matrix of the model's logits, for `chunked_loss`; frozen."""
     tied = model.lm_head is None
     variable = model.embed_tokens.embedding if model.lm_head is None else model.lm_head.kernel
     rows, columns = variable.get_metadata().get("axes") or (None, None)

@@ -14,10 +14,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from swaa_jax.attention import LayerCache, LayerChoice, attend, attend_cached
+from swaa_jax.attention import LayerCache, LayerChoice, LayerKind, attend, attend_cached
 from swaa_jax.models._config import DecoderConfig
 from swaa_jax.models._rope import RopeConfig, rotate
-from swaa_jax.policy import LayerAttention
 from swaa_jax.sharding import constrain_batch, kv_head_copies
 
 _ACTIVATIONS = {
@@ -191,16 +190,11 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         rows: Rows,
         *,
-        layer: LayerAttention | LayerChoice,
+        layer: LayerKind,
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValues | LayerCache]:
         """The output, and what was kept: without a cache keys and values, with one it, grown."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        cos_sin = rows.rotations[self.rope]
-        q, k = rotate(q, cos_sin), rotate(k, cos_sin)
+        q, k, v = self.heads(x, rows)
         kinds = layer.kinds if isinstance(layer, LayerChoice) else (layer,)
         is_split = any(kind.full_heads for kind in kinds)  # which counts heads without copies
         copies = kv_head_copies(rows.mesh, num_heads=q.shape[2], num_kv_heads=k.shape[2])
@@ -236,6 +230,15 @@ class Attention(nnx.Module):
                 backend=rows.backend,
             )
         return self.o_proj(out.reshape(*x.shape[:2], -1)), kept
+
+    def heads(self, x: Float[Array, "B T D"], rows: Rows) -> tuple[Array, Array, Array]:
+        """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, normed and rotated."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        cos_sin = rows.rotations[self.rope]
+        return rotate(q, cos_sin), rotate(k, cos_sin), v
 
 
 class GatedMLP(nnx.Module):
@@ -278,7 +281,7 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "B T D"],
         rows: Rows,
         *,
-        layer: LayerAttention | LayerChoice,
+        layer: LayerKind,
         cache: LayerCache | None = None,
     ) -> LayerOutput:
         attended, kept = self.self_attn(self.input_layernorm(x), rows, layer=layer, cache=cache)

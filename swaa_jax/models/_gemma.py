@@ -7,12 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from swaa_jax.attention import LayerCache, LayerChoice
+from swaa_jax.attention import LayerCache, LayerKind
 from swaa_jax.checkpoint.keymap import WeightRule
 from swaa_jax.models import _weights as weights
 from swaa_jax.models._blocks import DecoderLayer, LayerOutput, Rows, make_norm
 from swaa_jax.models._config import DecoderConfig, layer_kinds_policy
-from swaa_jax.policy import LayerAttention
 from swaa_jax.sharding import constrain_batch
 
 
@@ -85,7 +84,7 @@ class GemmaLayer(DecoderLayer):
         x: Float[Array, "B T D"],
         rows: Rows,
         *,
-        layer: LayerAttention | LayerChoice,
+        layer: LayerKind,
         cache: LayerCache | None = None,
     ) -> LayerOutput:
         """The residual stream after both blocks."""

@@ -1,0 +1,62 @@
+"""Layers whose policy is traced: many policies side by side, or a gate between two.
+
+Whole rows only: caches are static, layer by layer.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from swaa_jax.policy import LayerAttention
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowWindows:
+    """A layer in which every row of the batch has a window of its own.
+
+    One program runs many policies, each in its rows. What that gives up: a traced window has no
+    tiles of its own, so kernels cut their blocks as for full attention; and where one row has a
+    long way to go, the others wait.
+
+    Attributes:
+        window: keys that a row's queries see, themselves included; S or more is full attention.
+        num_sink_tokens, full_decode, full_attention_tail: of all rows, as in `LayerAttention`.
+    """
+
+    window: Int[Array, " B"]
+    num_sink_tokens: int = dataclasses.field(default=0, metadata={"static": True})
+    full_decode: bool = dataclasses.field(default=False, metadata={"static": True})
+    full_attention_tail: int = dataclasses.field(default=0, metadata={"static": True})
+
+    is_full: ClassVar[bool] = False
+    full_heads: ClassVar[tuple[int, ...]] = ()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GatedLayer:
+    """A mixture of full and windowed attention: ``gate * full + (1 - gate) * windowed``.
+
+    It costs both. `gate` is meant to be trained, with the weights frozen.
+
+    Attributes:
+        gate: of every KV head, 0 to 1; one number for all heads is `[1]`.
+        windowed: what the windowed part sees.
+    """
+
+    gate: Float[Array, " heads"]
+    windowed: LayerAttention = dataclasses.field(metadata={"static": True})
+
+    full_heads: ClassVar[tuple[int, ...]] = ()
+
+    def mix(
+        self, full: Float[Array, "B T N H"], windowed: Float[Array, "B T N H"]
+    ) -> Float[Array, "B T N H"]:
+        """The mixture, each gate that of its group of query heads; in the inputs' dtype."""
+        gate_N = jnp.repeat(self.gate, full.shape[2] // self.gate.shape[0])
+        gate = gate_N.astype(full.dtype)[None, None, :, None]
+        return gate * full + (1 - gate) * windowed

@@ -1,0 +1,21 @@
+"""Which layers keep full attention, for a model and a task. Open `select.py` first."""
+
+from swaa_jax.eval.selection.calibration import read_calibration
+from swaa_jax.eval.selection.gates import GatesConfig, train_gates
+from swaa_jax.eval.selection.lazy_ratio import LazyRatioConfig, lazy_ratios
+from swaa_jax.eval.selection.per_row import RowScorer
+from swaa_jax.eval.selection.periodic import periodic_layers
+from swaa_jax.eval.selection.select import METHODS, Selection, select_layers
+
+__all__ = [
+    "METHODS",
+    "GatesConfig",
+    "LazyRatioConfig",
+    "RowScorer",
+    "Selection",
+    "lazy_ratios",
+    "periodic_layers",
+    "read_calibration",
+    "select_layers",
+    "train_gates",
+]
