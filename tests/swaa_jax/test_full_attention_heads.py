@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,9 @@ from swaa_jax.attention import (
 )
 from swaa_jax.attention.heads import join_heads, take_heads
 from swaa_jax.policy import LayerAttention
+from tests.support import tpu_compiler
 
-PROMPT, ANSWER = int(swaa.Stage.PROMPT), int(swaa.Stage.ANSWER)
+ANSWER = int(swaa.Stage.ANSWER)
 B, T, N, K, H = 2, 12, 8, 4, 4
 SPLIT = LayerAttention(window=3, num_sink_tokens=1, full_heads=(0, 3))
 # float32 against float64; the backends add up at most 12 terms in another order.
@@ -291,3 +293,39 @@ def test_a_cache_of_other_heads_is_refused(made_for, used_for):
     new = [jnp.asarray(x[:, :1]) for x in qkv()]
     with pytest.raises(ValueError, match="cache: expected one with full heads"):
         attend_cached(*new, cache_of(made_for), layer=used_for, pos_B=jnp.full((B,), T))
+
+
+def compiled_for_a_tpu(*programs):
+    """What compile_heads.py says of each."""
+    done = tpu_compiler.run_script("tests/support/compile_heads.py", "v5e", *programs)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def assert_in_place(row):
+    """Of 273 MB (137 MB with H = 64) nothing is copied; 4 MiB for lists, positions, new tokens."""
+    assert row["copies"] == 0 and row["temporary_bytes"] < 4 << 20, row
+    assert row["aliased_bytes"] >= row["cache_bytes"], row
+
+
+def test_on_a_tpu_a_step_writes_both_caches_in_place():
+    (row,) = compiled_for_a_tpu("step")
+    assert row["kernels"] == ["swa_decode"] * 2
+    assert_in_place(row)
+
+
+@pytest.mark.slow
+def test_on_a_tpu_each_part_is_a_kernel_call():
+    prefill, gradient, narrow, few = compiled_for_a_tpu(
+        "prefill", "gradient", "step, H 64", "step, 2 of 8"
+    )
+    assert prefill["kernels"] == ["swa_prefill_forward"] * 2
+    assert gradient["kernels"] == [
+        f"swa_prefill_{name}" for name in ("dkv", "dkv", "dq", "dq", "forward", "forward")
+    ]
+    # The taken heads of q (64 MiB in all); their gradients and what the kernels keep besides.
+    assert prefill["temporary_bytes"] < 64 << 20 and gradient["temporary_bytes"] < 256 << 20
+    assert narrow["kernels"] == ["swa_decode"] * 2
+    assert few["kernels"] == ["swa_decode"], "the ring of six heads is XLA's"
+    assert_in_place(narrow)
+    assert_in_place(few)

@@ -58,7 +58,7 @@ def test_malformed_in_a_layer(heads):
 def test_without_effect():
     with pytest.raises(ValueError, match=r"full_attention_heads=.* would have no effect"):
         AttentionPolicy(full_attention_heads={1: [0]})
-    with pytest.raises(ValueError, match="heads names layer 3, where .* full_attention_layers"):
+    with pytest.raises(ValueError, match=r"heads names layer 3, where .* full_attention_layers"):
         policy_of({2: [0], 3: [1]}, full_attention_layers=[1, 3])
     assert LayerAttention(full_heads=(1,)) == LayerAttention()
 
