@@ -45,7 +45,7 @@ _ABSTENTION = (
 )
 _DATE = re.compile(r"(\d{4})/(\d\d)/(\d\d) \([A-Za-z]{3}\) (\d\d):(\d\d)")
 _ROLES = ("user", "assistant", "system")
-_TRIES = 8  # sessions that are too long for what is left, before a history is done
+_TRIES = 8  # sessions that are too long for what is left, before the history is done
 
 _PROMPT = """\
 Below are earlier chats between a user and you, oldest first, each with its date. Answer the \
@@ -68,10 +68,11 @@ class _Session:
 class LongMemEvalTask(FileTask):
     """LongMemEval, with histories of `min_tokens` to `max_tokens`.
 
-    A sample's length is drawn evenly between the two; the history then falls short of it by less
-    than a session, or by more where the haystack has no more sessions (`longmemeval_oracle.json`
-    has only those with the answer). Sessions are never cut: where those that hold the answer are
-    longer by themselves, the sample has them and nothing else, and its info says `over_budget`.
+    A sample's length is drawn evenly between the two, so that the mean is in the middle (24k), and
+    sessions are added while they bring the history nearer to it. It stays far below where the
+    haystack has no more sessions (`longmemeval_oracle.json` has only those with the answer).
+    Sessions are never cut: where those that hold the answer have more than `max_tokens`, the sample
+    has them and nothing else, and its info says `over_budget`.
 
     Attributes:
         files: a path or several, local or gs://.
@@ -117,12 +118,13 @@ class LongMemEvalTask(FileTask):
         if over or short:
             _log.info(
                 "%s: %d of %d histories have less than %d tokens; in %d the sessions with the "
-                "answer alone have more than was drawn",
+                "answer alone have more than %d",
                 self.name,
                 short,
                 len(found),
                 self.min_tokens,
                 over,
+                self.max_tokens,
             )
         return found
 
@@ -135,10 +137,10 @@ class LongMemEvalTask(FileTask):
         date = row.text("question_date")
         _moment(row, "question_date", date)
         sessions = _sessions(row)
-        wanted = _answer_sessions(row, sessions)
+        wanted = _answer_sessions(row, sessions, abstention=abstention)
         rng = random.Random(f"{self.seed}/{question_id}")
         target = rng.randint(self.min_tokens, self.max_tokens)
-        chosen, tokens = _choose(sessions, wanted, target, tokenizer, rng)
+        chosen, tokens = self._choose(sessions, wanted, target, tokenizer, rng)
         history = "\n\n".join(sessions[at].text for at in chosen)
         prompt = _PROMPT.format(history=history, date=date, question=question)
         return Sample(
@@ -156,9 +158,38 @@ class LongMemEvalTask(FileTask):
                 "history_tokens": tokens,
                 "num_sessions": len(chosen),
                 "num_answer_sessions": len(wanted),
-                "over_budget": tokens > target,
+                "over_budget": tokens > self.max_tokens,
             },
         )
+
+    def _choose(
+        self,
+        sessions: list[_Session],
+        wanted: list[int],
+        target: int,
+        tokenizer: Any,
+        rng: random.Random,
+    ) -> tuple[list[int], int]:
+        """Indices of the history's sessions by date, and their tokens."""
+
+        def count(at: int) -> int:
+            return len(tokenizer(sessions[at].text + "\n\n", add_special_tokens=False)["input_ids"])
+
+        chosen = list(wanted)
+        tokens = sum(count(at) for at in wanted)
+        others = [at for at in range(len(sessions)) if at not in wanted]
+        rng.shuffle(others)
+        misses = 0
+        for at in others:
+            if tokens >= target or misses == _TRIES:
+                break
+            more = count(at)
+            if more < 2 * (target - tokens) and tokens + more <= self.max_tokens:
+                chosen.append(at)
+                tokens += more
+            else:
+                misses += 1
+        return sorted(chosen, key=lambda at: (sessions[at].when, at)), tokens
 
 
 def _sessions(row: Row) -> list[_Session]:
@@ -189,10 +220,10 @@ def _sessions(row: Row) -> list[_Session]:
     return found
 
 
-def _answer_sessions(row: Row, sessions: list[_Session]) -> list[int]:
-    """Indices of the sessions that hold the answer."""
+def _answer_sessions(row: Row, sessions: list[_Session], *, abstention: bool) -> list[int]:
+    """Indices of the sessions that hold the answer, or what looks like one."""
     ids = row.items("answer_session_ids", str, "texts")
-    if not ids:
+    if not ids and not abstention:
         raise row.wrong("answer_session_ids", "at least one", ids)
     known = {session.id for session in sessions}
     for at, one in enumerate(ids):
@@ -201,35 +232,6 @@ def _answer_sessions(row: Row, sessions: list[_Session]) -> list[int]:
                 f"answer_session_ids[{at}]", "one of haystack_session_ids, with turns", one
             )
     return [at for at, session in enumerate(sessions) if session.id in ids]
-
-
-def _choose(
-    sessions: list[_Session],
-    wanted: list[int],
-    target: int,
-    tokenizer: Any,
-    rng: random.Random,
-) -> tuple[list[int], int]:
-    """Indices of the history's sessions by date, and their tokens."""
-
-    def count(at: int) -> int:
-        return len(tokenizer(sessions[at].text + "\n\n", add_special_tokens=False)["input_ids"])
-
-    chosen = list(wanted)
-    tokens = sum(count(at) for at in wanted)
-    others = [at for at in range(len(sessions)) if at not in wanted]
-    rng.shuffle(others)
-    misses = 0
-    for at in others:
-        if tokens >= target or misses == _TRIES:
-            break
-        more = count(at)
-        if tokens + more <= target:
-            chosen.append(at)
-            tokens += more
-        else:
-            misses += 1
-    return sorted(chosen, key=lambda at: (sessions[at].when, at)), tokens
 
 
 def _moment(row: Row, field: str, text: str) -> datetime.datetime:
