@@ -414,12 +414,22 @@ def retry_after(header: str | None, *, default: float) -> float:
     return default if math.isnan(seconds) else min(max(seconds, 0.0), 600.0)
 
 
+def _llm_judge(**settings: Any) -> Judge:
+    missing = [name for name in ("url", "model") if settings.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"judge 'llm': expected url (of an OpenAI-compatible API) and model, got no "
+            f"{' and no '.join(missing)}"
+        )
+    return LlmJudge(LlmJudgeConfig(**settings))
+
+
 JUDGES: Mapping[str, Callable[..., Judge]] = {
     "exact": exact_judge,
     "includes": includes_judge,
     "regex": regex_judge,
     "ruler": ruler_judge,
-    "llm": lambda **settings: LlmJudge(LlmJudgeConfig(**settings)),
+    "llm": _llm_judge,
 }
 
 

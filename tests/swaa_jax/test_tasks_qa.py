@@ -5,10 +5,12 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
+from etils import epath
 
 from swaa_jax.distill import Question, read_questions
 from swaa_jax.eval.tasks import QaTask, encode_sample, make_task
 from tests.support import byte_tokenizer
+from tests.support.bucket import bucket  # noqa: F401  (a fixture)
 
 
 def write(path, rows):
@@ -81,6 +83,19 @@ def test_several_files_and_limits(tmp_path):
     # What lies beyond the limit is not looked at.
     first.write_text(first.read_text() + "{torn")
     assert len(QaTask(files=first, limit=3).samples(None, thinking=False)) == 3
+
+
+@pytest.mark.parametrize("ending", ("jsonl", "json", "parquet"))
+def test_files_in_a_bucket(ending, tmp_path, bucket):  # noqa: F811
+    local = write(tmp_path / f"mine.{ending}", ROWS)
+    remote = f"gs://bucket/mine.{ending}"
+    epath.Path(remote).write_bytes(local.read_bytes())
+    assert read_questions(remote) == read_questions(local)
+    task = QaTask(files=remote)
+    assert task.files == (remote,) and task.label == "qa mine"
+    assert task.samples(None, thinking=False) == QaTask(files=local).samples(None, thinking=False)
+    with pytest.raises(FileNotFoundError):
+        QaTask(files=f"gs://bucket/no.{ending}").samples(None, thinking=False)
 
 
 def test_a_byte_order_mark_and_windows_line_ends(tmp_path):

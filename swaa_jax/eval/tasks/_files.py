@@ -158,26 +158,24 @@ def _parquet_rows(path: epath.Path) -> Iterator[Any]:
 
 
 def _json_rows(path: epath.Path) -> Iterator[Any]:
-    with path.open("rb") as file:
-        begins = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if begins.startswith(b"["):
+    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+    if data[:64].lstrip().startswith(b"["):
         try:
-            rows = json.loads(path.read_bytes())
+            rows = json.loads(data)
         except ValueError as error:
             raise ValueError(f"{path}: expected a JSON list: {error}") from None
         yield from rows
         return
-    with path.open("rb") as file:
-        for number, line in enumerate(file):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}, line {number + 1}: expected a JSON object a line: {error}"
-                ) from None
-            yield row
+    for number, line in enumerate(io.BytesIO(data)):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number + 1}: expected a JSON object a line: {error}"
+            ) from None
+        yield row
 
 
 def _shown(value: Any) -> str:
