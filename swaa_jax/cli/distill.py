@@ -1,12 +1,12 @@
 """`swaa distill`: training data from the model itself."""
 
 import argparse
-import json
 import sys
 from typing import Any
 
 from swaa_jax.cli import process_args
 from swaa_jax.cli.policy_args import add_policy_arguments, policy_from_args
+from swaa_jax.cli.settings import key_value
 
 _EPILOG = """\
 examples:
@@ -68,7 +68,7 @@ def add_parser(subparsers: Any) -> None:
     )
     judge.add_argument(
         "--judge-set",
-        type=_setting,
+        type=key_value,
         action="append",
         default=[],
         metavar="KEY=VALUE",
@@ -142,14 +142,3 @@ def run(args: argparse.Namespace) -> int:
             f"{done.questions_answered} of {done.questions} questions answered"
         )
     return 0
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    """Key and value of KEY=VALUE; the value is JSON where it can be."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
-    try:
-        return key.strip(), json.loads(value)
-    except ValueError:
-        return key.strip(), value

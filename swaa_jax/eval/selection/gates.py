@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -187,8 +187,8 @@ def _step(
 
     loss, gradient = jax.value_and_grad(loss_of)(values)
     updates, opt_state = optimizer.update(gradient, opt_state, values)
-    values = jnp.clip(optax.apply_updates(values, updates), 0.0, 1.0)
-    return (values, opt_state), loss
+    moved = cast(Array, optax.apply_updates(values, updates))
+    return (jnp.clip(moved, 0.0, 1.0), opt_state), loss
 
 
 def _answer_states(
