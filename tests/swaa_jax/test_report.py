@@ -1,5 +1,6 @@
 """The report: its numbers are the sweep's, its sentences follow from them, its files are whole."""
 
+import dataclasses
 import io
 import json
 
@@ -208,3 +209,29 @@ def test_badges_do_not_cover_one_another():
     for index, (x, y) in enumerate(badges):
         for a, b in badges[:index]:
             assert max(abs(x - a), abs(y - b)) >= plot._BADGE
+
+
+@pytest.mark.parametrize(
+    ("fields", "label"),
+    [
+        ({}, "none"),
+        ({"full_attention_layers": "1::2"}, "1::2"),
+        ({"full_attention_heads": {3: [0, 2]}}, "heads 3:0+2"),
+        ({"full_attention_layers": [0], "full_attention_heads": {3: [1]}}, "0 + heads 3:1"),
+    ],
+)
+def test_full_layers_and_heads_are_named(fields, label):
+    assert report.full_layers_label(AttentionPolicy(window=10, **fields)) == label
+    assert report.full_layers_label(AttentionPolicy()) == "all"
+
+
+def test_a_row_with_full_heads_counts_their_pairs():
+    policy = AttentionPolicy(window=10, full_attention_heads={0: [1], 3: [0, 1]})
+    results = dataclasses.replace(
+        make_sweep(("naive",)),
+        layers=(policy.resolve(NUM_LAYERS, num_kv_heads=2),),
+        num_kv_heads=2,
+    )
+    (row,) = report.summarize(results)
+    full, windowed = LENGTH * (LENGTH + 1) / 2, 10 * LENGTH - 45
+    assert row.prefill_share == pytest.approx((3 * full + 5 * windowed) / (8 * full))
