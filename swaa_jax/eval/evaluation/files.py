@@ -107,7 +107,7 @@ def _plain_config(evaluation: Evaluation) -> dict[str, Any]:
                 "task": entry.task.name,
                 **dataclasses.asdict(entry.task),
                 "judge": {k: v for k, v in entry.judge_settings.items() if k != "api_key"},
-                "max_new_tokens": entry.max_new_tokens or entry.task.max_new_tokens,
+                "max_new_tokens": entry.max_new_tokens or entry.task.answer_tokens,
             }
             for entry in config.tasks
         ],

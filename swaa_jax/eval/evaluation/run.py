@@ -416,7 +416,7 @@ def _policies(
 
 
 def _decode_options(config: EvalConfig, task: TaskEntry, thinking: bool) -> DecodeOptions:
-    longest = task.max_new_tokens or task.task.max_new_tokens
+    longest = task.max_new_tokens or task.task.answer_tokens
     return DecodeOptions(
         max_new_tokens=longest + (config.max_thinking_tokens if thinking else 0),
         temperature=config.temperature,

@@ -1,5 +1,18 @@
-"""RULER's multi-query needle-in-a-haystack task, generated offline (arXiv 2404.06654)."""
+"""RULER's synthetic tasks, generated offline for any tokenizer (arXiv 2404.06654)."""
 
-from swaa_jax.eval.ruler.niah import HAYSTACKS, RulerSample, niah_multiquery
+from swaa_jax.eval.ruler.niah import NIAH_TASKS, NiahConfig, niah, niah_multiquery
+from swaa_jax.eval.ruler.prompts import HAYSTACKS, RulerSample
+from swaa_jax.eval.ruler.variable_tracking import variable_tracking
+from swaa_jax.eval.ruler.word_extraction import common_words, frequent_words
 
-__all__ = ["HAYSTACKS", "RulerSample", "niah_multiquery"]
+__all__ = [
+    "HAYSTACKS",
+    "NIAH_TASKS",
+    "NiahConfig",
+    "RulerSample",
+    "common_words",
+    "frequent_words",
+    "niah",
+    "niah_multiquery",
+    "variable_tracking",
+]

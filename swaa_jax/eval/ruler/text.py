@@ -1,10 +1,12 @@
-"""RULER's wording of the needle task, to the letter, and the drawing of keys, values and depths.
+"""RULER's wording, to the letter, and the drawing of keys, values and depths.
 
 One place for the sentences, so that evaluation and the tiny-retriever's training data cannot drift
 apart. Source: NVIDIA/RULER, `scripts/data/synthetic/{constants,niah}.py`.
 """
 
+import dataclasses
 import random
+import uuid
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -41,6 +43,67 @@ DEPTHS: tuple[int, ...] = tuple(round(100 * i / 39) for i in range(40))
 
 HAYSTACK_SEPARATORS: dict[str, str] = {"noise": "\n", "needle": "\n", "essay": " "}
 """Haystack type to what joins its units and needles (RULER: lines; an essay is one paragraph)."""
+
+
+VT_HEAD = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
+VT_TAIL = "\nQuestion: Find all variables that are assigned the value {query} in the text above."
+VT_ANSWER_PREFIX = (
+    " Answer: According to the chain(s) of variable assignment in the text above, {num_v} "
+    "variables are assigned the value {query}, they are: "
+)
+"""Variable tracking; `{query}` is the value, `{num_v}` how many variables have it."""
+
+CWE_HEAD = (
+    "Below is a numbered list of words. In these words, some appear more often than others. "
+    "Memorize the ones that appear most often.\n"
+)
+CWE_TAIL = "\nQuestion: What are the 10 most common words in the above list?"
+CWE_ANSWER_PREFIX = " Answer: The top 10 words that appear most often in the list are:"
+"""Common words."""
+
+FWE_HEAD = (
+    "Read the following coded text and track the frequency of each coded word. Find the three most "
+    "frequently appeared coded words. "
+)
+FWE_TAIL = (
+    "\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three "
+    "most frequently appeared words in the above coded text?"
+)
+FWE_ANSWER_PREFIX = (
+    " Answer: According to the coded text above, the three most frequently appeared words are:"
+)
+"""Frequent words."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NeedleWording:
+    """The needle tasks' sentences: as `PROMPT_HEAD`, `PROMPT_TAIL`, `ANSWER_PREFIX`, `NEEDLE`."""
+
+    head: str
+    tail: str
+    answer_prefix: str
+    needle: str
+
+
+def needle_wording(kind: str, *, several: bool) -> NeedleWording:
+    """The sentences for values of a kind ("numbers", "words", "uuids"), asked for one or several.
+
+    RULER's rule for a single one: "Some" becomes "A", "are all" and "are" become "is", and the kind
+    loses its s.
+
+    Example:
+        >>> print(needle_wording("uuids", several=False).tail.strip())
+        What is the special magic uuid for {query} mentioned in the provided text?
+    """
+    parts = {"head": PROMPT_HEAD, "tail": PROMPT_TAIL, "answer_prefix": ANSWER_PREFIX}
+    for name, sentence in parts.items():
+        asked = kind
+        if not several:
+            asked = kind.removesuffix("s")
+            for plural, singular in (("Some", "A"), ("are all", "is"), ("are", "is")):
+                sentence = sentence.replace(plural, singular)
+        parts[name] = sentence.replace("numbers", asked)
+    return NeedleWording(needle=NEEDLE.replace("numbers", kind), **parts)
 
 
 def join_list(items: Sequence[str]) -> str:
@@ -86,6 +149,27 @@ def draw_values(rng: random.Random, count: int, *, taken: set[str] | None = None
     return values
 
 
+def draw_uuids(rng: random.Random, count: int, *, taken: set[str] | None = None) -> list[str]:
+    """`count` distinct version-4 UUIDs, distinct from `taken`, which grows by them."""
+    taken = set() if taken is None else taken
+    found: list[str] = []
+    while len(found) < count:
+        number = 0
+        for _ in range(8):
+            number = number << 16 | _below(rng, 1 << 16)
+        value = str(uuid.UUID(int=number, version=4))
+        if value not in taken:
+            taken.add(value)
+            found.append(value)
+    return found
+
+
+def draw(rng: random.Random, kind: str, count: int, *, taken: set[str] | None = None) -> list[str]:
+    """`count` distinct "words", "numbers" or "uuids", distinct from `taken`."""
+    drawing = {"words": draw_keys, "numbers": draw_values, "uuids": draw_uuids}[kind]
+    return drawing(rng, count, taken=taken)
+
+
 def draw_depths(rng: random.Random, count: int) -> list[int]:
     """`count` points of the depth grid in random order; distinct until the grid is used up."""
     depths: list[int] = []
@@ -101,6 +185,11 @@ def shuffled(rng: random.Random, items: Sequence[T]) -> list[T]:
         j = _below(rng, i + 1)
         out[i], out[j] = out[j], out[i]
     return out
+
+
+def sample(rng: random.Random, items: Sequence[T], count: int) -> list[T]:
+    """`count` of the items, each at most once, in random order."""
+    return shuffled(rng, items)[:count]
 
 
 def _below(rng: random.Random, limit: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from swaa_jax.eval.tasks.longbench_v2 import LongBenchV2Task
 from swaa_jax.eval.tasks.longmemeval import LongMemEvalTask
 from swaa_jax.eval.tasks.question_answering import QaTask
+from swaa_jax.eval.tasks.ruler import RulerTask
 from swaa_jax.eval.tasks.task import Sample, Task, encode_sample, opens_thinking
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "LongBenchV2Task",
     "LongMemEvalTask",
     "QaTask",
+    "RulerTask",
     "encode_sample",
     "make_task",
     "opens_thinking",
@@ -26,6 +28,7 @@ TASKS: Mapping[str, type[Task]] = {
     "longbench_v2": LongBenchV2Task,
     "longmemeval": LongMemEvalTask,
     "qa": QaTask,
+    "ruler": RulerTask,
 }
 """Every task by its name."""
 

@@ -54,6 +54,11 @@ class Task(abc.ABC):
         """What results call it unless the user says otherwise: the name and what tells it apart."""
         return self.name
 
+    @property
+    def answer_tokens(self) -> int:
+        """The longest answer without thinking, by default; settings may change it."""
+        return self.max_new_tokens
+
     @abc.abstractmethod
     def samples(self, tokenizer: Any, *, thinking: bool) -> list[Sample]:
         """All samples, the same ones in the same order at every call.
