@@ -104,8 +104,8 @@ def add_parser(subparsers: Any) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a field of the data config, as in docs/data.md: answers=verbatim (what a model wrote, "
-        "its thinking included), chat_template=false; repeatable",
+        help="a field of the data config, as in docs/data.md: chat_template=false, "
+        "answers=template (answers are verbatim by default, as distill writes them); repeatable",
     )
     work = parser.add_argument_group("work")
     work.add_argument("--offset", type=int, metavar="N", help="periodic: the first full layer")

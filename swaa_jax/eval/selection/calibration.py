@@ -25,6 +25,7 @@ def read_calibration(
     *,
     limit: int | None = 64,
     max_length: int = 32768,
+    answers: str = "verbatim",
     **data: Any,
 ) -> list[Sample]:
     """Samples from files that `swaa train` reads and `swaa distill` writes.
@@ -34,6 +35,7 @@ def read_calibration(
         tok: the model's tokenizer.
         limit: the first so many samples; None: all.
         max_length: tokens of prompt and answer; longer samples are left out, never cut.
+        answers: as in `DataConfig`; verbatim suits answers that a model wrote, thinking included.
         data: further fields of `DataConfig`: format, columns, chat_template, ...
 
     Raises:
@@ -44,6 +46,7 @@ def read_calibration(
         seq_len=max_length,
         batch_size=1,
         on_too_long="drop",
+        answers=answers,
         **data,
     )
     samples = prepare_samples(config, tok)
