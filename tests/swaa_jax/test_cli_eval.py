@@ -162,7 +162,7 @@ def test_a_search_writes_a_policy_that_can_be_used(tmp_path, capsys):
     words = ["--search", "--model", "tiny-retriever", "--output", str(tmp_path / "found")]
     words += [
         "--task",
-        "ruler,variant=niah_single_1,length=192,num_samples=2",
+        "ruler,variant=niah_single_1,length=400,num_samples=2",
         "--windows",
         "16,96",
     ]
