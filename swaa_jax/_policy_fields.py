@@ -139,7 +139,7 @@ def head_selection(name: str, value: Any) -> tuple[tuple[int, tuple[int, ...]], 
 
 
 def check_idle_heads(name: str, layers: Iterable[int], full_layers: Iterable[Any]) -> None:
-    """A layer with full heads that is full anyway is a mistake."""
+    """A layer with full heads that is full anyway is a mistake; a slice names no layers yet."""
     idle = sorted(set(layers) & set(full_layers))
     if idle:
         raise ValueError(
