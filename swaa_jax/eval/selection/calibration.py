@@ -39,16 +39,16 @@ def read_calibration(
         data: further fields of `DataConfig`: format, columns, chat_template, ...
 
     Raises:
-        ValueError: a row that cannot be read, or no sample within the length.
+        ValueError: an unknown field, a row that cannot be read, or no sample within the length.
     """
-    config = DataConfig(
-        files=tuple(os.fspath(file) for file in files),
-        seq_len=max_length,
-        batch_size=1,
-        on_too_long="drop",
-        answers=answers,
-        **data,
-    )
+    fields = {
+        "files": [os.fspath(file) for file in files],
+        "seq_len": max_length,
+        "batch_size": 1,
+        "on_too_long": "drop",
+        "answers": answers,
+    }
+    config = DataConfig.from_dict({**fields, **data})
     samples = prepare_samples(config, tok)
     count = len(samples) if limit is None else min(limit, len(samples))
     return [samples[number] for number in range(count)]

@@ -123,20 +123,17 @@ def train_gates(
     """
     split = split_model(model.with_policy(AttentionPolicy()))
     layers = policy.resolve(model.config.num_layers)
-    optimizer = optax.adam(config.learning_rate)
     count = model.config.num_kv_heads if config.per_head else 1
     values = jnp.ones((len(layers), count), jnp.float32)
-    state = (values, optimizer.init(values))
+    state = (values, optax.adam(config.learning_rate).init(values))
     kept = _Kept(directory, config, state)
     start, state = kept.load()
-    run = jax.jit(
-        functools.partial(
-            _step,
-            structure=split.structure,
-            layers=layers,
-            optimizer=optimizer,
-            sparsity=config.sparsity,
-        )
+    run = functools.partial(
+        _step,
+        structure=split.structure,
+        layers=layers,
+        learning_rate=config.learning_rate,
+        sparsity=config.sparsity,
     )
     batches = _batches(model, samples, config)
     for step in range(start, config.steps):
@@ -167,6 +164,7 @@ def _batches(model: CausalLM, samples: Sequence[Sample], config: GatesConfig) ->
     return batch
 
 
+@functools.partial(jax.jit, static_argnames=("structure", "layers", "learning_rate", "sparsity"))
 def _step(
     state: tuple[Any, Any],
     arrays: tuple[Array, ...],
@@ -174,7 +172,7 @@ def _step(
     *,
     structure: Structure,
     layers: tuple[LayerAttention, ...],
-    optimizer: optax.GradientTransformation,
+    learning_rate: float,
     sparsity: float,
 ) -> tuple[tuple[Any, Any], Float[Array, ""]]:
     values, opt_state = state
@@ -186,7 +184,7 @@ def _step(
         return jnp.sum(rows["weights"] * distance) / len(distance) + sparsity * jnp.mean(values)
 
     loss, gradient = jax.value_and_grad(loss_of)(values)
-    updates, opt_state = optimizer.update(gradient, opt_state, values)
+    updates, opt_state = optax.adam(learning_rate).update(gradient, opt_state, values)
     moved = cast(Array, optax.apply_updates(values, updates))
     return (jnp.clip(moved, 0.0, 1.0), opt_state), loss
 

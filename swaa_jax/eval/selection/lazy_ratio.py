@@ -96,9 +96,7 @@ def lazy_ratios(
     """
     config = config or LazyRatioConfig()
     split = split_model(model.with_policy(AttentionPolicy()))
-    run = jax.jit(
-        functools.partial(_ratios, structure=split.structure, num_last=config.num_last_queries)
-    )
+    run = functools.partial(_ratios, structure=split.structure, num_last=config.num_last_queries)
     found = []
     for number, sample in enumerate(samples):
         ids = sample.tokens[: _prompt_length(sample)].tolist()
@@ -121,6 +119,7 @@ def _prompt_length(sample: Sample) -> int:
     return max(1, int(given[-1]) + 1 if len(given) else 1)
 
 
+@functools.partial(jax.jit, static_argnames=("structure", "num_last"))
 def _ratios(
     arrays: tuple[Array, ...],
     tokens: Int[Array, "1 T"],

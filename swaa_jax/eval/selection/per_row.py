@@ -52,6 +52,10 @@ class RowScorer:
         policy: window, sinks and decoding of the layers that are not full.
         rows_at_once: rows of a batch; None: as many as `memory_budget` holds.
         memory_budget: bytes.
+
+    Attributes:
+        num_compiles: programs that it has had compiled: one for each width of samples, and none
+            where another scorer of this process had the same.
     """
 
     def __init__(
@@ -73,13 +77,8 @@ class RowScorer:
         self._memory_budget = memory_budget
         self.num_layers = model.config.num_layers
         self.num_samples = len(samples)
-        self._run = jax.jit(
-            functools.partial(
-                _row_losses,
-                structure=self._split.structure,
-                layers=policy.resolve(self.num_layers),
-            )
-        )
+        self._layers = policy.resolve(self.num_layers)
+        self.num_compiles = 0
 
     def __call__(
         self, candidates: Sequence[Sequence[int]]
@@ -95,13 +94,11 @@ class RowScorer:
                     f"candidates: expected layers of 0 to {self.num_layers - 1}, got {layers}"
                 )
         found = np.full((len(candidates), self.num_samples), np.nan, np.float64)
+        before = _compile_count()
         for group in self._groups:
             self._score_group(group, candidates, found)
+        self.num_compiles += _compile_count() - before
         return found
-
-    def num_compiles(self) -> int:
-        """Programs that candidates were compiled to: one for each width of samples."""
-        return self._run._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
 
     def candidates_at_once(self) -> int:
         """Candidates that fill the batches of the widest samples."""
@@ -129,9 +126,20 @@ class RowScorer:
             for row, (candidate, _) in enumerate(part):
                 windowed = np.isin(np.arange(self.num_layers), candidates[candidate], invert=True)
                 windows[windowed, row] = min(self._policy.window or group.width, group.width)
-            losses = to_host(self._run(self._split.arrays, windows, group.rows(rows)))
+            losses = self._losses(windows, group.rows(rows))
             for loss, (candidate, sample) in zip(losses[: len(part)], part, strict=True):
                 found[candidate, group.numbers[sample]] = loss
+
+    def _losses(self, windows_LR: np.ndarray, rows: dict[str, np.ndarray]) -> np.ndarray:
+        return to_host(
+            _row_losses(
+                self._split.arrays,
+                windows_LR,
+                rows,
+                structure=self._split.structure,
+                layers=self._layers,
+            )
+        )
 
 
 def rows_within(budget: int, *, config: Any, width: int) -> int:
@@ -145,6 +153,7 @@ def rows_within(budget: int, *, config: Any, width: int) -> int:
     return max(1, min(_MOST_ROWS, budget // row))
 
 
+@functools.partial(jax.jit, static_argnames=("structure", "layers"))
 def _row_losses(
     arrays: tuple[Array, ...],
     windows_LR: Int[Array, "L R"],
@@ -191,3 +200,7 @@ def _row_losses(
     )
     assert each is not None  # what `each_target` asks for
     return jnp.sum(each.nll * rows["weights"], axis=1)
+
+
+def _compile_count() -> int:
+    return _row_losses._cache_size()  # pyright: ignore[reportAttributeAccessIssue]

@@ -57,7 +57,7 @@ class Selection:
         num_samples: calibration samples.
         num_evaluations: sets of full layers that the method compared.
         num_new: sets that had to be run, those of the three NLLs above included.
-        num_compiles: programs they were compiled to.
+        num_compiles: programs they were compiled to, in this call.
         seconds: of all of it.
         details: what else the method found, as JSON's types.
     """
@@ -172,7 +172,7 @@ def select_layers(
         num_samples=len(samples),
         num_evaluations=ranking.num_evaluations,
         num_new=store.num_new,
-        num_compiles=scorer.num_compiles(),
+        num_compiles=scorer.num_compiles,
         seconds=time.perf_counter() - started,
         details=ranking.details,
     )

@@ -1,0 +1,135 @@
+"""`swaa select`, from files to a policy file that other commands take."""
+
+import argparse
+import json
+
+import pytest
+
+import swaa_jax as swaa
+from swaa_jax.cli.main import main
+from swaa_jax.cli.select import _num_full_layers
+from swaa_jax.configs import load_policy_file
+from swaa_jax.eval.ruler import niah_multiquery
+from swaa_jax.eval.selection import Selection
+from swaa_jax.eval.selection.report import write_selection
+
+FLAGS = ["--no-thinking", "--window", "24", "--sinks", "2", "--dtype", "float32"]
+FLAGS += ["--no-compilation-cache"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two needle prompts with their answers."""
+    tok = swaa.load_tokenizer("tiny-retriever")
+    samples = niah_multiquery(tok, num_samples=2, target_length=220, seed=0, haystack="noise")
+    path = tmp_path_factory.mktemp("data") / "needles.jsonl"
+    rows = [
+        {"prompt": list(sample.messages), "response": " and ".join(sample.answers)}
+        for sample in samples
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_a_policy_file_comes_out_and_the_same_command_goes_on(data, tmp_path, capsys):
+    command = ["select", "tiny-retriever", str(data), str(tmp_path / "out"), *FLAGS]
+    command += ["--method", "periodic", "--full-layers-count", "4"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    file = load_policy_file(tmp_path / "out" / "policy.yaml")
+    layers = file.policy.full_attention_layers
+    assert layers in ((0, 2, 4, 6), (1, 3, 5, 7))
+    assert file.policy == swaa.AttentionPolicy(
+        window=24, num_sink_tokens=2, full_attention_layers=layers, decode="full"
+    )
+    assert "tiny-retriever" in file.description
+    assert "4 of 8 layers" in file.description
+    found = json.loads((tmp_path / "out" / "selection.json").read_text())
+    assert tuple(found["chosen"]) == layers
+    assert found["num_new"] == 4  # two offsets, none and all
+    assert found["nll_chosen"] == min(found["details"]["nll_by_offset"])
+    assert (tmp_path / "out" / "scores.png").read_bytes()[:4] == b"\x89PNG"
+    assert str(file.policy) in out
+    assert main(command) == 0
+    assert "0 evaluated now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--heads", "--share", "1/2"], "--method gates"),
+        (["--share", "3/2"], "--share"),
+        (["--share", "a half"], "--share"),
+        (["--full-layers-count", "8"], "1 to 7"),
+        (["--share", "1/2", "--offset", "1", "--method", "add_one"], "'offset'"),
+        (["--share", "1/2", "--window", "4000"], "smaller window"),
+        (["--share", "1/2", "--data-set", "pakcing=pack"], "pakcing"),
+    ],
+)
+def test_mistakes_are_told_in_a_paragraph(data, tmp_path, capsys, flags, message):
+    assert main(["select", "tiny-retriever", str(data), str(tmp_path / "out"), *FLAGS, *flags]) == 2
+    error = capsys.readouterr().err
+    assert "swaa select: error: " in error
+    assert message in error
+    assert not (tmp_path / "out" / "policy.yaml").exists()
+
+
+def test_data_without_answers_is_refused(tmp_path, capsys):
+    path = tmp_path / "no_answers.jsonl"
+    path.write_text(json.dumps({"prompt": "What?"}))
+    command = ["select", "tiny-retriever", str(path), str(tmp_path / "out"), *FLAGS]
+    assert main([*command, "--share", "1/2"]) == 2
+    assert "response" in capsys.readouterr().err
+
+
+def test_a_size_must_be_given(data, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["select", "tiny-retriever", str(data), str(tmp_path), *FLAGS])
+    assert "--full-layers-count" in capsys.readouterr().err
+
+
+def test_help_names_every_method(capsys):
+    with pytest.raises(SystemExit):
+        main(["select", "--help"])
+    out = capsys.readouterr().out
+    from swaa_jax.eval.selection import METHODS
+
+    choices = out[out.index("--method {") :].partition("}")[0]
+    for method in METHODS:
+        assert method in choices
+        assert f"\n  {method} " in out  # and says what it does
+
+
+@pytest.mark.parametrize(
+    ("share", "layers", "expected"), [("1/4", 36, 9), ("0.5", 7, 4), ("1/3", 8, 3)]
+)
+def test_a_share_is_rounded_to_layers(share, layers, expected):
+    args = argparse.Namespace(full_layers_count=None, share=share)
+    assert _num_full_layers(args, layers) == expected
+
+
+def test_heads_are_written_and_drawn(tmp_path):
+    policy = swaa.AttentionPolicy(window=24, full_attention_heads={1: (0,), 3: (0, 1)})
+    found = Selection(
+        method="gates",
+        policy=policy,
+        chosen=(),
+        heads={1: (0,), 3: (0, 1)},
+        scores=(0.0, 0.5, 0.1, 1.0),
+        nll_none=2.0,
+        nll_chosen=None,
+        nll_all=1.0,
+        num_samples=3,
+        num_evaluations=0,
+        num_new=2,
+        num_compiles=1,
+        seconds=1.0,
+        details={"gates": [[0.0, 0.0], [1.0, 0.0], [0.1, 0.1], [1.0, 1.0]]},
+    )
+    paths = write_selection(found, tmp_path / "new", model="m", command="swaa select m d o")
+    file = load_policy_file(paths["policy.yaml"])
+    assert file.policy == policy
+    assert "3 KV heads" in file.description
+    assert file.source == "swaa select m d o"
+    assert json.loads(paths["selection.json"].read_text())["heads"] == {"1": [0], "3": [0, 1]}
+    assert len(paths["scores.png"].read_bytes()) > 5000
