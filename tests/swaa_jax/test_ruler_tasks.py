@@ -287,7 +287,7 @@ def test_wrong_settings():
     ]:
         with pytest.raises(ValueError, match=message):
             make_task("ruler", **settings)
-    with pytest.raises(ValueError, match="target_length: the question and its needles alone take"):
+    with pytest.raises(ValueError, match="target_length: the question and its example alone take"):
         samples_of("vt", length=100)
     with pytest.raises(ValueError, match="target_length: 11 words alone take"):
         samples_of("cwe", length=300)

@@ -196,7 +196,13 @@ def _sample(
         return renderer.render(content, wording.answer_prefix.format(query=query))
 
     asked = [at for i in order for at in of_key[i]]
-    return fit_units(filler, render, target_length=target_length).sample(
+    return fit_units(
+        filler,
+        render,
+        target_length=target_length,
+        hidden=f"{num_needles} needle{'s' if num_needles > 1 else ''}",
+        fewer="fewer keys or fewer queries",
+    ).sample(
         answers=tuple(values[at] for at in asked),
         keys=tuple(keys[i] for i in order),
         depths=tuple(depths[at] for at in asked),

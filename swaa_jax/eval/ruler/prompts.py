@@ -132,9 +132,20 @@ class Renderer:
 
 
 def fit_units(
-    filler: "Filler", render: Callable[[Sequence[str]], Rendered], *, target_length: int
+    filler: "Filler",
+    render: Callable[[Sequence[str]], Rendered],
+    *,
+    target_length: int,
+    hidden: str,
+    fewer: str,
 ) -> Rendered:
     """The prompt whose haystack units bring it within 1% below `target_length` tokens.
+
+    Args:
+        filler: makes the units.
+        render: the prompt with these units.
+        target_length: tokens of the whole prompt.
+        hidden, fewer: what stands in it beside the question, and what to ask less of: for messages.
 
     Raises:
         ValueError: the question alone is longer, or no whole number of sentences meets it.
@@ -142,20 +153,23 @@ def fit_units(
     shortest = len(render(()).prompt_ids)
     if shortest > target_length:
         raise ValueError(
-            f"target_length: the question and its needles alone take {shortest} tokens; got "
-            f"{target_length}. Ask for a longer prompt, fewer keys or fewer queries"
+            f"target_length: the question and {hidden} alone take {shortest} tokens; got "
+            f"{target_length}. Ask for a longer prompt, {fewer}"
         )
     # Pieces are counted one by one, which for most tokenizers is exact and for the rest a little
-    # off: the whole is then counted, and the budget corrected by what it missed.
+    # off: the whole is then counted, and the budget corrected by what it missed. In short prompts
+    # what the last unit leaves may be less than any sentence: then one or two fewer are tried.
     least = target_length * (1 - LENGTH_TOLERANCE)
-    budget, size = target_length - shortest, 0
-    for _ in range(_TRIES):
-        rendered = render(filler.units(budget))
-        size = len(rendered.prompt_ids)
-        if least <= size <= target_length:
-            return rendered
-        missing = target_length - size
-        budget += min(missing, -1) if missing < 0 else 1 + missing // 2
+    size = 0
+    for dropped in range(3):
+        budget = target_length - shortest
+        for _ in range(_TRIES):
+            rendered = render(filler.units(budget, dropped=dropped))
+            size = len(rendered.prompt_ids)
+            if least <= size <= target_length:
+                return rendered
+            missing = target_length - size
+            budget += min(missing, -1) if missing < 0 else 1 + missing // 2
     raise ValueError(
         "target_length: no whole number of sentences brings the prompt within 1% below "
         f"{target_length} tokens (the last try had {size}); ask for a longer prompt"
@@ -163,7 +177,12 @@ def fit_units(
 
 
 def fit_count(
-    render: Callable[[int], Rendered], *, least: int, target_length: int, what: str
+    render: Callable[[int], Rendered],
+    *,
+    least: int,
+    target_length: int,
+    what: str,
+    pad: Callable[[int, int], Rendered] | None = None,
 ) -> Rendered:
     """The prompt with as many words as bring it within 1% below `target_length` tokens.
 
@@ -172,6 +191,8 @@ def fit_count(
         least: the fewest words that the task can do with.
         target_length: tokens of the whole prompt.
         what: the words, for messages.
+        pad: the prompt with so many words and so much padding, a token or a few each: for words
+            that come several at once.
 
     Raises:
         ValueError: even the fewest words are too many, or no number of them meets the length.
@@ -190,15 +211,23 @@ def fit_count(
         if high is not None:
             guess = min(guess, (low + high) // 2)
         if guess == low:
-            raise ValueError(
-                f"target_length: no number of {what} brings the prompt within 1% below "
-                f"{target_length} tokens ({low} take {size}); ask for a longer prompt"
-            )
+            break
         tried = render(guess)
         if len(tried.prompt_ids) > target_length:
             high = guess
         else:
             low, rendered, size = guess, tried, len(tried.prompt_ids)
+    if pad is not None:
+        for padding in range(1, 1 + target_length - size):
+            if size >= target_length * (1 - LENGTH_TOLERANCE):
+                break
+            rendered = pad(low, padding)
+            size = len(rendered.prompt_ids)
+    if not target_length * (1 - LENGTH_TOLERANCE) <= size <= target_length:
+        raise ValueError(
+            f"target_length: no number of {what} brings the prompt within 1% below "
+            f"{target_length} tokens ({low} take {size}); ask for a longer prompt"
+        )
     return rendered
 
 
@@ -226,8 +255,13 @@ class Filler:
         self._sizes: dict[str, int] = {}
         self._source = _source(haystack, random.Random(rng_seed), distractor)
 
-    def units(self, budget: int) -> list[str]:
-        """Units of `budget` tokens at most, whole sentences, as near to it as they go."""
+    def units(self, budget: int, *, dropped: int = 0) -> list[str]:
+        """Units of `budget` tokens at most, whole sentences, as near to it as they go.
+
+        Args:
+            budget: tokens.
+            dropped: so many units fewer than would fit; noise takes their room.
+        """
         units: list[str] = []
         index = 0
         while True:
@@ -240,6 +274,13 @@ class Filler:
             units.append(unit)
             budget -= size
             index += 1
+        for _ in range(min(dropped, len(units))):
+            budget += self._size(self._separator + units.pop())
+        # A needle of UUIDs may be longer than all that the tail is chosen from.
+        line = " ".join(text.NOISE_SENTENCES)
+        while budget > 2 * self._size(self._separator + line):
+            units.append(line)
+            budget -= self._size(self._separator + line)
         tail = self._tail(budget)
         return [*units, tail] if tail else units
 

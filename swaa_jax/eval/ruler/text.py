@@ -1,7 +1,7 @@
 """RULER's wording, to the letter, and the drawing of keys, values and depths.
 
 One place for the sentences, so that evaluation and the tiny-retriever's training data cannot drift
-apart. Source: NVIDIA/RULER, `scripts/data/synthetic/{constants,niah}.py`.
+apart. Source: NVIDIA/RULER, `scripts/data/synthetic/{constants,niah,variable_tracking}.py`.
 """
 
 import dataclasses

@@ -17,8 +17,8 @@ from typing import Any
 from swaa_jax.eval.ruler import text
 from swaa_jax.eval.ruler.prompts import Filler, Rendered, Renderer, RulerSample, fit_units
 
-_EXAMPLE_UNITS = 12
-"""Units of noise in the example: RULER fills 500 tokens."""
+_EXAMPLE_TOKENS, _EXAMPLE_UNITS = 500, 5
+"""The example's question fills so many tokens with noise, but has so many units of it at least."""
 
 
 def variable_tracking(
@@ -74,7 +74,9 @@ def variable_tracking(
 def _sample(
     renderer: Renderer, *, rng_seed: str, target_length: int, num_chains: int, num_hops: int
 ) -> RulerSample:
-    example = _example(random.Random(f"vt example/{rng_seed}"), num_chains, min(10, num_hops))
+    example = _example(
+        renderer, random.Random(f"vt example/{rng_seed}"), num_chains, min(10, num_hops)
+    )
     rng = random.Random(f"vt/{rng_seed}")
     chains, value = _chains(rng, num_chains, num_hops, letters=5)
     # Where each assignment stands, as a part of the haystack: the same at every length.
@@ -87,7 +89,13 @@ def _sample(
         lines = _hidden(units, chains, places)
         return renderer.render(example + text.VT_HEAD + "\n".join(lines) + tail, prefix)
 
-    return fit_units(filler, render, target_length=target_length).sample(
+    return fit_units(
+        filler,
+        render,
+        target_length=target_length,
+        hidden="its example",
+        fewer="fewer chains or fewer hops",
+    ).sample(
         answers=tuple(_names(chains[0])),
         keys=(),
         depths=tuple(int(100 * place) for place in places[0]),
@@ -96,16 +104,24 @@ def _sample(
     )
 
 
-def _example(rng: random.Random, num_chains: int, num_hops: int) -> str:
+def _example(renderer: Renderer, rng: random.Random, num_chains: int, num_hops: int) -> str:
     """A question with its answer, and the empty line that RULER puts behind it."""
     chains, value = _chains(rng, num_chains, num_hops, letters=3)
-    units = [" ".join(text.NOISE_SENTENCES)] * _EXAMPLE_UNITS
     places = [sorted(rng.random() for _ in range(num_hops + 1)) for _ in chains]
-    context = "\n".join(_hidden(units, chains, places))
-    asked = text.VT_TAIL.format(query=value)
-    prefix = text.VT_ANSWER_PREFIX.format(query=value, num_v=num_hops + 1)
-    answer = " ".join(_names(chains[0]))
-    return f"{text.VT_HEAD}{context}{asked}{prefix} {answer}\n\n"
+    noise = " ".join(text.NOISE_SENTENCES)
+
+    def question(num_units: int) -> str:
+        context = "\n".join(_hidden([noise] * num_units, chains, places))
+        asked = text.VT_TAIL.format(query=value)
+        prefix = text.VT_ANSWER_PREFIX.format(query=value, num_v=num_hops + 1)
+        return f"{text.VT_HEAD}{context}{asked}{prefix}"
+
+    num_units = least = max(_EXAMPLE_UNITS, num_hops + 1)
+    room = _EXAMPLE_TOKENS - renderer.count(question(least))
+    num_units += max(0, room // renderer.count(f"{noise}\n"))
+    while num_units > least and renderer.count(question(num_units)) > _EXAMPLE_TOKENS:
+        num_units -= 1
+    return f"{question(num_units)} {' '.join(_names(chains[0]))}\n\n"
 
 
 def _chains(
@@ -144,11 +160,14 @@ def _names(chain: Sequence[str]) -> list[str]:
 def _hidden(
     units: Sequence[str], chains: Sequence[Sequence[str]], places: Sequence[Sequence[float]]
 ) -> list[str]:
-    """The units with the chains' assignments among them, each chain in order."""
+    """The units with the chains' assignments before them, each chain in order, a unit apart."""
     at: dict[int, list[str]] = {}
     for chain, where in zip(chains, places, strict=True):
-        for assignment, place in zip(chain, where, strict=True):
-            at.setdefault(int(place * len(units)), []).append(assignment)
+        # Distinct units, wherever there are enough: a chain's n-th assignment has n before it.
+        spare = max(1, len(units) - len(chain) + 1)
+        for number, (assignment, place) in enumerate(zip(chain, where, strict=True)):
+            unit = min(int(place * spare) + number, len(units))
+            at.setdefault(unit, []).append(assignment)
     lines: list[str] = []
     for index in range(len(units) + 1):
         lines += at.get(index, ())

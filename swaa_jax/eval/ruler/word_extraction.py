@@ -3,6 +3,7 @@
 Source: NVIDIA/RULER `scripts/data/synthetic/{common_words,freq_words}_extraction.py`.
 """
 
+import math
 import random
 import string
 from collections.abc import Iterator, Mapping, Sequence
@@ -110,7 +111,8 @@ def frequent_words(
 ) -> list[RulerSample]:
     """Samples of frequent words extraction: which three coded words appear most often?
 
-    A word of rank k appears in proportion to `k ** -alpha`; the first rank is noise, "...".
+    A word of rank k appears in proportion to `k ** -alpha`; the first rank is noise, "...", of
+    which short prompts hold a little more, so that their length is met.
 
     Args:
         tokenizer: a Transformers tokenizer.
@@ -139,13 +141,17 @@ def frequent_words(
         vocabulary = [_NOISE, *_coded(rng, max(4, target_length // 50) - 1)]
         order = f"fwe order/{seed}/{index}"
 
-        def render(count: int, vocabulary=vocabulary, order=order) -> Rendered:
-            words = _zipf(vocabulary, count, alpha)
+        def render(count: int, padding: int = 0, vocabulary=vocabulary, order=order) -> Rendered:
+            words = _zipf(vocabulary, count, alpha) + [_NOISE] * padding
             coded = " ".join(text.shuffled(random.Random(order), words))
             return renderer.render(f"{text.FWE_HEAD}{coded}{text.FWE_TAIL}", text.FWE_ANSWER_PREFIX)
 
         rendered = fit_count(
-            render, least=_fewest_coded(alpha), target_length=target_length, what="coded words"
+            render,
+            least=_fewest_coded(alpha),
+            target_length=target_length,
+            what="coded words",
+            pad=render,
         )
         found.append(
             rendered.sample(
@@ -216,10 +222,11 @@ def _zipf(vocabulary: Sequence[str], count: int, alpha: float) -> list[str]:
 
 
 def _fewest_coded(alpha: float) -> int:
-    """Words from which on the three frequent ones appear, each more often than the next."""
-    count = 1
-    while True:
-        times = [_zipf("nabcd", count, alpha).count(word) for word in "abcd"]
-        if times[2] > times[3] and times[0] > times[1] > times[2]:
-            return count
-        count += 1
+    """A count at and above which the three frequent words stand out, each from the next.
+
+    Where two ranks' shares differ by a whole word, cutting to whole numbers keeps them apart; the
+    difference is least between the last word asked for and the next.
+    """
+    from scipy.special import zeta
+
+    return math.ceil(zeta(alpha) / (4**-alpha - 5**-alpha))
