@@ -195,12 +195,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(found: "Selection") -> None:
-    kept = "-" if found.nll_chosen is None else f"{found.nll_chosen:.4f}"
     print(f"{found.policy}")
     print(
-        f"answer NLL, nats a token: {found.nll_none:.4f} with no layer full, {kept} with these, "
-        f"{found.nll_all:.4f} with all; {found.num_samples} samples, {found.num_evaluations} sets "
-        f"of layers compared, {found.num_new} evaluated now, {found.seconds:.0f} s"
+        f"answer NLL, nats a token: {found.nll_none:.4f} with no layer full, "
+        f"{found.nll_chosen:.4f} with these, {found.nll_all:.4f} with all; "
+        f"{found.num_samples} samples, {found.num_evaluations} sets of layers compared, "
+        f"{found.num_new} evaluated now, {found.seconds:.0f} s"
     )
 
 

@@ -117,7 +117,7 @@ def test_heads_are_written_and_drawn(tmp_path):
         heads={1: (0,), 3: (0, 1)},
         scores=(0.0, 0.5, 0.1, 1.0),
         nll_none=2.0,
-        nll_chosen=None,
+        nll_chosen=1.5,
         nll_all=1.0,
         num_samples=3,
         num_evaluations=0,

@@ -68,6 +68,15 @@ def test_rows_equal_separate_runs_and_are_traced_once(name):
     assert np.ptp(found, axis=0).min() > 1e-3  # candidates do differ
 
 
+def test_a_policy_with_full_heads_is_scored_by_itself():
+    policy = dataclasses.replace(POLICIES["FA decode"], full_attention_heads={1: (0,), 2: (1,)})
+    model = random_model()
+    scorer = RowScorer(model, SAMPLES, policy=POLICIES["FA decode"], rows_at_once=2)
+    expected = [nll_alone(model.with_policy(policy), one) for one in SAMPLES]
+    # As above.
+    np.testing.assert_allclose(scorer.of_policy(policy), expected, rtol=0, atol=2e-5)
+
+
 def test_rows_on_a_mesh_equal_those_on_one_device():
     policy = POLICIES["FA decode"]
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)

@@ -100,6 +100,20 @@ class RowScorer:
         self.num_compiles += _compile_count() - before
         return found
 
+    def of_policy(self, policy: AttentionPolicy) -> Float[np.ndarray, " samples"]:
+        """The mean NLL of each sample's answer tokens under any policy, in a program of its own."""
+        layers = policy.resolve(self.num_layers, num_kv_heads=self._split.config.num_kv_heads)
+        found = np.full(self.num_samples, np.nan, np.float64)
+        for group in self._groups:
+            count = self._num_rows(group)
+            for start in range(0, len(group.numbers), count):
+                part = list(range(start, min(start + count, len(group.numbers))))
+                rows = group.rows(part + [-1] * (count - len(part)))
+                found[[group.numbers[row] for row in part]] = self._losses(None, rows, layers)[
+                    : len(part)
+                ]
+        return found
+
     def candidates_at_once(self) -> int:
         """Candidates that fill the batches of the widest samples."""
         widest = self._groups[-1]
@@ -126,18 +140,23 @@ class RowScorer:
             for row, (candidate, _) in enumerate(part):
                 windowed = np.isin(np.arange(self.num_layers), candidates[candidate], invert=True)
                 windows[windowed, row] = min(self._policy.window or group.width, group.width)
-            losses = self._losses(windows, group.rows(rows))
+            losses = self._losses(windows, group.rows(rows), self._layers)
             for loss, (candidate, sample) in zip(losses[: len(part)], part, strict=True):
                 found[candidate, group.numbers[sample]] = loss
 
-    def _losses(self, windows_LR: np.ndarray, rows: dict[str, np.ndarray]) -> np.ndarray:
+    def _losses(
+        self,
+        windows_LR: np.ndarray | None,
+        rows: dict[str, np.ndarray],
+        layers: tuple[LayerAttention, ...],
+    ) -> np.ndarray:
         return to_host(
             _row_losses(
                 self._split.arrays,
                 windows_LR,
                 rows,
                 structure=self._split.structure,
-                layers=self._layers,
+                layers=layers,
             )
         )
 
@@ -156,28 +175,27 @@ def rows_within(budget: int, *, config: Any, width: int) -> int:
 @functools.partial(jax.jit, static_argnames=("structure", "layers"))
 def _row_losses(
     arrays: tuple[Array, ...],
-    windows_LR: Int[Array, "L R"],
+    windows_LR: Int[Array, "L R"] | None,
     rows: dict[str, Array],
     *,
     structure: Structure,
     layers: tuple[LayerAttention, ...],
 ) -> Float[Array, " R"]:
-    """The mean NLL of every row's targets."""
+    """The mean NLL of every row's targets; without windows all rows are under `layers`."""
     model = structure.merge(arrays)
 
     def run_layers(x: Any, about: Rows) -> tuple[Any, list[Any]]:
         routers = []
-        for block, layer, window in zip(model.layers, layers, windows_LR, strict=True):
-            output = block(
-                x,
-                about,
-                layer=RowWindows(
-                    window=window,
+        for number, (block, layer) in enumerate(zip(model.layers, layers, strict=True)):
+            kind = layer
+            if windows_LR is not None:
+                kind = RowWindows(
+                    window=windows_LR[number],
                     num_sink_tokens=layer.num_sink_tokens,
                     full_decode=layer.full_decode,
                     full_attention_tail=layer.full_attention_tail,
-                ),
-            )
+                )
+            output = block(x, about, layer=kind)
             x = output.x
             routers.append(output.router)
         return x, routers

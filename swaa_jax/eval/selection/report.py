@@ -59,13 +59,11 @@ def _note(selection: Selection, *, model: str) -> str:
         chosen = f"{sum(map(len, selection.heads.values()))} KV heads of {count} layers"
     else:
         chosen = f"{len(selection.chosen)} of {count} layers"
-    note = (
+    return (
         f"{chosen} full, selected for {model} by {selection.method} on {selection.num_samples} "
         f"samples; answer NLL {selection.nll_none:.4f} with none full, "
+        f"{selection.nll_chosen:.4f} with these, {selection.nll_all:.4f} with all."
     )
-    if selection.nll_chosen is not None:
-        note += f"{selection.nll_chosen:.4f} with these, "
-    return f"{note}{selection.nll_all:.4f} with all."
 
 
 def _plot(selection: Selection, *, model: str) -> bytes:

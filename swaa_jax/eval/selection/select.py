@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from swaa_jax.data import Sample
 from swaa_jax.eval.selection.calibration import check_samples, digest
 from swaa_jax.eval.selection.gates import GatesConfig, gates
@@ -52,8 +54,8 @@ class Selection:
         chosen: those layers, sorted; empty where heads were chosen.
         heads: chosen KV heads by layer; empty where layers were.
         scores: of each layer; more is better, and only their order means anything.
-        nll_none, nll_chosen, nll_all: mean answer NLL with no layer full, with the chosen ones, and
-            with all; nats a token. `nll_chosen` is None where heads were chosen.
+        nll_none, nll_chosen, nll_all: mean answer NLL with no layer full, with the chosen ones (or
+            heads), and with all; nats a token.
         num_samples: calibration samples.
         num_evaluations: sets of full layers that the method compared.
         num_new: sets that had to be run, those of the three NLLs above included.
@@ -68,7 +70,7 @@ class Selection:
     heads: Mapping[int, tuple[int, ...]]
     scores: tuple[float, ...]
     nll_none: float
-    nll_chosen: float | None
+    nll_chosen: float
     nll_all: float
     num_samples: int
     num_evaluations: int
@@ -158,17 +160,23 @@ def select_layers(
         )
     else:
         ranking = _BY_NLL[method](store, num_full_layers, **options)
-    compared = [(), tuple(range(count)), ranking.chosen]
+    chosen_policy = _with_chosen(policy, ranking)
+    none, every = (), tuple(range(count))
+    compared = [none, every] if ranking.heads is not None else [none, every, ranking.chosen]
     nll = store.nll(compared, what="the chosen layers")
+    if ranking.heads is None:
+        nll_chosen = nll[ranking.chosen]
+    else:  # rows cannot tell heads apart
+        nll_chosen = float(np.mean(scorer.of_policy(chosen_policy)))
     return Selection(
         method=method,
-        policy=_with_chosen(policy, ranking),
+        policy=chosen_policy,
         chosen=ranking.chosen,
         heads=dict(ranking.heads or {}),
         scores=ranking.scores,
-        nll_none=nll[compared[0]],
-        nll_chosen=None if ranking.heads is not None else nll[ranking.chosen],
-        nll_all=nll[compared[1]],
+        nll_none=nll[none],
+        nll_chosen=nll_chosen,
+        nll_all=nll[every],
         num_samples=len(samples),
         num_evaluations=ranking.num_evaluations,
         num_new=store.num_new,
