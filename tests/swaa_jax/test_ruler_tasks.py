@@ -2,14 +2,28 @@
 
 import collections
 import hashlib
+import itertools
 import json
+import math
 import re
 import uuid
 
+import numpy as np
 import pytest
 
 import swaa_jax as swaa
-from swaa_jax.eval.ruler import HAYSTACKS, NIAH_TASKS, niah, niah_multiquery, text
+from swaa_jax.eval.judges import Judged, make_judge
+from swaa_jax.eval.ruler import (
+    HAYSTACKS,
+    NIAH_TASKS,
+    NiahConfig,
+    common_words,
+    frequent_words,
+    niah,
+    niah_multiquery,
+    text,
+    variable_tracking,
+)
 from swaa_jax.eval.ruler.words import ADJECTIVES, NOUNS
 from swaa_jax.eval.tasks import encode_sample, make_task
 from swaa_jax.eval.tasks.ruler import RULER_VARIANTS
@@ -167,8 +181,6 @@ VT_TAIL = re.compile(
 
 @pytest.mark.parametrize("chains, hops", [(1, 4), (3, 2)])
 def test_variable_tracking(chains, hops):
-    from swaa_jax.eval.ruler import variable_tracking
-
     for sample in variable_tracking(
         BYTES, num_samples=2, target_length=9000, seed=1, num_chains=chains, num_hops=hops
     ):
@@ -178,8 +190,9 @@ def test_variable_tracking(chains, hops):
         )
         _, example, asked = sample.messages[0]["content"].split(head)
         (value,) = VT_TAIL.findall(asked)
-        assert asked.endswith(f"\nQuestion: Find all variables that are assigned the value {value} "
-                              "in the text above.")  # fmt: skip
+        question = f"Find all variables that are assigned the value {value} in the text above."
+        assert asked.endswith(f"\nQuestion: {question}")
+        assert sample.question == f"Question: {question}"
         assert sample.answer_prefix == (
             " Answer: According to the chain(s) of variable assignment in the text above, "
             f"{hops + 1} variables are assigned the value {value}, they are: "
@@ -199,6 +212,29 @@ def test_variable_tracking(chains, hops):
         assert rest[:-1] == [noise] * (len(rest) - 1)
         assert list(sample.answers) == tracked(asked, value)
         assert len(sample.answers) == hops + 1
+        # RULER puts a chain's assignments before distinct units.
+        chain = [at for at, line in enumerate(lines) if line.split(" ")[1] in sample.answers]
+        assert all(noise in lines[a:b] for a, b in itertools.pairwise(chain))
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, TINY], ids=["bytes", "tiny"])
+def test_the_examples_question_fills_500_tokens(tokenizer):
+    """As in RULER: as many units of noise as go into 500 tokens, five at least."""
+    noise = (
+        "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+    )
+    for sample in samples_of("vt", tokenizer, length=4000, count=5):
+        example, _, _ = content(sample).rpartition("\n\nMemorize and track")
+        question, answer = example.rsplit("they are: ", 1)
+        question += "they are: "
+        size = len(tokenizer.encode(question, add_special_tokens=False))
+        unit = len(tokenizer.encode(f"{noise}\n", add_special_tokens=False))
+        units = question.count(noise)
+        assert len(answer.split()) == 5
+        assert units == 5 or (units > 5 and 500 - unit < size <= 500)
+        assert (units == 5) == (tokenizer is BYTES)
+        assigned = [line.startswith("VAR ") for line in question.split("\n")]
+        assert not any(a and b for a, b in itertools.pairwise(assigned))  # before distinct units
 
 
 def tracked(context, value):
@@ -278,19 +314,182 @@ def test_frequent_words():
             assert abs(counts[ranked[rank - 1]] - counts["..."] / rank**2) <= 1
 
 
-def test_wrong_settings():
-    for settings, message in [
+def test_coded_words_appear_as_often_as_rulers():
+    """Exactly int(n * rank**-2 / zeta(2)) times for some n; zeta(2) is pi squared over six."""
+    for sample in samples_of("fwe", length=9000, count=2):
+        counts = coded_counts(content(sample))
+        found = sorted(counts.values(), reverse=True)
+        shares = [
+            [int(n * 6 / math.pi**2 / rank**2) for rank in range(1, 1 + len(found))]
+            for n in range(sum(found), 2 * sum(found))
+        ]
+        assert found in shares
+
+
+def test_three_coded_words_stand_out_at_every_length():
+    """No ties: a model that counts right is always right. Short prompts are filled with dots."""
+    met = 0
+    for length in range(200, 1600, 25):
+        try:
+            (sample,) = frequent_words(TINY, num_samples=1, target_length=length, seed=length)
+        except ValueError:
+            continue  # the shortest: too few words for three to stand out
+        met += 1
+        assert 0.99 * length <= sample.num_tokens <= length
+        counts = coded_counts(sample.messages[0]["content"])
+        del counts["..."]
+        first, second, third, *others = sorted(counts.values(), reverse=True)
+        assert first > second > third > max(others)
+        assert [counts[word] for word in sample.answers] == [first, second, third]
+    assert met > 40
+
+
+def coded_counts(prompt):
+    context = prompt.partition("appeared coded words. ")[2].partition("\nQuestion:")[0]
+    return collections.Counter(context.split(" "))
+
+
+def test_a_whole_prompt():
+    """Single needle in noise, written out by hand but for what is drawn."""
+    (sample,) = samples_of("niah_single_1", length=4000, count=1)
+    (key,), (value,), (depth,) = sample.info["keys"], sample.references, sample.info["depths"]
+    lines = content(sample).split("\n")
+    noise = (
+        "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+    )
+    units = len(lines) - 3 - (lines[-2] != noise)
+    at = int((units + (lines[-2] != noise)) * depth / 100)
+    hay = [noise] * units
+    hay.insert(at, f"One of the special magic numbers for {key} is: {value}.")
+    rest = [line for line in (lines[-2],) if line != noise]
+    # What is left at the end is noise too, fewer than two rounds of it.
+    sentences = [f"{sentence}." for line in rest for sentence in line.removesuffix(".").split(". ")]
+    assert len(sentences) <= 10 and all(sentence in noise for sentence in sentences)
+    assert content(sample) == (
+        "A special magic number is hidden within the following text. Make sure to memorize it. I "
+        "will quiz you about the number afterwards.\n" + "\n".join([*hay, *rest]) + "\n"
+        f"What is the special magic number for {key} mentioned in the provided text?"
+    )
+
+
+def test_depths_are_of_rulers_grid():
+    grid = np.round(np.linspace(0, 100, num=40, endpoint=True)).astype(int).tolist()
+    samples = samples_of("niah_multivalue", count=8)
+    depths = [depth for sample in samples for depth in sample.info["depths"]]
+    assert set(depths) <= set(grid)
+    assert len(set(depths)) > 15  # of 32 drawn from 40
+    for sample in samples:
+        at = [content(sample).index(value) / len(content(sample)) for value in sample.references]
+        assert len(set(sample.info["depths"])) == 4
+        assert np.argsort(at).tolist() == np.argsort(sample.info["depths"]).tolist()
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("variant", ["niah_single_3", "niah_multikey_2", "niah_multikey_3"])
+@pytest.mark.parametrize("tokenizer", [BYTES, TINY], ids=["bytes", "tiny"])
+def test_short_prompts_meet_their_length(variant, seed, tokenizer):
+    """A needle of UUIDs takes more tokens than 1% of these."""
+    for length in (900, 1024):
+        (sample,) = samples_of(variant, tokenizer, length=length, count=1, seed=seed)
+        assert 0.99 * length <= sample.info["num_tokens"] <= length
+
+
+@pytest.mark.parametrize("variant", RULER_VARIANTS)
+def test_the_judge_scores_as_ruler(variant):
+    (sample,) = samples_of(variant, count=1)
+    judge = make_judge(**make_task("ruler", variant=variant).judge)
+    answers = list(sample.references)
+    scores = []
+    for said in (answers, answers[1:], []):
+        response = " ".join(said).upper()  # RULER compares in lower case
+        judged = Judged(
+            question=sample.question, references=sample.references, response=response or "none"
+        )
+        scores.append(judge(judged).score)
+    # Numbers are approximate only by the division.
+    assert scores == pytest.approx([1, (len(answers) - 1) / len(answers), 0])
+
+
+def test_haystack_in_place_of_the_variants():
+    for haystack, mark in [("noise", "There and back again."), ("needle", "One of the special")]:
+        (sample,) = samples_of("niah_single_2", count=1, haystack=haystack)
+        assert content(sample).count(mark) > 20
+        assert make_task("ruler", variant="niah_single_2", haystack=haystack).label == (
+            f"ruler niah_single_2 {haystack} 4096"
+        )
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
         ({"variant": "niah"}, "variant: expected one of niah_single_1"),
         ({"length": 0}, "length must be an integer, at least 1"),
+        ({"num_samples": 0}, "num_samples must be an integer, at least 1"),
+        ({"seed": -1}, "seed must be an integer, at least 0"),
         ({"haystack": "hay"}, "haystack: expected one of noise"),
         ({"variant": "vt", "haystack": "essay"}, "haystack: expected none for vt"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            make_task("ruler", **settings)
-    with pytest.raises(ValueError, match="target_length: the question and its example alone take"):
-        samples_of("vt", length=100)
-    with pytest.raises(ValueError, match="target_length: 11 words alone take"):
-        samples_of("cwe", length=300)
-    with pytest.raises(ValueError, match="num_values: expected at least 1"):
-        niah(BYTES, NIAH_TASKS["niah_multivalue"].__class__(num_values=0), num_samples=1,
-             target_length=500, seed=0)  # fmt: skip
+        ({"lenght": 1}, "did you mean 'length'"),
+    ],
+)
+def test_wrong_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_task("ruler", **settings)
+
+
+@pytest.mark.parametrize(
+    "variant, message",
+    [
+        ("niah_single_1", "target_length: the question and 1 needle alone take"),
+        ("niah_multivalue", "target_length: the question and 4 needles alone take"),
+        ("vt", "target_length: the question and its example alone take"),
+        ("cwe", "target_length: 11 words alone take"),
+        ("fwe", "target_length: 74 coded words alone take"),
+    ],
+)
+def test_too_short(variant, message):
+    with pytest.raises(ValueError, match=message):
+        samples_of(variant, length=150)
+
+
+@pytest.mark.parametrize(
+    "generate, settings, message",
+    [
+        (variable_tracking, {"num_chains": 0}, "num_chains: expected at least 1"),
+        (variable_tracking, {"num_hops": 0}, "num_hops: expected at least 1"),
+        (variable_tracking, {"num_samples": -1}, "num_samples: expected 0 or more"),
+        (common_words, {"uncommon_repeats": 30}, "uncommon_repeats: expected 1 to 29"),
+        (common_words, {"num_samples": -1}, "num_samples: expected 0 or more"),
+        (frequent_words, {"alpha": 1.0}, "alpha: expected more than 1"),
+        (frequent_words, {"num_samples": -1}, "num_samples: expected 0 or more"),
+    ],
+)
+def test_wrong_arguments_of_generators(generate, settings, message):
+    with pytest.raises(ValueError, match=message):
+        generate(BYTES, **({"num_samples": 1, "target_length": 9000, "seed": 0} | settings))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"haystack": "hay"}, "haystack: expected one of noise"),
+        ({"key_kind": "letters"}, "key_kind: expected one of words, numbers, uuids"),
+        ({"value_kind": "letters"}, "value_kind: expected one of words, numbers, uuids"),
+        ({"num_values": 0}, "num_values: expected at least 1"),
+        ({"num_queries": 2}, "num_queries: expected 1 to num_keys=1"),
+    ],
+)
+def test_wrong_needles(settings, message):
+    with pytest.raises(ValueError, match=message):
+        NiahConfig(**settings)
+
+
+def test_words_and_numbers_as_keys_and_values():
+    """Kinds that none of RULER's tasks combines; RULER's generator takes them."""
+    config = NiahConfig(key_kind="numbers", value_kind="words", num_values=2)
+    (sample,) = niah(BYTES, config, num_samples=1, target_length=4000, seed=0)
+    prompt = sample.messages[0]["content"]
+    found = re.findall(rf"One of the special magic words for (\d{{7}}) is: ({WORDS})\.", prompt)
+    assert sorted(found) == sorted((sample.keys[0], answer) for answer in sample.answers)
+    assert prompt.endswith(
+        f"What are all the special magic words for {sample.keys[0]} mentioned in the provided text?"
+    )
