@@ -349,27 +349,25 @@ def coded_counts(prompt):
     return collections.Counter(context.split(" "))
 
 
-def test_a_whole_prompt():
-    """Single needle in noise, written out by hand but for what is drawn."""
-    (sample,) = samples_of("niah_single_1", length=4000, count=1)
-    (key,), (value,), (depth,) = sample.info["keys"], sample.references, sample.info["depths"]
-    lines = content(sample).split("\n")
+def test_whole_prompts():
+    """Single needles in noise, written out by hand but for what is drawn."""
     noise = (
         "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
     )
-    units = len(lines) - 3 - (lines[-2] != noise)
-    at = int((units + (lines[-2] != noise)) * depth / 100)
-    hay = [noise] * units
-    hay.insert(at, f"One of the special magic numbers for {key} is: {value}.")
-    rest = [line for line in (lines[-2],) if line != noise]
-    # What is left at the end is noise too, fewer than two rounds of it.
-    sentences = [f"{sentence}." for line in rest for sentence in line.removesuffix(".").split(". ")]
-    assert len(sentences) <= 10 and all(sentence in noise for sentence in sentences)
-    assert content(sample) == (
-        "A special magic number is hidden within the following text. Make sure to memorize it. I "
-        "will quiz you about the number afterwards.\n" + "\n".join([*hay, *rest]) + "\n"
-        f"What is the special magic number for {key} mentioned in the provided text?"
-    )
+    for sample in samples_of("niah_single_1", length=9000, count=6):
+        (key,), (value,), (depth,) = sample.info["keys"], sample.references, sample.info["depths"]
+        needle = f"One of the special magic numbers for {key} is: {value}."
+        hay = [line for line in content(sample).split("\n")[1:-1] if line != needle]
+        # What is left at the end is noise too, fewer than two rounds of it.
+        assert hay[:-1] == [noise] * (len(hay) - 1)
+        sentences = [f"{sentence}." for sentence in hay[-1].removesuffix(".").split(". ")]
+        assert len(sentences) <= 10 and all(sentence in noise for sentence in sentences)
+        hay.insert(int(len(hay) * depth / 100), needle)
+        assert content(sample) == (
+            "A special magic number is hidden within the following text. Make sure to memorize it. "
+            "I will quiz you about the number afterwards.\n" + "\n".join(hay) + "\n"
+            f"What is the special magic number for {key} mentioned in the provided text?"
+        )
 
 
 def test_depths_are_of_rulers_grid():
@@ -385,11 +383,11 @@ def test_depths_are_of_rulers_grid():
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("variant", ["niah_single_3", "niah_multikey_2", "niah_multikey_3"])
+@pytest.mark.parametrize("variant", ["niah_single_2", "niah_multikey_2", "niah_multikey_3"])
 @pytest.mark.parametrize("tokenizer", [BYTES, TINY], ids=["bytes", "tiny"])
 def test_short_prompts_meet_their_length(variant, seed, tokenizer):
-    """A needle of UUIDs takes more tokens than 1% of these."""
-    for length in (900, 1024):
+    """A needle of UUIDs takes more tokens than 1% of these; of bytes, so does any sentence."""
+    for length in (777, 1000, 1024):
         (sample,) = samples_of(variant, tokenizer, length=length, count=1, seed=seed)
         assert 0.99 * length <= sample.info["num_tokens"] <= length
 
