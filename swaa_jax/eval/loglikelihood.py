@@ -8,7 +8,6 @@ continuation's first token is predicted from a windowed row, as in generation.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +15,23 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import Stage
+from swaa_jax.eval.row_policies import row_kinds, row_windows, run_kinds
 from swaa_jax.infer.buckets import length_bucket, next_power_of_two, pad_right
-from swaa_jax.infer.decoding import Structure, split_model
+from swaa_jax.infer.decoding import SplitModel, Structure, split_model
 from swaa_jax.infer.prompts import check_context
 from swaa_jax.models import CausalLM
+from swaa_jax.policy import AttentionPolicy, LayerAttention
 from swaa_jax.runtime import to_host
 from swaa_jax.train.config import LossConfig
 from swaa_jax.train.loss import Head, chunked_loss
 
-__all__ = ["Continuation", "Likelihood", "model_head", "score_continuations"]
+__all__ = [
+    "Continuation",
+    "Likelihood",
+    "model_head",
+    "score_continuations",
+    "score_policies",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +83,81 @@ def score_continuations(
         ValueError: an empty context or continuation, a token id out of the vocabulary, or a row
             beyond the model's context.
     """
+    context = _check(model, continuations, batch_size)
+    split = split_model(model)
+    by_length = _longest_first(continuations)
+    found: dict[int, Likelihood] = {}
+    for start in range(0, len(by_length), batch_size):
+        group = by_length[start : start + batch_size]
+        found |= zip(group, _score(split, [continuations[i] for i in group], context), strict=True)
+        if on_progress is not None:
+            on_progress(len(found))
+    return [found[index] for index in range(len(continuations))]
+
+
+def score_policies(
+    model: CausalLM,
+    continuations: Sequence[Continuation],
+    policies: Sequence[AttentionPolicy],
+    *,
+    batch_size: int = 8,
+) -> list[list[Likelihood]]:
+    """The likelihood of each continuation under each policy: a list a policy, in their order.
+
+    Policies with the same sinks are rows of one program, compiled once for a width, whatever their
+    windows, full layers and decoding ("window" or "full") are. Those with full heads, a tail, or
+    decoding that differs by layer run each by itself. It saves compiling; a program of its own is
+    the faster one once it is there.
+
+    Args:
+        model: its own policy does not matter.
+        continuations: at least one token of context each.
+        policies: at least one.
+        batch_size: rows run at once, at most: continuations times policies.
+
+    Raises:
+        ValueError: as `score_continuations`, no policy, or one that does not fit the model.
+    """
+    if not policies:
+        raise ValueError("policies: expected at least one, got none")
+    context = _check(model, continuations, batch_size)
+    config = model.config
+    resolved = [
+        policy.resolve(config.num_layers, num_kv_heads=config.num_kv_heads) for policy in policies
+    ]
+    found: dict[int, list[Likelihood]] = {}
+    together: dict[int, list[int]] = {}
+    for number, policy in enumerate(policies):
+        shares = not policy.full_attention_heads and not policy.full_attention_tail
+        if shares and policy.decode in ("window", "full"):
+            together.setdefault(policy.num_sink_tokens, []).append(number)
+        else:
+            one = model.with_policy(policy)
+            found[number] = score_continuations(one, continuations, batch_size=batch_size)
+    split = split_model(model.with_policy(AttentionPolicy()))
+    for sinks, numbers in together.items():
+        scores: dict[int, dict[int, Likelihood]] = {number: {} for number in numbers}
+        work = [(number, row) for row in _longest_first(continuations) for number in numbers]
+        for start in range(0, len(work), batch_size):
+            part = work[start : start + batch_size]
+            # What is read is windowed, and so is an answer without FA decode.
+            group = [
+                continuations[row]
+                if policies[number].decode == "full"
+                else dataclasses.replace(continuations[row], is_answer=False)
+                for number, row in part
+            ]
+            layers = [resolved[number] for number, _ in part]
+            likelihoods = _score(split, group, context, layers=layers, num_sink_tokens=sinks)
+            for (number, row), likelihood in zip(part, likelihoods, strict=True):
+                scores[number][row] = likelihood
+        for number in numbers:
+            found[number] = [scores[number][row] for row in range(len(continuations))]
+    return [found[number] for number in range(len(policies))]
+
+
+def _check(model: CausalLM, continuations: Sequence[Continuation], batch_size: int) -> int | None:
+    """See that they can be scored; the model's context."""
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     for number, one in enumerate(continuations):
@@ -87,19 +169,24 @@ def score_continuations(
     context = getattr(model.config, "max_position_embeddings", None)
     rows = [[*one.context, *one.tokens] for one in continuations]
     check_context(rows, max_new_tokens=0, vocab_size=model.config.vocab_size, context=context)
-    split = split_model(model)
-    by_length = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-    found: dict[int, Likelihood] = {}
-    for start in range(0, len(by_length), batch_size):
-        group = by_length[start : start + batch_size]
-        found |= zip(group, _score(split, [continuations[i] for i in group], context), strict=True)
-        if on_progress is not None:
-            on_progress(len(found))
-    return [found[index] for index in range(len(rows))]
+    return context
 
 
-def _score(split: Any, group: Sequence[Continuation], context: int | None) -> list[Likelihood]:
-    """One batch."""
+def _longest_first(continuations: Sequence[Continuation]) -> list[int]:
+    """Their indices, so that those of similar length share a batch."""
+    lengths = [len(one.context) + len(one.tokens) for one in continuations]
+    return sorted(range(len(lengths)), key=lambda index: -lengths[index])
+
+
+def _score(
+    split: SplitModel,
+    group: Sequence[Continuation],
+    context: int | None,
+    *,
+    layers: Sequence[Sequence[LayerAttention]] | None = None,
+    num_sink_tokens: int = 0,
+) -> list[Likelihood]:
+    """One batch; with `layers`, every row under its own, which share their sinks."""
     rows = [[*one.context, *one.tokens] for one in group]
     count = next_power_of_two(len(rows))
     width = length_bucket(max(len(row) for row in rows), limit=context)
@@ -113,12 +200,23 @@ def _score(split: Any, group: Sequence[Continuation], context: int | None) -> li
             stages[row, first : first + size] = Stage.ANSWER
         targets[row, :size] = one.tokens
         at[row, :size] = np.arange(first - 1, first + size - 1)  # where each one is predicted
-    nll, correct = map(
-        to_host,
-        _token_losses(
-            split.arrays, tokens, lengths, stages, at, targets, structure=split.structure
-        ),
+    windows = None
+    if layers is not None:
+        windows = np.full((split.config.num_layers, count), width, np.int32)
+        for row, own in enumerate(layers):
+            windows[:, row] = row_windows(own, width)
+    losses = _token_losses(
+        split.arrays,
+        tokens,
+        lengths,
+        stages,
+        at,
+        targets,
+        windows,
+        structure=split.structure,
+        num_sink_tokens=num_sink_tokens,
     )
+    nll, correct = map(to_host, losses)
     return [
         Likelihood(
             logprob=-float(np.sum(nll[row, : len(one.tokens)], dtype=np.float64)),
@@ -128,7 +226,7 @@ def _score(split: Any, group: Sequence[Continuation], context: int | None) -> li
     ]
 
 
-@functools.partial(jax.jit, static_argnames=("structure",))
+@functools.partial(jax.jit, static_argnames=("structure", "num_sink_tokens"))
 def _token_losses(
     arrays: tuple[Array, ...],
     tokens: Int[Array, "B T"],
@@ -136,12 +234,25 @@ def _token_losses(
     stage_ids: Int[Array, "B T"],
     at: Int[Array, "B n"],
     targets: Int[Array, "B n"],
+    windows_LB: Int[Array, "L B"] | None,
     *,
     structure: Structure,
+    num_sink_tokens: int,
 ) -> tuple[Float[Array, "B n"], Bool[Array, "B n"]]:
-    """NLL of each target, predicted at row `at`; and whether it has the largest logit."""
+    """NLL of each target, predicted at row `at`; and whether it has the largest logit.
+
+    Without windows under the model's own policy; else FA decode where the stage is ANSWER.
+    """
     model = structure.merge(arrays)
-    hidden = model(tokens, lengths=lengths, stage_ids=stage_ids, logits_at=at, return_hidden=True)
+    run_layers = None
+    if windows_LB is not None:
+        shared = LayerAttention(window=1, num_sink_tokens=num_sink_tokens, full_decode=True)
+        kinds = row_kinds([shared] * windows_LB.shape[0], windows_LB)
+        run_layers = run_kinds(model, kinds)
+    hidden = model.hidden_states(
+        tokens, lengths=lengths, stage_ids=stage_ids, run_layers=run_layers
+    ).hidden
+    hidden = jnp.take_along_axis(hidden, at[:, :, None], axis=1)
     _, each = chunked_loss(
         hidden,
         model_head(model),

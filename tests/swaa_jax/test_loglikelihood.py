@@ -7,7 +7,8 @@ from scipy.special import log_softmax
 
 import swaa_jax as swaa
 from kernels_pallas import Stage
-from swaa_jax.eval.loglikelihood import Continuation, score_continuations
+from swaa_jax.eval import loglikelihood
+from swaa_jax.eval.loglikelihood import Continuation, score_continuations, score_policies
 from tests.support.random_models import random_model
 
 POLICIES = {
@@ -71,3 +72,39 @@ def test_mistakes():
     vocab = model.config.vocab_size
     with pytest.raises(ValueError, match="vocabulary"):
         score_continuations(model, [Continuation(context=[1], tokens=[vocab])])
+
+
+SWEEP = [
+    swaa.AttentionPolicy(),
+    swaa.AttentionPolicy(window=4),
+    swaa.AttentionPolicy(window=7, full_attention_layers="1::2", decode="full"),
+    swaa.AttentionPolicy(window=4, num_sink_tokens=2, decode="full"),
+    swaa.AttentionPolicy(window=9, num_sink_tokens=2, full_attention_layers=[0]),
+    swaa.AttentionPolicy(window=4, full_attention_tail=3),
+    swaa.AttentionPolicy(window=4, decode=[1]),
+    swaa.AttentionPolicy(window=4, full_attention_heads={1: [0]}),
+]
+
+
+def test_policies_as_rows_of_one_program_score_as_each_by_itself():
+    model = random_model()
+    pairs = asked(model.config.vocab_size)
+    pairs.append(Continuation(context=pairs[2].context, tokens=pairs[2].tokens, is_answer=False))
+    found = score_policies(model, pairs, SWEEP, batch_size=16)
+    totals = []
+    for policy, ours in zip(SWEEP, found, strict=True):
+        alone = score_continuations(model.with_policy(policy), pairs)
+        for one, other in zip(ours, alone, strict=True):
+            # float32, blocks of keys cut otherwise.
+            assert one.logprob == pytest.approx(other.logprob, abs=2e-4)
+            assert one.is_greedy == other.is_greedy
+        totals.append(round(sum(one.logprob for one in ours), 3))
+    assert len(set(totals)) == len(SWEEP), "the policies score alike, so this shows nothing"
+
+
+def test_policies_with_the_same_sinks_are_compiled_once():
+    model = random_model(num_hidden_layers=3)
+    pairs = asked(model.config.vocab_size)[:2] * 4
+    before = loglikelihood._token_losses._cache_size()
+    score_policies(model, pairs, SWEEP[:3], batch_size=8)
+    assert loglikelihood._token_losses._cache_size() - before == 1

@@ -22,13 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from swaa_jax.attention import RowWindows
 from swaa_jax.data import Sample
 from swaa_jax.eval.loglikelihood import model_head
+from swaa_jax.eval.row_policies import row_kinds, run_kinds
 from swaa_jax.eval.selection.calibration import SampleGroup, group_samples
 from swaa_jax.infer.decoding import Structure, split_model
 from swaa_jax.models import CausalLM
-from swaa_jax.models._blocks import Rows
 from swaa_jax.policy import AttentionPolicy, LayerAttention
 from swaa_jax.runtime import to_host
 from swaa_jax.sharding import RULES
@@ -183,28 +182,12 @@ def _row_losses(
 ) -> Float[Array, " R"]:
     """The mean NLL of every row's targets; without windows all rows are under `layers`."""
     model = structure.merge(arrays)
-
-    def run_layers(x: Any, about: Rows) -> tuple[Any, list[Any]]:
-        routers = []
-        for number, (block, layer) in enumerate(zip(model.layers, layers, strict=True)):
-            kind = layer
-            if windows_LR is not None:
-                kind = RowWindows(
-                    window=windows_LR[number],
-                    num_sink_tokens=layer.num_sink_tokens,
-                    full_decode=layer.full_decode,
-                    full_attention_tail=layer.full_attention_tail,
-                )
-            output = block(x, about, layer=kind)
-            x = output.x
-            routers.append(output.router)
-        return x, routers
-
+    kinds = layers if windows_LR is None else row_kinds(layers, windows_LR)
     hidden = model.hidden_states(
         rows["tokens"],
         lengths=rows["lengths"],
         stage_ids=rows["stage_ids"],
-        run_layers=run_layers,
+        run_layers=run_kinds(model, kinds),
     ).hidden
     hidden = jnp.take_along_axis(hidden, rows["at"][:, :, None], axis=1)
     _, each = chunked_loss(
