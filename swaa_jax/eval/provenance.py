@@ -11,8 +11,9 @@ from etils import epath
 import swaa_jax
 from swaa_jax.checkpoint import checkpoint_origin, read_provenance
 from swaa_jax.storage import sha256
+from swaa_jax.typing import PathLike
 
-__all__ = ["describe_device", "describe_model", "describe_versions"]
+__all__ = ["describe_device", "describe_model", "describe_versions", "weight_marks"]
 
 _HASHED_BYTES = 100 * 2**20
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers")
@@ -37,10 +38,23 @@ def describe_model(model: Any) -> dict[str, Any]:
         origin = checkpoint_origin(source)
         out["source"], out["revision"] = origin.name, origin.commit
         out["provenance"] = read_provenance(source)
-        files = sorted(epath.Path(source).glob("*.safetensors"))
-        if sum(file.stat().length for file in files) <= _HASHED_BYTES:
-            out["sha256"] = {file.name: sha256(file) for file in files}
+        marks = weight_marks(source)
+        out["sha256"] = {name: mark for name, mark in marks.items() if isinstance(mark, str)}
     return out
+
+
+def weight_marks(directory: PathLike | None) -> dict[str, Any]:
+    """What changes when a checkpoint's or an adapter's weight files do, by name.
+
+    Their SHA-256; of large ones size and time of the last change. Empty for None.
+    """
+    if directory is None:
+        return {}
+    files = sorted(epath.Path(directory).glob("*.safetensors"))
+    found = {file: file.stat() for file in files}
+    if sum(stat.length for stat in found.values()) <= _HASHED_BYTES:
+        return {file.name: sha256(file) for file in files}
+    return {file.name: [stat.length, stat.mtime] for file, stat in found.items()}
 
 
 def describe_device() -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,9 +126,37 @@ def test_a_changed_config_does_only_what_is_new(checkpoint, whole):
     )
     assert done.answered == 12  # six samples, two modes, one policy
     assert len(done.cells) == 8
-    other = CountingTask(reference="o")  # another judgement of the same answers is another task
-    done = evaluate(config_of(checkpoint, directory, task=other, thinking=False, policies=["full"]))
-    assert done.answered == 6
+
+
+class Rejudged(CountingTask):
+    """The same prompts with other right answers."""
+
+    def samples(self, tokenizer, *, thinking):
+        samples = super().samples(tokenizer, thinking=thinking)
+        return [dataclasses.replace(sample, references=("q",)) for sample in samples]
+
+
+def test_other_references_are_judged_anew(checkpoint, tmp_path):
+    settings = {"policies": ["full"], "thinking": False}
+    first = evaluate(config_of(checkpoint, tmp_path / "out", **settings))
+    again = evaluate(config_of(checkpoint, tmp_path / "out", task=Rejudged(), **settings))
+    assert again.answered == 0
+    answers = [[row["response"] for row in done.cells[0].rows] for done in (first, again)]
+    assert answers[0] == answers[1]
+    assert all(row["score"] == ("q" in row["answer"].lower()) for row in again.cells[0].rows)
+
+
+def test_other_weights_at_the_same_place_are_asked_anew(checkpoint, tmp_path):
+    place = tmp_path / "model"
+    shutil.copytree(checkpoint, place)
+    settings = {"policies": ["full"], "thinking": False}
+    first = evaluate(config_of(str(place), tmp_path / "out", **settings))
+    shutil.rmtree(place)
+    other = random_model(vocab_size=byte_tokenizer.VOCAB_SIZE, initializer_range=0.3)
+    swaa.save_model(other, place)
+    byte_tokenizer.build().save_pretrained(place)
+    again = evaluate(config_of(str(place), tmp_path / "out", **settings))
+    assert first.answered == again.answered == 6
 
 
 def test_a_run_that_breaks_goes_on_where_it_was(checkpoint, whole, tmp_path, monkeypatch):

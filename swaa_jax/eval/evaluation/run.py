@@ -23,7 +23,12 @@ from swaa_jax.eval.evaluation.config import EvalConfig, ModelEntry, PolicyEntry,
 from swaa_jax.eval.evaluation.costs import CellCost, cell_cost
 from swaa_jax.eval.evaluation.store import AnswerBatch, CellStore, fingerprint
 from swaa_jax.eval.judges import Judge, Judged, make_judge
-from swaa_jax.eval.provenance import describe_device, describe_model, describe_versions
+from swaa_jax.eval.provenance import (
+    describe_device,
+    describe_model,
+    describe_versions,
+    weight_marks,
+)
 from swaa_jax.eval.scorers import strip_thinking
 from swaa_jax.eval.tasks import Sample, encode_sample, opens_thinking
 from swaa_jax.infer import DecodeOptions, Timings
@@ -130,11 +135,7 @@ def evaluate(
                     entry=entry,
                     model=model,
                     tokenizer=tokenizer,
-                    identity={
-                        **models[entry.label],
-                        "adapter": entry.adapter,
-                        "dtype": dtype_of(config),
-                    },
+                    identity=_identity(model, entry, config),
                     task=task,
                     thinking=thinking,
                 )
@@ -240,8 +241,24 @@ class _Asking:
         return count
 
     def judge(self, policies: Sequence[PolicyEntry], judge: tuple[str, Judge]) -> list[Cell]:
-        """Judge what is not judged yet, and give a cell for each policy."""
-        return [self._cell(entry, *judge) for entry in policies]
+        """Judge what is not judged yet, on process 0, and give a cell for each policy."""
+        name, judging = judge
+        # What a verdict depends on beside the answer.
+        asked = [[one.question, list(one.references), one.grading] for one in self._samples]
+        key = fingerprint([name, asked])
+        if runtime.is_main_process():
+            for entry in policies:
+                self._judge_batches(self._store(entry.policy), key, judging)
+        runtime.wait_for_all("evaluation: verdicts")
+        return [self._cell(entry, key) for entry in policies]
+
+    def _judge_batches(self, store: CellStore, key: str, judge: Judge) -> None:
+        verdict = functools.partial(self._verdict, judge=judge)
+        for number in range(len(self._batches)):
+            if not store.has_verdicts(key, number):
+                rows = store.read_answers(number).rows
+                with concurrent.futures.ThreadPoolExecutor(_JUDGE_THREADS) as pool:
+                    store.write_verdicts(key, number, list(pool.map(verdict, rows)))
 
     @property
     def _num_rows(self) -> int:
@@ -279,19 +296,14 @@ class _Asking:
             )
         return fits
 
-    def _cell(self, entry: PolicyEntry, judge_id: str, judge: Judge) -> Cell:
+    def _cell(self, entry: PolicyEntry, judge_key: str) -> Cell:
         store = self._store(entry.policy)
         records: dict[int, Mapping[str, Any]] = {}
         timings = []
         for number in range(len(self._batches)):
             batch = store.read_answers(number)
             timings.append(batch.timings)
-            verdicts = store.read_verdicts(judge_id, number)
-            if verdicts is None:
-                with concurrent.futures.ThreadPoolExecutor(_JUDGE_THREADS) as pool:
-                    judging = functools.partial(self._verdict, judge=judge)
-                    verdicts = list(pool.map(judging, batch.rows))
-                store.write_verdicts(judge_id, number, verdicts)
+            verdicts = store.read_verdicts(judge_key, number)
             for answer, verdict in zip(batch.rows, verdicts, strict=True):
                 records[answer["row"]] = self._record(entry, answer, verdict)
         config = self._model.config
@@ -386,6 +398,19 @@ def load_entry(entry: ModelEntry, *, config: EvalConfig, mesh: Any = None) -> tu
     if entry.adapter is not None:
         model = merge_lora(load_adapter(model, entry.adapter))
     return model, tokenizer
+
+
+def _identity(model: CausalLM, entry: ModelEntry, config: EvalConfig) -> dict[str, Any]:
+    """All of a loaded model that its answers depend on, as JSON's types."""
+    return {
+        **describe_model(model),
+        "weights": weight_marks(model.source),
+        "adapter": entry.adapter,
+        "adapter_weights": weight_marks(entry.adapter),
+        "config_overrides": dict(entry.config_overrides),
+        "dtype": dtype_of(config),
+        "backend": config.backend,
+    }
 
 
 def dtype_of(config: EvalConfig) -> str:

@@ -5,7 +5,7 @@ everything that its answers depend on, so a changed config finds what is still g
 
     out/work/3f1c.../cell.json              what the cell is
     out/work/3f1c.../answers-00000.json     the answers of its first batch, and their timings
-    out/work/3f1c.../verdicts-9a0b-00000.json   what the judge of that name made of them
+    out/work/3f1c.../verdicts-9a0b-00000.json   what a judge made of them, with these references
 
 A file is there in full or not at all: a run that was killed loses the batch that it was at.
 """
@@ -78,19 +78,21 @@ class CellStore:
         document = json.loads(self._answers(batch).read_text())
         return AnswerBatch(rows=document["answers"], timings=Timings(**document["timings"]))
 
-    def read_verdicts(self, judge: str, batch: int) -> list[dict[str, Any]] | None:
-        """The verdicts of a judge, by its fingerprint; None where it has not judged the batch."""
-        path = self._verdicts(judge, batch)
-        return json.loads(path.read_text())["verdicts"] if path.exists() else None
+    def has_verdicts(self, key: str, batch: int) -> bool:
+        """Whether the batch has been judged; the key is the fingerprint of judge and references."""
+        return self._verdicts(key, batch).exists()
 
-    def write_verdicts(self, judge: str, batch: int, verdicts: Sequence[Mapping[str, Any]]) -> None:
-        """Keep a batch's verdicts; process 0 writes."""
-        if runtime.is_main_process():
-            document = {"verdicts": [dict(verdict) for verdict in verdicts]}
-            storage.write_json_atomic(self._verdicts(judge, batch), document)
+    def write_verdicts(self, key: str, batch: int, verdicts: Sequence[Mapping[str, Any]]) -> None:
+        """Keep a batch's verdicts."""
+        document = {"verdicts": [dict(verdict) for verdict in verdicts]}
+        storage.write_json_atomic(self._verdicts(key, batch), document)
+
+    def read_verdicts(self, key: str, batch: int) -> list[dict[str, Any]]:
+        """What `write_verdicts` kept."""
+        return json.loads(self._verdicts(key, batch).read_text())["verdicts"]
 
     def _answers(self, batch: int) -> epath.Path:
         return self._directory / f"answers-{batch:05d}.json"
 
-    def _verdicts(self, judge: str, batch: int) -> epath.Path:
-        return self._directory / f"verdicts-{judge}-{batch:05d}.json"
+    def _verdicts(self, key: str, batch: int) -> epath.Path:
+        return self._directory / f"verdicts-{key}-{batch:05d}.json"
