@@ -245,7 +245,10 @@ def _legend(figure: Any, rows: Sequence[Row], colors: dict[str, str]) -> None:
 
 
 def draw_legend(figure: Any, lines: Sequence[str], colors: dict[str, str], *, heading: str) -> None:
-    """To the right of the figure: what badges mean, then lines of text under a heading."""
+    """To the right of the figure: what badges mean, then lines of text under a heading.
+
+    A figure too low for that is made higher.
+    """
     from matplotlib.lines import Line2D
 
     gray, nothing = "#808080", Line2D([], [], linestyle="")
@@ -269,3 +272,10 @@ def draw_legend(figure: Any, lines: Sequence[str], colors: dict[str, str], *, he
     for text in legend.get_texts():
         if text.get_text() in headings:
             text.set_fontweight("bold")
+    make_room(figure, legend)
+
+
+def make_room(figure: Any, legend: Any) -> None:
+    """A figure with many policies grows until it holds what its legend says of them."""
+    needed = legend.get_window_extent().height / figure.dpi + 0.2
+    figure.set_figheight(max(figure.get_figheight(), needed))

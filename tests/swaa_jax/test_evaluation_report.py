@@ -68,6 +68,32 @@ def test_attempts_count_as_their_mean_and_give_pass_at_k():
     assert dict(found.pass_at) == pytest.approx({1: 1 / 3, 2: 5 / 9, 3: 2 / 3})
 
 
+def test_attempts_are_shown_by_k(tmp_path):
+    rows = [row(f"s{i}", attempt < i, attempt=attempt) for i in range(3) for attempt in range(2)]
+    done = evaluation([cell("full", FULL, rows)], tmp_path, attempts=2, temperature=1.0)
+    markdown = write_evaluation(done, summarize(done), command="x")["report.md"].read_text()
+    # pass@1: the mean of 0, 1/2, 1; pass@2: of 0, 1, 1.
+    assert "| 1 full | 50.0 | 66.7 |" in markdown[markdown.index("pass@k") :]
+
+
+def test_a_policy_by_number_is_told_in_words_and_the_plots_legends_hold_all(tmp_path):
+    rows = [row("s0", True, prompt_tokens=100), row("s1", True, prompt_tokens=5000)]
+    cells = [cell(str(number), AttentionPolicy(window=100 + number), rows) for number in range(30)]
+    done = evaluation(cells, tmp_path)
+    pages = write_evaluation(done, summarize(done), command="x")
+    text, markdown = pages["report.html"].read_text(), pages["report.md"].read_text()
+    pareto, lengths = re.findall(r"<svg.*?</svg>", text, re.S)
+    for number in range(30):
+        assert f'<br><span class="dim">window {100 + number}</span>' in text
+        assert f"- {number}: window {100 + number}\n" in markdown
+        words = f"{number + 1}  {number}: window {100 + number}"
+        for chart, line in ((pareto, words), (lengths, f"{number + 1}  {number}")):
+            height = float(re.search(r'viewBox="0 0 [\d.]+ ([\d.]+)"', chart)[1])
+            before = chart[: chart.index(f">{line}<")]
+            place = float(re.findall(r'y="([-\d.]+)"', before)[-1])
+            assert 0 < place < height, "a line of the legend lies outside the plot"
+
+
 def test_length_bins_are_between_powers_of_two_and_in_order():
     assert length_bin(64).strip() == "64-127"
     assert length_bin(127) == length_bin(64)

@@ -1,11 +1,12 @@
 """The report's plots, as SVG text: score against cost, and score by prompt length."""
 
 import io
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from swaa_jax.eval.evaluation.summary import CellSummary
-from swaa_jax.eval.plot import draw_legend, draw_policies, layer_colors
+from swaa_jax.eval.plot import draw_legend, draw_policies, layer_colors, make_room
 
 __all__ = ["pareto_chart", "pareto_front", "length_chart"]
 
@@ -77,8 +78,7 @@ def pareto_chart(group: Sequence[CellSummary], *, title: str) -> str:
             panels.append((axis, points))
         axes[0][0].set_ylabel("score, %")
         figure.suptitle(title, x=0.01, ha="left", fontsize=12)
-        names = [f"{summary.number}  {summary.cell.policy_name}" for summary in group]
-        draw_legend(figure, names, colors, heading="Row of the table")
+        draw_legend(figure, [_legend_line(s) for s in group], colors, heading="Row of the table")
         figure.canvas.draw()
         for axis, points in panels:
             draw_policies(
@@ -87,6 +87,13 @@ def pareto_chart(group: Sequence[CellSummary], *, title: str) -> str:
         return figure
 
     return _svg(draw)
+
+
+def _legend_line(summary: CellSummary) -> str:
+    """The row, the policy's name and what it is, in lines short enough to leave room."""
+    name, text = summary.cell.policy_name, summary.cell.policy_text
+    line = f"{summary.number}  {name}: {text}" if text else f"{summary.number}  {name}"
+    return textwrap.fill(line, 48)
 
 
 def length_chart(group: Sequence[CellSummary], *, title: str) -> str:
@@ -120,7 +127,7 @@ def length_chart(group: Sequence[CellSummary], *, title: str) -> str:
         axis.set_xlabel("prompt tokens")
         axis.set_ylabel("score, %")
         axis.set_title(title, loc="left", fontsize=12)
-        figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+        make_room(figure, figure.legend(loc="outside right upper", frameon=False, fontsize=9))
         return figure
 
     return _svg(draw)

@@ -115,19 +115,14 @@ def markdown_report(
         table_columns(), table_rows(summaries), left=[column.left for column in _COLUMNS]
     )
     lines += ["", LEGEND, ""]
+    named = {s.cell.policy_name: s.cell.policy_text for s in summaries if s.cell.policy_text}
+    lines += [f"- {name}: {text}" for name, text in named.items()] + [""] * bool(named)
     for group in _groups(summaries):
-        for heading, parts in (("kind", "by_kind"), ("prompt tokens", "by_length")):
-            names = _part_names(group, parts)
-            if len(names) < 2:
-                continue
-            rows = [
-                [f"{s.number} {s.cell.policy_name}"]
-                + [_part_text(getattr(s, parts).get(name)) for name in names]
-                for s in group
-            ]
-            heads = ["policy", *(name.strip() or "(none)" for name in names)]
-            lines += [f"## {_title(group)}: score by {heading}", ""]
-            lines += [*_markdown_table(heads, rows, left=[True] + [False] * len(names)), ""]
+        for matrix in _matrices(group):
+            rows = [[line.name, *(part.long_text for part in line.parts)] for line in matrix.lines]
+            lines += [f"## {_title(group)}: {matrix.title.lower()}", ""]
+            left = [True] + [False] * len(matrix.names)
+            lines += [*_markdown_table(["policy", *matrix.names], rows, left=left), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -200,12 +195,13 @@ def _p(value: float) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Cell:
-    """Of the table: what it says, what sorting goes by, and perhaps a bar of low, width, mean."""
+    """Of the table: its text, what sorting goes by, a bar of low, width and mean, a second line."""
 
     text: str
     value: Any
     left: bool = False
     bar: Mapping[str, str] | None = None
+    second_line: str = ""
 
 
 def _number(value: float | int | None, form: str) -> _Cell:
@@ -234,7 +230,9 @@ def _cells(summary: CellSummary) -> list[_Cell]:
         _text(cell.model),
         _text(cell.task),
         _text(_mode(cell.thinking)),
-        _text(cell.policy_name),
+        _Cell(
+            text=cell.policy_name, value=cell.policy_name, left=True, second_line=cell.policy_text
+        ),
         _Cell(text=f"{summary.num_samples}{skipped}", value=summary.num_samples),
         _Cell(text=_score(summary), value=score.mean, bar=bar),
         _number(100 * summary.accepted.mean, ".1f"),
@@ -253,28 +251,11 @@ def _cells(summary: CellSummary) -> list[_Cell]:
 
 
 def _group_view(group: Sequence[CellSummary], seed: int) -> dict[str, Any]:
-    matrices = []
-    for title, parts in (("Score by kind", "by_kind"), ("Score by prompt tokens", "by_length")):
-        names = _part_names(group, parts)
-        if len(names) > 1:
-            matrices.append(
-                {
-                    "title": title,
-                    "names": [name.strip() or "(none)" for name in names],
-                    "lines": [
-                        {
-                            "name": f"{s.number} {s.cell.policy_name}",
-                            "cells": [_part_view(getattr(s, parts).get(name)) for name in names],
-                        }
-                        for s in group
-                    ],
-                }
-            )
     several = len(_part_names(group, "by_length")) > 1
     return {
         "title": _title(group),
         "pareto": pareto_chart(group, title="Score against cost"),
-        "matrices": matrices,
+        "matrices": _matrices(group),
         "lengths": length_chart(group, title="Score by prompt length") if several else "",
         "examples": _examples(group, seed),
     }
@@ -284,24 +265,79 @@ def _part_names(group: Sequence[CellSummary], parts: str) -> list[str]:
     return sorted({name for summary in group for name in getattr(summary, parts)})
 
 
-def _part_text(part: Part | None) -> str:
-    return "" if part is None else f"{100 * part.score.mean:.1f} (n={part.num_samples})"
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Shade:
+    """Of a matrix: a share in %, shown in colour; `long_text` where there is no colour."""
+
+    text: str = ""
+    long_text: str = ""
+    color: str = "#ffffff"
+    hover: str = "no sample"
 
 
-def _part_view(part: Part | None) -> dict[str, str]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Line:
+    name: str
+    parts: Sequence[_Shade]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Matrix:
+    """Policies by kinds, by lengths, or by the k of pass@k."""
+
+    title: str
+    names: Sequence[str]
+    lines: Sequence[_Line]
+
+
+def _matrices(group: Sequence[CellSummary]) -> list[_Matrix]:
+    """Of those that have more than one column."""
+    matrices = []
+    for title, parts in (("Score by kind", "by_kind"), ("Score by prompt tokens", "by_length")):
+        names = _part_names(group, parts)
+        shades = [[_part_shade(getattr(s, parts).get(name)) for name in names] for s in group]
+        heads = [name.strip() or "(none)" for name in names]
+        matrices.append(_matrix(title, heads, group, shades))
+    counts = list(group[0].pass_at)
+    shades = [
+        [_shade(s.pass_at[k], hover="one of k attempts is right") for k in counts] for s in group
+    ]
+    matrices.append(_matrix("pass@k", [f"k={k}" for k in counts], group, shades))
+    return [matrix for matrix in matrices if len(matrix.names) > 1]
+
+
+def _matrix(
+    title: str,
+    names: Sequence[str],
+    group: Sequence[CellSummary],
+    shades: Sequence[Sequence[_Shade]],
+) -> _Matrix:
+    lines = [
+        _Line(name=f"{s.number} {s.cell.policy_name}", parts=parts)
+        for s, parts in zip(group, shades, strict=True)
+    ]
+    return _Matrix(title=title, names=names, lines=lines)
+
+
+def _part_shade(part: Part | None) -> _Shade:
     if part is None:
-        return {"text": "", "color": "#ffffff", "help": "no sample"}
-    mean = part.score.mean
+        return _Shade()
+    bounds = f"{100 * part.score.low:.1f} to {100 * part.score.high:.1f}"
+    return _shade(
+        part.score.mean,
+        hover=f"{part.num_samples} samples, {bounds}",
+        note=f" (n={part.num_samples})",
+    )
+
+
+def _shade(share: float, *, hover: str, note: str = "") -> _Shade:
     # From warm (0) over white (0.5) to cool (1), light enough for black text.
     low, high = ((222, 146, 110), (255, 255, 255)), ((255, 255, 255), (120, 178, 222))
-    (start, end), at = (low, 2 * mean) if mean < 0.5 else (high, 2 * mean - 1)
+    (start, end), at = (low, 2 * share) if share < 0.5 else (high, 2 * share - 1)
     rgb = [round(a + (b - a) * at) for a, b in zip(start, end, strict=True)]
-    return {
-        "text": f"{100 * mean:.1f}",
-        "color": "#" + "".join(f"{value:02x}" for value in rgb),
-        "help": f"{part.num_samples} samples, {100 * part.score.low:.1f} to "
-        f"{100 * part.score.high:.1f}",
-    }
+    text = f"{100 * share:.1f}"
+    color = "#" + "".join(f"{value:02x}" for value in rgb)
+    return _Shade(text=text, long_text=text + note, color=color, hover=hover)
 
 
 def _examples(group: Sequence[CellSummary], seed: int) -> list[dict[str, Any]]:

@@ -70,6 +70,12 @@ class Cell:
     skipped: int
     cost: CellCost
 
+    @property
+    def policy_text(self) -> str:
+        """What the policy is, or nothing where its name says that already."""
+        text = str(self.policy)
+        return "" if text == self.policy_name else text
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
