@@ -115,10 +115,20 @@ def run_search(args: argparse.Namespace, *, num_layers: int) -> int:
         f"{found.num_answers:,} answers; all candidates on all samples would have been "
         f"{found.exhaustive_answers:,}."
     )
-    if found.chosen is None:
+    if not found.full.score.mean:
+        print(
+            "Full attention itself has nothing right, so there is no quality to keep: look at the "
+            "answers, and at --judge, --max-new-tokens and the data."
+        )
+    elif found.chosen is None:
         print(f"No candidate keeps {args.floor:.0%} of full attention's score; try wider windows.")
     else:
         print(f"Chosen: {found.chosen.policy}")
+        if found.chosen.prefill_share >= 1:
+            print(
+                "It sees all of these prompts, so it saves nothing on them: give smaller windows, "
+                "or data with longer prompts."
+            )
     for path in paths.values():
         print(f"  {path}")
     return 0 if found.chosen is not None else 1

@@ -1,7 +1,7 @@
 """Which policy for this model and this task? Successive halving over samples (arXiv 1502.07943).
 
 Many candidates answer a few samples; the worse half is dropped, and the rest answer as many more,
-until all samples are used or one candidate is left::
+until all samples are used::
 
     samples    8       +8       +16      +32
                48  ->  24  ->   12  ->   6     candidates, full attention always among them
@@ -48,7 +48,10 @@ class SearchSpace:
     decode: tuple[LayerSelection, ...] = ("window", "full")
 
     def policies(self, num_layers: int) -> list[AttentionPolicy]:
-        """All of them that differ on a model of that depth; full attention is not among them."""
+        """All of them that differ on a model of that depth; full attention is not among them.
+
+        Nor is what is full attention by another name: a window, and all layers full.
+        """
         found: dict[Any, AttentionPolicy] = {}
         for window in self.windows:
             for sinks in self.sinks:
@@ -60,7 +63,9 @@ class SearchSpace:
                             full_attention_layers=layers,
                             decode=decode,
                         )
-                        found.setdefault(policy.resolve(num_layers), policy)
+                        resolved = policy.resolve(num_layers)
+                        if not all(layer.is_full for layer in resolved):
+                            found.setdefault(resolved, policy)
         return list(found.values())
 
 
@@ -104,7 +109,9 @@ class Candidate:
         policy: the policy.
         scores: of the samples that it answered, in their order.
         score: their mean, with its interval.
-        prefill_share, cache_bytes: its costs, as measured on the samples of the last round.
+        prefill_share: prefill work on all the prompts that it read, of full attention's.
+        cache_bytes: the largest caches that a sample needed.
+        full_pairs: (query, key) pairs that full attention visits on these prompts.
         rounds: that it was in.
     """
 
@@ -113,6 +120,7 @@ class Candidate:
     score: Interval
     prefill_share: float
     cache_bytes: int
+    full_pairs: float
     rounds: int
 
     @property
@@ -131,7 +139,7 @@ class SearchResult:
         pareto: of those that answered all samples, full attention included, the ones that no other
             one beats in score, prefill work and memory at once; by rising prefill work.
         chosen: the cheapest that keeps the floor, else the best within the ceilings; None where the
-            floor is kept by none.
+            floor is kept by none, or full attention has nothing right and there is nothing to keep.
         num_samples: that the last round's candidates answered.
         num_answers: that the search took, and `exhaustive_answers`: that all candidates on all
             samples would have taken.
@@ -183,6 +191,8 @@ def search_policies(
     )
     loaded = load_entry(model, config=asked)
     total = len(task.task.samples(loaded[1], thinking=asked.thinking[0])[: asked.limit])
+    if not total:
+        raise ValueError(f"limit: expected at least one sample to search with, got {asked.limit}")
     known: dict[AttentionPolicy, Candidate] = {}
     start, size, answers, rounds = 0, min(config.first_samples, total), 0, 0
     while True:
@@ -230,18 +240,27 @@ def suggest_windows(prompt_lengths: Sequence[int]) -> tuple[int, ...]:
 
 
 def _grown(before: Candidate | None, cell: Cell, rounds: int) -> Candidate:
-    """A candidate with a further round's scores, a sample's attempts as their mean."""
+    """A candidate with a further round's scores and costs, a sample's attempts as their mean."""
     by_sample: dict[str, list[float]] = {}
     for row in cell.rows:
         by_sample.setdefault(row["sample"], []).append(row["score"])
-    new = tuple(sum(scores) / len(scores) for scores in by_sample.values())
-    scores = (() if before is None else before.scores) + new
+    scores = tuple(sum(scores) / len(scores) for scores in by_sample.values())
+    lengths = {row["sample"]: row["prompt_tokens"] for row in cell.rows}
+    full_pairs = sum(length * (length + 1) / 2 for length in lengths.values())
+    pairs = cell.cost.prefill_share * full_pairs
+    cache_bytes = cell.cost.cache_bytes_per_sample or 0
+    if before is not None:
+        scores = before.scores + scores
+        pairs += before.prefill_share * before.full_pairs
+        full_pairs += before.full_pairs
+        cache_bytes = max(cache_bytes, before.cache_bytes)
     return Candidate(
         policy=cell.policy,
         scores=scores,
         score=bootstrap_interval(scores),
-        prefill_share=cell.cost.prefill_share,
-        cache_bytes=cell.cost.cache_bytes_per_sample or 0,
+        prefill_share=pairs / full_pairs,
+        cache_bytes=cache_bytes,
+        full_pairs=full_pairs,
         rounds=rounds,
     )
 
@@ -264,11 +283,16 @@ def _within(
 
     found = [policy for policy in alive if fits(known[policy])]
     if not found:
-        least = [min(known[policy].costs[at] for policy in alive) for at in (0, 1)]
+        share, size = (min(known[policy].costs[at] for policy in alive) for at in (0, 1))
+        asked = []
+        if config.max_prefill is not None:
+            asked.append(f"{config.max_prefill:g} of full attention's prefill (least: {share:.3f})")
+        if config.max_cache_bytes is not None:
+            most, least = config.max_cache_bytes / 2**30, size / 2**30
+            asked.append(f"{most:.3g} GiB of cache a sample (least: {least:.3g})")
         raise ValueError(
-            f"ceilings: expected some candidate within max_prefill={config.max_prefill} and "
-            f"max_cache_bytes={config.max_cache_bytes}, got none; the least of the candidates are "
-            f"{least[0]:.3f} and {least[1]:.0f}. Raise them, or add smaller windows"
+            f"ceilings: expected some candidate within {' and '.join(asked)}, got none; raise "
+            "them, or add smaller windows"
         )
     return found
 
@@ -306,6 +330,8 @@ def _beats(one: Candidate, other: Candidate) -> bool:
 def _chosen(
     finalists: Sequence[Candidate], full: Candidate, config: SearchConfig
 ) -> Candidate | None:
+    if not full.score.mean:
+        return None
     if config.floor is None:
         return min(finalists, key=lambda c: (-c.score.mean, c.costs))
     good = [c for c in finalists if c.score.mean >= config.floor * full.score.mean]

@@ -63,7 +63,7 @@ def write_search(
     storage.write_json_atomic(paths["search.json"], document)
     storage.write_bytes_atomic(paths["search.png"], _plot(result))
     if result.chosen is None:
-        del paths["policy.yaml"]
+        paths.pop("policy.yaml").unlink(missing_ok=True)  # another search's, perhaps
         return paths
     cells = dict(zip(HEADINGS, candidate_cells(result.chosen, result), strict=True))
     note = (

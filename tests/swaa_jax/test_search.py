@@ -1,9 +1,11 @@
 """Successive halving: what it keeps, what it costs, and which policy it recommends."""
 
+import dataclasses
+
 import pytest
 
 import swaa_jax as swaa
-from swaa_jax.eval import search
+from swaa_jax.eval import search, search_report
 from swaa_jax.eval.evaluation import Cell, Evaluation, ModelEntry, TaskEntry
 from swaa_jax.eval.evaluation.costs import CellCost
 from swaa_jax.eval.search import SearchConfig, SearchSpace, search_policies
@@ -144,8 +146,63 @@ def test_a_ceiling_leaves_out_what_costs_more(asked, tmp_path):
     assert found.chosen.prefill_share <= 0.5
     # The best score within the ceiling: the window of 40 with sinks and FA decode.
     assert found.chosen.policy == swaa.AttentionPolicy(window=40, num_sink_tokens=4, decode="full")
-    with pytest.raises(ValueError, match=r"ceilings: .*got none; the least .* are 0\.200"):
+    with pytest.raises(ValueError, match=r"ceilings: .*0\.1 of full.*\(least: 0\.200\), got none"):
         find(tmp_path, SPACE, max_prefill=0.1)
+
+
+def test_costs_are_of_all_prompts_not_of_the_last_round(asked, tmp_path, monkeypatch):
+    rule = search.evaluate
+
+    def with_lengths(config, **more):
+        """Prompts of 1,000 tokens, of which the last round's has 10 and is seen whole."""
+        done = rule(config, **more)
+        if config.skip_samples + config.limit < SAMPLES:
+            rows = lambda cell: [{**row, "prompt_tokens": 1000} for row in cell.rows]  # noqa: E731
+            cells = [dataclasses.replace(cell, rows=tuple(rows(cell))) for cell in done.cells]
+        else:
+            whole = {"prefill_share": 1.0, "cache_bytes_per_sample": 1}
+            cells = [
+                dataclasses.replace(
+                    cell,
+                    rows=tuple({**row, "prompt_tokens": 10} for row in cell.rows),
+                    cost=dataclasses.replace(cell.cost, **whole),
+                )
+                for cell in done.cells
+            ]
+        return dataclasses.replace(done, cells=tuple(cells))
+
+    monkeypatch.setattr(search, "evaluate", with_lengths)
+    found = find(tmp_path, SPACE, max_prefill=0.5)
+    long, short = 32 * 1000 * 1001 / 2, 8 * 10 * 11 / 2  # pairs of the two kinds of prompts
+    for candidate in found.candidates:
+        if candidate.rounds == 4:
+            share = candidate.policy.window / 100
+            if candidate.policy.full_attention_layers:
+                share = (1 + share) / 2
+            expected = (share * long + short) / (long + short)
+            assert candidate.prefill_share == pytest.approx(expected)
+            assert candidate.cache_bytes > 1
+    assert found.full.prefill_share == 1.0
+
+
+def test_nothing_is_chosen_where_full_attention_has_nothing_right(asked, tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "score_of", lambda policy, sample: 0.0)
+    assert find(tmp_path, SPACE, floor=0.5).chosen is None
+    assert find(tmp_path, SPACE).chosen is None
+
+
+def test_a_policy_of_an_earlier_search_does_not_stay(asked, tmp_path):
+    found = find(tmp_path, SPACE, floor=0.9)
+    paths = search_report.write_search(found, tmp_path, command="x", asked={})
+    assert paths["policy.yaml"].exists()
+    none = dataclasses.replace(found, chosen=None)
+    assert "policy.yaml" not in search_report.write_search(none, tmp_path, command="x", asked={})
+    assert not paths["policy.yaml"].exists()
+
+
+def test_all_layers_full_is_no_candidate():
+    space = SearchSpace(windows=(8,), sinks=(0,), full_layers=((), "0::1"), decode=("window",))
+    assert [str(policy) for policy in space.policies(NUM_LAYERS)] == ["window 8"]
 
 
 def test_mistakes(tmp_path):
