@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from swaa_jax.cli import process_args
@@ -48,9 +49,11 @@ examples:
   swaa eval settings.json --data mine.jsonl
       the paper's reference code's list of {swaa_config, model_list}
 
-Everything that was done is kept: the same command goes on where it was stopped, and a changed one
-does only what is new. output_dir then holds report.html (open it in a browser), report.md,
-answers.jsonl and .parquet, results.json, run.json. SWAA_JUDGE_API_KEY is a judging model's key.
+Everything that was done is kept: the same command goes on where it was stopped; with more policies,
+tasks or models it does only what is new, and another judge is asked about answers that are there.
+Answers to a file that changed, or to more of it, are made anew. output_dir then holds report.html
+(open it in a browser), report.md, answers.jsonl and .parquet, results.json, run.json.
+SWAA_JUDGE_API_KEY is a judging model's key.
 """
 
 
@@ -96,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
     from swaa_jax import runtime
     from swaa_jax.cli.progress import progress_bar
     from swaa_jax.eval.evaluation import evaluate, summarize, write_evaluation
+    from swaa_jax.eval.evaluation.summary import remarks
 
     config = _config(args)
     process_args.start(args)
@@ -109,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
     if args.quiet:
         return 0
     _print_table(summaries)
+    for remark in remarks(summaries, done.cells):
+        print(textwrap.fill(remark, 100))
     print(
         f"{done.answered} answers made in this run, {sum(len(c.rows) for c in done.cells)} in all; "
         f"{done.seconds:,.0f} s."
@@ -138,10 +144,18 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
     if path is not None and "=" in path and not epath.Path(path).exists():
         path, overrides = None, [path, *overrides]
     if path is None and not args.model:
+        given = [flag for flag, value in (("--data", args.data), ("--task", args.task)) if value]
         raise ValueError(
-            "CONFIG: expected a file, or --model with --data or --task, got neither; see "
-            "swaa eval --help for examples"
+            "expected a CONFIG, or --model with --data or --task, got "
+            f"{' and '.join(given) + ' without --model' if given else 'none of them'}; see swaa "
+            "eval --help for examples"
         )
+    if path is not None and path.endswith((".jsonl", ".parquet")):
+        raise ValueError(
+            f"CONFIG: expected YAML or JSON, got {path}; questions go to --data {path}"
+        )
+    if args.policies is not None and not _split(args.policies):
+        raise ValueError(f"--policies: expected at least one, got {args.policies!r}")
     if path is not None and not path.endswith((".yaml", ".yml", ".json")):
         path = str(config_path("eval", path))
     try:
@@ -180,14 +194,25 @@ def _split(text: str) -> list[str]:
 
 
 def _policy(text: str) -> Any:
-    """A name or file as it is; fields, joined by +, as a policy."""
+    """A name or file as it is; fields, joined by +, as a policy.
+
+    Lists have a + too: full_layers=1+3, heads=3:0+2;5:1.
+    """
     import os
+    import re
 
     from swaa_jax.cli.policy_args import parse_policy
 
     if "=" not in text or os.path.exists(text):
         return text
-    return parse_policy(text.replace("+", ","))
+    fields = re.split(r"\+(?=\s*[A-Za-z_-]+=)", text)
+    if not any(field.strip().startswith("window=") for field in fields):
+        raise ValueError(
+            f"--policies: expected window=N among a policy's fields, got {text!r}; fields of one "
+            "policy are joined by +, as in window=64+sinks=4, policies by commas"
+        )
+    lists = [one.replace(";", ",") if "heads=" in one else one.replace("+", ",") for one in fields]
+    return parse_policy(",".join(lists))
 
 
 def _print_table(summaries: "list[CellSummary]") -> None:

@@ -137,7 +137,10 @@ def _value(name: str, text: str) -> Any:
             return ()
         if ":" in text:
             return text
-        return tuple(_integer(name, part) for part in text.split(","))
+        expected = "layers such as 1::2 or 0,3,5" + (
+            ", window or full" if field == "decode" else ""
+        )
+        return tuple(_integer(name, part, expected) for part in text.split(","))
     return _integer(name, text)
 
 
@@ -155,8 +158,8 @@ def _heads(name: str, text: str) -> list[tuple[int, tuple[int, ...]]]:
     return pairs
 
 
-def _integer(name: str, text: str) -> int:
+def _integer(name: str, text: str, expected: str = "an integer") -> int:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"policy: {name}: expected an integer, got {text!r}") from None
+        raise ValueError(f"policy: {name}: expected {expected}, got {text!r}") from None

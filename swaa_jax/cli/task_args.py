@@ -1,13 +1,19 @@
 """Tasks on the command line, for every command that asks a model something."""
 
 import argparse
+import os
 from typing import Any
 
 
 def add_task_arguments(group: Any) -> None:
     """Add `--data`, `--task`, `--judge` and what goes with them."""
     add = group.add_argument
-    add("--data", action="append", metavar="FILE", help=".jsonl or .parquet, asked as task qa")
+    add(
+        "--data",
+        action="append",
+        metavar="FILE",
+        help=".jsonl, .json or .parquet, asked as task qa; repeatable",
+    )
     add("--task", action="append", metavar="NAME,KEY=VALUE,...", help="a task; repeatable")
     add(
         "--judge",
@@ -21,8 +27,12 @@ def add_task_arguments(group: Any) -> None:
 def tasks_from_args(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Entries of an evaluation's `tasks`; none where the arguments name none."""
     found: list[dict[str, Any]] = []
-    for file in args.data or []:
+    files = args.data or []
+    stems = [os.path.splitext(os.path.basename(file))[0] for file in files]
+    for file, stem in zip(files, stems, strict=True):
         task: dict[str, Any] = {"task": "qa", "files": file}
+        if stems.count(stem) > 1:
+            task["name"] = f"qa {file}"
         if args.max_new_tokens is not None:
             task["max_new_tokens"] = args.max_new_tokens
         found.append(task)

@@ -65,6 +65,11 @@ def test_flags_change_a_file_and_overrides_change_both(data, tmp_path):
     config = config_of(file, "batch_size=3", "--policies", "full,window=8+sinks=2")
     assert policies_of(config) == ["full", "window 8 + 2 sinks"]
     assert config.batch_size == 3
+    lists = "window=8+full_layers=1+3+decode=full,window=8+heads=3:0+2;5:1"
+    assert policies_of(config_of(file, "--policies", lists)) == [
+        "window 8, full layers 1,3, FA decode",
+        "window 8, full heads 3:0+2,5:1",
+    ]
     config = config_of(file, "--judge", "regex,which=last", "--thinking", "both", "--limit", "2")
     assert config.tasks[0].judge_settings == {"name": "regex", "which": "last"}
     assert (config.thinking, config.limit) == ((True, False), 2)
@@ -113,7 +118,20 @@ def test_values_of_settings_may_hold_commas():
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "CONFIG: expected a file, or --model with --data or --task, got neither"),
+        ([], "expected a CONFIG, or --model with --data or --task, got none of them"),
+        (["--data", "DATA"], "got --data without --model"),
+        (["mine.jsonl"], "CONFIG: expected YAML or JSON, got mine.jsonl; questions go to --data"),
+        (["--model", "m", "--data", "DATA", "--policies", ""], "--policies: expected at least one"),
+        (["--model", "m", "--data", "DATA", "--policies", "sinks=4"], "expected window=N among"),
+        (
+            ["--model", "m", "--data", "DATA", "--policies", "window=8+decode=ful"],
+            "decode: expected layers such as 1::2 or 0,3,5, window or full, got 'ful'",
+        ),
+        # Told before the model is looked for.
+        (
+            ["--model", "m", "--data", "DATA", "--output", "DATA"],
+            "output_dir: expected a directory",
+        ),
         (["nothing.yaml"], "No such file or directory: nothing.yaml"),
         (["tiny-tabel-1"], "Did you mean 'tiny-table-1'?"),
         (["--model", "m"], "has no tasks"),
@@ -122,7 +140,8 @@ def test_values_of_settings_may_hold_commas():
         (["--model", "m", "--data", "DATA", "atempts=2"], "did you mean 'attempts'?"),
         (["--model", "m", "--data", "DATA", "attempts=2"], "set temperature"),
         (["--model", "no/such/model", "--data", "DATA"], "no/such/model"),
-        (["--model", "tiny-retriever", "--data", "no.jsonl"], "no.jsonl"),
+        (["--model", "m", "--data", "no.jsonl"], "files: expected a file that is there, got no"),
+        (["--model", "m", "--data", "DATA", "--data", "no.jsonl"], "got no.jsonl"),
         (["--model", "tiny-retriever", "--data", "DATA", "--judge", "llm"], "url"),
     ],
 )
@@ -160,12 +179,8 @@ def test_ones_own_checkpoint_and_questions_in_one_command(data, tmp_path, capsys
 
 def test_a_search_writes_a_policy_that_can_be_used(tmp_path, capsys):
     words = ["--search", "--model", "tiny-retriever", "--output", str(tmp_path / "found")]
-    words += [
-        "--task",
-        "ruler,variant=niah_single_1,length=400,num_samples=2",
-        "--windows",
-        "16,96",
-    ]
+    words += ["--task", "ruler,variant=niah_multiquery,length=1024,num_samples=2"]
+    words += ["--windows", "16,96"]
     words += ["--sinks", "0", "--full-layers", "none", "--first-samples", "1"]
     assert main(["recipes", *words]) == 0
     out = capsys.readouterr().out

@@ -1,5 +1,6 @@
 """What an evaluation's numbers and reports say, from answers made by hand."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -9,7 +10,7 @@ import subprocess
 import pytest
 
 from swaa_jax.eval.evaluation import summarize, write_evaluation
-from swaa_jax.eval.evaluation.summary import length_bin
+from swaa_jax.eval.evaluation.summary import length_bin, remarks
 from swaa_jax.policy import AttentionPolicy
 from tests.support.evaluations import cell, evaluation, row
 
@@ -74,6 +75,33 @@ def test_attempts_are_shown_by_k(tmp_path):
     markdown = write_evaluation(done, summarize(done), command="x")["report.md"].read_text()
     # pass@1: the mean of 0, 1/2, 1; pass@2: of 0, 1, 1.
     assert "| 1 full | 50.0 | 66.7 |" in markdown[markdown.index("pass@k") :]
+
+
+def test_what_spoils_a_comparison_is_said(tmp_path):
+    cut = [row("s0", True), row("s1", False, finish_reason="length")]  # a half is not told
+    cells = [
+        cell("full", FULL, cut),
+        cell("wide", AttentionPolicy(window=9999), cut, skipped=1),
+        cell("narrow", WINDOW, [one | {"finish_reason": "length"} for one in cut]),
+    ]
+    wide = dataclasses.replace(cells[1].cost, prefill_share=1.0)
+    cells[1] = dataclasses.replace(cells[1], cost=wide)
+    done = evaluation(cells, tmp_path)
+    said = remarks(summarize(done), done.cells)
+    assert [text.split(":")[0] for text in said[1:]] == ["Row 2", "Row 3"]
+    assert "1 of toy, counting" in said[0]
+    assert "no prompt is longer than the window" in said[1]
+    assert "raise max_new_tokens" in said[2]
+    pages = write_evaluation(done, summarize(done), command="x")
+    assert all(text in pages["report.md"].read_text() for text in said)
+    assert pages["report.html"].read_text().count('class="remark"') == 3
+    assert remarks(summarize(two_policies()), two_policies().cells) == []
+
+
+def test_control_characters_are_shown_by_a_sign(tmp_path):
+    done = evaluation([cell("full", FULL, [row("s0", True, response="a\x00b\x1b")])], tmp_path)
+    text = write_evaluation(done, summarize(done), command="x")["report.html"].read_text()
+    assert "a\ufffdb\ufffd" in text and "\x00" not in text
 
 
 def test_a_policy_by_number_is_told_in_words_and_the_plots_legends_hold_all(tmp_path):

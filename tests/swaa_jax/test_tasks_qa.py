@@ -117,17 +117,19 @@ def test_chats_are_templated_once(tmp_path):
     )
 
 
+FIRST, SECOND = r"row 0 \(line 1\): ", r"row 1 \(line 2\): "
+EMPTY = FIRST + "answers?: expected an answer that is not empty, got "
 CHAT = '"messages": [{"role": "user", "content": "a"}, %s]'
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ('{"prompt": "A?"}', "row 0: expected answer, not empty, got the columns prompt"),
-        ('{"prompt": "A?", "answer": ""}', "row 0: expected answer, not empty"),
-        ('{"prompt": "A?", "answers": []}', "row 0: expected answer, not empty"),
-        ('{"answer": "a"}', "row 0: expected prompt, or context and question, or messages"),
-        ('{"prompt": "", "answer": "a"}', "row 0: expected prompt"),
+        ('{"prompt": "A?"}', FIRST + r"expected answer, not empty, got the columns prompt"),
+        ('{"prompt": "A?", "answer": ""}', EMPTY),
+        ('{"prompt": "A?", "answers": []}', EMPTY),
+        ('{"answer": "a"}', FIRST + r"expected prompt, or context and question, or messages"),
+        ('{"prompt": "", "answer": "a"}', FIRST + r"expected prompt"),
         ('{"prompt": " ", "answer": "a"}', r"prompt: expected a text that is not empty, got ' '"),
         ('{"prompt": 7, "answer": "a"}', r"prompt: expected a text that is not empty, got 7 \(int"),
         ('{"context": [1], "question": "?", "answer": "a"}', r"context: expected a text .*\[1\]"),
@@ -146,8 +148,8 @@ CHAT = '"messages": [{"role": "user", "content": "a"}, %s]'
             f'{{{CHAT % """{"role": "assistant", "content": "b"}"""}, "answer": "a"}}',
             "messages: expected the last one to be the user's, .*'assistant'",
         ),
-        ('{"prompt": "A?", "answer": "a"}\n["B?"]', r"row 1: expected an object .*\['B\?'\]"),
-        ('{"prompt": "A?", "answer": "a"}\n{"answer": "b"}', "row 1: expected prompt"),
+        ('{"prompt": "A?", "answer": "a"}\n["B?"]', SECOND + r"expected an object .*\['B\?'\]"),
+        ('{"prompt": "A?", "answer": "a"}\n{"answer": "b"}', SECOND + r"expected prompt"),
         ("\n{", "line 2: expected a JSON object"),
         ('[{"prompt": "A?",', "expected a JSON list"),
         ("[]", "at least one question"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from swaa_jax.eval.evaluation.charts import length_chart, pareto_chart, pareto_front
 from swaa_jax.eval.evaluation.run import Evaluation
-from swaa_jax.eval.evaluation.summary import CellSummary, Part
+from swaa_jax.eval.evaluation.summary import CellSummary, Part, remarks
 
 __all__ = ["html_report", "markdown_report", "table_columns", "table_rows"]
 
@@ -22,7 +22,8 @@ LEGEND = (
     "Scores in %, with 95% intervals: bootstrap over samples (Wilson's where all are right, or "
     "none). difference: to the baseline, in points; p: of a paired permutation test. prefill "
     "pairs: query-key pairs of the prompts, of full attention's. Policies that differ only in FA "
-    "decode share one measured prefill. KV: keys and values of one sample as allocated."
+    "decode share one measured prefill. KV: keys and values of one sample as allocated. "
+    "unfinished: thinking that never ended; cut off: answers that ended at their longest length."
 )
 
 
@@ -41,7 +42,7 @@ _COLUMNS = (
     _Column("policy", "which keys are visible", left=True),
     _Column("n", "samples"),
     _Column("score", "mean of the judge's scores, %"),
-    _Column("right", "answers that count as right, %"),
+    _Column("right", "answers that the judge accepts, %"),
     _Column("difference", "of the score to the baseline's, points"),
     _Column("p", "paired permutation test against the baseline"),
     _Column("unfinished", "answers whose thinking never ended, %"),
@@ -95,6 +96,7 @@ def html_report(
         setting=_setting(evaluation),
         command=command,
         findings=[_finding(group) for group in _groups(summaries)],
+        remarks=remarks(summaries, evaluation.cells),
         legend=LEGEND,
         columns=_COLUMNS,
         rows=[{"cells": _cells(s), "is_baseline": s.difference is None} for s in summaries],
@@ -111,6 +113,7 @@ def markdown_report(
     """The table and the breakdowns, for a document."""
     lines = [f"# {title}", "", f"`{command}`", "", _setting(evaluation), ""]
     lines += [line for group in _groups(summaries) for line in (_finding(group), "")]
+    lines += [line for remark in remarks(summaries, evaluation.cells) for line in (remark, "")]
     lines += _markdown_table(
         table_columns(), table_rows(summaries), left=[column.left for column in _COLUMNS]
     )
@@ -161,9 +164,10 @@ def _setting(evaluation: Evaluation) -> str:
         if not config.temperature
         else f"temperature {config.temperature:g}, {config.attempts} attempts a sample"
     )
+    judges = "; ".join(f"{one.name}: {one.judge_settings['name']}" for one in config.tasks)
     return (
         f"{evaluation.device['description']}, {evaluation.dtype}, {drawn}; swaa_jax "
-        f"{versions['swaa_jax']}, JAX {versions['jax']}."
+        f"{versions['swaa_jax']}, JAX {versions['jax']}. Judged by {judges}."
     )
 
 
@@ -378,4 +382,6 @@ def _examples(group: Sequence[CellSummary], seed: int) -> list[dict[str, Any]]:
 
 
 def _clipped(text: str, limit: int) -> str:
+    """Cut short; control characters, which HTML does not have, as a sign in their place."""
+    text = "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
     return text if len(text) <= limit else f"{text[:limit]} ..."

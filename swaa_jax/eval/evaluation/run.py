@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import os
+import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from swaa_jax import runtime
+from swaa_jax import runtime, storage
 from swaa_jax.checkpoint import load_tokenizer
 from swaa_jax.eval.answering import answer_prompts, even_batches, resolve_all
 from swaa_jax.eval.evaluation.config import EvalConfig, ModelEntry, PolicyEntry, TaskEntry
@@ -122,7 +123,10 @@ def evaluate(
         FileNotFoundError: a checkpoint or a data file that is not there.
     """
     start = time.perf_counter()
-    judges = {entry.name: _judge(entry, config) for entry in config.tasks}  # before any work
+    _check_output(config.output_dir)  # before any work, all that can be told before
+    judges = {entry.name: _judge(entry, config) for entry in config.tasks}
+    for task in config.tasks:
+        task.task.check()
     load = load or functools.partial(load_entry, config=config, mesh=mesh)
     entries = [(setting, model) for setting in config.settings for model in setting.models]
     steps = _Steps(progress, len(entries) * len(config.tasks) * len(config.thinking))
@@ -159,6 +163,24 @@ def evaluate(
         seconds=time.perf_counter() - start,
         answered=answered,
     )
+
+
+def _check_output(directory: str) -> None:
+    """See that answers can be kept, without making anything yet.
+
+    Raises:
+        ValueError: it is no directory and cannot become one, or cannot be written.
+    """
+    if not storage.is_local(directory):
+        return
+    nearest = pathlib.Path(directory).absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(
+            f"output_dir: expected a directory that can be written, got {directory}, and {nearest} "
+            f"is {'not writable' if nearest.is_dir() else 'a file'}; give another one"
+        )
 
 
 class _Asking:

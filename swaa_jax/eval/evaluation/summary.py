@@ -7,7 +7,7 @@ from typing import Any
 from swaa_jax.eval.evaluation.run import Cell, Evaluation
 from swaa_jax.eval.statistics import Interval, bootstrap_interval, paired_p_value, pass_at_k
 
-__all__ = ["CellSummary", "Part", "length_bin", "summarize"]
+__all__ = ["CellSummary", "Part", "length_bin", "remarks", "summarize"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,6 +114,37 @@ def summarize(evaluation: Evaluation) -> list[CellSummary]:
             )
         )
     return found
+
+
+def remarks(summaries: Sequence[CellSummary], cells: Sequence[Cell]) -> list[str]:
+    """What to know before numbers are compared: policies that saw everything, answers cut off,
+    samples left out.
+    """
+    found = []
+    skipped = {f"{c.skipped} of {c.model}, {c.task}": None for c in cells if c.skipped}
+    if skipped:
+        found.append(
+            f"Samples left out, because they are longer than the model's context: "
+            f"{'; '.join(skipped)}."
+        )
+    seen = [s for s in summaries if not s.cell.policy.is_full and s.cell.cost.prefill_share >= 1]
+    if seen:
+        found.append(
+            f"{_rows_of(seen)}: no prompt is longer than the window, so these policies read all of "
+            "it as full attention does; compare them on longer prompts, or take smaller windows."
+        )
+    cut = [s for s in summaries if s.cut_off > 0.5]
+    if cut:
+        found.append(
+            f"{_rows_of(cut)}: more than half of the answers ended at their longest length; raise "
+            "max_new_tokens (or max_thinking_tokens)."
+        )
+    return found
+
+
+def _rows_of(summaries: Sequence[CellSummary]) -> str:
+    numbers = ", ".join(str(summary.number) for summary in summaries)
+    return f"Row{'s' if len(summaries) > 1 else ''} {numbers}"
 
 
 def length_bin(num_tokens: int) -> str:

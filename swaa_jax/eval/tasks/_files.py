@@ -24,24 +24,27 @@ class Row:
         file: its path.
         number: its place there, from 0.
         fields: its columns.
+        line: of a file of JSON lines, from 1.
     """
 
     file: str
     number: int
     fields: Mapping[str, Any]
+    line: int | None = None
+
+    @property
+    def place(self) -> str:
+        """Where it is, as errors say it."""
+        return _place(self.file, self.number, self.line)
 
     def wrong(self, field: str, expected: str, got: Any) -> ValueError:
         """The error of a field that holds something else; `got` is the value."""
-        return ValueError(
-            f"{self.file}, row {self.number}: {field}: expected {expected}, got {_shown(got)}"
-        )
+        return ValueError(f"{self.place}: {field}: expected {expected}, got {_shown(got)}")
 
     def missing(self, expected: str) -> ValueError:
         """The error of fields that are not there."""
         there = ", ".join(map(str, self.fields)) or "none"
-        return ValueError(
-            f"{self.file}, row {self.number}: expected {expected}, got the columns {there}"
-        )
+        return ValueError(f"{self.place}: expected {expected}, got the columns {there}")
 
     def value(self, field: str) -> Any:
         """What the field holds, which may be null."""
@@ -106,6 +109,15 @@ class FileTask(Task):
         """The files."""
         return tuple(os.fspath(file) for file in cast(Sequence[PathLike], self.files))
 
+    def check(self) -> None:
+        """See `Task.check`."""
+        for file in self.paths:
+            if not epath.Path(file).exists():
+                raise FileNotFoundError(
+                    f"files: expected a file that is there, got {file}; the directory is "
+                    f"{os.getcwd()}"
+                )
+
     def rows(self) -> Iterator[Row]:
         """The rows of all files, in order.
 
@@ -136,46 +148,53 @@ def read_rows(path: PathLike) -> Iterator[Row]:
     else:
         raise ValueError(f"{name}: expected a file that ends in .parquet or .jsonl or .json")
     number = -1
-    for number, fields in enumerate(found):
+    for number, (line, fields) in enumerate(found):
         if not isinstance(fields, Mapping):
             raise ValueError(
-                f"{name}, row {number}: expected an object with named fields, got {_shown(fields)}"
+                f"{_place(name, number, line)}: expected an object with named fields, got "
+                f"{_shown(fields)}"
             )
-        yield Row(file=name, number=number, fields=fields)
+        yield Row(file=name, number=number, fields=fields, line=line)
     if number < 0:
         raise ValueError(f"{name}: expected at least one question, got an empty file")
 
 
-def _parquet_rows(path: epath.Path) -> Iterator[Any]:
+def _place(file: str, number: int, line: int | None) -> str:
+    return f"{file}, row {number}" + ("" if line is None else f" (line {line})")
+
+
+def _parquet_rows(path: epath.Path) -> Iterator[tuple[None, Any]]:
+    """Rows; none has a line."""
     import pyarrow.parquet
 
     data = io.BytesIO(path.read_bytes())
     try:
         for batch in pyarrow.parquet.ParquetFile(data).iter_batches(256):
-            yield from batch.to_pylist()
+            yield from ((None, row) for row in batch.to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: expected parquet, got something else: {error}") from None
 
 
-def _json_rows(path: epath.Path) -> Iterator[Any]:
+def _json_rows(path: epath.Path) -> Iterator[tuple[int | None, Any]]:
+    """Lines from 1, of a list none, and rows."""
     data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # a byte order mark
     if data[:64].lstrip().startswith(b"["):
         try:
             rows = json.loads(data)
         except ValueError as error:
             raise ValueError(f"{path}: expected a JSON list: {error}") from None
-        yield from rows
+        yield from ((None, row) for row in rows)
         return
-    for number, line in enumerate(io.BytesIO(data)):
+    for number, line in enumerate(io.BytesIO(data), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError as error:
             raise ValueError(
-                f"{path}, line {number + 1}: expected a JSON object a line: {error}"
+                f"{path}, line {number}: expected a JSON object a line: {error}"
             ) from None
-        yield row
+        yield number, row
 
 
 def _shown(value: Any) -> str:

@@ -81,6 +81,11 @@ class QaTask(FileTask):
         """With the first file's name."""
         return f"{self.name} {epath.Path(self.paths[0]).stem}"
 
+    def check(self) -> None:
+        """See `Task.check`: every row is read."""
+        super().check()
+        self.samples(None, thinking=False)
+
     def samples(self, tokenizer: Any, *, thinking: bool) -> list[Sample]:
         """See `Task.samples`."""
         del tokenizer, thinking
@@ -113,6 +118,9 @@ def _question(row: Row, number: int) -> Question:
         raise row.missing("prompt, or context and question, or messages, not empty")
     name = next((name for name in _ANSWERS if _is_given(row, name)), None)
     if name is None:
+        there = next((name for name in _ANSWERS if name in row.fields), None)
+        if there is not None:
+            raise row.wrong(there, "an answer that is not empty", row.fields[there])
         raise row.missing("answer, not empty")
     answers = row.fields[name]
     if not isinstance(answers, list):

@@ -59,6 +59,14 @@ class Task(abc.ABC):
         """The longest answer without thinking, by default; settings may change it."""
         return self.max_new_tokens
 
+    def check(self) -> None:
+        """See, before any model is loaded, whether there is something to ask.
+
+        Raises:
+            ValueError, FileNotFoundError: as `samples`, as far as can be told without a tokenizer.
+        """
+        return
+
     @abc.abstractmethod
     def samples(self, tokenizer: Any, *, thinking: bool) -> list[Sample]:
         """All samples, the same ones in the same order at every call.
