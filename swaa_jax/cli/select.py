@@ -30,7 +30,7 @@ examples:
 
 methods, and sets of layers that they evaluate (L layers, K of them full, each on all samples):
   periodic     every n-th layer; L/K, or none with --offset
-  lazy_ratio   attention mass on first and latest keys under full attention; one pass, no answers
+  lazy_ratio   attention mass on first and latest keys under full attention; no sets
   add_one      gain of each layer alone; L + 1. The one to begin with
   remove_one   loss of each layer alone, from all full; L + 1. Finds layers that only work together
   greedy       add the best, again and again; about K L
@@ -39,8 +39,9 @@ methods, and sets of layers that they evaluate (L layers, K of them full, each o
   gates        a trained mixture of full and windowed attention; a backward pass a step
 
 DATA is what `swaa train` reads and `swaa distill` writes: rows with messages, or prompt and
-response. The same command again goes on where it was stopped, and methods share OUT/scores.jsonl.
-docs/select-layers.md says which method when.
+response; all methods need the answers. The columns prompt and answer, which `swaa eval` reads, are
+named with --data-set 'columns={response: answer}'. The same command again goes on where it was
+stopped, and methods share OUT/scores.jsonl. docs/select-layers.md says which method when.
 """
 
 
@@ -100,11 +101,12 @@ def add_parser(subparsers: Any) -> None:
     )
     data.add_argument(
         "--data-set",
-        type=key_value,
+        type=_data_field,
         action="append",
         default=[],
         metavar="KEY=VALUE",
         help="a field of the data config, as in docs/data.md: chat_template=false, "
+        "'columns={response: answer}' where the answers are in the column answer, "
         "answers=template (answers are verbatim by default, as distill writes them); repeatable",
     )
     work = parser.add_argument_group("work")
@@ -151,9 +153,10 @@ def run(args: argparse.Namespace) -> int:
 
     from swaa_jax import AttentionPolicy, load_model, load_tokenizer, runtime
     from swaa_jax.cli.progress import progress_bar
-    from swaa_jax.eval.selection import read_calibration, select_layers
+    from swaa_jax.eval.selection import check_options, read_calibration, select_layers
     from swaa_jax.eval.selection.report import write_selection
 
+    options = check_options(args.method, options)
     policy = AttentionPolicy(window=args.window, num_sink_tokens=args.sinks, decode=args.decode)
     samples = read_calibration(
         [args.data],
@@ -220,6 +223,26 @@ def _num_full_layers(args: argparse.Namespace, num_layers: int) -> int:
             f"full and windowed ones, got {args.share!r}"
         )
     return count
+
+
+def _data_field(text: str) -> tuple[str, Any]:
+    """KEY=VALUE, for argparse; a mapping or a list may be YAML, without quotes inside.
+
+    >>> _data_field("columns={response: answer}")
+    ('columns', {'response': 'answer'})
+    """
+    key, value = key_value(text)
+    if not isinstance(value, str) or not value.lstrip().startswith(("{", "[")):
+        return key, value
+    from swaa_jax._policy_fields import parse_yaml
+
+    try:
+        return key, parse_yaml(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{key}: expected a mapping such as {{response: answer}}, or a list, got {value!r} "
+            f"({error})"
+        ) from None
 
 
 def _data_fields(args: argparse.Namespace) -> dict[str, Any]:

@@ -74,6 +74,33 @@ def test_mistakes_are_told_in_a_paragraph(data, tmp_path, capsys, flags, message
     assert not (tmp_path / "out" / "policy.yaml").exists()
 
 
+@pytest.mark.parametrize("setting", ["steps=3.5", "steps=abc", "rows=2.5"])
+def test_a_value_that_an_option_cannot_have_is_told_before_the_model_loads(
+    data, tmp_path, capsys, setting, monkeypatch
+):
+    monkeypatch.setattr(swaa, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    command = ["select", "tiny-retriever", str(data), str(tmp_path / "out"), *FLAGS]
+    command += ["--share", "1/2", "--method", "gates", "--set", setting]
+    assert main(command) == 2
+    assert f"{setting.partition('=')[0]} must be an integer" in capsys.readouterr().err
+
+
+def test_columns_are_named_as_the_message_says(data, tmp_path, capsys):
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    path = tmp_path / "answers.jsonl"
+    path.write_text(
+        "\n".join(json.dumps({"prompt": row["prompt"], "answer": row["response"]}) for row in rows)
+    )
+    command = ["select", "tiny-retriever", str(path), str(tmp_path / "out"), *FLAGS]
+    command += ["--method", "periodic", "--offset", "1", "--share", "1/2", "--quiet"]
+    assert main(command) == 2
+    assert "columns: {response: ...}" in capsys.readouterr().err
+    assert main([*command, "--data-set", "columns={response: answer}"]) == 0
+    with pytest.raises(SystemExit):
+        main([*command, "--data-set", "columns={response: answer"])
+    assert "--data-set" in capsys.readouterr().err
+
+
 def test_data_without_answers_is_refused(tmp_path, capsys):
     path = tmp_path / "no_answers.jsonl"
     path.write_text(json.dumps({"prompt": "What?"}))
@@ -95,6 +122,7 @@ def test_help_names_every_method(capsys):
     from swaa_jax.eval.selection import METHODS
 
     choices = out[out.index("--method {") :].partition("}")[0]
+    assert "columns={response: answer}" in out
     for method in METHODS:
         assert method in choices
         assert f"\n  {method} " in out  # and says what it does

@@ -1,13 +1,17 @@
 """The lazy ratio against attention weights that Transformers writes out."""
 
+import sys
+
 import numpy as np
 import pytest
 
 import swaa_jax as swaa
 from swaa_jax.data import Sample
 from swaa_jax.eval.selection import LazyRatioConfig, lazy_ratios
+from swaa_jax.eval.selection.lazy_ratio import lazy_ratio
 from tests.support.random_models import random_model
 
+module = sys.modules["swaa_jax.eval.selection.lazy_ratio"]
 CONFIG = LazyRatioConfig(num_sink_keys=3, num_recent_keys=9, num_last_queries=5)
 
 
@@ -52,6 +56,18 @@ def test_ratios_are_sums_of_attention_weights(family, overrides, tmp_path):
         # Weights below one in float32; the layers before add their own rounding.
         np.testing.assert_allclose(row, expected, rtol=0, atol=1e-5)
     assert np.ptp(found) > 0.05
+
+
+def test_the_ratio_never_outweighs_a_vote(monkeypatch):
+    # Layer 0 is lazy once more than layer 1 is, but by so little that its mean is far smaller.
+    ratios = np.array([[0.01, 0.0]] * 201 + [[0.0, 1.0]] * 200)
+    monkeypatch.setattr(module, "lazy_ratios", lambda *_, **__: ratios)
+    found = lazy_ratio(random_model(), [], 1)
+    assert found.details["lazy_votes"] == [201, 200]
+    assert found.chosen == (1,)
+    # Of equal votes the smaller ratio decides.
+    monkeypatch.setattr(module, "lazy_ratios", lambda *_, **__: ratios[1:])
+    assert lazy_ratio(random_model(), [], 1).chosen == (0,)
 
 
 def test_a_text_shorter_than_all_that_is_asked_for_counts_every_query():

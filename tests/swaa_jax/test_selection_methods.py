@@ -110,7 +110,7 @@ def test_a_budget_stops_a_search_with_as_many_layers_as_asked_for():
     whole = select("halves", "greedy", num_full_layers=3)
     assert set(RETRIEVING) <= set(whole.chosen)
     assert whole.num_evaluations == 1 + 6 + 5 + 4
-    for method, most in (("greedy", 3), ("greedy", 9), ("backward", 8), ("pairwise", 5)):
+    for method, most in (("greedy", 3), ("greedy", 9), ("backward", 8), ("pairwise", 10)):
         found = select("halves", method, num_full_layers=3, max_evaluations=most)
         assert found.num_evaluations == most
         assert len(found.chosen) == 3
@@ -119,12 +119,30 @@ def test_a_budget_stops_a_search_with_as_many_layers_as_asked_for():
     assert found.chosen == RETRIEVING
 
 
+def test_a_budget_without_a_start_is_refused():
+    # None, six alone, and the three that are chosen; one that is alone is evaluated already.
+    for count, least in ((3, 8), (1, 7)):
+        with pytest.raises(ValueError, match=f"max_evaluations: expected at least {least},"):
+            select("halves", "pairwise", num_full_layers=count, max_evaluations=least - 1)
+        found = select("halves", "pairwise", num_full_layers=count, max_evaluations=least)
+        assert found.num_evaluations == least
+        assert set(found.chosen) & set(RETRIEVING)
+    # What does not pay for the second start pays for exchanges.
+    found = select("halves", "pairwise", num_full_layers=3, max_evaluations=12)
+    assert (found.num_evaluations, set(RETRIEVING) <= set(found.chosen)) == (12, True)
+    assert len(select("halves", "pairwise", start=(0, 5), max_evaluations=1).chosen) == 2
+
+
+def test_equal_sets_are_not_exchanged_for_ever():
+    assert select("halves", "pairwise", start=(0, 5), least_gain=0).chosen == RETRIEVING
+
+
 def test_exchanges_begin_where_they_are_told():
     found = select("halves", "pairwise", start=(0, 5))
     assert found.chosen == RETRIEVING
     assert found.details["steps"][0] == [0, 5]
     assert len(found.details["steps"]) == 3
-    with pytest.raises(ValueError, match="2 distinct layers"):
+    with pytest.raises(ValueError, match="distinct layers"):
         select("halves", "pairwise", start=(1, 1))
 
 
@@ -138,6 +156,24 @@ def test_exchanges_begin_where_they_are_told():
         ("gates", 2, {"steps": 0}, "steps"),
         ("gates", 2, {"sparsity": 0.0}, "sparsity"),
         ("lazy_ratio", 2, {"num_recent_keys": 0}, "num_recent_keys"),
+        ("lazy_ratio", 2, {"num_recent_keys": "a"}, "num_recent_keys"),
+        ("lazy_ratio", 2, {"num_last_queries": 2.5}, "num_last_queries"),
+        ("gates", 2, {"steps": 3.5}, "steps"),
+        ("gates", 2, {"steps": "abc"}, "steps"),
+        ("gates", 2, {"rows": 2.5}, "rows"),
+        ("gates", 2, {"seed": "x"}, "seed"),
+        ("gates", 2, {"sparsity": "x"}, "sparsity"),
+        ("gates", 2, {"learning_rate": float("nan")}, "learning_rate"),
+        ("gates", 2, {"per_head": "no"}, "per_head"),
+        ("pairwise", 2, {"least_gain": "x"}, "least_gain"),
+        ("pairwise", 2, {"least_gain": -1}, "least_gain"),
+        ("pairwise", 2, {"start": 3}, "start"),
+        ("pairwise", 2, {"start": ["a", 1]}, "start"),
+        ("pairwise", 2, {"start": [0, 6]}, "0 to 5"),
+        ("pairwise", 2, {"max_evaluations": "x"}, "max_evaluations"),
+        ("greedy", 2, {"max_evaluations": 0}, "max_evaluations"),
+        ("backward", 2, {"max_evaluations": 2.5}, "max_evaluations"),
+        ("periodic", 2, {"offset": "a"}, "offset"),
     ],
 )
 def test_wrong_arguments_are_refused(method, count, options, message):

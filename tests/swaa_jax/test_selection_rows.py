@@ -154,6 +154,17 @@ def test_samples_that_tell_nothing_are_refused(samples, policy, message):
         check_samples(random_model(), samples, policy)
 
 
+def test_answers_count_for_the_window_where_they_are_windowed():
+    answers = [sample("p6 a20")]
+    model = random_model()
+    for decode in ("window", (0,)):
+        check_samples(model, answers, swaa.AttentionPolicy(window=8, decode=decode))
+    with pytest.raises(ValueError, match="longest prompt has tokens, 6"):
+        check_samples(model, answers, swaa.AttentionPolicy(window=8, decode="full"))
+    with pytest.raises(ValueError, match="longest sample has tokens, 26"):
+        check_samples(model, answers, swaa.AttentionPolicy(window=26))
+
+
 def test_tokens_of_another_vocabulary_are_refused():
     other = dataclasses.replace(SAMPLES[0], tokens=SAMPLES[0].tokens + 40)
     with pytest.raises(ValueError, match="0 to 60"):

@@ -7,6 +7,8 @@ import pytest
 import swaa_jax as swaa
 from swaa_jax.eval.selection import select_layers
 from swaa_jax.eval.selection.per_row import RowScorer
+from swaa_jax.eval.selection.store import claim
+from swaa_jax.models._source import Source
 from tests.support.retrieval_model import RETRIEVING, retrieval_model, retrieval_samples
 
 POLICY = swaa.AttentionPolicy(window=16, num_sink_tokens=1, decode="full")
@@ -79,6 +81,35 @@ def test_gates_go_on_where_they_were_stopped(case, tmp_path):
     assert rest.scores == whole.scores
     other = select(case, tmp_path / "parts", "gates", options={**options, "steps": 2, "seed": 1})
     assert other.scores != whole.scores  # another training does not go on from there
+
+
+def test_fewer_steps_do_not_return_the_gates_of_a_longer_training(case, tmp_path):
+    options = {"learning_rate": 0.05, "rows": 2}
+    short = select(case, tmp_path / "short", "gates", options={**options, "steps": 2})
+    longer = select(case, tmp_path / "both", "gates", options={**options, "steps": 6})
+    again = select(case, tmp_path / "both", "gates", options={**options, "steps": 2})
+    assert again.scores == short.scores != longer.scores
+
+
+def test_changed_weights_do_not_reuse_scores(case, tmp_path, monkeypatch):
+    model, samples = case
+    source = tmp_path / "model"
+    source.mkdir()
+    (source / "model.safetensors").write_bytes(b"one")
+    monkeypatch.setattr(model, "source", Source(str(source)))
+    # A caller's name of the model does not stand for its weights.
+    select((model, samples), tmp_path / "out", identity={"model": "m"})
+    assert select((model, samples), tmp_path / "out", identity={"model": "m"}).num_new == 0
+    (source / "model.safetensors").write_bytes(b"two")
+    with pytest.raises(ValueError, match=r"weights: model\.safetensors"):
+        select((model, samples), tmp_path / "out", identity={"model": "m"})
+
+
+def test_what_is_no_longer_said_of_a_model_differs_too(case, tmp_path):
+    claim(tmp_path, {"model": "m", "revision": "b", "nothing": None})
+    claim(tmp_path, {"model": "m", "revision": "b"})
+    with pytest.raises(ValueError, match="revision: 'b' there, None now"):
+        claim(tmp_path, {"model": "m"})
 
 
 def test_the_directory_of_another_run_is_refused(case, tmp_path):

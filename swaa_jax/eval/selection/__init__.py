@@ -5,7 +5,12 @@ from swaa_jax.eval.selection.gates import GatesConfig, train_gates
 from swaa_jax.eval.selection.lazy_ratio import LazyRatioConfig, lazy_ratios
 from swaa_jax.eval.selection.per_row import RowScorer
 from swaa_jax.eval.selection.periodic import periodic_layers
-from swaa_jax.eval.selection.select import METHODS, Selection, select_layers
+from swaa_jax.eval.selection.select import (
+    METHODS,
+    Selection,
+    check_options,
+    select_layers,
+)
 
 __all__ = [
     "METHODS",
@@ -13,6 +18,7 @@ __all__ = [
     "LazyRatioConfig",
     "RowScorer",
     "Selection",
+    "check_options",
     "lazy_ratios",
     "periodic_layers",
     "read_calibration",

@@ -59,7 +59,8 @@ def check_samples(model: Any, samples: Sequence[Sample], policy: AttentionPolicy
 
     Raises:
         ValueError: no sample, one without an answer to a prompt, a token id that the model does not
-            have, a sample beyond its context, or a window that no prompt exceeds.
+            have, a sample beyond its context, or a window that no prompt exceeds (without FA
+            decode: no sample).
     """
     if policy.window is None:
         raise ValueError(
@@ -85,13 +86,18 @@ def check_samples(model: Any, samples: Sequence[Sample], policy: AttentionPolicy
         vocab_size=model.config.vocab_size,
         context=getattr(model.config, "max_position_embeddings", None),
     )
-    longest = max(int(np.sum(sample.stage_ids == Stage.PROMPT)) for sample in samples)
+    # Under FA decode answer tokens see everything, whatever the window.
+    is_windowed = "prompt" if policy.decode == "full" else "sample"
+    longest = max(
+        int(np.sum(sample.stage_ids == Stage.PROMPT)) if is_windowed == "prompt" else len(sample)
+        for sample in samples
+    )
     seen = policy.window + policy.num_sink_tokens
     if longest <= seen:
         raise ValueError(
-            f"window: expected fewer keys than the longest prompt has tokens, {longest}, got "
-            f"{policy.window} and {policy.num_sink_tokens} sinks, under which all layers see the "
-            "same; give a smaller window or longer samples"
+            f"window: expected fewer keys than the longest {is_windowed} has tokens, {longest}, "
+            f"got {policy.window} and {policy.num_sink_tokens} sinks, under which all layers see "
+            "the same; give a smaller window or longer samples"
         )
 
 

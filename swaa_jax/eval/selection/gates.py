@@ -25,8 +25,10 @@ from etils import epath
 from jaxtyping import Array, Float
 
 from swaa_jax import runtime, storage
+from swaa_jax._policy_fields import field_setter, integer
 from swaa_jax.attention import GatedLayer
 from swaa_jax.data import Sample
+from swaa_jax.eval.selection._checks import flag, number_above
 from swaa_jax.eval.selection.calibration import group_samples
 from swaa_jax.eval.selection.store import Progress, Ranking, top_layers
 from swaa_jax.infer.decoding import Structure, split_model
@@ -62,12 +64,12 @@ class GatesConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("steps", "rows", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        put = field_setter(self)
+        for name, least in (("steps", 1), ("rows", 1), ("save_every", 1), ("seed", 0)):
+            put(name, integer(name, getattr(self, name), minimum=least))
         for name in ("learning_rate", "sparsity"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+            number_above(name, getattr(self, name), 0)
+        flag("per_head", self.per_head)
 
 
 def gates(
@@ -227,7 +229,7 @@ class _Kept:
 
     def __init__(self, directory: PathLike | None, config: GatesConfig, state: Any):
         self._path = None if directory is None else epath.Path(directory) / "gates.json"
-        self._start = state
+        self._start, self._steps = state, config.steps
         self._config = {
             name: value
             for name, value in dataclasses.asdict(config).items()
@@ -235,11 +237,14 @@ class _Kept:
         }
 
     def load(self) -> tuple[int, Any]:
-        """The step to go on from, and the state there; the start where nothing fits is kept."""
+        """The step to go on from, and the state there; the start where nothing fits is kept.
+
+        The end of a longer training does not fit: fewer steps begin anew.
+        """
         if self._path is None or not self._path.exists():
             return 0, self._start
         kept = json.loads(self._path.read_text())
-        if kept["config"] != self._config:
+        if kept["config"] != self._config or kept["step"] > self._steps:
             return 0, self._start
         leaves, treedef = jax.tree.flatten(self._start)
         found = [

@@ -8,8 +8,8 @@ and queries:
 
 The recent keys are masked causally, as all keys are. Each sample votes: the half of the layers with
 the larger r is lazy. Layers that few samples call lazy keep full attention. One forward pass a
-sample, under full attention, and no answers. It looks at where attention goes, not at whether that
-matters: it is unstable (arXiv 2512.10411 finds it inverted on Qwen3-4B, good on Llama).
+sample, under full attention, of the prompt alone. It looks at where attention goes, not at whether
+that matters: it is unstable (arXiv 2512.10411 finds it inverted on Qwen3-4B, good on Llama).
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.mask import Stage
+from swaa_jax._policy_fields import field_setter, integer
 from swaa_jax.data import Sample
 from swaa_jax.eval.selection.store import Progress, Ranking, top_layers
 from swaa_jax.infer.buckets import length_bucket, pad_right
@@ -51,9 +52,9 @@ class LazyRatioConfig:
     num_last_queries: int = 32
 
     def __post_init__(self):
+        put = field_setter(self)
         for name, least in (("num_sink_keys", 0), ("num_recent_keys", 1), ("num_last_queries", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+            put(name, integer(name, getattr(self, name), minimum=least))
 
 
 def lazy_ratio(
@@ -66,8 +67,8 @@ def lazy_ratio(
 ) -> Ranking:
     """The layers that the fewest samples call lazy; of equal ones those with the smaller ratio.
 
-    A layer's score is the share of samples that do not call it lazy, plus a hundredth of its mean
-    mass elsewhere.
+    A layer's score is the share of samples that do not call it lazy, plus its mean mass elsewhere
+    over 100 times the number of samples: a hundredth of a vote at most.
     """
     ratios = lazy_ratios(model, samples, config=config, progress=progress)
     count = ratios.shape[1]
@@ -75,7 +76,8 @@ def lazy_ratio(
     places = np.argsort(np.argsort(ratios, axis=1, kind="stable"), axis=1, kind="stable")
     is_lazy = places >= count // 2
     mean = ratios.mean(axis=0)
-    scores = tuple(float(value) for value in 1 - is_lazy.mean(axis=0) + (1 - mean) / 100)
+    tie_break = (1 - mean) / (100 * len(ratios))
+    scores = tuple(float(value) for value in 1 - is_lazy.mean(axis=0) + tie_break)
     details = {
         "ratio": [float(value) for value in mean],
         "lazy_votes": [int(value) for value in is_lazy.sum(axis=0)],

@@ -4,6 +4,7 @@ The paper's layers (arXiv 2512.10411, section 3.3). Where to begin matters as mu
 half of the layers full Qwen3-4B wants the odd ones, Qwen3-30B-A3B and Llama-3.1-8B the even ones.
 """
 
+from swaa_jax._policy_fields import integer
 from swaa_jax.eval.selection.store import Layers, Ranking, ScoreStore
 
 __all__ = ["periodic", "periodic_layers"]
@@ -42,6 +43,7 @@ def periodic(store: ScoreStore, num_full_layers: int, *, offset: int | None = No
     """
     count = store.num_layers
     if offset is not None:
+        offset = integer("offset", offset, minimum=0)
         chosen = periodic_layers(count, num_full_layers, offset=offset)
         scores = tuple(float(layer in chosen) for layer in range(count))
         return Ranking(scores=scores, chosen=chosen, details={"offset": offset})

@@ -9,6 +9,8 @@
 
 from collections.abc import Iterable, Sequence
 
+from swaa_jax._policy_fields import integer
+from swaa_jax.eval.selection._checks import distinct_layers, number_from
 from swaa_jax.eval.selection.nll import add_one, remove_one
 from swaa_jax.eval.selection.store import Layers, Ranking, ScoreStore
 
@@ -22,6 +24,8 @@ class _Asked:
     """
 
     def __init__(self, store: ScoreStore, most: int | None, *, expected: int):
+        if most is not None:
+            integer("max_evaluations", most, minimum=1)
         self._store, self._most = store, most
         self._expected = expected if most is None else min(most, expected)
         self.nll: dict[Layers, float] = {}
@@ -37,6 +41,11 @@ class _Asked:
         found = self._store.nll(wanted, what=what, total=self._expected)
         self.nll |= found
         return found
+
+    def has_room(self, candidates: Iterable[Layers], *, more: int = 0) -> bool:
+        """Whether the limit leaves room for all of the candidates, and for `more` others."""
+        new = set(candidates) - self.nll.keys()
+        return self._most is None or len(self.nll) + len(new) + more <= self._most
 
     @property
     def is_spent(self) -> bool:
@@ -126,23 +135,29 @@ def pairwise(
         store: scores candidates.
         num_full_layers: K.
         start: the first set; by default the better one of what `add_one` and `remove_one` choose.
-        max_evaluations: most candidates to look at, those of the start included.
+        max_evaluations: most candidates to look at, those of the start included. The start is
+            that of `add_one` alone where they do not suffice for `remove_one` too.
         least_gain: nats a token by which an exchange must help.
 
     Raises:
-        ValueError: `start` does not have `num_full_layers` layers.
+        ValueError: `start` does not have `num_full_layers` layers, or `max_evaluations` do not
+            suffice to find one.
     """
     count = store.num_layers
+    number_from("least_gain", least_gain, 0)
     swaps = num_full_layers * (count - num_full_layers)
     asked = _Asked(store, max_evaluations, expected=2 * count + 4 + 2 * swaps)
-    starts = [_checked_start(start, num_full_layers)] if start is not None else []
     if start is None:
-        for method, of in ((add_one, _with), (remove_one, _without)):
-            whole = () if method is add_one else tuple(range(count))
-            sets = [whole, *(of(whole, layer) for layer in range(count))]
-            if len(asked(sets, what=f"pairwise, start by {method.__name__}")) == len(sets):
-                starts.append(method(store, num_full_layers).chosen)
-        starts = starts or [tuple(range(num_full_layers))]
+        starts = _found_starts(asked, store, num_full_layers)
+        if not starts:
+            least = count + (1 if num_full_layers == 1 else 2)
+            raise ValueError(
+                f"max_evaluations: expected at least {least}, which it takes to see what each of "
+                f"{count} layers does alone and to evaluate the start, got {max_evaluations}; "
+                f"give {least} or more (or no limit), or a start"
+            )
+    else:
+        starts = [_checked_start(start, num_full_layers, count)]
     asked([()], what="no layer full")
     found = asked(starts, what="pairwise, start")
     chosen = min(starts, key=lambda layers: found.get(layers, float("inf")))
@@ -150,7 +165,8 @@ def pairwise(
     while chosen in asked.nll and not asked.is_spent:
         found = asked(_exchanges(chosen, count), what=f"pairwise, exchange {len(steps)}")
         best = min(found, key=lambda layers: (found[layers], layers), default=chosen)
-        if asked.nll[best] > asked.nll[chosen] - least_gain:
+        gain = asked.nll[chosen] - asked.nll[best]
+        if gain <= 0 or gain < least_gain:  # equal ones would be exchanged for ever
             break
         chosen = best
         steps.append(list(chosen))
@@ -163,16 +179,32 @@ def pairwise(
     return _ranking(asked, scores, chosen, steps=steps)
 
 
+def _found_starts(asked: _Asked, store: ScoreStore, num_full_layers: int) -> list[Layers]:
+    """What `add_one` and `remove_one` choose, evaluated, as far as the limit goes for all of it."""
+    count, starts = store.num_layers, []
+    for method, of in ((add_one, _with), (remove_one, _without)):
+        whole = () if method is add_one else tuple(range(count))
+        sets = [whole, *(of(whole, layer) for layer in range(count))]
+        is_among_them = any(len(layers) == num_full_layers for layers in sets)
+        if not asked.has_room(sets, more=0 if is_among_them else 1):
+            break
+        asked(sets, what=f"pairwise, start by {method.__name__}")
+        starts.append(method(store, num_full_layers).chosen)
+        asked(starts, what="pairwise, start")
+    return starts
+
+
 def _exchanges(chosen: Layers, num_layers: int) -> list[Layers]:
     rest = [layer for layer in range(num_layers) if layer not in chosen]
     return [_with(_without(chosen, out), into) for out in chosen for into in rest]
 
 
-def _checked_start(start: Sequence[int], num_full_layers: int) -> Layers:
-    layers = tuple(sorted(set(start)))
-    if len(layers) != num_full_layers:
+def _checked_start(start: Sequence[int], num_full_layers: int, num_layers: int) -> Layers:
+    layers = distinct_layers("start", start)
+    if len(layers) != num_full_layers or layers[-1] >= num_layers:
         raise ValueError(
-            f"start: expected num_full_layers={num_full_layers} distinct layers, got {start}"
+            f"start: expected num_full_layers={num_full_layers} distinct layers of 0 to "
+            f"{num_layers - 1}, got {list(start)}; name as many as are to be full"
         )
     return layers
 

@@ -3,12 +3,15 @@
 import dataclasses
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from swaa_jax._policy_fields import integer
 from swaa_jax.data import Sample
+from swaa_jax.eval.provenance import weight_marks
+from swaa_jax.eval.selection._checks import distinct_layers, number_from
 from swaa_jax.eval.selection.calibration import check_samples, digest
 from swaa_jax.eval.selection.gates import GatesConfig, gates
 from swaa_jax.eval.selection.lazy_ratio import LazyRatioConfig, lazy_ratio
@@ -21,7 +24,7 @@ from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.typing import PathLike
 
-__all__ = ["METHODS", "Selection", "select_layers"]
+__all__ = ["METHODS", "Selection", "check_options", "select_layers"]
 
 METHODS = (
     "periodic",
@@ -117,7 +120,8 @@ def select_layers(
         directory: keeps what was evaluated. The same call again goes on there, and other methods
             read it too.
         identity: what else makes the model what it is (its name and revision), as JSON's types, so
-            that another one does not read these scores.
+            that another one does not read these scores. What changes with its weight files always
+            belongs to it.
         rows_at_once: samples times candidates that run at once; None: what fits into memory by a
             rough count.
         progress: told what is being done, and which part of it is done.
@@ -133,7 +137,7 @@ def select_layers(
             samples on which layers cannot be compared, or a directory of another run.
     """
     started = time.perf_counter()
-    options = _checked_options(method, options or {})
+    options = check_options(method, options or {})
     count = model.config.num_layers
     if not 0 < num_full_layers < count:
         raise ValueError(
@@ -203,7 +207,22 @@ def _with_chosen(policy: AttentionPolicy, ranking: Ranking) -> AttentionPolicy:
     return dataclasses.replace(policy, full_attention_heads=heads)
 
 
-def _checked_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+_CHECKS: Mapping[str, Callable[[Any], Any]] = {
+    "offset": lambda value: integer("offset", value, minimum=0),
+    "max_evaluations": lambda value: integer("max_evaluations", value, minimum=1),
+    "start": lambda value: distinct_layers("start", value),
+    "least_gain": lambda value: number_from("least_gain", value, 0),
+}
+
+
+def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, once they are seen to be the method's and their values to be possible.
+
+    What depends on the model, such as which layers there are, is checked by `select_layers`.
+
+    Raises:
+        ValueError: an unknown method or option, or a value that it cannot have.
+    """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     known = _OPTIONS.get(method, ())
@@ -213,6 +232,13 @@ def _checked_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
             f"options: expected {', '.join(known) or 'none'} with the method {method!r}, got "
             f"{unknown[0]!r}"
         )
+    if method == "lazy_ratio":
+        LazyRatioConfig(**options)
+    elif method == "gates":
+        GatesConfig(**options)
+    else:
+        given = {name: value for name, value in options.items() if value is not None}
+        return {name: _CHECKS[name](value) for name, value in given.items()}
     return dict(options)
 
 
@@ -226,6 +252,7 @@ def _identity(
     return {
         "model": None if model.source is None else str(model.source),
         "config": config[:16],
+        "weights": weight_marks(model.source),
         "dtype": str(model.dtype),
         "samples": digest(samples)[:16],
         "num_samples": len(samples),

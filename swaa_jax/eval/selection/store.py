@@ -119,12 +119,8 @@ def claim(directory: PathLike, identity: Mapping[str, Any]) -> None:
     directory = epath.Path(directory)
     path = directory / "selection_run.json"
     if path.exists():
-        before = json.loads(path.read_text())
-        differs = [
-            f"{name}: {before.get(name)!r} there, {value!r} now"
-            for name, value in json.loads(json.dumps(identity)).items()
-            if before.get(name) != value
-        ]
+        before, now = json.loads(path.read_text()), json.loads(json.dumps(identity))
+        differs = _differences(before, now)
         if differs:
             raise ValueError(
                 f"{directory}: holds the scores of another run ({'; '.join(differs)}); pass "
@@ -134,6 +130,18 @@ def claim(directory: PathLike, identity: Mapping[str, Any]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         storage.write_json_atomic(path, dict(identity))
     runtime.wait_for_all("selection: the directory")
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two documents, in words; a key that is not there is as a null."""
+    found = []
+    for name in {**now, **before}:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):  # of many files, those that differ
+            found += _differences(old, new, f"{prefix}{name}: ")
+        elif old != new:
+            found.append(f"{prefix}{name}: {old!r} there, {new!r} now")
+    return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
