@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     if not runtime.is_main_process():
         return 0
     summaries = summarize(done)
-    paths = write_evaluation(done, summaries, command=shlex.join(["swaa", *sys.argv[1:]]))
+    paths = write_evaluation(done, summaries, command=_command())
     if args.quiet:
         return 0
     _print_table(summaries)
@@ -123,6 +123,14 @@ def run(args: argparse.Namespace) -> int:
     for name in ("report.html", "report.md", "answers.jsonl", "results.json"):
         print(f"  {paths[name]}")
     return 0
+
+
+def _command() -> str:
+    """What was typed, for the report; not a judge's key."""
+    import re
+
+    words = [re.sub(r"(api_key['\": =]+)[^,}\s]+", r"\1(hidden)", word) for word in sys.argv[1:]]
+    return shlex.join(["swaa", *words])
 
 
 def _config(args: argparse.Namespace) -> "EvalConfig":

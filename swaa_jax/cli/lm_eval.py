@@ -1,7 +1,10 @@
 """`swaa lm-eval`: lm-evaluation-harness's command, with `--model swaa` registered."""
 
 import argparse
+import traceback
 from typing import Any
+
+from swaa_jax.cli.errors import one_paragraph
 
 
 def add_parser(subparsers: Any) -> None:
@@ -18,7 +21,8 @@ def run(args: argparse.Namespace) -> int:
     """Hand everything to the harness.
 
     Raises:
-        ValueError: the harness is not installed.
+        ValueError: the harness is not installed, or stopped at a mistake in its own arguments, a
+            file or the network.
     """
     import sys
 
@@ -34,5 +38,34 @@ def run(args: argparse.Namespace) -> int:
 
     del swaa_jax
     sys.argv = ["swaa lm-eval", *args.forwarded]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) or (
+            isinstance(error, ValueError) and _passed_our_model(error)
+        ):
+            raise  # `run_command` knows what to do with them
+        raise ValueError(f"the harness says: {one_paragraph(error)}{_way_out(error)}") from error
     return 0
+
+
+def _passed_our_model(error: BaseException) -> bool:
+    """Whether code of ours below this command was running; else the harness was by itself."""
+    modules = [
+        frame.f_globals.get("__name__", "").split(".")
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    return any(
+        names[0] in ("swaa_jax", "kernels_pallas") and names[1:2] != ["cli"] for names in modules
+    )
+
+
+def _way_out(error: BaseException) -> str:
+    if "Tasks not found" in str(error):
+        return "; `swaa lm-eval ls tasks` lists them, --include_path adds yours"
+    if isinstance(error, ConnectionError):
+        return (
+            "; run it where the Hugging Face hub can be reached, or once there to fill the cache "
+            "(HF_HOME) that it is read from offline"
+        )
+    return ""

@@ -7,7 +7,8 @@ policy that decodes with full attention is scored as it answers. A text's perple
 """
 
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 _DEFAULT_NEW_TOKENS = 256
 _BATCH_SIZE = 8
+_GEN_KWARGS = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
 
 
 @register_model("swaa")
@@ -45,20 +47,28 @@ class SwaaLM(TemplateLM):
     Args:
         pretrained: a checkpoint directory, hub id, gs://... or a shipped model.
         policy: a shipped name or a file; None: the checkpoint's own.
-        window, num_sink_tokens, full_attention_layers, decode, full_attention_tail: fields of a
-            policy in place of `policy`; layers as a slice ("1::2"), or numbers joined by + ("1+3").
+        window, num_sink_tokens, full_attention_layers, full_attention_heads, decode,
+            full_attention_tail: fields of a policy in place of `policy`. `--model_args` is split
+            at commas, so layers are a slice ("1::2") or numbers joined by + ("1+3"), heads are
+            "3:0+2" (heads 0 and 2 of layer 3), of several layers joined by / ("3:0+2/5:1"; so
+            does ;, which a shell wants quoted); "none" is none of them.
         adapter: LoRA adapters in PEFT's layout.
         dtype: of weights and activations; None: float32 on a CPU, bfloat16 elsewhere.
         revision: of a hub id.
         backend: of attention.
-        max_length: tokens of context and answer, at most; None: the model's own context. Longer
-            contexts lose their first tokens, as the harness's other models have it.
+        max_length: tokens of context and answer, at most, from 2 up; None: the model's own
+            context. Longer contexts lose their first tokens, as the harness's other models have it.
         max_gen_toks: of an answer, where the task does not say.
         enable_thinking: for the chat template; with it only what follows `</think>` is the answer.
-        batch_size: rows run at once; "auto" is 8.
+        batch_size: rows run at once; "auto" is 8, and so is "auto:N", since nothing is measured.
+
+    Answers are greedy, unless `do_sample` or a temperature is among the generation kwargs:
+    `do_sample` without a temperature is temperature 1. Of other kwargs than `until`,
+    `max_gen_toks`, `top_k` and `top_p` a warning says that they are ignored.
 
     Raises:
-        ValueError: a policy by name and by fields at once, or one that does not fit.
+        ValueError: a policy by name and by fields at once, or one that does not fit; a malformed
+            argument.
     """
 
     def __init__(
@@ -83,6 +93,8 @@ class SwaaLM(TemplateLM):
         import jax
 
         chosen = _policy(policy, policy_fields)
+        longest = None if max_length is None else _integer("max_length", max_length, minimum=2)
+        self.batch_size = _rows_at_once(batch_size)
         on_cpu = jax.default_backend() == "cpu"
         model = load_model(
             pretrained,
@@ -95,9 +107,9 @@ class SwaaLM(TemplateLM):
             model = merge_lora(load_adapter(model, adapter))
         self.model = model
         self.tokenizer: Any = load_tokenizer(pretrained, revision=revision)
-        self.max_length = int(max_length or model.config.max_position_embeddings)
-        self.batch_size = _BATCH_SIZE if batch_size in (None, "auto") else int(batch_size)
+        self.max_length: int = longest or model.config.max_position_embeddings
         self._name = pretrained
+        self._ignored: set[str] = set()  # generation kwargs that a warning has named
         self._max_gen_toks, self._thinking = int(max_gen_toks), enable_thinking
 
     @property
@@ -148,7 +160,11 @@ class SwaaLM(TemplateLM):
         """The stage-aware likelihood of each (text pair, context ids, continuation ids)."""
         del kwargs
         asked = [
-            Continuation(context=self._fit(context, len(tokens), number), tokens=tokens)
+            Continuation(
+                # Of a context of blanks the harness leaves none: they go to the continuation.
+                context=self._fit(context or [self.prefix_token_id], len(tokens), number),
+                tokens=tokens,
+            )
             for number, (_, context, tokens) in enumerate(requests)
         ]
         found = self._score(asked, quiet=disable_tqdm)
@@ -184,12 +200,11 @@ class SwaaLM(TemplateLM):
         """Answers, each under its request's own settings; alike ones are run together."""
         groups: dict[tuple[Any, ...], list[int]] = {}
         for number, request in enumerate(requests):
-            given = _arguments(request)[1]
-            options: dict[str, Any] = {**normalize_gen_kwargs(given, self._max_gen_toks)}
+            options = self._gen_kwargs(_arguments(request)[1])
             key = (
                 options["max_gen_toks"],
                 tuple(options["until"]),
-                float(options.get("temperature") or 0.0),
+                float(options["temperature"]),
                 options.get("top_k"),
                 options.get("top_p"),
             )
@@ -197,7 +212,11 @@ class SwaaLM(TemplateLM):
         texts: dict[int, str] = {}
         for (limit, until, temperature, top_k, top_p), numbers in groups.items():
             prompts = [
-                self._fit(self.tok_encode(_text(requests[number])), limit, number)
+                self._fit(
+                    self.tok_encode(_text(requests[number])) or [self.prefix_token_id],
+                    limit,
+                    number,
+                )
                 for number in numbers
             ]
             out = generate(
@@ -219,6 +238,23 @@ class SwaaLM(TemplateLM):
                 texts[number] = text
                 self.cache_hook.add_partial("generate_until", requests[number].args, text)
         return [texts[number] for number in range(len(requests))]
+
+    def _gen_kwargs(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """A request's settings, complete; a warning names those that are ignored, once each."""
+        read = dict(given)
+        if read.get("temperature") is None:
+            read["temperature"] = 1.0 if read.get("do_sample") else 0.0
+        options: dict[str, Any] = {**normalize_gen_kwargs(read, self._max_gen_toks)}
+        unknown = {name for name, value in options.items() if value is not None}
+        new = sorted(unknown.difference(_GEN_KWARGS, self._ignored))
+        if new:
+            self._ignored.update(new)
+            log.warning(
+                "generation kwargs: %s ignored; expected only %s",
+                f"{', '.join(new)} {'is' if len(new) == 1 else 'are'}",
+                ", ".join(_GEN_KWARGS),
+            )
+        return options
 
     def _score(self, asked: Sequence[Continuation], quiet: bool) -> list[tuple[float, bool]]:
         from tqdm import tqdm
@@ -264,14 +300,69 @@ def _policy(name: str | None, fields: dict[str, Any]) -> AttentionPolicy | None:
         return load_policy(name)
     if not fields:
         return None
-    read = dict(fields)
-    for field in ("full_attention_layers", "decode"):
-        value = read.get(field)
-        if isinstance(value, int):
-            read[field] = [value]
-        elif isinstance(value, str) and ":" not in value and value not in ("window", "full"):
-            read[field] = [int(part) for part in value.split("+")]
-    return AttentionPolicy.from_dict(read)
+    return AttentionPolicy.from_dict({key: _field(key, value) for key, value in fields.items()})
+
+
+def _field(name: str, value: Any) -> Any:
+    """A policy's field from what the harness made of its text; the policy checks the rest."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # the harness reads -1 as -1.0
+    if name == "window":
+        return None if value in ("none", "full") else value
+    if name not in ("full_attention_layers", "full_attention_heads", "decode"):
+        return value
+    if value is None or value in ("", "none"):
+        return ()
+    if name == "full_attention_heads":
+        return _heads(value) if isinstance(value, str) else value
+    if isinstance(value, int):
+        return [value]
+    if not isinstance(value, str) or ":" in value:
+        return value
+    if name == "decode" and value in ("window", "full"):
+        return value
+    try:
+        return [int(part) for part in value.split("+")]
+    except ValueError:
+        words = "window, full, none" if name == "decode" else "none"
+        raise ValueError(
+            f"{name}: expected {words} or layers such as 1::2 or 1+3, got {value!r}"
+        ) from None
+
+
+def _heads(text: str) -> list[tuple[int, list[int]]]:
+    """Layers and their heads.
+
+    >>> _heads("3:0+2/5:1")
+    [(3, [0, 2]), (5, [1])]
+    """
+    pairs = []
+    for part in re.split("[/;]", text):
+        layer, _, heads = part.partition(":")
+        try:
+            pairs.append((int(layer), [int(head) for head in heads.split("+")]))
+        except ValueError:
+            raise ValueError(
+                "full_attention_heads: expected none or LAYER:HEAD+HEAD such as 3:0+2, of several "
+                f"layers joined by / as in 3:0+2/5:1, got {text!r}"
+            ) from None
+    return pairs
+
+
+def _rows_at_once(batch_size: int | str | None) -> int:
+    if batch_size is None or re.fullmatch(r"auto(:\d+)?", str(batch_size)):
+        return _BATCH_SIZE
+    return _integer("batch_size", batch_size, minimum=1, also="auto, auto:N or ")
+
+
+def _integer(name: str, value: Any, *, minimum: int, also: str = "") -> int:
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = None
+    if number is None or number < minimum or number != float(value):
+        raise ValueError(f"{name}: expected {also}an integer of at least {minimum}, got {value!r}")
+    return number
 
 
 def _text(request: Instance) -> str:

@@ -154,6 +154,9 @@ def includes_judge(*, need: str = "any") -> Judge:
 def regex_judge(pattern: str = CHOICE, *, which: str = "first") -> Judge:
     """The pattern's first group, where it matches, is a reference.
 
+    Only `pattern` is a regular expression. References are plain text, compared as `exact_judge`
+    does, so "C++" and "(7" are good ones.
+
     Args:
         pattern: a regular expression with one group; asterisks (Markdown) are cut from the answer.
         which: "first" match (LongBench-v2's own rule) or "last".
@@ -175,7 +178,7 @@ def regex_judge(pattern: str = CHOICE, *, which: str = "first") -> Judge:
     def rule(answer: str, references: tuple[str, ...]) -> Verdict:
         found = [match[1] for match in compiled.finditer(answer.replace("*", ""))]
         if not found:
-            return Verdict(accepted=False, reason="the pattern is not in the answer")
+            return Verdict(accepted=False, reason=f"the answer has no match of {pattern!r}")
         said = found[0] if which == "first" else found[-1]
         wanted = {plain(reference) for reference in references}
         return Verdict(accepted=bool(said) and plain(said) in wanted, reason=f"said {said}")
@@ -280,7 +283,7 @@ class LlmJudge:
         prompt = re.sub(
             r"\{(question|reference|answer)\}", lambda name: parts[name[1]], self._config.prompt
         )
-        asked = f"{self._config.model}\0{prompt}".encode(errors="surrogatepass")
+        asked = f"{self._config.url}\0{self._config.model}\0{prompt}".encode(errors="surrogatepass")
         key = hashlib.sha256(asked).hexdigest()
         with self._lock:
             asking = self._asking.setdefault(key, threading.Lock())

@@ -92,6 +92,11 @@ class FlopCounter:
 def visible_keys(layer: LayerAttention, positions: np.ndarray, answer: np.ndarray) -> np.ndarray:
     """How many keys each query sees, from its position in its sample, in a layer of like heads.
 
+    Args:
+        layer: without full heads of its own; see `split_heads`.
+        positions: of each token in its sample, ``[..., T]``.
+        answer: bool, tokens in stage ANSWER, ``[..., T]``.
+
     >>> from swaa_jax.policy import AttentionPolicy
     >>> (layer,) = AttentionPolicy(window=2, num_sink_tokens=1).resolve(1)
     >>> visible_keys(layer, np.arange(5), np.zeros(5, bool)).tolist()
@@ -101,10 +106,33 @@ def visible_keys(layer: LayerAttention, positions: np.ndarray, answer: np.ndarra
     if layer.window is None:
         return everything
     beyond = np.maximum(everything - layer.window, 0)
-    windowed = np.minimum(everything, layer.window) + np.minimum(beyond, layer.num_sink_tokens)
+    seen = np.minimum(everything, layer.window) + np.minimum(beyond, layer.num_sink_tokens)
     if layer.full_decode:
-        return np.where(answer, everything, windowed)
-    return windowed
+        seen = np.where(answer, everything, seen)
+    if layer.full_attention_tail:
+        tail = _tail_rows(positions, answer, layer.full_attention_tail)
+        seen = np.where(tail, everything, seen)
+    return seen
+
+
+def _tail_rows(positions: np.ndarray, answer: np.ndarray, size: int) -> np.ndarray:
+    """The last rows of every run of PROMPT rows in a sample, as `kernels_pallas.mask.full_rows`.
+
+    In numpy, since this is counted on the host while the device is busy with the step.
+
+        positions  0 1 2 3 4 5 6 7 0 1 2
+        stage      P P P P A A P P P P P      size 2
+        run ends   4 4 4 4 . . 8 8 11 ..
+        tail           x x     x x   x x
+    """
+    width = positions.shape[-1]
+    index = np.arange(width)
+    ends = answer.copy()
+    ends[..., 1:] |= positions[..., 1:] != positions[..., :-1] + 1  # another sample, or padding
+    here = np.where(ends, index, width)
+    run_end = np.full(here.shape, width)
+    run_end[..., :-1] = np.minimum.accumulate(here[..., ::-1], axis=-1)[..., ::-1][..., 1:]
+    return ~answer & (index >= run_end - size)
 
 
 def active_parameters(model: Any) -> float:

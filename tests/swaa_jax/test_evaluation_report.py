@@ -98,6 +98,12 @@ def test_what_spoils_a_comparison_is_said(tmp_path):
     assert remarks(summarize(two_policies()), two_policies().cells) == []
 
 
+def test_a_policys_name_may_have_any_sign(tmp_path):
+    done = evaluation([cell("$x^$ <1", WINDOW, [row("s0", True)])], tmp_path)
+    text = write_evaluation(done, summarize(done), command="x")["report.html"].read_text()
+    assert "1  $x^$ &lt;1: window 8" in text
+
+
 def test_control_characters_are_shown_by_a_sign(tmp_path):
     done = evaluation([cell("full", FULL, [row("s0", True, response="a\x00b\x1b")])], tmp_path)
     text = write_evaluation(done, summarize(done), command="x")["report.html"].read_text()

@@ -218,6 +218,48 @@ def test_prompts_beyond_the_context(checkpoint, tmp_path):
     assert [row["sample"] for row in done.cells[0].rows] == [f"sample {i}" for i in range(1, 6)]
 
 
+def test_a_thought_that_never_ended_is_no_answer_in_either_mode(tmp_path):
+    """As the templates of models that always think have it."""
+    path = tmp_path / "model"
+    swaa.save_model(random_model(vocab_size=byte_tokenizer.VOCAB_SIZE), path)
+    opening = "{% for m in messages %}{{ m.content }}{% endfor %}<think>\n"
+    byte_tokenizer.build(template=opening).save_pretrained(path)
+    config = config_of(str(path), tmp_path / "out", policies=["full"], thinking=False)
+    (cell,) = evaluate(config).cells
+    assert all("</think>" not in row["response"] for row in cell.rows)
+    assert not any(row["finished"] or row["accepted"] or row["answer"] for row in cell.rows)
+
+
+def test_a_pair_that_two_settings_have_is_asked_once(checkpoint, tmp_path):
+    setting = {"models": [checkpoint], "policies": ["full"]}
+    other = {"models": [checkpoint], "policies": ["full", {"name": "window", "window": 8}]}
+    fields = {"tasks": [TaskEntry(name="counting", task=CountingTask())], "dtype": "float32"}
+    config = EvalConfig.from_dict(
+        {"settings": [setting, other], "output_dir": str(tmp_path), **fields}
+    )
+    done = evaluate(config)
+    assert [cell.policy_name for cell in done.cells] == ["full", "window"]
+
+
+def test_names_are_texts_and_tell_models_apart(checkpoint, tmp_path):
+    config = config_of(
+        checkpoint,
+        tmp_path,
+        models=[{"path": checkpoint, "name": 500}],
+        tasks=[{"task": "ruler", "variant": "niah_single_1", "length": 512, "name": 5}],
+        thinking=[True, True],
+    )
+    assert config.settings[0].models[0].label == "500"
+    assert (config.tasks[0].name, config.thinking) == ("5", (True,))
+    settings = [{"models": [path], "policies": ["full"]} for path in ("a/m", "b/m")]
+    with pytest.raises(ValueError, match=r"'m' for b/m and for a/m; give one a name"):
+        EvalConfig.from_dict(
+            {"settings": settings, "tasks": list(config.tasks), "output_dir": str(tmp_path)}
+        )
+    with pytest.raises(ValueError, match="thinking: expected true, false"):
+        config_of(checkpoint, tmp_path, thinking=1)
+
+
 def test_mistakes_are_told_before_any_work(checkpoint, tmp_path):
     task = TaskEntry(name="counting", task=CountingTask(), judge={"name": "magic"})
     with pytest.raises(ValueError, match=r"judge: expected one of .*got 'magic'"):

@@ -178,6 +178,206 @@ def test_chat_templates_and_thinking(checkpoint):
     assert lm.tok_encode(chat) == lm.tokenizer(chat, add_special_tokens=False)["input_ids"]
 
 
+def lm_for(checkpoint, **options):
+    from swaa_jax.eval.harness import SwaaLM
+
+    return SwaaLM(str(checkpoint), **{"dtype": "float32", "policy": "full", **options})
+
+
+def request(kind, *arguments):
+    from lm_eval.api.instance import Instance
+
+    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_empty_contexts_begin_with_the_prefix_token(checkpoint):
+    lm = lm_for(checkpoint)
+    assert lm.tok_encode("") == []  # this tokenizer adds no BOS
+    kwargs = {"until": [], "max_gen_toks": 4}
+    empty, prefix = lm.generate_until(
+        [
+            request("generate_until", text, kwargs)
+            for text in ("", lm.tokenizer.decode([lm.prefix_token_id]))
+        ],
+        disable_tqdm=True,
+    )
+    assert empty == prefix and empty
+    pairs = [("", "  two"), ("  ", "two")]  # blanks go to the continuation
+    one, other = lm.loglikelihood(
+        [request("loglikelihood", *pair) for pair in pairs], disable_tqdm=True
+    )
+    assert one == pytest.approx(other)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "kwargs, temperature",
+    [
+        ({"do_sample": True}, 1.0),
+        ({"do_sample": True, "temperature": None}, 1.0),
+        ({"do_sample": True, "temperature": 0.5}, 0.5),
+        ({"temperature": 0.5}, 0.5),
+        ({"do_sample": False}, 0.0),
+        ({}, 0.0),
+    ],
+)
+def test_sampling_without_a_temperature_is_at_one(checkpoint, monkeypatch, kwargs, temperature):
+    from types import SimpleNamespace
+
+    from swaa_jax.eval import harness
+
+    asked = {}
+
+    def generate(model, tok, prompts, **options):
+        asked.update(options)
+        return SimpleNamespace(texts=["x"] * len(prompts))
+
+    lm = lm_for(checkpoint)
+    monkeypatch.setattr(harness, "generate", generate)
+    given = {"until": [], "max_gen_toks": 4, **kwargs}
+    assert lm.generate_until([request("generate_until", "Hi", given)], True) == ["x"]
+    assert asked["temperature"] == temperature
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ignored_generation_kwargs_are_named_once(checkpoint, caplog):
+    lm = lm_for(checkpoint)
+    given = {"until": ["a"], "max_tokens": 4, "min_p": 0.1, "repetition_penalty": 1.2}
+    for extra in ({}, {}, {"min_p": 0.2, "num_beams": 2}, {"top_k": 3, "top_p": 0.5}):
+        lm._gen_kwargs({**given, **extra})
+    said = [one.getMessage() for one in caplog.records if "ignored" in one.getMessage()]
+    assert len(said) == 2
+    assert "min_p, repetition_penalty are ignored; expected only until, max_gen_toks" in said[0]
+    assert "num_beams is ignored" in said[1]
+
+
+@pytest.mark.parametrize(
+    "arguments, fields",
+    [
+        ("full_attention_heads=3:0+2", {"full_attention_heads": {3: [0, 2]}}),
+        ("full_attention_heads=3:0+2/5:1", {"full_attention_heads": {3: [0, 2], 5: [1]}}),
+        ("full_attention_heads=3:0+2;5:1", {"full_attention_heads": {3: [0, 2], 5: [1]}}),
+        ("full_attention_heads=-1:1", {"full_attention_heads": {-1: [1]}}),
+        ("full_attention_heads=none", {}),
+        ("full_attention_layers=none,decode=none", {}),
+        (
+            "full_attention_layers=1::2,decode=1+3",
+            {"full_attention_layers": "1::2", "decode": [1, 3]},
+        ),
+        ("full_attention_layers=-1,decode=0", {"full_attention_layers": [-1], "decode": [0]}),
+        ("decode=full,full_attention_tail=2", {"decode": "full", "full_attention_tail": 2}),
+    ],
+)
+def test_policy_fields_as_the_harness_splits_them(arguments, fields):
+    from lm_eval._cli.utils import key_val_to_dict
+    from lm_eval.utils import simple_parse_args_string
+
+    from swaa_jax.eval.harness import _policy
+
+    wanted = swaa.AttentionPolicy(window=4, **fields)
+    for parse in (key_val_to_dict, simple_parse_args_string):  # the command's, and Python's
+        assert _policy(None, parse(f"window=4,{arguments}")) == wanted
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("decode", "ful", r"decode: expected window, full, none or layers .*, got 'ful'"),
+        ("full_attention_layers", "all", r"full_attention_layers: expected none or .* got 'all'"),
+        ("full_attention_layers", "1;3", r"full_attention_layers: expected none or .* got '1;3'"),
+        ("full_attention_heads", "3", r"full_attention_heads: expected none or .* got '3'"),
+        ("full_attention_heads", "3:0+", r"as in 3:0\+2/5:1, got '3:0\+'"),
+    ],
+)
+def test_malformed_policy_fields_are_named(field, value, message):
+    from swaa_jax.eval.harness import _policy
+
+    with pytest.raises(ValueError, match=message):
+        _policy(None, {"window": 4, field: value})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_limits_are_checked_at_once(checkpoint):
+    for value in (1, 0, "two", 2.5):
+        expected = rf"max_length: expected an integer of at least 2, got {value!r}"
+        with pytest.raises(ValueError, match=expected):
+            lm_for(checkpoint, max_length=value)
+    for value in ("auto:x", 0, "many"):
+        expected = rf"batch_size: expected auto, auto:N or an integer .* 1, got {value!r}"
+        with pytest.raises(ValueError, match=expected):
+            lm_for(checkpoint, batch_size=value)
+    lm = lm_for(checkpoint, max_length=2, batch_size="auto:4")
+    assert lm.batch_size == 8
+    assert lm_for(checkpoint, batch_size="3").batch_size == 3
+    (total,) = lm.loglikelihood_rolling([request("loglikelihood_rolling", "abc")], True)
+    assert total < 0
+
+
+def command(monkeypatch, cli_evaluate):
+    import lm_eval.__main__
+
+    from swaa_jax.cli.main import main
+
+    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", cli_evaluate)
+    monkeypatch.setattr(sys, "argv", ["swaa"])
+    return main(["lm-eval", "run"])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (ValueError("Tasks not found: hellaswg"), "hellaswg; `swaa lm-eval ls tasks` lists them"),
+        (ConnectionError("Couldn't reach 'x' on the Hub"), "where the Hugging Face hub can be"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_the_harness_errors_are_one_paragraph(monkeypatch, capsys, error, said):
+    def fails():
+        raise error
+
+    monkeypatch.delenv("SWAA_TRACEBACK", raising=False)
+    assert command(monkeypatch, fails) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("swaa lm-eval: error: the harness says: ") and said in shown
+    assert shown.count("\n") == 1
+    monkeypatch.setenv("SWAA_TRACEBACK", "1")
+    with pytest.raises(ValueError) as found:
+        command(monkeypatch, fails)
+    assert found.value.__cause__ is error
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_models_own_errors_stay_as_they_are(monkeypatch, capsys):
+    from swaa_jax.eval.harness import _policy
+
+    assert command(monkeypatch, lambda: _policy("full", {"window": 4})) == 2
+    assert capsys.readouterr().err.startswith("swaa lm-eval: error: policy: expected a name")
+
+    def bug():
+        raise ValueError("shapes do not broadcast")
+
+    ours = {"__name__": "swaa_jax.models.some", "bug": bug}
+    exec("def call(): bug()", ours)
+    with pytest.raises(ValueError, match=r"^shapes do not broadcast"):
+        command(monkeypatch, ours["call"])
+
+
+@pytest.mark.slow
+def test_the_command_with_a_misspelt_task():
+    arguments = ["lm-eval", "run", "--model", "swaa", "--tasks", "hellaswg"]
+    arguments += ["--model_args", "pretrained=tiny-retriever"]
+    done = subprocess.run(
+        [sys.executable, "-m", "swaa_jax.cli.main", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "swaa lm-eval: error: the harness says: Tasks not found: hellaswg" in done.stderr
+
+
 @pytest.mark.slow
 def test_the_command(checkpoint, tasks, tmp_path):
     command = [sys.executable, "-m", "swaa_jax.cli.main", "lm-eval", "run", "--model", "swaa"]

@@ -152,10 +152,17 @@ def test_includes_all(response, references, score):
         ({"pattern": r"^\(?([A-D])\)?\.?$"}, "(B).", LETTERS, True),
         ({"pattern": r"answer:(.*)"}, "answer:", ("",), False),
         ({"pattern": r"x(y)?"}, "x", ("y",), False),
+        ({"pattern": r"= (\S+)"}, "x = (7", ("(7",), True),  # a reference is no pattern
+        ({"pattern": r"= (\S+)"}, "x = 7", (r"\d",), False),
     ],
 )
 def test_regex(settings, response, references, accepted):
     assert make_judge("regex", **settings)(judged(response, references)).accepted is accepted
+
+
+def test_regex_says_which_pattern_did_not_match():
+    verdict = make_judge("regex")(judged("(7", ("(7",)))
+    assert "no match of 'The correct answer is" in verdict.reason
 
 
 @pytest.mark.parametrize(

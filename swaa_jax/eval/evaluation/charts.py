@@ -93,7 +93,12 @@ def _legend_line(summary: CellSummary) -> str:
     """The row, the policy's name and what it is, in lines short enough to leave room."""
     name, text = summary.cell.policy_name, summary.cell.policy_text
     line = f"{summary.number}  {name}: {text}" if text else f"{summary.number}  {name}"
-    return textwrap.fill(line, 48)
+    return _plain(textwrap.fill(line, 48))
+
+
+def _plain(text: str) -> str:
+    """Not mathematics to matplotlib, whatever signs are in it."""
+    return text.replace("$", r"\$")
 
 
 def length_chart(group: Sequence[CellSummary], *, title: str) -> str:
@@ -119,7 +124,7 @@ def length_chart(group: Sequence[CellSummary], *, title: str) -> str:
                 elinewidth=0.7,
                 color=_LINES[index % len(_LINES)],
                 linestyle=_DASHES[index // len(_LINES) % len(_DASHES)],
-                label=f"{summary.number}  {summary.cell.policy_name}",
+                label=_plain(f"{summary.number}  {summary.cell.policy_name}"),
             )
         axis.set_xticks(range(len(bins)), [name.strip() for name in bins])
         axis.set_ylim(-3, 103)

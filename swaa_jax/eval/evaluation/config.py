@@ -41,6 +41,8 @@ class ModelEntry:
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
             raise ValueError(f"models: expected a checkpoint's path, got {describe(self.path)}.")
+        if self.name is not None:
+            field_setter(self)("name", str(self.name))
 
     @property
     def label(self) -> str:
@@ -163,6 +165,14 @@ class EvalConfig:
             raise ValueError(
                 f"thinking: expected true, false or a list of both; got {describe(self.thinking)}."
             )
+        put("thinking", tuple(dict.fromkeys(self.thinking)))
+        known: dict[str, ModelEntry] = {}
+        for model in (model for setting in self.settings for model in setting.models):
+            if known.setdefault(model.label, model) != model:
+                raise ValueError(
+                    f"models: expected distinct names, got {model.label!r} for {model.path} and "
+                    f"for {known[model.label].path}; give one a name, {{path: ..., name: ...}}."
+                )
         if not self.tasks:
             raise ValueError("tasks: expected at least one, got none.")
         _check_distinct("tasks", [entry.name for entry in self.tasks])
@@ -202,7 +212,7 @@ class EvalConfig:
         built["tasks"] = tuple(task_entry(entry) for entry in _list("tasks", fields["tasks"]))
         if "thinking" in fields:
             modes = fields["thinking"]
-            built["thinking"] = (modes,) if isinstance(modes, bool) else tuple(modes or ())
+            built["thinking"] = tuple(modes) if isinstance(modes, list | tuple) else (modes,)
         return cls(**built)
 
     @classmethod
@@ -294,6 +304,10 @@ def task_entry(entry: Any) -> TaskEntry:
     for key in ("name", "judge", "max_new_tokens"):
         if key in fields:
             own[key] = fields.pop(key)
+    if own.get("name") is None:
+        own.pop("name", None)
+    else:
+        own["name"] = str(own["name"])
     if isinstance(own.get("judge"), str):
         own["judge"] = {"name": own["judge"]}
     if own.get("max_new_tokens") is not None:

@@ -131,6 +131,7 @@ def evaluate(
     entries = [(setting, model) for setting in config.settings for model in setting.models]
     steps = _Steps(progress, len(entries) * len(config.tasks) * len(config.thinking))
     cells: list[Cell] = []
+    asked: set[tuple[str, AttentionPolicy]] = set()
     models: dict[str, Mapping[str, Any]] = {}
     answered = 0
     for setting, entry in entries:
@@ -138,6 +139,9 @@ def evaluate(
         model, tokenizer = load(entry)
         models[entry.label] = describe_model(model)
         policies = _policies(setting.policies, model, baseline=config.baseline)
+        # A pair that two settings have is asked once.
+        policies = [one for one in policies if (entry.label, one.policy) not in asked]
+        asked |= {(entry.label, one.policy) for one in policies}
         for task in config.tasks:
             for thinking in config.thinking:
                 asking = _Asking(
@@ -207,6 +211,7 @@ class _Asking:
         self._skipped = len(samples) - len(fits)
         self._samples = [samples[index] for index in fits]
         self._prompts = [prompts[index] for index in fits]
+        # Some models' templates open a thought in either mode; it is no answer then either.
         self._opened = [opens_thinking(tokenizer, ids) for ids in self._prompts]
         # A row is an attempt at a sample; its number seeds its draws.
         attempts = config.attempts
@@ -360,7 +365,7 @@ class _Asking:
                 question=sample.question,
                 references=sample.references,
                 response=answer["response"],
-                thinking=self._thinking and self._opened[index],
+                thinking=self._opened[index],
                 grading=sample.grading,
             )
         )
@@ -375,7 +380,7 @@ class _Asking:
     ) -> dict[str, Any]:
         index, attempt = divmod(answer["row"], self._config.attempts)
         sample = self._samples[index]
-        said = strip_thinking(answer["response"], thinking=self._thinking and self._opened[index])
+        said = strip_thinking(answer["response"], thinking=self._opened[index])
         return {
             "model": self._entry.label,
             "policy": entry.name,
