@@ -24,9 +24,9 @@ from machine import processor, version
 
 import swaa_jax as swaa
 from swaa_jax.data import Sample
-from swaa_jax.eval.loglikelihood import Continuation, score_continuations
-from swaa_jax.eval.ruler import niah_multiquery
-from swaa_jax.eval.selection import RowScorer
+from swaa_jax.eval.tasks.ruler import niah_multiquery
+from swaa_jax.infer.likelihoods import Continuation, score_continuations
+from swaa_jax.selection import RowScorer
 
 ROOT = Path(__file__).resolve().parents[1]
 EPILOG = """

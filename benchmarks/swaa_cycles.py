@@ -1,7 +1,8 @@
 """Static cycles of this library's prefill kernels, from its own work list.
 
 What a step runs is written in the flags of the item that it begins and of the item before, which it
-finishes (kernels_pallas/swa_prefill/tpu_kernels.py); the table `BODIES` says which flags run what.
+finishes (kernels_pallas/swa_prefill/pallas_tpu_kernels.py). The table `BODIES` says which flags
+run what.
 """
 
 import dataclasses
@@ -14,9 +15,9 @@ from grid_cycles import Body, kernel_row
 from tpu_compile import CompiledKernel
 
 from kernels_pallas.mask import block_map
-from kernels_pallas.swa_prefill import tpu
+from kernels_pallas.swa_prefill import pallas_tpu as tpu
 from kernels_pallas.swa_prefill.arguments import PrefillArguments
-from kernels_pallas.swa_prefill.tpu_tiles import Tiles, choose_tiles, most_items
+from kernels_pallas.swa_prefill.pallas_tpu_tiles import Tiles, choose_tiles, most_items
 from kernels_pallas.swa_prefill.work_list import (
     FIRST,
     LAST,

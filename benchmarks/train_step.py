@@ -154,8 +154,8 @@ def run_jax(arguments: argparse.Namespace, *, remat: bool) -> dict[str, Any]:
     from flax import nnx
 
     import swaa_jax as swaa
+    from swaa_jax.costs import FlopCounter, peak_flops
     from swaa_jax.train import OptimizerConfig, StepConfig, make_step
-    from swaa_jax.train.flops import FlopCounter, peak_flops
 
     policy = swaa.AttentionPolicy(
         window=arguments.window,

@@ -194,7 +194,7 @@ class Scorer:
 
     def prompts(self, count: int, *, seed: int) -> dict[bool, Any]:
         """Samples by mode, thinking and not; the same needles in both."""
-        from swaa_jax.eval.ruler import niah_multiquery
+        from swaa_jax.eval.tasks.ruler import niah_multiquery
 
         return {
             thinking: niah_multiquery(

@@ -127,8 +127,9 @@ def _report(record: Mapping[str, Any], out: Path, *, docs: bool) -> None:
 def _evaluate(size: Size, work: Path, policies: list[dict[str, Any]] | None) -> list[Any]:
     """A summary of each policy in each mode; None: the table's policies."""
     from swaa_jax.cli.progress import progress_bar
-    from swaa_jax.eval.evaluation import EvalConfig, evaluate, summarize
-    from swaa_jax.eval.evaluation.config import read_document
+    from swaa_jax.eval.report import summarize
+    from swaa_jax.eval.run import EvalConfig, evaluate
+    from swaa_jax.eval.run.config import read_document
 
     fields = read_document(CONFIG.read_text())
     fields |= {"batch_size": size.batch_size, "output_dir": str(work / "eval")}
@@ -182,7 +183,7 @@ def _select(
     """What each method chooses, and what it took."""
     from swaa_jax import AttentionPolicy
     from swaa_jax.cli.progress import progress_bar
-    from swaa_jax.eval.selection import select_layers
+    from swaa_jax.selection import select_layers
 
     policy = AttentionPolicy(window=WINDOW, decode=decode)
     found = {}

@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.backends import Target, get_backend
-from kernels_pallas.grouped_matmul import megablox as _megablox  # noqa: F401  (registers itself)
+from kernels_pallas.grouped_matmul import pallas_tpu as _pallas_tpu  # noqa: F401  (registers itself)
 from kernels_pallas.grouped_matmul import ragged_dot as _ragged_dot  # noqa: F401
 from kernels_pallas.grouped_matmul import reference as _reference  # noqa: F401
 from kernels_pallas.grouped_matmul import xla as _xla  # noqa: F401

@@ -201,7 +201,7 @@ def decode_in_blocks(
 ) -> Float[Array, "B n N H"]:
     """The kernel with the given blocks; ``interpret``: in plain JAX, on any device."""
     # Imported here: only those who run it need the TPU half of Pallas to import.
-    from kernels_pallas.swa_decode.tpu_kernel import attend_to_blocks
+    from kernels_pallas.swa_decode.pallas_tpu_kernels import attend_to_blocks
 
     arguments = _at_least_a_block(arguments, blocks.slots)
     q = arguments.q

@@ -6,8 +6,8 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.backends import Target, get_backend
 from kernels_pallas.mask import IntOrPerRow
+from kernels_pallas.swa_prefill import pallas_tpu as _pallas_tpu  # noqa: F401  (registers itself)
 from kernels_pallas.swa_prefill import reference as _reference  # noqa: F401  (registers itself)
-from kernels_pallas.swa_prefill import tpu as _tpu  # noqa: F401  (registers itself)
 from kernels_pallas.swa_prefill import xla as _xla  # noqa: F401  (registers itself)
 from kernels_pallas.swa_prefill.arguments import (
     AttentionOutput,

@@ -132,8 +132,9 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from swaa_jax import load_model, load_tokenizer, runtime
-    from swaa_jax.eval import plot, report, sweep
-    from swaa_jax.eval.provenance import describe_model
+    from swaa_jax.checkpoint.provenance import describe_model
+    from swaa_jax.eval import plot, sweep
+    from swaa_jax.eval import sweep_report as report
     from swaa_jax.storage import write_text_atomic
 
     process_args.start(args)

@@ -10,7 +10,8 @@ from swaa_jax.cli import process_args
 from swaa_jax.cli.task_args import add_task_arguments, tasks_from_args, with_judge
 
 if TYPE_CHECKING:
-    from swaa_jax.eval.evaluation import CellSummary, EvalConfig
+    from swaa_jax.eval.report import CellSummary
+    from swaa_jax.eval.run import EvalConfig
 
 _POLICIES = ("full", "naive", "instruct-no-train")
 _EPILOG = """\
@@ -98,8 +99,9 @@ def run(args: argparse.Namespace) -> int:
 
     from swaa_jax import runtime
     from swaa_jax.cli.progress import progress_bar
-    from swaa_jax.eval.evaluation import evaluate, summarize, write_evaluation
-    from swaa_jax.eval.evaluation.summary import remarks
+    from swaa_jax.eval.report import summarize, write_evaluation
+    from swaa_jax.eval.report.summary import remarks
+    from swaa_jax.eval.run import evaluate
 
     config = _config(args)
     process_args.start(args)
@@ -143,8 +145,8 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
     from etils import epath
 
     from swaa_jax.configs import config_path
-    from swaa_jax.eval.evaluation import EvalConfig
-    from swaa_jax.eval.evaluation.config import read_document
+    from swaa_jax.eval.run import EvalConfig
+    from swaa_jax.eval.run.config import read_document
     from swaa_jax.train.run_config import with_overrides
 
     overrides = list(args.overrides)
@@ -228,7 +230,7 @@ def _print_table(summaries: "list[CellSummary]") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from swaa_jax.eval.evaluation.report import table_columns, table_rows
+    from swaa_jax.eval.report.document import table_columns, table_rows
 
     console = Console()
     if not console.is_terminal:

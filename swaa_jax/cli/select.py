@@ -7,7 +7,7 @@ from swaa_jax.cli import process_args
 from swaa_jax.cli.settings import key_value
 
 if TYPE_CHECKING:
-    from swaa_jax.eval.selection import Selection
+    from swaa_jax.selection import Selection
 
 _EPILOG = """\
 examples:
@@ -153,8 +153,8 @@ def run(args: argparse.Namespace) -> int:
 
     from swaa_jax import AttentionPolicy, load_model, load_tokenizer, runtime
     from swaa_jax.cli.progress import progress_bar
-    from swaa_jax.eval.selection import check_options, read_calibration, select_layers
-    from swaa_jax.eval.selection.report import write_selection
+    from swaa_jax.selection import check_options, read_calibration, select_layers
+    from swaa_jax.selection.report import write_selection
 
     options = check_options(args.method, options)
     policy = AttentionPolicy(window=args.window, num_sink_tokens=args.sinks, decode=args.decode)

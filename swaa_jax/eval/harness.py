@@ -22,9 +22,9 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 
 from swaa_jax.checkpoint import load_tokenizer
 from swaa_jax.configs import load_policy
-from swaa_jax.eval.loglikelihood import Continuation, score_continuations
-from swaa_jax.eval.scorers import strip_thinking
+from swaa_jax.eval.judging.scorers import strip_thinking
 from swaa_jax.infer import generate
+from swaa_jax.infer.likelihoods import Continuation, score_continuations
 from swaa_jax.lora import load_adapter, merge_lora
 from swaa_jax.models import load_model
 from swaa_jax.policy import AttentionPolicy

@@ -7,8 +7,8 @@ from typing import Any
 
 from etils import epath
 
-from swaa_jax.eval.report import Row, full_layers_label, summarize
 from swaa_jax.eval.sweep import Sweep
+from swaa_jax.eval.sweep_report import Row, full_layers_label, summarize
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.typing import PathLike
 

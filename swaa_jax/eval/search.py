@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from swaa_jax._policy_fields import LayerSelection
-from swaa_jax.eval.evaluation import EvalConfig, ModelEntry, PolicyEntry, Setting, TaskEntry
-from swaa_jax.eval.evaluation.run import Cell, Progress, evaluate, load_entry
-from swaa_jax.eval.statistics import Interval, bootstrap_interval
+from swaa_jax.eval.report.statistics import Interval, bootstrap_interval
+from swaa_jax.eval.run import EvalConfig, ModelEntry, PolicyEntry, Setting, TaskEntry
+from swaa_jax.eval.run.evaluation import Cell, Progress, evaluate, load_entry
 from swaa_jax.policy import AttentionPolicy
 
 __all__ = [

@@ -1,7 +1,7 @@
 """Scores attention policies on the needle task: what each one finds, and what it costs.
 
 `score_policies` runs given samples in one mode. `run_sweep` makes the samples, runs the thinking
-and the non-thinking mode, and gives what `swaa_jax.eval.report` prints, plots and writes.
+and the non-thinking mode, and gives what `swaa_jax.eval.sweep_report` prints, plots and writes.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ from etils import epath
 from swaa_jax._policy_fields import parse_yaml
 from swaa_jax.attention import split_heads
 from swaa_jax.configs import config_path
-from swaa_jax.eval.answering import answer_prompts, even_batches, resolve_all
-from swaa_jax.eval.ruler import RulerSample, niah_multiquery
-from swaa_jax.eval.scorers import all_or_nothing, string_match_all, strip_thinking
+from swaa_jax.eval.judging.scorers import all_or_nothing, string_match_all, strip_thinking
+from swaa_jax.eval.run.answering import answer_prompts, even_batches, resolve_all
+from swaa_jax.eval.tasks.ruler import RulerSample, niah_multiquery
 from swaa_jax.infer import DecodeOptions, Generation, Timings
 from swaa_jax.policy import AttentionPolicy, LayerAttention
 from swaa_jax.typing import PathLike

@@ -2,39 +2,15 @@
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Literal
+
+from swaa_jax.fields import check_one_of, check_range
+from swaa_jax.losses import LossConfig
 
 REMATS = ("none", "layer", "dots")
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 TRAINABLE = ("lora", "all")
 _DTYPES = ("bfloat16", "float32")
-
-
-def _check_one_of(name: str, value: object, known: tuple[object, ...]) -> None:
-    if not any(value is one or (isinstance(value, str) and value == one) for one in known):
-        raise ValueError(f"{name}: expected one of {list(known)}, got {value!r}")
-
-
-def _check_range(
-    name: str,
-    value: Any,
-    *,
-    least: float | int | None = None,
-    most: float | int | None = None,
-    above: float | int | None = None,
-    below: float | int | None = None,
-) -> None:
-    limits = [
-        (least, "at least", lambda limit: value >= limit),
-        (most, "at most", lambda limit: value <= limit),
-        (above, "more than", lambda limit: value > limit),
-        (below, "less than", lambda limit: value < limit),
-    ]
-    named = [(words, limit, holds) for limit, words, holds in limits if limit is not None]
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not all(holds(limit) for _, limit, holds in named):
-        wanted = " and ".join(f"{words} {limit:g}" for words, limit, _ in named)
-        raise ValueError(f"{name}: expected a number {wanted}, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,26 +49,26 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
-        _check_one_of("schedule", self.schedule, SCHEDULES)
-        _check_range("learning_rate", self.learning_rate, above=0.0)
-        _check_range("total_steps", self.total_steps, least=1)
-        _check_range("warmup_ratio", self.warmup_ratio, least=0.0, most=1.0)
-        _check_range("min_lr_ratio", self.min_lr_ratio, least=0.0, most=1.0)
-        _check_range("b1", self.b1, least=0.0, below=1.0)
-        _check_range("b2", self.b2, least=0.0, below=1.0)
-        _check_range("eps", self.eps, above=0.0)
-        _check_range("weight_decay", self.weight_decay, least=0.0)
+        check_one_of("schedule", self.schedule, SCHEDULES)
+        check_range("learning_rate", self.learning_rate, above=0.0)
+        check_range("total_steps", self.total_steps, least=1)
+        check_range("warmup_ratio", self.warmup_ratio, least=0.0, most=1.0)
+        check_range("min_lr_ratio", self.min_lr_ratio, least=0.0, most=1.0)
+        check_range("b1", self.b1, least=0.0, below=1.0)
+        check_range("b2", self.b2, least=0.0, below=1.0)
+        check_range("eps", self.eps, above=0.0)
+        check_range("weight_decay", self.weight_decay, least=0.0)
         if self.warmup_steps is not None:
-            _check_range("warmup_steps", self.warmup_steps, least=0)
+            check_range("warmup_steps", self.warmup_steps, least=0)
         if self.decay_steps is not None:
-            _check_range("decay_steps", self.decay_steps, least=1)
+            check_range("decay_steps", self.decay_steps, least=1)
             if self.schedule != "warmup_stable_decay":
                 raise ValueError(
                     f"decay_steps: expected schedule='warmup_stable_decay' with it, got "
                     f"{self.schedule!r}; leave decay_steps out, or change the schedule"
                 )
         if self.clip_norm is not None:
-            _check_range("clip_norm", self.clip_norm, above=0.0)
+            check_range("clip_norm", self.clip_norm, above=0.0)
 
     @property
     def num_warmup_steps(self) -> int:
@@ -108,45 +84,6 @@ class OptimizerConfig:
         if wanted is None:
             wanted = math.ceil(0.1 * self.total_steps)
         return max(1, min(wanted, self.total_steps - self.num_warmup_steps))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """What is minimised: `sft * NLL + self_distill * KL`, a mean over the targets' weights, and
-    `router_loss` times the loss that keeps experts in balance.
-
-    Attributes:
-        sft: factor on the cross entropy of the targets.
-        self_distill: factor on the divergence from the teacher, which is the same model with its
-            adapters off and full attention (`temperature^2 KL(teacher || student)`).
-        temperature: both sides' logits are divided by it in the divergence.
-        top_k: compare the teacher's k largest logits and the rest as one bucket; None: all.
-        chunk_tokens: tokens whose logits exist at a time, on a device; None: by the vocabulary,
-            so that they take at most 320 MiB.
-        router_loss: factor on the load-balancing loss; None: what the model's config says.
-    """
-
-    sft: float = 1.0
-    self_distill: float = 0.0
-    temperature: float = 1.0
-    top_k: int | None = None
-    chunk_tokens: int | None = None
-    router_loss: float | None = None
-
-    def __post_init__(self) -> None:
-        _check_range("sft", self.sft, least=0.0)
-        _check_range("self_distill", self.self_distill, least=0.0)
-        _check_range("temperature", self.temperature, above=0.0)
-        if self.sft == 0.0 and self.self_distill == 0.0:
-            raise ValueError(
-                "loss: expected sft or self_distill above 0, got 0 for both; nothing would be "
-                "trained"
-            )
-        for name in ("top_k", "chunk_tokens"):
-            if (value := getattr(self, name)) is not None:
-                _check_range(name, value, least=1)
-        if self.router_loss is not None:
-            _check_range("router_loss", self.router_loss, least=0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,7 +104,7 @@ class StepConfig:
         seed: of dropout.
     """
 
-    loss: LossConfig = LossConfig()
+    loss: LossConfig = LossConfig()  # noqa: RUF009
     optimizer: OptimizerConfig = OptimizerConfig()
     accumulate: int = 1
     remat: Literal["none", "layer", "dots"] = "layer"
@@ -178,11 +115,11 @@ class StepConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_range("accumulate", self.accumulate, least=1)
-        _check_one_of("remat", self.remat, REMATS)
-        _check_one_of("scan_layers", self.scan_layers, (True, False, "auto"))
-        _check_one_of("trainable", self.trainable, TRAINABLE)
-        _check_one_of("dtype", self.dtype, _DTYPES)
+        check_range("accumulate", self.accumulate, least=1)
+        check_one_of("remat", self.remat, REMATS)
+        check_one_of("scan_layers", self.scan_layers, (True, False, "auto"))
+        check_one_of("trainable", self.trainable, TRAINABLE)
+        check_one_of("dtype", self.dtype, _DTYPES)
         if self.trainable == "all" and self.loss.self_distill:
             raise ValueError(
                 "self_distill: expected trainable='lora', got 'all'; the teacher is the base model "

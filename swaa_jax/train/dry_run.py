@@ -9,11 +9,11 @@ from flax import nnx
 
 from swaa_jax import checkpoint
 from swaa_jax.lora import LoraParam, add_lora
+from swaa_jax.losses import logits_bytes
 from swaa_jax.models import read_blueprint
 from swaa_jax.sharding import sharding_for
 from swaa_jax.train.config import StepConfig
 from swaa_jax.train.feed import make_feed
-from swaa_jax.train.loss import logits_bytes
 from swaa_jax.train.run import check_lengths, count_steps, read_data
 from swaa_jax.train.run_config import TrainConfig
 

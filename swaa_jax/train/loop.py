@@ -12,10 +12,10 @@ import jax
 import numpy as np
 from etils import epath
 
+from swaa_jax.costs import FlopCounter, device_memory, peak_flops
 from swaa_jax.runtime import is_main_process
 from swaa_jax.train.checkpoints import Checkpoints
 from swaa_jax.train.feed import Feed
-from swaa_jax.train.flops import FlopCounter, device_memory, peak_flops
 from swaa_jax.train.metrics import JsonLines, MetricWriter, ProgressBar
 from swaa_jax.train.preemption import stop_requests
 from swaa_jax.train.run_config import ProfileConfig

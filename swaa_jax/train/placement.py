@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from swaa_jax.losses import check_rows
 from swaa_jax.sharding import spec_for
-from swaa_jax.train.loss import check_rows
 
 NEEDED = ("tokens", "targets", "loss_weights")
 OPTIONAL = ("stage_ids", "segment_ids", "positions", "lengths")

@@ -13,13 +13,13 @@ from etils import epath
 from flax import nnx
 
 from swaa_jax import checkpoint, runtime
+from swaa_jax.costs import FlopCounter
 from swaa_jax.data import BatchSource, load_data
 from swaa_jax.lora import add_lora, merge_lora, save_adapter
 from swaa_jax.models import CausalLM, load_model, save_model
 from swaa_jax.storage import is_local, reading, write_text_atomic
 from swaa_jax.train.checkpoints import Checkpoints, all_processes
 from swaa_jax.train.feed import Feed, make_feed
-from swaa_jax.train.flops import FlopCounter
 from swaa_jax.train.loop import Evaluation, run_loop
 from swaa_jax.train.metrics import JsonLines, MetricWriter, check_wandb
 from swaa_jax.train.run_config import TrainConfig

@@ -22,8 +22,9 @@ from swaa_jax._policy_fields import (
 from swaa_jax.configs import load_policy
 from swaa_jax.data import DataConfig
 from swaa_jax.lora import LoraConfig
+from swaa_jax.losses import LossConfig
 from swaa_jax.policy import AttentionPolicy
-from swaa_jax.train.config import LossConfig, OptimizerConfig, StepConfig
+from swaa_jax.train.config import OptimizerConfig, StepConfig
 from swaa_jax.typing import PathLike
 
 __all__ = [

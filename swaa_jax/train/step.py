@@ -13,10 +13,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from swaa_jax.lora import without_lora
+from swaa_jax.losses import Head, chunked_loss
 from swaa_jax.models import CausalLM
+from swaa_jax.models.function import Blueprint, ModelFunction
 from swaa_jax.train.config import StepConfig
-from swaa_jax.train.function import Blueprint, ModelFunction
-from swaa_jax.train.loss import Head, chunked_loss
 from swaa_jax.train.optimizer import learning_rate, make_optimizer
 from swaa_jax.train.placement import place_batch
 from swaa_jax.train.weights import Weights

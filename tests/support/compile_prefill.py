@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from kernels_pallas.swa_prefill.arguments import PrefillArguments
-from kernels_pallas.swa_prefill.tpu import prefill_tpu
+from kernels_pallas.swa_prefill.pallas_tpu import prefill_tpu
 
 TOPOLOGIES = {
     "v4": ("v4:2x2x1", {"chip_config_name": "megacore"}),

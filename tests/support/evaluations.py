@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Any, ClassVar
 
-from swaa_jax.eval.evaluation import Cell, EvalConfig, Evaluation, PolicyEntry, Setting, TaskEntry
-from swaa_jax.eval.evaluation.config import ModelEntry
-from swaa_jax.eval.evaluation.costs import CellCost
+from swaa_jax.eval.run import Cell, EvalConfig, Evaluation, PolicyEntry, Setting, TaskEntry
+from swaa_jax.eval.run.config import ModelEntry
+from swaa_jax.eval.run.costs import CellCost
 from swaa_jax.eval.tasks import Sample, Task
 from swaa_jax.policy import AttentionPolicy
 

@@ -11,7 +11,7 @@ from swaa_jax import runtime
 from swaa_jax.cli import eval as command
 from swaa_jax.cli.main import build_parser, main
 from swaa_jax.cli.task_args import named
-from swaa_jax.eval.evaluation import EvalConfig
+from swaa_jax.eval.run import EvalConfig
 
 QUESTIONS = [
     {"question": "What is one and one?", "answer": ["two", "2"], "type": "sum"},

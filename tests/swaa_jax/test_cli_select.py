@@ -9,9 +9,9 @@ import swaa_jax as swaa
 from swaa_jax.cli.main import main
 from swaa_jax.cli.select import _num_full_layers
 from swaa_jax.configs import load_policy_file
-from swaa_jax.eval.ruler import niah_multiquery
-from swaa_jax.eval.selection import Selection
-from swaa_jax.eval.selection.report import write_selection
+from swaa_jax.eval.tasks.ruler import niah_multiquery
+from swaa_jax.selection import Selection
+from swaa_jax.selection.report import write_selection
 
 FLAGS = ["--no-thinking", "--window", "24", "--sinks", "2", "--dtype", "float32"]
 FLAGS += ["--no-compilation-cache"]
@@ -119,7 +119,7 @@ def test_help_names_every_method(capsys):
     with pytest.raises(SystemExit):
         main(["select", "--help"])
     out = capsys.readouterr().out
-    from swaa_jax.eval.selection import METHODS
+    from swaa_jax.selection import METHODS
 
     choices = out[out.index("--method {") :].partition("}")[0]
     assert "columns={response: answer}" in out

@@ -9,8 +9,8 @@ import subprocess
 
 import pytest
 
-from swaa_jax.eval.evaluation import summarize, write_evaluation
-from swaa_jax.eval.evaluation.summary import length_bin, remarks
+from swaa_jax.eval.report import summarize, write_evaluation
+from swaa_jax.eval.report.summary import length_bin, remarks
 from swaa_jax.policy import AttentionPolicy
 from tests.support.evaluations import cell, evaluation, row
 

@@ -14,9 +14,10 @@ import time
 import pytest
 
 import swaa_jax as swaa
-from swaa_jax.eval.evaluation import EvalConfig, TaskEntry, evaluate, summarize, write_evaluation
-from swaa_jax.eval.evaluation import run as running
-from swaa_jax.eval.evaluation.store import CellStore
+from swaa_jax.eval.report import summarize, write_evaluation
+from swaa_jax.eval.run import EvalConfig, TaskEntry, evaluate
+from swaa_jax.eval.run import evaluation as running
+from swaa_jax.eval.run.store import CellStore
 from swaa_jax.eval.tasks import encode_sample
 from tests.support import byte_tokenizer
 from tests.support.evaluations import CountingTask

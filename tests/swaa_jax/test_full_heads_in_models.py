@@ -13,11 +13,11 @@ from flax import nnx
 import swaa_jax as swaa
 from swaa_jax import sharding
 from swaa_jax.attention import FullCache, RingCache, SplitCache
+from swaa_jax.costs import FlopCounter
 from swaa_jax.eval import recipes, sweep
-from swaa_jax.eval.answering import resolve_all
+from swaa_jax.eval.run.answering import resolve_all
 from swaa_jax.models import CausalLM
 from swaa_jax.train import OptimizerConfig, StepConfig, make_step
-from swaa_jax.train.flops import FlopCounter
 from tests.support.random_models import HF_CONFIG, random_model
 from tests.support.training import lora_model, random_batch
 

@@ -10,7 +10,7 @@ import types
 
 import pytest
 
-from swaa_jax.eval.judges import Judged, LlmJudge, LlmJudgeConfig, read_verdict, retry_after
+from swaa_jax.eval.judging.judges import Judged, LlmJudge, LlmJudgeConfig, read_verdict, retry_after
 
 
 def judged(response, **fields):

@@ -7,7 +7,8 @@ import json
 import pytest
 from rich.console import Console
 
-from swaa_jax.eval import plot, report, sweep
+from swaa_jax.eval import plot, sweep
+from swaa_jax.eval import sweep_report as report
 from swaa_jax.infer import Timings
 from swaa_jax.policy import AttentionPolicy
 

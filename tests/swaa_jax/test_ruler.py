@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from swaa_jax.eval.ruler import HAYSTACKS, niah_multiquery, text
-from swaa_jax.eval.ruler.words import ADJECTIVES, NOUNS
+from swaa_jax.eval.tasks.ruler import HAYSTACKS, niah_multiquery, text
+from swaa_jax.eval.tasks.ruler.words import ADJECTIVES, NOUNS
 
 ASSETS = pathlib.Path(__file__).parents[2] / "swaa_jax" / "assets" / "tiny-retriever"
 TOKENIZER = AutoTokenizer.from_pretrained(ASSETS)

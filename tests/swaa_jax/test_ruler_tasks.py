@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import swaa_jax as swaa
-from swaa_jax.eval.judges import Judged, make_judge
-from swaa_jax.eval.ruler import (
+from swaa_jax.eval.judging.judges import Judged, make_judge
+from swaa_jax.eval.tasks import encode_sample, make_task
+from swaa_jax.eval.tasks.ruler import (
     HAYSTACKS,
     NIAH_TASKS,
     NiahConfig,
@@ -24,9 +25,8 @@ from swaa_jax.eval.ruler import (
     text,
     variable_tracking,
 )
-from swaa_jax.eval.ruler.words import ADJECTIVES, NOUNS
-from swaa_jax.eval.tasks import encode_sample, make_task
-from swaa_jax.eval.tasks.ruler import RULER_VARIANTS
+from swaa_jax.eval.tasks.ruler.task import RULER_VARIANTS
+from swaa_jax.eval.tasks.ruler.words import ADJECTIVES, NOUNS
 from tests.support import byte_tokenizer
 
 BYTES = byte_tokenizer.build(template=None)

@@ -2,7 +2,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from swaa_jax.eval.scorers import all_or_nothing, includes, plain, string_match_all, strip_thinking
+from swaa_jax.eval.judging.scorers import (
+    all_or_nothing,
+    includes,
+    plain,
+    string_match_all,
+    strip_thinking,
+)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 
 import swaa_jax as swaa
 from swaa_jax.eval import search, search_report
-from swaa_jax.eval.evaluation import Cell, Evaluation, ModelEntry, TaskEntry
-from swaa_jax.eval.evaluation.costs import CellCost
+from swaa_jax.eval.run import Cell, Evaluation, ModelEntry, TaskEntry
+from swaa_jax.eval.run.costs import CellCost
 from swaa_jax.eval.search import SearchConfig, SearchSpace, search_policies
 from tests.support.evaluations import CountingTask, row
 

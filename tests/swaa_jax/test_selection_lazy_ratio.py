@@ -7,11 +7,11 @@ import pytest
 
 import swaa_jax as swaa
 from swaa_jax.data import Sample
-from swaa_jax.eval.selection import LazyRatioConfig, lazy_ratios
-from swaa_jax.eval.selection.lazy_ratio import lazy_ratio
+from swaa_jax.selection import LazyRatioConfig, lazy_ratios
+from swaa_jax.selection.lazy_ratio import lazy_ratio
 from tests.support.random_models import random_model
 
-module = sys.modules["swaa_jax.eval.selection.lazy_ratio"]
+module = sys.modules["swaa_jax.selection.lazy_ratio"]
 CONFIG = LazyRatioConfig(num_sink_keys=3, num_recent_keys=9, num_last_queries=5)
 
 

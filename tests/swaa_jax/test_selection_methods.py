@@ -5,7 +5,7 @@ import functools
 import pytest
 
 import swaa_jax as swaa
-from swaa_jax.eval.selection import periodic_layers, select_layers
+from swaa_jax.selection import periodic_layers, select_layers
 from tests.support.retrieval_model import (
     DECOYS,
     NUM_LAYERS,

@@ -12,10 +12,10 @@ import swaa_jax as swaa
 from swaa_jax import sharding
 from swaa_jax.attention import GatedLayer, RowWindows, attend
 from swaa_jax.data import Sample
-from swaa_jax.eval.selection import RowScorer
-from swaa_jax.eval.selection.calibration import check_samples, group_samples
-from swaa_jax.eval.selection.per_row import rows_within
 from swaa_jax.policy import LayerAttention
+from swaa_jax.selection import RowScorer
+from swaa_jax.selection.calibration import check_samples, group_samples
+from swaa_jax.selection.per_row import rows_within
 from tests.support.random_models import random_model
 
 CANDIDATES = [(), (1, 3), (2,), (0, 1, 2, 3)]

@@ -5,10 +5,10 @@ import json
 import pytest
 
 import swaa_jax as swaa
-from swaa_jax.eval.selection import select_layers
-from swaa_jax.eval.selection.per_row import RowScorer
-from swaa_jax.eval.selection.store import claim
 from swaa_jax.models._source import Source
+from swaa_jax.selection import select_layers
+from swaa_jax.selection.per_row import RowScorer
+from swaa_jax.selection.store import claim
 from tests.support.retrieval_model import RETRIEVING, retrieval_model, retrieval_samples
 
 POLICY = swaa.AttentionPolicy(window=16, num_sink_tokens=1, decode="full")

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from swaa_jax.eval.statistics import bootstrap_interval, paired_p_value, pass_at_k
+from swaa_jax.eval.report.statistics import bootstrap_interval, paired_p_value, pass_at_k
 
 
 def test_the_interval_is_that_of_every_possible_resample():

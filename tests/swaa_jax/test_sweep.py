@@ -9,8 +9,9 @@ import swaa_jax as swaa
 from kernels_pallas.mask import visible
 from swaa_jax import infer
 from swaa_jax.checkpoint._paths import SHIPPED
-from swaa_jax.eval import answering, sweep
-from swaa_jax.eval.ruler import niah_multiquery
+from swaa_jax.eval import sweep
+from swaa_jax.eval.run import answering
+from swaa_jax.eval.tasks.ruler import niah_multiquery
 from swaa_jax.policy import AttentionPolicy, LayerAttention
 from tests.support.random_models import random_model
 

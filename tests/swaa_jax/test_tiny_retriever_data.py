@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from swaa_jax.eval.ruler import HAYSTACKS, text
+from swaa_jax.eval.tasks.ruler import HAYSTACKS, text
 from training.tiny_retriever import config, data, loader
 from training.tiny_retriever.pieces import Vocabulary
 

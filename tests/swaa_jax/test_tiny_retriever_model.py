@@ -5,8 +5,8 @@ import pathlib
 import pytest
 
 import swaa_jax
-from swaa_jax.eval.ruler import HAYSTACKS, niah_multiquery
-from swaa_jax.eval.scorers import string_match_all, strip_thinking
+from swaa_jax.eval.judging.scorers import string_match_all, strip_thinking
+from swaa_jax.eval.tasks.ruler import HAYSTACKS, niah_multiquery
 from training.tiny_retriever import config
 
 ASSETS = pathlib.Path(__file__).parents[2] / "swaa_jax" / "assets" / "tiny-retriever"

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from swaa_jax.eval.ruler.words import ADJECTIVES, NOUNS
+from swaa_jax.eval.tasks.ruler.words import ADJECTIVES, NOUNS
 
 ROOT = pathlib.Path(__file__).parents[2]
 ASSETS = ROOT / "swaa_jax" / "assets" / "tiny-retriever"

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from swaa_jax.costs import visible_keys
 from swaa_jax.policy import LayerAttention
-from swaa_jax.train.flops import visible_keys
 from tests.support import bruteforce
 
 

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from swaa_jax import sharding
-from swaa_jax.train.config import LossConfig
-from swaa_jax.train.loss import Head, chunked_loss
+from swaa_jax.losses import Head, LossConfig, chunked_loss
 from tests.support import tpu_compiler
 
 B, T, D, V = 8, 10, 16, 24

@@ -20,9 +20,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from swaa_jax.eval.ruler import text  # noqa: E402
-from swaa_jax.eval.ruler.essay import essay_sentence  # noqa: E402
-from swaa_jax.eval.ruler.words import ADJECTIVES, NOUNS  # noqa: E402
+from swaa_jax.eval.tasks.ruler import text  # noqa: E402
+from swaa_jax.eval.tasks.ruler.essay import essay_sentence  # noqa: E402
+from swaa_jax.eval.tasks.ruler.words import ADJECTIVES, NOUNS  # noqa: E402
 
 DEFAULT_OUTPUT = ROOT / "swaa_jax" / "assets" / "tiny-retriever"
 VOCAB_SIZE = 2304

@@ -2,8 +2,8 @@
 
 A batch is rows of one width; a row is documents of equal length back to back. Kinds of document:
 
-* ruler: the needle task exactly as `swaa_jax.eval.ruler` words it, answer included, thinking or
-  not;
+* ruler: the needle task exactly as `swaa_jax.eval.tasks.ruler` words it, answer included, thinking
+  or not;
 * dense: needles and nothing else, then many questions: lists of several sizes, or scratchpad lines;
 * recall: a table of random keys and values, then its rows again in random order; what stands
   between key and value is the same in every row, so the key itself must be carried over it;
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from swaa_jax.eval.ruler import HAYSTACKS, text
+from swaa_jax.eval.tasks.ruler import HAYSTACKS, text
 from training.tiny_retriever.pieces import (
     MAX_TAIL,
     Document,

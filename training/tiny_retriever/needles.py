@@ -11,8 +11,8 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from swaa_jax import load_tokenizer
-from swaa_jax.eval.ruler import niah_multiquery
-from swaa_jax.eval.ruler.text import join_list
+from swaa_jax.eval.tasks.ruler import niah_multiquery
+from swaa_jax.eval.tasks.ruler.text import join_list
 
 
 def main() -> None:

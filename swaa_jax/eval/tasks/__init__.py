@@ -8,7 +8,7 @@ from typing import Any
 from swaa_jax.eval.tasks.longbench_v2 import LongBenchV2Task
 from swaa_jax.eval.tasks.longmemeval import LongMemEvalTask
 from swaa_jax.eval.tasks.question_answering import QaTask
-from swaa_jax.eval.tasks.ruler import RulerTask
+from swaa_jax.eval.tasks.ruler.task import RulerTask
 from swaa_jax.eval.tasks.task import Sample, Task, encode_sample, opens_thinking
 
 __all__ = [

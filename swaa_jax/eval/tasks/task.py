@@ -41,7 +41,8 @@ class Task(abc.ABC):
 
     Class attributes:
         name: in configs and results.
-        judge: who decides, with its settings: arguments of `swaa_jax.eval.judges.make_judge`.
+        judge: who decides, with its settings: arguments of `make_judge` in
+            `swaa_jax.eval.judging.judges`.
         max_new_tokens: the longest answer without thinking, by default.
     """
 

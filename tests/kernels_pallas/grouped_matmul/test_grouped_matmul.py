@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels_pallas import available_backends, grouped_matmul, resolve_backend
-from kernels_pallas.grouped_matmul import megablox
+from kernels_pallas.grouped_matmul import pallas_tpu as megablox
 from kernels_pallas.grouped_matmul.arguments import row_tile
 
 # The TPU kernels run interpreted here; tests/kernels_pallas/grouped_matmul/test_moe_flops.py

@@ -15,7 +15,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backends, swa_decode
-from kernels_pallas.swa_decode import pallas_tpu, tpu_kernel, xla
+from kernels_pallas.swa_decode import pallas_tpu, xla
+from kernels_pallas.swa_decode import pallas_tpu_kernels as tpu_kernel
 from kernels_pallas.swa_decode.arguments import DecodeArguments
 from kernels_pallas.swa_decode.pallas_tpu import DecodeBlocks, decode_in_blocks
 from tests.support import bruteforce, tpu_compiler

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from kernels_pallas.backends import get_backend
 from kernels_pallas.swa_prefill.arguments import PrefillArguments, validate_prefill
 from kernels_pallas.swa_prefill.blockwise import Tiling
-from kernels_pallas.swa_prefill.tpu_tiles import Tiles
+from kernels_pallas.swa_prefill.pallas_tpu_tiles import Tiles
 from tests.support import bruteforce
 
 BACKENDS = ("reference", "xla", "pallas_tpu")

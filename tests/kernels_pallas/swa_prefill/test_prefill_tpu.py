@@ -11,10 +11,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import mask, swa_prefill
 from kernels_pallas.backends import get_backend
-from kernels_pallas.swa_prefill import tpu_tiles
+from kernels_pallas.swa_prefill import pallas_tpu_tiles as tpu_tiles
 from kernels_pallas.swa_prefill.arguments import PrefillArguments
-from kernels_pallas.swa_prefill.tpu import prefill_tpu
-from kernels_pallas.swa_prefill.tpu_tiles import Tiles
+from kernels_pallas.swa_prefill.pallas_tpu import prefill_tpu
+from kernels_pallas.swa_prefill.pallas_tpu_tiles import Tiles
 from kernels_pallas.swa_prefill.work_list import (
     FIRST,
     LAST,

@@ -1,0 +1,15 @@
+"""Models x policies x tasks: asked and judged; resumable. `swaa eval` is its command."""
+
+from swaa_jax.eval.run.config import EvalConfig, ModelEntry, PolicyEntry, Setting, TaskEntry
+from swaa_jax.eval.run.evaluation import Cell, Evaluation, evaluate
+
+__all__ = [
+    "EvalConfig",
+    "ModelEntry",
+    "PolicyEntry",
+    "Setting",
+    "TaskEntry",
+    "evaluate",
+    "Evaluation",
+    "Cell",
+]

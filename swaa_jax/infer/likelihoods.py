@@ -1,0 +1,278 @@
+"""How likely a model finds given continuations, under its attention policy.
+
+A row is context and continuation; the context's tokens are in stage PROMPT, the continuation's in
+stage ANSWER, as when the model had written them itself. The last context token is PROMPT, so the
+continuation's first token is predicted from a windowed row, as in generation.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from kernels_pallas import Stage
+from swaa_jax.infer.buckets import length_bucket, next_power_of_two, pad_right
+from swaa_jax.infer.decoding import SplitModel, Structure, split_model
+from swaa_jax.infer.prompts import check_context
+from swaa_jax.infer.row_policies import row_kinds, row_windows, run_kinds
+from swaa_jax.losses import Head, LossConfig, chunked_loss
+from swaa_jax.models import CausalLM
+from swaa_jax.policy import AttentionPolicy, LayerAttention
+from swaa_jax.runtime import to_host
+
+__all__ = [
+    "Continuation",
+    "Likelihood",
+    "model_head",
+    "score_continuations",
+    "score_policies",
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """What is scored, as token ids; both parts hold at least one.
+
+    Attributes:
+        context: what is given.
+        tokens: what is scored.
+        is_answer: the tokens' stage is ANSWER; else PROMPT, as for a text that is only read.
+    """
+
+    context: Sequence[int]
+    tokens: Sequence[int]
+    is_answer: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Likelihood:
+    """Of one continuation.
+
+    Attributes:
+        logprob: the sum of its tokens' natural log-probabilities.
+        is_greedy: every token is the likeliest one.
+    """
+
+    logprob: float
+    is_greedy: bool
+
+
+def score_continuations(
+    model: CausalLM,
+    continuations: Sequence[Continuation],
+    *,
+    batch_size: int = 8,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[Likelihood]:
+    """The likelihood of each continuation, in their order.
+
+    Rows are run in batches of similar length, padded to a bucket; neither changes what a row sees.
+
+    Args:
+        model: under the policy that is to be scored.
+        continuations: at least one token of context each.
+        batch_size: rows run at once, at most.
+        on_progress: called now and then with how many are done.
+
+    Raises:
+        ValueError: an empty context or continuation, a token id out of the vocabulary, or a row
+            beyond the model's context.
+    """
+    context = _check(model, continuations, batch_size)
+    split = split_model(model)
+    by_length = _longest_first(continuations)
+    found: dict[int, Likelihood] = {}
+    for start in range(0, len(by_length), batch_size):
+        group = by_length[start : start + batch_size]
+        found |= zip(group, _score(split, [continuations[i] for i in group], context), strict=True)
+        if on_progress is not None:
+            on_progress(len(found))
+    return [found[index] for index in range(len(continuations))]
+
+
+def score_policies(
+    model: CausalLM,
+    continuations: Sequence[Continuation],
+    policies: Sequence[AttentionPolicy],
+    *,
+    batch_size: int = 8,
+) -> list[list[Likelihood]]:
+    """The likelihood of each continuation under each policy: a list a policy, in their order.
+
+    Policies with the same sinks are rows of one program, compiled once for a width, whatever their
+    windows, full layers and decoding ("window" or "full") are. Those with full heads, a tail, or
+    decoding that differs by layer run each by itself. It saves compiling; a program of its own is
+    the faster one once it is there.
+
+    Args:
+        model: its own policy does not matter.
+        continuations: at least one token of context each.
+        policies: at least one.
+        batch_size: rows run at once, at most: continuations times policies.
+
+    Raises:
+        ValueError: as `score_continuations`, no policy, or one that does not fit the model.
+    """
+    if not policies:
+        raise ValueError("policies: expected at least one, got none")
+    context = _check(model, continuations, batch_size)
+    config = model.config
+    resolved = [
+        policy.resolve(config.num_layers, num_kv_heads=config.num_kv_heads) for policy in policies
+    ]
+    found: dict[int, list[Likelihood]] = {}
+    together: dict[int, list[int]] = {}
+    for number, policy in enumerate(policies):
+        shares = not policy.full_attention_heads and not policy.full_attention_tail
+        if shares and policy.decode in ("window", "full"):
+            together.setdefault(policy.num_sink_tokens, []).append(number)
+        else:
+            one = model.with_policy(policy)
+            found[number] = score_continuations(one, continuations, batch_size=batch_size)
+    split = split_model(model.with_policy(AttentionPolicy()))
+    for sinks, numbers in together.items():
+        scores: dict[int, dict[int, Likelihood]] = {number: {} for number in numbers}
+        work = [(number, row) for row in _longest_first(continuations) for number in numbers]
+        for start in range(0, len(work), batch_size):
+            part = work[start : start + batch_size]
+            # What is read is windowed, and so is an answer without FA decode.
+            group = [
+                continuations[row]
+                if policies[number].decode == "full"
+                else dataclasses.replace(continuations[row], is_answer=False)
+                for number, row in part
+            ]
+            layers = [resolved[number] for number, _ in part]
+            likelihoods = _score(split, group, context, layers=layers, num_sink_tokens=sinks)
+            for (number, row), likelihood in zip(part, likelihoods, strict=True):
+                scores[number][row] = likelihood
+        for number in numbers:
+            found[number] = [scores[number][row] for row in range(len(continuations))]
+    return [found[number] for number in range(len(policies))]
+
+
+def _check(model: CausalLM, continuations: Sequence[Continuation], batch_size: int) -> int | None:
+    """See that they can be scored; the model's context."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    for number, one in enumerate(continuations):
+        if not len(one.context) or not len(one.tokens):
+            raise ValueError(
+                f"continuation {number}: expected at least one token of context and one to score, "
+                f"got {len(one.context)} and {len(one.tokens)}"
+            )
+    context = getattr(model.config, "max_position_embeddings", None)
+    rows = [[*one.context, *one.tokens] for one in continuations]
+    check_context(rows, max_new_tokens=0, vocab_size=model.config.vocab_size, context=context)
+    return context
+
+
+def _longest_first(continuations: Sequence[Continuation]) -> list[int]:
+    """Their indices, so that those of similar length share a batch."""
+    lengths = [len(one.context) + len(one.tokens) for one in continuations]
+    return sorted(range(len(lengths)), key=lambda index: -lengths[index])
+
+
+def _score(
+    split: SplitModel,
+    group: Sequence[Continuation],
+    context: int | None,
+    *,
+    layers: Sequence[Sequence[LayerAttention]] | None = None,
+    num_sink_tokens: int = 0,
+) -> list[Likelihood]:
+    """One batch; with `layers`, every row under its own, which share their sinks."""
+    rows = [[*one.context, *one.tokens] for one in group]
+    count = next_power_of_two(len(rows))
+    width = length_bucket(max(len(row) for row in rows), limit=context)
+    tokens, lengths = pad_right(rows, num_rows=count, width=width, pad_id=0)
+    scored = length_bucket(max(len(one.tokens) for one in group), limit=width)
+    stages = np.full((count, width), Stage.PROMPT, np.int32)
+    targets, at = np.zeros((count, scored), np.int32), np.zeros((count, scored), np.int32)
+    for row, one in enumerate(group):
+        first, size = len(one.context), len(one.tokens)
+        if one.is_answer:
+            stages[row, first : first + size] = Stage.ANSWER
+        targets[row, :size] = one.tokens
+        at[row, :size] = np.arange(first - 1, first + size - 1)  # where each one is predicted
+    windows = None
+    if layers is not None:
+        windows = np.full((split.config.num_layers, count), width, np.int32)
+        for row, own in enumerate(layers):
+            windows[:, row] = row_windows(own, width)
+    losses = _token_losses(
+        split.arrays,
+        tokens,
+        lengths,
+        stages,
+        at,
+        targets,
+        windows,
+        structure=split.structure,
+        num_sink_tokens=num_sink_tokens,
+    )
+    nll, correct = map(to_host, losses)
+    return [
+        Likelihood(
+            logprob=-float(np.sum(nll[row, : len(one.tokens)], dtype=np.float64)),
+            is_greedy=bool(np.all(correct[row, : len(one.tokens)])),
+        )
+        for row, one in enumerate(group)
+    ]
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "num_sink_tokens"))
+def _token_losses(
+    arrays: tuple[Array, ...],
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    stage_ids: Int[Array, "B T"],
+    at: Int[Array, "B n"],
+    targets: Int[Array, "B n"],
+    windows_LB: Int[Array, "L B"] | None,
+    *,
+    structure: Structure,
+    num_sink_tokens: int,
+) -> tuple[Float[Array, "B n"], Bool[Array, "B n"]]:
+    """NLL of each target, predicted at row `at`; and whether it has the largest logit.
+
+    Without windows under the model's own policy; else FA decode where the stage is ANSWER.
+    """
+    model = structure.merge(arrays)
+    run_layers = None
+    if windows_LB is not None:
+        shared = LayerAttention(window=1, num_sink_tokens=num_sink_tokens, full_decode=True)
+        kinds = row_kinds([shared] * windows_LB.shape[0], windows_LB)
+        run_layers = run_kinds(model, kinds)
+    hidden = model.hidden_states(
+        tokens, lengths=lengths, stage_ids=stage_ids, run_layers=run_layers
+    ).hidden
+    hidden = jnp.take_along_axis(hidden, at[:, :, None], axis=1)
+    _, each = chunked_loss(
+        hidden,
+        model_head(model),
+        targets,
+        jnp.ones(targets.shape, jnp.float32),
+        config=LossConfig(),
+        each_target=True,
+        mesh=model.mesh,
+    )
+    assert each is not None  # what `each_target` asks for
+    return each.nll, each.correct
+
+
+def model_head(model: CausalLM) -> Head:
+    """The matrix of the model's logits, for `chunked_loss`; frozen."""
+    tied = model.lm_head is None
+    variable = model.embed_tokens.embedding if model.lm_head is None else model.lm_head.kernel
+    rows, columns = variable.get_metadata().get("axes") or (None, None)
+    return Head(
+        weight=variable[...],
+        vocab_axis=0 if tied else 1,
+        axes=(rows, columns),
+        softcap=model.config.logits_softcap,
+    )

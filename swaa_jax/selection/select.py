@@ -1,0 +1,261 @@
+"""`select_layers`: which layers keep full attention."""
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from swaa_jax._policy_fields import integer
+from swaa_jax.checkpoint.provenance import weight_marks
+from swaa_jax.data import Sample
+from swaa_jax.models import CausalLM
+from swaa_jax.policy import AttentionPolicy
+from swaa_jax.selection._checks import distinct_layers, number_from
+from swaa_jax.selection.calibration import check_samples, digest
+from swaa_jax.selection.gates import GatesConfig, gates
+from swaa_jax.selection.lazy_ratio import LazyRatioConfig, lazy_ratio
+from swaa_jax.selection.nll import add_one, remove_one
+from swaa_jax.selection.per_row import RowScorer
+from swaa_jax.selection.periodic import periodic
+from swaa_jax.selection.refine import backward, greedy, pairwise
+from swaa_jax.selection.store import Layers, Progress, Ranking, ScoreStore, claim
+from swaa_jax.typing import PathLike
+
+__all__ = ["METHODS", "Selection", "check_options", "select_layers"]
+
+METHODS = (
+    "periodic",
+    "lazy_ratio",
+    "add_one",
+    "remove_one",
+    "greedy",
+    "backward",
+    "pairwise",
+    "gates",
+)
+
+_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "periodic": ("offset",),
+    "greedy": ("max_evaluations",),
+    "backward": ("max_evaluations",),
+    "pairwise": ("max_evaluations", "start", "least_gain"),
+    "lazy_ratio": tuple(field.name for field in dataclasses.fields(LazyRatioConfig)),
+    "gates": tuple(field.name for field in dataclasses.fields(GatesConfig)),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which layers keep full attention, and why.
+
+    Attributes:
+        method: one of `METHODS`.
+        policy: the base policy with the layers, or heads, that were chosen.
+        chosen: those layers, sorted; empty where heads were chosen.
+        heads: chosen KV heads by layer; empty where layers were.
+        scores: of each layer; more is better, and only their order means anything.
+        nll_none, nll_chosen, nll_all: mean answer NLL with no layer full, with the chosen ones (or
+            heads), and with all; nats a token.
+        num_samples: calibration samples.
+        num_evaluations: sets of full layers that the method compared.
+        num_new: sets that had to be run, those of the three NLLs above included.
+        num_compiles: programs they were compiled to, in this call.
+        seconds: of all of it.
+        details: what else the method found, as JSON's types.
+    """
+
+    method: str
+    policy: AttentionPolicy
+    chosen: Layers
+    heads: Mapping[int, tuple[int, ...]]
+    scores: tuple[float, ...]
+    nll_none: float
+    nll_chosen: float
+    nll_all: float
+    num_samples: int
+    num_evaluations: int
+    num_new: int
+    num_compiles: int
+    seconds: float
+    details: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON's types."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {
+            **fields,
+            "policy": self.policy.to_dict(),
+            "chosen": list(self.chosen),
+            "scores": list(self.scores),
+            "heads": {str(layer): list(heads) for layer, heads in self.heads.items()},
+            "details": dict(self.details),
+        }
+
+
+def select_layers(
+    model: CausalLM,
+    samples: Sequence[Sample],
+    *,
+    method: str,
+    num_full_layers: int,
+    policy: AttentionPolicy,
+    directory: PathLike | None = None,
+    identity: Mapping[str, Any] | None = None,
+    rows_at_once: int | None = None,
+    progress: Progress | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Selection:
+    """Choose the layers that keep full attention.
+
+    Args:
+        model: from `load_model`; its own policy does not matter.
+        samples: prompts with answers (`read_calibration`). "periodic" with an `offset` needs them
+            only for the three NLLs of the result.
+        method: one of `METHODS`; each one's file beside this one says what it does.
+        num_full_layers: how many; with the gates' `per_head`, as many KV heads as they have.
+        policy: what the other layers get, window, sinks and decoding; no full layers.
+        directory: keeps what was evaluated. The same call again goes on there, and other methods
+            read it too.
+        identity: what else makes the model what it is (its name and revision), as JSON's types, so
+            that another one does not read these scores. What changes with its weight files always
+            belongs to it.
+        rows_at_once: samples times candidates that run at once; None: what fits into memory by a
+            rough count.
+        progress: told what is being done, and which part of it is done.
+        options: of the method: `offset` (periodic), `max_evaluations` (greedy, backward,
+            pairwise), `start` and `least_gain` (pairwise), and the fields of `LazyRatioConfig` and
+            `GatesConfig`.
+
+    Returns:
+        The selection; `selection.policy` is ready for `model.with_policy`.
+
+    Raises:
+        ValueError: an unknown method or option, a number of layers that leaves nothing to select,
+            samples on which layers cannot be compared, or a directory of another run.
+    """
+    started = time.perf_counter()
+    options = check_options(method, options or {})
+    count = model.config.num_layers
+    if not 0 < num_full_layers < count:
+        raise ValueError(
+            f"num_full_layers: expected 1 to {count - 1} of the model's {count} layers, got "
+            f"{num_full_layers}"
+        )
+    check_samples(model, samples, policy)
+    if directory is not None:
+        claim(directory, _identity(model, samples, policy, identity or {}))
+    scorer = RowScorer(model, samples, policy=policy, rows_at_once=rows_at_once)
+    store = ScoreStore(scorer, directory=directory, progress=progress)
+    if method == "lazy_ratio":
+        config = LazyRatioConfig(**options)
+        ranking = lazy_ratio(model, samples, num_full_layers, config=config, progress=progress)
+    elif method == "gates":
+        ranking = gates(
+            model,
+            samples,
+            num_full_layers,
+            policy=policy,
+            config=GatesConfig(**options),
+            directory=directory,
+            progress=progress,
+        )
+    else:
+        ranking = _BY_NLL[method](store, num_full_layers, **options)
+    chosen_policy = _with_chosen(policy, ranking)
+    none, every = (), tuple(range(count))
+    compared = [none, every] if ranking.heads is not None else [none, every, ranking.chosen]
+    nll = store.nll(compared, what="the chosen layers")
+    if ranking.heads is None:
+        nll_chosen = nll[ranking.chosen]
+    else:  # rows cannot tell heads apart
+        nll_chosen = float(np.mean(scorer.of_policy(chosen_policy)))
+    return Selection(
+        method=method,
+        policy=chosen_policy,
+        chosen=ranking.chosen,
+        heads=dict(ranking.heads or {}),
+        scores=ranking.scores,
+        nll_none=nll[none],
+        nll_chosen=nll_chosen,
+        nll_all=nll[every],
+        num_samples=len(samples),
+        num_evaluations=ranking.num_evaluations,
+        num_new=store.num_new,
+        num_compiles=scorer.num_compiles,
+        seconds=time.perf_counter() - started,
+        details=ranking.details,
+    )
+
+
+_BY_NLL: Mapping[str, Any] = {
+    "periodic": periodic,
+    "add_one": add_one,
+    "remove_one": remove_one,
+    "greedy": greedy,
+    "backward": backward,
+    "pairwise": pairwise,
+}
+
+
+def _with_chosen(policy: AttentionPolicy, ranking: Ranking) -> AttentionPolicy:
+    if ranking.heads is None:
+        return dataclasses.replace(policy, full_attention_layers=ranking.chosen)
+    heads = tuple(sorted(ranking.heads.items()))
+    return dataclasses.replace(policy, full_attention_heads=heads)
+
+
+_CHECKS: Mapping[str, Callable[[Any], Any]] = {
+    "offset": lambda value: integer("offset", value, minimum=0),
+    "max_evaluations": lambda value: integer("max_evaluations", value, minimum=1),
+    "start": lambda value: distinct_layers("start", value),
+    "least_gain": lambda value: number_from("least_gain", value, 0),
+}
+
+
+def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, once they are seen to be the method's and their values to be possible.
+
+    What depends on the model, such as which layers there are, is checked by `select_layers`.
+
+    Raises:
+        ValueError: an unknown method or option, or a value that it cannot have.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    known = _OPTIONS.get(method, ())
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise ValueError(
+            f"options: expected {', '.join(known) or 'none'} with the method {method!r}, got "
+            f"{unknown[0]!r}"
+        )
+    if method == "lazy_ratio":
+        LazyRatioConfig(**options)
+    elif method == "gates":
+        GatesConfig(**options)
+    else:
+        given = {name: value for name, value in options.items() if value is not None}
+        return {name: _CHECKS[name](value) for name, value in given.items()}
+    return dict(options)
+
+
+def _identity(
+    model: CausalLM,
+    samples: Sequence[Sample],
+    policy: AttentionPolicy,
+    more: Mapping[str, Any],
+) -> dict[str, Any]:
+    config = hashlib.sha256(model.config.hf_json.encode()).hexdigest()
+    return {
+        "model": None if model.source is None else str(model.source),
+        "config": config[:16],
+        "weights": weight_marks(model.source),
+        "dtype": str(model.dtype),
+        "samples": digest(samples)[:16],
+        "num_samples": len(samples),
+        "policy": policy.to_dict(),
+        **more,
+    }
