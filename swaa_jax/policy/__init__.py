@@ -1,0 +1,17 @@
+"""The attention policy that models, kernels, training and serving share. Open `policy.py` first."""
+
+from swaa_jax.policy.policy import (
+    AttentionPolicy,
+    HeadSelection,
+    HfExpressible,
+    LayerAttention,
+    LayerSelection,
+)
+
+__all__ = [
+    "AttentionPolicy",
+    "HeadSelection",
+    "HfExpressible",
+    "LayerAttention",
+    "LayerSelection",
+]
