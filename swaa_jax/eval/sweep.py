@@ -18,7 +18,7 @@ from swaa_jax.configs import config_path
 from swaa_jax.eval.judging.scorers import all_or_nothing, string_match_all, strip_thinking
 from swaa_jax.eval.run.answering import answer_prompts, even_batches, resolve_all
 from swaa_jax.eval.tasks.ruler import RulerSample, niah_multiquery
-from swaa_jax.infer import DecodeOptions, Generation, Timings
+from swaa_jax.infer import GenerateOptions, Generation, Timings
 from swaa_jax.policy import AttentionPolicy, LayerAttention
 from swaa_jax.typing import PathLike
 
@@ -255,7 +255,7 @@ def score_policies(
         [sample.prompt_ids for sample in samples],
         policies,
         batches=even_batches(len(samples), batch_size),
-        options=DecodeOptions(max_new_tokens=max_new_tokens),
+        options=GenerateOptions(max_new_tokens=max_new_tokens),
         progress=progress,
     ):
         generations[done.policy].append(done.generation)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from swaa_jax.infer import (
-    DecodeOptions,
+    GenerateOptions,
     Generation,
     Prefilled,
     check_prompts,
@@ -50,7 +50,7 @@ def answer_prompts(
     policies: Sequence[AttentionPolicy],
     *,
     batches: Sequence[Sequence[int]],
-    options: DecodeOptions,
+    options: GenerateOptions,
     skip: Callable[[AttentionPolicy, int], bool] | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> Iterator[Answers]:

@@ -32,7 +32,7 @@ from swaa_jax.eval.run.config import EvalConfig, ModelEntry, PolicyEntry, TaskEn
 from swaa_jax.eval.run.costs import CellCost, cell_cost
 from swaa_jax.eval.run.store import AnswerBatch, CellStore, fingerprint
 from swaa_jax.eval.tasks import Sample, encode_sample, opens_thinking
-from swaa_jax.infer import DecodeOptions, Timings
+from swaa_jax.infer import GenerateOptions, Timings
 from swaa_jax.lora import load_adapter, merge_lora
 from swaa_jax.models import CausalLM, load_model
 from swaa_jax.policy import AttentionPolicy
@@ -44,6 +44,12 @@ Progress = Callable[[str, float], None]
 
 API_KEY = "SWAA_JUDGE_API_KEY"
 """The environment variable of a judging model's key; it is never written anywhere."""
+
+_OPTIONS = (
+    *("max_new_tokens", "temperature", "top_k", "top_p", "seed", "sampling"),
+    *("stop", "stop_token_ids", "ignore_eos", "chunk_size"),
+)
+"""The options that an answer to given token ids depends on; stored answers are found by them."""
 
 _JUDGE_THREADS = 8
 """Answers that a judge looks at at once: one that is a model behind a URL takes its time."""
@@ -227,7 +233,7 @@ class _Asking:
             "task": {"kind": task.task.name, **dataclasses.asdict(task.task)},
             "thinking": thinking,
             "prompts": fingerprint(self._prompts),
-            "options": dataclasses.asdict(self._options),
+            "options": {name: getattr(self._options, name) for name in _OPTIONS},
             "attempts": attempts,
             "batch_size": config.batch_size,
         }
@@ -473,9 +479,9 @@ def _policies(
     return found
 
 
-def _decode_options(config: EvalConfig, task: TaskEntry, thinking: bool) -> DecodeOptions:
+def _decode_options(config: EvalConfig, task: TaskEntry, thinking: bool) -> GenerateOptions:
     longest = task.max_new_tokens or task.task.answer_tokens
-    return DecodeOptions(
+    return GenerateOptions(
         max_new_tokens=longest + (config.max_thinking_tokens if thinking else 0),
         temperature=config.temperature,
         top_k=config.top_k,
