@@ -22,7 +22,7 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 
 from swaa_jax.checkpoint import load_tokenizer
 from swaa_jax.configs import load_policy
-from swaa_jax.eval.judging.scorers import strip_thinking
+from swaa_jax.eval.judging import strip_thinking
 from swaa_jax.infer import GenerateOptions, generate
 from swaa_jax.infer.likelihoods import Continuation, score_continuations
 from swaa_jax.lora import load_adapter, merge_lora

@@ -15,7 +15,7 @@ from etils import epath
 from swaa_jax._policy_fields import parse_yaml
 from swaa_jax.attention import split_heads
 from swaa_jax.configs import config_path
-from swaa_jax.eval.judging.scorers import all_or_nothing, string_match_all, strip_thinking
+from swaa_jax.eval.judging import all_or_nothing, string_match_all, strip_thinking
 from swaa_jax.eval.run.answering import answer_prompts, even_batches, resolve_all
 from swaa_jax.eval.tasks.ruler import RulerSample, niah_multiquery
 from swaa_jax.infer import GenerateOptions, Generation, Timings

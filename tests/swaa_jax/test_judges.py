@@ -2,7 +2,7 @@
 
 import pytest
 
-from swaa_jax.eval.judging.judges import Judged, Verdict, make_judge
+from swaa_jax.eval.judging import Judged, Verdict, make_judge
 
 LETTERS = ("B",)
 CHOICE = "The correct answer is "

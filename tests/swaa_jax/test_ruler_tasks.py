@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import swaa_jax as swaa
-from swaa_jax.eval.judging.judges import Judged, make_judge
+from swaa_jax.eval.judging import Judged, make_judge
 from swaa_jax.eval.tasks import encode_sample, make_task
 from swaa_jax.eval.tasks.ruler import (
     HAYSTACKS,

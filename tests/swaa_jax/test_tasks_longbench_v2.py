@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from swaa_jax.eval.judging.judges import Judged, make_judge
+from swaa_jax.eval.judging import Judged, make_judge
 from swaa_jax.eval.tasks import LongBenchV2Task, make_task
 from tests.support import byte_tokenizer
 

@@ -25,8 +25,7 @@ from swaa_jax.checkpoint.provenance import (
     describe_versions,
     weight_marks,
 )
-from swaa_jax.eval.judging.judges import Judge, Judged, make_judge
-from swaa_jax.eval.judging.scorers import strip_thinking
+from swaa_jax.eval.judging import Judge, Judged, make_judge, strip_thinking
 from swaa_jax.eval.run.answering import answer_prompts, even_batches, resolve_all
 from swaa_jax.eval.run.config import EvalConfig, ModelEntry, PolicyEntry, TaskEntry
 from swaa_jax.eval.run.costs import CellCost, cell_cost

@@ -42,7 +42,7 @@ class Task(abc.ABC):
     Class attributes:
         name: in configs and results.
         judge: who decides, with its settings: arguments of `make_judge` in
-            `swaa_jax.eval.judging.judges`.
+            `swaa_jax.eval.judging`.
         max_new_tokens: the longest answer without thinking, by default.
     """
 
