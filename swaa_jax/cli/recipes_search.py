@@ -49,8 +49,14 @@ def run_search(args: argparse.Namespace, *, num_layers: int) -> int:
     from swaa_jax.cli.progress import progress_bar
     from swaa_jax.eval.run import ModelEntry
     from swaa_jax.eval.run.config import task_entry
-    from swaa_jax.eval.search import SearchConfig, SearchSpace, search_policies, suggest_windows
-    from swaa_jax.eval.search_report import HEADINGS, candidate_cells, write_search
+    from swaa_jax.eval.search import (
+        SearchConfig,
+        SearchSpace,
+        search_policies,
+        suggest_windows,
+        write_search,
+    )
+    from swaa_jax.eval.search.report import HEADINGS, candidate_cells
     from swaa_jax.eval.tasks import encode_sample
 
     runtime.enable_compilation_cache()

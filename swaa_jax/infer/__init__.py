@@ -1,7 +1,7 @@
 """Generation: prompts in, answers out, under the model's attention policy.
 
-`generate` and `stream` are the whole of it for most users. A sweep over policies reads its prompts
-once with `prefill_prompts` and answers them with `decode_from`.
+`generate` and `stream` are the whole of it for most users. Policies that read a prompt alike share
+it: `prefill_prompts` reads it once, `decode_from` answers it under each.
 """
 
 from swaa_jax.infer.decoding import Prefilled, compile_counts, prefill_prompts

@@ -7,7 +7,7 @@ import pytest
 
 from swaa_jax.cli.main import main
 from swaa_jax.configs import Needs, load_policy
-from swaa_jax.eval import recipes
+from swaa_jax.eval.search import recipes
 from swaa_jax.infer import prefill_prompts
 from swaa_jax.lora import without_lora
 from tests.support.training import lora_model

@@ -106,7 +106,8 @@ class EvalConfig:
         tasks: what all of them are asked.
         output_dir: where everything goes; what is there already is not done again.
         thinking: the modes of the chat template's `enable_thinking`.
-        max_thinking_tokens: added to an answer's longest length where the model thinks.
+        max_thinking_tokens: added to an answer's longest length where the model thinks; 0: that
+            length holds for thinking and answer together.
         attempts: answers to each sample; more than one wants a temperature.
         temperature, top_k, top_p: how tokens are drawn; 0 is greedy.
         seed: of the draws, the resampling, and the choice of shown examples.
@@ -143,9 +144,11 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         put = field_setter(self)
-        for name in ("attempts", "batch_size", "max_thinking_tokens"):
-            put(name, integer(name, getattr(self, name), minimum=1))
-        put("skip_samples", integer("skip_samples", self.skip_samples, minimum=0))
+        for name, minimum in (
+            *(("attempts", 1), ("batch_size", 1)),
+            *(("max_thinking_tokens", 0), ("skip_samples", 0)),
+        ):
+            put(name, integer(name, getattr(self, name), minimum=minimum))
         if self.limit is not None:
             put("limit", integer("limit", self.limit, minimum=1))
         if self.attempts > 1 and not self.temperature:
@@ -176,6 +179,17 @@ class EvalConfig:
         if not self.tasks:
             raise ValueError("tasks: expected at least one, got none.")
         _check_distinct("tasks", [entry.name for entry in self.tasks])
+
+    def without_adapter(self, label: str) -> str:
+        """The label of the same checkpoint without adapters, where it is among the models."""
+        entries = {m.label: m for setting in self.settings for m in setting.models}
+        if label not in entries or entries[label].adapter is None:
+            return label
+        bare = dataclasses.replace(entries[label], adapter=None, name=None)
+        same = (
+            name for name, entry in entries.items() if dataclasses.replace(entry, name=None) == bare
+        )
+        return next(same, label)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "EvalConfig":

@@ -1,4 +1,4 @@
-"""What a task is: settings in, samples out. `swaa_jax.eval.evaluate` asks and scores them."""
+"""What a task is: settings in, samples out. `swaa_jax.eval.run` asks and scores them."""
 
 import abc
 import dataclasses

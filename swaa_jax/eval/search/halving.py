@@ -17,8 +17,9 @@ from typing import Any
 
 from swaa_jax._policy_fields import LayerSelection
 from swaa_jax.eval.report.statistics import Interval, bootstrap_interval
-from swaa_jax.eval.run import EvalConfig, ModelEntry, PolicyEntry, Setting, TaskEntry
-from swaa_jax.eval.run.evaluation import Cell, Progress, evaluate, load_entry
+from swaa_jax.eval.run import Cell, EvalConfig, ModelEntry, PolicyEntry, Setting, TaskEntry
+from swaa_jax.eval.run.evaluation import Progress, evaluate
+from swaa_jax.eval.run.loading import load_entry
 from swaa_jax.policy import AttentionPolicy
 
 __all__ = [
@@ -204,7 +205,7 @@ def search_policies(
         cells = evaluate(part, load=lambda _: loaded, progress=progress).cells
         rounds += 1
         known |= {cell.policy: _grown(known.get(cell.policy), cell, rounds) for cell in cells}
-        answers += sum(len(cell.rows) for cell in cells)
+        answers += sum(len(cell.answers) for cell in cells)
         start += size
         alive = _within(alive, known, config)
         if start >= total:
@@ -242,10 +243,10 @@ def suggest_windows(prompt_lengths: Sequence[int]) -> tuple[int, ...]:
 def _grown(before: Candidate | None, cell: Cell, rounds: int) -> Candidate:
     """A candidate with a further round's scores and costs, a sample's attempts as their mean."""
     by_sample: dict[str, list[float]] = {}
-    for row in cell.rows:
-        by_sample.setdefault(row["sample"], []).append(row["score"])
+    for answer in cell.answers:
+        by_sample.setdefault(answer["sample"], []).append(answer["score"])
     scores = tuple(sum(scores) / len(scores) for scores in by_sample.values())
-    lengths = {row["sample"]: row["prompt_tokens"] for row in cell.rows}
+    lengths = {answer["sample"]: answer["prompt_tokens"] for answer in cell.answers}
     full_pairs = sum(length * (length + 1) / 2 for length in lengths.values())
     pairs = cell.cost.prefill_share * full_pairs
     cache_bytes = cell.cost.cache_bytes_per_sample or 0
