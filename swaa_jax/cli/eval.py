@@ -21,8 +21,8 @@ examples:
       `prompt`, or `context` and `question`; and `answer`. Then open eval_output/report.html
 
   swaa eval --model tiny-retriever --task ruler,variant=niah_multiquery,length=1024 \\
-      --policies full,window=64,window=64+sinks=4+decode=full --thinking both
-      RULER on the shipped model; policies by their fields
+      --policies full,window=64,window=64,sinks=4,decode=full --thinking both
+      RULER on the shipped model; policies by their fields, a new one at each window=
 
   swaa eval mine.yaml
       everything in one file:
@@ -82,7 +82,7 @@ def add_parser(subparsers: Any) -> None:
     ask.add_argument(
         "--policies",
         metavar="LIST",
-        help="shipped names, files, or fields joined by + as in window=64+decode=full; default: "
+        help="shipped names, files, or fields as in full,window=64,window=64,decode=full; default: "
         + ",".join(_POLICIES),
     )
     add_task_arguments(ask)
@@ -144,10 +144,11 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
     """
     from etils import epath
 
-    from swaa_jax.configs import config_path
+    from swaa_jax.configs import find_config
     from swaa_jax.eval.run import EvalConfig
     from swaa_jax.eval.run.config import read_document
-    from swaa_jax.train.run_config import with_overrides
+    from swaa_jax.fields import with_overrides
+    from swaa_jax.policy import split_policies
 
     overrides = list(args.overrides)
     path = args.config
@@ -164,18 +165,18 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
         raise ValueError(
             f"CONFIG: expected YAML or JSON, got {path}; questions go to --data {path}"
         )
-    if args.policies is not None and not _split(args.policies):
+    policies = None if args.policies is None else split_policies(args.policies)
+    if policies == []:
         raise ValueError(f"--policies: expected at least one, got {args.policies!r}")
-    if path is not None and not path.endswith((".yaml", ".yml", ".json")):
-        path = str(config_path("eval", path))
+    if path is not None:
+        path = str(find_config("eval", path))
     try:
         fields = {} if path is None else read_document(epath.Path(path).read_text())
         if args.model:
             fields.pop("settings", None)
             fields["models"] = args.model
             fields.setdefault("policies", list(_POLICIES))
-        if args.policies is not None:
-            policies = [_policy(text) for text in _split(args.policies)]
+        if policies is not None:
             fields["policies"] = policies
             if "settings" in fields:
                 fields["settings"] = [{**one, "policies": policies} for one in fields["settings"]]
@@ -196,33 +197,6 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
         if path is None:
             raise
         raise ValueError(f"{path}: {error}") from error
-
-
-def _split(text: str) -> list[str]:
-    """Policies, separated by commas."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _policy(text: str) -> Any:
-    """A name or file as it is; fields, joined by +, as a policy.
-
-    Lists have a + too: full_layers=1+3, heads=3:0+2;5:1.
-    """
-    import os
-    import re
-
-    from swaa_jax.cli.policy_args import parse_policy
-
-    if "=" not in text or os.path.exists(text):
-        return text
-    fields = re.split(r"\+(?=\s*[A-Za-z_-]+=)", text)
-    if not any(field.strip().startswith("window=") for field in fields):
-        raise ValueError(
-            f"--policies: expected window=N among a policy's fields, got {text!r}; fields of one "
-            "policy are joined by +, as in window=64+sinks=4, policies by commas"
-        )
-    lists = [one.replace(";", ",") if "heads=" in one else one.replace("+", ",") for one in fields]
-    return parse_policy(",".join(lists))
 
 
 def _print_table(summaries: "list[CellSummary]") -> None:

@@ -97,9 +97,9 @@ def test_policies_that_differ_in_decode_share_one_prefill(tok, model, monkeypatc
     samples = samples_of(tok, thinking=True, count=1)
     scores = sweep.score_policies(model, tok, samples, POLICIES, thinking=True, max_new_tokens=3)
     assert [str(policy) for policy in reads] == [
-        "full attention",
-        "window 16, FA decode",
-        "window 16 + 3 sinks, full layers 1::2, FA decode",
+        "full",
+        "window=16,decode=full",
+        "window=16,sinks=3,full_layers=1::2,decode=full",
     ]
     by_policy = {score.policy: score.timings for score in scores}
     window, fa_decode, partly = (by_policy[POLICIES[i]] for i in (1, 2, 4))
