@@ -6,7 +6,6 @@ import sys
 from typing import Any
 
 from swaa_jax.cli import process_args
-from swaa_jax.cli.progress import progress_bar
 
 _SHIPPED = "tiny-retriever"
 _SHIPPED_ADAPTER = "tiny-retriever-lora"
@@ -135,6 +134,7 @@ def run(args: argparse.Namespace) -> int:
     from swaa_jax.checkpoint.provenance import describe_model
     from swaa_jax.eval import plot, sweep
     from swaa_jax.eval import sweep_report as report
+    from swaa_jax.progress import show_progress
     from swaa_jax.storage import write_text_atomic
 
     process_args.start(args)
@@ -162,9 +162,9 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console(soft_wrap=False)
     console.print(_introduction(args, settings, policies, dtype=dtype), highlight=False)
-    with progress_bar() as progress:
+    with show_progress("starting", total=1) as bar:
         results = sweep.run_sweep(
-            model, tok, policies, settings, adapted=adapted, progress=progress
+            model, tok, policies, settings, adapted=adapted, progress=bar.show
         )
     if not runtime.is_main_process():
         return 0

@@ -95,19 +95,16 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    import contextlib
-
     from swaa_jax import runtime
-    from swaa_jax.cli.progress import progress_bar
     from swaa_jax.eval.report import summarize, write_evaluation
     from swaa_jax.eval.report.summary import remarks
     from swaa_jax.eval.run import evaluate
+    from swaa_jax.progress import show_progress
 
     config = _config(args)
     process_args.start(args)
-    bar = contextlib.nullcontext(None) if args.quiet else progress_bar()
-    with bar as progress:
-        done = evaluate(config, mesh=process_args.mesh_from_args(args), progress=progress)
+    with show_progress("starting", total=1, enabled=not args.quiet) as bar:
+        done = evaluate(config, mesh=process_args.mesh_from_args(args), progress=bar.show)
     if not runtime.is_main_process():
         return 0
     summaries = summarize(done)

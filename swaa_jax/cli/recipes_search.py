@@ -45,13 +45,13 @@ def run_search(args: argparse.Namespace, *, num_layers: int) -> int:
     from rich.table import Table
 
     from swaa_jax import load_tokenizer, runtime
-    from swaa_jax.cli.progress import progress_bar
     from swaa_jax.eval.run import ModelEntry
     from swaa_jax.eval.run.config import task_entry
     from swaa_jax.eval.search import SearchConfig, SearchSpace, search_policies, suggest_windows
     from swaa_jax.eval.search_report import HEADINGS, candidate_cells, write_search
     from swaa_jax.eval.tasks import encode_sample
     from swaa_jax.policy import parse_fields
+    from swaa_jax.progress import show_progress
 
     runtime.enable_compilation_cache()
     tasks = with_judge(tasks_from_args(args), args)
@@ -85,7 +85,7 @@ def run_search(args: argparse.Namespace, *, num_layers: int) -> int:
         first_samples=args.first_samples,
     )
     print(f"{len(policies)} candidates and full attention, windows {', '.join(map(str, windows))}")
-    with progress_bar() as progress:
+    with show_progress("starting", total=1) as bar:
         found = search_policies(
             ModelEntry(path=args.model),
             task,
@@ -97,7 +97,7 @@ def run_search(args: argparse.Namespace, *, num_layers: int) -> int:
                 "batch_size": args.batch_size,
                 "limit": args.limit,
             },
-            progress=progress,
+            progress=bar.show,
         )
     if not runtime.is_main_process():
         return 0

@@ -27,6 +27,7 @@ from swaa_jax.infer.likelihoods import Continuation, score_continuations
 from swaa_jax.lora import load_adapter, merge_lora
 from swaa_jax.models import load_model
 from swaa_jax.policy import AttentionPolicy, load_policy, parse_fields
+from swaa_jax.progress import show_progress
 
 __all__ = ["SwaaLM"]
 
@@ -254,15 +255,12 @@ class SwaaLM(TemplateLM):
         return options
 
     def _score(self, asked: Sequence[Continuation], quiet: bool) -> list[tuple[float, bool]]:
-        from tqdm import tqdm
-
-        with tqdm(total=len(asked), desc="Scoring", disable=quiet) as bar:
-
-            def show(done: int) -> None:
-                bar.update(done - bar.n)
-
+        with show_progress("scoring", total=len(asked), unit="texts", enabled=not quiet) as bar:
             found = score_continuations(
-                self.model, asked, batch_size=self.batch_size, on_progress=show
+                self.model,
+                asked,
+                batch_size=self.batch_size,
+                on_progress=lambda done: bar.show(bar.text, done),
             )
         return [(one.logprob, one.is_greedy) for one in found]
 

@@ -1,6 +1,5 @@
 """`generate` and `stream`: prompts in, answers out, over the model's public prefill and decode."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from swaa_jax.infer.prompts import check_context, encode_prompts
 from swaa_jax.infer.sampling import SamplingParams
 from swaa_jax.infer.stopping import AnswerRow, FinishReason, StopRules, make_stop_rules
 from swaa_jax.infer.timings import Timings
+from swaa_jax.progress import show_progress
 
 DEFAULT_BATCH_SIZE = 8
 STREAM_STEPS = 4
@@ -163,7 +163,8 @@ def generate(
     size = batch_size or DEFAULT_BATCH_SIZE
     rows: dict[int, AnswerRow] = {}
     timings = []
-    with _progress_bar(len(encoded) * max_new_tokens, show=progress) as advance:
+    total = len(encoded) * max_new_tokens
+    with show_progress("generating", total=total, unit="tokens", enabled=progress) as bar:
         for start in range(0, len(by_length), size):
             group = by_length[start : start + size]
             prefilled = prefill_prompts(
@@ -176,7 +177,7 @@ def generate(
             )
             run = session.start(split, prefilled, warmup=warmup)
             for _ in run.calls:
-                advance(start * max_new_tokens + run.progress)
+                bar.show(bar.text, start * max_new_tokens + run.progress)
             rows.update(zip(group, run.rows, strict=True))
             timings.append(run.timings())
     return _generation([rows[index] for index in range(len(encoded))], Timings.total(timings))
@@ -447,17 +448,3 @@ def _generation(rows: Sequence[AnswerRow], timings: Timings) -> Generation:
         finish_reasons=tuple(reasons),  # pyright: ignore[reportArgumentType]
         timings=timings,
     )
-
-
-@contextlib.contextmanager
-def _progress_bar(total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, or nothing; gives the function that sets how far it is."""
-    if not show:
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("generating", total=total)
-        yield lambda done: bar.update(task, completed=done)

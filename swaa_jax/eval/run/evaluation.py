@@ -30,12 +30,13 @@ from swaa_jax.eval.judging.scorers import strip_thinking
 from swaa_jax.eval.run.answering import answer_prompts, even_batches, resolve_all
 from swaa_jax.eval.run.config import EvalConfig, ModelEntry, PolicyEntry, TaskEntry
 from swaa_jax.eval.run.costs import CellCost, cell_cost
-from swaa_jax.eval.run.store import AnswerBatch, CellStore, fingerprint
+from swaa_jax.eval.run.store import AnswerBatch, CellStore
 from swaa_jax.eval.tasks import Sample, encode_sample, opens_thinking
 from swaa_jax.infer import DecodeOptions, Timings
 from swaa_jax.lora import load_adapter, merge_lora
 from swaa_jax.models import CausalLM, load_model
 from swaa_jax.policy import AttentionPolicy
+from swaa_jax.runs import fingerprint
 
 __all__ = ["Cell", "Evaluation", "evaluate"]
 
