@@ -6,7 +6,7 @@ Examples:
     >>> import swaa_jax as swaa
     >>> policy = swaa.AttentionPolicy(window=2048, num_sink_tokens=10, decode="full")
     >>> str(policy)
-    'window 2048 + 10 sinks, FA decode'
+    'window=2048,sinks=10,decode=full'
 """
 
 import importlib

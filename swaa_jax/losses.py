@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from swaa_jax.fields import check_range
+from swaa_jax.fields import check_fields, integer, number, or_none
 from swaa_jax.sharding import RULES, spec_for
 
 _LOGITS_BYTES = 320 << 20
@@ -60,19 +60,20 @@ class LossConfig:
     router_loss: float | None = None
 
     def __post_init__(self) -> None:
-        check_range("sft", self.sft, least=0.0)
-        check_range("self_distill", self.self_distill, least=0.0)
-        check_range("temperature", self.temperature, above=0.0)
+        check_fields(
+            self,
+            sft=number(least=0),
+            self_distill=number(least=0),
+            temperature=number(above=0),
+            top_k=or_none(integer(least=1)),
+            chunk_tokens=or_none(integer(least=1)),
+            router_loss=or_none(number(least=0)),
+        )
         if self.sft == 0.0 and self.self_distill == 0.0:
             raise ValueError(
                 "loss: expected sft or self_distill above 0, got 0 for both; nothing would be "
                 "trained"
             )
-        for name in ("top_k", "chunk_tokens"):
-            if (value := getattr(self, name)) is not None:
-                check_range(name, value, least=1)
-        if self.router_loss is not None:
-            check_range("router_loss", self.router_loss, least=0.0)
 
 
 @jax.tree_util.register_dataclass

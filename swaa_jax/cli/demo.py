@@ -127,16 +127,16 @@ def run(args: argparse.Namespace) -> int:
     # Slow to import, hence not above: `swaa --help` stays fast.
     from swaa_jax import runtime
     from swaa_jax.cli.eval import print_results, typed_command
-    from swaa_jax.cli.progress import progress_bar
     from swaa_jax.eval.report import summarize, write_evaluation
     from swaa_jax.eval.run import EvalConfig, evaluate
+    from swaa_jax.progress import show_progress
     from swaa_jax.storage import write_text_atomic
 
     process_args.start(args)
     config = EvalConfig.from_dict(_fields(args))
     print(textwrap.fill(_introduction(config), 80))
-    with progress_bar() as progress:
-        done = evaluate(config, progress=progress)
+    with show_progress("starting", total=1) as bar:
+        done = evaluate(config, progress=bar.show)
     if not runtime.is_main_process():
         return 0
     summaries = summarize(done)

@@ -23,8 +23,8 @@ examples:
       `prompt`, or `context` and `question`; and `answer`. Then open eval_output/report.html
 
   swaa eval --model tiny-retriever --task ruler,variant=niah_multiquery,length=1024 \\
-      --policies full,window=64,window=64+sinks=4+decode=full --thinking both
-      RULER on the shipped model; policies by their fields
+      --policies full,window=64,window=64,sinks=4,decode=full --thinking both
+      RULER on the shipped model; policies by their fields, a new one at each window=
 
   swaa eval mine.yaml
       everything in one file:
@@ -85,7 +85,7 @@ def add_parser(subparsers: Any) -> None:
     ask.add_argument(
         "--policies",
         metavar="LIST",
-        help="shipped names, files, or fields joined by + as in window=64+decode=full; default: "
+        help="shipped names, files, or fields as in full,window=64,window=64,decode=full; default: "
         + ",".join(_POLICIES),
     )
     add_task_arguments(ask)
@@ -98,18 +98,15 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    import contextlib
-
     from swaa_jax import runtime
-    from swaa_jax.cli.progress import progress_bar
     from swaa_jax.eval.report import summarize, write_evaluation
     from swaa_jax.eval.run import evaluate
+    from swaa_jax.progress import show_progress
 
     config = _config(args)
     process_args.start(args)
-    bar = contextlib.nullcontext(None) if args.quiet else progress_bar()
-    with bar as progress:
-        done = evaluate(config, mesh=process_args.mesh_from_args(args), progress=progress)
+    with show_progress("starting", total=1, enabled=not args.quiet) as bar:
+        done = evaluate(config, mesh=process_args.mesh_from_args(args), progress=bar.show)
     if not runtime.is_main_process():
         return 0
     summaries = summarize(done)
@@ -162,10 +159,11 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
     """
     from etils import epath
 
-    from swaa_jax.configs import config_path
+    from swaa_jax.configs import find_config
     from swaa_jax.eval.run import EvalConfig
     from swaa_jax.eval.run.config import read_document
-    from swaa_jax.train.run_config import with_overrides
+    from swaa_jax.fields import with_overrides
+    from swaa_jax.policy import split_policies
 
     overrides = list(args.overrides)
     path = args.config
@@ -182,18 +180,18 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
         raise ValueError(
             f"CONFIG: expected YAML or JSON, got {path}; questions go to --data {path}"
         )
-    if args.policies is not None and not _split(args.policies):
+    policies = None if args.policies is None else split_policies(args.policies)
+    if policies == []:
         raise ValueError(f"--policies: expected at least one, got {args.policies!r}")
-    if path is not None and not path.endswith((".yaml", ".yml", ".json")):
-        path = str(config_path("eval", path))
+    if path is not None:
+        path = str(find_config("eval", path))
     try:
         fields = {} if path is None else read_document(epath.Path(path).read_text())
         if args.model:
             fields.pop("settings", None)
             fields["models"] = args.model
             fields.setdefault("policies", list(_POLICIES))
-        if args.policies is not None:
-            policies = [_policy(text) for text in _split(args.policies)]
+        if policies is not None:
             fields["policies"] = policies
             if "settings" in fields:
                 fields["settings"] = [{**one, "policies": policies} for one in fields["settings"]]
@@ -214,30 +212,3 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
         if path is None:
             raise
         raise ValueError(f"{path}: {error}") from error
-
-
-def _split(text: str) -> list[str]:
-    """Policies, separated by commas."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _policy(text: str) -> Any:
-    """A name or file as it is; fields, joined by +, as a policy.
-
-    Lists have a + too: full_layers=1+3, heads=3:0+2;5:1.
-    """
-    import os
-    import re
-
-    from swaa_jax.cli.policy_args import parse_policy
-
-    if "=" not in text or os.path.exists(text):
-        return text
-    fields = re.split(r"\+(?=\s*[A-Za-z_-]+=)", text)
-    if not any(field.strip().startswith("window=") for field in fields):
-        raise ValueError(
-            f"--policies: expected window=N among a policy's fields, got {text!r}; fields of one "
-            "policy are joined by +, as in window=64+sinks=4, policies by commas"
-        )
-    lists = [one.replace(";", ",") if "heads=" in one else one.replace("+", ",") for one in fields]
-    return parse_policy(",".join(lists))

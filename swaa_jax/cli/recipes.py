@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from swaa_jax.cli.recipes_search import add_search_arguments, run_search
 
 if TYPE_CHECKING:
-    from swaa_jax.configs import Needs
     from swaa_jax.eval.search.recipes import ModelSize, Recipe
+    from swaa_jax.policy import Needs
 
 _EPILOG = """\
 examples:
@@ -79,8 +79,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from swaa_jax.configs import Needs, config_path
+    from swaa_jax.configs import config_path
     from swaa_jax.eval.search.recipes import QWEN3_4B, list_recipes, recommend
+    from swaa_jax.policy import Needs
 
     if args.search:
         if args.model is None:

@@ -147,12 +147,11 @@ def run(args: argparse.Namespace) -> int:
     options = _options(args)
     process_args.start(args)
 
-    import contextlib
     import shlex
     import sys
 
     from swaa_jax import AttentionPolicy, load_model, load_tokenizer, runtime
-    from swaa_jax.cli.progress import progress_bar
+    from swaa_jax.progress import show_progress
     from swaa_jax.selection import check_options, read_calibration, select_layers
     from swaa_jax.selection.report import write_selection
 
@@ -172,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
         mesh=process_args.mesh_from_args(args),
         revision=args.revision,
     )
-    with contextlib.nullcontext() if args.quiet else progress_bar() as progress:
+    with show_progress("starting", total=1, enabled=not args.quiet) as bar:
         found = select_layers(
             model,
             samples,
@@ -182,7 +181,7 @@ def run(args: argparse.Namespace) -> int:
             directory=args.output,
             identity={"model": args.model, "revision": args.revision},
             rows_at_once=args.rows_at_once,
-            progress=progress,
+            progress=bar.show,
             options=options,
         )
     if not runtime.is_main_process():

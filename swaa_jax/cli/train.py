@@ -76,12 +76,10 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     # Slow to import, hence not above: `swaa --help` stays fast.
-    from swaa_jax.configs import config_path
+    from swaa_jax.configs import find_config
     from swaa_jax.train import TrainConfig, plan_run, train
 
-    is_path = args.config.endswith((".yaml", ".yml", ".json"))
-    path = args.config if is_path else config_path("train", args.config)
-    config = TrainConfig.load(path, args.overrides)
+    config = TrainConfig.load(find_config("train", args.config), args.overrides)
     process_args.start(args)
     shows = sys.stderr.isatty()
     if args.dry_run:

@@ -1,6 +1,5 @@
 """`generate` and `stream`: prompts in, answers out, over the model's public prefill and decode."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from swaa_jax.infer.sampling import SamplingParams
 from swaa_jax.infer.stopping import AnswerRow, FinishReason, StopRules, make_stop_rules
 from swaa_jax.infer.timings import Timings
 from swaa_jax.models import CausalLM
+from swaa_jax.progress import show_progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,7 +84,8 @@ def generate(
     size = options.batch_size or DEFAULT_BATCH_SIZE
     rows: dict[int, AnswerRow] = {}
     timings = []
-    with _progress_bar(len(encoded) * limit, show=options.progress) as advance:
+    total, show = len(encoded) * limit, options.progress
+    with show_progress("generating", total=total, unit="tokens", enabled=show) as bar:
         for start in range(0, len(by_length), size):
             group = by_length[start : start + size]
             prefilled = prefill_prompts(
@@ -97,7 +98,7 @@ def generate(
             )
             run = session.start(split, prefilled)
             for _ in run.calls:
-                advance(start * limit + run.progress)
+                bar.show(bar.text, start * limit + run.progress)
             rows.update(zip(group, run.rows, strict=True))
             timings.append(run.timings())
     return _generation([rows[index] for index in range(len(encoded))], Timings.total(timings))
@@ -330,17 +331,3 @@ def _generation(rows: Sequence[AnswerRow], timings: Timings) -> Generation:
         finish_reasons=tuple(reasons),  # pyright: ignore[reportArgumentType]
         timings=timings,
     )
-
-
-@contextlib.contextmanager
-def _progress_bar(total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, or nothing; gives the function that sets how far it is."""
-    if not show:
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("generating", total=total)
-        yield lambda done: bar.update(task, completed=done)

@@ -13,6 +13,7 @@ from swaa_jax.checkpoint.provenance import weight_marks
 from swaa_jax.data import Sample
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy
+from swaa_jax.runs import claim
 from swaa_jax.selection._checks import distinct_layers, number_from
 from swaa_jax.selection.calibration import check_samples, digest
 from swaa_jax.selection.gates import GatesConfig, gates
@@ -21,7 +22,7 @@ from swaa_jax.selection.nll import add_one, remove_one
 from swaa_jax.selection.per_row import RowScorer
 from swaa_jax.selection.periodic import periodic
 from swaa_jax.selection.refine import backward, greedy, pairwise
-from swaa_jax.selection.store import Layers, Progress, Ranking, ScoreStore, claim
+from swaa_jax.selection.store import Layers, Progress, Ranking, ScoreStore
 from swaa_jax.typing import PathLike
 
 __all__ = ["METHODS", "Selection", "check_options", "select_layers"]
@@ -146,7 +147,8 @@ def select_layers(
         )
     check_samples(model, samples, policy)
     if directory is not None:
-        claim(directory, _identity(model, samples, policy, identity or {}))
+        about = _identity(model, samples, policy, identity or {})
+        claim(directory, about, file="selection_run.json", what="the scores")
     scorer = RowScorer(model, samples, policy=policy, rows_at_once=rows_at_once)
     store = ScoreStore(scorer, directory=directory, progress=progress)
     if method == "lazy_ratio":

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from swaa_jax.runs import differences
 from swaa_jax.runtime import is_main_process, wait_for_all
 from swaa_jax.storage import (
     CheckpointError,
@@ -41,7 +42,6 @@ COMMIT_FILE = "checkpoint.json"
 FOLDER = "checkpoints"
 _SCHEMA_VERSION = 1
 _STEP = re.compile(r"\d{8,}")
-_SHOWN = 6
 
 
 class CheckpointMismatchError(CheckpointError):
@@ -395,26 +395,8 @@ def all_processes(good: bool) -> bool:
 
 
 def _check_same(path: epath.Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    old, new = _flat(saved), _flat(current)
-    differing = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-    if not differing:
-        return
-    shown = [
-        f"{name} was {old.get(name, 'absent')!r} and is {new.get(name, 'absent')!r}"
-        for name in differing[:_SHOWN]
-    ]
-    more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
-    raise CheckpointMismatchError(
-        f"{path} is of another run: {'; '.join(shown)}{more}. Go on with the settings that it was "
-        "made with, or choose another output_dir."
-    )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+    if differing := differences(saved, current):
+        raise CheckpointMismatchError(
+            f"{path}: expected a checkpoint of this run, got one of another run: {differing}; go "
+            "on with the settings that it was made with, or choose another output_dir"
+        )

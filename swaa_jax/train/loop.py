@@ -13,10 +13,10 @@ import numpy as np
 from etils import epath
 
 from swaa_jax.costs import FlopCounter, device_memory, peak_flops
-from swaa_jax.runtime import is_main_process
+from swaa_jax.progress import Progress, show_progress
 from swaa_jax.train.checkpoints import Checkpoints
 from swaa_jax.train.feed import Feed
-from swaa_jax.train.metrics import JsonLines, MetricWriter, ProgressBar
+from swaa_jax.train.metrics import JsonLines, MetricWriter, summary
 from swaa_jax.train.preemption import stop_requests
 from swaa_jax.train.run_config import ProfileConfig
 
@@ -103,10 +103,10 @@ def run_loop(
         NonFiniteLossError: a loss or gradient that is NaN or infinite; nothing is saved of it.
         CheckpointError: a save failed.
     """
-    loop = _Loop(flops=flops, feed=feed, writer=writer, total=total_steps, start=start)
     done = start
     with contextlib.ExitStack() as stack:
-        stack.callback(loop.bar.close)
+        bar = show_progress("compiling", total=total_steps, unit="steps", done=start)
+        loop = _Loop(flops=flops, feed=feed, writer=writer, bar=stack.enter_context(bar))
         stopping = stack.enter_context(_stopping(should_stop))
         tracing = stack.enter_context(_Tracing(profile, profile_directory))
         finished = done >= total_steps
@@ -163,11 +163,9 @@ class _Loop:
         flops: FlopCounter | None,
         feed: Feed,
         writer: MetricWriter,
-        total: int,
-        start: int,
+        bar: Progress,
     ):
-        self._flops, self._feed, self._writer = flops, feed, writer
-        self.bar = ProgressBar(total, done=start, enabled=is_main_process())
+        self._flops, self._feed, self._writer, self._bar = flops, feed, writer, bar
         self.last: dict[str, float] = {}
         self._pending: _Pending | None = None
         self._settled_at: float | None = None
@@ -209,7 +207,7 @@ class _Loop:
         self._settled_at = now
         values |= device_memory()
         self._writer.write(pending.step, values)
-        self.bar.update(pending.step, values)
+        self._bar.show(summary(values), pending.step)
         self.last = values
 
 

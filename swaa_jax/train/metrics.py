@@ -1,4 +1,4 @@
-"""Where a run's numbers go: `metrics.jsonl`, TensorBoard, wandb, a bar. Process 0 writes.
+"""Where a run's numbers go: `metrics.jsonl`, TensorBoard, wandb. Process 0 writes.
 
 A resumed run takes back the lines after the step that it goes on from, so each step is there once.
 """
@@ -8,8 +8,6 @@ import importlib.util
 import json
 import logging
 import os
-import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +15,9 @@ from etils import epath
 
 from swaa_jax.storage import forget_listings, is_local, write_text_atomic
 
-__all__ = ["JsonLines", "MetricWriter", "ProgressBar"]
+__all__ = ["JsonLines", "MetricWriter", "summary"]
 
 logger = logging.getLogger(__name__)
-
-_LINE_SECONDS = 30.0
 
 
 class JsonLines:
@@ -179,50 +175,6 @@ def _open_wandb(directory: epath.Path, project: str, config: Mapping[str, Any]) 
 
     name = hashlib.sha256(os.fspath(directory).encode()).hexdigest()[:16]
     return wandb.init(project=project, id=name, resume="allow", config=dict(config))
-
-
-class ProgressBar:
-    """A bar on stderr; where that is no terminal, a line every half minute, the first and the last.
-
-    Args:
-        total: steps of the run.
-        done: steps behind it.
-        enabled: whether this process shows it.
-    """
-
-    def __init__(self, total: int, *, done: int, enabled: bool):
-        self._total, self._bar, self._enabled = total, None, enabled
-        self._last = 0.0
-        if enabled and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-            from rich.progress import TimeRemainingColumn as Remaining
-
-            columns = [
-                BarColumn(24),
-                MofNCompleteColumn(),
-                Remaining(),
-                TextColumn("{task.fields[text]}"),
-            ]
-            self._bar = Progress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task("", total=total, completed=done, text="compiling")
-            self._bar.start()
-
-    def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Shows a step's numbers."""
-        if not self._enabled:
-            return
-        text = summary(metrics)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=text)
-        elif time.monotonic() - self._last > _LINE_SECONDS or step == self._total:
-            self._last = time.monotonic()
-            print(f"step {step}/{self._total}  {text}", file=sys.stderr, flush=True)  # noqa: T201
-
-    def close(self) -> None:
-        """Leaves the bar as it is."""
-        if self._bar is not None:
-            self._bar.stop()
 
 
 def summary(metrics: Mapping[str, float]) -> str:

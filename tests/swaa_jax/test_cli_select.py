@@ -8,8 +8,8 @@ import pytest
 import swaa_jax as swaa
 from swaa_jax.cli.main import main
 from swaa_jax.cli.select import _num_full_layers
-from swaa_jax.configs import load_policy_file
 from swaa_jax.eval.tasks.ruler import niah_multiquery
+from swaa_jax.policy import load_policy_file
 from swaa_jax.selection import Selection
 from swaa_jax.selection.report import write_selection
 

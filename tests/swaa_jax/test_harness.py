@@ -283,11 +283,19 @@ def test_policy_fields_as_the_harness_splits_them(arguments, fields):
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("decode", "ful", r"decode: expected window, full, none or layers .*, got 'ful'"),
-        ("full_attention_layers", "all", r"full_attention_layers: expected none or .* got 'all'"),
-        ("full_attention_layers", "1;3", r"full_attention_layers: expected none or .* got '1;3'"),
-        ("full_attention_heads", "3", r"full_attention_heads: expected none or .* got '3'"),
-        ("full_attention_heads", "3:0+", r"as in 3:0\+2/5:1, got '3:0\+'"),
+        ("decode", "ful", "decode: expected window, full, none or layers .*, got 'ful'"),
+        (
+            "full_attention_layers",
+            "all",
+            "layers: expected layers .* none, got 'all'",
+        ),
+        (
+            "full_attention_layers",
+            "1;3",
+            "layers: expected layers .* none, got '1;3'",
+        ),
+        ("full_attention_heads", "3", "full_attention_heads: expected LAYER.* got '3'"),
+        ("full_attention_heads", "3:0+", r"as in 3:0\+2/5:1, got ''"),
     ],
 )
 def test_malformed_policy_fields_are_named(field, value, message):

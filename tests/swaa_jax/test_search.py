@@ -207,7 +207,7 @@ def test_a_policy_of_an_earlier_search_does_not_stay(asked, tmp_path):
 
 def test_all_layers_full_is_no_candidate():
     space = SearchSpace(windows=(8,), sinks=(0,), full_layers=((), "0::1"), decode=("window",))
-    assert [str(policy) for policy in space.policies(NUM_LAYERS)] == ["window 8"]
+    assert [str(policy) for policy in space.policies(NUM_LAYERS)] == ["window=8"]
 
 
 def test_mistakes(tmp_path):

@@ -8,10 +8,9 @@ from typing import Any
 from etils import epath
 
 from swaa_jax._policy_fields import check_keys, describe, field_setter, integer, parse_yaml
-from swaa_jax.configs import load_policy
 from swaa_jax.eval.tasks import Task, make_task
-from swaa_jax.policy import AttentionPolicy
-from swaa_jax.train.run_config import with_overrides
+from swaa_jax.fields import with_overrides
+from swaa_jax.policy import AttentionPolicy, load_policy
 from swaa_jax.typing import PathLike
 
 __all__ = ["EvalConfig", "ModelEntry", "PolicyEntry", "Setting", "TaskEntry", "policy_entry"]
@@ -286,7 +285,8 @@ def policy_entry(entry: Any) -> PolicyEntry | Mapping[str, Any]:
     if isinstance(entry, PolicyEntry):
         return entry
     if isinstance(entry, str):
-        return PolicyEntry(name=entry, policy=load_policy(entry))
+        policy = load_policy(entry)
+        return PolicyEntry(name=str(policy) if "=" in entry else entry, policy=policy)
     if isinstance(entry, AttentionPolicy):
         return PolicyEntry(name=str(entry), policy=entry)
     if not isinstance(entry, Mapping):

@@ -22,9 +22,9 @@ from swaa_jax.eval.run.answering import resolve_all
 from swaa_jax.eval.run.asking import Asking, Cell
 from swaa_jax.eval.run.config import EvalConfig, ModelEntry, PolicyEntry, TaskEntry
 from swaa_jax.eval.run.loading import dtype_of, identity_of, load_entry
-from swaa_jax.eval.run.store import fingerprint
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy
+from swaa_jax.runs import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,10 +9,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from swaa_jax.attention import split_heads
-from swaa_jax.configs import Evidence, Needs, PolicyFile, list_configs, load_policy_file
+from swaa_jax.configs import list_configs
 from swaa_jax.eval.run.costs import prefill_attention_share
 from swaa_jax.models import CausalLM
-from swaa_jax.policy import LayerAttention
+from swaa_jax.policy import Evidence, LayerAttention, Needs, PolicyFile, load_policy_file
 
 __all__ = ["ModelSize", "Recipe", "cache_bytes", "list_recipes", "recommend"]
 
