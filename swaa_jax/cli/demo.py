@@ -176,14 +176,13 @@ def _policies(args: argparse.Namespace, preset: list[Any]) -> "list[PolicyEntry]
     """Those of `--policies`, else the preset's, with `--window` and `--sinks`."""
     from etils import epath
 
-    from swaa_jax.configs import config_path
-    from swaa_jax.eval.run.config import PolicyEntry, policy_entry, read_document
+    from swaa_jax.configs import find_config
+    from swaa_jax.eval.run.config import PolicyEntry, read_document
+    from swaa_jax.fields import list_of
+    from swaa_jax.policy import load_policy
 
-    def read(entry: Any) -> PolicyEntry:
-        found = policy_entry(entry)
-        if not isinstance(found, PolicyEntry):
-            raise ValueError(f"policies: expected names or fields of policies, got {entry!r}")
-        policy = found.policy
+    def read(name: str, entry: Any) -> PolicyEntry:
+        policy = load_policy(entry)
         if args.window is not None and policy.window is not None:
             policy = dataclasses.replace(policy, window=args.window)
         if args.sinks is not None and policy.num_sink_tokens:
@@ -191,16 +190,12 @@ def _policies(args: argparse.Namespace, preset: list[Any]) -> "list[PolicyEntry]
         return PolicyEntry(name=str(policy), policy=policy)
 
     if args.policies is None:
-        return [read(entry) for entry in preset]
-    is_file = args.policies.endswith((".yaml", ".yml", ".json"))
-    path = epath.Path(args.policies if is_file else config_path("demo", args.policies))
+        return [read("policies", entry) for entry in preset]
+    path = epath.Path(find_config("demo", args.policies))
     try:
         document = read_document(path.read_text())
         (setting, *_) = document.get("settings") or [document]
-        entries = setting.get("policies")
-        if not isinstance(entries, list) or not entries:
-            raise ValueError(f"policies: expected a list of at least one, got {entries!r}")
-        return [read(entry) for entry in entries]
+        return list(list_of(read)("policies", setting.get("policies")))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

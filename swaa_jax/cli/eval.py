@@ -195,7 +195,8 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
             fields["policies"] = policies
             if "settings" in fields:
                 fields["settings"] = [{**one, "policies": policies} for one in fields["settings"]]
-        fields["tasks"] = with_judge(tasks_from_args(args) or list(fields.get("tasks") or []), args)
+        tasks = tasks_from_args(args) or list(fields.get("tasks") or [])
+        fields["tasks"] = with_judge(tasks, args) or None
         if args.thinking is not None:
             fields["thinking"] = {"no": [False], "yes": [True], "both": [True, False]}[
                 args.thinking

@@ -65,7 +65,7 @@ def run_search(args: argparse.Namespace, *, num_layers: int) -> int:
         raise ValueError(
             f"--search: expected one --data or --task to search with, got {len(tasks)}"
         )
-    task = task_entry(tasks[0])
+    task = task_entry("task", tasks[0])
     thinking = bool(args.thinking)
     if args.windows is None:
         tokenizer = load_tokenizer(args.model)

@@ -56,7 +56,7 @@ def named(text: str, key: str) -> dict[str, Any]:
     Raises:
         ValueError: malformed.
     """
-    from swaa_jax._policy_fields import parse_yaml
+    from swaa_jax.fields import parse_yaml
 
     name, *settings = text.split(",")
     found: dict[str, Any] = {key: name.strip()}

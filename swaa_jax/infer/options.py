@@ -4,7 +4,16 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from swaa_jax._policy_fields import check_keys, field_setter
+from swaa_jax.fields import (
+    check_fields,
+    check_keys,
+    flag,
+    integer,
+    list_of,
+    one_of,
+    or_none,
+    texts,
+)
 from swaa_jax.infer.sampling import SamplingParams
 
 __all__ = ["GenerateOptions"]
@@ -60,23 +69,26 @@ class GenerateOptions:
     chunk_size: int = 32
 
     def __post_init__(self):
-        for name in ("max_new_tokens", "batch_size", "chunk_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed: expected an integer from 0 to 2**32 - 1, got {self.seed}")
-        if self.sampling not in (None, "checkpoint"):
-            raise ValueError(f'sampling: expected None or "checkpoint", got {self.sampling!r}')
+        check_fields(
+            self,
+            max_new_tokens=integer(least=1),
+            seed=integer(least=0, most=2**32 - 1),
+            sampling=or_none(one_of("checkpoint")),
+            stop=texts,
+            stop_token_ids=list_of(integer(least=0)),
+            ignore_eos=flag,
+            enable_thinking=or_none(flag),
+            batch_size=or_none(integer(least=1)),
+            progress=flag,
+            warmup=flag,
+            chunk_size=integer(least=1),
+        )
         own = self.sampling_params  # checks them
         if self.sampling and own != SamplingParams():
             raise ValueError(
                 'sampling: "checkpoint" takes temperature, top_k and top_p from the generation '
                 "config; leave these out, or leave sampling out"
             )
-        put = field_setter(self)
-        put("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        put("stop_token_ids", tuple(int(token) for token in self.stop_token_ids))
 
     @classmethod
     def of(
@@ -87,8 +99,7 @@ class GenerateOptions:
         Raises:
             ValueError: an override that is no field; the nearest one is named.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        check_keys(overrides, known, what="options of generate")
+        check_keys("options", overrides, [field.name for field in dataclasses.fields(cls)])
         return dataclasses.replace(options or cls(), **overrides)
 
     @property

@@ -115,7 +115,7 @@ def test_what_spoils_a_comparison_is_said(tmp_path):
 def test_a_policys_name_may_have_any_sign(tmp_path):
     done = evaluation([cell("$x^$ <1", WINDOW, [row("s0", True)])], tmp_path)
     text = write_evaluation(done, summarize(done), command="x")["report.html"].read_text()
-    assert "1  $x^$ &lt;1: window 8" in text
+    assert "1  $x^$ &lt;1: window=8" in text
 
 
 def test_control_characters_are_shown_by_a_sign(tmp_path):
@@ -132,9 +132,9 @@ def test_a_policy_by_number_is_told_in_words_and_the_plots_legends_hold_all(tmp_
     text, markdown = pages["report.html"].read_text(), pages["report.md"].read_text()
     pareto, lengths = re.findall(r"<svg.*?</svg>", text, re.S)
     for number in range(30):
-        assert f'<br><span class="dim">window {100 + number}</span>' in text
-        assert f"- {number}: window {100 + number}\n" in markdown
-        words = f"{number + 1}  {number}: window {100 + number}"
+        assert f'<br><span class="dim">window={100 + number}</span>' in text
+        assert f"- {number}: window={100 + number}\n" in markdown
+        words = f"{number + 1}  {number}: window={100 + number}"
         for chart, line in ((pareto, words), (lengths, f"{number + 1}  {number}")):
             height = float(re.search(r'viewBox="0 0 [\d.]+ ([\d.]+)"', chart)[1])
             before = chart[: chart.index(f">{line}<")]

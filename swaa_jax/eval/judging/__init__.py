@@ -1,5 +1,6 @@
 """Whether an answer is right: rules, RULER's score, or a language model over HTTP."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ from swaa_jax.eval.judging.judge import Answer, Judge, Judged, Verdict, strip_th
 from swaa_jax.eval.judging.language_model import LlmJudge, LlmJudgeConfig
 from swaa_jax.eval.judging.rules import exact_judge, includes_judge, regex_judge, ruler_judge
 from swaa_jax.eval.judging.scores import includes, plain, string_match_all
+from swaa_jax.fields import check_keys, from_mapping, one_of
 
 __all__ = [
     "JUDGES",
@@ -25,13 +27,8 @@ __all__ = [
 
 
 def _llm_judge(**settings: Any) -> Judge:
-    missing = [name for name in ("url", "model") if settings.get(name) is None]
-    if missing:
-        raise ValueError(
-            f"judge 'llm': expected url (of an OpenAI-compatible API) and model, got no "
-            f"{' and no '.join(missing)}"
-        )
-    return LlmJudge(LlmJudgeConfig(**settings))
+    advice = "judge: {name: llm, url: ..., model: ...} names a model of an OpenAI-compatible API"
+    return LlmJudge(from_mapping(LlmJudgeConfig, settings, "judge llm", advice=advice))
 
 
 JUDGES: Mapping[str, Callable[..., Judge]] = {
@@ -54,9 +51,8 @@ def make_judge(name: str, **settings: Any) -> Judge:
     Raises:
         ValueError: no such judge, or settings that it does not have.
     """
-    if name not in JUDGES:
-        raise ValueError(f"judge: expected one of {', '.join(JUDGES)}, got {name!r}")
-    try:
-        return JUDGES[name](**settings)
-    except TypeError as error:
-        raise ValueError(f"judge {name!r}: {error}") from None
+    one_of(*JUDGES)("judge", name)
+    make = JUDGES[name]
+    if make is not _llm_judge:
+        check_keys(f"judge {name}", settings, list(inspect.signature(make).parameters))
+    return make(**settings)

@@ -4,6 +4,8 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+from swaa_jax.fields import number, set_field
+
 __all__ = ["Answer", "Judge", "Judged", "Verdict", "answer_of", "strip_thinking"]
 
 _THINK_END = "</think>"
@@ -47,9 +49,8 @@ class Verdict:
 
     def __post_init__(self):
         if math.isnan(self.score):
-            object.__setattr__(self, "score", float(self.accepted))
-        if not 0.0 <= self.score <= 1.0:
-            raise ValueError(f"score: expected 0 to 1, got {self.score}")
+            set_field(self, "score", float(self.accepted))
+        number(least=0, most=1)("score", self.score)
 
 
 Judge = Callable[[Judged], Verdict]

@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import json
 import math
+import os
 import re
 import string
 import threading
@@ -16,7 +17,9 @@ import urllib.request
 
 from etils import epath
 
+from swaa_jax import storage
 from swaa_jax.eval.judging.judge import Judged, Verdict, answer_of, strip_thinking
+from swaa_jax.fields import check_fields, integer, number, or_none, text, wrong
 from swaa_jax.typing import PathLike
 
 _PROMPT = """\
@@ -64,22 +67,26 @@ class LlmJudgeConfig:
     cache: PathLike | None = None
 
     def __post_init__(self):
+        check_fields(
+            self,
+            url=text,
+            model=text,
+            prompt=text,
+            max_tokens=integer(least=1),
+            requests_per_minute=or_none(number(above=0)),
+            attempts=integer(least=1),
+            timeout_s=number(above=0),
+        )
         if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"url: expected http://... or https://..., got {self.url!r}")
+            raise wrong("url", "http://... or https://...", self.url)
         missing = [n for n in ("question", "reference", "answer") if f"{{{n}}}" not in self.prompt]
         if missing:
             raise ValueError(
                 f"prompt: expected {{question}}, {{reference}} and {{answer}} in it, "
                 f"got none of {', '.join(missing)}"
             )
-        for name in ("attempts", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("requests_per_minute", "timeout_s"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
-        if self.cache is not None and "://" in str(self.cache):
-            raise ValueError(f"cache: expected a file on this machine, got {self.cache}")
+        if self.cache is not None and not storage.is_local(self.cache):
+            raise wrong("cache", "a file on this machine", os.fspath(self.cache))
 
 
 class LlmJudge:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from swaa_jax.eval.judging.judge import Judge, Judged, Verdict, answer_of
 from swaa_jax.eval.judging.scores import includes, plain, string_match_all
+from swaa_jax.fields import one_of, wrong
 
 __all__ = ["exact_judge", "includes_judge", "regex_judge", "ruler_judge"]
 
@@ -42,8 +43,7 @@ def includes_judge(*, need: str = "any") -> Judge:
     >>> judge(Judged(question="?", references=("12",), response="There are **12**.")).accepted
     True
     """
-    if need not in ("any", "all"):
-        raise ValueError(f'need: expected "any" or "all", got {need!r}')
+    one_of("any", "all")("need", need)
 
     def rule(answer: str, references: tuple[str, ...]) -> Verdict:
         found = [reference for reference in references if includes(answer, reference)]
@@ -72,13 +72,10 @@ def regex_judge(pattern: str = CHOICE, *, which: str = "first") -> Judge:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise ValueError(
-            f"pattern: expected a regular expression, got {pattern!r}: {error}"
-        ) from None
+        raise wrong("pattern", "a regular expression", pattern, str(error)) from None
     if compiled.groups < 1:
-        raise ValueError(f"pattern: expected a group, as in 'answer is (.*)', got {pattern!r}")
-    if which not in ("first", "last"):
-        raise ValueError(f'which: expected "first" or "last", got {which!r}')
+        raise wrong("pattern", "a group, as in 'answer is (.*)'", pattern)
+    one_of("first", "last")("which", which)
 
     def rule(answer: str, references: tuple[str, ...]) -> Verdict:
         found = [match[1] for match in compiled.finditer(answer.replace("*", ""))]

@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from swaa_jax._policy_fields import format_heads, format_layers
 from swaa_jax.policy import AttentionPolicy
 
 if TYPE_CHECKING:
@@ -178,9 +177,13 @@ def full_layers_label(policy: AttentionPolicy) -> str:
     """The layers and heads with full attention: "all", "none", "1::2", "0 + heads 3:1"."""
     if policy.is_full:
         return "all"
-    words = [format_layers(policy.full_attention_layers)] if policy.full_attention_layers else []
-    if policy.full_attention_heads:
-        words.append(f"heads {format_heads(policy.full_attention_heads)}")
+    layers, heads = policy.full_attention_layers, policy.full_attention_heads
+    words = [layers if isinstance(layers, str) else "+".join(map(str, layers))] if layers else []
+    if len(heads) > 4:
+        words.append(f"heads in {len(heads)} layers")
+    elif heads:
+        pairs = [f"{layer}:{'+'.join(map(str, chosen))}" for layer, chosen in heads]
+        words.append(f"heads {'/'.join(pairs)}")
     return " + ".join(words) or "none"
 
 

@@ -124,7 +124,11 @@ def policy_chart(
         axes[0][0].set_ylabel("score, %")
         figure.suptitle(_plain(title), x=0.01, ha="left", fontsize=12)
         # Lines short enough to leave the panels room.
-        lines = [_plain(textwrap.fill(f"{dot.label}  {dot.name}", 48)) for dot in dots]
+        names = [dot.name.replace(",", ", ") for dot in dots]
+        lines = [
+            _plain(textwrap.fill(f"{dot.label}  {name}", 48))
+            for dot, name in zip(dots, names, strict=True)
+        ]
         draw_legend(figure, lines, colors, heading=heading)
         figure.canvas.draw()  # fixes the layout, which placing the badges measures
         labels = [dot.label for dot in dots]
@@ -133,6 +137,12 @@ def policy_chart(
         return figure
 
     return _render(draw)
+
+
+def _legend_line(dot: Dot) -> str:
+    """Label and name, in lines short enough to leave the panels room."""
+    name = dot.name.replace(",", ", ")  # a policy's text has no blanks to break it at
+    return _plain(textwrap.fill(f"{dot.label}  {name}", 48))
 
 
 def _set_scales(axis: "Axes", label: str, *, most: float) -> None:

@@ -15,12 +15,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from swaa_jax._policy_fields import LayerSelection
 from swaa_jax.eval.report.statistics import Interval, bootstrap_interval
 from swaa_jax.eval.run import Cell, EvalConfig, ModelEntry, PolicyEntry, Setting, TaskEntry
 from swaa_jax.eval.run.evaluation import Progress, evaluate
 from swaa_jax.eval.run.loading import load_entry
-from swaa_jax.policy import AttentionPolicy
+from swaa_jax.fields import check_fields, integer, number, or_none
+from swaa_jax.policy import AttentionPolicy, LayerSelection
 
 __all__ = [
     "Candidate",
@@ -92,14 +92,15 @@ class SearchConfig:
     keep: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("floor", "max_prefill"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name}: expected more than 0 and at most 1, got {value}")
-        if self.first_samples < 1:
-            raise ValueError(f"first_samples: expected at least 1, got {self.first_samples}")
-        if not 0 < self.keep < 1:
-            raise ValueError(f"keep: expected a part between 0 and 1, got {self.keep}")
+        part = number(above=0, most=1)
+        check_fields(
+            self,
+            floor=or_none(part),
+            max_prefill=or_none(part),
+            max_cache_bytes=or_none(integer(least=0)),
+            first_samples=integer(least=1),
+            keep=number(above=0, below=1),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
