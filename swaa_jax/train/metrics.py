@@ -165,7 +165,7 @@ def check_wandb(project: str | None) -> None:
     if project is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError(
             f"metrics.wandb: expected the wandb package for project {project!r}, got none "
-            "installed. pip install wandb, or set metrics.wandb to null."
+            "installed; pip install wandb, or set metrics.wandb to null"
         )
 
 

@@ -187,9 +187,9 @@ def check_lengths(data: BatchSource, longest: int) -> None:
     if lengths[number] > longest:
         raise ValueError(
             f"data: expected samples of at most {longest} tokens, the model's "
-            f"max_position_embeddings, got {int(lengths[number])} in sample {number}. Drop long "
+            f"max_position_embeddings, got {int(lengths[number])} in sample {number}; drop long "
             f"ones (data.max_length={longest} data.on_too_long=drop), or extend the model "
-            "(config_overrides, docs/training.md)."
+            "(config_overrides, docs/training.md)"
         )
 
 
@@ -254,8 +254,8 @@ def _prepare_directory(config: TrainConfig) -> epath.Path:
     if not all_processes((directory / "config.yaml").exists()):
         raise ValueError(
             f"output_dir: expected a directory that all {jax.process_count()} processes can reach, "
-            f"got {directory}, where some of them do not see what process 0 wrote. Use gs://... "
-            "or a shared disk."
+            f"got {directory}, where some of them do not see what process 0 wrote; use gs://... "
+            "or a shared disk"
         )
     return directory
 
