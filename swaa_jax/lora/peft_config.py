@@ -36,7 +36,7 @@ _HARMLESS = (
 )
 """Fields that do not change what an adapter computes, or only with another field."""
 
-_DEFAULTS: Mapping[str, Any] = {"bias": "none"}
+_DEFAULTS: Mapping[str, object] = {"bias": "none"}
 
 _PLAIN_INITIAL = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of `init_lora_weights` that leave the base's weights as they are."""
@@ -61,7 +61,7 @@ def to_peft(
     }
 
 
-def from_peft(record: Mapping[str, Any], path: epath.Path) -> LoraConfig:
+def from_peft(record: Mapping[str, object], path: epath.Path) -> LoraConfig:
     """The config in an `adapter_config.json`.
 
     Fields that are not known here may change what the adapter computes, so they must be unset.

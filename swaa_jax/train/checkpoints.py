@@ -81,7 +81,7 @@ class Checkpoints:
         directory: epath.PathLike,
         *,
         keep: int,
-        identity: Mapping[str, Any],
+        identity: Mapping[str, object],
         write_beside: Callable[[epath.Path], None] | None = None,
     ):
         import orbax.checkpoint as ocp
@@ -97,7 +97,7 @@ class Checkpoints:
 
     # Saving.
 
-    def save(self, step: int, state: Any, data: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: Any, data: Mapping[str, object]) -> None:
         """Begins to save; returns once the arrays are copied and may be donated.
 
         Waits for a save that is still under way. A step that was saved already is left as it is.
@@ -399,7 +399,9 @@ def all_processes(good: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.array(good))))
 
 
-def _check_same(path: epath.Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+def _check_same(
+    path: epath.Path, saved: Mapping[str, object], current: Mapping[str, object]
+) -> None:
     if differing := differences(saved, current):
         raise CheckpointMismatchError(
             f"{path}: expected a checkpoint of this run, got one of another run: {differing}; go "

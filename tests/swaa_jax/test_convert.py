@@ -220,6 +220,7 @@ def test_the_command(source, tmp_path, capsys):
         (["SRC", "OUT", "--revision", "main"], "only a hub id has revisions"),
         (["SRC", "OUT", "--config-override", "colour=red"], "'colour'"),
         (["SRC", "OUT", "--config-override", "hidden_size=64"], "wrong shape"),
+        (["SRC", "OUT", "--config-override", "rope_theta"], "override: expected KEY=VALUE, got"),
         (["SRC", "OUT", "--full-layers", "0", "--window", "4", "--sinks", "-1"], "sink"),
         (["SRC", "OUT", "--full-layers", "9", "--window", "4"], "9"),
         (["SRC", "memory://out"], "scheme 'memory' is unknown"),
@@ -243,7 +244,6 @@ def test_mistakes_are_one_paragraph(source, tmp_path, capsys, words, message):
         (["SRC", "OUT", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["SRC", "OUT", "--max-shard-size", "large"], "expected a size such as 500MB"),
         (["SRC", "OUT", "--max-shard-size", "0"], "expected a size"),
-        (["SRC", "OUT", "--config-override", "rope_theta"], "expected KEY=VALUE"),
     ],
 )
 def test_malformed_arguments(capsys, words, message):
