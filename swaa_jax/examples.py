@@ -24,9 +24,10 @@ from typing import Any, TypeAlias
 
 from swaa_jax.records import DataError, Record
 
-__all__ = ["COLUMNS", "FORMATS", "Example", "Message", "read_example"]
+__all__ = ["COLUMNS", "FORMATS", "Example", "Message", "Tools", "read_example"]
 
 Message: TypeAlias = Mapping[str, Any]
+Tools: TypeAlias = tuple[object, ...] | None
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "messages": ("messages", "conversations"),
@@ -146,7 +147,7 @@ class Example:
         return self._name("kind") or ""
 
     @functools.cached_property
-    def tools(self) -> tuple[Any, ...] | None:
+    def tools(self) -> Tools:
         """What the chat template is told of."""
         value = self._value("tools")
         if isinstance(value, str):
@@ -243,7 +244,7 @@ def _given(record: Record, named: Mapping[str, str]) -> dict[str, str]:
     return given
 
 
-def _answer(record: Record, column: str, value: Any) -> str:
+def _answer(record: Record, column: str, value: object) -> str:
     """An answer as text; numbers are written out."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number and (not isinstance(value, str) or not value.strip()):
@@ -251,7 +252,7 @@ def _answer(record: Record, column: str, value: Any) -> str:
     return str(value)
 
 
-def _is_messages(value: Any) -> bool:
+def _is_messages(value: object) -> bool:
     return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping)
 
 
@@ -260,7 +261,7 @@ def _has_text(message: Message) -> bool:
 
 
 def _messages(record: Record, column: str) -> tuple[Message, ...]:
-    value = record.fields[column]
+    value: Any = record.fields[column]
     if isinstance(value, str):
         value = _parsed(value)
     if not _is_messages(value):

@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-Check: TypeAlias = Callable[[str, Any], T]
+Check: TypeAlias = Callable[[str, object], T]
 """Gives the value that a name has in its one form, or raises ValueError."""
 
 # Messages.
@@ -67,7 +67,7 @@ _REPR.maxlevel, _REPR.maxlong, _REPR.maxstring, _REPR.maxother = 4, 60, 120, _LO
 _REPR.maxdict = _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = 12
 
 
-def show(value: Any) -> str:
+def show(value: object) -> str:
     """A value for messages, in at most 160 characters."""
     try:
         shown = _REPR.repr(value)
@@ -76,7 +76,7 @@ def show(value: Any) -> str:
     return shown if len(shown) <= _LONGEST_VALUE else f"{shown[:_LONGEST_VALUE]}..."
 
 
-def describe(value: Any) -> str:
+def describe(value: object) -> str:
     """The same with its type, in at most 200 characters.
 
     >>> describe("ful")
@@ -85,12 +85,12 @@ def describe(value: Any) -> str:
     return f"{show(value)} ({type(value).__name__[:_LONGEST_TYPE]})"
 
 
-def wrong(name: str, expected: str, got: Any, advice: str = "") -> ValueError:
+def wrong(name: str, expected: str, got: object, advice: str = "") -> ValueError:
     """The error of a value that is not what was expected; `advice` says what to do."""
     return ValueError(f"{name}: expected {expected}, got {describe(got)}{advice and f'; {advice}'}")
 
 
-def nearest(word: Any, known: Iterable[str]) -> str:
+def nearest(word: object, known: Iterable[str]) -> str:
     """A hint at the known word that is most alike, or nothing.
 
     >>> nearest("ful", ["full", "window"])
@@ -157,11 +157,11 @@ def number(
     return check
 
 
-def one_of(*known: Any) -> Check[Any]:
+def one_of(*known: object) -> Check[Any]:
     """One of some texts, or of some other constants."""
     expected = f"one of {', '.join(map(_yaml_word, known))}"
 
-    def check(name: str, value: Any) -> Any:
+    def check(name: str, value: object) -> Any:
         if not any(type(value) is type(one) and value == one for one in known):
             hint = nearest(value, [one for one in known if isinstance(one, str)])
             raise ValueError(f"{name}: expected {expected}, got {describe(value)}{hint}")
@@ -170,25 +170,25 @@ def one_of(*known: Any) -> Check[Any]:
     return check
 
 
-def _yaml_word(value: Any) -> str:
+def _yaml_word(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def flag(name: str, value: Any) -> bool:
+def flag(name: str, value: object) -> bool:
     """True or False."""
     if not isinstance(value, bool):
         raise wrong(name, "true or false", value)
     return value
 
 
-def text(name: str, value: Any) -> str:
+def text(name: str, value: object) -> str:
     """A text that is not blank."""
     if not isinstance(value, str) or not value.strip():
         raise wrong(name, "text", value, "" if isinstance(value, str) else "quote it")
     return value
 
 
-def texts(name: str, value: Any) -> tuple[str, ...]:
+def texts(name: str, value: object) -> tuple[str, ...]:
     """Texts or paths as texts: a list of them, or one alone."""
     several = (value,) if isinstance(value, str | os.PathLike) else value
     if not isinstance(several, list | tuple) or not all(
@@ -198,7 +198,7 @@ def texts(name: str, value: Any) -> tuple[str, ...]:
     return tuple(os.fspath(item) for item in several)
 
 
-def mapping(name: str, value: Any) -> dict[Any, Any]:
+def mapping(name: str, value: object) -> dict[Any, Any]:
     """A mapping, as a dict of its own."""
     if not isinstance(value, Mapping):
         raise wrong(name, "a mapping", value)
@@ -208,12 +208,12 @@ def mapping(name: str, value: Any) -> dict[Any, Any]:
 def list_of(item: Check[T], *, distinct: bool = False) -> Check[tuple[T, ...]]:
     """A tuple of values that each pass a check, from any collection that has an order or length."""
 
-    def check(name: str, value: Any) -> tuple[T, ...]:
+    def check(name: str, value: object) -> tuple[T, ...]:
         if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
             raise wrong(name, "a list", value, f"for that one value write [{show(value)}]")
         found = tuple(item(f"{name}[{at}]", one) for at, one in enumerate(value))
         if distinct and len(set(found)) < len(found):
-            seen: set[Any] = set()
+            seen: set[object] = set()
             twice = next(one for one in found if one in seen or seen.add(one))
             raise wrong(name, "each value once", found, f"leave out the second {show(twice)}")
         return found
@@ -229,45 +229,43 @@ def or_none(check: Check[T]) -> Check["T | None"]:
 # Dataclasses.
 
 
-def set_field(instance: Any, name: str, value: Any) -> None:
+def set_field(instance: object, name: str, value: object) -> None:
     """Sets a field of a frozen dataclass, in its `__post_init__` only."""
     object.__setattr__(instance, name, value)
 
 
-def check_fields(instance: Any, **checks: Check[Any]) -> None:
+def check_fields(instance: object, **checks: Check[object]) -> None:
     """Checks fields of a frozen dataclass in its `__post_init__`, and keeps them in one form."""
     for name, check in checks.items():
         set_field(instance, name, check(name, getattr(instance, name)))
 
 
-def check_keys(
-    name: str, fields: Mapping[Any, Any], known: Sequence[str], advice: str = ""
-) -> None:
+def check_keys(name: str, keys: Iterable[object], known: Sequence[str], advice: str = "") -> None:
     """Refuses unknown keys; each is told with the nearest known one.
 
     >>> check_keys("data", {"pakcing": "pack"}, ["packing", "seed"])
     Traceback (most recent call last):
     ValueError: data: expected keys among packing, seed, got 'pakcing' (did you mean 'packing'?)
     """
-    unknown = [key for key in fields if key not in known]
+    unknown = [key for key in keys if key not in known]
     if not unknown:
         return
     shown = [f"{show(key)}{nearest(key, known)}" for key in unknown[:_SHOWN_KEYS]]
     if len(unknown) > _SHOWN_KEYS:
         shown.append(f"and {len(unknown) - _SHOWN_KEYS} more")
+    expected = f"keys among {', '.join(known)}" if known else "no keys"
     raise ValueError(
-        f"{name}: expected keys among {', '.join(known)}, got {', '.join(shown)}"
-        f"{advice and f'; {advice}'}"
+        f"{name}: expected {expected}, got {', '.join(shown)}{advice and f'; {advice}'}"
     )
 
 
 def from_mapping(
     kind: type[T],
-    value: Any,
+    value: object,
     name: str,
     *,
     prefix: str = "",
-    readers: Mapping[str, Check[Any]] | None = None,
+    readers: Mapping[str, Check[object]] | None = None,
     leave_out: Sequence[str] = (),
     advice: str = "",
 ) -> T:
@@ -313,7 +311,7 @@ def from_mapping(
 def section(kind: type[T], *, leave_out: Sequence[str] = ()) -> Check[T]:
     """A dataclass, or a mapping of its fields, as the part of a config that has its name."""
 
-    def check(name: str, value: Any) -> T:
+    def check(name: str, value: object) -> T:
         if isinstance(value, kind):
             return value
         return from_mapping(kind, value, name, prefix=f"{name}.", leave_out=leave_out)
@@ -441,16 +439,18 @@ def key_value(name: str, setting: str) -> tuple[str, Any]:
 
 
 def with_overrides(
-    fields: Mapping[str, Any],
+    fields: Mapping[str, object],
     overrides: Sequence[str],
     *,
-    named: Mapping[str, Callable[[Any], Mapping[str, Any]]] | None = None,
+    name: str = "override",
+    named: Mapping[str, Callable[[str], Mapping[str, object]]] | None = None,
 ) -> dict[str, Any]:
     """The fields with KEY.SUB=VALUE overrides; values are YAML.
 
     Args:
         fields: a config as plain data.
         overrides: in order.
+        name: what messages call them.
         named: what gives the fields of a config that has only a name, by its key: so that one of
             a recipe's fields can be changed.
 
@@ -461,9 +461,9 @@ def with_overrides(
         >>> with_overrides({"optimizer": {"learning_rate": 1}}, ["optimizer.learning_rate=3e-4"])
         {'optimizer': {'learning_rate': 0.0003}}
     """
-    result = dict(fields)
+    result: dict[str, Any] = dict(fields)
     for override in overrides:
-        key, value = _split("override", override)
+        key, value = _split(name, override)
         *parents, last = key.split(".")
         place = result
         for depth, parent in enumerate(parents):
@@ -473,12 +473,13 @@ def with_overrides(
             below = {} if below is None else below
             if not isinstance(below, Mapping):
                 above = ".".join(parents[: depth + 1])
-                raise wrong(
-                    f"override {override!r}", f"keys in {above}", below, f"leave out .{last}"
-                )
+                raise wrong(f"{name} {override!r}", f"keys in {above}", below, f"leave out .{last}")
             place[parent] = dict(below)
             place = place[parent]
-        place[last] = parse_yaml(value) if value.strip() else None
+        try:
+            place[last] = parse_yaml(value) if value.strip() else None
+        except ValueError as error:
+            raise ValueError(f"{name} {key}: {error}") from error
     return result
 
 

@@ -48,7 +48,7 @@ class Record:
 
     file: str
     index: int
-    fields: Mapping[str, Any]
+    fields: Mapping[str, object]
     line: int | None = None
 
     @property
@@ -63,7 +63,7 @@ class Record:
         names = [repr(name) for name in self.fields]
         return ", ".join([*names[:20], *(["..."] if len(names) > 20 else [])]) or "none"
 
-    def wrong(self, column: str, expected: str, got: Any) -> DataError:
+    def wrong(self, column: str, expected: str, got: object) -> DataError:
         """The error of a column that holds something else; `got` is the value."""
         return DataError(f"{self.place}: {column}: expected {expected}, got {describe(got)}")
 
@@ -186,7 +186,7 @@ def open_records(files: Sequence[epath.PathLike]) -> Records:
     return _records([_open(os.fspath(file)) for file in files])
 
 
-def records_of(mappings: Sequence[Mapping[str, Any]]) -> Records:
+def records_of(mappings: Sequence[Mapping[str, object]]) -> Records:
     """Records that are in memory.
 
     Raises:

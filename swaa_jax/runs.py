@@ -7,7 +7,6 @@ nested plain data. The same command finds it there and goes on; another one is t
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from etils import epath
 
@@ -19,7 +18,7 @@ __all__ = ["claim", "differences", "fingerprint"]
 _SHOWN = 6
 
 
-def fingerprint(content: Any, *, digits: int = 16) -> str:
+def fingerprint(content: object, *, digits: int = 16) -> str:
     """Hexadecimal digits that differ when the content (JSON's types) does.
 
     What is not JSON's is taken by its text.
@@ -31,7 +30,7 @@ def fingerprint(content: Any, *, digits: int = 16) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
     """What differs between two identities, in words; nothing where they are the same.
 
     What is absent is as what is null, so that an identity may gain fields.
@@ -47,7 +46,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join(shown)
 
 
-def claim(directory: epath.PathLike, identity: Mapping[str, Any], *, file: str, what: str) -> None:
+def claim(
+    directory: epath.PathLike, identity: Mapping[str, object], *, file: str, what: str
+) -> None:
     """Makes the directory this run's, or sees that it is.
 
     Every process of a run calls it; process 0 writes.
@@ -77,9 +78,9 @@ def claim(directory: epath.PathLike, identity: Mapping[str, Any], *, file: str, 
     runtime.wait_for_all(f"claim {file}")
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Values by their dotted names."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{name}.")
@@ -88,5 +89,5 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _show(values: Mapping[str, Any], name: str) -> str:
+def _show(values: Mapping[str, object], name: str) -> str:
     return show(values[name]) if name in values else "absent"

@@ -166,8 +166,8 @@ def run(args: argparse.Namespace) -> int:
         print()
         generation = pieces.generation
     else:
-        progress = runtime.is_main_process() and sys.stderr.isatty() and len(prompts) > 1
-        generation = infer.generate(model, tok, prompts, options=options, progress=progress)
+        several = len(prompts) > 1
+        generation = infer.generate(model, tok, prompts, options=options, progress=several)
         _print_all(generation, texts, as_json=args.json)
     if args.stats and generation is not None and runtime.is_main_process():
         sys.stdout.flush()

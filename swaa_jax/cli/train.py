@@ -1,10 +1,8 @@
 """`swaa train`: fine-tune a model under an attention policy, from one YAML file."""
 
 import argparse
-import sys
-from typing import Any
 
-from swaa_jax.cli import process_args
+from swaa_jax.cli import Commands, process_args
 
 _EPILOG = """\
 A config says which model, which data, under which policy, and where the results go:
@@ -45,7 +43,7 @@ exit codes: 0 done, or saved and stopped; 2 for a mistake in config, data or fil
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Commands) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "train",
@@ -81,13 +79,12 @@ def run(args: argparse.Namespace) -> int:
 
     config = TrainConfig.load(find_config("train", args.config), args.overrides)
     process_args.start(args)
-    shows = sys.stderr.isatty()
     if args.dry_run:
-        plan = plan_run(config, progress=shows)
+        plan = plan_run(config, progress=True)
         print(config.to_yaml())
         print(plan)
         return 0
-    result = train(config, progress=shows)
+    result = train(config, progress=True)
     if not result.finished:
         print(
             f"stopped at step {result.step} of {result.total_steps}, which is saved; the same "

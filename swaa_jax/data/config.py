@@ -76,7 +76,7 @@ class DataConfig:
     format: str = "auto"
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     chat_template: bool = True
-    chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    chat_template_kwargs: Mapping[str, object] = dataclasses.field(default_factory=dict)
     answers: str = "template"
     stop_tokens: tuple[str, ...] = ()
     answer_stage: str = "last"
@@ -156,7 +156,7 @@ class DataConfig:
         return (*(1 << n for n in range(7, 40) if 1 << n < self.seq_len), self.seq_len)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "DataConfig":
+    def from_dict(cls, fields: Mapping[str, object]) -> "DataConfig":
         """A config from plain data.
 
         Raises:
@@ -185,7 +185,7 @@ class DataConfig:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
-def _path(name: str, value: Any) -> str:
+def _path(name: str, value: object) -> str:
     """Text, or a path as text."""
     if not isinstance(value, str | os.PathLike):
         raise wrong(name, "text or null", value)

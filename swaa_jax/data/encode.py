@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 
 from kernels_pallas.mask import Stage
 from swaa_jax.data.config import DataConfig
-from swaa_jax.examples import Example, Message, read_example
+from swaa_jax.examples import Example, Message, Tools, read_example
 from swaa_jax.records import DataError, Record
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ class Encoder:
                 )
 
     def _render(
-        self, record: Record, messages: Sequence[Message], tools: Any, *, prompt: bool
+        self, record: Record, messages: Sequence[Message], tools: Tools, *, prompt: bool
     ) -> str:
         import jinja2
 
@@ -203,7 +203,7 @@ class Encoder:
             return ids[cut:]
         return self._ids(text)
 
-    def _produced(self, ids: list[int], messages: Sequence[Message], tools: Any) -> list[int]:
+    def _produced(self, ids: list[int], messages: Sequence[Message], tools: Tools) -> list[int]:
         """The answer without what the template puts after the end of the turn."""
         start = self._trailing(ids)
         for end in range(start, len(ids)):
@@ -272,7 +272,7 @@ def _verbatim(record: Record, message: Message, prompt: str) -> str:
     return content
 
 
-def _special_tokens(tok: "PreTrainedTokenizerBase") -> Any:
+def _special_tokens(tok: "PreTrainedTokenizerBase") -> Iterator[tuple[int, str]]:
     for token, added in getattr(tok, "added_tokens_decoder", {}).items():
         if added.special:
             yield int(token), added.content

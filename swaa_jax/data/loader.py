@@ -23,7 +23,7 @@ def load_data(
     config: DataConfig,
     tok: "PreTrainedTokenizerBase",
     *,
-    records: Sequence[Mapping[str, Any]] | None = None,
+    records: Sequence[Mapping[str, object]] | None = None,
     process_index: int | None = None,
     process_count: int | None = None,
     progress: bool = False,
@@ -172,7 +172,7 @@ class BatchIterator(Iterator[Batch]):
         """Where the iterator is, as JSON takes it."""
         return self._source.plan.state(self.next_batch)
 
-    def set_state(self, state: Mapping[str, Any]) -> None:
+    def set_state(self, state: Mapping[str, object]) -> None:
         """Goes where `get_state` was called, on whatever number of processes.
 
         Raises:

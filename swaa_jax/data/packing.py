@@ -90,7 +90,7 @@ class Plan:
     remainder: str
     seed: int
     num_epochs: int | None
-    identity: Mapping[str, Any]
+    identity: Mapping[str, object]
     num_tokens: int
 
     @functools.cached_property

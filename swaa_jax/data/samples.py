@@ -99,7 +99,7 @@ def prepare_samples(
     config: DataConfig,
     tok: "PreTrainedTokenizerBase",
     *,
-    records: Sequence[Mapping[str, Any]] | None = None,
+    records: Sequence[Mapping[str, object]] | None = None,
     progress: bool = False,
 ) -> Samples:
     """The samples of `config.files`, from the cache or by a first pass over all records.
@@ -168,7 +168,12 @@ class _EncodeRecord:
 
 
 def _first_pass(
-    records: Records, encoder: Encoder, config: DataConfig, writer: Any, *, progress: bool
+    records: Records,
+    encoder: Encoder,
+    config: DataConfig,
+    writer: "_Memory | _Disk",
+    *,
+    progress: bool,
 ) -> SampleReport:
     limit = config.max_length or config.seq_len
     counts = dict.fromkeys(
@@ -181,10 +186,10 @@ def _first_pass(
             if len(sample) > limit:
                 if config.on_too_long == "error":
                     raise DataError(
-                        f"{place}: its sample has {len(sample)} tokens, more than "
-                        f"{'max_length' if config.max_length else 'seq_len'}={limit}, and an "
-                        "answer is never cut from its prompt. Raise it, remove the record, or set "
-                        "on_too_long: drop."
+                        f"{place}: expected a sample of at most "
+                        f"{'max_length' if config.max_length else 'seq_len'}={limit} tokens, since "
+                        f"an answer is never cut from its prompt, got {len(sample)}; raise it, "
+                        "remove the record, or set on_too_long: drop"
                     )
                 counts["too_long"] += 1
             elif len(sample) < config.min_length:
@@ -202,8 +207,8 @@ def _first_pass(
     report = SampleReport(records=len(records), samples=num_samples, **counts)
     if not num_samples:
         raise DataError(
-            f"Nothing is left to train on: {report}. Look at judge_column, min_length, max_length "
-            "and seq_len."
+            f"files: expected samples to train on, got none: {report}; look at judge_column, "
+            "min_length, max_length and seq_len"
         )
     return report
 

@@ -97,7 +97,7 @@ def distill(
     directory: PathLike,
     *,
     config: DistillConfig | None = None,
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, object] | None = None,
     progress: bool = False,
 ) -> DistillSummary:
     """Answer the questions, judge the answers, and write those that were accepted.
@@ -217,7 +217,9 @@ def _answer(
     return records
 
 
-def _keep(attempts: Sequence[Mapping[str, Any]], config: DistillConfig) -> list[Mapping[str, Any]]:
+def _keep(
+    attempts: Sequence[Mapping[str, object]], config: DistillConfig
+) -> list[Mapping[str, object]]:
     kept, seen = [], set()
     for answer in attempts:
         key = (answer["question_id"], answer["response"] if config.keep == "all" else None)
@@ -234,7 +236,7 @@ def _seed(seed: int, part: int) -> int:
 
 
 def _identity(
-    questions: Sequence[Question], config: DistillConfig, settings: Mapping[str, Any]
+    questions: Sequence[Question], config: DistillConfig, settings: Mapping[str, object]
 ) -> dict[str, Any]:
     digest = hashlib.sha256()
     for question in questions:
@@ -259,7 +261,7 @@ _COLUMNS = (
 )
 
 
-def _write_parquet(path: epath.Path, records: Sequence[Mapping[str, Any]]) -> None:
+def _write_parquet(path: epath.Path, records: Sequence[Mapping[str, object]]) -> None:
     import pyarrow
     import pyarrow.parquet
 

@@ -114,7 +114,7 @@ class LoraConfig:
         return plain(fields | patterns)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "LoraConfig":
+    def from_dict(cls, fields: Mapping[str, object]) -> "LoraConfig":
         """The inverse of `to_dict`; fields that are left out keep their defaults.
 
         >>> LoraConfig.from_dict({"rnak": 8})
@@ -171,18 +171,20 @@ def _first_match(
     return default
 
 
-def _pattern(name: str, value: Any) -> str:
+def _pattern(name: str, value: object) -> str:
     """A regular expression."""
+    if not isinstance(value, str):
+        raise wrong(name, "a regular expression", value)
     try:
         re.compile(value)
-    except (re.error, TypeError, RecursionError) as error:
+    except (re.error, RecursionError) as error:
         raise wrong(name, f"a regular expression ({error})", value, "a name goes in a list") from (
             error
         )
     return value
 
 
-def _by_pattern(check: Check[Any]) -> Check[tuple[tuple[str, Any], ...]]:
+def _by_pattern(check: Check[object]) -> Check[tuple[tuple[str, Any], ...]]:
     """Pairs of a regular expression and a number, from a mapping of them."""
 
     def pairs(name: str, value: Any) -> tuple[tuple[str, Any], ...]:

@@ -95,7 +95,7 @@ def convert_checkpoint(
             target if is_local(epath.Path(destination)) else tempfile.gettempdir(),
             total,
             what=f"the checkpoint for {os.fspath(destination)}",
-            advice="Free some space, or choose another place (TMPDIR for a remote destination).",
+            advice="free some space, or choose another place (TMPDIR for a remote destination)",
         )
         with show_progress("converting", total=total, unit="bytes", enabled=progress) as bar:
 

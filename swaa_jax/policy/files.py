@@ -108,7 +108,7 @@ class PolicyFile:
         return tuple(dict.fromkeys(one.model for one in self.evidence))
 
 
-def load_policy(policy: AttentionPolicy | Mapping[str, Any] | PathLike) -> AttentionPolicy:
+def load_policy(policy: AttentionPolicy | Mapping[str, object] | PathLike) -> AttentionPolicy:
     """A policy, however it is given: everything that takes a policy reads it here.
 
     Args:

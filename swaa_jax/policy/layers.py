@@ -29,7 +29,7 @@ _HEADS = "layers and their lists of KV heads, as in {3: [0, 2], 5: [1]}"
 # One form of what is written.
 
 
-def decode_layers(name: str, value: Any) -> LayerSelection:
+def decode_layers(name: str, value: object) -> LayerSelection:
     """``"window"``, ``"full"`` or a selection of layers; no layers are ``"window"``."""
     if isinstance(value, str) and value in ("window", "full"):
         return value
@@ -41,7 +41,7 @@ def decode_layers(name: str, value: Any) -> LayerSelection:
     return layer_selection(name, value) or "window"
 
 
-def layer_selection(name: str, value: Any) -> str | tuple[int, ...]:
+def layer_selection(name: str, value: object) -> str | tuple[int, ...]:
     """Distinct ints in canonical order, or a slice in canonical form."""
     if isinstance(value, str):
         return _canonical_slice(name, value)
@@ -65,7 +65,7 @@ def layer_selection(name: str, value: Any) -> str | tuple[int, ...]:
     return tuple(sorted(layers, key=_first_to_last))
 
 
-def distinct_heads(name: str, value: Any) -> tuple[int, ...]:
+def distinct_heads(name: str, value: object) -> tuple[int, ...]:
     """Distinct KV heads, from 0, sorted."""
     if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
         advice = f"for that one head write [{value}]" if isinstance(value, int) else ""
@@ -78,7 +78,7 @@ def distinct_heads(name: str, value: Any) -> tuple[int, ...]:
     return tuple(sorted(heads))
 
 
-def head_selection(name: str, value: Any) -> HeadPairs:
+def head_selection(name: str, value: object) -> HeadPairs:
     """Pairs of a layer and its heads, in canonical order; layers without heads are left out."""
     if not isinstance(value, Iterable) or isinstance(value, str | bytes):
         raise wrong(name, _HEADS, value)

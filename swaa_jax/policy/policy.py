@@ -57,7 +57,7 @@ __all__ = ["AttentionPolicy", "HfExpressible", "LayerAttention"]
 _FILE_NOTES = ("description", "source", "needs", "evidence")
 
 
-def _window(name: str, value: Any) -> int | None:
+def _window(name: str, value: object) -> int | None:
     try:
         return or_none(integer(least=1))(name, value)
     except ValueError as error:
@@ -388,14 +388,14 @@ class AttentionPolicy:
         write_text_atomic(path, f"{self.to_json()}\n" if is_json else self.to_yaml())
 
     @classmethod
-    def _from_document(cls, document: Any) -> "AttentionPolicy":
+    def _from_document(cls, document: object) -> "AttentionPolicy":
         """A policy from a parsed file, without the file's notes."""
         fields = mapping("attention policy", document)
         return cls.from_dict({k: v for k, v in fields.items() if k not in _FILE_NOTES})
 
     @classmethod
     def from_swaa_config(
-        cls, config: Mapping[str, Any] | PathLike, *, num_layers: int | None = None
+        cls, config: Mapping[str, object] | PathLike, *, num_layers: int | None = None
     ) -> "AttentionPolicy":
         """Reads the configuration of the paper's reference code.
 

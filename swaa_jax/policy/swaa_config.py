@@ -99,7 +99,7 @@ def to_swaa_config(policy: "AttentionPolicy", *, num_layers: int | None) -> dict
     }
 
 
-def _layers(name: str, value: Any) -> tuple[int, ...]:
+def _layers(name: str, value: object) -> tuple[int, ...]:
     """An explicit list of layers; the reference has no slices, and no layers from the end."""
     if value is None:
         return ()
@@ -111,7 +111,7 @@ def _layers(name: str, value: Any) -> tuple[int, ...]:
     return tuple(int(layer) for layer in layers)
 
 
-def _one_setting(document: Any) -> Mapping[str, Any]:
+def _one_setting(document: object) -> Mapping[str, object]:
     """The reference keeps its settings in lists; a policy is one of them."""
     if isinstance(document, Mapping):
         return document

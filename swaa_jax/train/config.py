@@ -126,7 +126,7 @@ class StepConfig:
         )
         if self.trainable == "all" and self.loss.self_distill:
             raise ValueError(
-                "self_distill: expected trainable='lora', got 'all'; the teacher is the base model "
-                "without adapters, which full fine-tuning changes. Train adapters, or set "
+                "self_distill: expected trainable='lora', got 'all': the teacher is the base model "
+                "without adapters, which full fine-tuning changes; train adapters, or set "
                 "self_distill to 0 and train on answers that the model generated"
             )

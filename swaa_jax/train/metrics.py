@@ -42,7 +42,7 @@ class JsonLines:
         else:
             self._file, self._kept = None, kept
 
-    def write(self, record: Mapping[str, Any]) -> None:
+    def write(self, record: Mapping[str, object]) -> None:
         """Adds a line."""
         line = json.dumps(record, ensure_ascii=False)
         if self._file is not None:
@@ -104,7 +104,7 @@ class MetricWriter:
         resumed_step: int,
         tensorboard: bool,
         wandb: str | None,
-        config: Mapping[str, Any],
+        config: Mapping[str, object],
         enabled: bool,
     ):
         self._lines = self._board = self._wandb = None
@@ -165,11 +165,11 @@ def check_wandb(project: str | None) -> None:
     if project is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError(
             f"metrics.wandb: expected the wandb package for project {project!r}, got none "
-            "installed. pip install wandb, or set metrics.wandb to null."
+            "installed; pip install wandb, or set metrics.wandb to null"
         )
 
 
-def _open_wandb(directory: epath.Path, project: str, config: Mapping[str, Any]) -> Any:
+def _open_wandb(directory: epath.Path, project: str, config: Mapping[str, object]) -> Any:
     check_wandb(project)
     import wandb  # pyright: ignore[reportMissingImports]
 

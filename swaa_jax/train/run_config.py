@@ -126,7 +126,7 @@ class TrainConfig:
     data: DataConfig
     output_dir: str
     revision: str | None = None
-    config_overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    config_overrides: Mapping[str, object] = dataclasses.field(default_factory=dict)
     policy: AttentionPolicy | None = None
     mesh: Mapping[str, int] | str | None = None
     eval_files: tuple[str, ...] = ()
@@ -205,7 +205,7 @@ class TrainConfig:
         return yaml.safe_dump(json.loads(json.dumps(self.to_dict())), sort_keys=False)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "TrainConfig":
+    def from_dict(cls, fields: Mapping[str, object]) -> "TrainConfig":
         """A config from plain data; what is left out keeps its default.
 
         Raises:
@@ -248,8 +248,8 @@ class TrainConfig:
             raise ValueError(f"{path}: {error}") from error
 
 
-def _mesh_sizes(name: str, value: Any) -> Mapping[str, int] | str | None:
-    if value is None or value == "auto":
+def _mesh_sizes(name: str, value: object) -> Mapping[str, int] | str | None:
+    if value is None or (isinstance(value, str) and value == "auto"):
         return value
     if not isinstance(value, Mapping):
         raise wrong(name, "null, auto or sizes such as {fsdp: 4, tensor: 2}", value)
@@ -257,7 +257,12 @@ def _mesh_sizes(name: str, value: Any) -> Mapping[str, int] | str | None:
     return {axis: integer(least=1)(f"{name}.{axis}", size) for axis, size in value.items()}
 
 
-def _optimizer(name: str, value: Any) -> OptimizerConfig:
+def _policy(name: str, value: Any) -> AttentionPolicy:
+    del name  # its messages say "policy" by themselves
+    return load_policy(value)
+
+
+def _optimizer(name: str, value: object) -> OptimizerConfig:
     if isinstance(value, Mapping) and "total_steps" in value:
         raise ValueError(
             f"{name}.total_steps: expected none, since the data's length sets it, got "
@@ -268,7 +273,7 @@ def _optimizer(name: str, value: Any) -> OptimizerConfig:
 
 _READERS = {
     "data": section(DataConfig),
-    "policy": or_none(lambda name, value: load_policy(value)),
+    "policy": or_none(_policy),
     "lora": or_none(section(LoraConfig)),
     "loss": section(LossConfig),
     "optimizer": _optimizer,

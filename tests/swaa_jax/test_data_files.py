@@ -149,7 +149,7 @@ def test_filters(tok):
         ({"text": "x"}, "expected prompt, or context .* got the columns 'text'"),
         ({"messages": "not json"}, "messages: expected a list of messages"),
         ({"messages": [{"content": "x"}]}, r"messages\[0\]: expected role and content"),
-        ({"prompt": "q", "response": "a" * 199}, "its sample has .*more than seq_len=128"),
+        ({"prompt": "q", "response": "a" * 199}, "expected a sample of at most seq_len=128 tokens"),
     ],
 )
 @pytest.mark.parametrize("num_threads", [0, 2])
@@ -183,7 +183,9 @@ def test_files_that_cannot_be_used(tok, tmp_path):
         load_data(config(files=tmp_path / "empty.jsonl"), tok)
     with pytest.raises(DataError, match="the list of records: expected at least one"):
         load_data(config(), tok, records=[])
-    with pytest.raises(DataError, match=r"Nothing is left to train on: .*1 judged wrong"):
+    with pytest.raises(
+        DataError, match=r"expected samples to train on, got none: .*1 judged wrong"
+    ):
         load_data(config(), tok, records=[{**PAIR, "judge": 0}])
     for line, message in (("{", "what is not JSON"), ("[1]", r"a JSON object, got \[1\] .list")):
         (tmp_path / "bad.jsonl").write_text(f"{json.dumps(PAIR)}\n{line}\n")

@@ -229,7 +229,7 @@ def test_overrides():
         ("=1", "override: expected KEY=VALUE"),
         ("p.x=1", "override 'p.x=1': expected keys in p, got 'name' .*; leave out .x"),
         ("a.b.c=1", "expected keys in a.b, got 1"),
-        ("a=[", "YAML: "),
+        ("a=[", "override a: YAML: "),
     ],
 )
 def test_overrides_that_are_refused(override, message):

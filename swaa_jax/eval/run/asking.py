@@ -7,7 +7,7 @@ read a prompt alike share its prefill), and judged. What is filed already is not
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swaa_jax import runtime
@@ -20,6 +20,7 @@ from swaa_jax.eval.tasks import Sample, encode_sample, opens_thinking
 from swaa_jax.infer import GenerateOptions, Timings
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy
+from swaa_jax.progress import ShowProgress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,9 +117,7 @@ class Asking:
             "batch_size": config.batch_size,
         }
 
-    def answer(
-        self, policies: Sequence[PolicyEntry], progress: Callable[[str, float], None]
-    ) -> int:
+    def answer(self, policies: Sequence[PolicyEntry], progress: ShowProgress) -> int:
         """Answer what is not answered yet; how many answers that were."""
         if not self._prompts:
             return 0

@@ -316,9 +316,10 @@ def task_entry(name: str, entry: Any) -> TaskEntry:
     fields = {"task": entry} if isinstance(entry, str) else entry
     if not isinstance(fields, Mapping) or not isinstance(fields.get("task"), str):
         raise wrong(name, "a mapping such as {task: qa, files: mine.jsonl}", entry)
-    settings = dict(fields)
+    settings: dict[str, Any] = dict(fields)
     kind = settings.pop("task")
-    given, judge, longest = (settings.pop(key, None) for key in ("name", "judge", "max_new_tokens"))
+    given, judge = settings.pop("name", None), settings.pop("judge", None)
+    longest = settings.pop("max_new_tokens", None)
     task = make_task(kind, **settings)
     return TaskEntry(
         name=_name("name", given) or task.label,

@@ -10,7 +10,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 from jax.sharding import Mesh
@@ -24,15 +24,13 @@ from swaa_jax.eval.run.config import EvalConfig, ModelEntry, PolicyEntry, TaskEn
 from swaa_jax.eval.run.loading import dtype_of, identity_of, load_entry
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy
+from swaa_jax.progress import ShowProgress
 from swaa_jax.runs import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Evaluation", "Progress", "evaluate"]
-
-Progress: TypeAlias = Callable[[str, float], None]
-"""Told what is being done, and which part of the whole is done, 0 to 1."""
+__all__ = ["Evaluation", "evaluate"]
 
 API_KEY = "SWAA_JUDGE_API_KEY"
 """The environment variable of a judging model's key; it is never written anywhere."""
@@ -67,7 +65,7 @@ def evaluate(
     *,
     load: "Callable[[ModelEntry], tuple[CausalLM, PreTrainedTokenizerBase]] | None" = None,
     mesh: Mesh | str | None = None,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> Evaluation:
     """Run an evaluation, or what is left of it.
 
@@ -150,7 +148,7 @@ def _check_output(directory: str) -> None:
 class _Steps:
     """Adds up finished steps of equal weight and tells `progress`."""
 
-    def __init__(self, progress: Progress | None, total: int):
+    def __init__(self, progress: ShowProgress | None, total: int):
         self._progress, self._total, self._done = progress, total, 0
 
     def show(self, what: str, part: float) -> None:

@@ -17,10 +17,11 @@ from typing import Any
 
 from swaa_jax.eval.report.statistics import Interval, bootstrap_interval
 from swaa_jax.eval.run import Cell, EvalConfig, ModelEntry, PolicyEntry, Setting, TaskEntry
-from swaa_jax.eval.run.evaluation import Progress, evaluate
+from swaa_jax.eval.run.evaluation import evaluate
 from swaa_jax.eval.run.loading import load_entry
 from swaa_jax.fields import check_fields, integer, number, or_none
 from swaa_jax.policy import AttentionPolicy, LayerSelection
+from swaa_jax.progress import ShowProgress
 
 __all__ = [
     "Candidate",
@@ -164,7 +165,7 @@ def search_policies(
     *,
     config: SearchConfig | None = None,
     options: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> SearchResult:
     """Search a space of policies.
 
