@@ -178,7 +178,7 @@ def _policies(args: argparse.Namespace, preset: list[Any]) -> "list[PolicyEntry]
 
     from swaa_jax.configs import find_config
     from swaa_jax.eval.run.config import PolicyEntry, read_document
-    from swaa_jax.fields import list_of
+    from swaa_jax.fields import list_of, wrong
     from swaa_jax.policy import load_policy
 
     def read(name: str, entry: Any) -> PolicyEntry:
@@ -195,7 +195,10 @@ def _policies(args: argparse.Namespace, preset: list[Any]) -> "list[PolicyEntry]
     try:
         document = read_document(path.read_text())
         (setting, *_) = document.get("settings") or [document]
-        return list(list_of(read)("policies", setting.get("policies")))
+        found = list_of(read)("policies", setting.get("policies"))
+        if not found:
+            raise wrong("policies", "at least one", [])
+        return list(found)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

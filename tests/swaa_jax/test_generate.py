@@ -280,7 +280,7 @@ def test_progress_goes_to_stderr(model, capsys):
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
-        ([[1]], {"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens: expected an integer of at least 1, got 0"),
         ([[1]], {"seed": -1}, "seed: expected"),
         ([[1]], {"chunk_size": 0}, "chunk_size"),
         ([[1]], {"batch_size": 0}, "batch_size"),

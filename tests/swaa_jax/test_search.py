@@ -211,9 +211,9 @@ def test_all_layers_full_is_no_candidate():
 
 
 def test_mistakes(tmp_path):
-    with pytest.raises(ValueError, match="floor: expected more than 0"):
+    with pytest.raises(ValueError, match="floor: expected a number above 0"):
         SearchConfig(floor=0.0)
-    with pytest.raises(ValueError, match="keep: expected a part"):
+    with pytest.raises(ValueError, match="keep: expected a number above 0 and below 1"):
         SearchConfig(keep=1.0)
     with pytest.raises(ValueError, match="space: expected at least one policy with a window"):
         search_policies(

@@ -7,11 +7,11 @@ mathematics, as MFU counts them: a product of [m, k] and [k, n] is 2 m k n, atte
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from swaa_jax.attention import split_heads
 from swaa_jax.costs import active_parameters
 from swaa_jax.infer import Timings
+from swaa_jax.models import CausalLM
 from swaa_jax.policy import LayerAttention
 
 __all__ = ["CellCost", "cell_cost", "prefill_attention_share", "prefill_flops"]
@@ -39,7 +39,7 @@ class CellCost:
 
 
 def cell_cost(
-    model: Any,
+    model: CausalLM,
     layers: Sequence[LayerAttention],
     *,
     prompt_lengths: Sequence[int],
@@ -75,7 +75,7 @@ def cell_cost(
     )
 
 
-def prefill_flops(model: Any, layers: Sequence[LayerAttention], length: int) -> float:
+def prefill_flops(model: CausalLM, layers: Sequence[LayerAttention], length: int) -> float:
     """Operations that reading a prompt of `length` tokens takes, its next-token logits included."""
     config = model.config
     width = config.num_heads * config.head_dim
