@@ -254,9 +254,9 @@ def check_keys(name: str, keys: Iterable[object], known: Sequence[str], advice: 
     shown = [f"{show(key)}{nearest(key, known)}" for key in unknown[:_SHOWN_KEYS]]
     if len(unknown) > _SHOWN_KEYS:
         shown.append(f"and {len(unknown) - _SHOWN_KEYS} more")
+    expected = f"keys among {', '.join(known)}" if known else "no keys"
     raise ValueError(
-        f"{name}: expected keys among {', '.join(known)}, got {', '.join(shown)}"
-        f"{advice and f'; {advice}'}"
+        f"{name}: expected {expected}, got {', '.join(shown)}{advice and f'; {advice}'}"
     )
 
 

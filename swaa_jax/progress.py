@@ -11,15 +11,18 @@ is quiet there. Process 0 shows it, the others nothing.
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeAlias
 
 from swaa_jax import runtime
 
 if TYPE_CHECKING:
     import rich.progress
 
-__all__ = ["Progress", "show_progress"]
+__all__ = ["Progress", "ShowProgress", "show_progress"]
+
+ShowProgress: TypeAlias = Callable[[str, float], None]
+"""Told what is being done and how much is done, 0 to 1: `Progress.show` of a total of 1."""
 
 _LINE_SECONDS = 30.0
 

@@ -4,6 +4,7 @@ import argparse
 import shlex
 import sys
 import textwrap
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swaa_jax.cli import process_args
@@ -11,7 +12,8 @@ from swaa_jax.cli.task_args import add_task_arguments, tasks_from_args, with_jud
 
 if TYPE_CHECKING:
     from swaa_jax.eval.report import CellSummary
-    from swaa_jax.eval.run import EvalConfig
+    from swaa_jax.eval.run import EvalConfig, Evaluation
+    from swaa_jax.typing import PathLike
 
 _POLICIES = ("full", "naive", "instruct-no-train")
 _EPILOG = """\
@@ -53,7 +55,8 @@ examples:
 Everything that was done is kept: the same command goes on where it was stopped; with more policies,
 tasks or models it does only what is new, and another judge is asked about answers that are there.
 Answers to a file that changed, or to more of it, are made anew. output_dir then holds report.html
-(open it in a browser), report.md, answers.jsonl and .parquet, results.json, run.json.
+(open it in a browser), report.md, score_against_cost.png, answers.jsonl and .parquet, results.json,
+run.json.
 SWAA_JUDGE_API_KEY is a judging model's key.
 """
 
@@ -97,7 +100,6 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from swaa_jax import runtime
     from swaa_jax.eval.report import summarize, write_evaluation
-    from swaa_jax.eval.report.summary import remarks
     from swaa_jax.eval.run import evaluate
     from swaa_jax.progress import show_progress
 
@@ -108,24 +110,40 @@ def run(args: argparse.Namespace) -> int:
     if not runtime.is_main_process():
         return 0
     summaries = summarize(done)
-    paths = write_evaluation(done, summaries, command=_command())
-    if args.quiet:
-        return 0
-    _print_table(summaries)
-    for remark in remarks(summaries, done.cells):
-        print(textwrap.fill(remark, 100))
-    print(
-        f"{done.answered} answers made in this run, {sum(len(c.rows) for c in done.cells)} in all; "
-        f"{done.seconds:,.0f} s."
-    )
-    print("Open the report in a browser; answers and numbers lie beside it:")
-    for name in ("report.html", "report.md", "answers.jsonl", "results.json"):
-        print(f"  {paths[name]}")
+    paths = write_evaluation(done, summaries, command=typed_command())
+    if not args.quiet:
+        print_results(done, summaries, paths)
     return 0
 
 
-def _command() -> str:
-    """What was typed, for the report; not a judge's key."""
+def print_results(
+    done: "Evaluation", summaries: "Sequence[CellSummary]", paths: "Mapping[str, PathLike]"
+) -> None:
+    """Print tables, what they say, and where the rest is."""
+    from rich.console import Console
+
+    from swaa_jax.eval.report import findings, group_summaries, remarks, terminal_table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    groups = group_summaries(summaries)
+    for group in groups:
+        console.print(terminal_table(group, width=console.width))
+    for text in (*findings(groups), *remarks(summaries, done.cells)):
+        print(textwrap.fill(text, min(console.width, 100)), end="\n\n")
+    print(
+        f"{done.answered} answers made in this run, {sum(len(c.answers) for c in done.cells)} in "
+        f"all; {done.seconds:,.0f} s."
+    )
+    print("Open the report in a browser; answers, numbers and charts lie beside it:")
+    shown = ("report.html", "report.md", "score_against_cost.png", "answers.jsonl", "results.json")
+    for name in shown:
+        print(f"  {paths[name]}")
+
+
+def typed_command() -> str:
+    """What was typed, for the report, without a judge's key."""
     import re
 
     words = [re.sub(r"(api_key['\": =]+)[^,}\s]+", r"\1(hidden)", word) for word in sys.argv[1:]]
@@ -177,7 +195,8 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
             fields["policies"] = policies
             if "settings" in fields:
                 fields["settings"] = [{**one, "policies": policies} for one in fields["settings"]]
-        fields["tasks"] = with_judge(tasks_from_args(args) or list(fields.get("tasks") or []), args)
+        tasks = tasks_from_args(args) or list(fields.get("tasks") or [])
+        fields["tasks"] = with_judge(tasks, args) or None
         if args.thinking is not None:
             fields["thinking"] = {"no": [False], "yes": [True], "both": [True, False]}[
                 args.thinking
@@ -194,35 +213,3 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
         if path is None:
             raise
         raise ValueError(f"{path}: {error}") from error
-
-
-def _print_table(summaries: "list[CellSummary]") -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    from swaa_jax.eval.report.document import table_columns, table_rows
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    shown = [
-        name
-        for name in table_columns()
-        if name
-        in ("#", "policy", "score", "right", "difference", "p", "tokens", "prefill pairs", "KV MiB")
-    ]
-    columns = table_columns()
-    groups: dict[tuple[str, ...], list[list[str]]] = {}
-    for cells in table_rows(summaries):
-        row = dict(zip(columns, cells, strict=True))
-        groups.setdefault((row["model"], row["task"], row["mode"]), []).append(
-            [row[name] for name in shown]
-        )
-    for (model, task, mode), rows in groups.items():
-        table = Table(title=f"{model}: {task}, {mode}", box=box.SIMPLE_HEAD, title_justify="left")
-        for name in shown:
-            table.add_column(name, justify="left" if name == "policy" else "right")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)

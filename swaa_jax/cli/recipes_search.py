@@ -47,8 +47,14 @@ def run_search(args: argparse.Namespace, *, num_layers: int) -> int:
     from swaa_jax import load_tokenizer, runtime
     from swaa_jax.eval.run import ModelEntry
     from swaa_jax.eval.run.config import task_entry
-    from swaa_jax.eval.search import SearchConfig, SearchSpace, search_policies, suggest_windows
-    from swaa_jax.eval.search_report import HEADINGS, candidate_cells, write_search
+    from swaa_jax.eval.search import (
+        SearchConfig,
+        SearchSpace,
+        search_policies,
+        suggest_windows,
+        write_search,
+    )
+    from swaa_jax.eval.search.report import HEADINGS, candidate_cells
     from swaa_jax.eval.tasks import encode_sample
     from swaa_jax.policy import parse_fields
     from swaa_jax.progress import show_progress
@@ -59,7 +65,7 @@ def run_search(args: argparse.Namespace, *, num_layers: int) -> int:
         raise ValueError(
             f"--search: expected one --data or --task to search with, got {len(tasks)}"
         )
-    task = task_entry(tasks[0])
+    task = task_entry("task", tasks[0])
     thinking = bool(args.thinking)
     if args.windows is None:
         tokenizer = load_tokenizer(args.model)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from swaa_jax import runtime, storage
-from swaa_jax.eval.judging.judges import Judge, Judged
+from swaa_jax.eval.judging import Judge, Judged
 from swaa_jax.eval.tasks import opens_thinking
 from swaa_jax.eval.tasks.question_answering import Question
 from swaa_jax.fields import check_fields, flag, integer, number, one_of, or_none
@@ -107,7 +107,7 @@ def distill(
             is full attention.
         tok: its tokenizer. Prompts go through its chat template, where it has one.
         questions: see `read_questions`.
-        judge: see `swaa_jax.eval.judging.judges`.
+        judge: see `swaa_jax.eval.judging`.
         directory: new, or that of the same run, which then goes on.
         config: how questions are answered.
         settings: what else makes this run what it is (the model's name, the judge's settings), so

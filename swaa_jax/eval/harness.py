@@ -21,8 +21,8 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 )
 
 from swaa_jax.checkpoint import load_tokenizer
-from swaa_jax.eval.judging.scorers import strip_thinking
-from swaa_jax.infer import generate
+from swaa_jax.eval.judging import strip_thinking
+from swaa_jax.infer import GenerateOptions, generate
 from swaa_jax.infer.likelihoods import Continuation, score_continuations
 from swaa_jax.lora import load_adapter, merge_lora
 from swaa_jax.models import load_model
@@ -196,38 +196,21 @@ class SwaaLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers, each under its request's own settings; alike ones are run together."""
-        groups: dict[tuple[Any, ...], list[int]] = {}
+        groups: dict[GenerateOptions, list[int]] = {}
         for number, request in enumerate(requests):
-            options = self._gen_kwargs(_arguments(request)[1])
-            key = (
-                options["max_gen_toks"],
-                tuple(options["until"]),
-                float(options["temperature"]),
-                options.get("top_k"),
-                options.get("top_p"),
-            )
-            groups.setdefault(key, []).append(number)
+            groups.setdefault(self._options(_arguments(request)[1]), []).append(number)
         texts: dict[int, str] = {}
-        for (limit, until, temperature, top_k, top_p), numbers in groups.items():
+        for options, numbers in groups.items():
             prompts = [
                 self._fit(
                     self.tok_encode(_prompt(requests[number])) or [self.prefix_token_id],
-                    limit,
+                    options.max_new_tokens,
                     number,
                 )
                 for number in numbers
             ]
             out = generate(
-                self.model,
-                self.tokenizer,
-                prompts,
-                max_new_tokens=limit,
-                temperature=temperature,
-                top_k=top_k if temperature else None,
-                top_p=top_p if temperature else None,
-                stop=[text for text in until if text],
-                batch_size=self.batch_size,
-                progress=not disable_tqdm,
+                self.model, self.tokenizer, prompts, options=options, progress=not disable_tqdm
             )
             for number, text in zip(numbers, out.texts, strict=True):
                 if self._thinking:
@@ -237,8 +220,8 @@ class SwaaLM(TemplateLM):
                 self.cache_hook.add_partial("generate_until", requests[number].args, text)
         return [texts[number] for number in range(len(requests))]
 
-    def _gen_kwargs(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """A request's settings, complete; a warning names those that are ignored, once each."""
+    def _options(self, given: Mapping[str, Any]) -> GenerateOptions:
+        """A request's settings; a warning names those that are ignored, once each."""
         read = dict(given)
         if read.get("temperature") is None:
             read["temperature"] = 1.0 if read.get("do_sample") else 0.0
@@ -252,7 +235,15 @@ class SwaaLM(TemplateLM):
                 f"{', '.join(new)} {'is' if len(new) == 1 else 'are'}",
                 ", ".join(_GEN_KWARGS),
             )
-        return options
+        temperature = float(options["temperature"])
+        return GenerateOptions(
+            max_new_tokens=options["max_gen_toks"],
+            temperature=temperature,
+            stop=[text for text in options["until"] if text],
+            batch_size=self.batch_size,
+            top_k=options.get("top_k") if temperature else None,
+            top_p=options.get("top_p") if temperature else None,
+        )
 
     def _score(self, asked: Sequence[Continuation], quiet: bool) -> list[tuple[float, bool]]:
         with show_progress("scoring", total=len(asked), unit="texts", enabled=not quiet) as bar:

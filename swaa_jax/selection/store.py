@@ -10,7 +10,7 @@ Methods share it: what one has evaluated, another one reads.
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,16 +18,14 @@ from etils import epath
 from jaxtyping import Float
 
 from swaa_jax import runtime, storage
+from swaa_jax.progress import ShowProgress
 from swaa_jax.selection.per_row import RowScorer
 from swaa_jax.typing import PathLike
 
-__all__ = ["Layers", "Progress", "Ranking", "ScoreStore", "top_layers"]
+__all__ = ["Layers", "Ranking", "ScoreStore", "top_layers"]
 
 Layers = tuple[int, ...]
 """A candidate: its full layers, sorted."""
-
-Progress = Callable[[str, float], None]
-"""Told what is being done, and which part of the whole is done, 0 to 1."""
 
 
 class ScoreStore:
@@ -47,7 +45,7 @@ class ScoreStore:
         scorer: RowScorer,
         *,
         directory: PathLike | None = None,
-        progress: Progress | None = None,
+        progress: ShowProgress | None = None,
     ):
         self._scorer, self._progress = scorer, progress
         self._path = None if directory is None else epath.Path(directory) / "scores.jsonl"

@@ -11,7 +11,7 @@ import swaa_jax as swaa
 from swaa_jax.cli.main import main
 from swaa_jax.distill import DistillConfig, Question, distill
 from swaa_jax.distill import run as distilling
-from swaa_jax.eval.judging.judges import Verdict, make_judge
+from swaa_jax.eval.judging import Verdict, make_judge
 from swaa_jax.eval.tasks.ruler import niah_multiquery
 
 CONFIG = DistillConfig(attempts=3, max_new_tokens=6, questions_per_part=2)

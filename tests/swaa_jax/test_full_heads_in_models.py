@@ -14,8 +14,9 @@ import swaa_jax as swaa
 from swaa_jax import sharding
 from swaa_jax.attention import FullCache, RingCache, SplitCache
 from swaa_jax.costs import FlopCounter
-from swaa_jax.eval import recipes, sweep
 from swaa_jax.eval.run.answering import resolve_all
+from swaa_jax.eval.run.costs import prefill_attention_share
+from swaa_jax.eval.search import recipes
 from swaa_jax.models import CausalLM
 from swaa_jax.train import OptimizerConfig, StepConfig, make_step
 from tests.support.random_models import HF_CONFIG, random_model
@@ -172,9 +173,9 @@ def test_prefill_work_is_counted_by_heads():
     length, total = 23, 23 * 24 / 2
     windowed = sum(min(i + 1, 5 + 2) for i in range(length))
     want = (total + 3 * windowed + 2 * total + 2 * windowed) / (8 * total)
-    assert sweep.prefill_attention_share(layers, length, num_kv_heads=4) == pytest.approx(want)
+    assert prefill_attention_share(layers, length, num_kv_heads=4) == pytest.approx(want)
     with pytest.raises(ValueError, match=r"num_kv_heads: expected .* got None"):
-        sweep.prefill_attention_share(layers, length)
+        prefill_attention_share(layers, length)
 
 
 def test_operations_are_counted_by_heads():
@@ -252,7 +253,7 @@ def test_policies_that_differ_in_decode_share_one_prefill():
         under = model.with_policy(policy)
         decode = functools.partial(swaa.infer.decode_from, under, None, shared, keep_caches=True)
         alone = swaa.generate(under, None, prompts, **options)
-        assert decode(options=swaa.infer.DecodeOptions(**options)).tokens == alone.tokens
+        assert decode(options=swaa.infer.GenerateOptions(**options)).tokens == alone.tokens
     other = dataclasses.replace(POLICY, full_attention_heads={0: [2], 1: [0, 3]})
     with pytest.raises(ValueError, match="differs from the prefill's in decode only"):
         swaa.infer.decode_from(model.with_policy(other), None, shared)

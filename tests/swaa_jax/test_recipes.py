@@ -6,7 +6,7 @@ import json
 import pytest
 
 from swaa_jax.cli.main import main
-from swaa_jax.eval import recipes
+from swaa_jax.eval.search import recipes
 from swaa_jax.infer import prefill_prompts
 from swaa_jax.lora import without_lora
 from swaa_jax.policy import Needs, load_policy

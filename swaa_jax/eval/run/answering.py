@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from swaa_jax.infer import (
-    DecodeOptions,
+    GenerateOptions,
     Generation,
     Prefilled,
     check_prompts,
@@ -19,6 +19,7 @@ from swaa_jax.infer import (
     prefill_prompts,
 )
 from swaa_jax.policy import AttentionPolicy, LayerAttention
+from swaa_jax.progress import ShowProgress
 
 __all__ = ["Answers", "answer_prompts", "even_batches", "resolve_all"]
 
@@ -50,9 +51,9 @@ def answer_prompts(
     policies: Sequence[AttentionPolicy],
     *,
     batches: Sequence[Sequence[int]],
-    options: DecodeOptions,
+    options: GenerateOptions,
     skip: Callable[[AttentionPolicy, int], bool] | None = None,
-    progress: Callable[[str, float], None] | None = None,
+    progress: ShowProgress | None = None,
 ) -> Iterator[Answers]:
     """Answer prompts under each policy, yielding each policy's batches as they are done.
 
@@ -205,7 +206,7 @@ def _prefill(model: Any, prompts: list[Sequence[int]], **options: Any) -> Prefil
 class _Done:
     """Adds up finished work and tells `progress`."""
 
-    def __init__(self, progress: Callable[[str, float], None] | None, *, total: float):
+    def __init__(self, progress: ShowProgress | None, *, total: float):
         self._progress, self._total = progress, total
         self._finished, self._what = 0.0, ""
 

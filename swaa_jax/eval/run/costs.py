@@ -9,12 +9,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from swaa_jax.attention import split_heads
 from swaa_jax.costs import active_parameters
-from swaa_jax.eval.sweep import prefill_attention_share
 from swaa_jax.infer import Timings
 from swaa_jax.policy import LayerAttention
 
-__all__ = ["CellCost", "cell_cost", "prefill_flops"]
+__all__ = ["CellCost", "cell_cost", "prefill_attention_share", "prefill_flops"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,3 +83,44 @@ def prefill_flops(model: Any, layers: Sequence[LayerAttention], length: int) -> 
     pairs = len(layers) * share * length * (length + 1) / 2
     head = 2 * config.hidden_size * config.vocab_size  # of the last token only
     return 2 * active_parameters(model) * length + 4 * width * pairs + head
+
+
+def prefill_attention_share(
+    layers: Sequence[LayerAttention], length: int, *, num_kv_heads: int | None = None
+) -> float:
+    """The (query, key) pairs that `length` prompt tokens visit, as a part of full attention's.
+
+    A windowed row i sees min(i + 1, window + sinks) keys: the measure of prefill work that neither
+    machine nor model size changes.
+
+    Args:
+        layers: of the model, under a policy.
+        length: tokens.
+        num_kv_heads: the model's, where a layer has full heads.
+
+    Raises:
+        ValueError: a layer has full heads, and their number is not known to be out of how many.
+
+    >>> prefill_attention_share([LayerAttention(window=1), LayerAttention()], 3)
+    0.75
+    """
+    full = length * (length + 1) / 2
+
+    def pairs(layer: LayerAttention) -> float:
+        if layer.full_heads:
+            if num_kv_heads is None:
+                raise ValueError(
+                    "num_kv_heads: expected the model's number of KV heads for a layer with full "
+                    f"heads {layer.full_heads}, got None"
+                )
+            parts = split_heads(layer, num_kv_heads)
+            return sum(len(part.heads) * pairs(part.layer) for part in parts) / num_kv_heads
+        if layer.window is None:
+            return full
+        windowed = length - min(layer.full_attention_tail, length)
+        reach = layer.window + layer.num_sink_tokens
+        growing = min(windowed, reach)
+        below = growing * (growing + 1) / 2 + (windowed - growing) * reach
+        return below + full - windowed * (windowed + 1) / 2
+
+    return sum(pairs(layer) for layer in layers) / (full * len(layers))

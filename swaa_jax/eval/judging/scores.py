@@ -1,13 +1,10 @@
-"""Scores of generated text against references."""
+"""Comparisons of generated text with references: RULER's score, words within it, plain text."""
 
 import re
 import string
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-_THINK_END = "</think>"
-_THINK_START = "<think>"
 _CONTROL = re.compile(r"[\x00-\x1f]")
 _MARKDOWN = re.compile(r"(?<![a-zA-Z0-9])\*+|\*+(?![a-zA-Z0-9])")  # 2*3 keeps its asterisk
 _THOUSANDS = re.compile(r"(?<![\w.,])\d{1,3}(?:,\d{3})+(?!,?\d)")
@@ -36,17 +33,6 @@ def string_match_all(prediction: str, references: Sequence[str]) -> float:
         raise ValueError("references: expected at least one string; got none")
     haystack = _normalize(prediction)
     return sum(_normalize(reference) in haystack for reference in references) / len(references)
-
-
-def all_or_nothing(prediction: str, references: Sequence[str]) -> float:
-    """1.0 if `prediction` contains every reference, else 0.0: the score of the SWAA paper's Table
-    1.
-
-    Example:
-        >>> all_or_nothing("12 and 34", ["12", "34"]), all_or_nothing("12", ["12", "34"])
-        (1.0, 0.0)
-    """
-    return float(string_match_all(prediction, references) == 1.0)
 
 
 def includes(text: str, reference: str) -> bool:
@@ -108,45 +94,6 @@ def _is_in_number(text: str, at: int, char: str) -> bool:
     if not after.isdigit():
         return False
     return before.isdigit() if char == "." else char == "-" and not before.isalnum()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """A generated text without its thinking.
-
-    Attributes:
-        text: what is to be scored; empty when the thinking never ended.
-        finished: false when a `<think>` was left open.
-    """
-
-    text: str
-    finished: bool
-
-
-def strip_thinking(text: str, *, thinking: bool = False) -> Answer:
-    r"""The text after the last `</think>`.
-
-    Args:
-        text: the generated text, with or without the prompt's end.
-        thinking: whether the prompt itself had opened `<think>`, as thinking templates do; then a
-            text without `</think>` is unfinished.
-
-    Example:
-        >>> strip_thinking("a is 1.</think>\n\nIt is 1.").text
-        'It is 1.'
-        >>> strip_thinking("a is 1, no wait", thinking=True).finished
-        False
-    """
-    _, end, tail = text.rpartition(_THINK_END)
-    if end:
-        return _open_or_done(tail)
-    return Answer(text="", finished=False) if thinking else _open_or_done(text)
-
-
-def _open_or_done(text: str) -> Answer:
-    if _THINK_START in text:
-        return Answer(text="", finished=False)
-    return Answer(text=text.strip(), finished=True)
 
 
 def _normalize(text: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from swaa_jax.attention import split_heads
 from swaa_jax.configs import list_configs
-from swaa_jax.eval.sweep import prefill_attention_share
+from swaa_jax.eval.run.costs import prefill_attention_share
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import Evidence, LayerAttention, Needs, PolicyFile, load_policy_file
 

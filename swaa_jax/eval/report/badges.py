@@ -1,16 +1,21 @@
-"""The plot of a sweep: values found against what the policy costs, for people who look first."""
+"""Policies in a chart: a dot where each one stands, exactly, and beside it a badge with its number.
 
-import io
+A badge's colour says which layers keep full attention, a square is FA decode, a ring sinks.
+"""
+
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
-from etils import epath
-
-from swaa_jax.eval.sweep import Sweep
-from swaa_jax.eval.sweep_report import Row, full_layers_label, summarize
 from swaa_jax.policy import AttentionPolicy
-from swaa_jax.typing import PathLike
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
+    from matplotlib.lines import Line2D
+
+__all__ = ["draw_legend", "draw_policies", "full_layers_label", "layer_colors", "make_room"]
 
 # After Okabe and Ito, whose colours people with any colour vision tell apart; dark enough for the
 # white numbers on them. By the layers that keep full attention.
@@ -21,91 +26,23 @@ _GAP = 15.0  # between a dot and the nearest badge's centre
 _SAME = 7.0  # dots nearer than this share a block of badges
 _PER_LINE = 3
 
-_Point = tuple[float, float]
-
-
-def plot(sweep: Sweep, path: PathLike, *, title: str = "") -> None:
-    """Draw the sweep to a PNG file; the file is complete or is not there.
-
-    One line of panels a mode; to the left the prefill's attention work, to the right the KV cache.
-    A dot is where a policy stands, exactly; the badges beside it say which rows of the table it is.
-    A badge's colour says which layers keep full attention, a square is FA decode, a ring sinks.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display
-    from matplotlib import pyplot
-
-    style: dict[Any, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    with pyplot.rc_context(style):
-        figure, axes = pyplot.subplots(
-            2, 2, figsize=(11.5, 7.6), sharey=True, sharex="col", layout="constrained"
-        )
-        try:
-            _draw(figure, axes, summarize(sweep), title=title)
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", dpi=130)
-        finally:
-            pyplot.close(figure)
-    target = epath.Path(path)
-    partial = target.parent / f".{target.name}.partial"
-    partial.write_bytes(buffer.getvalue())
-    partial.replace(target)
-
-
-def _draw(figure: Any, axes: Any, rows: Sequence[Row], *, title: str) -> None:
-    colors = layer_colors([row.policy for row in rows])
-    costs = (
-        (
-            "query-key pairs in the prefill, % of full attention",
-            [100 * row.prefill_share for row in rows],
-        ),
-        ("KV cache per sample, KiB", [row.cache_bytes / 1024 for row in rows]),
-    )
-    for line, mode in enumerate(("thinking", "non-thinking")):
-        for column, (label, cost) in enumerate(costs):
-            axis = axes[line, column]
-            axis.set_ylim(-30, 130)
-            axis.set_yticks(range(0, 101, 20))
-            axis.spines["left"].set_bounds(0, 100)
-            axis.set_xlim(-0.08 * max(cost), 1.14 * max(cost))
-            axis.grid(axis="y", color="#E2E2E2", linewidth=0.8)
-            axis.set_axisbelow(True)
-            if line == 1:
-                axis.set_xlabel(label)
-            if column == 0:
-                axis.set_ylabel(f"{mode}\nvalues found, %")
-    figure.suptitle(title or "Values found against cost", x=0.01, ha="left", fontsize=12)
-    _legend(figure, rows, colors)
-    figure.canvas.draw()  # fixes the layout, which placing the badges measures
-    for line, column in itertools.product(range(2), range(2)):
-        points = [
-            (cost, 100 * row.modes[line].values_found)
-            for row, cost in zip(rows, costs[column][1], strict=True)
-        ]
-        draw_policies(
-            axes[line, column],
-            points,
-            [row.policy for row in rows],
-            labels=[row.label for row in rows],
-            colors=colors,
-        )
+_Point: TypeAlias = tuple[float, float]
+_Box: TypeAlias = tuple[float, float, float, float]
+"""Left, bottom, right, top."""
 
 
 def draw_policies(
-    axis: Any,
+    axis: "Axes",
     points: Sequence[_Point],
     policies: Sequence[AttentionPolicy],
     *,
     labels: Sequence[str],
     colors: dict[str, str],
 ) -> None:
-    """A dot where each policy stands, exactly, and beside it a badge with its label.
-
-    A badge's colour says which layers keep full attention, a square is FA decode, a ring sinks.
+    """Draw dots and badges.
 
     Args:
-        axis: of matplotlib, its layout fixed (`figure.canvas.draw()`), since badges are placed by
+        axis: its layout fixed (`figure.canvas.draw()`), since badges are placed by
             what it measures.
         points: in data coordinates.
         policies, labels: of each point.
@@ -114,15 +51,16 @@ def draw_policies(
     to_points = 72 / axis.figure.dpi  # all that follows is in points, 1/72 inch
     dots = [tuple(to_points * axis.transData.transform(point)) for point in points]
     box = axis.get_window_extent()
-    inside = tuple(to_points * edge for edge in (box.x0, box.y0, box.x1, box.y1))
+    x0, y0, x1, y1 = (to_points * edge for edge in (box.x0, box.y0, box.x1, box.y1))
     taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in dots]
     groups = _group(dots)
     # The largest blocks choose first.
     for members in sorted(groups, key=lambda group: -len(group)):
-        badges, area = _place([dots[i] for i in members], inside=inside, taken=taken)
+        badges, area = _place([dots[i] for i in members], inside=(x0, y0, x1, y1), taken=taken)
         taken.append(area)
         for index, at in zip(members, badges, strict=True):
-            place = axis.transData.inverted().transform([at[0] / to_points, at[1] / to_points])
+            pixels = [at[0] / to_points, at[1] / to_points]
+            place = tuple(axis.transData.inverted().transform(pixels))
             near = (points[index], place)
             axis.plot(*zip(*near, strict=True), color="#B5B5B5", linewidth=0.7, zorder=1)
             for artist in _badge(policies[index], colors):
@@ -158,9 +96,9 @@ def _group(dots: Sequence[_Point]) -> list[list[int]]:
 def _place(
     dots: Sequence[_Point],
     *,
-    inside: tuple[float, float, float, float],
-    taken: Sequence[tuple[float, float, float, float]],
-) -> tuple[list[_Point], tuple[float, float, float, float]]:
+    inside: _Box,
+    taken: Sequence[_Box],
+) -> tuple[list[_Point], _Box]:
     """Centres of the badges of one group, and the area that they take.
 
     The block goes where it overlaps least: below or above the dots, beside them, at a corner.
@@ -177,7 +115,7 @@ def _place(
         top = ((y0 + y1 + height) / 2, y1 + distance + height, y0 - distance)[up]
         return left, top
 
-    def area(left: float, top: float) -> tuple[float, float, float, float]:
+    def area(left: float, top: float) -> _Box:
         margin = _PITCH / 2
         return left - margin, top - height - margin, left + width + margin, top + margin
 
@@ -202,13 +140,13 @@ def _place(
     return badges, area(left, top)
 
 
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+def _overlap(a: _Box, b: _Box) -> float:
     across = min(a[2], b[2]) - max(a[0], b[0])
     up = min(a[3], b[3]) - max(a[1], b[1])
     return across * up if across > 0 and up > 0 else 0.0
 
 
-def _badge(policy: AttentionPolicy, colors: dict[str, str]) -> list[Any]:
+def _badge(policy: AttentionPolicy, colors: dict[str, str]) -> "list[Line2D]":
     return _marker(
         colors[full_layers_label(policy)],
         square=policy.decode != "window",
@@ -216,7 +154,7 @@ def _badge(policy: AttentionPolicy, colors: dict[str, str]) -> list[Any]:
     )
 
 
-def _marker(color: str, *, square: bool = False, ring: bool = False) -> list[Any]:
+def _marker(color: str, *, square: bool = False, ring: bool = False) -> "list[Line2D]":
     from matplotlib.lines import Line2D
 
     size = _BADGE * (0.88 if square else 1.0)
@@ -229,22 +167,29 @@ def _marker(color: str, *, square: bool = False, ring: bool = False) -> list[Any
     ]
 
 
-def _trained(row: Row) -> str:
-    return ", adapters" if row.adapter else ""
-
-
 def layer_colors(policies: Sequence[AttentionPolicy]) -> dict[str, str]:
     """A colour for each choice of full layers among the policies."""
     names = list(dict.fromkeys(full_layers_label(policy) for policy in policies))
     return dict(zip(names, itertools.cycle(_COLORS), strict=False))
 
 
-def _legend(figure: Any, rows: Sequence[Row], colors: dict[str, str]) -> None:
-    labels = [f"{row.label}  {row.policy}{_trained(row)}" for row in rows]
-    draw_legend(figure, labels, colors, heading="Row of the table")
+def full_layers_label(policy: AttentionPolicy) -> str:
+    """The layers and heads with full attention: "all", "none", "1::2", "0 + heads 3:1"."""
+    if policy.is_full:
+        return "all"
+    layers, heads = policy.full_attention_layers, policy.full_attention_heads
+    words = [layers if isinstance(layers, str) else "+".join(map(str, layers))] if layers else []
+    if len(heads) > 4:
+        words.append(f"heads in {len(heads)} layers")
+    elif heads:
+        pairs = [f"{layer}:{'+'.join(map(str, chosen))}" for layer, chosen in heads]
+        words.append(f"heads {'/'.join(pairs)}")
+    return " + ".join(words) or "none"
 
 
-def draw_legend(figure: Any, lines: Sequence[str], colors: dict[str, str], *, heading: str) -> None:
+def draw_legend(
+    figure: "Figure", lines: Sequence[str], colors: dict[str, str], *, heading: str
+) -> None:
     """To the right of the figure: what badges mean, then lines of text under a heading.
 
     A figure too low for that is made higher.
@@ -252,7 +197,7 @@ def draw_legend(figure: Any, lines: Sequence[str], colors: dict[str, str], *, he
     from matplotlib.lines import Line2D
 
     gray, nothing = "#808080", Line2D([], [], linestyle="")
-    entries: list[tuple[Any, str]] = [
+    entries: list[tuple[Line2D | tuple[Line2D, ...], str]] = [
         (nothing, "Full attention in layers"),
         *((tuple(_marker(color)), name) for name, color in colors.items()),
         (nothing, "Answer tokens see"),
@@ -275,7 +220,7 @@ def draw_legend(figure: Any, lines: Sequence[str], colors: dict[str, str], *, he
     make_room(figure, legend)
 
 
-def make_room(figure: Any, legend: Any) -> None:
+def make_room(figure: "Figure", legend: "Legend") -> None:
     """A figure with many policies grows until it holds what its legend says of them."""
     needed = legend.get_window_extent().height / figure.dpi + 0.2
     figure.set_figheight(max(figure.get_figheight(), needed))

@@ -1,8 +1,4 @@
-"""Who decides whether an answer is right: rules, RULER's score, or a language model over HTTP.
-
-A judge is called with a `Judged` and returns a `Verdict`. Rules see the answer without its
-thinking; an answer whose thinking never ended is wrong under all of them.
-"""
+"""A language model that judges, behind an OpenAI-compatible URL."""
 
 import dataclasses
 import datetime
@@ -11,22 +7,20 @@ import hashlib
 import http.client
 import json
 import math
+import os
 import re
 import string
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
-from typing import Any
 
 from etils import epath
 
-from swaa_jax.eval.judging.scorers import includes, plain, string_match_all, strip_thinking
+from swaa_jax import storage
+from swaa_jax.eval.judging.judge import Judged, Verdict, answer_of, strip_thinking
+from swaa_jax.fields import check_fields, integer, number, or_none, text, wrong
 from swaa_jax.typing import PathLike
-
-CHOICE = r"The correct answer is \(?([A-D])"
-"""LongBench-v2's official pattern; asterisks are stripped before it is looked for."""
 
 _PROMPT = """\
 You grade an answer to a question. It is right if it says the same as the reference answer, in \
@@ -40,165 +34,6 @@ Reference answer: {reference}
 Answer to grade: {answer}
 
 Reply with one word, CORRECT or INCORRECT."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Judged:
-    """What a judge looks at.
-
-    Attributes:
-        question: as the model was asked.
-        references: right answers; any of them will do, except for `ruler` and `includes` with
-            need="all", which want all.
-        response: the generated text.
-        thinking: whether the prompt had opened `<think>`.
-        grading: what a language model that judges must know beside the references; rules ignore it.
-    """
-
-    question: str
-    references: tuple[str, ...]
-    response: str
-    thinking: bool = False
-    grading: str = ""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """Whether an answer counts as right, and what it was decided on.
-
-    Attributes:
-        accepted: whether it is right.
-        reason: for people.
-        score: 0 to 1, where being right has degrees (RULER's: the fraction found); else 1 if it is
-            accepted and 0 if not.
-    """
-
-    accepted: bool
-    reason: str
-    score: float = math.nan
-
-    def __post_init__(self):
-        if math.isnan(self.score):
-            object.__setattr__(self, "score", float(self.accepted))
-        if not 0.0 <= self.score <= 1.0:
-            raise ValueError(f"score: expected 0 to 1, got {self.score}")
-
-
-Judge = Callable[[Judged], Verdict]
-
-
-def _of_rule(rule: Callable[[str, tuple[str, ...]], Verdict]) -> Judge:
-    """A judge of answers without their thinking."""
-
-    def judge(judged: Judged) -> Verdict:
-        answer = _answer_of(judged)
-        return answer if isinstance(answer, Verdict) else rule(answer, judged.references)
-
-    return judge
-
-
-def _answer_of(judged: Judged) -> str | Verdict:
-    """The answer without its thinking; the verdict where there is none."""
-    if not judged.references:
-        raise ValueError("references: expected at least one right answer, got none")
-    answer = strip_thinking(judged.response, thinking=judged.thinking)
-    if not answer.finished:
-        return Verdict(accepted=False, reason="thinking did not end")
-    return answer.text or Verdict(accepted=False, reason="no answer")
-
-
-def exact_judge() -> Judge:
-    """The answer is a reference, apart from case, spaces, articles and punctuation (SQuAD's rule),
-    Unicode's spellings of one character (NFKC) and thousands separators.
-
-    >>> judge = exact_judge()
-    >>> judge(Judged(question="Where?", references=("Paris",), response="The  Paris.")).accepted
-    True
-    """
-
-    def rule(answer: str, references: tuple[str, ...]) -> Verdict:
-        wanted = {plain(reference) for reference in references}
-        return Verdict(accepted=plain(answer) in wanted, reason=answer)
-
-    return _of_rule(rule)
-
-
-def includes_judge(*, need: str = "any") -> Judge:
-    """The answer has a reference in it, as words or numbers of their own: see
-    :func:`swaa_jax.eval.judging.scorers.includes`.
-
-    Args:
-        need: "any" of the references, or "all"; the score is then the fraction found.
-
-    Raises:
-        ValueError: `need` is another word.
-
-    >>> judge = includes_judge()
-    >>> judge(Judged(question="?", references=("12",), response="There are **12**.")).accepted
-    True
-    """
-    if need not in ("any", "all"):
-        raise ValueError(f'need: expected "any" or "all", got {need!r}')
-
-    def rule(answer: str, references: tuple[str, ...]) -> Verdict:
-        found = [reference for reference in references if includes(answer, reference)]
-        reason = f"has {', '.join(found) or 'none of the references'}"
-        if need == "any":
-            return Verdict(accepted=bool(found), reason=reason)
-        score = len(found) / len(references)
-        return Verdict(accepted=score == 1.0, reason=reason, score=score)
-
-    return _of_rule(rule)
-
-
-def regex_judge(pattern: str = CHOICE, *, which: str = "first") -> Judge:
-    """The pattern's first group, where it matches, is a reference.
-
-    Only `pattern` is a regular expression. References are plain text, compared as `exact_judge`
-    does, so "C++" and "(7" are good ones.
-
-    Args:
-        pattern: a regular expression with one group; asterisks (Markdown) are cut from the answer.
-        which: "first" match (LongBench-v2's own rule) or "last".
-
-    Raises:
-        ValueError: not a regular expression with a group, or `which` is another word.
-    """
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"pattern: expected a regular expression, got {pattern!r}: {error}"
-        ) from None
-    if compiled.groups < 1:
-        raise ValueError(f"pattern: expected a group, as in 'answer is (.*)', got {pattern!r}")
-    if which not in ("first", "last"):
-        raise ValueError(f'which: expected "first" or "last", got {which!r}')
-
-    def rule(answer: str, references: tuple[str, ...]) -> Verdict:
-        found = [match[1] for match in compiled.finditer(answer.replace("*", ""))]
-        if not found:
-            return Verdict(accepted=False, reason=f"the answer has no match of {pattern!r}")
-        said = found[0] if which == "first" else found[-1]
-        wanted = {plain(reference) for reference in references}
-        return Verdict(accepted=bool(said) and plain(said) in wanted, reason=f"said {said}")
-
-    return _of_rule(rule)
-
-
-def ruler_judge() -> Judge:
-    """The answer contains every reference: RULER's match, all or nothing as in the paper. The score
-    is RULER's own, the fraction found.
-    """
-
-    def rule(answer: str, references: tuple[str, ...]) -> Verdict:
-        score = string_match_all(answer, references)
-        found = round(score * len(references))
-        return Verdict(
-            accepted=score == 1.0, reason=f"{found} of {len(references)} found", score=score
-        )
-
-    return _of_rule(rule)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,22 +67,26 @@ class LlmJudgeConfig:
     cache: PathLike | None = None
 
     def __post_init__(self):
+        check_fields(
+            self,
+            url=text,
+            model=text,
+            prompt=text,
+            max_tokens=integer(least=1),
+            requests_per_minute=or_none(number(above=0)),
+            attempts=integer(least=1),
+            timeout_s=number(above=0),
+        )
         if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"url: expected http://... or https://..., got {self.url!r}")
+            raise wrong("url", "http://... or https://...", self.url)
         missing = [n for n in ("question", "reference", "answer") if f"{{{n}}}" not in self.prompt]
         if missing:
             raise ValueError(
                 f"prompt: expected {{question}}, {{reference}} and {{answer}} in it, "
                 f"got none of {', '.join(missing)}"
             )
-        for name in ("attempts", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("requests_per_minute", "timeout_s"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
-        if self.cache is not None and "://" in str(self.cache):
-            raise ValueError(f"cache: expected a file on this machine, got {self.cache}")
+        if self.cache is not None and not storage.is_local(self.cache):
+            raise wrong("cache", "a file on this machine", os.fspath(self.cache))
 
 
 class LlmJudge:
@@ -273,7 +112,7 @@ class LlmJudge:
 
     def __call__(self, judged: Judged) -> Verdict:
         """The model's verdict, from the cache where it has been asked before."""
-        answer = _answer_of(judged)
+        answer = answer_of(judged)
         if isinstance(answer, Verdict):
             return answer
         reference = " or ".join(judged.references)
@@ -415,44 +254,6 @@ def retry_after(header: str | None, *, default: float) -> float:
         until = until if until.tzinfo else until.replace(tzinfo=datetime.UTC)
         seconds = (until - datetime.datetime.now(datetime.UTC)).total_seconds()
     return default if math.isnan(seconds) else min(max(seconds, 0.0), 600.0)
-
-
-def _llm_judge(**settings: Any) -> Judge:
-    missing = [name for name in ("url", "model") if settings.get(name) is None]
-    if missing:
-        raise ValueError(
-            f"judge 'llm': expected url (of an OpenAI-compatible API) and model, got no "
-            f"{' and no '.join(missing)}"
-        )
-    return LlmJudge(LlmJudgeConfig(**settings))
-
-
-JUDGES: Mapping[str, Callable[..., Judge]] = {
-    "exact": exact_judge,
-    "includes": includes_judge,
-    "regex": regex_judge,
-    "ruler": ruler_judge,
-    "llm": _llm_judge,
-}
-
-
-def make_judge(name: str, **settings: Any) -> Judge:
-    """The judge of that name.
-
-    Args:
-        name: "exact", "includes", "regex", "ruler" or "llm".
-        settings: of :func:`includes_judge` or :func:`regex_judge`, or fields of
-            :class:`LlmJudgeConfig`.
-
-    Raises:
-        ValueError: no such judge, or settings that it does not have.
-    """
-    if name not in JUDGES:
-        raise ValueError(f"judge: expected one of {', '.join(JUDGES)}, got {name!r}")
-    try:
-        return JUDGES[name](**settings)
-    except TypeError as error:
-        raise ValueError(f"judge {name!r}: {error}") from None
 
 
 def _content(body: bytes) -> str:

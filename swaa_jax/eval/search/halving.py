@@ -15,11 +15,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from swaa_jax._policy_fields import LayerSelection
 from swaa_jax.eval.report.statistics import Interval, bootstrap_interval
-from swaa_jax.eval.run import EvalConfig, ModelEntry, PolicyEntry, Setting, TaskEntry
-from swaa_jax.eval.run.evaluation import Cell, Progress, evaluate, load_entry
-from swaa_jax.policy import AttentionPolicy
+from swaa_jax.eval.run import Cell, EvalConfig, ModelEntry, PolicyEntry, Setting, TaskEntry
+from swaa_jax.eval.run.evaluation import evaluate
+from swaa_jax.eval.run.loading import load_entry
+from swaa_jax.fields import check_fields, integer, number, or_none
+from swaa_jax.policy import AttentionPolicy, LayerSelection
+from swaa_jax.progress import ShowProgress
 
 __all__ = [
     "Candidate",
@@ -91,14 +93,15 @@ class SearchConfig:
     keep: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("floor", "max_prefill"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name}: expected more than 0 and at most 1, got {value}")
-        if self.first_samples < 1:
-            raise ValueError(f"first_samples: expected at least 1, got {self.first_samples}")
-        if not 0 < self.keep < 1:
-            raise ValueError(f"keep: expected a part between 0 and 1, got {self.keep}")
+        part = number(above=0, most=1)
+        check_fields(
+            self,
+            floor=or_none(part),
+            max_prefill=or_none(part),
+            max_cache_bytes=or_none(integer(least=0)),
+            first_samples=integer(least=1),
+            keep=number(above=0, below=1),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,7 +165,7 @@ def search_policies(
     *,
     config: SearchConfig | None = None,
     options: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> SearchResult:
     """Search a space of policies.
 
@@ -204,7 +207,7 @@ def search_policies(
         cells = evaluate(part, load=lambda _: loaded, progress=progress).cells
         rounds += 1
         known |= {cell.policy: _grown(known.get(cell.policy), cell, rounds) for cell in cells}
-        answers += sum(len(cell.rows) for cell in cells)
+        answers += sum(len(cell.answers) for cell in cells)
         start += size
         alive = _within(alive, known, config)
         if start >= total:
@@ -242,10 +245,10 @@ def suggest_windows(prompt_lengths: Sequence[int]) -> tuple[int, ...]:
 def _grown(before: Candidate | None, cell: Cell, rounds: int) -> Candidate:
     """A candidate with a further round's scores and costs, a sample's attempts as their mean."""
     by_sample: dict[str, list[float]] = {}
-    for row in cell.rows:
-        by_sample.setdefault(row["sample"], []).append(row["score"])
+    for answer in cell.answers:
+        by_sample.setdefault(answer["sample"], []).append(answer["score"])
     scores = tuple(sum(scores) / len(scores) for scores in by_sample.values())
-    lengths = {row["sample"]: row["prompt_tokens"] for row in cell.rows}
+    lengths = {answer["sample"]: answer["prompt_tokens"] for answer in cell.answers}
     full_pairs = sum(length * (length + 1) / 2 for length in lengths.values())
     pairs = cell.cost.prefill_share * full_pairs
     cache_bytes = cell.cost.cache_bytes_per_sample or 0

@@ -1,7 +1,6 @@
 """What a search found, for people and for programs: a table, a plot, JSON, a policy file."""
 
 import dataclasses
-import io
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -9,8 +8,8 @@ from typing import Any
 from etils import epath
 
 from swaa_jax import storage
-from swaa_jax.eval.plot import draw_legend, draw_policies, layer_colors
-from swaa_jax.eval.search import Candidate, SearchResult
+from swaa_jax.eval.report.charts import Dot, png, policy_chart
+from swaa_jax.eval.search.halving import Candidate, SearchResult
 from swaa_jax.typing import PathLike
 
 __all__ = ["HEADINGS", "candidate_cells", "write_search"]
@@ -90,57 +89,21 @@ def _plain(candidate: Candidate) -> dict[str, Any]:
 
 def _plot(result: SearchResult) -> bytes:
     """Score against prefill work and memory: candidates that were dropped are grey."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display
-    from matplotlib import pyplot
-
     rounds = max(candidate.rounds for candidate in (result.full, *result.candidates))
     shown = [result.full, *(c for c in result.candidates if c.rounds == rounds)]
-    dropped = [c for c in result.candidates if c.rounds < rounds]
-    labels = [str(number) for number in range(1, len(shown) + 1)]
-    colors = layer_colors([candidate.policy for candidate in shown])
-    costs = (
-        ("query-key pairs in the prefill, % of full attention", lambda c: 100 * c.prefill_share),
-        ("KV cache per sample, MiB", lambda c: c.cache_bytes / 2**20),
+    dots = [_dot(candidate, number, result) for number, candidate in enumerate(shown, start=1)]
+    dropped = [_dot(c, 0, result) for c in result.candidates if c.rounds < rounds]
+    title = "Policies of the last round; grey: dropped before, scored on fewer samples"
+    return png([policy_chart(dots, title=title, heading="Policy", faded=dropped)])
+
+
+def _dot(candidate: Candidate, number: int, result: SearchResult) -> Dot:
+    chosen = " (chosen)" if candidate == result.chosen else ""
+    return Dot(
+        policy=candidate.policy,
+        label=str(number),
+        name=f"{candidate.policy}{chosen}",
+        score=candidate.score,
+        prefill_share=candidate.prefill_share,
+        cache_bytes=candidate.cache_bytes,
     )
-    style: dict[Any, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    with pyplot.rc_context(style):
-        figure, axes = pyplot.subplots(1, 2, figsize=(12.5, 4.8), sharey=True, layout="constrained")
-        panels = []
-        for axis, (label, cost) in zip(axes, costs, strict=True):
-            points = [(cost(c), 100 * c.score.mean) for c in shown]
-            grey = [(cost(c), 100 * c.score.mean) for c in dropped]
-            most = max(x for x, _ in [*points, *grey]) or 1.0
-            axis.set(xlim=(-0.08 * most, 1.14 * most), ylim=(-30, 130), xlabel=label)
-            axis.set_yticks(range(0, 101, 20))
-            axis.spines["left"].set_bounds(0, 100)
-            axis.grid(axis="y", color="#E2E2E2", linewidth=0.8)
-            axis.set_axisbelow(True)
-            axis.plot(
-                [x for x, _ in grey], [y for _, y in grey], "o", color="#C4C4C4", markersize=4
-            )
-            front = [(cost(c), 100 * c.score.mean) for c in result.pareto]
-            axis.plot(*zip(*sorted(front), strict=True), color="#9A9A9A", linewidth=1.2, zorder=0)
-            panels.append((axis, points))
-        axes[0].set_ylabel("score, %")
-        figure.suptitle(
-            "Policies of the last round; grey: dropped before, scored on fewer samples",
-            x=0.01,
-            ha="left",
-            fontsize=12,
-        )
-        lines = [
-            f"{label}  {c.policy}{' (chosen)' if c == result.chosen else ''}"
-            for label, c in zip(labels, shown, strict=True)
-        ]
-        draw_legend(figure, lines, colors, heading="Policy")
-        figure.canvas.draw()
-        for axis, points in panels:
-            draw_policies(axis, points, [c.policy for c in shown], labels=labels, colors=colors)
-        try:
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", dpi=130)
-        finally:
-            pyplot.close(figure)
-    return buffer.getvalue()
