@@ -82,7 +82,7 @@ def test_a_value_that_an_option_cannot_have_is_told_before_the_model_loads(
     command = ["select", "tiny-retriever", str(data), str(tmp_path / "out"), *FLAGS]
     command += ["--share", "1/2", "--method", "gates", "--set", setting]
     assert main(command) == 2
-    assert f"{setting.partition('=')[0]} must be an integer" in capsys.readouterr().err
+    assert f"{setting.partition('=')[0]}: expected an integer" in capsys.readouterr().err
 
 
 def test_columns_of_any_name(data, tmp_path, capsys):
