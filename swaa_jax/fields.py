@@ -96,7 +96,8 @@ def nearest(word: object, known: Iterable[str]) -> str:
     >>> nearest("ful", ["full", "window"])
     " (did you mean 'full'?)"
     """
-    near = difflib.get_close_matches(str(word)[:80], list(known), n=1, cutoff=0.5)
+    shown = word[:80] if isinstance(word, str) else show(word)
+    near = difflib.get_close_matches(shown, list(known), n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 

@@ -268,7 +268,7 @@ def _optimizer(name: str, value: object) -> OptimizerConfig:
             f"{name}.total_steps: expected none, since the data's length sets it, got "
             f"{value['total_steps']!r}; use max_steps for a shorter run"
         )
-    return section(OptimizerConfig)(name, value)
+    return section(OptimizerConfig, leave_out=("total_steps",))(name, value)
 
 
 _READERS = {

@@ -87,6 +87,9 @@ def test_what_is_echoed_is_short(value):
         flag("x", value)
     assert len(str(error.value)) < 300
     assert fields.describe(Broken()).endswith("(Broken)")
+    with pytest.raises(ValueError, match=r"x: expected one of auto") as error:
+        one_of("auto")("x", value)
+    assert len(str(error.value)) < 300
 
 
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just([])

@@ -229,8 +229,8 @@ def test_sampling_without_a_temperature_is_at_one(checkpoint, monkeypatch, kwarg
 
     asked = {}
 
-    def generate(model, tok, prompts, **options):
-        asked.update(options)
+    def generate(model, tok, prompts, *, options, progress):
+        asked["temperature"] = options.temperature
         return SimpleNamespace(texts=["x"] * len(prompts))
 
     lm = lm_for(checkpoint)
@@ -245,7 +245,7 @@ def test_ignored_generation_kwargs_are_named_once(checkpoint, caplog):
     lm = lm_for(checkpoint)
     given = {"until": ["a"], "max_tokens": 4, "min_p": 0.1, "repetition_penalty": 1.2}
     for extra in ({}, {}, {"min_p": 0.2, "num_beams": 2}, {"top_k": 3, "top_p": 0.5}):
-        lm._gen_kwargs({**given, **extra})
+        lm._options({**given, **extra})
     said = [one.getMessage() for one in caplog.records if "ignored" in one.getMessage()]
     assert len(said) == 2
     assert "min_p, repetition_penalty are ignored; expected only until, max_gen_toks" in said[0]

@@ -63,6 +63,29 @@ def policies(draw):
     return dataclasses.replace(policy, full_attention_heads=chosen)
 
 
+SLICES = st.from_regex(r"-?\d{0,2}:-?\d{0,2}(:[1-9]\d?)?", fullmatch=True).filter(
+    lambda text: "-:" not in text and not text.endswith("-")
+)
+SELECTIONS = st.lists(st.integers(-48, 47), unique=True, max_size=48) | SLICES
+
+
+@st.composite
+def policies_of_any_depth(draw):
+    """Every field at once: full heads in many layers, negative layers, decode in some, a tail."""
+    full = draw(SELECTIONS)
+    layers = st.integers(-48, 47).filter(lambda layer: isinstance(full, str) or layer not in full)
+    return AttentionPolicy(
+        window=draw(st.integers(1, 2**40)),
+        num_sink_tokens=draw(st.integers(0, 200)),
+        full_attention_layers=full,
+        full_attention_heads=draw(
+            st.dictionaries(layers, st.sets(st.integers(0, 63), max_size=8), max_size=48)
+        ),
+        decode=draw(st.sampled_from(["window", "full"]) | SELECTIONS),
+        full_attention_tail=draw(st.integers(0, 5)),
+    )
+
+
 class TestFields:
     def test_defaults_are_full_attention(self):
         policy = AttentionPolicy()
@@ -177,7 +200,7 @@ class TestFields:
         with pytest.raises(ValueError, match=f"{next(iter(fields))}.* would have no effect"):
             AttentionPolicy(**fields)
 
-    @given(policies())
+    @given(policies() | policies_of_any_depth())
     def test_text_and_parse_are_inverses(self, policy):
         text = str(policy)
         assert AttentionPolicy.parse(text) == policy
