@@ -63,9 +63,8 @@ def test_end_to_end(checkpoint, work, capsys, monkeypatch):
     arguments += ["--dtype", "float32", "--markdown", "table.md"]
     monkeypatch.setattr("sys.argv", ["swaa", *arguments])
     assert main(arguments) == 0
-    out, err = capsys.readouterr()
+    out = capsys.readouterr().out
     assert "2 prompts of 300 tokens (essay haystack, 4 needles each)" in " ".join(out.split())
-    assert "100%" in err
     assert "thinking: full scores" in " ".join(out.split())
     assert "16 answers made in this run, 16 in all" in out
 
