@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from swaa_jax.attention import LayerChoice
 from swaa_jax.lora import with_dropout
 from swaa_jax.models import CausalLM, HiddenStates
-from swaa_jax.models._blocks import Rows
+from swaa_jax.models.blocks import Rows
 from swaa_jax.typing import PRNGKeyArray
 
 FEWEST_SCANNED = 8

@@ -28,7 +28,7 @@ from swaa_jax.data import Sample
 from swaa_jax.infer.buckets import length_bucket, pad_right
 from swaa_jax.infer.decoding import Structure, split_model
 from swaa_jax.models import CausalLM
-from swaa_jax.models._blocks import Rows
+from swaa_jax.models.blocks import Rows
 from swaa_jax.policy import AttentionPolicy, LayerAttention
 from swaa_jax.runtime import to_host
 from swaa_jax.selection.store import Progress, Ranking, top_layers

@@ -1,14 +1,14 @@
-"""Qwen2's config (also Qwen2.5): biases on q, k and v, no q/k norms, its own window if any."""
+"""Qwen2 (and 2.5): the common decoder with biases on q, k and v, and its own window if any."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from swaa_jax.models._config import DecoderConfig, windowed_layers_policy
-from swaa_jax.models._interop import kinds_fields
+from swaa_jax.models.config import DecoderConfig, windowed_layers_policy
+from swaa_jax.models.interop import kinds_fields
 
 
 class Qwen2Config(DecoderConfig):
-    """See `swaa_jax.models._config.DecoderConfig`."""
+    """See `swaa_jax.models.config.DecoderConfig`."""
 
     model_type: ClassVar[str] = "qwen2"
     architecture: ClassVar[str] = "Qwen2ForCausalLM"
@@ -19,9 +19,6 @@ class Qwen2Config(DecoderConfig):
         return {
             "head_dim": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
             "attention_bias": True,
-            "output_bias": False,
-            "mlp_bias": False,
-            "qk_norm": False,
             "own": windowed_layers_policy(hf),
         }
 

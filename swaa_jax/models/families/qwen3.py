@@ -1,14 +1,14 @@
-"""Qwen3's config: per-head q/k norms, explicit head_dim, its own window where it has one."""
+"""Qwen3: the common decoder with q/k norms and an explicit head size, and its own window if any."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from swaa_jax.models._config import DecoderConfig, windowed_layers_policy
-from swaa_jax.models._interop import kinds_fields
+from swaa_jax.models.config import DecoderConfig, windowed_layers_policy
+from swaa_jax.models.interop import kinds_fields
 
 
 class Qwen3Config(DecoderConfig):
-    """See `swaa_jax.models._config.DecoderConfig`."""
+    """See `swaa_jax.models.config.DecoderConfig`."""
 
     model_type: ClassVar[str] = "qwen3"
     architecture: ClassVar[str] = "Qwen3ForCausalLM"
@@ -21,7 +21,6 @@ class Qwen3Config(DecoderConfig):
             "head_dim": hf.get("head_dim") or 128,  # Transformers' Qwen3 default
             "attention_bias": bias,
             "output_bias": bias,
-            "mlp_bias": False,
             "qk_norm": True,
             "own": windowed_layers_policy(hf),
         }

@@ -1,4 +1,4 @@
-"""What Gemma 2 and 3 share: norms around one and after each block too, scales, soft caps."""
+"""The blocks that Gemma 2 and 3 share: norms around one and after each block too, soft caps."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -9,14 +9,15 @@ from jaxtyping import Array, Float
 
 from swaa_jax.attention import LayerCache, LayerKind
 from swaa_jax.checkpoint.keymap import WeightRule
-from swaa_jax.models import _weights as weights
-from swaa_jax.models._blocks import DecoderLayer, LayerOutput, Rows, make_norm
-from swaa_jax.models._config import DecoderConfig, layer_kinds_policy
+from swaa_jax.models import weight_rules as weights
+from swaa_jax.models.blocks import DecoderLayer, LayerOutput, Rows, make_norm
+from swaa_jax.models.causal_lm import CausalLM
+from swaa_jax.models.config import DecoderConfig, layer_kinds_policy
 from swaa_jax.sharding import constrain_batch
 
 
 class GemmaConfig(DecoderConfig):
-    """See `swaa_jax.models._config.DecoderConfig`."""
+    """See `swaa_jax.models.config.DecoderConfig`."""
 
     activation_field: ClassVar[str] = "hidden_activation"
     tied_by_default: ClassVar[bool] = True
@@ -41,8 +42,6 @@ class GemmaConfig(DecoderConfig):
             "head_dim": hf["head_dim"],
             "attention_bias": bias,
             "output_bias": bias,
-            "mlp_bias": False,
-            "qk_norm": False,
             "one_centred_norms": True,
             "embedding_scale": hf["hidden_size"] ** 0.5,
             "attention_scale": hf["query_pre_attn_scalar"] ** -0.5,
@@ -93,6 +92,12 @@ class GemmaLayer(DecoderLayer):
         fed = self.mlp(self.pre_feedforward_layernorm(x), rows)
         x = x + self.post_feedforward_layernorm(fed.out)
         return LayerOutput(x=constrain_batch(x, rows.mesh), kept=kept, router=fed.router)
+
+
+class GemmaForCausalLM(CausalLM):
+    """A `CausalLM` of Gemma's layers."""
+
+    layer_class: ClassVar[type[DecoderLayer]] = GemmaLayer
 
 
 def weight_rules(config: GemmaConfig) -> tuple[WeightRule, ...]:

@@ -1,17 +1,28 @@
-"""Qwen3-MoE's config: Qwen3 with experts in some or all layers, and one window for all layers."""
+"""Qwen3-MoE: Qwen3 with experts in some or all layers, and one window for all layers."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from swaa_jax.models._config import DecoderConfig
-from swaa_jax.models._interop import one_window
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from swaa_jax.checkpoint.keymap import Transform, WeightRule
+from swaa_jax.models import weight_rules as weights
+from swaa_jax.models.blocks import DecoderLayer, Rows
+from swaa_jax.models.causal_lm import CausalLM
+from swaa_jax.models.config import DecoderConfig
+from swaa_jax.models.interop import one_window
+from swaa_jax.models.moe import SparseMLP, load_balancing_loss
 from swaa_jax.policy import AttentionPolicy
+
+_EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Qwen3MoeConfig(DecoderConfig):
-    """See `swaa_jax.models._config.DecoderConfig`.
+    """See `swaa_jax.models.config.DecoderConfig`.
 
     Attributes:
         num_experts: experts of a layer that has them.
@@ -69,7 +80,6 @@ class Qwen3MoeConfig(DecoderConfig):
             "head_dim": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
             "attention_bias": bias,
             "output_bias": bias,
-            "mlp_bias": False,
             "qk_norm": True,
             "own": AttentionPolicy(window=window),
             **{name: hf[name] for name in _EXPERTS},
@@ -91,4 +101,56 @@ class Qwen3MoeConfig(DecoderConfig):
         return {"use_sliding_window": window is not None, "sliding_window": window}
 
 
-_EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+class Qwen3MoeLayer(DecoderLayer):
+    """A decoder layer with experts where the config says so."""
+
+    def make_mlp(
+        self, config: Qwen3MoeConfig, *, index: int, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> Any:
+        """Experts, or one dense block."""
+        weights = {"std": std, "dtype": dtype, "rngs": rngs}
+        if not config.is_sparse(index):
+            return super().make_mlp(config, index=index, **weights)
+        return SparseMLP(
+            num_experts=config.num_experts,
+            num_per_token=config.num_experts_per_tok,
+            normalise=config.norm_topk_prob,
+            width=config.hidden_size,
+            inner=config.moe_intermediate_size,
+            hidden_act=config.hidden_act,
+            **weights,
+        )
+
+
+class Qwen3MoeForCausalLM(CausalLM):
+    """See `swaa_jax.models.CausalLM`."""
+
+    layer_class: ClassVar[type[DecoderLayer]] = Qwen3MoeLayer
+
+    def router_loss(self, routers: Sequence[Any], rows: Rows) -> Float[Array, ""] | None:
+        """Transformers' `load_balancing_loss_func`, before its coefficient."""
+        del rows
+        return load_balancing_loss(routers)
+
+
+def weight_rules(config: Qwen3MoeConfig) -> tuple[WeightRule, ...]:
+    """The table for a checkpoint with this config: of a layer's rows for a dense block and for
+    experts, those apply whose parameters it has.
+    """
+    experts = tuple(
+        WeightRule(
+            f"model.layers.{{layer}}.mlp.experts.{{expert}}.{name}.weight",
+            f"layers.{{layer}}.mlp.experts.{name}.kernel",
+            Transform.TRANSPOSE,
+        )
+        for name in ("gate_proj", "up_proj", "down_proj")
+    )
+    return (
+        *weights.outside_layers(config),
+        *weights.norm("input_layernorm"),
+        *weights.norm("post_attention_layernorm"),
+        *weights.attention(config),
+        *weights.gated_mlp(config),
+        *weights.linear("mlp.gate"),
+        *experts,
+    )

@@ -1,16 +1,16 @@
-"""Gemma 3's text config: local and global layers with a rope each, q/k norms."""
+"""Gemma 3 (text): local and global layers with a rope each, q/k norms."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from swaa_jax.models._config import DecoderConfig
-from swaa_jax.models._gemma import GemmaConfig
-from swaa_jax.models._interop import FULL, WINDOWED
-from swaa_jax.models._rope import parse_rope
+from swaa_jax.models.config import DecoderConfig
+from swaa_jax.models.gemma import GemmaConfig
+from swaa_jax.models.interop import FULL, WINDOWED
+from swaa_jax.models.rope import parse_rope
 
 
 class Gemma3Config(GemmaConfig):
-    """See `swaa_jax.models._config.DecoderConfig`."""
+    """See `swaa_jax.models.config.DecoderConfig`."""
 
     model_type: ClassVar[str] = "gemma3_text"
     architecture: ClassVar[str] = "Gemma3ForCausalLM"

@@ -1,13 +1,13 @@
-"""Mistral's config: one window for all layers. Ministral's: a kind for each layer."""
+"""Mistral: the common decoder with one window for all layers. Ministral: a kind for each layer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from swaa_jax.models._config import DecoderConfig, layer_kinds_policy
+from swaa_jax.models.config import DecoderConfig, layer_kinds_policy
 
 
 class MistralConfig(DecoderConfig):
-    """See `swaa_jax.models._config.DecoderConfig`."""
+    """See `swaa_jax.models.config.DecoderConfig`."""
 
     model_type: ClassVar[str] = "mistral"
     architecture: ClassVar[str] = "MistralForCausalLM"
@@ -17,10 +17,6 @@ class MistralConfig(DecoderConfig):
         """Head size from the width where the file has none, and the window of all layers."""
         return {
             "head_dim": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-            "attention_bias": False,
-            "output_bias": False,
-            "mlp_bias": False,
-            "qk_norm": False,
             "own": layer_kinds_policy(hf, cls.layer_kinds(hf), hf.get("sliding_window")),
         }
 

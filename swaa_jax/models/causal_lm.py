@@ -16,9 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.mask import segment_positions
 from swaa_jax.attention import Caches, LayerCache, build_cache
-from swaa_jax.models._blocks import DecoderLayer, Embedding, KeyValues, Linear, Rows, make_norm
-from swaa_jax.models._config import DecoderConfig
-from swaa_jax.models._rope import rotation
+from swaa_jax.models.blocks import DecoderLayer, Embedding, KeyValues, Linear, Rows, make_norm
+from swaa_jax.models.config import DecoderConfig
+from swaa_jax.models.rope import rotation
 from swaa_jax.policy import AttentionPolicy, LayerAttention
 from swaa_jax.sharding import constrain_batch
 from swaa_jax.typing import PathLike

@@ -1,14 +1,14 @@
-"""Gemma 2's config: every second layer has a window; soft caps on scores and logits."""
+"""Gemma 2: every second layer has a window; soft caps on scores and logits."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from swaa_jax.models._gemma import GemmaConfig
-from swaa_jax.models._interop import FULL, WINDOWED
+from swaa_jax.models.gemma import GemmaConfig
+from swaa_jax.models.interop import FULL, WINDOWED
 
 
 class Gemma2Config(GemmaConfig):
-    """See `swaa_jax.models._config.DecoderConfig`."""
+    """See `swaa_jax.models.config.DecoderConfig`."""
 
     model_type: ClassVar[str] = "gemma2"
     architecture: ClassVar[str] = "Gemma2ForCausalLM"

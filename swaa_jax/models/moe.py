@@ -19,7 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import Target, grouped_matmul
-from swaa_jax.models._blocks import FeedForward, Linear, Rows, activation
+from swaa_jax.models.blocks import FeedForward, Linear, Rows, activation
 from swaa_jax.sharding import spec_for, target_of
 
 _GATHERED = "fsdp"  # the mesh axis over which experts' matrices are stored in slices of D

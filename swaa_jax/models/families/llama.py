@@ -1,13 +1,13 @@
-"""Llama's config (Llama 2 to 3.3): no q/k norms, biases where asked, no window of its own."""
+"""Llama (2 to 3.3): the common decoder, with biases where asked and no window of its own."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from swaa_jax.models._config import DecoderConfig
+from swaa_jax.models.config import DecoderConfig
 
 
 class LlamaConfig(DecoderConfig):
-    """See `swaa_jax.models._config.DecoderConfig`."""
+    """See `swaa_jax.models.config.DecoderConfig`."""
 
     model_type: ClassVar[str] = "llama"
     architecture: ClassVar[str] = "LlamaForCausalLM"
@@ -21,7 +21,6 @@ class LlamaConfig(DecoderConfig):
             "attention_bias": bias,
             "output_bias": bias,
             "mlp_bias": bool(hf.get("mlp_bias", False)),
-            "qk_norm": False,
         }
 
     @classmethod

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from swaa_jax.checkpoint.keymap import Transform, WeightRule
-from swaa_jax.models._config import DecoderConfig
+from swaa_jax.models.config import DecoderConfig
 
 _LAYER = "model.layers.{layer}."
 

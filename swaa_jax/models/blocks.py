@@ -1,4 +1,4 @@
-"""The blocks that decoder families are made of; `_causal_lm.py` stacks them.
+"""The blocks that decoder families are made of; `causal_lm.py` stacks them.
 
 Modules keep Hugging Face's names (`self_attn.q_proj`, ...); matrices are `kernel [in, out]`.
 A family that differs in a block subclasses `DecoderLayer` and overrides what makes that block.
@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from swaa_jax.attention import LayerCache, LayerChoice, LayerKind, attend, attend_cached
-from swaa_jax.models._config import DecoderConfig
-from swaa_jax.models._rope import RopeConfig, rotate
+from swaa_jax.models.config import DecoderConfig
+from swaa_jax.models.rope import RopeConfig, rotate
 from swaa_jax.sharding import constrain_batch, kv_head_copies
 
 _ACTIVATIONS = {
@@ -57,6 +57,7 @@ class Linear(nnx.Module):
         self.adapter: Any = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
+        """The projection, with its bias and adapter where it has them."""
         y = x @ self.kernel[...]
         if self.bias is not None:
             y = y + self.bias[...]
@@ -76,6 +77,7 @@ class RMSNorm(nnx.Module):
         self.one_centred = one_centred
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """The scaled x."""
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         if self.one_centred:
@@ -106,6 +108,7 @@ class Embedding(nnx.Module):
         self.scale = scale
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+        """The tokens' vectors."""
         vectors = self.embedding[...][tokens]
         return vectors if self.scale == 1.0 else vectors * jnp.asarray(self.scale, vectors.dtype)
 
@@ -253,6 +256,7 @@ class GatedMLP(nnx.Module):
         self.activation = config.hidden_act
 
     def __call__(self, x: Float[Array, "B T D"], rows: Rows) -> FeedForward:
+        """The block's output; it has no router."""
         gated = activation(self.activation)(self.gate_proj(x)) * self.up_proj(x)
         return FeedForward(out=self.down_proj(gated))
 
@@ -284,6 +288,7 @@ class DecoderLayer(nnx.Module):
         layer: LayerKind,
         cache: LayerCache | None = None,
     ) -> LayerOutput:
+        """The residual stream after both blocks."""
         attended, kept = self.self_attn(self.input_layernorm(x), rows, layer=layer, cache=cache)
         x = x + attended
         fed = self.mlp(self.post_attention_layernorm(x), rows)

@@ -5,8 +5,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from swaa_jax.models._interop import FULL, WINDOWED, attention_fields
-from swaa_jax.models._rope import SCALINGS, RopeConfig, YarnScaling, parse_rope
+from swaa_jax.models.interop import FULL, WINDOWED, attention_fields
+from swaa_jax.models.rope import SCALINGS, RopeConfig, YarnScaling, parse_rope
 from swaa_jax.policy import AttentionPolicy
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
@@ -39,13 +39,13 @@ class DecoderConfig:
     rope: RopeConfig
     hidden_act: str
     tie_word_embeddings: bool
-    attention_bias: bool
-    output_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
+    attention_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
     one_centred_norms: bool = False
     embedding_scale: float = 1.0
     attention_scale: float | None = None
@@ -125,7 +125,7 @@ class DecoderConfig:
 
     @classmethod
     def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """Fields that families read differently: head_dim, biases, qk_norm."""
+        """Fields that families read differently: head_dim, and those whose default is not it."""
         raise NotImplementedError
 
     @classmethod
