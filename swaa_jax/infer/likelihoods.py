@@ -19,7 +19,7 @@ from swaa_jax.infer.buckets import length_bucket, next_power_of_two, pad_right
 from swaa_jax.infer.decoding import SplitModel, Structure, split_model
 from swaa_jax.infer.prompts import check_context
 from swaa_jax.infer.row_policies import row_kinds, row_windows, run_kinds
-from swaa_jax.losses import Head, LossConfig, chunked_loss
+from swaa_jax.losses import target_losses
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy, LayerAttention
 from swaa_jax.runtime import to_host
@@ -27,7 +27,6 @@ from swaa_jax.runtime import to_host
 __all__ = [
     "Continuation",
     "Likelihood",
-    "model_head",
     "score_continuations",
     "score_policies",
 ]
@@ -252,27 +251,5 @@ def _token_losses(
         tokens, lengths=lengths, stage_ids=stage_ids, run_layers=run_layers
     ).hidden
     hidden = jnp.take_along_axis(hidden, at[:, :, None], axis=1)
-    _, each = chunked_loss(
-        hidden,
-        model_head(model),
-        targets,
-        jnp.ones(targets.shape, jnp.float32),
-        config=LossConfig(),
-        each_target=True,
-        mesh=model.mesh,
-    )
-    assert each is not None  # what `each_target` asks for
+    each = target_losses(hidden, model.vocab_head(), targets, mesh=model.mesh)
     return each.nll, each.correct
-
-
-def model_head(model: CausalLM) -> Head:
-    """The matrix of the model's logits, for `chunked_loss`; frozen."""
-    tied = model.lm_head is None
-    variable = model.embed_tokens.embedding if model.lm_head is None else model.lm_head.kernel
-    rows, columns = variable.get_metadata().get("axes") or (None, None)
-    return Head(
-        weight=variable[...],
-        vocab_axis=0 if tied else 1,
-        axes=(rows, columns),
-        softcap=model.config.logits_softcap,
-    )

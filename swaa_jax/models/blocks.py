@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from swaa_jax.attention import LayerCache, LayerChoice, LayerKind, attend, attend_cached
 from swaa_jax.models.config import DecoderConfig
 from swaa_jax.models.rope import RopeConfig, rotate
+from swaa_jax.products import lookup, product
 from swaa_jax.sharding import constrain_batch, kv_head_copies
 
 _ACTIVATIONS = {
@@ -36,7 +37,7 @@ class Linear(nnx.Module):
     """`x @ kernel + bias`, kernel `[in, out]`; a mesh splits it between `units` (see sharding).
 
     `adapter`: None, or a module that is called with (x, y) and gives the output in y's place;
-    `swaa_jax.lora` puts one there. Code that reads `kernel` itself (heads, routers) has none.
+    `swaa_jax.lora` puts one there. Heads and routers, whose matrix goes elsewhere, have none.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         """The projection, with its bias and adapter where it has them."""
-        y = x @ self.kernel[...]
+        y = product(x, self.kernel)
         if self.bias is not None:
             y = y + self.bias[...]
         return y if self.adapter is None else self.adapter(x, y)
@@ -109,7 +110,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
         """The tokens' vectors."""
-        vectors = self.embedding[...][tokens]
+        vectors = lookup(self.embedding, tokens)
         return vectors if self.scale == 1.0 else vectors * jnp.asarray(self.scale, vectors.dtype)
 
 

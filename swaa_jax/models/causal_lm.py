@@ -18,6 +18,7 @@ from kernels_pallas.mask import segment_positions
 from swaa_jax.attention import Caches, LayerCache, build_cache
 from swaa_jax.models.blocks import DecoderLayer, Embedding, KeyValues, Linear, Rows, make_norm
 from swaa_jax.models.config import DecoderConfig
+from swaa_jax.models.head import VocabHead
 from swaa_jax.models.rope import rotation
 from swaa_jax.policy import AttentionPolicy, LayerAttention
 from swaa_jax.sharding import constrain_batch
@@ -32,6 +33,9 @@ class Prefill:
     logits: Any
     caches: Any
 
+
+EMBEDDING = "embed_tokens.embedding"
+"""The name of the table of token vectors, among a model's arrays by name."""
 
 RunLayers: TypeAlias = Callable[[Any, Rows], tuple[Any, Sequence[Any]]]
 """Residual stream and rows in; the residual stream after all layers, and their routers."""
@@ -262,13 +266,21 @@ class CausalLM(nnx.Module):
 
     def head(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Float32 logits of final hidden states."""
+        return self.vocab_head().logits(hidden)
+
+    def vocab_head(self) -> VocabHead:
+        """The matrix of the logits, with all that is to be known of it."""
         if self.lm_head is None:
-            weight, product = self.embed_tokens.embedding[...], "...d,vd->...v"
+            name, vocab_axis, variable = EMBEDDING, 0, self.embed_tokens.embedding
         else:
-            weight, product = self.lm_head.kernel[...], "...d,dv->...v"
-        logits = jnp.einsum(product, hidden, weight, preferred_element_type=jnp.float32)
-        cap = self.config.logits_softcap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+            name, vocab_axis, variable = "lm_head.kernel", 1, self.lm_head.kernel
+        return VocabHead(
+            name=name,
+            weight=variable.get_value(),
+            vocab_axis=vocab_axis,
+            axes=variable.axes,
+            softcap=self.config.logits_softcap,
+        )
 
     def _rotations(self, positions: Int[Array, "B T"]) -> dict[Any, Any]:
         config = self.config

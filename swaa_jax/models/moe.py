@@ -18,8 +18,9 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels_pallas import Target, grouped_matmul
+from kernels_pallas import Target
 from swaa_jax.models.blocks import FeedForward, Linear, Rows, activation
+from swaa_jax.products import grouped_product, product
 from swaa_jax.sharding import spec_for, target_of
 
 _GATHERED = "fsdp"  # the mesh axis over which experts' matrices are stored in slices of D
@@ -161,7 +162,8 @@ class SparseMLP(nnx.Module):
         stacks = [p.kernel for p in (experts.gate_proj, experts.up_proj, experts.down_proj)]
         for adapter in (experts.gate_up_proj_adapter, experts.down_proj_adapter):
             stacks += [] if adapter is None else adapter.factors
-        arrays = (x, rows.valid, self.gate.kernel[...], tuple(stack[...] for stack in stacks))
+        router, values = self.gate.kernel.get_value(), tuple(each.get_value() for each in stacks)
+        arrays = (x, rows.valid, router, values)
         if mesh is None:
             out, statistics = self._on_device(*arrays, layout=_Layout(), backend=rows.backend)
         else:
@@ -190,7 +192,8 @@ class SparseMLP(nnx.Module):
         """One device's share of its tokens' outputs, and its tokens' statistics `[1, ...]`."""
         tokens = x.reshape(-1, x.shape[-1])
         num_experts = router.shape[1]
-        routing = route(tokens @ router, num_per_token=self.num_per_token, normalise=self.normalise)
+        scores = product(tokens, router)
+        routing = route(scores, num_per_token=self.num_per_token, normalise=self.normalise)
         real = jnp.ones(tokens.shape[:1], bool) if valid is None else valid.reshape(-1)
         gate, up, down, *factors = layout.gather(stacks)
 
@@ -200,24 +203,24 @@ class SparseMLP(nnx.Module):
         local = jnp.where((local >= 0) & (local < num_local), local, num_local).reshape(-1)
         order = jnp.argsort(local)
         sizes = jnp.sum(local[:, None] == jnp.arange(num_local), axis=0, dtype=jnp.int32)
-        product = functools.partial(
-            grouped_matmul,
+        by_expert = functools.partial(
+            grouped_product,
             group_sizes=sizes,
             rows_per_group=local.shape[0] // num_experts,
             backend=backend,
             target=layout.target,
         )
         sorted_rows = tokens[order // self.num_per_token]
-        gated, lifted = product(sorted_rows, gate), product(sorted_rows, up)
+        gated, lifted = by_expert(sorted_rows, gate), by_expert(sorted_rows, up)
         if (adapter := self.experts.gate_up_proj_adapter) is not None:
             low_rank, factors = factors[: len(adapter.factors)], factors[len(adapter.factors) :]
-            gated, lifted = adapter(sorted_rows, (gated, lifted), low_rank, product)
+            gated, lifted = adapter(sorted_rows, (gated, lifted), low_rank, by_expert)
         inner = activation(self.activation)(gated) * lifted
-        outputs = product(inner, down)
+        outputs = by_expert(inner, down)
         if (adapter := self.experts.down_proj_adapter) is not None:
             # Where F is split, a device's share of the inner product over F is multiplied on: the
             # shares are added at the end, like those of `down`.
-            (outputs,) = adapter(inner, (outputs,), factors, product)
+            (outputs,) = adapter(inner, (outputs,), factors, by_expert)
         outputs = outputs[jnp.argsort(order)].reshape(*routing.experts.shape, -1)
         out = jnp.einsum(
             "Mk,MkD->MD", routing.weights, outputs, preferred_element_type=jnp.float32

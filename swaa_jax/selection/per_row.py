@@ -24,9 +24,8 @@ from jaxtyping import Array, Float, Int
 
 from swaa_jax.data import Sample
 from swaa_jax.infer.decoding import Structure, split_model
-from swaa_jax.infer.likelihoods import model_head
 from swaa_jax.infer.row_policies import row_kinds, run_kinds
-from swaa_jax.losses import LossConfig, chunked_loss
+from swaa_jax.losses import target_losses
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy, LayerAttention
 from swaa_jax.runtime import to_host
@@ -189,16 +188,7 @@ def _row_losses(
         run_layers=run_kinds(model, kinds),
     ).hidden
     hidden = jnp.take_along_axis(hidden, rows["at"][:, :, None], axis=1)
-    _, each = chunked_loss(
-        hidden,
-        model_head(model),
-        rows["targets"],
-        rows["weights"],
-        config=LossConfig(),
-        each_target=True,
-        mesh=model.mesh,
-    )
-    assert each is not None  # what `each_target` asks for
+    each = target_losses(hidden, model.vocab_head(), rows["targets"], mesh=model.mesh)
     return jnp.sum(each.nll * rows["weights"], axis=1)
 
 

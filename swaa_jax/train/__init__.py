@@ -1,6 +1,6 @@
 """Training under an attention policy: losses, optimizer, the jitted step, the loop around it."""
 
-from swaa_jax.losses import Head, LossConfig, LossSums, TargetLosses, chunked_loss
+from swaa_jax.losses import LossConfig
 from swaa_jax.train.checkpoints import CheckpointMismatchError, Checkpoints
 from swaa_jax.train.config import OptimizerConfig, StepConfig
 from swaa_jax.train.dry_run import RunPlan, plan_run
@@ -19,22 +19,18 @@ __all__ = [
     "CheckpointConfig",
     "CheckpointMismatchError",
     "Checkpoints",
-    "Head",
     "LoopResult",
     "LossConfig",
-    "LossSums",
     "MetricsConfig",
     "NonFiniteLossError",
     "OptimizerConfig",
     "ProfileConfig",
     "RunPlan",
     "StepConfig",
-    "TargetLosses",
     "TrainConfig",
     "TrainResult",
     "TrainState",
     "Trainer",
-    "chunked_loss",
     "learning_rate",
     "make_optimizer",
     "make_step",

@@ -120,9 +120,10 @@ class StepConfig:
         check_one_of("scan_layers", self.scan_layers, (True, False, "auto"))
         check_one_of("trainable", self.trainable, TRAINABLE)
         check_one_of("dtype", self.dtype, _DTYPES)
-        if self.trainable == "all" and self.loss.self_distill:
+        if self.trainable == "all" and self.loss.needs_teacher:
             raise ValueError(
-                "self_distill: expected trainable='lora', got 'all'; the teacher is the base model "
-                "without adapters, which full fine-tuning changes. Train adapters, or set "
-                "self_distill to 0 and train on answers that the model generated"
+                "loss: expected trainable='lora' for self_distill and other losses against the "
+                "teacher, got 'all'; the teacher is the base model without adapters, which full "
+                "fine-tuning changes. Train adapters, or set the factors to 0 and train on answers "
+                "that the model generated"
             )

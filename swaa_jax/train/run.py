@@ -133,7 +133,7 @@ def train(
             flops=FlopCounter(
                 model,
                 trains_all=config.lora is None,
-                with_teacher=config.loss.self_distill > 0,
+                with_teacher=config.loss.needs_teacher,
             ),
             sample_lines=sample_lines,
             evaluate=_evaluation(config, trainer, tok, feed, evaluate),
@@ -316,9 +316,9 @@ def _held_out_loss(trainer: Trainer, state: Any, data: BatchSource, feed: Feed) 
         metrics = trainer.evaluate(state, feed.put(batch))
         weight = float(metrics["num_answer_tokens"])
         count += weight
-        for name in ("loss", "sft_loss", "self_distill_loss", "accuracy"):
-            if name in metrics:
-                sums[name] = sums.get(name, 0.0) + weight * float(metrics[name])
+        for name, value in metrics.items():
+            if name == "accuracy" or (name.endswith("loss") and name != "router_loss"):
+                sums[name] = sums.get(name, 0.0) + weight * float(value)
     return {name: value / max(count, 1.0) for name, value in sums.items()}
 
 
