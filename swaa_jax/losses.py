@@ -173,33 +173,20 @@ class PerToken(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loss:
-    """A line of the table: the function, and whether it is given a teacher's logits."""
+    """A line of the table: the function, and whether it has to be given a teacher's logits."""
 
     per_token: PerToken
     needs_teacher: bool = False
 
 
-def _nll(
-    logits: Float[Array, "C V"],
-    targets: Int[Array, " C"],
-    teacher: Float[Array, "C V"] | None,
-    *,
-    vocabulary: Vocabulary,
-    config: LossConfig,
-) -> Float[Array, " C"]:
-    del teacher, config
+# The shapes of what these take and give are `PerToken`'s.
+
+
+def _nll(logits, targets, teacher, *, vocabulary, config):
     return vocabulary.logsumexp(logits) - vocabulary.pick(logits, targets)
 
 
-def _kl(
-    logits: Float[Array, "C V"],
-    targets: Int[Array, " C"],
-    teacher: Float[Array, "C V"] | None,
-    *,
-    vocabulary: Vocabulary,
-    config: LossConfig,
-) -> Float[Array, " C"]:
-    assert teacher is not None  # `needs_teacher`
+def _kl(logits, targets, teacher, *, vocabulary, config):
     scores = teacher / config.temperature
     log_p = vocabulary.log_softmax(scores)
     log_s = vocabulary.log_softmax(logits / config.temperature)
@@ -218,15 +205,7 @@ def _kl(
     return config.temperature**2 * kl
 
 
-def _reverse_kl(
-    logits: Float[Array, "C V"],
-    targets: Int[Array, " C"],
-    teacher: Float[Array, "C V"] | None,
-    *,
-    vocabulary: Vocabulary,
-    config: LossConfig,
-) -> Float[Array, " C"]:
-    assert teacher is not None  # `needs_teacher`
+def _reverse_kl(logits, targets, teacher, *, vocabulary, config):
     log_p = vocabulary.log_softmax(teacher / config.temperature)
     log_s = vocabulary.log_softmax(logits / config.temperature)
     return config.temperature**2 * vocabulary.sum(jnp.exp(log_s) * (log_s - log_p))

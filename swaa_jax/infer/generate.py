@@ -9,15 +9,14 @@ from swaa_jax.checkpoint.hf import read_generation_config
 from swaa_jax.infer.decoding import (
     DecodeClock,
     Prefilled,
-    SplitModel,
     decode_rows,
     prefill_prompts,
-    split_model,
 )
 from swaa_jax.infer.prompts import check_context, encode_prompts
 from swaa_jax.infer.sampling import SamplingParams
 from swaa_jax.infer.stopping import AnswerRow, FinishReason, StopRules, make_stop_rules
 from swaa_jax.infer.timings import Timings
+from swaa_jax.models.function import SplitModel, split_model
 
 DEFAULT_BATCH_SIZE = 8
 STREAM_STEPS = 4

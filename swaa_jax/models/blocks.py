@@ -144,11 +144,20 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KeyValues:
-    """A layer's keys and values of whole rows, from which a cache is built."""
+class Attended:
+    """What a layer's attention gives.
 
+    Attributes:
+        out: its output.
+        q, k, v: the tokens' own heads, normed and rotated; keys and values are what a cache holds.
+        cache: the one that was given, with these tokens; None without.
+    """
+
+    out: Float[Array, "B T D"]
+    q: Float[Array, "B T N H"]
     k: Float[Array, "B T K H"]
     v: Float[Array, "B T K H"]
+    cache: LayerCache | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,10 +170,10 @@ class FeedForward:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerOutput:
-    """A layer's residual stream, what it kept (keys and values, or a grown cache), its router."""
+    """A layer's residual stream, what its attention gave, its router's statistics."""
 
     x: Float[Array, "B T D"]
-    kept: Any
+    attended: Attended
     router: Any = None
 
 
@@ -196,8 +205,8 @@ class Attention(nnx.Module):
         *,
         layer: LayerKind,
         cache: LayerCache | None = None,
-    ) -> tuple[Float[Array, "B T D"], KeyValues | LayerCache]:
-        """The output, and what was kept: without a cache keys and values, with one it, grown."""
+    ) -> Attended:
+        """Attention of these tokens to one another, and with a cache to those before."""
         q, k, v = self.heads(x, rows)
         kinds = layer.kinds if isinstance(layer, LayerChoice) else (layer,)
         is_split = any(kind.full_heads for kind in kinds)  # which counts heads without copies
@@ -218,9 +227,8 @@ class Attention(nnx.Module):
                 mesh=rows.mesh,
                 backend=rows.backend,
             )
-            kept = KeyValues(k=k, v=v)
         else:
-            out, kept = attend_cached(
+            out, cache = attend_cached(
                 q,
                 k,
                 v,
@@ -233,7 +241,8 @@ class Attention(nnx.Module):
                 mesh=rows.mesh,
                 backend=rows.backend,
             )
-        return self.o_proj(out.reshape(*x.shape[:2], -1)), kept
+        out = self.o_proj(out.reshape(*x.shape[:2], -1))
+        return Attended(out=out, q=q, k=k, v=v, cache=cache)
 
     def heads(self, x: Float[Array, "B T D"], rows: Rows) -> tuple[Array, Array, Array]:
         """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, normed and rotated."""
@@ -290,7 +299,8 @@ class DecoderLayer(nnx.Module):
         cache: LayerCache | None = None,
     ) -> LayerOutput:
         """The residual stream after both blocks."""
-        attended, kept = self.self_attn(self.input_layernorm(x), rows, layer=layer, cache=cache)
-        x = x + attended
+        attended = self.self_attn(self.input_layernorm(x), rows, layer=layer, cache=cache)
+        x = x + attended.out
         fed = self.mlp(self.post_attention_layernorm(x), rows)
-        return LayerOutput(x=constrain_batch(x + fed.out, rows.mesh), kept=kept, router=fed.router)
+        x = constrain_batch(x + fed.out, rows.mesh)
+        return LayerOutput(x=x, attended=attended, router=fed.router)

@@ -5,8 +5,8 @@ The policy lives on the model alone, so `with_policy` shares every block and par
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,19 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.mask import segment_positions
-from swaa_jax.attention import Caches, LayerCache, build_cache
-from swaa_jax.models.blocks import DecoderLayer, Embedding, KeyValues, Linear, Rows, make_norm
+from swaa_jax.attention import Caches, LayerCache, LayerKind, build_cache
+from swaa_jax.models.blocks import (
+    DecoderLayer,
+    Embedding,
+    LayerOutput,
+    Linear,
+    Rows,
+    make_norm,
+)
 from swaa_jax.models.config import DecoderConfig
 from swaa_jax.models.head import VocabHead
 from swaa_jax.models.rope import rotation
+from swaa_jax.models.stack import Blocks, Ran, Tap, run_layers
 from swaa_jax.policy import AttentionPolicy, LayerAttention
 from swaa_jax.sharding import constrain_batch
 from swaa_jax.typing import PathLike
@@ -37,17 +45,21 @@ class Prefill:
 EMBEDDING = "embed_tokens.embedding"
 """The name of the table of token vectors, among a model's arrays by name."""
 
-RunLayers: TypeAlias = Callable[[Any, Rows], tuple[Any, Sequence[Any]]]
-"""Residual stream and rows in; the residual stream after all layers, and their routers."""
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HiddenStates:
-    """Final hidden states, after the last norm, `[B, T, D]`; the routers' loss, None without."""
+    """What whole rows give.
 
-    hidden: Any
-    router_loss: Any = None
+    Attributes:
+        hidden: final hidden states, after the last norm.
+        router_loss: the loss that keeps experts in balance; None without experts.
+        tapped: what `tap` took out of each layer; None without one.
+    """
+
+    hidden: Float[Array, "B T D"]
+    router_loss: Float[Array, ""] | None = None
+    tapped: Any = None
 
 
 class CausalLM(nnx.Module):
@@ -172,28 +184,35 @@ class CausalLM(nnx.Module):
         stage_ids: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-        run_layers: RunLayers | None = None,
+        layers: Sequence[LayerKind] | None = None,
+        tap: Tap | None = None,
+        remat: str = "none",
+        blocks: Blocks | None = None,
     ) -> HiddenStates:
-        """What training needs: hidden states for a chunked loss over `head`, and the loss that
-        keeps experts in balance where the family has experts.
+        """What training and analysis need: hidden states for a loss over `vocab_head`, and more.
 
         Args:
             tokens, lengths, stage_ids, segment_ids, positions: as in `__call__`.
-            run_layers: runs the layers (scanned, say, or rematerialised) in place of the model.
+            layers: what each layer sees, in place of the model's policy; kinds may be traced.
+            tap: what to take out of each layer.
+            remat: what a backward pass computes again, as in `run_layers`.
+            blocks: the layers in another form, scanned, in place of the model's.
         """
-        hidden, _, routers, rows = self._run_rows(
-            tokens,
-            lengths=lengths,
-            stage_ids=stage_ids,
-            segment_ids=segment_ids,
-            positions=positions,
-            run_layers=run_layers,
+        if positions is None:
+            if segment_ids is None:
+                positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+                positions = jnp.broadcast_to(positions, tokens.shape)
+            else:
+                positions = segment_positions(segment_ids)
+        rows = self._rows(positions, lengths=lengths, stage_ids=stage_ids, segment_ids=segment_ids)
+        ran = self._run(tokens, rows, layers=layers, tap=tap, remat=remat, blocks=blocks)
+        return HiddenStates(
+            hidden=ran.x, router_loss=self.router_loss(ran.routers), tapped=ran.tapped
         )
-        return HiddenStates(hidden=hidden, router_loss=self.router_loss(routers, rows))
 
-    def router_loss(self, routers: Sequence[Any], rows: Rows) -> Float[Array, ""] | None:
+    def router_loss(self, routers: Sequence[Any]) -> Float[Array, ""] | None:
         """The load-balancing loss of every layer's router statistics; None: no experts."""
-        del routers, rows
+        del routers
         return None
 
     def prefill(
@@ -216,15 +235,22 @@ class CausalLM(nnx.Module):
             lengths = jnp.full((batch,), width, jnp.int32)
         cache_size = width + 128 if cache_size is None else cache_size
 
-        def cache(kv: KeyValues, layer: LayerAttention) -> LayerCache:
+        def cache(out: LayerOutput, block: DecoderLayer, layer: LayerKind) -> LayerCache:
+            del block
+            assert isinstance(layer, LayerAttention)  # the policy's
             return build_cache(
-                kv.k, kv.v, lengths=lengths, layer=layer, num_slots=cache_size, mesh=self.mesh
+                out.attended.k,
+                out.attended.v,
+                lengths=lengths,
+                layer=layer,
+                num_slots=cache_size,
+                mesh=self.mesh,
             )
 
-        hidden, layers, _, _ = self._run_rows(tokens, lengths=lengths, keep=cache)
+        states = self.hidden_states(tokens, lengths=lengths, tap=cache)
         return Prefill(
-            logits=self.head(_last_rows(hidden, lengths)),
-            caches=Caches(layers=tuple(layers), pos_B=lengths.astype(jnp.int32)),
+            logits=self.head(_last_rows(states.hidden, lengths)),
+            caches=Caches(layers=tuple(states.tapped), pos_B=lengths.astype(jnp.int32)),
         )
 
     def decode(
@@ -246,23 +272,10 @@ class CausalLM(nnx.Module):
                 f"caches: expected {self.config.num_layers} layers, got {len(caches.layers)}"
             )
         positions = caches.pos_B[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-        rows = Rows(
-            rotations=self._rotations(positions),
-            stage_ids=stage_ids,
-            pos_B=caches.pos_B,
-            mesh=self.mesh,
-            backend=self.backend,
-        )
-        x = constrain_batch(self.embed_tokens(tokens), self.mesh)
-        grown = []
-        for block, layer, cache in zip(
-            self.layers, self.layer_attention, caches.layers, strict=True
-        ):
-            output = block(x, rows, layer=layer, cache=cache)
-            x = output.x
-            grown.append(output.kept)
+        rows = self._rows(positions, stage_ids=stage_ids, pos_B=caches.pos_B)
+        ran = self._run(tokens, rows, caches=caches.layers)
         pos_B = caches.pos_B + tokens.shape[1]
-        return self.head(self.norm(x)), Caches(layers=tuple(grown), pos_B=pos_B)
+        return self.head(ran.x), Caches(layers=ran.caches, pos_B=pos_B)
 
     def head(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Float32 logits of final hidden states."""
@@ -282,54 +295,37 @@ class CausalLM(nnx.Module):
             softcap=self.config.logits_softcap,
         )
 
-    def _rotations(self, positions: Int[Array, "B T"]) -> dict[Any, Any]:
+    def _rows(self, positions: Int[Array, "B T"], **about: Any) -> Rows:
+        """What the layers need to know of tokens at these positions."""
         config = self.config
         ropes = dict.fromkeys(config.layer_rope(index) for index in range(config.num_layers))
-        return {rope: rotation(positions, rope, config.head_dim) for rope in ropes}
+        rotations = {rope: rotation(positions, rope, config.head_dim) for rope in ropes}
+        return Rows(rotations=rotations, mesh=self.mesh, backend=self.backend, **about)
 
-    def _run_rows(
+    def _run(
         self,
         tokens: Int[Array, "B T"],
+        rows: Rows,
         *,
-        lengths: Int[Array, " B"] | None,
-        stage_ids: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
-        keep: Callable[[KeyValues, LayerAttention], Any] | None = None,
-        run_layers: RunLayers | None = None,
-    ) -> tuple[Float[Array, "B T D"], list[Any], Sequence[Any], Rows]:
-        """Final hidden states of whole rows; what `keep` makes of every layer's keys and values
-        (None, or with `run_layers`: nothing is kept), and its router.
-        """
-        if positions is None:
-            if segment_ids is None:
-                positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-                positions = jnp.broadcast_to(positions, tokens.shape)
-            else:
-                positions = segment_positions(segment_ids)
-        rows = Rows(
-            rotations=self._rotations(positions),
-            lengths=lengths,
-            stage_ids=stage_ids,
-            segment_ids=segment_ids,
-            mesh=self.mesh,
-            backend=self.backend,
+        layers: Sequence[LayerKind] | None = None,
+        caches: Sequence[LayerCache] | None = None,
+        tap: Tap | None = None,
+        remat: str = "none",
+        blocks: Blocks | None = None,
+    ) -> Ran:
+        """From tokens through all layers and the last norm."""
+        # A table that is trained is in float32 until its rows are taken; the rest has one dtype.
+        x = self.embed_tokens(tokens).astype(self.norm.scale.dtype)
+        ran = run_layers(
+            self.layers if blocks is None else blocks,
+            constrain_batch(x, self.mesh),
+            rows,
+            layers=self.layer_attention if layers is None else layers,
+            caches=caches,
+            tap=tap,
+            remat=remat,
         )
-        x = constrain_batch(self.embed_tokens(tokens), self.mesh)
-        if run_layers is not None:
-            x, routers = run_layers(x, rows)
-            return self.norm(x), [], routers, rows
-        kept, routers = [], []
-        for block, layer in zip(self.layers, self.layer_attention, strict=True):
-            output = block(x, rows, layer=layer)
-            x = output.x
-            if keep is not None:
-                # The next layer waits for this one's cache: left to itself the compiler may build
-                # all caches at the end, with all keys and values beside them.
-                x, cache = jax.lax.optimization_barrier((x, keep(output.kept, layer)))
-                kept.append(cache)
-            routers.append(output.router)
-        return self.norm(x), kept, routers, rows
+        return dataclasses.replace(ran, x=self.norm(ran.x))
 
 
 def _check_logits_at(logits_at: object) -> None:

@@ -87,11 +87,11 @@ class GemmaLayer(DecoderLayer):
         cache: LayerCache | None = None,
     ) -> LayerOutput:
         """The residual stream after both blocks."""
-        attended, kept = self.self_attn(self.input_layernorm(x), rows, layer=layer, cache=cache)
-        x = x + self.post_attention_layernorm(attended)
+        attended = self.self_attn(self.input_layernorm(x), rows, layer=layer, cache=cache)
+        x = x + self.post_attention_layernorm(attended.out)
         fed = self.mlp(self.pre_feedforward_layernorm(x), rows)
-        x = x + self.post_feedforward_layernorm(fed.out)
-        return LayerOutput(x=constrain_batch(x, rows.mesh), kept=kept, router=fed.router)
+        x = constrain_batch(x + self.post_feedforward_layernorm(fed.out), rows.mesh)
+        return LayerOutput(x=x, attended=attended, router=fed.router)
 
 
 class GemmaForCausalLM(CausalLM):

@@ -26,11 +26,10 @@ from jaxtyping import Array, Float
 
 from swaa_jax import runtime, storage
 from swaa_jax._policy_fields import field_setter, integer
-from swaa_jax.attention import GatedLayer
+from swaa_jax.attention import GatedLayer, LayerKind
 from swaa_jax.data import Sample
-from swaa_jax.infer.decoding import Structure, split_model
 from swaa_jax.models import CausalLM
-from swaa_jax.models.blocks import Rows
+from swaa_jax.models.function import Structure, split_model
 from swaa_jax.policy import AttentionPolicy, LayerAttention
 from swaa_jax.runtime import to_host
 from swaa_jax.selection._checks import flag, number_above
@@ -169,19 +168,19 @@ def _batches(model: CausalLM, samples: Sequence[Sample], config: GatesConfig) ->
 @functools.partial(jax.jit, static_argnames=("structure", "layers", "learning_rate", "sparsity"))
 def _step(
     state: tuple[Any, Any],
-    arrays: tuple[Array, ...],
+    arrays: dict[str, Array],
     rows: dict[str, Array],
     *,
-    structure: Structure,
+    structure: Structure[CausalLM],
     layers: tuple[LayerAttention, ...],
     learning_rate: float,
     sparsity: float,
 ) -> tuple[tuple[Any, Any], Float[Array, ""]]:
     values, opt_state = state
-    full = _answer_states(structure.merge(arrays), rows, layers, None)
+    full = _answer_states(structure.build(arrays), rows, layers, None)
 
     def loss_of(values: Float[Array, "L heads"]) -> Float[Array, ""]:
-        states = _answer_states(structure.merge(arrays), rows, layers, values)
+        states = _answer_states(structure.build(arrays), rows, layers, values)
         distance = jnp.sum((states - full) ** 2, axis=-1) / jnp.sum(full**2, axis=-1)
         return jnp.sum(rows["weights"] * distance) / len(distance) + sparsity * jnp.mean(values)
 
@@ -192,33 +191,28 @@ def _step(
 
 
 def _answer_states(
-    model: Any, rows: dict[str, Array], layers: Sequence[LayerAttention], values: Any
+    model: CausalLM,
+    rows: dict[str, Array],
+    layers: Sequence[LayerAttention],
+    values: Float[Array, "L heads"] | None,
 ) -> Float[Array, "B A D"]:
     """Final hidden states, in float32, of the rows that predict the answers' tokens.
 
     `values`: the gates; None: full attention.
     """
-
-    def run_layers(x: Any, about: Rows) -> tuple[Any, list[Any]]:
-        routers = []
-        for number, (block, layer) in enumerate(zip(model.layers, layers, strict=True)):
-
-            def run(x: Any, gate: Any, block: Any = block, layer: Any = layer) -> Any:
-                kind = LayerAttention() if gate is None else GatedLayer(gate=gate, windowed=layer)
-                output = block(x, about, layer=kind)
-                return output.x, output.router
-
-            gate = None if values is None else values[number]
-            # Only the residual stream is kept for the backward pass.
-            x, router = jax.checkpoint(run)(x, gate)
-            routers.append(router)
-        return x, routers
-
+    kinds: list[LayerKind] = [LayerAttention() for _ in layers]
+    if values is not None:
+        kinds = [
+            GatedLayer(gate=gate, windowed=layer)
+            for gate, layer in zip(values, layers, strict=True)
+        ]
+    # Only the residual stream is kept for the backward pass.
     hidden = model.hidden_states(
         rows["tokens"],
         lengths=rows["lengths"],
         stage_ids=rows["stage_ids"],
-        run_layers=run_layers,
+        layers=kinds,
+        remat="layer",
     ).hidden
     hidden = jnp.take_along_axis(hidden, rows["at"][:, :, None], axis=1)
     return hidden.astype(jnp.float32)

@@ -23,10 +23,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from swaa_jax.data import Sample
-from swaa_jax.infer.decoding import Structure, split_model
-from swaa_jax.infer.row_policies import row_kinds, run_kinds
-from swaa_jax.losses import target_losses
+from swaa_jax.infer.likelihoods import losses_at, row_kinds
 from swaa_jax.models import CausalLM
+from swaa_jax.models.function import Structure, split_model
 from swaa_jax.policy import AttentionPolicy, LayerAttention
 from swaa_jax.runtime import to_host
 from swaa_jax.selection.calibration import SampleGroup, group_samples
@@ -171,24 +170,23 @@ def rows_within(budget: int, *, config: Any, width: int) -> int:
 
 @functools.partial(jax.jit, static_argnames=("structure", "layers"))
 def _row_losses(
-    arrays: tuple[Array, ...],
+    arrays: dict[str, Array],
     windows_LR: Int[Array, "L R"] | None,
     rows: dict[str, Array],
     *,
-    structure: Structure,
+    structure: Structure[CausalLM],
     layers: tuple[LayerAttention, ...],
 ) -> Float[Array, " R"]:
     """The mean NLL of every row's targets; without windows all rows are under `layers`."""
-    model = structure.merge(arrays)
-    kinds = layers if windows_LR is None else row_kinds(layers, windows_LR)
-    hidden = model.hidden_states(
+    each = losses_at(
+        structure.build(arrays),
         rows["tokens"],
         lengths=rows["lengths"],
         stage_ids=rows["stage_ids"],
-        run_layers=run_kinds(model, kinds),
-    ).hidden
-    hidden = jnp.take_along_axis(hidden, rows["at"][:, :, None], axis=1)
-    each = target_losses(hidden, model.vocab_head(), rows["targets"], mesh=model.mesh)
+        at=rows["at"],
+        targets=rows["targets"],
+        layers=layers if windows_LR is None else row_kinds(layers, windows_LR),
+    )
     return jnp.sum(each.nll * rows["weights"], axis=1)
 
 

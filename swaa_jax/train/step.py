@@ -16,7 +16,7 @@ from swaa_jax.lora import without_lora
 from swaa_jax.losses import chunked_loss
 from swaa_jax.models import CausalLM
 from swaa_jax.models.causal_lm import EMBEDDING
-from swaa_jax.models.function import Blueprint, ModelFunction
+from swaa_jax.models.function import ModelFunction, Structure
 from swaa_jax.train.config import StepConfig
 from swaa_jax.train.optimizer import learning_rate, make_optimizer
 from swaa_jax.train.placement import place_batch
@@ -94,15 +94,12 @@ class Trainer:
         self.config = config
         self._mesh = model.mesh
         self._dtype = jnp.dtype(config.dtype)
-        self._whole = Blueprint(model)
-        self._student = ModelFunction(
-            model, dtype=self._dtype, remat=config.remat, scan_layers=config.scan_layers
-        )
+        self._whole = Structure.of(model)
+        self._student = ModelFunction(model, remat=config.remat, scan_layers=config.scan_layers)
         self._teacher = None
         if config.loss.needs_teacher:
             self._teacher = ModelFunction(
                 without_lora(model).with_policy(model.config.own),
-                dtype=self._dtype,
                 scan_layers=self._student.scanned,
             )
         self._weights = Weights(

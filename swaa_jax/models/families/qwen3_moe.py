@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from swaa_jax.checkpoint.keymap import Transform, WeightRule
 from swaa_jax.models import weight_rules as weights
-from swaa_jax.models.blocks import DecoderLayer, Rows
+from swaa_jax.models.blocks import DecoderLayer
 from swaa_jax.models.causal_lm import CausalLM
 from swaa_jax.models.config import DecoderConfig
 from swaa_jax.models.interop import one_window
@@ -127,9 +127,8 @@ class Qwen3MoeForCausalLM(CausalLM):
 
     layer_class: ClassVar[type[DecoderLayer]] = Qwen3MoeLayer
 
-    def router_loss(self, routers: Sequence[Any], rows: Rows) -> Float[Array, ""] | None:
+    def router_loss(self, routers: Sequence[Any]) -> Float[Array, ""] | None:
         """Transformers' `load_balancing_loss_func`, before its coefficient."""
-        del rows
         return load_balancing_loss(routers)
 
 
