@@ -13,7 +13,6 @@ from typing import Any
 from etils import epath
 
 from swaa_jax._policy_fields import parse_yaml
-from swaa_jax.attention import split_heads
 from swaa_jax.configs import config_path
 from swaa_jax.eval.judging.scorers import all_or_nothing, string_match_all, strip_thinking
 from swaa_jax.eval.run.answering import answer_prompts, even_batches, resolve_all
@@ -301,46 +300,6 @@ def load_policies(
             raise ValueError(f"{path}: expected different policies, but {str(policy)!r} is twice")
         changed.append(policy)
     return tuple(changed)
-
-
-def prefill_attention_share(
-    layers: Sequence[LayerAttention], length: int, *, num_kv_heads: int | None = None
-) -> float:
-    """The (query, key) pairs that `length` prompt tokens visit, as a part of full attention's.
-
-    A windowed row i sees min(i + 1, window + sinks) keys: the measure of prefill work that neither
-    machine nor model size changes.
-
-    Args:
-        layers: of the model, under a policy.
-        length: tokens.
-        num_kv_heads: the model's, where a layer has full heads.
-
-    Raises:
-        ValueError: a layer has full heads, and their number is not known to be out of how many.
-
-    >>> prefill_attention_share([LayerAttention(window=1), LayerAttention()], 3)
-    0.75
-    """
-    full = length * (length + 1) / 2
-
-    def pairs(layer: LayerAttention) -> float:
-        if layer.full_heads:
-            if num_kv_heads is None:
-                raise ValueError(
-                    "num_kv_heads: expected the model's number of KV heads for a layer with full "
-                    f"heads {layer.full_heads}, got None"
-                )
-            parts = split_heads(layer, num_kv_heads)
-            return sum(len(part.heads) * pairs(part.layer) for part in parts) / num_kv_heads
-        if layer.window is None:
-            return full
-        tail = min(layer.full_attention_tail, length)
-        reach = layer.window + layer.num_sink_tokens
-        windowed = sum(min(i + 1, reach) for i in range(length - tail))
-        return float(windowed + sum(range(length - tail + 1, length + 1)))
-
-    return sum(pairs(layer) for layer in layers) / (full * len(layers))
 
 
 def _score(

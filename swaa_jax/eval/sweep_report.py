@@ -13,7 +13,8 @@ from rich.table import Table
 
 from swaa_jax._policy_fields import format_heads, format_layers
 from swaa_jax.checkpoint.provenance import describe_device, describe_versions
-from swaa_jax.eval.sweep import PolicyScore, Sweep, prefill_attention_share
+from swaa_jax.costs import prefill_attention_share
+from swaa_jax.eval.sweep import PolicyScore, Sweep
 from swaa_jax.infer import Timings
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.storage import write_json_atomic

@@ -72,6 +72,11 @@ class DecoderConfig:
                 f"supported: {list(ACTIVATIONS)}"
             )
 
+    @property
+    def expert_share(self) -> float:
+        """The part of a layer's experts that a token goes to; 1 without experts."""
+        return 1.0
+
     def layer_rope(self, index: int) -> RopeConfig:
         """The rope of a layer: a matter of how it was trained, whatever policy it runs under."""
         if self.local_rope is None or self.own.resolve(self.num_layers)[index].is_full:

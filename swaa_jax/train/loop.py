@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from swaa_jax.costs import FlopCounter, device_memory, peak_flops
+from swaa_jax.costs import FlopCounter, peak_flops
 from swaa_jax.runtime import is_main_process
 from swaa_jax.train.checkpoints import Checkpoints
 from swaa_jax.train.feed import Feed
@@ -207,10 +207,20 @@ class _Loop:
             if flops is not None and self._peak is not None:
                 values["mfu"] = flops / seconds / self._peak
         self._settled_at = now
-        values |= device_memory()
+        values |= _device_memory()
         self._writer.write(pending.step, values)
         self.bar.update(pending.step, values)
         self.last = values
+
+
+def _device_memory() -> dict[str, float]:
+    """GiB in use on this process's fullest device, now and at most; empty where it is unknown."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    found = {}
+    for name, key in (("memory_gib", "bytes_in_use"), ("peak_memory_gib", "peak_bytes_in_use")):
+        if all(key in one for one in stats):
+            found[name] = max(one[key] for one in stats) / 2**30
+    return found
 
 
 def _check_finite(step: int, values: Mapping[str, float]) -> None:

@@ -29,7 +29,7 @@ def test_equal_models_have_one_structure_and_arrays_by_name():
     built = split.structure.build({**split.arrays, "of another": jnp.zeros(())})
     assert built.policy == POLICY
     assert_same_weights(built, model)
-    with pytest.raises(KeyError, match="norm.scale"):
+    with pytest.raises(KeyError, match=r"norm\.scale"):
         split.structure.build({k: v for k, v in split.arrays.items() if k != "norm.scale"})
 
 

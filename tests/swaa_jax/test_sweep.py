@@ -2,17 +2,15 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 
 import swaa_jax as swaa
-from kernels_pallas.mask import visible
 from swaa_jax import infer
 from swaa_jax.checkpoint._paths import SHIPPED
 from swaa_jax.eval import sweep
 from swaa_jax.eval.run import answering
 from swaa_jax.eval.tasks.ruler import niah_multiquery
-from swaa_jax.policy import AttentionPolicy, LayerAttention
+from swaa_jax.policy import AttentionPolicy
 from tests.support.random_models import random_model
 
 POLICIES = [
@@ -184,23 +182,6 @@ def test_a_model_that_opens_its_thinking_itself_may_leave_it_out(tok):
     text = ", ".join(sample.answers)
     score = sweep._score(AttentionPolicy(), [sample], [generation([text])], thinking=True)
     assert score.values_found == 1.0
-
-
-@pytest.mark.parametrize("window, sinks, tail", [(1, 0, 0), (5, 0, 0), (5, 3, 2), (40, 2, 9)])
-def test_prefill_share_counts_visible_pairs(window, sinks, tail):
-    length = 23
-    positions = np.arange(length)
-    pairs = visible(
-        positions[:, None],
-        positions[None, :],
-        window=window,
-        num_sink_tokens=sinks,
-        q_full=(positions >= length - tail)[:, None],
-    )
-    windowed = LayerAttention(window=window, num_sink_tokens=sinks, full_attention_tail=tail)
-    all_pairs = length * (length + 1) / 2
-    share = sweep.prefill_attention_share([windowed, LayerAttention()], length)
-    assert share == pytest.approx((np.sum(pairs) + all_pairs) / (2 * all_pairs))
 
 
 def test_shipped_lists_resolve_on_the_shipped_model():

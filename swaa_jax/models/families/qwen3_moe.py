@@ -55,6 +55,11 @@ class Qwen3MoeConfig(DecoderConfig):
                 f"got {self.num_experts_per_tok}"
             )
 
+    @property
+    def expert_share(self) -> float:
+        """The part of a layer's experts that a token goes to."""
+        return self.num_experts_per_tok / self.num_experts if self.num_experts else 1.0
+
     def is_sparse(self, index: int) -> bool:
         """Whether layer `index` has experts."""
         return (
