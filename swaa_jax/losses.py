@@ -355,7 +355,12 @@ def target_losses(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss(
-    static: _Static, hidden: Array, weight: Array, teacher: Any, targets: Array, weights: Array
+    static: _Static,
+    hidden: Array,
+    weight: Array,
+    teacher: Array | None,
+    targets: Array,
+    weights: Array,
 ) -> tuple[LossSums, TargetLosses | None]:
     return _run(static, hidden, weight, teacher, targets, weights, gradient=False)[:2]
 
@@ -380,7 +385,7 @@ _loss.defvjp(_forward, _backward)
 
 def _run(
     static: _Static, *arguments: Any, gradient: bool
-) -> tuple[LossSums, TargetLosses | None, Any, Any]:
+) -> tuple[LossSums, TargetLosses | None, Array | None, Array | None]:
     """Sums, each target's losses, the gradients of the total in hidden states and matrix.
 
     All but the first where wanted.
@@ -408,7 +413,7 @@ def _on_device(
     weights: Float[Array, "b T"],
     *,
     gradient: bool,
-) -> tuple[LossSums, TargetLosses | None, Any, Any]:
+) -> tuple[LossSums, TargetLosses | None, Array | None, Array | None]:
     """One device's rows, chunk after chunk; sums over all devices."""
     matrix = weight.astype(hidden.dtype)
     if static.width_names:

@@ -6,7 +6,6 @@ A family that differs in a block subclasses `DecoderLayer` and overrides what ma
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from swaa_jax.attention import LayerCache, LayerChoice, LayerKind, attend, attend_cached
+from swaa_jax.lora.adapters import LoraAdapter
 from swaa_jax.models.config import DecoderConfig
 from swaa_jax.models.rope import RopeConfig, rotate
 from swaa_jax.products import lookup, product
@@ -55,7 +55,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(kernel.astype(dtype), axes=axes, units=units)
         bias = nnx.Param(jnp.zeros(shape[1:], dtype), axes=axes[1:], units=units[1:])
         self.bias = bias if use_bias else None
-        self.adapter: Any = nnx.data(None)
+        self.adapter: LoraAdapter | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         """The projection, with its bias and adapter where it has them."""
@@ -160,12 +160,28 @@ class Attended:
     cache: LayerCache | None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterStatistics:
+    """Sums over a batch's real tokens, from which the load-balancing loss is made.
+
+    Attributes:
+        assigned: how many tokens chose each expert.
+        probability: the sum of every token's probability of each expert.
+        num_tokens: how many tokens there are.
+    """
+
+    assigned: Float[Array, "*shards E"]
+    probability: Float[Array, "*shards E"]
+    num_tokens: Float[Array, "*shards"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeedForward:
     """What a feed-forward block gives: its output, and its router's statistics if it has one."""
 
     out: Float[Array, "B T D"]
-    router: Any = None
+    router: RouterStatistics | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,7 +190,7 @@ class LayerOutput:
 
     x: Float[Array, "B T D"]
     attended: Attended
-    router: Any = None
+    router: RouterStatistics | None = None
 
 
 class Attention(nnx.Module):
@@ -285,8 +301,8 @@ class DecoderLayer(nnx.Module):
 
     def make_mlp(
         self, config: DecoderConfig, *, index: int, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
-    ) -> Any:
-        """The feed-forward block of layer `index`: called with (x, rows), gives a FeedForward."""
+    ) -> Callable[[Array, Rows], FeedForward]:
+        """The feed-forward block of layer `index`, a module."""
         del index
         return GatedMLP(config, std=std, dtype=dtype, rngs=rngs)
 

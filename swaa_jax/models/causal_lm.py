@@ -16,11 +16,13 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.mask import segment_positions
 from swaa_jax.attention import Caches, LayerCache, LayerKind, build_cache
+from swaa_jax.lora import LoraConfig
 from swaa_jax.models.blocks import (
     DecoderLayer,
     Embedding,
     LayerOutput,
     Linear,
+    RouterStatistics,
     Rows,
     make_norm,
 )
@@ -36,10 +38,10 @@ from swaa_jax.typing import PathLike
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prefill:
-    """What a prompt leaves behind: the next token's logits `[B, V]` (float32), and the caches."""
+    """What a prompt leaves behind: the next token's logits (float32), and the caches."""
 
-    logits: Any
-    caches: Any
+    logits: Float[Array, "B V"]
+    caches: Caches
 
 
 EMBEDDING = "embed_tokens.embedding"
@@ -100,7 +102,7 @@ class CausalLM(nnx.Module):
         self.mesh = mesh
         self.backend = backend
         self.source: PathLike | None = None
-        self.lora_config: Any = None
+        self.lora_config: LoraConfig | None = None
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, scale=config.embedding_scale, **shared
         )
@@ -210,7 +212,7 @@ class CausalLM(nnx.Module):
             hidden=ran.x, router_loss=self.router_loss(ran.routers), tapped=ran.tapped
         )
 
-    def router_loss(self, routers: Sequence[Any]) -> Float[Array, ""] | None:
+    def router_loss(self, routers: Sequence[RouterStatistics | None]) -> Float[Array, ""] | None:
         """The load-balancing loss of every layer's router statistics; None: no experts."""
         del routers
         return None

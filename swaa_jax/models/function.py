@@ -10,7 +10,7 @@ stacked yet is stacked inside the program.
 import copy
 import dataclasses
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
@@ -149,7 +149,9 @@ class ModelFunction:
         inputs = {name: batch[name] for name in _MODEL_INPUTS if name in batch}
         return model.hidden_states(batch["tokens"], remat=self._remat, blocks=blocks, **inputs)
 
-    def _layer_builder(self, dropout_key: PRNGKeyArray | None) -> Any:
+    def _layer_builder(
+        self, dropout_key: PRNGKeyArray | None
+    ) -> Callable[[Mapping[str, Array], Int[Array, ""]], DecoderLayer]:
         def build(arrays: Mapping[str, Array], number: Int[Array, ""]) -> DecoderLayer:
             layer = self._layer.build(arrays)
             if dropout_key is None:

@@ -19,27 +19,12 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import Target
-from swaa_jax.models.blocks import FeedForward, Linear, Rows, activation
+from swaa_jax.lora.adapters import StackedLoraAdapter
+from swaa_jax.models.blocks import FeedForward, Linear, RouterStatistics, Rows, activation
 from swaa_jax.products import grouped_product, product
 from swaa_jax.sharding import spec_for, target_of
 
 _GATHERED = "fsdp"  # the mesh axis over which experts' matrices are stored in slices of D
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RouterStatistics:
-    """Sums over a batch's real tokens, from which the load-balancing loss is made.
-
-    Attributes:
-        assigned: how many tokens chose each expert.
-        probability: the sum of every token's probability of each expert.
-        num_tokens: how many tokens there are.
-    """
-
-    assigned: Float[Array, "*shards E"]
-    probability: Float[Array, "*shards E"]
-    num_tokens: Float[Array, "*shards"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,8 +113,8 @@ class Experts(nnx.Module):
         self.down_proj = StackedLinear(
             (num_experts, inner, width), ("experts", "mlp", "embed"), **shared
         )
-        self.gate_up_proj_adapter: Any = nnx.data(None)
-        self.down_proj_adapter: Any = nnx.data(None)
+        self.gate_up_proj_adapter: StackedLoraAdapter | None = nnx.data(None)
+        self.down_proj_adapter: StackedLoraAdapter | None = nnx.data(None)
 
 
 class SparseMLP(nnx.Module):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from swaa_jax.attention import LayerCache, LayerChoice, LayerKind
-from swaa_jax.models.blocks import DecoderLayer, LayerOutput, Rows
+from swaa_jax.models.blocks import DecoderLayer, LayerOutput, RouterStatistics, Rows
 
 _REMATS = {
     "layer": None,
@@ -59,7 +59,7 @@ class Ran:
 
     x: Float[Array, "B T D"]
     caches: tuple[LayerCache, ...] = ()
-    routers: Sequence[Any] = ()
+    routers: Sequence[RouterStatistics | None] = ()
     tapped: Any = None
 
 
@@ -141,7 +141,7 @@ def _run_one(
     tap: Tap | None,
     x: Float[Array, "B T D"],
     cache: LayerCache | None,
-) -> tuple[Float[Array, "B T D"], tuple[LayerCache | None, Any, Any]]:
+) -> tuple[Float[Array, "B T D"], tuple[LayerCache | None, RouterStatistics | None, Any]]:
     """The residual stream; then the grown cache, the router and what was tapped."""
     out = block(x, rows, layer=kind, cache=cache)
     kept = None if tap is None else tap(out, block, kind)

@@ -14,8 +14,8 @@ attentions in every layer.
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,9 @@ from swaa_jax.selection.store import Progress, Ranking, top_layers
 from swaa_jax.typing import PathLike
 
 __all__ = ["GatesConfig", "gates", "train_gates"]
+
+GatesState: TypeAlias = tuple[Float[Array, "L heads"], Any]
+"""The gates, and their optimizer's state."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,7 +149,9 @@ def train_gates(
     return to_host(state[0])
 
 
-def _batches(model: CausalLM, samples: Sequence[Sample], config: GatesConfig) -> Any:
+def _batches(
+    model: CausalLM, samples: Sequence[Sample], config: GatesConfig
+) -> Callable[[int], dict[str, np.ndarray]]:
     """Step number to batch: every epoch all batches, in an order drawn from the seed."""
     groups = group_samples(samples, context=model.config.max_position_embeddings)
     parts = []
@@ -167,7 +172,7 @@ def _batches(model: CausalLM, samples: Sequence[Sample], config: GatesConfig) ->
 
 @functools.partial(jax.jit, static_argnames=("structure", "layers", "learning_rate", "sparsity"))
 def _step(
-    state: tuple[Any, Any],
+    state: GatesState,
     arrays: dict[str, Array],
     rows: dict[str, Array],
     *,
@@ -175,7 +180,7 @@ def _step(
     layers: tuple[LayerAttention, ...],
     learning_rate: float,
     sparsity: float,
-) -> tuple[tuple[Any, Any], Float[Array, ""]]:
+) -> tuple[GatesState, Float[Array, ""]]:
     values, opt_state = state
     full = _answer_states(structure.build(arrays), rows, layers, None)
 
@@ -221,7 +226,7 @@ def _answer_states(
 class _Kept:
     """The state of training in `gates.json`: the step, and all its numbers."""
 
-    def __init__(self, directory: PathLike | None, config: GatesConfig, state: Any):
+    def __init__(self, directory: PathLike | None, config: GatesConfig, state: GatesState):
         self._path = None if directory is None else epath.Path(directory) / "gates.json"
         self._start, self._steps = state, config.steps
         self._config = {
@@ -230,7 +235,7 @@ class _Kept:
             if name not in ("steps", "save_every")
         }
 
-    def load(self) -> tuple[int, Any]:
+    def load(self) -> tuple[int, GatesState]:
         """The step to go on from, and the state there; the start where nothing fits is kept.
 
         The end of a longer training does not fit: fewer steps begin anew.
@@ -247,7 +252,7 @@ class _Kept:
         ]
         return kept["step"], jax.tree.unflatten(treedef, found)
 
-    def save(self, step: int, state: Any) -> None:
+    def save(self, step: int, state: GatesState) -> None:
         """Process 0 writes."""
         if self._path is None or not runtime.is_main_process():
             return

@@ -15,7 +15,6 @@ A program of its own for each candidate would be compiled L + 1 times, for minut
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from swaa_jax.data import Sample
 from swaa_jax.infer.likelihoods import losses_at, row_kinds
 from swaa_jax.models import CausalLM
+from swaa_jax.models.config import DecoderConfig
 from swaa_jax.models.function import Structure, split_model
 from swaa_jax.policy import AttentionPolicy, LayerAttention
 from swaa_jax.runtime import to_host
@@ -157,7 +157,7 @@ class RowScorer:
         )
 
 
-def rows_within(budget: int, *, config: Any, width: int) -> int:
+def rows_within(budget: int, *, config: DecoderConfig, width: int) -> int:
     """Rows of that width whose activations fit, roughly: at least 1, at most 64.
 
     Counted are residual stream, queries, keys and values with their copies, and the inner

@@ -4,7 +4,7 @@ from swaa_jax.losses import LossConfig
 from swaa_jax.train.checkpoints import CheckpointMismatchError, Checkpoints
 from swaa_jax.train.config import OptimizerConfig, StepConfig
 from swaa_jax.train.dry_run import RunPlan, plan_run
-from swaa_jax.train.loop import LoopResult, NonFiniteLossError, run_loop
+from swaa_jax.train.loop import LoopResult, NonFiniteLossError, Outputs, Schedule, run_loop
 from swaa_jax.train.optimizer import learning_rate, make_optimizer
 from swaa_jax.train.run import TrainResult, train
 from swaa_jax.train.run_config import (
@@ -25,7 +25,9 @@ __all__ = [
     "NonFiniteLossError",
     "OptimizerConfig",
     "ProfileConfig",
+    "Outputs",
     "RunPlan",
+    "Schedule",
     "StepConfig",
     "TrainConfig",
     "TrainResult",

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import jax
@@ -21,6 +21,7 @@ from swaa_jax.train.config import StepConfig
 from swaa_jax.train.optimizer import learning_rate, make_optimizer
 from swaa_jax.train.placement import place_batch
 from swaa_jax.train.weights import Weights
+from swaa_jax.typing import PRNGKeyArray
 
 _ROUTER_LOSS = 0.001  # Transformers' router_aux_loss_coef, where a config has none
 _METRICS = {"nll": "sft_loss", "kl": "self_distill_loss"}  # named as their factors are
@@ -242,7 +243,7 @@ class Trainer:
         return self._over_micro_batches(losses, batch, None)[1]
 
     def _over_micro_batches(
-        self, function: Any, batch: dict[str, Array], key: Any
+        self, function: Callable[..., Any], batch: dict[str, Array], key: PRNGKeyArray | None
     ) -> tuple[Any, Metrics]:
         """Sums of what the function gives for each micro-batch, the second as metrics.
 
@@ -283,7 +284,9 @@ class Trainer:
         )
         return gradient, *others
 
-    def _teach(self, frozen: dict[str, Any], micro: dict[str, Array]) -> Any:
+    def _teach(
+        self, frozen: dict[str, Any], micro: dict[str, Array]
+    ) -> Float[Array, "B T D"] | None:
         """The teacher's final hidden states, None where there is none."""
         if self._teacher is None:
             return None
@@ -295,9 +298,9 @@ class Trainer:
         frozen: dict[str, Any],
         micro: dict[str, Array],
         whole: dict[str, Array],
-        key: Any,
+        key: PRNGKeyArray | None,
         *,
-        teacher: Any = None,
+        teacher: Float[Array, "B T D"] | None = None,
     ) -> tuple[Array, tuple[Metrics, Metrics]]:
         """A micro-batch's part of the loss and of the metrics of the whole batch; its targets'."""
         if teacher is None:

@@ -1,7 +1,7 @@
 """Qwen3-MoE: Qwen3 with experts in some or all layers, and one window for all layers."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from swaa_jax.checkpoint.keymap import Transform, WeightRule
 from swaa_jax.models import weight_rules as weights
-from swaa_jax.models.blocks import DecoderLayer
+from swaa_jax.models.blocks import DecoderLayer, FeedForward, RouterStatistics, Rows
 from swaa_jax.models.causal_lm import CausalLM
 from swaa_jax.models.config import DecoderConfig
 from swaa_jax.models.interop import one_window
@@ -111,7 +111,7 @@ class Qwen3MoeLayer(DecoderLayer):
 
     def make_mlp(
         self, config: Qwen3MoeConfig, *, index: int, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
-    ) -> Any:
+    ) -> Callable[[Array, Rows], FeedForward]:
         """Experts, or one dense block."""
         weights = {"std": std, "dtype": dtype, "rngs": rngs}
         if not config.is_sparse(index):
@@ -132,7 +132,7 @@ class Qwen3MoeForCausalLM(CausalLM):
 
     layer_class: ClassVar[type[DecoderLayer]] = Qwen3MoeLayer
 
-    def router_loss(self, routers: Sequence[Any]) -> Float[Array, ""] | None:
+    def router_loss(self, routers: Sequence[RouterStatistics | None]) -> Float[Array, ""] | None:
         """Transformers' `load_balancing_loss_func`, before its coefficient."""
         return load_balancing_loss(routers)
 
