@@ -24,8 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from model_shapes import MODELS
 
 from swaa_jax.lora import LoraConfig, add_lora
-from swaa_jax.models import CausalLM
-from swaa_jax.models.auto import FAMILIES
+from swaa_jax.models import FAMILIES, CausalLM
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.sharding import attention_specs, make_mesh, sharding_for
 from swaa_jax.train import StepConfig, make_step

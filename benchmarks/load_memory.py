@@ -145,7 +145,7 @@ def make_checkpoint(directory: Path, arguments: argparse.Namespace) -> None:
 
     sys.path.insert(0, str(ROOT))
     from swaa_jax import checkpoint
-    from swaa_jax.models.auto import FAMILIES
+    from swaa_jax.models import FAMILIES
 
     config = hf_config(arguments)
     family = FAMILIES["qwen3"]
@@ -190,7 +190,7 @@ def shapes(config: Any, rules: Any, num_layers: int) -> Any:
     from flax import nnx
 
     from swaa_jax.checkpoint.keymap import expand
-    from swaa_jax.models.auto import FAMILIES
+    from swaa_jax.models import FAMILIES
 
     model = nnx.eval_shape(
         lambda: FAMILIES["qwen3"].model_class(config, dtype=jax.numpy.bfloat16, rngs=nnx.Rngs(0))

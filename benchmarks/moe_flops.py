@@ -30,9 +30,9 @@ from machine import version
 
 from kernels_pallas import Target, grouped_matmul
 from swaa_jax import sharding
-from swaa_jax.models._blocks import Rows
-from swaa_jax.models._moe import SparseMLP
-from swaa_jax.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from swaa_jax.models.blocks import Rows
+from swaa_jax.models.families.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from swaa_jax.models.moe import SparseMLP
 from swaa_jax.policy import AttentionPolicy
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,22 +1,42 @@
-"""Floating-point operations of a step, and what chips can do: the two sides of MFU.
+"""What a policy costs, in closed form: visible pairs, operations, bytes of caches.
 
-Model operations, as MFU counts them: what the mathematics needs, without rematerialisation, a
-product of [m, k] and [k, n] as 2 m k n. Attention counts visible pairs only, so a windowed layer
-is not credited with what it saves.
+A run is a stretch of tokens of one stage in one text; pairs depend on nothing else. In a run whose
+tokens stand at positions a to b - 1 of their text,
+
+    a full row at position i sees       i + 1                           keys
+    a windowed one                      min(i + 1, window + sinks)      keys
+
+so that a run's pairs are a difference of two sums over i, of which each is a polynomial: no row is
+looked at, however long the text is.
+
+Operations are model operations, as MFU counts them: what the mathematics needs, without
+rematerialisation, a product of [m, k] and [k, n] as 2 m k n. Attention counts visible pairs only,
+so a windowed layer is not credited with what it saves.
 """
 
+import collections
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Bool, Int
 
 from kernels_pallas.mask import Stage
-from swaa_jax.attention import split_heads
+from swaa_jax.models import CausalLM
 from swaa_jax.policy import LayerAttention
 
-__all__ = ["FlopCounter", "active_parameters", "peak_flops"]
+__all__ = [
+    "FlopCounter",
+    "ModelFlops",
+    "Runs",
+    "active_parameters",
+    "cache_bytes",
+    "peak_flops",
+    "prefill_attention_share",
+    "visible_pairs",
+]
 
 _PEAKS = {  # dense bfloat16, without sparsity, from the vendors' data sheets
     "TPU v4": 275e12,
@@ -46,101 +66,267 @@ def peak_flops(device_kind: str) -> float | None:
     return None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Runs:
+    """Stretches of tokens of one stage in one text, of one text or of a whole packed batch.
+
+    Attributes:
+        start: the position in its text of each run's first token.
+        stop: one more than that of its last.
+        answer: whether its stage is ANSWER.
+
+    Examples:
+        >>> Runs.of_text(5, 3).num_tokens
+        8
+        >>> packed = Runs.of_batch(np.array([[7, 7, 7, 8, 8, -1]]), np.array([[0, 0, 1, 0, 0, 0]]))
+        >>> packed.start.tolist(), packed.stop.tolist(), packed.answer.tolist()
+        ([0, 2, 0], [2, 3, 2], [False, True, False])
+    """
+
+    start: Int[np.ndarray, " R"]
+    stop: Int[np.ndarray, " R"]
+    answer: Bool[np.ndarray, " R"]
+
+    @classmethod
+    def of_text(cls, prompt: int, answer: int = 0) -> "Runs":
+        """A prompt of so many tokens, and an answer after it."""
+        ends = np.array([0, prompt, prompt + answer], np.int64)
+        return cls(start=ends[:-1], stop=ends[1:], answer=np.array([False, True]))
+
+    @classmethod
+    def of_batch(
+        cls, segment_ids: Int[np.ndarray, "B T"], stage_ids: Int[np.ndarray, "B T"]
+    ) -> "Runs":
+        """The runs of a batch's rows; padding, whose segment is negative, is none."""
+        texts = _begins(segment_ids)
+        first = np.flatnonzero(texts | _begins(stage_ids))
+        last = np.append(first[1:], segment_ids.size)
+        text_starts = np.flatnonzero(texts)
+        offset = text_starts[np.searchsorted(text_starts, first, side="right") - 1]
+        used = segment_ids.ravel()[first] >= 0
+        return cls(
+            start=(first - offset)[used],
+            stop=(last - offset)[used],
+            answer=(stage_ids.ravel()[first] == Stage.ANSWER)[used],
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all runs."""
+        return int(np.sum(self.stop - self.start))
+
+
+def _begins(ids: Int[np.ndarray, "B T"]) -> Bool[np.ndarray, "B T"]:
+    """True at the first token of every stretch of one id in a row."""
+    begins = np.ones(ids.shape, bool)
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    return begins
+
+
+def visible_pairs(
+    layers: Sequence[LayerAttention], runs: Runs, *, num_kv_heads: int | None = None
+) -> float:
+    """(query, key) pairs that are seen, summed over layers, in the mean over a layer's heads.
+
+    Args:
+        layers: of a model, under a policy.
+        runs: what is read.
+        num_kv_heads: the model's, where a layer has full heads.
+
+    Raises:
+        ValueError: a layer has full heads, and their number is not known to be out of how many.
+
+    >>> visible_pairs([LayerAttention(window=2, num_sink_tokens=1)], Runs.of_text(5))
+    12.0
+    """
+    full = _full_pairs(runs.start, runs.stop)
+    total = 0.0
+    for layer, count in collections.Counter(layers).items():
+        share = 1.0 if layer.is_full else 0.0
+        if layer.full_heads:
+            if num_kv_heads is None:
+                raise ValueError(
+                    "num_kv_heads: expected the model's number of KV heads for a layer with full "
+                    f"heads {layer.full_heads}, got None"
+                )
+            share = len(layer.full_heads) / num_kv_heads
+        pairs = share * full
+        if share < 1:
+            pairs += (1 - share) * _windowed_pairs(layer, runs)
+        total += count * pairs
+    return total
+
+
+def _windowed_pairs(layer: LayerAttention, runs: Runs) -> float:
+    """Pairs of a windowed layer's windowed heads.
+
+    Each run is cut in two: its windowed rows, then those that see everything.
+    """
+    assert layer.window is not None
+    reach = layer.window + layer.num_sink_tokens
+    in_prompt = np.minimum(layer.full_attention_tail, runs.stop - runs.start)
+    in_answer = (runs.stop - runs.start) if layer.full_decode else 0
+    cut = runs.stop - np.where(runs.answer, in_answer, in_prompt)
+    capped = [
+        np.where(ends <= reach, _triangle(ends), _triangle(reach) + (ends - reach) * reach)
+        for ends in (runs.start, cut)
+    ]
+    return float(np.sum(capped[1] - capped[0])) + _full_pairs(cut, runs.stop)
+
+
+def _full_pairs(start: Int[np.ndarray, " R"], stop: Int[np.ndarray, " R"]) -> float:
+    return float(np.sum(_triangle(stop) - _triangle(start)))
+
+
+def _triangle(count: Any) -> Any:
+    """1 + 2 + ... + count."""
+    return count * (count + 1) // 2
+
+
+def prefill_attention_share(
+    layers: Sequence[LayerAttention], length: int, *, num_kv_heads: int | None = None
+) -> float:
+    """The pairs that a prompt of `length` tokens visits, as a part of full attention's.
+
+    It is the measure of prefill work that neither machine nor model size changes.
+
+    Raises:
+        ValueError: as `visible_pairs`.
+
+    >>> prefill_attention_share([LayerAttention(window=1), LayerAttention()], 3)
+    0.75
+    """
+    pairs = visible_pairs(layers, Runs.of_text(length), num_kv_heads=num_kv_heads)
+    return pairs / (len(layers) * _triangle(length))
+
+
+def cache_bytes(
+    layers: Sequence[LayerAttention],
+    *,
+    tokens: int,
+    num_kv_heads: int,
+    head_dim: int,
+    itemsize: int = 2,
+) -> int:
+    """Keys and values that one row of so many tokens keeps while it decodes.
+
+    A layer without FA decode keeps a ring of window + sinks slots, no more than there are tokens,
+    and 4 bytes a slot that say which token is there; the others, and full heads, keep all.
+
+    Args:
+        layers: of a model, under a policy.
+        tokens: that the row has room for, prompt and answer.
+        num_kv_heads, head_dim: the model's.
+        itemsize: bytes of a number.
+
+    >>> layers = [LayerAttention(), LayerAttention(window=9)]
+    >>> cache_bytes(layers, tokens=1000, num_kv_heads=8, head_dim=128)
+    4132900
+    """
+    head = 2 * head_dim * itemsize
+    total = 0
+    for layer, count in collections.Counter(layers).items():
+        num_full, ring = num_kv_heads, 0
+        if layer.window is not None and not layer.full_decode:
+            num_full = len(layer.full_heads)
+            ring = min(layer.window + layer.num_sink_tokens, tokens)
+        total += count * (tokens * num_full * head + ring * ((num_kv_heads - num_full) * head + 4))
+    return total
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFlops:
+    """Operations of a model's passes; `ModelFlops.of` takes the sizes from a model.
+
+    Attributes:
+        matrices: weights that a token is multiplied with in the layers.
+        head: those of the vocabulary head; the embedding is a look-up.
+        width: query heads times head dim.
+        num_kv_heads: KV heads of a layer.
+    """
+
+    matrices: float
+    head: int
+    width: int
+    num_kv_heads: int
+
+    @classmethod
+    def of(cls, model: CausalLM) -> "ModelFlops":
+        """Of a model; one of shapes alone will do."""
+        config = model.config
+        return cls(
+            matrices=active_parameters(model),
+            head=config.hidden_size * config.vocab_size,
+            width=config.num_heads * config.head_dim,
+            num_kv_heads=config.num_kv_heads,
+        )
+
+    def forward(self, layers: Sequence[LayerAttention], runs: Runs, *, num_logits: int) -> float:
+        """A pass that reads the runs, and makes so many tokens' logits."""
+        return self._of(layers, runs, num_logits, per_weight=2, per_pair=4)
+
+    def training(
+        self,
+        layers: Sequence[LayerAttention],
+        runs: Runs,
+        *,
+        num_logits: int,
+        trains_all: bool,
+    ) -> float:
+        """A forward and a backward pass.
+
+        With `trains_all` every weight has a gradient, else adapters alone: frozen weights then
+        take 4 operations a weight and token, not 6. Attention has no weights: scores and values
+        are 2 products forward and 4 backward.
+        """
+        per_weight = 6 if trains_all else 4
+        return self._of(layers, runs, num_logits, per_weight=per_weight, per_pair=12)
+
+    def _of(
+        self,
+        layers: Sequence[LayerAttention],
+        runs: Runs,
+        num_logits: int,
+        *,
+        per_weight: int,
+        per_pair: int,
+    ) -> float:
+        pairs = visible_pairs(layers, runs, num_kv_heads=self.num_kv_heads)
+        weights = self.matrices * runs.num_tokens + self.head * num_logits
+        return per_weight * weights + per_pair * self.width * pairs
+
+
 class FlopCounter:
-    """Operations of the steps of one model.
+    """Operations of the training steps of one model.
 
     Args:
         model: with shapes or arrays; its adapters, if any, are what is trained.
-        trains_all: every parameter gets a gradient: 6 operations a parameter and token. With
-            adapters the frozen weights have none: 4.
+        trains_all: every parameter gets a gradient.
         with_teacher: the loss runs a second forward pass, under the model's own policy.
     """
 
-    def __init__(self, model: Any, *, trains_all: bool, with_teacher: bool):
-        config = model.config
-        self._layers: Sequence[LayerAttention] = model.layer_attention
-        self._teacher_layers: Sequence[LayerAttention] = (
-            config.own.resolve(config.num_layers) if with_teacher else ()
-        )
-        self._width = config.num_heads * config.head_dim
-        self._num_kv_heads = config.num_kv_heads
-        matrices = active_parameters(model)
-        passes = (6 if trains_all else 4) + (2 if with_teacher else 0)
-        self._per_token = passes * matrices
-        # The head runs on targets only; the embedding is a look-up.
-        self._per_target = passes * config.hidden_size * config.vocab_size
+    def __init__(self, model: CausalLM, *, trains_all: bool, with_teacher: bool):
+        self._flops, self._trains_all = ModelFlops.of(model), trains_all
+        self._layers = model.layer_attention
+        self._teacher_layers = None
+        if with_teacher:
+            self._teacher_layers = model.config.own.resolve(model.config.num_layers)
 
     def __call__(self, batch: Any) -> float:
         """Operations of a step on (a share of) a batch of numpy arrays."""
-        used = np.asarray(batch.segment_ids) >= 0
-        answer = np.asarray(batch.stage_ids) == Stage.ANSWER
-        positions = np.asarray(batch.positions).astype(np.int64)
-        seen: dict[LayerAttention, float] = {}
-        for layer in {*self._layers, *self._teacher_layers}:
-            seen[layer] = 0.0
-            for part in split_heads(layer, self._num_kv_heads):
-                pairs = visible_keys(part.layer, positions, answer)
-                share = len(part.heads) / self._num_kv_heads
-                seen[layer] += share * float(pairs[used].sum())
-        # Scores and values: 2 products forward, 4 backward.
-        attention = 12 * self._width * sum(seen[layer] for layer in self._layers)
-        attention += 4 * self._width * sum(seen[layer] for layer in self._teacher_layers)
-        tokens, targets = float(used.sum()), float(np.count_nonzero(batch.loss_weights))
-        return self._per_token * tokens + self._per_target * targets + attention
+        runs = Runs.of_batch(np.asarray(batch.segment_ids), np.asarray(batch.stage_ids))
+        # The head runs on targets only.
+        num_logits = int(np.count_nonzero(batch.loss_weights))
+        total = self._flops.training(
+            self._layers, runs, num_logits=num_logits, trains_all=self._trains_all
+        )
+        if self._teacher_layers is not None:
+            total += self._flops.forward(self._teacher_layers, runs, num_logits=num_logits)
+        return total
 
 
-def visible_keys(layer: LayerAttention, positions: np.ndarray, answer: np.ndarray) -> np.ndarray:
-    """How many keys each query sees, from its position in its sample, in a layer of like heads.
-
-    Args:
-        layer: without full heads of its own; see `split_heads`.
-        positions: of each token in its sample, ``[..., T]``.
-        answer: bool, tokens in stage ANSWER, ``[..., T]``.
-
-    >>> from swaa_jax.policy import AttentionPolicy
-    >>> (layer,) = AttentionPolicy(window=2, num_sink_tokens=1).resolve(1)
-    >>> visible_keys(layer, np.arange(5), np.zeros(5, bool)).tolist()
-    [1, 2, 3, 3, 3]
-    """
-    everything = positions + 1
-    if layer.window is None:
-        return everything
-    beyond = np.maximum(everything - layer.window, 0)
-    seen = np.minimum(everything, layer.window) + np.minimum(beyond, layer.num_sink_tokens)
-    if layer.full_decode:
-        seen = np.where(answer, everything, seen)
-    if layer.full_attention_tail:
-        tail = _tail_rows(positions, answer, layer.full_attention_tail)
-        seen = np.where(tail, everything, seen)
-    return seen
-
-
-def _tail_rows(positions: np.ndarray, answer: np.ndarray, size: int) -> np.ndarray:
-    """The last rows of every run of PROMPT rows in a sample, as `kernels_pallas.mask.full_rows`.
-
-    In numpy, since this is counted on the host while the device is busy with the step.
-
-        positions  0 1 2 3 4 5 6 7 0 1 2
-        stage      P P P P A A P P P P P      size 2
-        run ends   4 4 4 4 . . 8 8 11 ..
-        tail           x x     x x   x x
-    """
-    width = positions.shape[-1]
-    index = np.arange(width)
-    ends = answer.copy()
-    ends[..., 1:] |= positions[..., 1:] != positions[..., :-1] + 1  # another sample, or padding
-    here = np.where(ends, index, width)
-    run_end = np.full(here.shape, width)
-    run_end[..., :-1] = np.minimum.accumulate(here[..., ::-1], axis=-1)[..., ::-1][..., 1:]
-    return ~answer & (index >= run_end - size)
-
-
-def active_parameters(model: Any) -> float:
+def active_parameters(model: CausalLM) -> float:
     """Weights of matrices in layers that a token is multiplied with: of experts, those chosen."""
-    config = model.config
-    share = 1.0
-    if getattr(config, "num_experts", None):
-        share = config.num_experts_per_tok / config.num_experts
     total = 0.0
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         names = [str(part) for part in path]
@@ -148,15 +334,5 @@ def active_parameters(model: Any) -> float:
             continue
         metadata = variable.get_metadata()
         stacked = "experts" in (metadata.get("axes") or ()) and len(variable.shape) == 3
-        total += float(np.prod(variable.shape)) * (share if stacked else 1.0)
+        total += float(np.prod(variable.shape)) * (model.config.expert_share if stacked else 1.0)
     return total
-
-
-def device_memory() -> dict[str, float]:
-    """GiB in use on this process's fullest device, now and at most; empty where it is unknown."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    found = {}
-    for name, key in (("memory_gib", "bytes_in_use"), ("peak_memory_gib", "peak_bytes_in_use")):
-        if all(key in one for one in stats):
-            found[name] = max(one[key] for one in stats) / 2**30
-    return found

@@ -1,14 +1,14 @@
 r"""Losses over the vocabulary, a few tokens at a time: logits of whole rows are never made.
 
-For a token with logits `l`, target `y` and weight `w`:
+A loss is a function of a few tokens' logits that gives one number a token; `LOSSES` is the table of
+them, by name. For a token with logits `l` and target `y`:
 
-    NLL = logsumexp(l) - l_y                        dNLL/dl = softmax(l) - onehot(y)
-    KL  = sum_v p_v (log p_v - log s_v)             dKL/dz  = s - q
-          p = softmax(t / tau), s = softmax(z), z = l / tau, t the teacher's logits
+    nll         logsumexp(l) - l_y
+    kl          tau^2 sum_v p_v (log p_v - log s_v)      p = softmax(t / tau), s = softmax(l / tau)
+    reverse_kl  tau^2 sum_v s_v (log s_v - log p_v)      t the teacher's logits
 
-With all of the vocabulary `q = p`. With `top_k` the divergence is between distributions over the
-teacher's k largest and one bucket for the rest; then `q = p` on the k, and elsewhere the rest's
-mass, spread as the student spreads it. (A tie with the k-th largest belongs to the k.)
+With `top_k` the first divergence is between distributions over the teacher's k largest and one
+bucket for the rest. (A tie with the k-th largest belongs to the k.)
 
 The forward pass computes the gradient with respect to the hidden states along with each chunk's
 loss, while its logits are there, and keeps that `[B, T, D]` for the backward pass; three products
@@ -16,20 +16,22 @@ with the head's matrix, not the four of a recomputed chunk. A head that is train
 gradient in float32 there too. Chunks without any weight, such as prompts, are skipped.
 
 On a mesh each device takes its own rows, with the head's matrix gathered over `fsdp`; where the
-vocabulary is split over `tensor`, so are the logits.
+vocabulary is split over `tensor`, so are the logits, and a loss sums over them by `Vocabulary`.
 """
 
 import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from swaa_jax.fields import check_fields, integer, number, or_none
+from swaa_jax.fields import check_fields, check_keys, integer, number, or_none, set_field
+from swaa_jax.models.head import VocabHead
 from swaa_jax.sharding import RULES, spec_for
 
 _LOGITS_BYTES = 320 << 20
@@ -38,14 +40,15 @@ _LANES = 128
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """What is minimised: `sft * NLL + self_distill * KL`, a mean over the targets' weights, and
-    `router_loss` times the loss that keeps experts in balance.
+    """What is minimised: `sft * nll + self_distill * kl` and `others`, a mean over the targets'
+    weights, and `router_loss` times the loss that keeps experts in balance.
 
     Attributes:
         sft: factor on the cross entropy of the targets.
         self_distill: factor on the divergence from the teacher, which is the same model with its
-            adapters off and full attention (`temperature^2 KL(teacher || student)`).
-        temperature: both sides' logits are divided by it in the divergence.
+            adapters off and full attention.
+        others: factors on further losses of `LOSSES`, by name; kept as sorted pairs.
+        temperature: both sides' logits are divided by it in a divergence.
         top_k: compare the teacher's k largest logits and the rest as one bucket; None: all.
         chunk_tokens: tokens whose logits exist at a time, on a device; None: by the vocabulary,
             so that they take at most 320 MiB.
@@ -54,6 +57,7 @@ class LossConfig:
 
     sft: float = 1.0
     self_distill: float = 0.0
+    others: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
     temperature: float = 1.0
     top_k: int | None = None
     chunk_tokens: int | None = None
@@ -69,11 +73,150 @@ class LossConfig:
             chunk_tokens=or_none(integer(least=1)),
             router_loss=or_none(number(least=0)),
         )
-        if self.sft == 0.0 and self.self_distill == 0.0:
+        others = dict(self.others)
+        check_keys("others", others, [name for name in LOSSES if name not in ("nll", "kl")])
+        for name, factor in others.items():
+            number(least=0)(f"others.{name}", factor)
+        set_field(self, "others", tuple(sorted(others.items())))
+        if not self.factors:
             raise ValueError(
                 "loss: expected sft or self_distill above 0, got 0 for both; nothing would be "
                 "trained"
             )
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """The losses that count, by name, with their factors."""
+        named = {"nll": self.sft, "kl": self.self_distill, **dict(self.others)}
+        return {name: factor for name, factor in named.items() if factor}
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any of them compares with a teacher."""
+        return any(LOSSES[name].needs_teacher for name in self.factors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields; `others` only where there are some, so that earlier versions read it."""
+        fields = dataclasses.asdict(self) | {"others": dict(self.others)}
+        return {name: value for name, value in fields.items() if value or name != "others"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """Sums over the vocabulary of which each device may hold a part: `[C, V]` to `[C]`.
+
+    Attributes:
+        names: mesh axes over which it is split; none: it is whole.
+    """
+
+    names: tuple[str, ...] = ()
+
+    def sum(self, x: Float[Array, "C V"]) -> Float[Array, " C"]:
+        """The sum."""
+        total = jnp.sum(x, axis=1)
+        return jax.lax.psum(total, self.names) if self.names else total
+
+    def max(self, x: Float[Array, "C V"]) -> Float[Array, " C"]:
+        """The largest; it has no gradient."""
+        largest = jax.lax.stop_gradient(jnp.max(x, axis=1))
+        return jax.lax.pmax(largest, self.names) if self.names else largest
+
+    def pick(self, x: Float[Array, "C V"], ids: Int[Array, " C"]) -> Float[Array, " C"]:
+        """The entry of each token's id."""
+        here = jnp.arange(x.shape[1], dtype=ids.dtype)[None, :]
+        if self.names:
+            here += jax.lax.axis_index(self.names) * x.shape[1]
+        return self.sum(jnp.where(here == ids[:, None], x, 0.0))
+
+    def logsumexp(self, x: Float[Array, "C V"]) -> Float[Array, " C"]:
+        """`log(sum(exp(x)))`; of entries that are all -inf, -inf, which has no gradient."""
+        largest = jnp.maximum(self.max(x), jnp.finfo(x.dtype).min)
+        return largest + jnp.log(self.sum(jnp.exp(x - largest[:, None])))
+
+    def log_softmax(self, x: Float[Array, "C V"]) -> Float[Array, "C V"]:
+        """Log-probabilities."""
+        return x - self.logsumexp(x)[:, None]
+
+    def kth_largest(self, x: Float[Array, "C V"], k: int) -> Float[Array, " C"]:
+        """The k-th largest, the least one where there are fewer; it has no gradient."""
+        largest, _ = jax.lax.top_k(jax.lax.stop_gradient(x), min(k, x.shape[1]))
+        if self.names:
+            largest = jax.lax.all_gather(largest, self.names, axis=1, tiled=True)
+            largest, _ = jax.lax.top_k(largest, min(k, largest.shape[1]))
+        return largest[:, -1]
+
+
+class PerToken(Protocol):
+    """A loss of each of a few tokens, differentiable in their logits."""
+
+    def __call__(
+        self,
+        logits: Float[Array, "C V"],
+        targets: Int[Array, " C"],
+        teacher: Float[Array, "C V"] | None,
+        *,
+        vocabulary: Vocabulary,
+        config: LossConfig,
+    ) -> Float[Array, " C"]:
+        """One number a token.
+
+        Args:
+            logits: of C tokens; perhaps a device's part of the vocabulary, as all `[C, V]` arrays
+                are. What is summed over V is summed by `vocabulary`, and is whole then.
+            targets: what each token should predict.
+            teacher: the teacher's logits, where the loss needs them.
+            vocabulary: sums over V.
+            config: has the losses' settings.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loss:
+    """A line of the table: the function, and whether it has to be given a teacher's logits."""
+
+    per_token: PerToken
+    needs_teacher: bool = False
+
+
+# The shapes of what these take and give are `PerToken`'s.
+
+
+def _nll(logits, targets, teacher, *, vocabulary, config):
+    return vocabulary.logsumexp(logits) - vocabulary.pick(logits, targets)
+
+
+def _kl(logits, targets, teacher, *, vocabulary, config):
+    scores = teacher / config.temperature
+    log_p = vocabulary.log_softmax(scores)
+    log_s = vocabulary.log_softmax(logits / config.temperature)
+    p = jnp.exp(log_p)
+    if config.top_k is None:
+        return config.temperature**2 * vocabulary.sum(p * (log_p - log_s))
+    kept = scores >= vocabulary.kth_largest(scores, config.top_k)[:, None]
+    kl = vocabulary.sum(jnp.where(kept, p * (log_p - log_s), 0.0))
+    rest_p = vocabulary.sum(jnp.where(kept, 0.0, p))
+    # Where there is no rest its logarithms are those of something: they count for nothing, and
+    # their gradient, which counts for nothing too, has to be finite.
+    has_rest = rest_p > 0
+    log_rest_p = jnp.log(jnp.where(has_rest, rest_p, 1.0))
+    log_rest_s = vocabulary.logsumexp(jnp.where(kept & has_rest[:, None], -jnp.inf, log_s))
+    kl += jnp.where(has_rest, rest_p * (log_rest_p - log_rest_s), 0.0)
+    return config.temperature**2 * kl
+
+
+def _reverse_kl(logits, targets, teacher, *, vocabulary, config):
+    log_p = vocabulary.log_softmax(teacher / config.temperature)
+    log_s = vocabulary.log_softmax(logits / config.temperature)
+    return config.temperature**2 * vocabulary.sum(jnp.exp(log_s) * (log_s - log_p))
+
+
+LOSSES: dict[str, Loss] = {
+    "nll": Loss(per_token=_nll),
+    "kl": Loss(per_token=_kl, needs_teacher=True),
+    "reverse_kl": Loss(per_token=_reverse_kl, needs_teacher=True),
+}
+"""Losses by name: another is a function and a line here, and `LossConfig.others` names it."""
 
 
 @jax.tree_util.register_dataclass
@@ -82,16 +225,14 @@ class LossSums:
     """Sums over targets, each times its weight; divide by `weight`, of all devices and batches.
 
     Attributes:
-        total: `sft * nll + self_distill * kl`, the one that has a gradient.
-        nll: cross entropy.
-        kl: divergence from the teacher, times the temperature squared; 0 without a teacher.
+        total: of the losses times their factors, the one that has a gradient.
+        parts: each loss that counts by itself, and always `nll`.
         correct: weights of the targets that have the largest logit.
         weight: all weights.
     """
 
     total: Float[Array, ""]
-    nll: Float[Array, ""]
-    kl: Float[Array, ""]
+    parts: dict[str, Float[Array, ""]]
     correct: Float[Array, ""]
     weight: Float[Array, ""]
 
@@ -111,41 +252,26 @@ class TargetLosses:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Head:
-    """The matrix from hidden states to logits.
-
-    Attributes:
-        weight: `[V, D]`, an embedding's, or `[D, V]`.
-        vocab_axis: which of the two.
-        axes: their logical names, for the mesh.
-        softcap: logits are `softcap * tanh(logits / softcap)`; None: as they are.
-        trained: its gradient is wanted. Give a trained one in float32: the gradient has its dtype.
-    """
-
-    weight: Float[Array, "_ _"]
-    vocab_axis: int
-    axes: tuple[str | None, str | None] = (None, None)
-    softcap: float | None = None
-    trained: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Static:
-    """What a program is compiled for."""
+    """What a program is compiled for; `head` is without its weight."""
 
     loss: LossConfig
-    vocab_axis: int
-    softcap: float | None
-    trained: bool
+    head: VocabHead
+    trains_head: bool
     each_target: bool
     mesh: Mesh | None
     rows: PartitionSpec
     matrix: PartitionSpec
 
     @property
-    def vocab_names(self) -> tuple[str, ...]:
-        """Mesh axes over which the vocabulary is split."""
-        return _names(self.matrix, self.vocab_axis)
+    def vocabulary(self) -> Vocabulary:
+        """How it is split over the mesh."""
+        return Vocabulary(names=_names(self.matrix, self.head.vocab_axis))
+
+    @property
+    def width_names(self) -> tuple[str, ...]:
+        """Mesh axes over which D is split where the matrix is stored."""
+        return _names(self.matrix, 1 - self.head.vocab_axis)
 
     @property
     def row_names(self) -> tuple[str, ...]:
@@ -155,16 +281,17 @@ class _Static:
 
 def chunked_loss(
     hidden: Float[Array, "B T D"],
-    head: Head,
+    head: VocabHead,
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     *,
     config: LossConfig,
     teacher: Float[Array, "B T D"] | None = None,
+    trains_head: bool = False,
     each_target: bool = False,
     mesh: Mesh | None = None,
 ) -> tuple[LossSums, TargetLosses | None]:
-    """Sums of the losses of all targets; differentiable in `hidden`, and a trained head's matrix.
+    """Sums of the losses of all targets; differentiable in `hidden`, and a trained head's weight.
 
     Args:
         hidden: final hidden states; the products with the head are in their dtype, their sums and
@@ -173,16 +300,18 @@ def chunked_loss(
         targets: what each token should predict. Where the weight is 0 it may be anything.
         weights: of each target, not negative.
         config: which losses, and the size of chunks.
-        teacher: the teacher's final hidden states; needed where `config.self_distill` is not 0.
+        teacher: the teacher's final hidden states; needed where `config.needs_teacher`.
+        trains_head: the gradient in the head's weight is wanted. Give it in float32: the gradient
+            has its dtype.
         each_target: also say what became of each one; None otherwise. No chunk is skipped then.
         mesh: the devices that the arrays lie on: rows over data and fsdp.
 
     Raises:
         ValueError: `config` asks for the teacher and none is given; the mesh does not divide B.
     """
-    if config.self_distill and teacher is None:
+    if config.needs_teacher and teacher is None:
         raise ValueError(
-            f"teacher: expected hidden states for self_distill={config.self_distill}, got None"
+            f"teacher: expected hidden states for the losses {list(config.factors)}, got None"
         )
     rows, matrix = PartitionSpec(), PartitionSpec(None, None)
     if mesh is not None:
@@ -191,28 +320,47 @@ def chunked_loss(
         matrix = spec_for(head.axes, head.weight.shape, mesh)
     static = _Static(
         loss=config,
-        vocab_axis=head.vocab_axis,
-        softcap=head.softcap,
-        trained=head.trained,
+        head=dataclasses.replace(head, weight=None),
+        trains_head=trains_head,
         each_target=each_target,
         mesh=mesh,
         rows=rows,
         matrix=matrix,
     )
-    weight = head.weight if head.trained else jax.lax.stop_gradient(head.weight)
     return _loss(
         static,
         hidden,
-        weight,
-        jax.lax.stop_gradient(teacher) if config.self_distill else None,
+        head.weight if trains_head else jax.lax.stop_gradient(head.weight),
+        jax.lax.stop_gradient(teacher) if config.needs_teacher else None,
         targets,
         weights.astype(jnp.float32),
     )
 
 
+def target_losses(
+    hidden: Float[Array, "B T D"],
+    head: VocabHead,
+    targets: Int[Array, "B T"],
+    *,
+    mesh: Mesh | None = None,
+) -> TargetLosses:
+    """What becomes of each target; see `chunked_loss`."""
+    weights = jnp.ones(targets.shape, jnp.float32)
+    _, each = chunked_loss(
+        hidden, head, targets, weights, config=LossConfig(), each_target=True, mesh=mesh
+    )
+    assert each is not None  # what `each_target` asks for
+    return each
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss(
-    static: _Static, hidden: Array, weight: Array, teacher: Any, targets: Array, weights: Array
+    static: _Static,
+    hidden: Array,
+    weight: Array,
+    teacher: Array | None,
+    targets: Array,
+    weights: Array,
 ) -> tuple[LossSums, TargetLosses | None]:
     return _run(static, hidden, weight, teacher, targets, weights, gradient=False)[:2]
 
@@ -237,7 +385,7 @@ _loss.defvjp(_forward, _backward)
 
 def _run(
     static: _Static, *arguments: Any, gradient: bool
-) -> tuple[LossSums, TargetLosses | None, Any, Any]:
+) -> tuple[LossSums, TargetLosses | None, Array | None, Array | None]:
     """Sums, each target's losses, the gradients of the total in hidden states and matrix.
 
     All but the first where wanted.
@@ -246,12 +394,13 @@ def _run(
     if static.mesh is None:
         return local(*arguments)
     rows, matrix = static.rows, static.matrix
+    # Here, unlike elsewhere, JAX keeps account of what differs between devices (check_vma): by it
+    # a `[C]` array that is used with a device's part of `[C, V]` has the right gradient.
     return jax.shard_map(
         local,
         mesh=static.mesh,
         in_specs=(rows, matrix, rows, rows, rows),
         out_specs=(PartitionSpec(), rows, rows, matrix),
-        check_vma=False,
     )(*arguments)
 
 
@@ -264,53 +413,53 @@ def _on_device(
     weights: Float[Array, "b T"],
     *,
     gradient: bool,
-) -> tuple[LossSums, TargetLosses | None, Any, Any]:
+) -> tuple[LossSums, TargetLosses | None, Array | None, Array | None]:
     """One device's rows, chunk after chunk; sums over all devices."""
-    matrix = _gathered(static, weight.astype(hidden.dtype))
+    matrix = weight.astype(hidden.dtype)
+    if static.width_names:
+        axis = 1 - static.head.vocab_axis
+        matrix = jax.lax.all_gather(matrix, static.width_names, axis=axis, tiled=True)
+    head = dataclasses.replace(static.head, weight=matrix)
     num_tokens, width = targets.size, hidden.shape[-1]
-    chunk = _chunk_tokens(static.loss, num_tokens, matrix.shape[static.vocab_axis])
+    chunk = _chunk_tokens(static.loss, num_tokens, matrix.shape[head.vocab_axis])
+    with_matrix = gradient and static.trains_head
 
     def chunks(x: Array) -> Array:
         flat = x.reshape(num_tokens, *x.shape[2:])
         padding = [(0, -num_tokens % chunk)] + [(0, 0)] * (flat.ndim - 1)
         return jnp.pad(flat, padding).reshape(-1, chunk, *flat.shape[1:])
 
-    whole_gradient = gradient and static.trained
-
-    def body(carry: tuple[LossSums, Any], one: tuple[Any, ...]) -> tuple[Any, Any]:
-        sums, matrix_gradient = carry
-        if whole_gradient or static.each_target:
+    def body(matrix_gradient: Any, one: tuple[Any, ...]) -> tuple[Any, Any]:
+        run = functools.partial(_chunk, static, head, gradient=gradient)
+        if with_matrix or static.each_target:
             # A trained matrix has no branch: the compiler would copy what it does not write.
-            found, each, dhidden, dlogits = _chunk(static, matrix, *one, gradient=gradient)
+            sums, each, dhidden, slope = run(*one)
         else:
-            found, each, dhidden, dlogits = jax.lax.cond(
-                jnp.any(one[3] > 0),
-                lambda *one: (*_chunk(static, *one, gradient=gradient)[:3], None),
-                lambda *one: _no_chunk(*one, gradient=gradient),
-                matrix,
-                *one,
-            )
-        if whole_gradient:
-            product = "cv,cd->vd" if static.vocab_axis == 0 else "cv,cd->dv"
-            matrix_gradient += jnp.einsum(
-                product, dlogits, one[0], preferred_element_type=jnp.float32
-            )
-        return (jax.tree.map(jnp.add, sums, found), matrix_gradient), (each, dhidden)
+            nothing = functools.partial(_nothing, static, run)
+            sums, each, dhidden, slope = jax.lax.cond(jnp.any(one[3] > 0), run, nothing, *one)
+        if with_matrix:
+            spec = "cv,cd->vd" if head.vocab_axis == 0 else "cv,cd->dv"
+            matrix_gradient += jnp.einsum(spec, slope, one[0], preferred_element_type=jnp.float32)
+        return matrix_gradient, (sums, each, dhidden)
 
-    matrix_start = jnp.zeros(matrix.shape, jnp.float32) if whole_gradient else None
+    start = None
+    if with_matrix:
+        start = jnp.zeros(matrix.shape, jnp.float32)
+        start = _varying(start, (*static.row_names, *static.vocabulary.names))
     inputs = (
         chunks(hidden),
         None if teacher is None else chunks(teacher),
         chunks(targets),
         chunks(weights),
     )
-    (sums, matrix_gradient), (each, dhidden) = jax.lax.scan(body, (_zeros(), matrix_start), inputs)
+    matrix_gradient, (sums, each, dhidden) = jax.lax.scan(body, start, inputs)
+    sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
     if static.row_names:
         sums = jax.lax.psum(sums, static.row_names)
     each = jax.tree.map(lambda x: x.reshape(-1)[:num_tokens].reshape(targets.shape), each)
     if gradient:
         dhidden = dhidden.reshape(-1, width)[:num_tokens].reshape(hidden.shape)
-    if whole_gradient:
+    if with_matrix:
         matrix_gradient = _scattered(static, matrix_gradient).astype(weight.dtype)
     return sums, each, dhidden, matrix_gradient
 
@@ -318,27 +467,22 @@ def _on_device(
 def _chunk_tokens(loss: LossConfig, num_tokens: int, vocab: int) -> int:
     wanted = loss.chunk_tokens
     if wanted is None:
-        sides = 2 if loss.self_distill else 1
+        sides = 2 if loss.needs_teacher else 1
         wanted = max(_LANES, _LOGITS_BYTES // (4 * vocab * sides) // _LANES * _LANES)
     return min(wanted, num_tokens)
 
 
-def _no_chunk(
-    matrix: Array, hidden: Array, *others: Any, gradient: bool
-) -> tuple[LossSums, None, Array | None, None]:
-    """What `_chunk` gives where no target weighs anything."""
-    del matrix, others
-    return _zeros(), None, jnp.zeros_like(hidden) if gradient else None, None
-
-
-def _zeros() -> LossSums:
-    names = [field.name for field in dataclasses.fields(LossSums)]
-    return LossSums(**{name: jnp.zeros((), jnp.float32) for name in names})
+def _nothing(static: _Static, run: Callable[..., Any], *chunk: Any) -> Any:
+    """What `run` gives of a chunk in which no target weighs anything, without a look at it."""
+    return jax.tree.map(
+        lambda x: _varying(jnp.zeros(x.shape, x.dtype), static.row_names),
+        jax.eval_shape(run, *chunk),
+    )
 
 
 def _chunk(
     static: _Static,
-    matrix: Array,
+    head: VocabHead,
     hidden: Float[Array, "C D"],
     teacher: Float[Array, "C D"] | None,
     targets: Int[Array, " C"],
@@ -348,122 +492,59 @@ def _chunk(
 ) -> tuple[LossSums, TargetLosses | None, Float[Array, "C D"] | None, Float[Array, "C V"] | None]:
     """A chunk's sums and each target's losses, where wanted.
 
-    Then its gradient in the hidden states, and in the logits for a trained head.
+    Then its gradient in the hidden states, and in the scores, where a trained head wants it.
     """
-    loss = static.loss
-    logits = _logits(static, hidden, matrix)
-    ids = jnp.arange(logits.shape[1], dtype=targets.dtype)[None, :]
-    if static.vocab_names:
-        ids += jax.lax.axis_index(static.vocab_names) * logits.shape[1]
-    is_target = ids == targets[:, None]
+    loss, vocabulary = static.loss, static.vocabulary
+    teacher_logits = None if teacher is None else head.logits(teacher)
 
-    largest = _over_vocab(static, jnp.max, jax.lax.pmax, logits)
-    lse = _logsumexp(static, logits, largest)
-    target_logit = _sum(static, jnp.where(is_target, logits, 0.0))
-    nll = lse - target_logit
-    correct = target_logit >= largest
-    each = TargetLosses(nll=nll, correct=correct) if static.each_target else None
-    sums = {"nll": nll, "correct": correct.astype(jnp.float32)}
-    slope = 0.0
-    if loss.sft:
-        slope = loss.sft * (jnp.exp(logits - lse[:, None]) - is_target)
-    total = loss.sft * nll
-    kl = jnp.zeros_like(nll)
-    if teacher is not None:
-        scores = logits / loss.temperature
-        kl, kl_slope = _divergence(static, scores, _logits(static, teacher, matrix))
-        kl *= loss.temperature**2
-        total += loss.self_distill * kl
-        slope += loss.self_distill * loss.temperature * kl_slope
-    sums |= {"total": total, "kl": kl, "weight": jnp.ones_like(nll)}
-    sums = LossSums(**{name: jnp.sum(weights * value) for name, value in sums.items()})
-    if not gradient:
+    def losses(scores: Float[Array, "C V"]) -> tuple[Float[Array, ""], Any]:
+        logits = head.capped(scores)
+        factors = loss.factors
+        parts = {
+            name: LOSSES[name].per_token(
+                logits, targets, teacher_logits, vocabulary=vocabulary, config=loss
+            )
+            for name in {"nll": None, **factors}
+        }
+        correct = vocabulary.pick(logits, targets) >= vocabulary.max(logits)
+        total = sum(factor * parts[name] for name, factor in factors.items())
+        return jnp.sum(weights * total), (parts, correct)
+
+    scores = head.scores(hidden)
+    slope = None
+    if gradient:
+        (total, (parts, correct)), slope = jax.value_and_grad(losses, has_aux=True)(scores)
+    else:
+        total, (parts, correct) = losses(scores)
+    sums = LossSums(
+        total=total,
+        parts={name: jnp.sum(weights * part) for name, part in parts.items()},
+        correct=jnp.sum(weights * correct),
+        weight=jnp.sum(weights),
+    )
+    each = TargetLosses(nll=parts["nll"], correct=correct) if static.each_target else None
+    if slope is None:
         return sums, each, None, None
-
-    slope *= weights[:, None]
-    if static.softcap is not None:
-        slope *= 1.0 - jnp.square(logits / static.softcap)
-    dlogits = slope.astype(hidden.dtype)
-    product = "cv,vd->cd" if static.vocab_axis == 0 else "cv,dv->cd"
-    dhidden = jnp.einsum(product, dlogits, matrix, preferred_element_type=jnp.float32)
-    if static.vocab_names:
-        dhidden = jax.lax.psum(dhidden, static.vocab_names)
-    return sums, each, dhidden.astype(hidden.dtype), dlogits if static.trained else None
-
-
-def _logits(static: _Static, hidden: Float[Array, "C D"], matrix: Array) -> Float[Array, "C V"]:
-    product = "cd,vd->cv" if static.vocab_axis == 0 else "cd,dv->cv"
-    logits = jnp.einsum(product, hidden, matrix, preferred_element_type=jnp.float32)
-    cap = static.softcap
-    return logits if cap is None else cap * jnp.tanh(logits / cap)
-
-
-def _divergence(
-    static: _Static, scores: Float[Array, "C V"], teacher_logits: Float[Array, "C V"]
-) -> tuple[Float[Array, " C"], Float[Array, "C V"]]:
-    """KL(teacher || student) of each token, and its slope in the student's scores."""
-    loss = static.loss
-    teacher = teacher_logits / loss.temperature
-    log_p = teacher - _logsumexp(static, teacher)[:, None]
-    log_s = scores - _logsumexp(static, scores)[:, None]
-    p, s = jnp.exp(log_p), jnp.exp(log_s)
-    if loss.top_k is None:
-        return _sum(static, p * (log_p - log_s)), s - p
-
-    kept = teacher >= _kth_largest(static, teacher, loss.top_k)[:, None]
-    rest_p = _sum(static, jnp.where(kept, 0.0, p))
-    log_rest_s = _logsumexp(static, jnp.where(kept, -jnp.inf, log_s))
-    has_rest = rest_p > 0
-    rest = rest_p * (jnp.log(jnp.where(has_rest, rest_p, 1.0)) - log_rest_s)
-    kl = _sum(static, jnp.where(kept, p * (log_p - log_s), 0.0)) + jnp.where(has_rest, rest, 0.0)
-    # Beyond the k the student's own proportions stay, so that only the bucket's mass is pulled at.
-    share = jnp.where(has_rest[:, None], jnp.exp(log_s - log_rest_s[:, None]), 0.0)
-    return kl, s - jnp.where(kept, p, rest_p[:, None] * share)
-
-
-def _kth_largest(static: _Static, x: Float[Array, "C V"], k: int) -> Float[Array, " C"]:
-    largest, _ = jax.lax.top_k(x, min(k, x.shape[1]))
-    if static.vocab_names:
-        largest = jax.lax.all_gather(largest, static.vocab_names, axis=1, tiled=True)
-        largest, _ = jax.lax.top_k(largest, min(k, largest.shape[1]))
-    return largest[:, -1]
-
-
-def _over_vocab(static: _Static, here: Any, everywhere: Any, x: Array) -> Float[Array, " C"]:
-    found = here(x, axis=1)
-    return everywhere(found, static.vocab_names) if static.vocab_names else found
-
-
-def _sum(static: _Static, x: Float[Array, "C V"]) -> Float[Array, " C"]:
-    return _over_vocab(static, jnp.sum, jax.lax.psum, x)
-
-
-def _logsumexp(
-    static: _Static, x: Float[Array, "C V"], largest: Float[Array, " C"] | None = None
-) -> Float[Array, " C"]:
-    if largest is None:
-        largest = _over_vocab(static, jnp.max, jax.lax.pmax, x)
-    largest = jnp.maximum(largest, jnp.finfo(x.dtype).min)  # of nothing: -inf, not nan
-    return largest + jnp.log(_sum(static, jnp.exp(x - largest[:, None])))
-
-
-def _gathered(static: _Static, matrix: Array) -> Array:
-    """The matrix with D whole."""
-    names = _names(static.matrix, 1 - static.vocab_axis)
-    if not names:
-        return matrix
-    return jax.lax.all_gather(matrix, names, axis=1 - static.vocab_axis, tiled=True)
+    slope = slope.astype(hidden.dtype)
+    dhidden = head.scores_transpose(slope)
+    if vocabulary.names:
+        dhidden = jax.lax.psum(dhidden, vocabulary.names)
+    return sums, each, dhidden.astype(hidden.dtype), slope if static.trains_head else None
 
 
 def _scattered(static: _Static, gradient: Array) -> Array:
     """The gradient's sum over all rows, laid out as the matrix is."""
-    split = _names(static.matrix, 1 - static.vocab_axis)
+    split = static.width_names
     if split:
-        gradient = jax.lax.psum_scatter(
-            gradient, split, scatter_dimension=1 - static.vocab_axis, tiled=True
-        )
+        axis = 1 - static.head.vocab_axis
+        gradient = jax.lax.psum_scatter(gradient, split, scatter_dimension=axis, tiled=True)
     others = tuple(name for name in static.row_names if name not in split)
     return jax.lax.psum(gradient, others) if others else gradient
+
+
+def _varying(x: Array, names: tuple[str, ...]) -> Array:
+    """The same value, to JAX one that may differ between devices along these mesh axes."""
+    return jax.lax.pcast(x, names, to="varying") if names else x
 
 
 def _names(spec: PartitionSpec, axis: int) -> tuple[str, ...]:
@@ -492,5 +573,5 @@ def check_rows(mesh: Mesh | None, num_rows: int) -> None:
 
 def logits_bytes(config: LossConfig, *, num_tokens: int, vocab: int) -> int:
     """Bytes of the float32 logits that exist at a time on a device, the teacher's included."""
-    sides = 2 if config.self_distill else 1
+    sides = 2 if config.needs_teacher else 1
     return math.prod((4, sides, vocab, _chunk_tokens(config, num_tokens, vocab)))

@@ -1,6 +1,6 @@
 """The key-map engine: a table of names, read forwards to load and backwards to save.
 
-A model family writes its table once (`models/<family>/params.py`):
+A model family writes its table once (`models/families/<family>.py`):
 
     WeightRule("model.embed_tokens.weight", "embed_tokens.embedding"),
     WeightRule("model.layers.{layer}.self_attn.q_proj.weight",

@@ -6,8 +6,7 @@
 The three jitted functions live at module level and take the model's graph definition as a static
 argument, so a second call of the same shapes compiles nothing: `compile_counts` tells.
 
-A model is split once per `generate`, into arrays and a `Structure` that jit can hash and compare at
-every call for nothing; for a deep model the bare graph definition costs milliseconds each time.
+A model is split once per `generate`, into arrays by name and a `Structure` (`models/function.py`).
 """
 
 import collections
@@ -15,12 +14,11 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from swaa_jax.attention import recast_caches
@@ -28,6 +26,7 @@ from swaa_jax.infer.buckets import length_bucket, next_power_of_two, pad_right
 from swaa_jax.infer.options import GenerateOptions
 from swaa_jax.infer.sampling import SamplingParams, sample
 from swaa_jax.infer.stopping import AnswerRow
+from swaa_jax.models.function import SplitModel, Structure, split_model
 from swaa_jax.runtime import to_host
 
 _TRACES: collections.Counter[str] = collections.Counter()
@@ -36,60 +35,6 @@ _TRACES: collections.Counter[str] = collections.Counter()
 def compile_counts() -> dict[str, int]:
     """How often each jitted function was traced in this process: prefill, first, decode, adopt."""
     return dict(_TRACES)
-
-
-class Structure:
-    """Everything of a model but its arrays, cheap as a static argument: equal ones are one object.
-
-    Args:
-        graphdef: from `nnx.split`; the policy is part of it.
-        treedef: how the state's leaves hang together.
-    """
-
-    _interned: ClassVar[dict[tuple[Any, Any], "Structure"]] = {}
-
-    def __init__(self, graphdef: Any, treedef: Any):
-        self._graphdef, self._treedef = graphdef, treedef
-
-    @classmethod
-    def of(cls, graphdef: Any, treedef: Any) -> "Structure":
-        """The one object for this structure; jit's caches keep its programs as long, too."""
-        return cls._interned.setdefault((graphdef, treedef), cls(graphdef, treedef))
-
-    def merge(self, arrays: Sequence[Array]) -> Any:
-        """The model with these arrays."""
-        return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, arrays))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SplitModel:
-    """A model taken apart for jit, once for many calls.
-
-    Args:
-        structure: the static part.
-        arrays: its parameters.
-        config: of the model.
-        layers: each layer's policy, where the model has one.
-    """
-
-    structure: Structure
-    arrays: tuple[Array, ...]
-    config: Any
-    layers: tuple[Any, ...] | None
-
-
-def split_model(model: Any) -> SplitModel:
-    """Take a model apart; one that was taken apart already is returned as it is."""
-    if isinstance(model, SplitModel):
-        return model
-    graphdef, state = nnx.split(model)
-    arrays, treedef = jax.tree.flatten(state)
-    return SplitModel(
-        structure=Structure.of(graphdef, treedef),
-        arrays=tuple(arrays),
-        config=model.config,
-        layers=getattr(model, "layer_attention", None),
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -313,7 +258,7 @@ def _adopt(caches: Any, *, layers: Any, copy: bool) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("structure", "cache_size"))
 def _prefill(
-    arrays: tuple[Array, ...],
+    arrays: dict[str, Array],
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     *,
@@ -321,7 +266,7 @@ def _prefill(
     cache_size: int,
 ) -> tuple[Float[Array, "B V"], Any]:
     _TRACES["prefill"] += 1
-    out = structure.merge(arrays).prefill(tokens, lengths=lengths, cache_size=cache_size)
+    out = structure.build(arrays).prefill(tokens, lengths=lengths, cache_size=cache_size)
     return out.logits, out.caches
 
 
@@ -343,7 +288,7 @@ def _first(
     donate_argnames=("caches",),
 )
 def _decode(
-    arrays: tuple[Array, ...],
+    arrays: dict[str, Array],
     caches: Any,
     token: Int[Array, " B"],
     done: Array,
@@ -377,7 +322,7 @@ def _decode(
     def one_step(carry):
         step, token, done, tokens, caches = carry
         # Merged here: NNX objects must not cross into the loop's own trace.
-        model = structure.merge(arrays)
+        model = structure.build(arrays)
         logits, caches = model.decode(token[:, None], caches)
         drawn = sample(
             logits[:, -1], positions=positions + step + 1, num_candidates=num_candidates, **draws

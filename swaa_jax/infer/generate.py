@@ -8,10 +8,8 @@ from swaa_jax.checkpoint.hf import read_generation_config
 from swaa_jax.infer.decoding import (
     DecodeClock,
     Prefilled,
-    SplitModel,
     decode_rows,
     prefill_prompts,
-    split_model,
 )
 from swaa_jax.infer.options import GenerateOptions
 from swaa_jax.infer.prompts import Prompts, check_context, encode_prompts
@@ -19,6 +17,7 @@ from swaa_jax.infer.sampling import SamplingParams
 from swaa_jax.infer.stopping import AnswerRow, FinishReason, StopRules, make_stop_rules
 from swaa_jax.infer.timings import Timings
 from swaa_jax.models import CausalLM
+from swaa_jax.models.function import SplitModel, split_model
 from swaa_jax.progress import show_progress
 
 if TYPE_CHECKING:

@@ -15,19 +15,21 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import Stage
+from swaa_jax.attention import LayerKind, RowWindows
 from swaa_jax.infer.buckets import length_bucket, next_power_of_two, pad_right
-from swaa_jax.infer.decoding import SplitModel, Structure, split_model
 from swaa_jax.infer.prompts import check_context
-from swaa_jax.infer.row_policies import row_kinds, row_windows, run_kinds
-from swaa_jax.losses import Head, LossConfig, chunked_loss
+from swaa_jax.losses import TargetLosses, target_losses
 from swaa_jax.models import CausalLM
+from swaa_jax.models.function import SplitModel, Structure, split_model
 from swaa_jax.policy import AttentionPolicy, LayerAttention
 from swaa_jax.runtime import to_host
 
 __all__ = [
     "Continuation",
     "Likelihood",
-    "model_head",
+    "losses_at",
+    "row_kinds",
+    "row_windows",
     "score_continuations",
     "score_policies",
 ]
@@ -178,7 +180,7 @@ def _longest_first(continuations: Sequence[Continuation]) -> list[int]:
 
 
 def _score(
-    split: SplitModel,
+    split: SplitModel[CausalLM],
     group: Sequence[Continuation],
     context: int | None,
     *,
@@ -227,7 +229,7 @@ def _score(
 
 @functools.partial(jax.jit, static_argnames=("structure", "num_sink_tokens"))
 def _token_losses(
-    arrays: tuple[Array, ...],
+    arrays: dict[str, Array],
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     stage_ids: Int[Array, "B T"],
@@ -235,44 +237,66 @@ def _token_losses(
     targets: Int[Array, "B n"],
     windows_LB: Int[Array, "L B"] | None,
     *,
-    structure: Structure,
+    structure: Structure[CausalLM],
     num_sink_tokens: int,
 ) -> tuple[Float[Array, "B n"], Bool[Array, "B n"]]:
     """NLL of each target, predicted at row `at`; and whether it has the largest logit.
 
     Without windows under the model's own policy; else FA decode where the stage is ANSWER.
     """
-    model = structure.merge(arrays)
-    run_layers = None
+    layers = None
     if windows_LB is not None:
         shared = LayerAttention(window=1, num_sink_tokens=num_sink_tokens, full_decode=True)
-        kinds = row_kinds([shared] * windows_LB.shape[0], windows_LB)
-        run_layers = run_kinds(model, kinds)
-    hidden = model.hidden_states(
-        tokens, lengths=lengths, stage_ids=stage_ids, run_layers=run_layers
-    ).hidden
-    hidden = jnp.take_along_axis(hidden, at[:, :, None], axis=1)
-    _, each = chunked_loss(
-        hidden,
-        model_head(model),
-        targets,
-        jnp.ones(targets.shape, jnp.float32),
-        config=LossConfig(),
-        each_target=True,
-        mesh=model.mesh,
+        layers = row_kinds([shared] * windows_LB.shape[0], windows_LB)
+    each = losses_at(
+        structure.build(arrays),
+        tokens,
+        lengths=lengths,
+        stage_ids=stage_ids,
+        at=at,
+        targets=targets,
+        layers=layers,
     )
-    assert each is not None  # what `each_target` asks for
     return each.nll, each.correct
 
 
-def model_head(model: CausalLM) -> Head:
-    """The matrix of the model's logits, for `chunked_loss`; frozen."""
-    tied = model.lm_head is None
-    variable = model.embed_tokens.embedding if model.lm_head is None else model.lm_head.kernel
-    rows, columns = variable.get_metadata().get("axes") or (None, None)
-    return Head(
-        weight=variable[...],
-        vocab_axis=0 if tied else 1,
-        axes=(rows, columns),
-        softcap=model.config.logits_softcap,
-    )
+def losses_at(
+    model: CausalLM,
+    tokens: Int[Array, "B T"],
+    *,
+    lengths: Int[Array, " B"],
+    stage_ids: Int[Array, "B T"],
+    at: Int[Array, "B n"],
+    targets: Int[Array, "B n"],
+    layers: Sequence[LayerKind] | None = None,
+) -> TargetLosses:
+    """What becomes of targets that are predicted at rows `at`; logits of other rows are not made.
+
+    Args:
+        model: inside jit.
+        tokens, lengths, stage_ids: as in `CausalLM.hidden_states`.
+        at: rows that predict.
+        targets: what each of them should predict.
+        layers: what each layer sees, in place of the model's policy.
+    """
+    hidden = model.hidden_states(tokens, lengths=lengths, stage_ids=stage_ids, layers=layers).hidden
+    hidden = jnp.take_along_axis(hidden, at[:, :, None], axis=1)
+    return target_losses(hidden, model.vocab_head(), targets, mesh=model.mesh)
+
+
+def row_windows(layers: Sequence[LayerAttention], width: int) -> Int[np.ndarray, " L"]:
+    """Each layer's window, for rows of `width` tokens: those see everything in a full layer."""
+    return np.minimum(np.array([layer.window or width for layer in layers], np.int32), width)
+
+
+def row_kinds(layers: Sequence[LayerAttention], windows_LB: Int[Array, "L B"]) -> list[RowWindows]:
+    """The layers with the rows' windows; sinks, decoding and tail are what all rows share."""
+    return [
+        RowWindows(
+            window=windows_LB[number],
+            num_sink_tokens=layer.num_sink_tokens,
+            full_decode=layer.full_decode,
+            full_attention_tail=layer.full_attention_tail,
+        )
+        for number, layer in enumerate(layers)
+    ]

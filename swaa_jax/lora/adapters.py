@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from swaa_jax.products import product
 from swaa_jax.typing import PRNGKeyArray
 
 
@@ -45,7 +46,7 @@ class LoraAdapter(nnx.Module):
         if self.dropout_key is not None and self.dropout:
             kept = jax.random.bernoulli(self.dropout_key[...], 1 - self.dropout, x.shape)
             x32 = jnp.where(kept, x32 / (1 - self.dropout), 0)
-        low_rank = (x32 @ self.lora_A[...]) @ self.lora_B[...]
+        low_rank = product(product(x32, self.lora_A), self.lora_B)
         return (y.astype(jnp.float32) + self.scale * low_rank).astype(y.dtype)
 
 
@@ -70,7 +71,7 @@ class StackedLoraAdapter(nnx.Module):
         x: Float[Array, "M I"],
         outputs: Sequence[Array],
         factors: Sequence[Array],
-        product: Callable[[Array, Array], Array],
+        by_expert: Callable[[Array, Array], Array],
     ) -> list[Array]:
         """The outputs, `[M, out]` each, with the low-rank products added.
 
@@ -78,12 +79,12 @@ class StackedLoraAdapter(nnx.Module):
             x: rows in the order of their experts.
             outputs: of the frozen weights.
             factors: the arrays of `self.factors`.
-            product: rows times their own expert's matrix.
+            by_expert: rows times their own expert's matrix.
         """
         a, *b_parts = (factor.astype(x.dtype) for factor in factors)
-        inner = product(x, a)
+        inner = by_expert(x, a)
         return [
-            (y.astype(jnp.float32) + self.scale * product(inner, b).astype(jnp.float32)).astype(
+            (y.astype(jnp.float32) + self.scale * by_expert(inner, b).astype(jnp.float32)).astype(
                 y.dtype
             )
             for y, b in zip(outputs, b_parts, strict=True)

@@ -19,6 +19,7 @@ from swaa_jax.lora.adapters import (
 )
 from swaa_jax.lora.config import LoraConfig
 from swaa_jax.lora.sites import Path, Site, adapted_sites, edited, target_sites
+from swaa_jax.products import dense
 from swaa_jax.sharding import sharding_for
 from swaa_jax.storage import listing
 from swaa_jax.typing import PRNGKeyArray
@@ -224,7 +225,7 @@ def merge_lora(model: Model) -> Model:
         adapter = site.adapter
         b_parts = adapter.lora_B if site.stacked else [adapter.lora_B]
         for path, kernel, b in zip(site.parts, site.kernels, b_parts, strict=True):
-            value = _merged(kernel[...], adapter.lora_A[...], b[...], adapter.scale)
+            value = _merged(dense(kernel), adapter.lora_A[...], b[...], adapter.scale)
             param = kernel.replace(value)
             _place(param, getattr(model, "mesh", None))
             edits[path] = {"kernel": param}

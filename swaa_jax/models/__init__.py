@@ -1,16 +1,15 @@
 """Model families and the functions that load and save them. `auto.py` is the file to open first."""
 
-from swaa_jax.models._causal_lm import CausalLM, HiddenStates, Prefill
 from swaa_jax.models.auto import (
-    FAMILIES,
     Blueprint,
-    ModelFamily,
     load_model,
     model_from_config,
     read_blueprint,
     save_model,
 )
+from swaa_jax.models.causal_lm import CausalLM, HiddenStates, Prefill
 from swaa_jax.models.convert import Converted, convert_checkpoint
+from swaa_jax.models.families import FAMILIES, ModelFamily
 
 __all__ = [
     "FAMILIES",

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,11 +17,10 @@ from jax.sharding import Mesh
 from swaa_jax import checkpoint
 from swaa_jax.attention import check_backend
 from swaa_jax.checkpoint import WeightReader, WeightRule
-from swaa_jax.models import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, qwen3_moe
-from swaa_jax.models._causal_lm import CausalLM
-from swaa_jax.models._config import DecoderConfig
-from swaa_jax.models._config_types import check_config_types
-from swaa_jax.models._source import Source
+from swaa_jax.models.causal_lm import CausalLM
+from swaa_jax.models.config import DecoderConfig
+from swaa_jax.models.config_types import check_config_types
+from swaa_jax.models.families import FAMILIES, ModelFamily
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.runtime import is_main_process, wait_for_all
 from swaa_jax.sharding import resolve_mesh, sharding_for, target_of
@@ -30,33 +29,6 @@ from swaa_jax.typing import PathLike
 
 logger = logging.getLogger(__name__)
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelFamily:
-    """What `load_model` needs of a family: how to read its config, build it, and fill it."""
-
-    config_class: type[DecoderConfig]
-    model_class: type[CausalLM]
-    weight_rules: Callable[[Any], tuple[WeightRule, ...]]
-
-
-FAMILIES: Mapping[str, ModelFamily] = {
-    config_class.model_type: ModelFamily(
-        config_class=config_class, model_class=model_class, weight_rules=weight_rules
-    )
-    for config_class, model_class, weight_rules in (
-        (gemma2.Gemma2Config, gemma2.Gemma2ForCausalLM, gemma2.weight_rules),
-        (gemma3.Gemma3Config, gemma3.Gemma3ForCausalLM, gemma3.weight_rules),
-        (llama.LlamaConfig, llama.LlamaForCausalLM, llama.weight_rules),
-        (mistral.MistralConfig, mistral.MistralForCausalLM, mistral.weight_rules),
-        (mistral.MinistralConfig, mistral.MistralForCausalLM, mistral.weight_rules),
-        (phi3.Phi3Config, phi3.Phi3ForCausalLM, phi3.weight_rules),
-        (qwen2.Qwen2Config, qwen2.Qwen2ForCausalLM, qwen2.weight_rules),
-        (qwen3.Qwen3Config, qwen3.Qwen3ForCausalLM, qwen3.weight_rules),
-        (qwen3_moe.Qwen3MoeConfig, qwen3_moe.Qwen3MoeForCausalLM, qwen3_moe.weight_rules),
-    )
-}
-"""Families by the `model_type` of their HF config. A new one is an entry here and a folder."""
 
 _TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -146,6 +118,29 @@ class Blueprint:
     expected: dict[str, Any]
     rules: tuple[WeightRule, ...]
     tied: Mapping[str, str] | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source(os.PathLike[str]):
+    """The directory of a model's checkpoint; use it as a path.
+
+    A model's static attributes are part of its graph definition, and so of the key of every
+    compiled program. All sources are equal, so that the same model from two places compiles once.
+    """
+
+    path: str
+
+    def __fspath__(self) -> str:
+        return self.path
+
+    def __str__(self) -> str:
+        return self.path
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Source)
+
+    def __hash__(self) -> int:
+        return hash(Source)
 
 
 def read_blueprint(

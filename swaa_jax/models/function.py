@@ -1,55 +1,107 @@
-"""A model as a pure function of named arrays, its layers unrolled or scanned, and rematerialised.
+"""A model as a pure function of its arrays by name.
 
-Names are paths in the model (`layers.3.self_attn.q_proj.kernel`). A scanned model takes a layer's
-arrays under their own names, or those of all layers stacked, `[L, ...]`, under
-`layers.*.self_attn.q_proj.kernel`; what is not stacked yet is stacked inside the program.
+Names are paths in the model (`layers.3.self_attn.q_proj.kernel`). `split_model` takes a model apart
+for jit: arrays are arguments, and a `Structure`, everything else, is a static one. `ModelFunction`
+is for training: it may scan over the layers, and takes a layer's arrays under their own names or
+those of all layers stacked, `[L, ...]`, under `layers.*.self_attn.q_proj.kernel`; what is not
+stacked yet is stacked inside the program.
 """
 
 import copy
-import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+import dataclasses
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Int
 
-from swaa_jax.attention import LayerChoice
 from swaa_jax.lora import with_dropout
-from swaa_jax.models import CausalLM, HiddenStates
-from swaa_jax.models._blocks import Rows
+from swaa_jax.models.blocks import DecoderLayer
+from swaa_jax.models.causal_lm import CausalLM, HiddenStates
+from swaa_jax.models.stack import ScannedLayers
+from swaa_jax.policy import LayerAttention
 from swaa_jax.typing import PRNGKeyArray
 
 FEWEST_SCANNED = 8
 """Layers below which `scan_layers="auto"` unrolls: their compile time does not matter."""
 
-_POLICIES = {
-    "layer": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 _MODEL_INPUTS = ("lengths", "stage_ids", "segment_ids", "positions")
 
+Module = TypeVar("Module", bound=nnx.Module)
 
-class Blueprint:
-    """A module without its arrays, to be built from named ones."""
 
-    def __init__(self, module: nnx.Module):
-        self.graphdef, state = nnx.split(module)
-        leaves, self.treedef = jax.tree_util.tree_flatten_with_path(state)
-        self.names = [_name(path) for path, _ in leaves]
+class Structure(Generic[Module]):
+    """Everything of a module but its arrays.
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Blueprint):
-            return NotImplemented
-        return self.graphdef == other.graphdef and self.treedef == other.treedef
+    Equal structures are one object, as long as anything (a compiled program, say) refers to it: so
+    jit hashes and compares it for nothing, where the graph definition of a deep model takes
+    milliseconds a call. `Structure.of` gives a module's.
 
-    __hash__ = None  # pyright: ignore[reportAssignmentType]
+    Attributes:
+        names: of the arrays, in the order of the module's state.
+    """
 
-    def build(self, arrays: Mapping[str, Any], *, prefix: str = "") -> Any:
-        """The module with the arrays that are called by its names, after `prefix`."""
-        leaves = [arrays[prefix + name] for name in self.names]
-        return nnx.merge(self.graphdef, jax.tree_util.tree_unflatten(self.treedef, leaves))
+    _known: ClassVar["weakref.WeakValueDictionary[Any, Structure[Any]]"] = (
+        weakref.WeakValueDictionary()
+    )
+
+    def __init__(self, graphdef: Any, treedef: Any, names: tuple[str, ...]):
+        self._graphdef, self._treedef, self.names = graphdef, treedef, names
+
+    @classmethod
+    def of(cls, module: Module) -> "Structure[Module]":
+        """The one object for modules of this structure."""
+        return cls.split(module)[0]
+
+    @classmethod
+    def split(cls, module: Module) -> tuple["Structure[Module]", dict[str, Array]]:
+        """The structure, and the arrays by name."""
+        graphdef, state = nnx.split(module)
+        leaves, treedef = jax.tree.flatten(state)
+        structure = cls._known.get((graphdef, treedef))
+        if structure is None:
+            paths, _ = jax.tree_util.tree_flatten_with_path(state)
+            names = tuple(_name(path) for path, _ in paths)
+            structure = cls._known.setdefault((graphdef, treedef), cls(graphdef, treedef, names))
+        return structure, dict(zip(structure.names, leaves, strict=True))
+
+    def build(self, arrays: Mapping[str, Any]) -> Module:
+        """The module with the arrays that are called by its names; there may be others."""
+        leaves = [arrays[name] for name in self.names]
+        return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplitModel(Generic[Module]):
+    """A model taken apart for jit, once for many calls.
+
+    Attributes:
+        structure: the static part.
+        arrays: its parameters by name.
+        config: of the model.
+        layers: each layer's policy, where the model has one.
+    """
+
+    structure: Structure[Module]
+    arrays: dict[str, Array]
+    config: Any
+    layers: tuple[LayerAttention, ...] | None
+
+
+def split_model(model: Any) -> SplitModel[Any]:
+    """Take a model apart; one that was taken apart already is returned as it is."""
+    if isinstance(model, SplitModel):
+        return model
+    structure, arrays = Structure.split(model)
+    return SplitModel(
+        structure=structure,
+        arrays=arrays,
+        config=model.config,
+        layers=getattr(model, "layer_attention", None),
+    )
 
 
 class ModelFunction:
@@ -60,35 +112,18 @@ class ModelFunction:
 
     Attributes:
         scanned: one body serves all layers.
+        layer_names: names of a scanned layer's arrays, within it.
     """
 
-    def __init__(
-        self,
-        model: CausalLM,
-        *,
-        dtype: jnp.dtype,
-        remat: str = "none",
-        scan_layers: bool | str = "auto",
-    ):
-        shell = copy.copy(model)
-        shell.layers = nnx.List([])
-        self._shell = Blueprint(shell)
-        self._layers = [Blueprint(layer) for layer in model.layers]
-        self._attention = model.layer_attention
-        self._kinds = tuple(dict.fromkeys(self._attention))
-        self._mesh = model.mesh
-        self._dtype, self._remat = dtype, remat
-        self.scanned = _is_scanned(self._layers, scan_layers)
-
-    @property
-    def num_layers(self) -> int:
-        """L."""
-        return len(self._layers)
-
-    @property
-    def layer_names(self) -> list[str]:
-        """Names of a scanned layer's arrays, within it."""
-        return self._layers[0].names if self.scanned else []
+    def __init__(self, model: CausalLM, *, remat: str = "none", scan_layers: bool | str = "auto"):
+        layers = [Structure.of(layer) for layer in model.layers]
+        self.scanned = _is_scanned(layers, scan_layers)
+        self.layer_names = layers[0].names if self.scanned else ()
+        self._num_layers, self._layer, self._remat = len(layers), layers[0], remat
+        if self.scanned:
+            model = copy.copy(model)
+            model.layers = nnx.List([])
+        self._model = Structure.of(model)
 
     def __call__(
         self,
@@ -104,85 +139,43 @@ class ModelFunction:
             batch: `tokens`, and what `CausalLM.hidden_states` takes besides, where it is there.
             dropout_key: of this step; None: nothing is dropped.
         """
-        run = functools.partial(
-            self._scan if self.scanned else self._unroll, arrays, dropout_key=dropout_key
-        )
+        model = self._model.build(arrays)
+        blocks = None
+        if self.scanned:
+            stacked = {name: self._stacked(arrays, name) for name in self.layer_names}
+            blocks = ScannedLayers(build=self._layer_builder(dropout_key), arrays=stacked)
+        elif dropout_key is not None:
+            model = with_dropout(model, dropout_key)
         inputs = {name: batch[name] for name in _MODEL_INPUTS if name in batch}
-        return self._shell.build(arrays).hidden_states(batch["tokens"], run_layers=run, **inputs)
+        return model.hidden_states(batch["tokens"], remat=self._remat, blocks=blocks, **inputs)
 
-    def _unroll(
-        self, arrays: Mapping[str, Any], x: Array, rows: Rows, *, dropout_key: Any
-    ) -> tuple[Float[Array, "B T D"], Sequence[Any]]:
-        x, routers = x.astype(self._dtype), []
-        for number, (blueprint, kind) in enumerate(zip(self._layers, self._attention, strict=True)):
-            prefix = f"layers.{number}."
-            own = {name: arrays[prefix + name] for name in blueprint.names}
-            run = functools.partial(_run_layer, blueprint, kind, rows, number, dropout_key)
-            x, router = self._remembering(run)(own, x)
-            routers.append(router)
-        return x, routers
+    def _layer_builder(
+        self, dropout_key: PRNGKeyArray | None
+    ) -> Callable[[Mapping[str, Array], Int[Array, ""]], DecoderLayer]:
+        def build(arrays: Mapping[str, Array], number: Int[Array, ""]) -> DecoderLayer:
+            layer = self._layer.build(arrays)
+            if dropout_key is None:
+                return layer
+            return with_dropout(layer, jax.random.fold_in(dropout_key, number))
 
-    def _scan(
-        self, arrays: Mapping[str, Any], x: Array, rows: Rows, *, dropout_key: Any
-    ) -> tuple[Float[Array, "B T D"], Sequence[Any]]:
-        blueprint, kinds = self._layers[0], self._kinds
-        stacked = {name: self._stacked(arrays, name) for name in blueprint.names}
-        indices = jnp.array([kinds.index(kind) for kind in self._attention], jnp.int32)
-
-        def body(x: Array, one: tuple[Any, Array, Array]) -> tuple[Array, Any]:
-            own, index, number = one
-            kind = kinds[0] if len(kinds) == 1 else LayerChoice(index=index, kinds=kinds)
-            run = functools.partial(_run_layer, blueprint, kind, rows, number, dropout_key)
-            return run(own, x)
-
-        numbers = jnp.arange(self.num_layers, dtype=jnp.int32)
-        x, routers = jax.lax.scan(
-            self._remembering(body, scanned=True),
-            x.astype(self._dtype),
-            (stacked, indices, numbers),
-        )
-        return x, [jax.tree.map(lambda sums: jnp.sum(sums, axis=0), routers)]
+        return build
 
     def _stacked(self, arrays: Mapping[str, Any], name: str) -> Array:
         known = arrays.get(f"layers.*.{name}")
         if known is not None:
             return known
-        return jnp.stack([arrays[f"layers.{i}.{name}"] for i in range(self.num_layers)])
-
-    def _remembering(self, function: Any, *, scanned: bool = False) -> Any:
-        """The function, whose backward pass computes again what `remat` says."""
-        if self._remat == "none":
-            return function
-        # A scan's body is compiled by itself: there is nothing to be merged with, and so to hide.
-        return jax.checkpoint(function, policy=_POLICIES[self._remat], prevent_cse=not scanned)
+        return jnp.stack([arrays[f"layers.{i}.{name}"] for i in range(self._num_layers)])
 
 
-def _run_layer(
-    blueprint: Blueprint,
-    kind: Any,
-    rows: Rows,
-    number: Any,
-    dropout_key: Any,
-    arrays: Mapping[str, Any],
-    x: Float[Array, "B T D"],
-) -> tuple[Float[Array, "B T D"], Any]:
-    layer = blueprint.build(arrays)
-    if dropout_key is not None:
-        layer = with_dropout(layer, jax.random.fold_in(dropout_key, number))
-    output = layer(x, rows, layer=kind)
-    return output.x, output.router
-
-
-def _is_scanned(layers: Sequence[Blueprint], wanted: bool | str) -> bool:
+def _is_scanned(layers: Sequence[Structure[Any]], wanted: bool | str) -> bool:
     """Whether to scan; `True` is refused where layers differ."""
-    alike = all(layer == layers[0] for layer in layers[1:])
+    odd = [number for number, layer in enumerate(layers) if layer is not layers[0]]
     if wanted == "auto":
-        return alike and len(layers) >= FEWEST_SCANNED
-    if wanted and not alike:
-        odd = next(number for number, layer in enumerate(layers) if layer != layers[0])
+        return not odd and len(layers) >= FEWEST_SCANNED
+    if wanted and odd:
         raise ValueError(
             "scan_layers: expected layers that differ in nothing but their attention's policy, "
-            f"got layer {odd} unlike layer 0; set scan_layers to 'auto' or false"
+            f"got layer {odd[0]} unlike layer 0; set scan_layers to 'auto' or false"
         )
     return bool(wanted)
 

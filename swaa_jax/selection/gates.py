@@ -14,8 +14,8 @@ attentions in every layer.
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,10 @@ from etils import epath
 from jaxtyping import Array, Float
 
 from swaa_jax import fields, runtime, storage
-from swaa_jax.attention import GatedLayer
+from swaa_jax.attention import GatedLayer, LayerKind
 from swaa_jax.data import Sample
-from swaa_jax.infer.decoding import Structure, split_model
 from swaa_jax.models import CausalLM
-from swaa_jax.models._blocks import Rows
+from swaa_jax.models.function import Structure, split_model
 from swaa_jax.policy import AttentionPolicy, LayerAttention
 from swaa_jax.progress import ShowProgress
 from swaa_jax.runtime import to_host
@@ -38,6 +37,9 @@ from swaa_jax.selection.store import Ranking, top_layers
 from swaa_jax.typing import PathLike
 
 __all__ = ["GatesConfig", "gates", "train_gates"]
+
+GatesState: TypeAlias = tuple[Float[Array, "L heads"], Any]
+"""The gates, and their optimizer's state."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,7 +152,9 @@ def train_gates(
     return to_host(state[0])
 
 
-def _batches(model: CausalLM, samples: Sequence[Sample], config: GatesConfig) -> Any:
+def _batches(
+    model: CausalLM, samples: Sequence[Sample], config: GatesConfig
+) -> Callable[[int], dict[str, np.ndarray]]:
     """Step number to batch: every epoch all batches, in an order drawn from the seed."""
     groups = group_samples(samples, context=model.config.max_position_embeddings)
     parts = []
@@ -171,20 +175,20 @@ def _batches(model: CausalLM, samples: Sequence[Sample], config: GatesConfig) ->
 
 @functools.partial(jax.jit, static_argnames=("structure", "layers", "learning_rate", "sparsity"))
 def _step(
-    state: tuple[Any, Any],
-    arrays: tuple[Array, ...],
+    state: GatesState,
+    arrays: dict[str, Array],
     rows: dict[str, Array],
     *,
-    structure: Structure,
+    structure: Structure[CausalLM],
     layers: tuple[LayerAttention, ...],
     learning_rate: float,
     sparsity: float,
-) -> tuple[tuple[Any, Any], Float[Array, ""]]:
+) -> tuple[GatesState, Float[Array, ""]]:
     values, opt_state = state
-    full = _answer_states(structure.merge(arrays), rows, layers, None)
+    full = _answer_states(structure.build(arrays), rows, layers, None)
 
     def loss_of(values: Float[Array, "L heads"]) -> Float[Array, ""]:
-        states = _answer_states(structure.merge(arrays), rows, layers, values)
+        states = _answer_states(structure.build(arrays), rows, layers, values)
         distance = jnp.sum((states - full) ** 2, axis=-1) / jnp.sum(full**2, axis=-1)
         return jnp.sum(rows["weights"] * distance) / len(distance) + sparsity * jnp.mean(values)
 
@@ -195,33 +199,28 @@ def _step(
 
 
 def _answer_states(
-    model: Any, rows: dict[str, Array], layers: Sequence[LayerAttention], values: Any
+    model: CausalLM,
+    rows: dict[str, Array],
+    layers: Sequence[LayerAttention],
+    values: Float[Array, "L heads"] | None,
 ) -> Float[Array, "B A D"]:
     """Final hidden states, in float32, of the rows that predict the answers' tokens.
 
     `values`: the gates; None: full attention.
     """
-
-    def run_layers(x: Any, about: Rows) -> tuple[Any, list[Any]]:
-        routers = []
-        for number, (block, layer) in enumerate(zip(model.layers, layers, strict=True)):
-
-            def run(x: Any, gate: Any, block: Any = block, layer: Any = layer) -> Any:
-                kind = LayerAttention() if gate is None else GatedLayer(gate=gate, windowed=layer)
-                output = block(x, about, layer=kind)
-                return output.x, output.router
-
-            gate = None if values is None else values[number]
-            # Only the residual stream is kept for the backward pass.
-            x, router = jax.checkpoint(run)(x, gate)
-            routers.append(router)
-        return x, routers
-
+    kinds: list[LayerKind] = [LayerAttention() for _ in layers]
+    if values is not None:
+        kinds = [
+            GatedLayer(gate=gate, windowed=layer)
+            for gate, layer in zip(values, layers, strict=True)
+        ]
+    # Only the residual stream is kept for the backward pass.
     hidden = model.hidden_states(
         rows["tokens"],
         lengths=rows["lengths"],
         stage_ids=rows["stage_ids"],
-        run_layers=run_layers,
+        layers=kinds,
+        remat="layer",
     ).hidden
     hidden = jnp.take_along_axis(hidden, rows["at"][:, :, None], axis=1)
     return hidden.astype(jnp.float32)
@@ -230,7 +229,7 @@ def _answer_states(
 class _Kept:
     """The state of training in `gates.json`: the step, and all its numbers."""
 
-    def __init__(self, directory: PathLike | None, config: GatesConfig, state: Any):
+    def __init__(self, directory: PathLike | None, config: GatesConfig, state: GatesState):
         self._path = None if directory is None else epath.Path(directory) / "gates.json"
         self._start, self._steps = state, config.steps
         self._config = {
@@ -239,7 +238,7 @@ class _Kept:
             if name not in ("steps", "save_every")
         }
 
-    def load(self) -> tuple[int, Any]:
+    def load(self) -> tuple[int, GatesState]:
         """The step to go on from, and the state there; the start where nothing fits is kept.
 
         The end of a longer training does not fit: fewer steps begin anew.
@@ -256,7 +255,7 @@ class _Kept:
         ]
         return kept["step"], jax.tree.unflatten(treedef, found)
 
-    def save(self, step: int, state: Any) -> None:
+    def save(self, step: int, state: GatesState) -> None:
         """Process 0 writes."""
         if self._path is None or not runtime.is_main_process():
             return

@@ -15,7 +15,6 @@ that matters: it is unstable (arXiv 2512.10411 finds it inverted on Qwen3-4B, go
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +22,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.mask import Stage
+from swaa_jax.attention import LayerKind
 from swaa_jax.data import Sample
 from swaa_jax.fields import check_fields, integer
 from swaa_jax.infer.buckets import length_bucket, pad_right
-from swaa_jax.infer.decoding import Structure, split_model
 from swaa_jax.models import CausalLM
-from swaa_jax.models._blocks import Rows
-from swaa_jax.policy import AttentionPolicy, LayerAttention
+from swaa_jax.models.blocks import DecoderLayer, LayerOutput
+from swaa_jax.models.function import Structure, split_model
+from swaa_jax.policy import AttentionPolicy
 from swaa_jax.progress import ShowProgress
 from swaa_jax.runtime import to_host
 from swaa_jax.selection.store import Ranking, top_layers
@@ -127,41 +127,31 @@ def _prompt_length(sample: Sample) -> int:
 
 @functools.partial(jax.jit, static_argnames=("structure", "num_last"))
 def _ratios(
-    arrays: tuple[Array, ...],
+    arrays: dict[str, Array],
     tokens: Int[Array, "1 T"],
     lengths: Int[Array, " 1"],
     near: Int[Array, " 2"],
     *,
-    structure: Structure,
+    structure: Structure[CausalLM],
     num_last: int,
 ) -> Float[Array, " L"]:
     """`near`: the number of sink keys, and the first of the recent keys."""
-    model = structure.merge(arrays)
-    ratios = []
 
-    def run_layers(x: Any, rows: Rows) -> tuple[Any, list[Any]]:
-        routers = []
-        for block in model.layers:
-            attention = block.self_attn
-            q, k, _ = attention.heads(block.input_layernorm(x), rows)
-            ratios.append(
-                _near_mass(
-                    q[0],
-                    k[0],
-                    length=lengths[0],
-                    near=near,
-                    num_last=num_last,
-                    scale=attention.head_dim**-0.5 if attention.scale is None else attention.scale,
-                    softcap=attention.softcap,
-                )
-            )
-            output = block(x, rows, layer=LayerAttention())
-            x = output.x
-            routers.append(output.router)
-        return x, routers
+    def near_mass(out: LayerOutput, block: DecoderLayer, layer: LayerKind) -> Float[Array, ""]:
+        del layer
+        attention = block.self_attn
+        return _near_mass(
+            out.attended.q[0],
+            out.attended.k[0],
+            length=lengths[0],
+            near=near,
+            num_last=num_last,
+            scale=attention.head_dim**-0.5 if attention.scale is None else attention.scale,
+            softcap=attention.softcap,
+        )
 
-    model.hidden_states(tokens, lengths=lengths, run_layers=run_layers)
-    return jnp.stack(ratios)
+    states = structure.build(arrays).hidden_states(tokens, lengths=lengths, tap=near_mass)
+    return jnp.stack(states.tapped)
 
 
 def _near_mass(

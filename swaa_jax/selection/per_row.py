@@ -15,7 +15,6 @@ A program of its own for each candidate would be compiled L + 1 times, for minut
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +22,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from swaa_jax.data import Sample
-from swaa_jax.infer.decoding import Structure, split_model
-from swaa_jax.infer.likelihoods import model_head
-from swaa_jax.infer.row_policies import row_kinds, run_kinds
-from swaa_jax.losses import LossConfig, chunked_loss
+from swaa_jax.infer.likelihoods import losses_at, row_kinds
 from swaa_jax.models import CausalLM
+from swaa_jax.models.config import DecoderConfig
+from swaa_jax.models.function import Structure, split_model
 from swaa_jax.policy import AttentionPolicy, LayerAttention
 from swaa_jax.runtime import to_host
 from swaa_jax.selection.calibration import SampleGroup, group_samples
@@ -159,7 +157,7 @@ class RowScorer:
         )
 
 
-def rows_within(budget: int, *, config: Any, width: int) -> int:
+def rows_within(budget: int, *, config: DecoderConfig, width: int) -> int:
     """Rows of that width whose activations fit, roughly: at least 1, at most 64.
 
     Counted are residual stream, queries, keys and values with their copies, and the inner
@@ -172,33 +170,23 @@ def rows_within(budget: int, *, config: Any, width: int) -> int:
 
 @functools.partial(jax.jit, static_argnames=("structure", "layers"))
 def _row_losses(
-    arrays: tuple[Array, ...],
+    arrays: dict[str, Array],
     windows_LR: Int[Array, "L R"] | None,
     rows: dict[str, Array],
     *,
-    structure: Structure,
+    structure: Structure[CausalLM],
     layers: tuple[LayerAttention, ...],
 ) -> Float[Array, " R"]:
     """The mean NLL of every row's targets; without windows all rows are under `layers`."""
-    model = structure.merge(arrays)
-    kinds = layers if windows_LR is None else row_kinds(layers, windows_LR)
-    hidden = model.hidden_states(
+    each = losses_at(
+        structure.build(arrays),
         rows["tokens"],
         lengths=rows["lengths"],
         stage_ids=rows["stage_ids"],
-        run_layers=run_kinds(model, kinds),
-    ).hidden
-    hidden = jnp.take_along_axis(hidden, rows["at"][:, :, None], axis=1)
-    _, each = chunked_loss(
-        hidden,
-        model_head(model),
-        rows["targets"],
-        rows["weights"],
-        config=LossConfig(),
-        each_target=True,
-        mesh=model.mesh,
+        at=rows["at"],
+        targets=rows["targets"],
+        layers=layers if windows_LR is None else row_kinds(layers, windows_LR),
     )
-    assert each is not None  # what `each_target` asks for
     return jnp.sum(each.nll * rows["weights"], axis=1)
 
 

@@ -124,9 +124,10 @@ class StepConfig:
             trainable=one_of(*TRAINABLE),
             dtype=one_of(*_DTYPES),
         )
-        if self.trainable == "all" and self.loss.self_distill:
+        if self.trainable == "all" and self.loss.needs_teacher:
             raise ValueError(
-                "self_distill: expected trainable='lora', got 'all': the teacher is the base model "
-                "without adapters, which full fine-tuning changes; train adapters, or set "
-                "self_distill to 0 and train on answers that the model generated"
+                "loss: expected trainable='lora' for self_distill and other losses against the "
+                "teacher, got 'all'; the teacher is the base model without adapters, which full "
+                "fine-tuning changes: train adapters, or set the factors to 0 and train on answers "
+                "that the model generated"
             )

@@ -6,26 +6,75 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from etils import epath
 
-from swaa_jax.costs import FlopCounter, device_memory, peak_flops
+from swaa_jax.costs import FlopCounter, peak_flops
 from swaa_jax.progress import Progress, show_progress
 from swaa_jax.train.checkpoints import Checkpoints
 from swaa_jax.train.feed import Feed
 from swaa_jax.train.metrics import JsonLines, MetricWriter, summary
 from swaa_jax.train.preemption import stop_requests
 from swaa_jax.train.run_config import ProfileConfig
+from swaa_jax.train.step import Metrics, TrainState
 
-__all__ = ["Evaluation", "LoopResult", "NonFiniteLossError", "run_loop"]
+__all__ = ["Evaluation", "LoopResult", "NonFiniteLossError", "Outputs", "Schedule", "run_loop"]
 
 logger = logging.getLogger(__name__)
 
-Evaluation = Callable[[Any, int], Mapping[str, float]]
+Evaluation = Callable[[TrainState, int], Mapping[str, float]]
 """`(state, step) -> numbers by name`; called on all processes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """When what happens, in optimizer steps.
+
+    Attributes:
+        start: steps done.
+        total: steps of the run.
+        checkpoint_every: steps between saves; the last step is saved too.
+        eval_every: steps between evaluations; there is one after the last step, None: only there.
+        profile: steps to trace; None: none.
+    """
+
+    start: int
+    total: int
+    checkpoint_every: int
+    eval_every: int | None = None
+    profile: ProfileConfig | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """Where a run writes.
+
+    Attributes:
+        checkpoints: the states, and places in the data.
+        writer: the metrics.
+        sample_lines: the ids of this process's samples, step by step; None: nowhere.
+        profiles: directory of the traces; None: nothing is traced.
+    """
+
+    checkpoints: Checkpoints
+    writer: MetricWriter
+    sample_lines: JsonLines | None = None
+    profiles: epath.Path | None = None
+
+
+class Batches(Protocol):
+    """Local batches, one after the other."""
+
+    def __next__(self) -> Any:
+        """The next one."""
+        ...
+
+    def get_state(self) -> Any:
+        """The place after the last one, for a checkpoint."""
+        ...
 
 
 class NonFiniteLossError(ValueError):
@@ -43,7 +92,7 @@ class LoopResult:
         metrics: of the last step that this process ran; empty if there was none.
     """
 
-    state: Any
+    state: TrainState
     step: int
     finished: bool
     metrics: Mapping[str, float]
@@ -59,57 +108,46 @@ class _Pending:
 
 
 def run_loop(
-    trainer: Any,
-    state: Any,
-    batches: Any,
+    trainer: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
+    state: TrainState,
+    batches: Batches,
     *,
-    start: int,
-    total_steps: int,
+    schedule: Schedule,
     feed: Feed,
-    checkpoints: Checkpoints,
-    checkpoint_every: int,
-    writer: MetricWriter,
+    outputs: Outputs,
     flops: FlopCounter | None = None,
-    sample_lines: JsonLines | None = None,
     evaluate: Evaluation | None = None,
-    eval_every: int | None = None,
-    profile: ProfileConfig | None = None,
-    profile_directory: epath.Path | None = None,
     should_stop: Callable[[int], bool] | None = None,
 ) -> LoopResult:
-    """Trains from step `start` to `total_steps`, or until SIGTERM.
+    """Trains to the schedule's end, or until SIGTERM.
 
     A step's numbers are read while the next one runs, and always before anything is saved, so a
     state that has gone wrong is never kept.
 
     Args:
         trainer: `trainer(state, batch) -> (state, metrics)`.
-        state: of step `start`; its memory is given away.
-        batches: an iterator of local batches with `get_state`, at the batch of step `start`.
-        start: steps done.
-        total_steps: steps of the run.
+        state: of step `schedule.start`; its memory is given away.
+        batches: local ones, from that step's on.
+        schedule: when what happens.
         feed: puts a batch on the devices.
-        checkpoints: where to save.
-        checkpoint_every: steps between saves; the last step is saved too.
-        writer: of metrics.
+        outputs: where to write.
         flops: operations of a step on a local batch, for MFU.
-        sample_lines: takes the ids of this process's samples, step by step.
-        evaluate: called every `eval_every` steps, and after the last one.
-        eval_every: None: after the last one only.
-        profile, profile_directory: steps to trace, and where.
+        evaluate: gives numbers of a state.
         should_stop: in place of SIGTERM.
 
     Raises:
         NonFiniteLossError: a loss or gradient that is NaN or infinite; nothing is saved of it.
         CheckpointError: a save failed.
     """
-    done = start
+    total, sample_lines = schedule.total, outputs.sample_lines
+    done = schedule.start
     with contextlib.ExitStack() as stack:
-        bar = show_progress("compiling", total=total_steps, unit="steps", done=start)
-        loop = _Loop(flops=flops, feed=feed, writer=writer, bar=stack.enter_context(bar))
+        bar = show_progress("compiling", total=total, unit="steps", done=done)
+        bar = stack.enter_context(bar)
+        loop = _Loop(flops=flops, feed=feed, writer=outputs.writer, bar=bar)
         stopping = stack.enter_context(_stopping(should_stop))
-        tracing = stack.enter_context(_Tracing(profile, profile_directory))
-        finished = done >= total_steps
+        tracing = stack.enter_context(_Tracing(schedule.profile, outputs.profiles))
+        finished = done >= total
         while not finished:
             local = next(batches)
             step = done + 1
@@ -120,21 +158,22 @@ def run_loop(
                 sample_lines.write({"step": step, "samples": _sample_ids(local)})
             loop.after_step(step, metrics, local)
             tracing.after(step, state)
-            finished = done == total_steps
+            finished = done == total
             stopped = stopping(step)
-            if evaluate is not None and (finished or (eval_every and step % eval_every == 0)):
+            every = schedule.eval_every
+            if evaluate is not None and (finished or (every and step % every == 0)):
                 loop.settle()
                 scores = evaluate(state, step)
-                writer.write(step, {f"eval/{name}": float(v) for name, v in scores.items()})
+                outputs.writer.write(step, {f"eval/{name}": float(v) for name, v in scores.items()})
                 loop.forget_time()
-            if finished or stopped or step % checkpoint_every == 0:
+            if finished or stopped or step % schedule.checkpoint_every == 0:
                 loop.settle()
-                writer.flush()
+                outputs.writer.flush()
                 if sample_lines is not None:
                     sample_lines.flush()
-                checkpoints.save(step, state, batches.get_state())
+                outputs.checkpoints.save(step, state, batches.get_state())
             if stopped and not finished:
-                logger.warning("asked to stop: saved at step %d of %d", step, total_steps)
+                logger.warning("asked to stop: saved at step %d of %d", step, total)
                 break
         loop.settle()
     return LoopResult(state=state, step=done, finished=finished, metrics=loop.last)
@@ -205,10 +244,20 @@ class _Loop:
             if flops is not None and self._peak is not None:
                 values["mfu"] = flops / seconds / self._peak
         self._settled_at = now
-        values |= device_memory()
+        values |= _device_memory()
         self._writer.write(pending.step, values)
         self._bar.show(summary(values), pending.step)
         self.last = values
+
+
+def _device_memory() -> dict[str, float]:
+    """GiB in use on this process's fullest device, now and at most; empty where it is unknown."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    found = {}
+    for name, key in (("memory_gib", "bytes_in_use"), ("peak_memory_gib", "peak_bytes_in_use")):
+        if all(key in one for one in stats):
+            found[name] = max(one[key] for one in stats) / 2**30
+    return found
 
 
 def _check_finite(step: int, values: Mapping[str, float]) -> None:

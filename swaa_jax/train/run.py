@@ -19,7 +19,7 @@ from swaa_jax.models import CausalLM, load_model, save_model
 from swaa_jax.storage import is_local, reading, write_text_atomic
 from swaa_jax.train.checkpoints import Checkpoints, all_processes
 from swaa_jax.train.feed import Feed, make_feed
-from swaa_jax.train.loop import Evaluation, run_loop
+from swaa_jax.train.loop import Evaluation, Outputs, Schedule, run_loop
 from swaa_jax.train.metrics import JsonLines, MetricWriter, check_wandb
 from swaa_jax.train.run_config import TrainConfig
 from swaa_jax.train.step import Trainer, TrainState, make_step
@@ -126,22 +126,26 @@ def train(
             trainer,
             state,
             batches,
-            start=start,
-            total_steps=total_steps,
+            schedule=Schedule(
+                start=start,
+                total=total_steps,
+                checkpoint_every=config.checkpoint.every,
+                eval_every=config.eval_every,
+                profile=config.profile,
+            ),
             feed=feed,
-            checkpoints=checkpoints,
-            checkpoint_every=config.checkpoint.every,
-            writer=writer,
+            outputs=Outputs(
+                checkpoints=checkpoints,
+                writer=writer,
+                sample_lines=sample_lines,
+                profiles=directory / "profiles",
+            ),
             flops=FlopCounter(
                 model,
                 trains_all=config.lora is None,
-                with_teacher=config.loss.self_distill > 0,
+                with_teacher=config.loss.needs_teacher,
             ),
-            sample_lines=sample_lines,
             evaluate=_evaluation(config, trainer, tok, feed, evaluate),
-            eval_every=config.eval_every,
-            profile=config.profile,
-            profile_directory=directory / "profiles",
         )
         checkpoints.close()
     finally:
@@ -322,9 +326,9 @@ def _held_out_loss(
         metrics = trainer.evaluate(state, feed.put(batch))
         weight = float(metrics["num_answer_tokens"])
         count += weight
-        for name in ("loss", "sft_loss", "self_distill_loss", "accuracy"):
-            if name in metrics:
-                sums[name] = sums.get(name, 0.0) + weight * float(metrics[name])
+        for name, value in metrics.items():
+            if name == "accuracy" or (name.endswith("loss") and name != "router_loss"):
+                sums[name] = sums.get(name, 0.0) + weight * float(value)
     return {name: value / max(count, 1.0) for name, value in sums.items()}
 
 

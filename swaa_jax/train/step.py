@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import jax
@@ -13,16 +13,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from swaa_jax.lora import without_lora
-from swaa_jax.losses import Head, chunked_loss
+from swaa_jax.losses import chunked_loss
 from swaa_jax.models import CausalLM
-from swaa_jax.models.function import Blueprint, ModelFunction
+from swaa_jax.models.causal_lm import EMBEDDING
+from swaa_jax.models.function import ModelFunction, Structure
 from swaa_jax.train.config import StepConfig
 from swaa_jax.train.optimizer import learning_rate, make_optimizer
 from swaa_jax.train.placement import place_batch
 from swaa_jax.train.weights import Weights
+from swaa_jax.typing import PRNGKeyArray
 
 _ROUTER_LOSS = 0.001  # Transformers' router_aux_loss_coef, where a config has none
-_EMBEDDING, _HEAD = "embed_tokens.embedding", "lm_head.kernel"
+_METRICS = {"nll": "sft_loss", "kl": "self_distill_loss"}  # named as their factors are
 
 Metrics = dict[str, Any]
 
@@ -93,15 +95,12 @@ class Trainer:
         self.config = config
         self._mesh = model.mesh
         self._dtype = jnp.dtype(config.dtype)
-        self._whole = Blueprint(model)
-        self._student = ModelFunction(
-            model, dtype=self._dtype, remat=config.remat, scan_layers=config.scan_layers
-        )
+        self._whole = Structure.of(model)
+        self._student = ModelFunction(model, remat=config.remat, scan_layers=config.scan_layers)
         self._teacher = None
-        if config.loss.self_distill:
+        if config.loss.needs_teacher:
             self._teacher = ModelFunction(
                 without_lora(model).with_policy(model.config.own),
-                dtype=self._dtype,
                 scan_layers=self._student.scanned,
             )
         self._weights = Weights(
@@ -112,10 +111,7 @@ class Trainer:
             consume=consume,
         )
         self.frozen = self._weights.frozen
-        self._softcap = model.config.logits_softcap
-        self._head_name = _EMBEDDING if model.lm_head is None else _HEAD
-        head = model.embed_tokens.embedding if model.lm_head is None else model.lm_head.kernel
-        self._head_axes = head.get_metadata()["axes"]
+        self._head = dataclasses.replace(model.vocab_head(), weight=None)
         self._router_factor = _router_factor(model, config)
         self._optimizer = make_optimizer(config.optimizer)
         self._layout = self._state_shardings()
@@ -156,10 +152,11 @@ class Trainer:
         """One optimizer step. The state given is gone afterwards: its memory is the new one's.
 
         Returns:
-            The state, and float32 scalars: `loss`, `sft_loss`, `self_distill_loss` and
-            `router_loss` (where they are part of it), `accuracy`, `grad_norm` (before clipping),
-            `learning_rate`, `num_tokens`, `num_answer_tokens` (of the whole batch); with
-            `config.target_losses` also `target_nll` and `target_correct` `[accumulate, B, T]`.
+            The state, and float32 scalars: `loss`, `sft_loss`, `self_distill_loss`, those of
+            `LossConfig.others` and `router_loss` (where they are part of it), `accuracy`,
+            `grad_norm` (before clipping), `learning_rate`, `num_tokens`, `num_answer_tokens` (of
+            the whole batch); with `config.target_losses` also `target_nll` and `target_correct`
+            `[accumulate, B, T]`.
 
         Raises:
             ValueError: the batch lacks an array, does not fit the mesh or `accumulate`, or has no
@@ -246,7 +243,7 @@ class Trainer:
         return self._over_micro_batches(losses, batch, None)[1]
 
     def _over_micro_batches(
-        self, function: Any, batch: dict[str, Array], key: Any
+        self, function: Callable[..., Any], batch: dict[str, Array], key: PRNGKeyArray | None
     ) -> tuple[Any, Metrics]:
         """Sums of what the function gives for each micro-batch, the second as metrics.
 
@@ -287,7 +284,9 @@ class Trainer:
         )
         return gradient, *others
 
-    def _teach(self, frozen: dict[str, Any], micro: dict[str, Array]) -> Any:
+    def _teach(
+        self, frozen: dict[str, Any], micro: dict[str, Array]
+    ) -> Float[Array, "B T D"] | None:
         """The teacher's final hidden states, None where there is none."""
         if self._teacher is None:
             return None
@@ -299,9 +298,9 @@ class Trainer:
         frozen: dict[str, Any],
         micro: dict[str, Array],
         whole: dict[str, Array],
-        key: Any,
+        key: PRNGKeyArray | None,
         *,
-        teacher: Any = None,
+        teacher: Float[Array, "B T D"] | None = None,
     ) -> tuple[Array, tuple[Metrics, Metrics]]:
         """A micro-batch's part of the loss and of the metrics of the whole batch; its targets'."""
         if teacher is None:
@@ -309,21 +308,19 @@ class Trainer:
         out = self._student(frozen | self._compute(trainable), micro, dropout_key=key)
         sums, each = chunked_loss(
             out.hidden,
-            self._head(trainable, frozen),
+            dataclasses.replace(self._head, weight=(frozen | trainable)[self._head.name]),
             micro["targets"],
             micro["loss_weights"],
             config=self.config.loss,
             teacher=teacher,
+            trains_head=self._head.name in trainable,
             each_target=self.config.target_losses,
             mesh=self._mesh,
         )
         loss = sums.total / whole["weight"]
-        metrics = {
-            "accuracy": sums.correct / whole["weight"],
-            "sft_loss": sums.nll / whole["weight"],
-        }
-        if self.config.loss.self_distill:
-            metrics["self_distill_loss"] = sums.kl / whole["weight"]
+        metrics = {"accuracy": sums.correct / whole["weight"]}
+        for name, part in sums.parts.items():
+            metrics[_METRICS.get(name, f"{name}_loss")] = part / whole["weight"]
         if out.router_loss is not None:
             router_loss = out.router_loss * _num_tokens(micro) / whole["tokens"]
             loss += self._router_factor * router_loss
@@ -342,19 +339,9 @@ class Trainer:
         if self.config.trainable == "lora":
             return trainable
         return {
-            name: value if name == _EMBEDDING else value.astype(self._dtype)
+            name: value if name == EMBEDDING else value.astype(self._dtype)
             for name, value in trainable.items()
         }
-
-    def _head(self, trainable: dict[str, Any], frozen: dict[str, Any]) -> Head:
-        trained = self._head_name in trainable
-        return Head(
-            weight=(trainable if trained else frozen)[self._head_name],
-            vocab_axis=0 if self._head_name == _EMBEDDING else 1,
-            axes=tuple(self._head_axes),
-            softcap=self._softcap,
-            trained=trained,
-        )
 
 
 def _router_factor(model: CausalLM, config: StepConfig) -> float:

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from swaa_jax.train import Head, LossConfig, chunked_loss
+from swaa_jax.losses import LossConfig, chunked_loss
+from swaa_jax.models.head import VocabHead
 
 T, V, D = 32768, 151936, 2560
 
@@ -31,8 +32,16 @@ def main(case):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=on)
 
     def loss(hidden, matrix, targets, weights, teacher=None):
-        head = Head(weight=matrix, vocab_axis=0, trained=trained)
-        sums, _ = chunked_loss(hidden, head, targets, weights, config=config, teacher=teacher)
+        head = VocabHead(weight=matrix, vocab_axis=0)
+        sums, _ = chunked_loss(
+            hidden,
+            head,
+            targets,
+            weights,
+            config=config,
+            teacher=teacher,
+            trains_head=trained,
+        )
         return sums.total / sums.weight
 
     arguments = [

@@ -8,7 +8,7 @@ import pytest
 
 import swaa_jax as swaa
 from swaa_jax.cli.errors import is_user_error
-from swaa_jax.models._config_types import check_config_types
+from swaa_jax.models.config_types import check_config_types
 from tests.support.random_models import random_model
 
 VALUES = [None, -1, 0, 1, 2**40, 1.5, float("inf"), float("nan"), "x", "", "32", True, False]

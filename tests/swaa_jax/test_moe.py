@@ -11,8 +11,8 @@ from flax import nnx
 
 import swaa_jax as swaa
 from swaa_jax import sharding
-from swaa_jax.models._blocks import Rows
-from swaa_jax.models._moe import RouterStatistics, SparseMLP, load_balancing_loss
+from swaa_jax.models.blocks import RouterStatistics, Rows
+from swaa_jax.models.moe import SparseMLP, load_balancing_loss
 from tests.support.random_models import random_model
 
 B, T, D, F, E = 4, 6, 8, 12, 4

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from swaa_jax.cli.main import main
+from swaa_jax.costs import cache_bytes
 from swaa_jax.eval.search import recipes
 from swaa_jax.infer import prefill_prompts
 from swaa_jax.lora import without_lora
@@ -82,12 +83,17 @@ def test_cache_bytes_are_those_of_a_models_caches(name):
     if policy.window is not None:
         policy = dataclasses.replace(policy, window=6)  # shorter than the prompt
     model = without_lora(lora_model(num_hidden_layers=4)).with_policy(policy)
-    size = recipes.ModelSize.of(model, name="tiny", weight_bytes=0)
-    size = dataclasses.replace(size, cache_itemsize=4)  # float32
+    config = model.config
     prefilled = prefill_prompts(model, [[3] * 16], max_new_tokens=16)
     # A full cache has room for the answer, in slots that are rounded up.
     slots = max(cache.num_slots for cache in prefilled.caches.layers)
-    want = recipes.cache_bytes(policy.resolve(4), size, context=slots)
+    want = cache_bytes(
+        policy.resolve(4),
+        tokens=slots,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        itemsize=4,
+    )
     assert prefilled.caches.nbytes == want
 
 

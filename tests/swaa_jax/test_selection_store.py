@@ -5,7 +5,7 @@ import json
 import pytest
 
 import swaa_jax as swaa
-from swaa_jax.models._source import Source
+from swaa_jax.models.auto import Source
 from swaa_jax.selection import select_layers
 from swaa_jax.selection.per_row import RowScorer
 from tests.support.retrieval_model import RETRIEVING, retrieval_model, retrieval_samples

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from swaa_jax import sharding
-from swaa_jax.losses import Head, LossConfig, chunked_loss
+from swaa_jax import losses, sharding
+from swaa_jax.losses import LossConfig, chunked_loss
+from swaa_jax.models.head import VocabHead
 from tests.support import tpu_compiler
 
 B, T, D, V = 8, 10, 16, 24
 CASES = {
+    "reverse kl": LossConfig(sft=0.2, others={"reverse_kl": 0.9}, temperature=1.5, chunk_tokens=7),
     "sft": LossConfig(chunk_tokens=7),
     "one chunk": LossConfig(),
     "kl": LossConfig(sft=0.0, self_distill=1.0, chunk_tokens=7),
@@ -55,6 +57,11 @@ def dense(hidden, matrix, teacher, targets, weights, *, config, softcap):
             p, s = (jnp.concatenate([x, 1 - x.sum(-1, keepdims=True)], -1) for x in (p, s))
         kl = jnp.sum(p * (jnp.log(p) - jnp.log(s)), axis=-1)
         total += config.self_distill * config.temperature**2 * kl
+    if "reverse_kl" in config.factors:
+        log_p = jax.nn.log_softmax(jax.lax.stop_gradient(logits(teacher)) / config.temperature)
+        log_s = jax.nn.log_softmax(logits(hidden) / config.temperature)
+        kl = jnp.sum(jnp.exp(log_s) * (log_s - log_p), axis=-1)
+        total += config.factors["reverse_kl"] * config.temperature**2 * kl
     return jnp.sum(weights * total)
 
 
@@ -67,6 +74,7 @@ def dense(hidden, matrix, teacher, targets, weights, *, config, softcap):
         ("hot kl", True, 3.0),
         ("top 5", False, 3.0),
         ("top all", True, None),
+        ("reverse kl", False, 3.0),
     ],
 )
 def test_values_and_gradients_equal_those_of_whole_logits(name, tied, softcap):
@@ -74,13 +82,20 @@ def test_values_and_gradients_equal_those_of_whole_logits(name, tied, softcap):
     hidden, teacher, matrix, targets, weights = arrays()
 
     def ours(hidden, matrix):
-        head = Head(
+        head = VocabHead(
             weight=matrix if tied else matrix.T,
             vocab_axis=0 if tied else 1,
             softcap=softcap,
-            trained=True,
         )
-        sums, _ = chunked_loss(hidden, head, targets, weights, config=config, teacher=teacher)
+        sums, _ = chunked_loss(
+            hidden,
+            head,
+            targets,
+            weights,
+            config=config,
+            teacher=teacher,
+            trains_head=True,
+        )
         return sums.total
 
     def oracle(hidden, matrix):
@@ -109,7 +124,7 @@ def test_a_frozen_head_has_no_gradient_and_metrics_are_counts():
     config = LossConfig(chunk_tokens=7)
 
     def total(hidden, matrix):
-        head = Head(weight=matrix, vocab_axis=0)
+        head = VocabHead(weight=matrix, vocab_axis=0)
         sums, none = chunked_loss(hidden, head, targets, weights, config=config)
         assert none is None
         return sums.total, sums
@@ -119,7 +134,7 @@ def test_a_frozen_head_has_no_gradient_and_metrics_are_counts():
     right = np.argmax(hidden @ matrix.T, axis=-1) == targets
     np.testing.assert_allclose(sums.correct, np.sum(weights * right), rtol=1e-6)
     np.testing.assert_allclose(sums.weight, np.sum(weights), rtol=1e-6)
-    np.testing.assert_allclose(sums.total, sums.nll)
+    np.testing.assert_allclose(sums.total, sums.parts["nll"])
 
 
 @pytest.mark.parametrize("name", ["sft", "top 5"])
@@ -128,7 +143,7 @@ def test_finite_differences(name):
     config = CASES[name]
 
     def total(hidden):
-        head = Head(weight=matrix, vocab_axis=0, softcap=5.0)
+        head = VocabHead(weight=matrix, vocab_axis=0, softcap=5.0)
         sums, _ = chunked_loss(hidden, head, targets, weights, config=config, teacher=teacher)
         return sums.total
 
@@ -141,43 +156,84 @@ def test_finite_differences(name):
 
 
 @pytest.mark.parametrize(
-    "sizes, trained",
+    "sizes, trained, each, name",
     [
-        ({"fsdp": 8}, True),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, True),
-        ({"fsdp": 2, "tensor": 4}, False),
+        ({"fsdp": 8}, True, True, "top 5"),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, True, False, "top 5"),
+        ({"fsdp": 2, "tensor": 4}, False, True, "top 5"),
+        ({"data": 2, "tensor": 4}, False, False, "reverse kl"),
     ],
     ids=str,
 )
-def test_a_mesh_changes_nothing(sizes, trained):
+def test_a_mesh_changes_nothing(sizes, trained, each, name):
     mesh = sharding.make_mesh(**sizes)
     hidden, teacher, matrix, targets, weights = arrays()
-    config = CASES["top 5"]
+    config = CASES[name]
 
     def total(hidden, matrix, mesh):
-        head = Head(weight=matrix, vocab_axis=0, axes=("vocab", "embed"), trained=trained)
-        sums, each = chunked_loss(
+        head = VocabHead(weight=matrix, vocab_axis=0, axes=("vocab", "embed"))
+        found = chunked_loss(
             hidden,
             head,
             targets,
             weights,
             config=config,
             teacher=teacher,
-            each_target=True,
+            trains_head=trained,
+            each_target=each,
             mesh=mesh,
         )
-        return sums.total, (sums, each)
+        return found[0].total, found
 
     run = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True), static_argnums=2)
     one, many = run(hidden, matrix, None), run(hidden, matrix, mesh)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), many, one)
 
 
+def entropy_and_z(logits, targets, teacher, *, vocabulary, config):
+    """Not in the table: the entropy, and the square of the log partition function."""
+    del targets, teacher, config
+    lse = vocabulary.logsumexp(logits)
+    log_p = logits - lse[:, None]
+    return 0.1 * lse**2 - vocabulary.sum(jnp.exp(log_p) * log_p)
+
+
+@pytest.mark.parametrize("sizes", [None, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_another_loss_is_a_function_and_a_line(monkeypatch, sizes):
+    monkeypatch.setitem(losses.LOSSES, "entropy_and_z", losses.Loss(per_token=entropy_and_z))
+    config = LossConfig(sft=0.5, others={"entropy_and_z": 0.25}, chunk_tokens=7)
+    mesh = None if sizes is None else sharding.make_mesh(**sizes)
+    hidden, _, matrix, targets, weights = arrays(3)
+
+    def ours(hidden, matrix):
+        head = VocabHead(weight=matrix, vocab_axis=0, axes=("vocab", "embed"), softcap=4.0)
+        sums, _ = chunked_loss(
+            hidden, head, targets, weights, config=config, trains_head=True, mesh=mesh
+        )
+        return sums.total, sums
+
+    def oracle(hidden, matrix):
+        logits = 4.0 * jnp.tanh(hidden @ matrix.T / 4.0)
+        lse, log_p = jax.nn.logsumexp(logits, axis=-1), jax.nn.log_softmax(logits)
+        other = jnp.sum(weights * (0.1 * lse**2 - jnp.sum(jnp.exp(log_p) * log_p, axis=-1)))
+        nll = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+        return 0.5 * jnp.sum(weights * nll) + 0.25 * other, other
+
+    gradients = functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    (got, sums), got_slopes = jax.jit(gradients(ours))(hidden, matrix)
+    (want, other), want_slopes = jax.jit(gradients(oracle))(hidden, matrix)
+    np.testing.assert_allclose(got, want, rtol=2e-6)
+    np.testing.assert_allclose(sums.parts["entropy_and_z"], other, rtol=2e-6)
+    for one, another in zip(got_slopes, want_slopes, strict=True):
+        # float32 sums over at most 80 tokens, in another order.
+        np.testing.assert_allclose(one, another, rtol=1e-4, atol=1e-5)
+
+
 def test_what_became_of_each_target():
     hidden, _, matrix, targets, weights = arrays()
 
     def total(hidden):
-        head = Head(weight=matrix, vocab_axis=0)
+        head = VocabHead(weight=matrix, vocab_axis=0)
         sums, each = chunked_loss(
             hidden, head, targets, weights, config=CASES["sft"], each_target=True
         )
@@ -196,7 +252,7 @@ def test_what_became_of_each_target():
 
 def test_wrong_calls_are_refused():
     hidden, _, matrix, targets, weights = arrays()
-    head = Head(weight=matrix, vocab_axis=0)
+    head = VocabHead(weight=matrix, vocab_axis=0)
     with pytest.raises(ValueError, match="teacher"):
         chunked_loss(hidden, head, targets, weights, config=CASES["kl"])
     mesh = sharding.make_mesh(fsdp=8)
@@ -206,6 +262,10 @@ def test_wrong_calls_are_refused():
         LossConfig(sft=0.0)
     with pytest.raises(ValueError, match="temperature"):
         LossConfig(temperature=0.0)
+    with pytest.raises(ValueError, match=r"others: expected losses among.*'reverse_kl'.*got 'kl'"):
+        LossConfig(others={"kl": 1.0})
+    with pytest.raises(ValueError, match=r"others.reverse_kl: expected a number at least 0"):
+        LossConfig(others={"reverse_kl": -1.0})
 
 
 def tpu_memory(case):

@@ -38,7 +38,15 @@ from swaa_jax.checkpoint import (  # noqa: E402
 from swaa_jax.models.auto import model_from_config, save_model  # noqa: E402
 from swaa_jax.policy import AttentionPolicy  # noqa: E402
 from swaa_jax.storage import atomic_directory  # noqa: E402
-from swaa_jax.train import Checkpoints, StepConfig, Trainer, make_step, run_loop  # noqa: E402
+from swaa_jax.train import (  # noqa: E402
+    Checkpoints,
+    Outputs,
+    Schedule,
+    StepConfig,
+    Trainer,
+    make_step,
+    run_loop,
+)
 from swaa_jax.train.metrics import MetricWriter  # noqa: E402
 from swaa_jax.train.preemption import stop_requests  # noqa: E402
 from training.tiny_retriever import config as settings  # noqa: E402
@@ -241,14 +249,15 @@ def train(
             curriculum,
             state,
             curriculum,
-            start=start,
-            total_steps=config.optimizer.total_steps,
+            schedule=Schedule(
+                start=start,
+                total=config.optimizer.total_steps,
+                checkpoint_every=arguments.save_every,
+                eval_every=config.judge_every,
+            ),
             feed=curriculum,
-            checkpoints=checkpoints,
-            checkpoint_every=arguments.save_every,
-            writer=writer,
+            outputs=Outputs(checkpoints=checkpoints, writer=writer),
             evaluate=curriculum.judge,
-            eval_every=config.judge_every,
             should_stop=lambda step: (
                 stopping(step) or time.monotonic() - started > arguments.time_limit
             ),

@@ -1,20 +1,18 @@
 """What a cell's answers took: measured, and counted.
 
-Times are measured while the answers are made, without compilation. Operations are those of the
-mathematics, as MFU counts them: a product of [m, k] and [k, n] is 2 m k n, attention counts the
-(query, key) pairs that are visible.
+Times are measured while the answers are made, without compilation. Operations and pairs are counted
+by `swaa_jax.costs`.
 """
 
 import dataclasses
 from collections.abc import Sequence
 
-from swaa_jax.attention import split_heads
-from swaa_jax.costs import active_parameters
+from swaa_jax.costs import ModelFlops, Runs, visible_pairs
 from swaa_jax.infer import Timings
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import LayerAttention
 
-__all__ = ["CellCost", "cell_cost", "prefill_attention_share", "prefill_flops"]
+__all__ = ["CellCost", "cell_cost"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,14 +51,11 @@ def cell_cost(
         prompt_lengths: tokens of each prompt.
         timings: of all its batches; None: there were none.
     """
-    lengths = list(prompt_lengths) or [1]
-    flops = {length: prefill_flops(model, layers, length) for length in set(lengths)}
-    pairs = {length: length * (length + 1) / 2 for length in flops}
-    heads = model.config.num_kv_heads
-    seen = {
-        length: pairs[length] * prefill_attention_share(layers, length, num_kv_heads=heads)
-        for length in flops
-    }
+    runs = [Runs.of_text(length) for length in list(prompt_lengths) or [1]]
+    model_flops, heads = ModelFlops.of(model), model.config.num_kv_heads
+    seen = sum(visible_pairs(layers, one, num_kv_heads=heads) for one in runs)
+    full = sum(visible_pairs([LayerAttention()] * len(layers), one) for one in runs)
+    flops = sum(model_flops.forward(layers, one, num_logits=1) for one in runs)
     per_step = None if timings is None else timings.time_per_output_token_s
     decoded = 0 if timings is None else timings.new_tokens - timings.num_rows  # the first is drawn
     return CellCost(
@@ -70,57 +65,6 @@ def cell_cost(
         ),
         ms_per_token=None if per_step is None else 1e3 * per_step,
         cache_bytes_per_sample=None if timings is None else timings.cache_bytes_per_row,
-        prefill_share=sum(seen[n] for n in lengths) / sum(pairs[n] for n in lengths),
-        prefill_flops=sum(flops[length] for length in lengths) / len(lengths),
+        prefill_share=seen / full,
+        prefill_flops=flops / len(runs),
     )
-
-
-def prefill_flops(model: CausalLM, layers: Sequence[LayerAttention], length: int) -> float:
-    """Operations that reading a prompt of `length` tokens takes, its next-token logits included."""
-    config = model.config
-    width = config.num_heads * config.head_dim
-    share = prefill_attention_share(layers, length, num_kv_heads=config.num_kv_heads)
-    pairs = len(layers) * share * length * (length + 1) / 2
-    head = 2 * config.hidden_size * config.vocab_size  # of the last token only
-    return 2 * active_parameters(model) * length + 4 * width * pairs + head
-
-
-def prefill_attention_share(
-    layers: Sequence[LayerAttention], length: int, *, num_kv_heads: int | None = None
-) -> float:
-    """The (query, key) pairs that `length` prompt tokens visit, as a part of full attention's.
-
-    A windowed row i sees min(i + 1, window + sinks) keys: the measure of prefill work that neither
-    machine nor model size changes.
-
-    Args:
-        layers: of the model, under a policy.
-        length: tokens.
-        num_kv_heads: the model's, where a layer has full heads.
-
-    Raises:
-        ValueError: a layer has full heads, and their number is not known to be out of how many.
-
-    >>> prefill_attention_share([LayerAttention(window=1), LayerAttention()], 3)
-    0.75
-    """
-    full = length * (length + 1) / 2
-
-    def pairs(layer: LayerAttention) -> float:
-        if layer.full_heads:
-            if num_kv_heads is None:
-                raise ValueError(
-                    "num_kv_heads: expected the model's number of KV heads for a layer with full "
-                    f"heads {layer.full_heads}, got None"
-                )
-            parts = split_heads(layer, num_kv_heads)
-            return sum(len(part.heads) * pairs(part.layer) for part in parts) / num_kv_heads
-        if layer.window is None:
-            return full
-        windowed = length - min(layer.full_attention_tail, length)
-        reach = layer.window + layer.num_sink_tokens
-        growing = min(windowed, reach)
-        below = growing * (growing + 1) / 2 + (windowed - growing) * reach
-        return below + full - windowed * (windowed + 1) / 2
-
-    return sum(pairs(layer) for layer in layers) / (full * len(layers))

@@ -8,13 +8,12 @@ model is for `swaa demo` and an evaluation of one's own to say.
 import dataclasses
 from collections.abc import Sequence
 
-from swaa_jax.attention import split_heads
 from swaa_jax.configs import list_configs
-from swaa_jax.eval.run.costs import prefill_attention_share
+from swaa_jax.costs import cache_bytes, prefill_attention_share
 from swaa_jax.models import CausalLM
-from swaa_jax.policy import Evidence, LayerAttention, Needs, PolicyFile, load_policy_file
+from swaa_jax.policy import Evidence, Needs, PolicyFile, load_policy_file
 
-__all__ = ["ModelSize", "Recipe", "cache_bytes", "list_recipes", "recommend"]
+__all__ = ["ModelSize", "Recipe", "list_recipes", "recommend"]
 
 MAIN_TASK = "LongMemEval_24k"
 """The task that recipes are ranked by: the one that all of them were measured on."""
@@ -85,27 +84,6 @@ class Recipe:
         return sum(parts) / len(parts) if parts else 0.0
 
 
-def cache_bytes(layers: Sequence[LayerAttention], size: ModelSize, *, context: int) -> int:
-    """Keys and values that one row of `context` tokens keeps while it decodes.
-
-    A layer without FA decode keeps a ring of window + sinks slots, and 4 bytes a slot that say
-    which token is there; the others, and full heads, keep all.
-
-    >>> cache_bytes([LayerAttention(), LayerAttention(window=9)], QWEN3_4B, context=1000)
-    4132900
-    """
-    parts = [part for layer in layers for part in split_heads(layer, size.num_kv_heads)]
-    total = 0
-    for part in parts:
-        layer = part.layer
-        token = 2 * len(part.heads) * size.head_dim * size.cache_itemsize
-        if layer.window is None or layer.needs_full_cache:
-            total += context * token
-        else:
-            total += (layer.window + layer.num_sink_tokens) * (token + 4)
-    return total
-
-
 def list_recipes(
     size: ModelSize = QWEN3_4B, *, context: int = 32768, rows: int = 1
 ) -> list[Recipe]:
@@ -126,7 +104,13 @@ def list_recipes(
     for name in list_configs("policies"):
         file = load_policy_file(name)
         layers = file.policy.resolve(size.num_layers, num_kv_heads=size.num_kv_heads)
-        row = cache_bytes(layers, size, context=context)
+        row = cache_bytes(
+            layers,
+            tokens=context,
+            num_kv_heads=size.num_kv_heads,
+            head_dim=size.head_dim,
+            itemsize=size.cache_itemsize,
+        )
         found.append(
             Recipe(
                 file=file,

@@ -1,0 +1,322 @@
+"""The blocks that decoder families are made of; `causal_lm.py` stacks them.
+
+Modules keep Hugging Face's names (`self_attn.q_proj`, ...); matrices are `kernel [in, out]`.
+A family that differs in a block subclasses `DecoderLayer` and overrides what makes that block.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from swaa_jax.attention import LayerCache, LayerChoice, LayerKind, attend, attend_cached
+from swaa_jax.lora.adapters import LoraAdapter
+from swaa_jax.models.config import DecoderConfig
+from swaa_jax.models.rope import RopeConfig, rotate
+from swaa_jax.products import lookup, product
+from swaa_jax.sharding import constrain_batch, kv_head_copies
+
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+    """The function that an HF config's `hidden_act` names."""
+    return _ACTIVATIONS[name]
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias`, kernel `[in, out]`; a mesh splits it between `units` (see sharding).
+
+    `adapter`: None, or a module that is called with (x, y) and gives the output in y's place;
+    `swaa_jax.lora` puts one there. Heads and routers, whose matrix goes elsewhere, have none.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        axes: tuple[str, str],
+        *,
+        use_bias: bool,
+        std: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        units: tuple[int, int] = (1, 1),
+    ):
+        kernel = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+        self.kernel = nnx.Param(kernel.astype(dtype), axes=axes, units=units)
+        bias = nnx.Param(jnp.zeros(shape[1:], dtype), axes=axes[1:], units=units[1:])
+        self.bias = bias if use_bias else None
+        self.adapter: LoraAdapter | None = nnx.data(None)
+
+    def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
+        """The projection, with its bias and adapter where it has them."""
+        y = product(x, self.kernel)
+        if self.bias is not None:
+            y = y + self.bias[...]
+        return y if self.adapter is None else self.adapter(x, y)
+
+
+class RMSNorm(nnx.Module):
+    """`x / rms(x) * scale` over the last axis; statistics in float32.
+
+    `one_centred`: the parameter is the scale less one, and the product too is in float32 (Gemma).
+    """
+
+    def __init__(self, size: int, *, eps: float, dtype: jnp.dtype, one_centred: bool = False):
+        initial = jnp.zeros if one_centred else jnp.ones
+        self.scale = nnx.Param(initial((size,), dtype), axes=("norm",))
+        self.eps = eps
+        self.one_centred = one_centred
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """The scaled x."""
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        if self.one_centred:
+            return (normed * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+        return normed.astype(x.dtype) * self.scale[...]
+
+
+def make_norm(config: DecoderConfig, size: int, *, dtype: jnp.dtype) -> RMSNorm:
+    """A norm of the kind that the config's family has."""
+    return RMSNorm(size, eps=config.rms_norm_eps, dtype=dtype, one_centred=config.one_centred_norms)
+
+
+class Embedding(nnx.Module):
+    """A table of token vectors, `[V, D]`, times `scale` when looked up (not in a tied head)."""
+
+    def __init__(
+        self,
+        vocab: int,
+        size: int,
+        *,
+        std: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        scale: float = 1.0,
+    ):
+        table = std * jax.random.normal(rngs.params(), (vocab, size), jnp.float32)
+        self.embedding = nnx.Param(table.astype(dtype), axes=("vocab", "embed"))
+        self.scale = scale
+
+    def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+        """The tokens' vectors."""
+        vectors = lookup(self.embedding, tokens)
+        return vectors if self.scale == 1.0 else vectors * jnp.asarray(self.scale, vectors.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What the layers need to know of a batch besides its hidden states.
+
+    Attributes:
+        rotations: cosines and sines of every token's position, by the rope that layers name.
+        lengths, stage_ids, segment_ids: as in `swaa_jax.attention.attend`.
+        pos_B: with caches, the tokens that each row has seen; None without.
+        mesh: the devices that the arrays lie on; None: one.
+        backend: of attention and experts, as in `swaa_jax.attention.attend`.
+    """
+
+    rotations: Mapping[RopeConfig, tuple[Float[Array, "B T H"], Float[Array, "B T H"]]]
+    lengths: Int[Array, " B"] | None = None
+    stage_ids: Int[Array, "B T"] | None = None
+    segment_ids: Int[Array, "B T"] | None = None
+    pos_B: Int[Array, " B"] | None = None
+    mesh: Mesh | None = None
+    backend: str = "auto"
+
+    @property
+    def valid(self) -> Bool[Array, "B T"] | None:
+        """Which tokens are not padding; None: all."""
+        if self.lengths is None:
+            return None
+        ((cos, _), *_) = self.rotations.values()
+        return jnp.arange(cos.shape[1])[None, :] < self.lengths[:, None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attended:
+    """What a layer's attention gives.
+
+    Attributes:
+        out: its output.
+        q, k, v: the tokens' own heads, normed and rotated; keys and values are what a cache holds.
+        cache: the one that was given, with these tokens; None without.
+    """
+
+    out: Float[Array, "B T D"]
+    q: Float[Array, "B T N H"]
+    k: Float[Array, "B T K H"]
+    v: Float[Array, "B T K H"]
+    cache: LayerCache | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterStatistics:
+    """Sums over a batch's real tokens, from which the load-balancing loss is made.
+
+    Attributes:
+        assigned: how many tokens chose each expert.
+        probability: the sum of every token's probability of each expert.
+        num_tokens: how many tokens there are.
+    """
+
+    assigned: Float[Array, "*shards E"]
+    probability: Float[Array, "*shards E"]
+    num_tokens: Float[Array, "*shards"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeedForward:
+    """What a feed-forward block gives: its output, and its router's statistics if it has one."""
+
+    out: Float[Array, "B T D"]
+    router: RouterStatistics | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerOutput:
+    """A layer's residual stream, what its attention gave, its router's statistics."""
+
+    x: Float[Array, "B T D"]
+    attended: Attended
+    router: RouterStatistics | None = None
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention under a layer's policy, with per-head q/k norms where asked."""
+
+    def __init__(
+        self, config: DecoderConfig, *, index: int, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        width, head_dim = config.hidden_size, config.head_dim
+        q_width, kv_width = config.num_heads * head_dim, config.num_kv_heads * head_dim
+        shared = {"std": std, "dtype": dtype, "rngs": rngs}
+        inward = {"use_bias": config.attention_bias, "units": (1, head_dim), **shared}
+        outward = {"use_bias": config.output_bias, "units": (head_dim, 1), **shared}
+        self.q_proj = Linear((width, q_width), ("embed", "heads"), **inward)
+        self.k_proj = Linear((width, kv_width), ("embed", "kv_heads"), **inward)
+        self.v_proj = Linear((width, kv_width), ("embed", "kv_heads"), **inward)
+        self.o_proj = Linear((q_width, width), ("heads", "embed"), **outward)
+        self.q_norm = make_norm(config, head_dim, dtype=dtype) if config.qk_norm else None
+        self.k_norm = make_norm(config, head_dim, dtype=dtype) if config.qk_norm else None
+        self.head_dim = head_dim
+        self.rope = config.layer_rope(index)
+        self.scale, self.softcap = config.attention_scale, config.attention_softcap
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rows: Rows,
+        *,
+        layer: LayerKind,
+        cache: LayerCache | None = None,
+    ) -> Attended:
+        """Attention of these tokens to one another, and with a cache to those before."""
+        q, k, v = self.heads(x, rows)
+        kinds = layer.kinds if isinstance(layer, LayerChoice) else (layer,)
+        is_split = any(kind.full_heads for kind in kinds)  # which counts heads without copies
+        copies = kv_head_copies(rows.mesh, num_heads=q.shape[2], num_kv_heads=k.shape[2])
+        if copies > 1 and not is_split:
+            k, v = jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)
+        if cache is None:
+            out = attend(
+                q,
+                k,
+                v,
+                layer=layer,
+                lengths=rows.lengths,
+                stage_ids=rows.stage_ids,
+                segment_ids=rows.segment_ids,
+                scale=self.scale,
+                softcap=self.softcap,
+                mesh=rows.mesh,
+                backend=rows.backend,
+            )
+        else:
+            out, cache = attend_cached(
+                q,
+                k,
+                v,
+                cache,
+                layer=layer,  # pyright: ignore[reportArgumentType]  (a choice has no caches)
+                pos_B=rows.pos_B,  # pyright: ignore[reportArgumentType]  (set with caches)
+                stage_ids=rows.stage_ids,
+                scale=self.scale,
+                softcap=self.softcap,
+                mesh=rows.mesh,
+                backend=rows.backend,
+            )
+        out = self.o_proj(out.reshape(*x.shape[:2], -1))
+        return Attended(out=out, q=q, k=k, v=v, cache=cache)
+
+    def heads(self, x: Float[Array, "B T D"], rows: Rows) -> tuple[Array, Array, Array]:
+        """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, normed and rotated."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        cos_sin = rows.rotations[self.rope]
+        return rotate(q, cos_sin), rotate(k, cos_sin), v
+
+
+class GatedMLP(nnx.Module):
+    """`down(act(gate(x)) * up(x))`."""
+
+    def __init__(self, config: DecoderConfig, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+        width, inner = config.hidden_size, config.intermediate_size
+        shared = {"use_bias": config.mlp_bias, "std": std, "dtype": dtype, "rngs": rngs}
+        self.gate_proj = Linear((width, inner), ("embed", "mlp"), **shared)
+        self.up_proj = Linear((width, inner), ("embed", "mlp"), **shared)
+        self.down_proj = Linear((inner, width), ("mlp", "embed"), **shared)
+        self.activation = config.hidden_act
+
+    def __call__(self, x: Float[Array, "B T D"], rows: Rows) -> FeedForward:
+        """The block's output; it has no router."""
+        gated = activation(self.activation)(self.gate_proj(x)) * self.up_proj(x)
+        return FeedForward(out=self.down_proj(gated))
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(
+        self, config: DecoderConfig, *, index: int, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        weights = {"std": std, "dtype": dtype, "rngs": rngs}
+        self.input_layernorm = make_norm(config, config.hidden_size, dtype=dtype)
+        self.self_attn = Attention(config, index=index, **weights)
+        self.post_attention_layernorm = make_norm(config, config.hidden_size, dtype=dtype)
+        self.mlp = self.make_mlp(config, index=index, **weights)
+
+    def make_mlp(
+        self, config: DecoderConfig, *, index: int, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> Callable[[Array, Rows], FeedForward]:
+        """The feed-forward block of layer `index`, a module."""
+        del index
+        return GatedMLP(config, std=std, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rows: Rows,
+        *,
+        layer: LayerKind,
+        cache: LayerCache | None = None,
+    ) -> LayerOutput:
+        """The residual stream after both blocks."""
+        attended = self.self_attn(self.input_layernorm(x), rows, layer=layer, cache=cache)
+        x = x + attended.out
+        fed = self.mlp(self.post_attention_layernorm(x), rows)
+        x = constrain_batch(x + fed.out, rows.mesh)
+        return LayerOutput(x=x, attended=attended, router=fed.router)

@@ -1,0 +1,344 @@
+"""The causal language model: blocks stacked under an attention policy.
+
+The policy lives on the model alone, so `with_policy` shares every block and parameter.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.mask import segment_positions
+from swaa_jax.attention import Caches, LayerCache, LayerKind, build_cache
+from swaa_jax.lora import LoraConfig
+from swaa_jax.models.blocks import (
+    DecoderLayer,
+    Embedding,
+    LayerOutput,
+    Linear,
+    RouterStatistics,
+    Rows,
+    make_norm,
+)
+from swaa_jax.models.config import DecoderConfig
+from swaa_jax.models.head import VocabHead
+from swaa_jax.models.rope import rotation
+from swaa_jax.models.stack import Blocks, Ran, Tap, run_layers
+from swaa_jax.policy import AttentionPolicy, LayerAttention
+from swaa_jax.sharding import constrain_batch
+from swaa_jax.typing import PathLike
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prefill:
+    """What a prompt leaves behind: the next token's logits (float32), and the caches."""
+
+    logits: Float[Array, "B V"]
+    caches: Caches
+
+
+EMBEDDING = "embed_tokens.embedding"
+"""The name of the table of token vectors, among a model's arrays by name."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HiddenStates:
+    """What whole rows give.
+
+    Attributes:
+        hidden: final hidden states, after the last norm.
+        router_loss: the loss that keeps experts in balance; None without experts.
+        tapped: what `tap` took out of each layer; None without one.
+    """
+
+    hidden: Float[Array, "B T D"]
+    router_loss: Float[Array, ""] | None = None
+    tapped: Any = None
+
+
+class CausalLM(nnx.Module):
+    """A decoder with a language-model head, under an attention policy.
+
+    Call it for logits of whole rows (training, scoring); `prefill` and `decode` generate.
+
+    Attributes:
+        config: shapes and constants.
+        policy: what each token may see; `layer_attention` is it, layer by layer.
+        mesh: the device mesh that the parameters lie on, or None.
+        backend: of attention and experts: "auto", a name, or names by op (`resolve_backend`).
+        source: the directory that the model was loaded from, or None.
+        lora_config: the config of its adapters (`swaa_jax.lora`), or None.
+    """
+
+    layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer
+    fused_projections: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """HF's projections that are several here, by name, with their parts from top to bottom."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        policy: AttentionPolicy | None = None,
+        dtype: jnp.dtype | str = "float32",
+        mesh: Mesh | None = None,
+        backend: str = "auto",
+        initializer_range: float = 0.02,
+        rngs: nnx.Rngs,
+    ):
+        policy = config.own if policy is None else policy
+        dtype = jnp.dtype(dtype)
+        shared = {"std": initializer_range, "dtype": dtype, "rngs": rngs}
+        self.config = config
+        self.policy = policy
+        self.layer_attention = policy.resolve(config.num_layers, num_kv_heads=config.num_kv_heads)
+        self.mesh = mesh
+        self.backend = backend
+        self.source: PathLike | None = None
+        self.lora_config: LoraConfig | None = None
+        self.embed_tokens = Embedding(
+            config.vocab_size, config.hidden_size, scale=config.embedding_scale, **shared
+        )
+        self.layers = nnx.List(
+            [self.layer_class(config, index=i, **shared) for i in range(config.num_layers)]
+        )
+        self.norm = make_norm(config, config.hidden_size, dtype=dtype)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else Linear(
+                (config.hidden_size, config.vocab_size),
+                ("embed", "vocab"),
+                use_bias=False,
+                **shared,
+            )
+        )
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The parameters' dtype."""
+        return self.embed_tokens.embedding.dtype
+
+    def with_policy(self, policy: AttentionPolicy) -> "CausalLM":
+        """The same model, with the same Param objects, under another policy.
+
+        Raises:
+            ValueError: the policy names a layer or a KV head that the model does not have.
+        """
+        other = copy.copy(self)
+        other.policy = policy
+        other.layer_attention = policy.resolve(
+            self.config.num_layers, num_kv_heads=self.config.num_kv_heads
+        )
+        return other
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        lengths: Int[Array, " B"] | None = None,
+        stage_ids: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        logits_at: str | Int[Array, "B n"] | None = None,
+        return_hidden: bool = False,
+    ) -> Float[Array, "..."]:
+        """Logits of whole rows, in float32.
+
+        Args:
+            tokens: right-padded rows.
+            lengths: real tokens of each row; None: all are.
+            stage_ids: `Stage.PROMPT` or `Stage.ANSWER` a token; None: all prompt. Rows of answer
+                tokens see everything where the policy decodes with full attention.
+            segment_ids: which of a packed row's texts each token belongs to.
+            positions: position of each token in its text; by default the index minus the
+                segment's start. They move RoPE only: visibility always counts tokens.
+            logits_at: None: `[B, T, V]`. "last": of each row's last token, `[B, V]`. Indices
+                `[B, n]`: `[B, n, V]`. Prefer the latter two: `[T, V]` is large.
+            return_hidden: give the final hidden states `[..., D]` instead, in the model's dtype.
+        """
+        _check_logits_at(logits_at)
+        hidden = self.hidden_states(
+            tokens,
+            lengths=lengths,
+            stage_ids=stage_ids,
+            segment_ids=segment_ids,
+            positions=positions,
+        ).hidden
+        if isinstance(logits_at, str):
+            hidden = _last_rows(hidden, lengths)
+        elif logits_at is not None:
+            hidden = jnp.take_along_axis(hidden, logits_at[:, :, None], axis=1)
+        return hidden if return_hidden else self.head(hidden)
+
+    def hidden_states(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        lengths: Int[Array, " B"] | None = None,
+        stage_ids: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        layers: Sequence[LayerKind] | None = None,
+        tap: Tap | None = None,
+        remat: str = "none",
+        blocks: Blocks | None = None,
+    ) -> HiddenStates:
+        """What training and analysis need: hidden states for a loss over `vocab_head`, and more.
+
+        Args:
+            tokens, lengths, stage_ids, segment_ids, positions: as in `__call__`.
+            layers: what each layer sees, in place of the model's policy; kinds may be traced.
+            tap: what to take out of each layer.
+            remat: what a backward pass computes again, as in `run_layers`.
+            blocks: the layers in another form, scanned, in place of the model's.
+        """
+        if positions is None:
+            if segment_ids is None:
+                positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+                positions = jnp.broadcast_to(positions, tokens.shape)
+            else:
+                positions = segment_positions(segment_ids)
+        rows = self._rows(positions, lengths=lengths, stage_ids=stage_ids, segment_ids=segment_ids)
+        ran = self._run(tokens, rows, layers=layers, tap=tap, remat=remat, blocks=blocks)
+        return HiddenStates(
+            hidden=ran.x, router_loss=self.router_loss(ran.routers), tapped=ran.tapped
+        )
+
+    def router_loss(self, routers: Sequence[RouterStatistics | None]) -> Float[Array, ""] | None:
+        """The load-balancing loss of every layer's router statistics; None: no experts."""
+        del routers
+        return None
+
+    def prefill(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        lengths: Int[Array, " B"] | None = None,
+        cache_size: int | None = None,
+    ) -> Prefill:
+        """Read prompts: the logits after each row's last real token, and caches to decode from.
+
+        Args:
+            tokens: right-padded prompts.
+            lengths: real tokens of each row; None: all are.
+            cache_size: slots of each full cache, for prompt and answer together. Default: T + 128.
+                Windowed layers without full-attention decoding keep a ring of window + sinks.
+        """
+        batch, width = tokens.shape
+        if lengths is None:
+            lengths = jnp.full((batch,), width, jnp.int32)
+        cache_size = width + 128 if cache_size is None else cache_size
+
+        def cache(out: LayerOutput, block: DecoderLayer, layer: LayerKind) -> LayerCache:
+            del block
+            assert isinstance(layer, LayerAttention)  # the policy's
+            return build_cache(
+                out.attended.k,
+                out.attended.v,
+                lengths=lengths,
+                layer=layer,
+                num_slots=cache_size,
+                mesh=self.mesh,
+            )
+
+        states = self.hidden_states(tokens, lengths=lengths, tap=cache)
+        return Prefill(
+            logits=self.head(_last_rows(states.hidden, lengths)),
+            caches=Caches(layers=tuple(states.tapped), pos_B=lengths.astype(jnp.int32)),
+        )
+
+    def decode(
+        self,
+        tokens: Int[Array, "B n"],
+        caches: Caches,
+        *,
+        stage_ids: Int[Array, "B n"] | None = None,
+    ) -> tuple[Float[Array, "B n V"], Caches]:
+        """Logits after each of n new tokens a row, and the caches with them.
+
+        Args:
+            tokens: the next n tokens of every row.
+            caches: from `prefill` or an earlier `decode`; donate them under jit.
+            stage_ids: stages of the new tokens; None: all `Stage.ANSWER`.
+        """
+        if len(caches.layers) != self.config.num_layers:
+            raise ValueError(
+                f"caches: expected {self.config.num_layers} layers, got {len(caches.layers)}"
+            )
+        positions = caches.pos_B[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+        rows = self._rows(positions, stage_ids=stage_ids, pos_B=caches.pos_B)
+        ran = self._run(tokens, rows, caches=caches.layers)
+        pos_B = caches.pos_B + tokens.shape[1]
+        return self.head(ran.x), Caches(layers=ran.caches, pos_B=pos_B)
+
+    def head(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Float32 logits of final hidden states."""
+        return self.vocab_head().logits(hidden)
+
+    def vocab_head(self) -> VocabHead:
+        """The matrix of the logits, with all that is to be known of it."""
+        if self.lm_head is None:
+            name, vocab_axis, variable = EMBEDDING, 0, self.embed_tokens.embedding
+        else:
+            name, vocab_axis, variable = "lm_head.kernel", 1, self.lm_head.kernel
+        return VocabHead(
+            name=name,
+            weight=variable.get_value(),
+            vocab_axis=vocab_axis,
+            axes=variable.axes,
+            softcap=self.config.logits_softcap,
+        )
+
+    def _rows(self, positions: Int[Array, "B T"], **about: Any) -> Rows:
+        """What the layers need to know of tokens at these positions."""
+        config = self.config
+        ropes = dict.fromkeys(config.layer_rope(index) for index in range(config.num_layers))
+        rotations = {rope: rotation(positions, rope, config.head_dim) for rope in ropes}
+        return Rows(rotations=rotations, mesh=self.mesh, backend=self.backend, **about)
+
+    def _run(
+        self,
+        tokens: Int[Array, "B T"],
+        rows: Rows,
+        *,
+        layers: Sequence[LayerKind] | None = None,
+        caches: Sequence[LayerCache] | None = None,
+        tap: Tap | None = None,
+        remat: str = "none",
+        blocks: Blocks | None = None,
+    ) -> Ran:
+        """From tokens through all layers and the last norm."""
+        # A table that is trained is in float32 until its rows are taken; the rest has one dtype.
+        x = self.embed_tokens(tokens).astype(self.norm.scale.dtype)
+        ran = run_layers(
+            self.layers if blocks is None else blocks,
+            constrain_batch(x, self.mesh),
+            rows,
+            layers=self.layer_attention if layers is None else layers,
+            caches=caches,
+            tap=tap,
+            remat=remat,
+        )
+        return dataclasses.replace(ran, x=self.norm(ran.x))
+
+
+def _check_logits_at(logits_at: object) -> None:
+    if isinstance(logits_at, str) and logits_at != "last":
+        raise ValueError(f'logits_at: expected None, "last" or indices [B, n], got {logits_at!r}')
+
+
+def _last_rows(
+    hidden: Float[Array, "B T D"], lengths: Int[Array, " B"] | None
+) -> Float[Array, "B D"]:
+    """The hidden state of each row's last real token."""
+    if lengths is None:
+        return hidden[:, -1]
+    return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]

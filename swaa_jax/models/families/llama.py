@@ -1,0 +1,29 @@
+"""Llama (2 to 3.3): the common decoder, with biases where asked and no window of its own."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from swaa_jax.models.config import DecoderConfig
+
+
+class LlamaConfig(DecoderConfig):
+    """See `swaa_jax.models.config.DecoderConfig`."""
+
+    model_type: ClassVar[str] = "llama"
+    architecture: ClassVar[str] = "LlamaForCausalLM"
+
+    @classmethod
+    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """Head size from the width where the file has none; optional biases."""
+        bias = bool(hf.get("attention_bias", False))
+        return {
+            "head_dim": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+            "attention_bias": bias,
+            "output_bias": bias,
+            "mlp_bias": bool(hf.get("mlp_bias", False)),
+        }
+
+    @classmethod
+    def hf_fields(cls) -> frozenset[str]:
+        """The common fields and this family's own."""
+        return super().hf_fields() | {"mlp_bias"}

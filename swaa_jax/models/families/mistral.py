@@ -1,0 +1,67 @@
+"""Mistral: the common decoder with one window for all layers. Ministral: a kind for each layer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from swaa_jax.models.config import DecoderConfig, layer_kinds_policy
+
+
+class MistralConfig(DecoderConfig):
+    """See `swaa_jax.models.config.DecoderConfig`."""
+
+    model_type: ClassVar[str] = "mistral"
+    architecture: ClassVar[str] = "MistralForCausalLM"
+
+    @classmethod
+    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """Head size from the width where the file has none, and the window of all layers."""
+        return {
+            "head_dim": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+            "own": layer_kinds_policy(hf, cls.layer_kinds(hf), hf.get("sliding_window")),
+        }
+
+    @classmethod
+    def layer_kinds(cls, hf: Mapping[str, Any]) -> list[str] | None:
+        """Each layer's kind; None: all are windowed."""
+        del hf
+        return None
+
+    @classmethod
+    def hf_fields(cls) -> frozenset[str]:
+        """The common fields, less the bias that there never is, and the window."""
+        return super().hf_fields() - {"attention_bias"} | {"sliding_window"}
+
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+        """One window for all layers; where they differ the model is a Ministral, same weights."""
+        if len(set(kinds)) == 1:
+            return {"sliding_window": window}
+        return {
+            "model_type": MinistralConfig.model_type,
+            "architectures": [MinistralConfig.architecture],
+            "sliding_window": window,
+            "layer_types": list(kinds),
+        }
+
+
+class MinistralConfig(MistralConfig):
+    """Mistral with `layer_types`."""
+
+    model_type: ClassVar[str] = "ministral"
+    architecture: ClassVar[str] = "MinistralForCausalLM"
+
+    @classmethod
+    def layer_kinds(cls, hf: Mapping[str, Any]) -> list[str] | None:
+        """What `layer_types` says."""
+        return hf.get("layer_types")
+
+    @classmethod
+    def hf_fields(cls) -> frozenset[str]:
+        """Mistral's, and the layers' kinds."""
+        return super().hf_fields() | {"layer_types"}
+
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+        """A kind for each layer. Transformers wants a window there even where no layer has it."""
+        return {
+            "sliding_window": window or self.max_position_embeddings,
+            "layer_types": list(kinds),
+        }

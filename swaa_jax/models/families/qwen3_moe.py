@@ -1,0 +1,160 @@
+"""Qwen3-MoE: Qwen3 with experts in some or all layers, and one window for all layers."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from swaa_jax.checkpoint.keymap import Transform, WeightRule
+from swaa_jax.models import weight_rules as weights
+from swaa_jax.models.blocks import DecoderLayer, FeedForward, RouterStatistics, Rows
+from swaa_jax.models.causal_lm import CausalLM
+from swaa_jax.models.config import DecoderConfig
+from swaa_jax.models.interop import one_window
+from swaa_jax.models.moe import SparseMLP, load_balancing_loss
+from swaa_jax.policy import AttentionPolicy
+
+_EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qwen3MoeConfig(DecoderConfig):
+    """See `swaa_jax.models.config.DecoderConfig`.
+
+    Attributes:
+        num_experts: experts of a layer that has them.
+        num_experts_per_tok: how many of them each token goes to.
+        moe_intermediate_size: the width of an expert; `intermediate_size` is the dense layers'.
+        norm_topk_prob: a token's weights of its experts add up to one.
+        decoder_sparse_step: every so many-th layer has experts.
+        mlp_only_layers: layers that have none in any case.
+    """
+
+    model_type: ClassVar[str] = "qwen3_moe"
+    architecture: ClassVar[str] = "Qwen3MoeForCausalLM"
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool
+    decoder_sparse_step: int
+    mlp_only_layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decoder_sparse_step < 1:
+            raise ValueError(
+                f"config: expected decoder_sparse_step >= 1, got {self.decoder_sparse_step}"
+            )
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"config: expected num_experts_per_tok from 1 to num_experts={self.num_experts}, "
+                f"got {self.num_experts_per_tok}"
+            )
+
+    @property
+    def expert_share(self) -> float:
+        """The part of a layer's experts that a token goes to."""
+        return self.num_experts_per_tok / self.num_experts if self.num_experts else 1.0
+
+    def is_sparse(self, index: int) -> bool:
+        """Whether layer `index` has experts."""
+        return (
+            self.num_experts > 0
+            and index not in self.mlp_only_layers
+            and (index + 1) % self.decoder_sparse_step == 0
+        )
+
+    @classmethod
+    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """Qwen3's, the experts', and the window that all layers share where there is one."""
+        # Transformers 5 writes `num_local_experts`, files of version 4 have `num_experts`.
+        hf = {"num_experts": hf.get("num_local_experts"), **hf}
+        missing = [name for name in _EXPERTS if hf.get(name) is None]
+        if missing:
+            raise ValueError(
+                f"config: expected {missing} for model_type {cls.model_type!r}, got none; "
+                "complete config.json or pass them in config_overrides"
+            )
+        bias = bool(hf.get("attention_bias", False))
+        window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
+        return {
+            "head_dim": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+            "attention_bias": bias,
+            "output_bias": bias,
+            "qk_norm": True,
+            "own": AttentionPolicy(window=window),
+            **{name: hf[name] for name in _EXPERTS},
+            "norm_topk_prob": bool(hf.get("norm_topk_prob", False)),
+            "decoder_sparse_step": hf.get("decoder_sparse_step", 1),
+            "mlp_only_layers": tuple(hf.get("mlp_only_layers") or ()),
+        }
+
+    @classmethod
+    def hf_fields(cls) -> frozenset[str]:
+        """The common fields and this family's own."""
+        layers = {"norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"}
+        window = {"use_sliding_window", "sliding_window"}
+        return super().hf_fields() | frozenset(_EXPERTS) | layers | window
+
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+        """One window for all layers."""
+        window = one_window(kinds, window)
+        return {"use_sliding_window": window is not None, "sliding_window": window}
+
+
+class Qwen3MoeLayer(DecoderLayer):
+    """A decoder layer with experts where the config says so."""
+
+    def make_mlp(
+        self, config: Qwen3MoeConfig, *, index: int, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> Callable[[Array, Rows], FeedForward]:
+        """Experts, or one dense block."""
+        weights = {"std": std, "dtype": dtype, "rngs": rngs}
+        if not config.is_sparse(index):
+            return super().make_mlp(config, index=index, **weights)
+        return SparseMLP(
+            num_experts=config.num_experts,
+            num_per_token=config.num_experts_per_tok,
+            normalise=config.norm_topk_prob,
+            width=config.hidden_size,
+            inner=config.moe_intermediate_size,
+            hidden_act=config.hidden_act,
+            **weights,
+        )
+
+
+class Qwen3MoeForCausalLM(CausalLM):
+    """See `swaa_jax.models.CausalLM`."""
+
+    layer_class: ClassVar[type[DecoderLayer]] = Qwen3MoeLayer
+
+    def router_loss(self, routers: Sequence[RouterStatistics | None]) -> Float[Array, ""] | None:
+        """Transformers' `load_balancing_loss_func`, before its coefficient."""
+        return load_balancing_loss(routers)
+
+
+def weight_rules(config: Qwen3MoeConfig) -> tuple[WeightRule, ...]:
+    """The table for a checkpoint with this config: of a layer's rows for a dense block and for
+    experts, those apply whose parameters it has.
+    """
+    experts = tuple(
+        WeightRule(
+            f"model.layers.{{layer}}.mlp.experts.{{expert}}.{name}.weight",
+            f"layers.{{layer}}.mlp.experts.{name}.kernel",
+            Transform.TRANSPOSE,
+        )
+        for name in ("gate_proj", "up_proj", "down_proj")
+    )
+    return (
+        *weights.outside_layers(config),
+        *weights.norm("input_layernorm"),
+        *weights.norm("post_attention_layernorm"),
+        *weights.attention(config),
+        *weights.gated_mlp(config),
+        *weights.linear("mlp.gate"),
+        *experts,
+    )

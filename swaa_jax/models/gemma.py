@@ -1,0 +1,109 @@
+"""The blocks that Gemma 2 and 3 share: norms around one and after each block too, soft caps."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from swaa_jax.attention import LayerCache, LayerKind
+from swaa_jax.checkpoint.keymap import WeightRule
+from swaa_jax.models import weight_rules as weights
+from swaa_jax.models.blocks import DecoderLayer, LayerOutput, Rows, make_norm
+from swaa_jax.models.causal_lm import CausalLM
+from swaa_jax.models.config import DecoderConfig, layer_kinds_policy
+from swaa_jax.sharding import constrain_batch
+
+
+class GemmaConfig(DecoderConfig):
+    """See `swaa_jax.models.config.DecoderConfig`."""
+
+    activation_field: ClassVar[str] = "hidden_activation"
+    tied_by_default: ClassVar[bool] = True
+    own_required: ClassVar[tuple[str, ...]] = ("head_dim", "query_pre_attn_scalar")
+
+    @classmethod
+    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """Norms around one, scaled embeddings, soft caps, and the window of the local layers."""
+        if hf.get("use_bidirectional_attention"):
+            raise NotImplementedError(
+                "config: use_bidirectional_attention is not supported: an attention policy is "
+                "causal. Set it to false if the model generates text."
+            )
+        missing = [key for key in cls.own_required if hf.get(key) is None]
+        if missing:
+            raise ValueError(
+                f"config: expected {missing} for model_type {cls.model_type!r}, got none; "
+                "complete config.json or pass them in config_overrides"
+            )
+        bias = bool(hf.get("attention_bias", False))
+        return {
+            "head_dim": hf["head_dim"],
+            "attention_bias": bias,
+            "output_bias": bias,
+            "one_centred_norms": True,
+            "embedding_scale": hf["hidden_size"] ** 0.5,
+            "attention_scale": hf["query_pre_attn_scalar"] ** -0.5,
+            "attention_softcap": hf.get("attn_logit_softcapping"),
+            "logits_softcap": hf.get("final_logit_softcapping"),
+            "own": layer_kinds_policy(hf, cls.layer_kinds(hf), hf.get("sliding_window")),
+        }
+
+    @classmethod
+    def layer_kinds(cls, hf: Mapping[str, Any]) -> Sequence[str]:
+        """The kind of each layer, also in files without `layer_types`."""
+        raise NotImplementedError
+
+    @classmethod
+    def hf_fields(cls) -> frozenset[str]:
+        """The common fields and those of both Gemmas."""
+        return super().hf_fields() | {
+            "query_pre_attn_scalar",
+            "attn_logit_softcapping",
+            "final_logit_softcapping",
+            "sliding_window",
+            "layer_types",
+            "use_bidirectional_attention",
+        }
+
+
+class GemmaLayer(DecoderLayer):
+    """Each block between two norms; `post_attention_layernorm` is the one after attention here."""
+
+    def __init__(
+        self, config: DecoderConfig, *, index: int, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        super().__init__(config, index=index, std=std, dtype=dtype, rngs=rngs)
+        self.pre_feedforward_layernorm = make_norm(config, config.hidden_size, dtype=dtype)
+        self.post_feedforward_layernorm = make_norm(config, config.hidden_size, dtype=dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rows: Rows,
+        *,
+        layer: LayerKind,
+        cache: LayerCache | None = None,
+    ) -> LayerOutput:
+        """The residual stream after both blocks."""
+        attended = self.self_attn(self.input_layernorm(x), rows, layer=layer, cache=cache)
+        x = x + self.post_attention_layernorm(attended.out)
+        fed = self.mlp(self.pre_feedforward_layernorm(x), rows)
+        x = constrain_batch(x + self.post_feedforward_layernorm(fed.out), rows.mesh)
+        return LayerOutput(x=x, attended=attended, router=fed.router)
+
+
+class GemmaForCausalLM(CausalLM):
+    """A `CausalLM` of Gemma's layers."""
+
+    layer_class: ClassVar[type[DecoderLayer]] = GemmaLayer
+
+
+def weight_rules(config: GemmaConfig) -> tuple[WeightRule, ...]:
+    """The table for a checkpoint with this config."""
+    return (
+        *weights.decoder(config),
+        *weights.norm("pre_feedforward_layernorm"),
+        *weights.norm("post_feedforward_layernorm"),
+    )

@@ -1,0 +1,278 @@
+"""Mixture-of-experts feed-forward blocks: router, experts, and the loss that keeps them in balance.
+
+On a mesh the experts are split over `expert`, their width F over `tensor`, and tokens over `data`
+and `fsdp`. Tokens are whole on every device of an (expert, tensor) group, so nothing is sent before
+the experts; afterwards each device holds a share of its tokens' outputs, and the shares are added
+over (expert, tensor). Given up for that simplicity: an expert group routes the same tokens on every
+device, and rows of other devices' experts are sorted along (they cost memory, but no products).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from kernels_pallas import Target
+from swaa_jax.lora.adapters import StackedLoraAdapter
+from swaa_jax.models.blocks import FeedForward, Linear, RouterStatistics, Rows, activation
+from swaa_jax.products import grouped_product, product
+from swaa_jax.sharding import spec_for, target_of
+
+_GATHERED = "fsdp"  # the mesh axis over which experts' matrices are stored in slices of D
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Routing:
+    """Which k experts each token goes to, and how much of each one's output it takes."""
+
+    experts: Int[Array, "M k"]
+    weights: Float[Array, "M k"]
+    probability: Float[Array, "M E"]  # float32, of all experts
+
+
+def route(logits: Float[Array, "M E"], *, num_per_token: int, normalise: bool) -> Routing:
+    """The k most probable experts of each token, ties to the lower number.
+
+    Args:
+        logits: the router's scores.
+        num_per_token: k.
+        normalise: the k weights add up to one (`norm_topk_prob`).
+    """
+    probability = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    weights, experts = jax.lax.top_k(probability, num_per_token)
+    if normalise:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return Routing(experts=experts, weights=weights.astype(logits.dtype), probability=probability)
+
+
+def load_balancing_loss(routers: Sequence[RouterStatistics | None]) -> Float[Array, ""] | None:
+    """`E sum_e f_e P_e` over all layers with experts; None without any.
+
+    `f_e` is the mean number of a token's k choices that fall on expert e, `P_e` its mean
+    probability, both over the real tokens of all layers together (Transformers'
+    `load_balancing_loss_func`; Switch Transformer, arXiv 2101.03961, equations 4-6). Its least
+    value is k, where experts are chosen evenly.
+    """
+    layers = [router for router in routers if router is not None]
+    if not layers:
+        return None
+    total = functools.reduce(functools.partial(jax.tree.map, jnp.add), layers)
+    shares = total.assigned * total.probability / total.num_tokens**2
+    return shares.shape[-1] * jnp.sum(shares)
+
+
+class StackedLinear(nnx.Module):
+    """One matrix an expert, `[E, in, out]`."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        axes: tuple[str, str, str],
+        *,
+        std: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        kernel = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+        self.kernel = nnx.Param(kernel.astype(dtype), axes=axes)
+
+
+class Experts(nnx.Module):
+    """E gated feed-forward blocks of one shape.
+
+    `<name>_adapter` for each of `fused_projections`: None, or a module of low-rank factors that
+    `SparseMLP` adds to the products of that projection's parts; `swaa_jax.lora` puts them there.
+    """
+
+    fused_projections: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "gate_up_proj": ("gate_proj", "up_proj"),
+        "down_proj": ("down_proj",),
+    }
+    """HF's stacks of experts, with their parts here from top to bottom."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        width: int,
+        inner: int,
+        *,
+        std: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        shared = {"std": std, "dtype": dtype, "rngs": rngs}
+        up = ((num_experts, width, inner), ("experts", "embed", "mlp"))
+        self.gate_proj = StackedLinear(*up, **shared)
+        self.up_proj = StackedLinear(*up, **shared)
+        self.down_proj = StackedLinear(
+            (num_experts, inner, width), ("experts", "mlp", "embed"), **shared
+        )
+        self.gate_up_proj_adapter: StackedLoraAdapter | None = nnx.data(None)
+        self.down_proj_adapter: StackedLoraAdapter | None = nnx.data(None)
+
+
+class SparseMLP(nnx.Module):
+    """`sum_e weight_e down_e(act(gate_e(x)) * up_e(x))` over each token's k chosen experts."""
+
+    def __init__(
+        self,
+        *,
+        num_experts: int,
+        num_per_token: int,
+        normalise: bool,
+        width: int,
+        inner: int,
+        hidden_act: str,
+        std: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        shared = {"std": std, "dtype": dtype, "rngs": rngs}
+        self.gate = Linear((width, num_experts), ("embed", "router"), use_bias=False, **shared)
+        self.experts = Experts(num_experts, width, inner, **shared)
+        self.num_per_token = num_per_token
+        self.normalise = normalise
+        self.activation = hidden_act
+
+    def __call__(self, x: Float[Array, "B T D"], rows: Rows) -> FeedForward:
+        """Padding goes to no expert and gives zeros."""
+        mesh = rows.mesh
+        experts = self.experts
+        stacks = [p.kernel for p in (experts.gate_proj, experts.up_proj, experts.down_proj)]
+        for adapter in (experts.gate_up_proj_adapter, experts.down_proj_adapter):
+            stacks += [] if adapter is None else adapter.factors
+        router, values = self.gate.kernel.get_value(), tuple(each.get_value() for each in stacks)
+        arrays = (x, rows.valid, router, values)
+        if mesh is None:
+            out, statistics = self._on_device(*arrays, layout=_Layout(), backend=rows.backend)
+        else:
+            layout = _Layout.of(mesh, x.shape, [(stack.axes, stack.shape) for stack in stacks])
+            out, statistics = jax.shard_map(
+                functools.partial(self._on_device, layout=layout, backend=rows.backend),
+                mesh=mesh,
+                in_specs=(layout.rows, layout.rows, PartitionSpec(), layout.stacks),
+                out_specs=(layout.rows, layout.rows),
+                check_vma=False,
+            )(*arrays)
+        return FeedForward(
+            out=out, router=jax.tree.map(lambda sums: jnp.sum(sums, axis=0), statistics)
+        )
+
+    def _on_device(
+        self,
+        x: Float[Array, "b T D"],
+        valid: Bool[Array, "b T"] | None,
+        router: Float[Array, "D E"],
+        stacks: tuple[Array, ...],
+        *,
+        layout: "_Layout",
+        backend: str,
+    ) -> tuple[Float[Array, "b T D"], RouterStatistics]:
+        """One device's share of its tokens' outputs, and its tokens' statistics `[1, ...]`."""
+        tokens = x.reshape(-1, x.shape[-1])
+        num_experts = router.shape[1]
+        scores = product(tokens, router)
+        routing = route(scores, num_per_token=self.num_per_token, normalise=self.normalise)
+        real = jnp.ones(tokens.shape[:1], bool) if valid is None else valid.reshape(-1)
+        gate, up, down, *factors = layout.gather(stacks)
+
+        # Choices in the order of the experts here; those of other devices, and padding, at the end.
+        num_local = gate.shape[0]
+        local = jnp.where(real[:, None], routing.experts - layout.first_expert(num_local), -1)
+        local = jnp.where((local >= 0) & (local < num_local), local, num_local).reshape(-1)
+        order = jnp.argsort(local)
+        sizes = jnp.sum(local[:, None] == jnp.arange(num_local), axis=0, dtype=jnp.int32)
+        by_expert = functools.partial(
+            grouped_product,
+            group_sizes=sizes,
+            rows_per_group=local.shape[0] // num_experts,
+            backend=backend,
+            target=layout.target,
+        )
+        sorted_rows = tokens[order // self.num_per_token]
+        gated, lifted = by_expert(sorted_rows, gate), by_expert(sorted_rows, up)
+        if (adapter := self.experts.gate_up_proj_adapter) is not None:
+            low_rank, factors = factors[: len(adapter.factors)], factors[len(adapter.factors) :]
+            gated, lifted = adapter(sorted_rows, (gated, lifted), low_rank, by_expert)
+        inner = activation(self.activation)(gated) * lifted
+        outputs = by_expert(inner, down)
+        if (adapter := self.experts.down_proj_adapter) is not None:
+            # Where F is split, a device's share of the inner product over F is multiplied on: the
+            # shares are added at the end, like those of `down`.
+            (outputs,) = adapter(inner, (outputs,), factors, by_expert)
+        outputs = outputs[jnp.argsort(order)].reshape(*routing.experts.shape, -1)
+        out = jnp.einsum(
+            "Mk,MkD->MD", routing.weights, outputs, preferred_element_type=jnp.float32
+        ).astype(x.dtype)
+
+        chosen = jnp.sum(routing.experts[:, :, None] == jnp.arange(num_experts), axis=1)
+        real_M1 = real[:, None]
+        statistics = RouterStatistics(
+            assigned=jnp.sum(chosen * real_M1, axis=0, dtype=jnp.float32)[None],
+            probability=jnp.sum(routing.probability * real_M1, axis=0)[None],
+            num_tokens=jnp.sum(real, dtype=jnp.float32)[None],
+        )
+        return layout.add(out).reshape(x.shape), statistics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """How a block's arrays lie on a mesh, and what the devices of a group exchange.
+
+    An axis that its mesh axes do not divide is whole on every device, as everywhere: then its
+    devices all do the same and there is nothing to add.
+    """
+
+    rows: PartitionSpec = dataclasses.field(default_factory=PartitionSpec)
+    stacks: tuple[PartitionSpec, ...] = ()
+    added: tuple[str, ...] = ()
+    expert_axis: str | None = None
+    target: Target | None = None
+
+    @classmethod
+    def of(
+        cls,
+        mesh: Mesh,
+        shape: tuple[int, ...],
+        stacks: Sequence[tuple[Any, tuple[int, ...]]],
+    ) -> "_Layout":
+        (batch,) = spec_for(("batch",), shape[:1], mesh)
+        specs = tuple(spec_for(axes, size, mesh) for axes, size in stacks)
+        experts, _, inner = (_names(entry) for entry in specs[0])
+        return cls(
+            rows=PartitionSpec(batch),
+            stacks=specs,
+            added=experts + inner,
+            expert_axis=experts[0] if experts else None,
+            target=target_of(mesh),
+        )
+
+    def first_expert(self, num_local: int) -> Int[Array, ""] | int:
+        """The number of this device's first expert."""
+        return jax.lax.axis_index(self.expert_axis) * num_local if self.expert_axis else 0
+
+    def gather(self, stacks: Sequence[Array]) -> list[Array]:
+        """The experts' matrices with D whole."""
+        whole = list(stacks)
+        for number, spec in enumerate(self.stacks):
+            for axis, names in enumerate(spec):
+                if _GATHERED in _names(names):
+                    whole[number] = jax.lax.all_gather(
+                        whole[number], _GATHERED, axis=axis, tiled=True
+                    )
+        return whole
+
+    def add(self, share: Array) -> Array:
+        """The sum of the shares of the devices that see the same tokens."""
+        return jax.lax.psum(share, self.added) if self.added else share
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec, which may be a name or None."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

@@ -1,0 +1,93 @@
+"""A model as a function of its arrays: one structure for equal models, one loop over layers."""
+
+import functools
+import gc
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import swaa_jax as swaa
+from swaa_jax.models.function import ModelFunction, Structure, split_model
+from swaa_jax.models.stack import ScannedLayers
+from tests.support.random_models import assert_same_weights, random_model
+
+POLICY = swaa.AttentionPolicy(window=5, num_sink_tokens=1, full_attention_layers="1::2")
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(3, 61, (2, 12)))
+
+
+def test_equal_models_have_one_structure_and_arrays_by_name():
+    model, again = random_model(POLICY), random_model(POLICY)
+    split = split_model(model)
+    assert split_model(split) is split
+    assert split.structure is split_model(again).structure
+    assert split.structure is not split_model(model.with_policy(swaa.AttentionPolicy())).structure
+    assert split.arrays["layers.3.mlp.up_proj.kernel"] is model.layers[3].mlp.up_proj.kernel[...]
+    assert split.layers == model.layer_attention
+    built = split.structure.build({**split.arrays, "of another": jnp.zeros(())})
+    assert built.policy == POLICY
+    assert_same_weights(built, model)
+    with pytest.raises(KeyError, match=r"norm\.scale"):
+        split.structure.build({k: v for k, v in split.arrays.items() if k != "norm.scale"})
+
+
+def test_a_structure_that_nobody_holds_is_freed():
+    structure = Structure.of(random_model(POLICY, rms_norm_eps=2e-6))
+    gone, known = weakref.ref(structure), len(Structure._known)
+    del structure
+    gc.collect()
+    assert gone() is None
+    assert len(Structure._known) < known
+
+
+@pytest.mark.parametrize("remat", ["none", "layer"])
+def test_scanned_layers_are_tapped_and_remembered_as_unrolled_ones(remat):
+    model = random_model(POLICY, num_hidden_layers=2)
+    split = split_model(model)
+
+    def tap(out, block, layer):
+        del layer
+        return {"keys": out.attended.k, "norm": block.input_layernorm.scale[...]}
+
+    def unrolled(arrays):
+        states = split.structure.build(arrays).hidden_states(TOKENS, tap=tap, remat=remat)
+        return jnp.sum(states.hidden**2), states
+
+    def scanned(arrays):
+        layer = Structure.of(model.layers[0])
+        names = [f"layers.{i}." for i in range(len(model.layers))]
+        blocks = ScannedLayers(
+            build=lambda own, number: layer.build(own),
+            arrays={n: jnp.stack([arrays[at + n] for at in names]) for n in layer.names},
+        )
+        built = split.structure.build(arrays)
+        states = built.hidden_states(TOKENS, tap=tap, remat=remat, blocks=blocks)
+        return jnp.sum(states.hidden**2), states
+
+    gradient = functools.partial(jax.grad, has_aux=True)
+    (slopes, one), (other_slopes, other) = (
+        jax.jit(gradient(run))(split.arrays) for run in (unrolled, scanned)
+    )
+    for name, slope in slopes.items():
+        np.testing.assert_allclose(other_slopes[name], slope, rtol=1e-4, atol=1e-4, err_msg=name)
+    np.testing.assert_allclose(other.hidden, one.hidden, rtol=1e-5, atol=1e-5)
+    stacked = jax.tree.map(lambda *each: jnp.stack(each), *one.tapped)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), other.tapped, stacked
+    )
+
+
+def test_a_function_takes_stacked_arrays_or_those_of_each_layer():
+    model = random_model(POLICY)
+    arrays = split_model(model).arrays
+    run = ModelFunction(model, scan_layers=True)
+    stacked = {name: value for name, value in arrays.items() if not name.startswith("layers.")}
+    for name in run.layer_names:
+        each = [arrays[f"layers.{i}.{name}"] for i in range(4)]
+        stacked[f"layers.*.{name}"] = jnp.stack(each)
+    want = model.hidden_states(TOKENS).hidden
+    for given in (arrays, stacked):
+        got = jax.jit(lambda given: run(given, {"tokens": TOKENS}).hidden)(given)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
