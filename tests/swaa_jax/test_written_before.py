@@ -13,8 +13,8 @@ import yaml
 
 import swaa_jax as swaa
 from swaa_jax.cli.main import main
-from swaa_jax.configs import load_policy, load_policy_file
 from swaa_jax.models import CausalLM
+from swaa_jax.policy import load_policy, load_policy_file
 from tests.fixtures import make_before_0_2 as made
 from tests.support import train_runs
 

@@ -58,9 +58,10 @@ def html_report(
         rows=[
             {
                 "cells": [(column, column.cell(summary)) for column in COLUMNS],
-                "is_baseline": summary.difference is None,
+                "is_baseline": summary is group.baseline,
             }
-            for summary in _lines(groups)
+            for group in groups
+            for summary in group.summaries
         ],
         groups=[
             _group_view(group, chart, seed=evaluation.config.seed)
