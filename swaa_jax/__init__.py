@@ -6,7 +6,7 @@ Examples:
     >>> import swaa_jax as swaa
     >>> policy = swaa.AttentionPolicy(window=2048, num_sink_tokens=10, decode="full")
     >>> str(policy)
-    'window 2048 + 10 sinks, FA decode'
+    'window=2048,sinks=10,decode=full'
 """
 
 import importlib
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kernels_pallas.mask import Stage
     from swaa_jax.checkpoint.tokenizer import load_tokenizer
-    from swaa_jax.infer import generate
+    from swaa_jax.infer import GenerateOptions, generate
     from swaa_jax.lora import LoraConfig, add_lora, load_adapter, merge_lora, save_adapter
     from swaa_jax.models.auto import load_model, save_model
     from swaa_jax.policy import AttentionPolicy
@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionPolicy",
+    "GenerateOptions",
     "LoraConfig",
     "Stage",
     "__version__",
@@ -42,6 +43,7 @@ __all__ = [
 
 _LAZY = {
     "AttentionPolicy": "swaa_jax.policy",
+    "GenerateOptions": "swaa_jax.infer",
     "LoraConfig": "swaa_jax.lora",
     "Stage": "kernels_pallas.mask",
     "add_lora": "swaa_jax.lora",

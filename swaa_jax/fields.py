@@ -1,32 +1,491 @@
-"""Checks of a config's fields."""
+"""Values that people write are checked here: a config's fields, arguments, YAML, overrides.
 
-from typing import Any
+A check is a function of a name and a value, which gives the value in its one form or says what is
+wrong with it, always in the same words: ``name: expected X, got Y; do Z``.
+
+    >>> integer(least=1)("batch_size", 0)
+    Traceback (most recent call last):
+    ValueError: batch_size: expected an integer of at least 1, got 0 (int)
+
+A frozen dataclass checks its fields with `check_fields` and is read from a mapping with
+`from_mapping`. Whatever a message echoes is cut short: see `describe`.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import numbers
+import operator
+import os
+import re
+import reprlib
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import yaml
+
+__all__ = [
+    "Check",
+    "check_fields",
+    "check_keys",
+    "describe",
+    "flag",
+    "from_mapping",
+    "integer",
+    "key_value",
+    "list_of",
+    "mapping",
+    "nearest",
+    "number",
+    "one_of",
+    "or_none",
+    "parse_json",
+    "parse_yaml",
+    "plain",
+    "plural",
+    "section",
+    "set_field",
+    "show",
+    "text",
+    "texts",
+    "with_overrides",
+    "wrong",
+]
+
+T = TypeVar("T")
+Check: TypeAlias = Callable[[str, object], T]
+"""Gives the value that a name has in its one form, or raises ValueError."""
+
+# Messages.
+
+_SHOWN_KEYS = 5
+_LONGEST_VALUE, _LONGEST_TYPE = 150, 40
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxlong, _REPR.maxstring, _REPR.maxother = 4, 60, 120, _LONGEST_VALUE
+_REPR.maxdict = _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = 12
 
 
-def check_one_of(name: str, value: object, known: tuple[object, ...]) -> None:
-    """Raise ValueError unless the value is one of the known ones."""
-    if not any(value is one or (isinstance(value, str) and value == one) for one in known):
-        raise ValueError(f"{name}: expected one of {list(known)}, got {value!r}")
+def show(value: object) -> str:
+    """A value for messages, in at most 160 characters."""
+    try:
+        shown = _REPR.repr(value)
+    except ValueError:  # an int with more digits than Python prints
+        return "a value that cannot be shown"
+    return shown if len(shown) <= _LONGEST_VALUE else f"{shown[:_LONGEST_VALUE]}..."
 
 
-def check_range(
-    name: str,
-    value: Any,
+def describe(value: object) -> str:
+    """The same with its type, in at most 200 characters.
+
+    >>> describe("ful")
+    "'ful' (str)"
+    """
+    return f"{show(value)} ({type(value).__name__[:_LONGEST_TYPE]})"
+
+
+def wrong(name: str, expected: str, got: object, advice: str = "") -> ValueError:
+    """The error of a value that is not what was expected; `advice` says what to do."""
+    return ValueError(f"{name}: expected {expected}, got {describe(got)}{advice and f'; {advice}'}")
+
+
+def nearest(word: object, known: Iterable[str]) -> str:
+    """A hint at the known word that is most alike, or nothing.
+
+    >>> nearest("ful", ["full", "window"])
+    " (did you mean 'full'?)"
+    """
+    shown = word[:80] if isinstance(word, str) else show(word)
+    near = difflib.get_close_matches(shown, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def plural(noun: str, count: int) -> str:
+    """The noun with an s unless there is one."""
+    return noun if count == 1 else f"{noun}s"
+
+
+# Checks.
+
+
+def integer(*, least: int | None = None, most: int | None = None) -> Check[int]:
+    """Python's and numpy's integers within limits, as an int; no bools, floats or texts."""
+    limits = [f"of at least {least}"] if least is not None else []
+    limits += [f"of at most {most}"] if most is not None else []
+    expected = " ".join(["an integer", " and ".join(limits)]).strip()
+
+    def check(name: str, value: Any) -> int:
+        try:
+            found = None if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            found = None
+        if found is None or not (least is None or found >= least):
+            raise wrong(name, expected, value)
+        if most is not None and found > most:
+            raise wrong(name, expected, value)
+        return found
+
+    return check
+
+
+def number(
     *,
-    least: float | int | None = None,
-    most: float | int | None = None,
-    above: float | int | None = None,
-    below: float | int | None = None,
-) -> None:
-    """Raise ValueError unless the value is a number within the limits."""
-    limits = [
-        (least, "at least", lambda limit: value >= limit),
-        (most, "at most", lambda limit: value <= limit),
-        (above, "more than", lambda limit: value > limit),
-        (below, "less than", lambda limit: value < limit),
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Check[float]:
+    """A finite number within limits, an int or a float as it was given."""
+    bounds: list[tuple[str, float | None, Callable[[Any, Any], bool]]] = [
+        ("of at least", least, operator.ge),
+        ("above", above, operator.gt),
+        ("of at most", most, operator.le),
+        ("below", below, operator.lt),
     ]
-    named = [(words, limit, holds) for limit, words, holds in limits if limit is not None]
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not all(holds(limit) for _, limit, holds in named):
-        wanted = " and ".join(f"{words} {limit:g}" for words, limit, _ in named)
-        raise ValueError(f"{name}: expected a number {wanted}, got {value!r}")
+    limits = [f"{words} {limit:g}" for words, limit, _ in bounds if limit is not None]
+    expected = " ".join(["a number", " and ".join(limits)]).strip()
+
+    def check(name: str, value: Any) -> Any:
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        is_finite = is_number and (isinstance(value, numbers.Integral) or math.isfinite(value))
+        if not is_finite or not all(
+            holds(value, limit) for _, limit, holds in bounds if limit is not None
+        ):
+            raise wrong(name, expected, value)
+        return value
+
+    return check
+
+
+def one_of(*known: object) -> Check[Any]:
+    """One of some texts, or of some other constants."""
+    expected = f"one of {', '.join(map(_yaml_word, known))}"
+
+    def check(name: str, value: object) -> Any:
+        if not any(type(value) is type(one) and value == one for one in known):
+            hint = nearest(value, [one for one in known if isinstance(one, str)])
+            raise ValueError(f"{name}: expected {expected}, got {describe(value)}{hint}")
+        return value
+
+    return check
+
+
+def _yaml_word(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def flag(name: str, value: object) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise wrong(name, "true or false", value)
+    return value
+
+
+def text(name: str, value: object) -> str:
+    """A text that is not blank."""
+    if not isinstance(value, str) or not value.strip():
+        raise wrong(name, "text", value, "" if isinstance(value, str) else "quote it")
+    return value
+
+
+def texts(name: str, value: object) -> tuple[str, ...]:
+    """Texts or paths as texts: a list of them, or one alone."""
+    several = (value,) if isinstance(value, str | os.PathLike) else value
+    if not isinstance(several, list | tuple) or not all(
+        isinstance(item, str | os.PathLike) for item in several
+    ):
+        raise wrong(name, "text or a list of texts", value)
+    return tuple(os.fspath(item) for item in several)
+
+
+def mapping(name: str, value: object) -> dict[Any, Any]:
+    """A mapping, as a dict of its own."""
+    if not isinstance(value, Mapping):
+        raise wrong(name, "a mapping", value)
+    return dict(value)
+
+
+def list_of(item: Check[T], *, distinct: bool = False) -> Check[tuple[T, ...]]:
+    """A tuple of values that each pass a check, from any collection that has an order or length."""
+
+    def check(name: str, value: object) -> tuple[T, ...]:
+        if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
+            raise wrong(name, "a list", value, f"for that one value write [{show(value)}]")
+        found = tuple(item(f"{name}[{at}]", one) for at, one in enumerate(value))
+        if distinct and len(set(found)) < len(found):
+            seen: set[object] = set()
+            twice = next(one for one in found if one in seen or seen.add(one))
+            raise wrong(name, "each value once", found, f"leave out the second {show(twice)}")
+        return found
+
+    return check
+
+
+def or_none(check: Check[T]) -> Check["T | None"]:
+    """None, or what passes the check."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+# Dataclasses.
+
+
+def set_field(instance: object, name: str, value: object) -> None:
+    """Sets a field of a frozen dataclass, in its `__post_init__` only."""
+    object.__setattr__(instance, name, value)
+
+
+def check_fields(instance: object, **checks: Check[object]) -> None:
+    """Checks fields of a frozen dataclass in its `__post_init__`, and keeps them in one form."""
+    for name, check in checks.items():
+        set_field(instance, name, check(name, getattr(instance, name)))
+
+
+def check_keys(name: str, keys: Iterable[object], known: Sequence[str], advice: str = "") -> None:
+    """Refuses unknown keys; each is told with the nearest known one.
+
+    >>> check_keys("data", {"pakcing": "pack"}, ["packing", "seed"])
+    Traceback (most recent call last):
+    ValueError: data: expected keys among packing, seed, got 'pakcing' (did you mean 'packing'?)
+    """
+    unknown = [key for key in keys if key not in known]
+    if not unknown:
+        return
+    shown = [f"{show(key)}{nearest(key, known)}" for key in unknown[:_SHOWN_KEYS]]
+    if len(unknown) > _SHOWN_KEYS:
+        shown.append(f"and {len(unknown) - _SHOWN_KEYS} more")
+    expected = f"keys among {', '.join(known)}" if known else "no keys"
+    raise ValueError(
+        f"{name}: expected {expected}, got {', '.join(shown)}{advice and f'; {advice}'}"
+    )
+
+
+def from_mapping(
+    kind: type[T],
+    value: object,
+    name: str,
+    *,
+    prefix: str = "",
+    readers: Mapping[str, Check[object]] | None = None,
+    leave_out: Sequence[str] = (),
+    advice: str = "",
+) -> T:
+    """A dataclass from a mapping of its fields.
+
+    Args:
+        kind: the dataclass.
+        value: the mapping.
+        name: what it is, for messages about all of it.
+        prefix: of the fields' names in messages, such as ``"data."``.
+        readers: give fields that are more than plain data from it.
+        leave_out: fields that the mapping may not have.
+        advice: what to do where a required field is missing.
+
+    Raises:
+        ValueError: no mapping, an unknown key (the nearest known one is named), a required field
+            left out or null, or a value that does not fit.
+    """
+    values = mapping(name, value)
+    every = dataclasses.fields(kind)  # pyright: ignore[reportArgumentType]
+    fields = [field for field in every if field.name not in leave_out]
+    check_keys(name, values, [field.name for field in fields])
+    missing = [
+        field.name
+        for field in fields
+        if field.default is field.default_factory is dataclasses.MISSING
+        and values.get(field.name) is None
+    ]
+    if missing:
+        raise ValueError(
+            f"{name}: expected a value for {' and '.join(missing)}, got none"
+            f"{advice and f'; {advice}'}"
+        )
+    for field, read in (readers or {}).items():
+        if field in values:
+            values[field] = read(f"{prefix}{field}", values[field])
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from error
+
+
+def section(kind: type[T], *, leave_out: Sequence[str] = ()) -> Check[T]:
+    """A dataclass, or a mapping of its fields, as the part of a config that has its name."""
+
+    def check(name: str, value: object) -> T:
+        if isinstance(value, kind):
+            return value
+        return from_mapping(kind, value, name, prefix=f"{name}.", leave_out=leave_out)
+
+    return check
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and tuples as YAML and JSON have them: mappings and lists."""
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+# Text.
+
+_DEEPEST = 50
+_LONGEST_PROBLEM = 300
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without aliases, deep nesting, base sixty and repeated keys; 1e-4 is a number."""
+
+    def __init__(self, stream: str):
+        super().__init__(stream)
+        self._depth = 0
+
+    def compose_node(self, parent, index):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """A node, unless it is an alias or too deep."""
+        line = self.peek_event().start_mark.line + 1
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError(f"line {line}: expected values written out, got an alias (*name)")
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise ValueError(f"line {line}: expected at most {_DEEPEST} levels of nesting")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_yaml_number(self, node):
+        """An int or a float, unless it is written with colons."""
+        if ":" in node.value:
+            raise ValueError(
+                f"line {node.start_mark.line + 1}: {node.value} without quotes is a number in base "
+                f'sixty in YAML 1.1; quote a slice of layers, "{node.value}"'
+            )
+        if node.tag.endswith(":int"):
+            return super().construct_yaml_int(node)
+        return super().construct_yaml_float(node)
+
+    def construct_mapping(self, node, deep=False):
+        """A dict, unless a key is repeated (plain YAML keeps the last one in silence)."""
+        seen: set[Hashable] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                break  # YAML's own error says so
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise ValueError(f"line {line}: expected each key once, got {describe(key)} twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_number)
+_StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader.construct_yaml_number)
+_StrictLoader.add_implicit_resolver(  # YAML 1.1 reads 1e-4, which has no point, as text
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(document: str) -> Any:
+    """The document's content, in time linear in its length.
+
+    Aliases, more than 50 levels, repeated keys and numbers in base sixty, as YAML 1.1 reads a bare
+    ``1:36``, are errors. ``1e-4`` is a number, as in YAML 1.2.
+
+    Raises:
+        ValueError: something is wrong with it.
+    """
+    try:
+        return yaml.load(document, Loader=_StrictLoader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"YAML: {_problem(error)}") from error
+
+
+def parse_json(document: str) -> Any:
+    """The same of JSON.
+
+    Raises:
+        ValueError: something is wrong with it.
+    """
+    try:
+        return json.loads(document)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"JSON: {_problem(error)}") from error
+
+
+def _problem(error: Exception) -> str:
+    shown = " ".join(str(error).split())
+    return shown if len(shown) <= _LONGEST_PROBLEM else f"{shown[:_LONGEST_PROBLEM]}..."
+
+
+# Overrides.
+
+
+def key_value(name: str, setting: str) -> tuple[str, Any]:
+    """Key and value of KEY=VALUE; the value is JSON where it can be, else the text as it is.
+
+    >>> key_value("--set", "steps=300"), key_value("--set", "pattern=a: b")
+    (('steps', 300), ('pattern', 'a: b'))
+
+    Raises:
+        ValueError: no ``=``, or nothing before it.
+    """
+    key, value = _split(name, setting)
+    try:
+        return key, json.loads(value)
+    except (ValueError, RecursionError):
+        return key, value
+
+
+def with_overrides(
+    fields: Mapping[str, object],
+    overrides: Sequence[str],
+    *,
+    name: str = "override",
+    named: Mapping[str, Callable[[str], Mapping[str, object]]] | None = None,
+) -> dict[str, Any]:
+    """The fields with KEY.SUB=VALUE overrides; values are YAML.
+
+    Args:
+        fields: a config as plain data.
+        overrides: in order.
+        name: what messages call them.
+        named: what gives the fields of a config that has only a name, by its key: so that one of
+            a recipe's fields can be changed.
+
+    Raises:
+        ValueError: no ``=``, malformed YAML, or a key below something that has no keys.
+
+    Examples:
+        >>> with_overrides({"optimizer": {"learning_rate": 1}}, ["optimizer.learning_rate=3e-4"])
+        {'optimizer': {'learning_rate': 0.0003}}
+    """
+    result: dict[str, Any] = dict(fields)
+    for override in overrides:
+        key, value = _split(name, override)
+        *parents, last = key.split(".")
+        place = result
+        for depth, parent in enumerate(parents):
+            below = place.get(parent)
+            if depth == 0 and isinstance(below, str) and parent in (named or {}):
+                below = (named or {})[parent](below)
+            below = {} if below is None else below
+            if not isinstance(below, Mapping):
+                above = ".".join(parents[: depth + 1])
+                raise wrong(f"{name} {override!r}", f"keys in {above}", below, f"leave out .{last}")
+            place[parent] = dict(below)
+            place = place[parent]
+        try:
+            place[last] = parse_yaml(value) if value.strip() else None
+        except ValueError as error:
+            raise ValueError(f"{name} {key}: {error}") from error
+    return result
+
+
+def _split(name: str, setting: str) -> tuple[str, str]:
+    key, equals, value = setting.partition("=")
+    if not equals or not key.strip():
+        raise wrong(name, "KEY=VALUE", setting)
+    return key.strip(), value

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from swaa_jax.fields import check_range
+from swaa_jax.fields import check_fields, check_keys, integer, number, or_none, set_field
 from swaa_jax.models.head import VocabHead
 from swaa_jax.sharding import RULES, spec_for, split_over
 
@@ -64,25 +64,25 @@ class LossConfig:
     router_loss: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "others", tuple(sorted(dict(self.others).items())))
-        check_range("sft", self.sft, least=0.0)
-        check_range("self_distill", self.self_distill, least=0.0)
-        known = [name for name in LOSSES if name not in ("nll", "kl")]
-        for name, factor in dict(self.others).items():
-            if name not in known:
-                raise ValueError(f"others: expected losses among {known}, got {name!r:.100}")
-            check_range(f"others.{name}", factor, least=0.0)
-        check_range("temperature", self.temperature, above=0.0)
+        check_fields(
+            self,
+            sft=number(least=0),
+            self_distill=number(least=0),
+            temperature=number(above=0),
+            top_k=or_none(integer(least=1)),
+            chunk_tokens=or_none(integer(least=1)),
+            router_loss=or_none(number(least=0)),
+        )
+        others = dict(self.others)
+        check_keys("others", others, [name for name in LOSSES if name not in ("nll", "kl")])
+        for name, factor in others.items():
+            number(least=0)(f"others.{name}", factor)
+        set_field(self, "others", tuple(sorted(others.items())))
         if not self.factors:
             raise ValueError(
                 "loss: expected sft or self_distill above 0, got 0 for both; nothing would be "
                 "trained"
             )
-        for name in ("top_k", "chunk_tokens"):
-            if (value := getattr(self, name)) is not None:
-                check_range(name, value, least=1)
-        if self.router_loss is not None:
-            check_range("router_loss", self.router_loss, least=0.0)
 
     @property
     def factors(self) -> dict[str, float]:

@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from etils import epath
 
+from swaa_jax.fields import show
+
 logger = logging.getLogger(__name__)
 
 _COORDINATOR = "JAX_COORDINATOR_ADDRESS"
@@ -68,10 +70,11 @@ def initialize_distributed(
             _wait_for_coordinator(coordinator, deadline, timeout_s)
     elif not detect:
         raise ValueError(
-            f"distributed start: {' and '.join(given)} given, but not "
-            f"{' and '.join(flag for flag in flags if flag not in given)}. Give all three, as "
+            f"distributed start: expected {', '.join(flags)} together, got "
+            f"{' and '.join(given)} without "
+            f"{' and '.join(flag for flag in flags if flag not in given)}; give all three, as "
             f"flags or in the environment ({_COORDINATOR}, {_NUM_PROCESSES}, {_PROCESS_ID}), or "
-            "--distributed to ask the cluster for the rest."
+            "--distributed to ask the cluster for the rest"
         )
     _join(coordinator, num_processes, process_id, detect=detect, deadline=deadline)
     logger.info("joined the run%s", f" at {coordinator}" if coordinator else "")
@@ -83,7 +86,7 @@ def _integer(variable: str) -> int | None:
     if not text:
         return None
     if not text.isdecimal():
-        raise ValueError(f"{variable}: expected an integer in the environment, got {text!r}")
+        raise ValueError(f"{variable}: expected an integer in the environment, got {show(text)}")
     return int(text)
 
 
@@ -92,7 +95,7 @@ def _check(coordinator: str, num_processes: int, process_id: int) -> None:
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ValueError(
             "coordinator: expected HOST:PORT of process 0, such as 10.0.0.1:8476, "
-            f"got {coordinator!r}"
+            f"got {show(coordinator)}"
         )
     if not 0 <= process_id < num_processes:
         raise ValueError(
@@ -135,22 +138,22 @@ def _join(
     thread.join(timeout_s)
     if thread.is_alive():
         raise ValueError(
-            f"distributed start: gave up after waiting {timeout_s:.0f} s for all processes"
-            f"{'' if coordinator is None else f' to meet at {coordinator}'}. Check that each of "
-            "them was started, with the same coordinator and number of processes and with its own "
-            "process id, and see what the others say."
+            "distributed start: expected all processes to meet"
+            f"{'' if coordinator is None else f' at {coordinator}'}, gave up after waiting "
+            f"{timeout_s:.0f} s; check that each of them was started, with the same coordinator "
+            "and number of processes and with its own process id, and see what the others say"
         )
     if failure and coordinator is None and isinstance(failure[0], ValueError):
         raise ValueError(
-            "--distributed: JAX recognises no cluster here; it knows TPU pod slices, SLURM, Open "
-            f"MPI and (with jax[k8s]) Kubernetes. It says: {failure[0]} Give --coordinator "
-            "HOST:PORT, --num-processes N and --process-id I."
+            "--distributed: expected a cluster that JAX recognises (TPU pod slices, SLURM, Open "
+            f"MPI and, with jax[k8s], Kubernetes), got none ({failure[0]}); give --coordinator "
+            "HOST:PORT, --num-processes N and --process-id I"
         ) from failure[0]
     if failure:
         raise ValueError(
-            f"distributed start: process {process_id} of {num_processes} could not join the run "
-            f"({failure[0]}). Is {coordinator} taken by another program, or the process id by "
-            "another process?"
+            f"distributed start: expected process {process_id} of {num_processes} to join the "
+            f"run, got an error ({failure[0]}); see whether {coordinator} is taken by another "
+            "program, or the process id by another process"
         ) from failure[0]
 
 
@@ -164,8 +167,9 @@ def _wait_for_coordinator(coordinator: str, deadline: float, timeout_s: int) -> 
         except OSError as error:
             if time.monotonic() + 0.5 > deadline:
                 raise ValueError(
-                    f"coordinator: nothing answers at {coordinator} in {timeout_s} s ({error}). "
-                    "Check the address, that process 0 runs there, and that no firewall is between."
+                    f"coordinator: expected an answer at {coordinator}, got none in {timeout_s} s "
+                    f"({error}); check the address, that process 0 runs there, and that no "
+                    "firewall is between"
                 ) from error
         time.sleep(0.5)
 
@@ -269,7 +273,7 @@ def enable_compilation_cache(directory: epath.PathLike | None = None) -> str | N
         if directory is not None:
             raise ValueError(
                 f"directory: expected a directory for the compilation cache that can be written, "
-                f"got {path} ({error}). Choose another one."
+                f"got {path} ({error}); choose another one"
             ) from error
         logger.warning("no compilation cache: %s (%s)", path, error)
         return None

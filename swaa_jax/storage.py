@@ -22,6 +22,8 @@ from typing import Any
 
 from etils import epath
 
+from swaa_jax.fields import show
+
 COMMIT_MARK = "config.json"
 """The file that is written last, and without which a directory is not taken for a checkpoint."""
 
@@ -55,19 +57,21 @@ def unreadable(path: epath.PathLike, error: BaseException) -> CheckpointError:
     reason = f"{reason or type(error).__name__}"[:500].rstrip(".")
     scheme, remote, _ = text.partition("://")
     if not remote:
-        advice = "Check that it is what you meant and that you may read it."
+        advice = "check that it is what you meant and that you may read it"
     elif isinstance(error, KeyError):  # epath knows no such scheme
         reason = f"the scheme {scheme!r} is unknown"
-        advice = "Expected a local path, gs://, s3:// or az://."
+        advice = "give a local path, gs://, s3:// or az://"
     elif isinstance(error, ImportError):
         extra = "pip install 'swaa-jax[gcs]'" if scheme == "gs" else "the fsspec package for it"
-        advice = f"Install what reads {scheme}://: {extra}."
+        advice = f"install what reads {scheme}://: {extra}"
     else:
         advice = (
-            "Check the network, the path, and that this account may read it (for gs://, "
-            "`gcloud auth application-default login`)."
+            "check the network, the path, and that this account may read it (for gs://, "
+            "`gcloud auth application-default login`)"
         )
-    return CheckpointError(f"{text!r} cannot be opened or read ({reason}). {advice}")
+    return CheckpointError(
+        f"{text!r}: expected a path that can be opened or read, got an error ({reason}); {advice}"
+    )
 
 
 @contextlib.contextmanager
@@ -95,8 +99,8 @@ def check_space(place: epath.PathLike, needed: int, *, what: str, advice: str) -
     free = shutil.disk_usage(disk).free
     if needed > free:
         raise CheckpointError(
-            f"{what} needs {_size(needed)}, but the disk of {os.fspath(place)} has {_size(free)} "
-            f"left; nothing was written. {advice}"
+            f"{what}: expected {_size(needed)} of free space on the disk of {os.fspath(place)}, "
+            f"got {_size(free)}; nothing was written; {advice}"
         )
 
 
@@ -165,8 +169,8 @@ def resolve_inside(directory: epath.PathLike, name: str) -> epath.Path:
     directory = epath.Path(directory)
     if not name or name in (".", "..") or any(c in name for c in "/\\\0"):
         raise CheckpointError(
-            f"{directory}: {name!r} is not the name of a file in this directory. Expected a plain "
-            "file name such as 'model-00001-of-00002.safetensors'; fix or rebuild the index."
+            f"{directory}: expected the plain name of a file in this directory, such as "
+            f"'model-00001-of-00002.safetensors', got {show(name)}; fix or rebuild the index"
         )
     path = directory / name
     if not is_local(directory):
@@ -181,15 +185,18 @@ def resolve_inside(directory: epath.PathLike, name: str) -> epath.Path:
         regular = target.is_file() or not target.exists()  # a pipe, say, would hang
     except (OSError, RuntimeError) as error:  # a loop of links, or no permission
         raise CheckpointError(
-            f"{path} cannot be followed to a file ({error}). Replace it by the file itself."
+            f"{path}: expected a file, got what cannot be followed to one ({error}); replace it by "
+            "the file itself"
         ) from error
     if not any(target.is_relative_to(allowed) for allowed in roots):
         raise CheckpointError(
-            f"{path} is a symbolic link to {target}, outside the checkpoint directory {directory}, "
-            "and is refused. Expected a regular file; copy the file into the directory."
+            f"{path}: expected a regular file, got a symbolic link to {target}, outside the "
+            f"checkpoint directory {directory}; copy the file into the directory"
         )
     if not regular:
-        raise CheckpointError(f"{path} is not a regular file. Fetch the file again.")
+        raise CheckpointError(
+            f"{path}: expected a regular file, got something else; fetch the file again"
+        )
     return path
 
 
@@ -283,8 +290,9 @@ def atomic_directory(
         if not is_disk_full(error):
             raise
         raise CheckpointError(
-            f"{target}: the disk is full; nothing was saved. Free some space, or choose another "
-            "place (for a remote path, TMPDIR is where the files are written first)."
+            f"{target}: expected room for the files, got a disk that is full; nothing was saved; "
+            "free some space, or choose another place (for a remote path, TMPDIR is where the "
+            "files are written first)"
         ) from error
 
 
@@ -297,19 +305,21 @@ def _check_target(target: epath.Path, *, overwrite: bool, commit_mark: str) -> N
         names = [] if is_file else [path.name for path in target.iterdir()]
     if is_file:
         raise CheckpointError(
-            f"{target} exists and is a file; expected a directory to save in. Choose another path."
+            f"{target}: expected a directory to save in, got a file; choose another path"
         )
     if not names:
         return
     if not overwrite:
         raise CheckpointError(
-            f"{target} exists and is not empty; nothing was written. Choose another path, or pass "
-            "overwrite=True (--overwrite) to replace it."
+            f"{target}: expected a new or empty directory, got one that exists and is not empty; "
+            "nothing was written; choose another path, or pass overwrite=True (--overwrite) to "
+            "replace it"
         )
     if commit_mark not in names:
         raise CheckpointError(
-            f"{target} exists but has no {commit_mark}, so it does not look like a saved model and "
-            "overwrite=True will not remove it. Choose another path, or remove it yourself."
+            f"{target}: expected a saved model to overwrite, got a directory without "
+            f"{commit_mark}, which overwrite=True does not remove; choose another path, or "
+            "remove it yourself"
         )
 
 
@@ -323,8 +333,9 @@ def _local_directory(target: epath.Path, commit_mark: str) -> Iterator[epath.Pat
             os.mkdir(scratch)
         except OSError as error:
             raise CheckpointError(
-                f"{target}: cannot make a directory there ({error.strerror}); nothing was written. "
-                "Choose a path in a directory that you may write in."
+                f"{target}: expected a path where a directory can be made, got "
+                f"{error.strerror!r}; nothing was written; choose one in a directory that you may "
+                "write in"
             ) from error
         yield epath.Path(scratch)
         _sync_files(scratch)
@@ -343,8 +354,8 @@ def _make_parents(target: epath.Path) -> list[pathlib.Path]:
         pathlib.Path(target).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(
-            f"{target}: its parent directory cannot be made ({error.strerror}: {error.filename}); "
-            "nothing was written. Choose another path."
+            f"{target}: expected a parent directory that can be made, got {error.strerror!r} at "
+            f"{error.filename}; nothing was written; choose another path"
         ) from error
     return missing
 
@@ -389,7 +400,7 @@ def _remote_directory(target: epath.Path, commit_mark: str) -> Iterator[epath.Pa
             # No mkdir: object stores have no directories, and some would make the bucket.
             if (target / commit_mark).exists():
                 (target / commit_mark).unlink()  # from here on readers refuse the directory
-                replaced = " What was there before is gone too."
+                replaced = "; what was there before is gone too"
             for stale in list(target.iterdir()) if target.exists() else ():
                 stale.rmtree() if stale.is_dir() else stale.unlink()
             for name in files:
@@ -404,7 +415,8 @@ def _remote_directory(target: epath.Path, commit_mark: str) -> Iterator[epath.Pa
                 raise
             reason = " ".join(str(error).split())[:500].rstrip(".") or type(error).__name__
             raise CheckpointError(
-                f"{target}: the copy to it failed ({reason}). What was copied has been removed as "
-                f"far as possible, and without {commit_mark} nothing reads it.{replaced} Check the "
-                "network and that this account may write there, then save again."
+                f"{target}: expected a copy of the files, got an error ({reason}); what was copied "
+                f"has been removed as far as possible, and without {commit_mark} nothing reads it"
+                f"{replaced}; check the network and that this account may write there, then save "
+                "again"
             ) from error

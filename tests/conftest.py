@@ -2,13 +2,11 @@
 
 import os
 
-# Eight CPU devices stand in for a mesh, and programs are compiled without LLVM's optimizations:
-# tests compile much and run little. Flags are read once, when JAX's backend starts.
-for _flag, _value in (
-    ("--xla_force_host_platform_device_count", "8"),
-    ("--xla_backend_optimization_level", "0"),
-    ("--xla_llvm_disable_expensive_passes", "true"),
-):
+from tests.support.processes import QUICK_COMPILES
+
+# Eight CPU devices stand in for a mesh. Flags are read once, when JAX's backend starts.
+_FLAGS = {"--xla_force_host_platform_device_count": "8", **QUICK_COMPILES}
+for _flag, _value in _FLAGS.items():
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
 

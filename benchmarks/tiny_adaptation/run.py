@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
@@ -60,6 +62,15 @@ class Size:
     samples: int = 256
     batch_size: int = 256
     overrides: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scored:
+    """An answer, the part of the needles' values that it has, and why it ended."""
+
+    text: str
+    found: float
+    reason: str
 
 
 SMOKE = Size(
@@ -207,29 +218,41 @@ class Scorer:
             for thinking in (True, False)
         }
 
-    def answers(self, model: Any, prompts: Any, policies: Sequence[Any], thinking: bool) -> Any:
-        """A `PolicyScore` a policy."""
-        from swaa_jax.eval.sweep import score_policies
+    def answers(
+        self, model: Any, prompts: Sequence[Any], policies: Sequence[Any]
+    ) -> list[list[Scored]]:
+        """By policy, the answers to the prompts."""
+        from swaa_jax.eval.judging import string_match_all, strip_thinking
+        from swaa_jax.eval.run.answering import answer_prompts, even_batches
+        from swaa_jax.eval.tasks import opens_thinking
+        from swaa_jax.infer import GenerateOptions
 
-        return score_policies(
+        by_policy: dict[Any, list[Scored]] = {policy: [] for policy in policies}
+        for done in answer_prompts(
             model,
             self.tok,
-            prompts,
+            [prompt.prompt_ids for prompt in prompts],
             policies,
-            thinking=thinking,
-            batch_size=self.size.batch_size,
-        )
+            batches=even_batches(len(prompts), self.size.batch_size),
+            options=GenerateOptions(max_new_tokens=128),
+        ):
+            out = done.generation
+            for row, text, reason in zip(done.rows, out.texts, out.finish_reasons, strict=True):
+                prompt = prompts[row]
+                opened = opens_thinking(self.tok, prompt.prompt_ids)
+                said = strip_thinking(text, thinking=opened).text
+                found = string_match_all(said, prompt.answers)
+                by_policy[done.policy].append(Scored(text=text, found=found, reason=reason))
+        return list(by_policy.values())
 
     def score(self, model: Any, policies: Sequence[Any]) -> list[dict[str, float]]:
         """Values found and samples with all of them, in percent, thinking and not."""
         scores: list[dict[str, float]] = [{} for _ in policies]
         for thinking, prompts in self._prompts.items():
             mode = "thinking" if thinking else "direct"
-            for row, found in zip(
-                scores, self.answers(model, prompts, policies, thinking), strict=True
-            ):
-                row[f"{mode}_values"] = round(100 * found.values_found, 2)
-                row[f"{mode}_all"] = round(100 * found.all_or_nothing, 2)
+            for row, found in zip(scores, self.answers(model, prompts, policies), strict=True):
+                row[f"{mode}_values"] = round(100 * np.mean([one.found for one in found]), 2)
+                row[f"{mode}_all"] = round(100 * np.mean([one.found == 1 for one in found]), 2)
         return scores
 
 
@@ -241,11 +264,11 @@ def make_data(scorer: Scorer, path: Path) -> Path:
     if path.exists():
         return path
     lines, asked = [], 0
-    for thinking, prompts in scorer.prompts(scorer.size.prompts, seed=TRAINING_SEED).items():
-        (found,) = scorer.answers(scorer.model, prompts, [AttentionPolicy()], thinking)
-        for prompt, answer in zip(prompts, found.answers, strict=True):
+    for prompts in scorer.prompts(scorer.size.prompts, seed=TRAINING_SEED).values():
+        (found,) = scorer.answers(scorer.model, prompts, [AttentionPolicy()])
+        for prompt, answer in zip(prompts, found, strict=True):
             asked += 1
-            if answer.all_found and answer.finish_reason == "eos":
+            if answer.found == 1 and answer.reason == "eos":
                 row = {"prompt": prompt.prompt, "response": answer.text}
                 lines.append(json.dumps(row, ensure_ascii=False))
     print(f"{len(lines)} of {asked} answers of the model are right and become training data")

@@ -126,10 +126,10 @@ def _report(record: Mapping[str, Any], out: Path, *, docs: bool) -> None:
 
 def _evaluate(size: Size, work: Path, policies: list[dict[str, Any]] | None) -> list[Any]:
     """A summary of each policy in each mode; None: the table's policies."""
-    from swaa_jax.cli.progress import progress_bar
     from swaa_jax.eval.report import summarize
     from swaa_jax.eval.run import EvalConfig, evaluate
     from swaa_jax.eval.run.config import read_document
+    from swaa_jax.progress import show_progress
 
     fields = read_document(CONFIG.read_text())
     fields |= {"batch_size": size.batch_size, "output_dir": str(work / "eval")}
@@ -137,8 +137,8 @@ def _evaluate(size: Size, work: Path, policies: list[dict[str, Any]] | None) -> 
     fields["tasks"] = [{**task, "num_samples": size.samples, "length": size.length}]
     if policies is not None:
         fields |= {"policies": policies, "baseline": policies[1]["name"]}
-    with progress_bar() as progress:
-        done = evaluate(EvalConfig.from_dict(fields), progress=progress)
+    with show_progress("starting", total=1) as bar:
+        done = evaluate(EvalConfig.from_dict(fields), progress=bar.show)
     return [summary.to_dict() for summary in summarize(done)]
 
 
@@ -182,13 +182,13 @@ def _select(
 ) -> dict[str, Any]:
     """What each method chooses, and what it took."""
     from swaa_jax import AttentionPolicy
-    from swaa_jax.cli.progress import progress_bar
+    from swaa_jax.progress import show_progress
     from swaa_jax.selection import select_layers
 
     policy = AttentionPolicy(window=WINDOW, decode=decode)
     found = {}
     for method in ("periodic", *METHODS):
-        with progress_bar() as progress:
+        with show_progress(method, total=1) as bar:
             one = select_layers(
                 model,
                 samples,
@@ -197,7 +197,7 @@ def _select(
                 policy=policy,
                 directory=work / f"select-{decode}-{count if method == 'gates' else 'nll'}",
                 options={"steps": size.gate_steps} if method == "gates" else None,
-                progress=progress,
+                progress=bar.show,
             )
         found[method] = {
             "chosen": list(one.chosen),

@@ -234,7 +234,7 @@ class _Repository:
             folder,
             needed,
             what=f"{self}: the download",
-            advice="Free some space, or set HF_HOME to a directory on a larger disk.",
+            advice="free some space, or set HF_HOME to a directory on a larger disk",
         )
 
     # --- the cache

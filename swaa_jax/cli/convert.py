@@ -1,11 +1,9 @@
 """`swaa convert`: write a checkpoint again, elsewhere or otherwise."""
 
 import argparse
-import json
 import re
-import sys
-from typing import Any
 
+from swaa_jax.cli import Commands
 from swaa_jax.cli.policy_args import add_policy_arguments, policy_from_args
 
 _EPILOG = """\
@@ -39,7 +37,7 @@ _UNITS = {"": 1, "B": 1} | {
 }
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Commands) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "convert",
@@ -73,7 +71,6 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--config-override",
-        type=_override,
         action="append",
         default=[],
         metavar="KEY=VALUE",
@@ -95,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
     # Slow to import, hence not above: `swaa --help` stays fast.
     from swaa_jax import runtime
+    from swaa_jax.fields import key_value
     from swaa_jax.models import convert_checkpoint
 
     runtime.setup_logging("INFO" if args.verbose else "WARNING")
@@ -105,9 +103,9 @@ def run(args: argparse.Namespace) -> int:
         max_shard_size=args.max_shard_size,
         revision=args.revision,
         policy=policy,
-        config_overrides=dict(args.config_override),
+        config_overrides=dict(key_value("--config-override", one) for one in args.config_override),
         overwrite=args.overwrite,
-        progress=sys.stderr.isatty() and not args.quiet,
+        progress=not args.quiet,
     )
     if not args.quiet:
         print(
@@ -126,14 +124,3 @@ def _size(text: str) -> int:
     if count <= 0:
         raise argparse.ArgumentTypeError(f"expected a size such as 500MB or 5GB, got {text!r}")
     return count
-
-
-def _override(text: str) -> tuple[str, Any]:
-    """Key and value of KEY=VALUE; the value is JSON where it can be."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
-    try:
-        return key.strip(), json.loads(value)
-    except ValueError:
-        return key.strip(), value

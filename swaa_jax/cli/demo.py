@@ -1,15 +1,19 @@
 """`swaa demo`: attention policies scored on needles in a haystack, with what they cost."""
 
 import argparse
-import shlex
+import dataclasses
 import sys
-from typing import Any
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from swaa_jax.cli import process_args
-from swaa_jax.cli.progress import progress_bar
+
+if TYPE_CHECKING:
+    from swaa_jax.eval.report import CellSummary
+    from swaa_jax.eval.run import EvalConfig, PolicyEntry
 
 _SHIPPED = "tiny-retriever"
-_SHIPPED_ADAPTER = "tiny-retriever-lora"
 _LENGTH, _HAYSTACK = 1024, "essay"
 _SOUND = 0.95
 """What full attention finds at least, on the shipped model at default length and haystack."""
@@ -63,28 +67,26 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
     task = parser.add_argument_group("task")
     task.add_argument("--samples", type=int, metavar="N", help="prompts a mode, default 16")
-    task.add_argument(
-        "--length", type=int, default=_LENGTH, metavar="T", help="tokens a prompt, default 1024"
-    )
+    task.add_argument("--length", type=int, metavar="T", help="tokens a prompt, default 1024")
     task.add_argument(
         "--haystack",
         choices=["essay", "noise", "needle"],
-        default=_HAYSTACK,
         help="what hides the needles: generated essay (default), five sentences over and over, or "
         "other needles",
     )
+    task.add_argument("--seed", type=int, metavar="N", help="of the prompts, default 42")
     task.add_argument(
-        "--seed", type=int, default=42, metavar="N", help="of the prompts, default 42"
-    )
-    task.add_argument(
-        "--max-new-tokens", type=int, default=128, metavar="N", help="longest answer, default 128"
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="longest answer, thinking included, default 128",
     )
 
     policies = parser.add_argument_group("policies")
     policies.add_argument(
         "--policies",
         metavar="FILE",
-        help="a YAML file with a list of policies, or a shipped list: demo (default), quick",
+        help="a YAML file with a list `policies`, or a shipped one: demo (default), quick",
     )
     policies.add_argument(
         "--window", type=int, metavar="N", help="in place of the list's window (64)"
@@ -97,9 +99,7 @@ def add_parser(subparsers: Any) -> None:
     )
 
     model = parser.add_argument_group("model and output")
-    model.add_argument(
-        "--model", default=_SHIPPED, metavar="PATH", help="default: tiny-retriever, shipped"
-    )
+    model.add_argument("--model", metavar="PATH", help="default: tiny-retriever, shipped")
     model.add_argument(
         "--adapter",
         metavar="PATH",
@@ -113,13 +113,11 @@ def add_parser(subparsers: Any) -> None:
         help="of weights and activations, default float32 on a CPU, where it is faster, and "
         "bfloat16 elsewhere",
     )
+    model.add_argument("--batch-size", type=int, metavar="N", help="prompts at once, default 16")
     model.add_argument(
-        "--batch-size", type=int, default=16, metavar="N", help="prompts at once, default 16"
+        "--output", metavar="DIR", help="of the report and all answers, default demo_output"
     )
-    model.add_argument(
-        "--output", default="demo_output", metavar="DIR", help="default demo_output/"
-    )
-    model.add_argument("--markdown", metavar="FILE", help="write the table as Markdown too")
+    model.add_argument("--markdown", metavar="FILE", help="the report in Markdown, here too")
     model.add_argument("--verbose", action="store_true", help="log what is chosen and why")
     process_args.add_process_arguments(parser, mesh=False)
 
@@ -127,126 +125,127 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     # Slow to import, hence not above: `swaa --help` stays fast.
-    import jax
-    from etils import epath
-    from rich.console import Console
-
-    from swaa_jax import load_model, load_tokenizer, runtime
-    from swaa_jax.checkpoint.provenance import describe_model
-    from swaa_jax.eval import plot, sweep
-    from swaa_jax.eval import sweep_report as report
+    from swaa_jax import runtime
+    from swaa_jax.cli.eval import print_results, typed_command
+    from swaa_jax.eval.report import summarize, write_evaluation
+    from swaa_jax.eval.run import EvalConfig, evaluate
+    from swaa_jax.progress import show_progress
     from swaa_jax.storage import write_text_atomic
 
     process_args.start(args)
-    settings = sweep.SweepSettings(
-        num_samples=args.samples if args.samples is not None else 4 if args.quick else 16,
-        length=args.length,
-        haystack=args.haystack,
-        seed=args.seed,
-        max_new_tokens=args.max_new_tokens,
-        batch_size=args.batch_size,
-    )
-    policies = sweep.load_policies(
-        args.policies or ("quick" if args.quick else "demo"),
-        window=args.window,
-        num_sink_tokens=args.sinks,
-    )
-    tok = load_tokenizer(args.model)
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    model = load_model(args.model, dtype=dtype)
-    adapted = _adapted(args, model)
-    policies += tuple(one.policy for one in adapted.values() if one.policy not in policies)
-    output = epath.Path(args.output).expanduser()
-    if runtime.is_main_process():
-        output.mkdir(parents=True, exist_ok=True)
-
-    console = Console(soft_wrap=False)
-    console.print(_introduction(args, settings, policies, dtype=dtype), highlight=False)
-    with progress_bar() as progress:
-        results = sweep.run_sweep(
-            model, tok, policies, settings, adapted=adapted, progress=progress
-        )
+    config = EvalConfig.from_dict(_fields(args))
+    print(textwrap.fill(_introduction(config), 80))
+    with show_progress("starting", total=1) as bar:
+        done = evaluate(config, progress=bar.show)
     if not runtime.is_main_process():
         return 0
-
-    record = report.to_record(
-        results, command=_command(args), model=describe_model(model), dtype=dtype
-    )
-    report.write_json(output / "results.json", record)
-    plot.plot(results, output / "accuracy_against_cost.png", title=_title(args, settings))
+    summaries = summarize(done)
+    paths = write_evaluation(done, summaries, command=typed_command())
     if args.markdown:
-        write_text_atomic(args.markdown, report.markdown(results, record))
-    rows = report.summarize(results)
-    console.print("", report.table(rows), sep="\n")
-    console.print(f"\n{report.TABLE_LEGEND}\n", highlight=False)
-    console.print(f"{record['findings']}\n", highlight=False)
-    console.print(
-        f"{results.seconds:,.0f} s in all, compilation included. Plot, and every answer in JSON:",
-        highlight=False,
-    )
-    for name in ("accuracy_against_cost.png", "results.json"):
-        print(f"  {output / name}")
-    return _check(args, rows)
+        write_text_atomic(args.markdown, paths["report.md"].read_text())
+    print_results(done, summaries, paths)
+    return _check(config, summaries)
 
 
-def _adapted(args: argparse.Namespace, model: Any) -> dict[str, Any]:
-    """The model with adapters, merged, by their name; empty where there are none."""
-    from swaa_jax.lora import load_adapter, merge_lora
+def _fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The preset, an evaluation as plain data, with what the flags change."""
+    from swaa_jax.configs import config_path
+    from swaa_jax.eval.run.config import read_document
 
-    name = args.adapter
-    if name is None:
-        at_home = args.model == _SHIPPED and args.policies is None and not args.quick
-        name = _SHIPPED_ADAPTER if at_home else "none"
-    if name == "none":
-        return {}
-    return {name: merge_lora(load_adapter(model, name, with_policy=True))}
+    fields = read_document(config_path("demo", "quick" if args.quick else "demo").read_text())
+    (task,), (own, *trained) = fields["tasks"], fields["settings"]
+    own["policies"] = _policies(args, own["policies"])
+    is_preset = args.model is None and args.policies is None
+    if args.model is not None:
+        own["models"] = [args.model]
+    if args.adapter is not None and args.adapter != "none":
+        trained = [_with_adapter(own["models"][0], args.adapter)]
+    elif args.adapter == "none" or not is_preset:
+        trained = []
+    fields["settings"] = [own, *trained]
+    for flags, there in (
+        ({"output_dir": args.output, "batch_size": args.batch_size, "dtype": args.dtype}, fields),
+        ({"num_samples": args.samples, "length": args.length, "seed": args.seed}, task),
+        ({"haystack": args.haystack, "max_new_tokens": args.max_new_tokens}, task),
+    ):
+        there.update({name: value for name, value in flags.items() if value is not None})
+    return fields
 
 
-def _introduction(args: argparse.Namespace, settings: Any, policies: Any, *, dtype: str) -> str:
-    import jax
+def _policies(args: argparse.Namespace, preset: list[Any]) -> "list[PolicyEntry]":
+    """Those of `--policies`, else the preset's, with `--window` and `--sinks`."""
+    from etils import epath
 
+    from swaa_jax.configs import find_config
+    from swaa_jax.eval.run.config import PolicyEntry, read_document
+    from swaa_jax.fields import list_of, wrong
+    from swaa_jax.policy import load_policy
+
+    def read(name: str, entry: Any) -> PolicyEntry:
+        policy = load_policy(entry)
+        if args.window is not None and policy.window is not None:
+            policy = dataclasses.replace(policy, window=args.window)
+        if args.sinks is not None and policy.num_sink_tokens:
+            policy = dataclasses.replace(policy, num_sink_tokens=args.sinks)
+        return PolicyEntry(name=str(policy), policy=policy)
+
+    if args.policies is None:
+        return [read("policies", entry) for entry in preset]
+    path = epath.Path(find_config("demo", args.policies))
+    try:
+        document = read_document(path.read_text())
+        (setting, *_) = document.get("settings") or [document]
+        found = list_of(read)("policies", setting.get("policies"))
+        if not found:
+            raise wrong("policies", "at least one", [])
+        return list(found)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _with_adapter(model: str, adapter: str) -> dict[str, Any]:
+    """A setting: the model with adapters and without, under the policy that they are for."""
+    from swaa_jax.checkpoint import read_attention_policy
+
+    policy = read_attention_policy(adapter)
+    if policy is None:
+        raise ValueError(
+            "--adapter: expected adapters that say which policy they were trained under "
+            f"(attention_policy.json), got none in {adapter}; score them with swaa eval"
+        )
+    return {"models": [model, {"path": model, "adapter": adapter}], "policies": [policy]}
+
+
+def _introduction(config: "EvalConfig") -> str:
+    (entry,), (first, *_) = config.tasks, config.settings
+    task: Any = entry.task
+    policies = {repr(one) for setting in config.settings for one in setting.policies}
     return (
-        f"{args.model} on {jax.devices()[0].device_kind}, {dtype}. {settings.num_samples} "
-        f"prompts of {settings.length:,} tokens ({settings.haystack} haystack, 4 needles each), "
-        f"thinking and non-thinking, under {len(policies)} attention policies. Policies that "
-        "differ only in how they decode share their prefill. Each program is compiled before it is "
-        "timed; the first run on a machine compiles all of them, later ones find most in a cache."
+        f"{first.models[0].label}: {task.num_samples} prompts of {task.length:,} tokens "
+        f"({task.haystack} haystack, 4 needles each), thinking and non-thinking, under "
+        f"{len(policies)} attention policies. Policies that differ only in how they decode share "
+        "their prefill. Each program is compiled before it is timed; the first run on a machine "
+        "compiles all of them, later ones find most in a cache. What was asked already in "
+        f"{config.output_dir} is not asked again."
     )
 
 
-def _check(args: argparse.Namespace, rows: Any) -> int:
+def _check(config: "EvalConfig", summaries: "Sequence[CellSummary]") -> int:
     """1 where the shipped model does not do what it was shipped for."""
-    full = next((row for row in rows if row.policy.is_full), None)
-    at_home = (args.model, args.length, args.haystack) == (_SHIPPED, _LENGTH, _HAYSTACK)
-    if full is None or not at_home:
-        return 0
-    worst = min(score.values_found for score in full.modes)
-    if worst >= _SOUND:
+    task: Any = config.tasks[0].task
+    scores = [
+        summary.score.mean
+        for summary in summaries
+        if summary.cell.policy.is_full and summary.cell.model == _SHIPPED
+    ]
+    is_at_home = (task.length, task.haystack) == (_LENGTH, _HAYSTACK)
+    if not scores or not is_at_home or min(scores) >= _SOUND:
         return 0
     print(
-        f"\nswaa demo: full attention finds only {100 * worst:.1f}% of the values in one mode; "
-        f"{_SHIPPED} finds {100 * _SOUND:.0f}% or more. So the numbers above do not show what the "
-        "policies do: the model's files, the installed JAX or this package is broken. Try "
-        "`make clean demo`, and `make test`.",
+        f"\nswaa demo: full attention finds only {100 * min(scores):.1f}% of the values in one "
+        f"mode; {_SHIPPED} finds {100 * _SOUND:.0f}% or more. So the numbers above do not show "
+        "what the policies do: the model's files, the installed JAX or this package is broken. "
+        "Try `make clean demo`, and `make test`.",
         file=sys.stderr,
     )
     return 1
-
-
-def _command(args: argparse.Namespace) -> str:
-    """The command line that gives these arguments."""
-    parser = argparse.ArgumentParser()
-    add_parser(parser.add_subparsers())
-    defaults = vars(parser.parse_args(["demo"]))
-    words = ["swaa", "demo"]
-    for name, value in vars(args).items():
-        if name in defaults and name != "run" and value != defaults[name]:
-            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    return shlex.join(words)
-
-
-def _title(args: argparse.Namespace, settings: Any) -> str:
-    return (
-        f"{args.model}: values found against cost, {settings.num_samples} prompts a mode of "
-        f"{settings.length:,} tokens"
-    )

@@ -1,12 +1,9 @@
 """`swaa distill`: training data from the model itself."""
 
 import argparse
-import sys
-from typing import Any
 
-from swaa_jax.cli import process_args
+from swaa_jax.cli import Commands, process_args
 from swaa_jax.cli.policy_args import add_policy_arguments, policy_from_args
-from swaa_jax.cli.settings import key_value
 
 _EPILOG = """\
 examples:
@@ -18,12 +15,12 @@ examples:
       --judge llm --judge-set url=http://localhost:8000/v1 --judge-set model=grader
       thinking; judged by a model behind an OpenAI-compatible URL (SWAA_JUDGE_API_KEY is its key)
 
-A row of the questions has `prompt`, or `context` and `question`; and `answer`. The same command
+A record of the questions has `prompt`, or `context` and `question`; and `answer`. The same command
 again goes on where it was stopped. `swaa train` reads the result.
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Commands) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "distill",
@@ -68,7 +65,6 @@ def add_parser(subparsers: Any) -> None:
     )
     judge.add_argument(
         "--judge-set",
-        type=key_value,
         action="append",
         default=[],
         metavar="KEY=VALUE",
@@ -94,9 +90,10 @@ def run(args: argparse.Namespace) -> int:
 
     from swaa_jax import AttentionPolicy, load_model, load_tokenizer
     from swaa_jax.distill import DistillConfig, distill, read_questions
-    from swaa_jax.eval.judging.judges import make_judge
+    from swaa_jax.eval.judging import make_judge
+    from swaa_jax.fields import key_value
 
-    settings = dict(args.judge_set)
+    settings = dict(key_value("--judge-set", one) for one in args.judge_set)
     secret = {}
     if args.judge == "llm" and os.environ.get("SWAA_JUDGE_API_KEY"):
         secret["api_key"] = os.environ["SWAA_JUDGE_API_KEY"]
@@ -134,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
             "policy": policy.to_dict(),
             "judge": {"name": args.judge, **settings},
         },
-        progress=sys.stderr.isatty() and not args.quiet,
+        progress=not args.quiet,
     )
     if not args.quiet:
         print(

@@ -4,6 +4,7 @@ import argparse
 import shlex
 import sys
 import textwrap
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swaa_jax.cli import process_args
@@ -11,7 +12,8 @@ from swaa_jax.cli.task_args import add_task_arguments, tasks_from_args, with_jud
 
 if TYPE_CHECKING:
     from swaa_jax.eval.report import CellSummary
-    from swaa_jax.eval.run import EvalConfig
+    from swaa_jax.eval.run import EvalConfig, Evaluation
+    from swaa_jax.typing import PathLike
 
 _POLICIES = ("full", "naive", "instruct-no-train")
 _EPILOG = """\
@@ -21,8 +23,8 @@ examples:
       `prompt`, or `context` and `question`; and `answer`. Then open eval_output/report.html
 
   swaa eval --model tiny-retriever --task ruler,variant=niah_multiquery,length=1024 \\
-      --policies full,window=64,window=64+sinks=4+decode=full --thinking both
-      RULER on the shipped model; policies by their fields
+      --policies full,window=64,window=64,sinks=4,decode=full --thinking both
+      RULER on the shipped model; policies by their fields, a new one at each window=
 
   swaa eval mine.yaml
       everything in one file:
@@ -53,7 +55,8 @@ examples:
 Everything that was done is kept: the same command goes on where it was stopped; with more policies,
 tasks or models it does only what is new, and another judge is asked about answers that are there.
 Answers to a file that changed, or to more of it, are made anew. output_dir then holds report.html
-(open it in a browser), report.md, answers.jsonl and .parquet, results.json, run.json.
+(open it in a browser), report.md, score_against_cost.png, answers.jsonl and .parquet, results.json,
+run.json.
 SWAA_JUDGE_API_KEY is a judging model's key.
 """
 
@@ -82,7 +85,7 @@ def add_parser(subparsers: Any) -> None:
     ask.add_argument(
         "--policies",
         metavar="LIST",
-        help="shipped names, files, or fields joined by + as in window=64+decode=full; default: "
+        help="shipped names, files, or fields as in full,window=64,window=64,decode=full; default: "
         + ",".join(_POLICIES),
     )
     add_task_arguments(ask)
@@ -95,40 +98,52 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    import contextlib
-
     from swaa_jax import runtime
-    from swaa_jax.cli.progress import progress_bar
     from swaa_jax.eval.report import summarize, write_evaluation
-    from swaa_jax.eval.report.summary import remarks
     from swaa_jax.eval.run import evaluate
+    from swaa_jax.progress import show_progress
 
     config = _config(args)
     process_args.start(args)
-    bar = contextlib.nullcontext(None) if args.quiet else progress_bar()
-    with bar as progress:
-        done = evaluate(config, mesh=process_args.mesh_from_args(args), progress=progress)
+    with show_progress("starting", total=1, enabled=not args.quiet) as bar:
+        done = evaluate(config, mesh=process_args.mesh_from_args(args), progress=bar.show)
     if not runtime.is_main_process():
         return 0
     summaries = summarize(done)
-    paths = write_evaluation(done, summaries, command=_command())
-    if args.quiet:
-        return 0
-    _print_table(summaries)
-    for remark in remarks(summaries, done.cells):
-        print(textwrap.fill(remark, 100))
-    print(
-        f"{done.answered} answers made in this run, {sum(len(c.rows) for c in done.cells)} in all; "
-        f"{done.seconds:,.0f} s."
-    )
-    print("Open the report in a browser; answers and numbers lie beside it:")
-    for name in ("report.html", "report.md", "answers.jsonl", "results.json"):
-        print(f"  {paths[name]}")
+    paths = write_evaluation(done, summaries, command=typed_command())
+    if not args.quiet:
+        print_results(done, summaries, paths)
     return 0
 
 
-def _command() -> str:
-    """What was typed, for the report; not a judge's key."""
+def print_results(
+    done: "Evaluation", summaries: "Sequence[CellSummary]", paths: "Mapping[str, PathLike]"
+) -> None:
+    """Print tables, what they say, and where the rest is."""
+    from rich.console import Console
+
+    from swaa_jax.eval.report import findings, group_summaries, remarks, terminal_table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    groups = group_summaries(summaries)
+    for group in groups:
+        console.print(terminal_table(group, width=console.width))
+    for text in (*findings(groups), *remarks(summaries, done.cells)):
+        print(textwrap.fill(text, min(console.width, 100)), end="\n\n")
+    print(
+        f"{done.answered} answers made in this run, {sum(len(c.answers) for c in done.cells)} in "
+        f"all; {done.seconds:,.0f} s."
+    )
+    print("Open the report in a browser; answers, numbers and charts lie beside it:")
+    shown = ("report.html", "report.md", "score_against_cost.png", "answers.jsonl", "results.json")
+    for name in shown:
+        print(f"  {paths[name]}")
+
+
+def typed_command() -> str:
+    """What was typed, for the report, without a judge's key."""
     import re
 
     words = [re.sub(r"(api_key['\": =]+)[^,}\s]+", r"\1(hidden)", word) for word in sys.argv[1:]]
@@ -144,10 +159,11 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
     """
     from etils import epath
 
-    from swaa_jax.configs import config_path
+    from swaa_jax.configs import find_config
     from swaa_jax.eval.run import EvalConfig
     from swaa_jax.eval.run.config import read_document
-    from swaa_jax.train.run_config import with_overrides
+    from swaa_jax.fields import with_overrides
+    from swaa_jax.policy import split_policies
 
     overrides = list(args.overrides)
     path = args.config
@@ -164,22 +180,23 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
         raise ValueError(
             f"CONFIG: expected YAML or JSON, got {path}; questions go to --data {path}"
         )
-    if args.policies is not None and not _split(args.policies):
+    policies = None if args.policies is None else split_policies(args.policies)
+    if policies == []:
         raise ValueError(f"--policies: expected at least one, got {args.policies!r}")
-    if path is not None and not path.endswith((".yaml", ".yml", ".json")):
-        path = str(config_path("eval", path))
+    if path is not None:
+        path = str(find_config("eval", path))
     try:
         fields = {} if path is None else read_document(epath.Path(path).read_text())
         if args.model:
             fields.pop("settings", None)
             fields["models"] = args.model
             fields.setdefault("policies", list(_POLICIES))
-        if args.policies is not None:
-            policies = [_policy(text) for text in _split(args.policies)]
+        if policies is not None:
             fields["policies"] = policies
             if "settings" in fields:
                 fields["settings"] = [{**one, "policies": policies} for one in fields["settings"]]
-        fields["tasks"] = with_judge(tasks_from_args(args) or list(fields.get("tasks") or []), args)
+        tasks = tasks_from_args(args) or list(fields.get("tasks") or [])
+        fields["tasks"] = with_judge(tasks, args) or None
         if args.thinking is not None:
             fields["thinking"] = {"no": [False], "yes": [True], "both": [True, False]}[
                 args.thinking
@@ -196,62 +213,3 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
         if path is None:
             raise
         raise ValueError(f"{path}: {error}") from error
-
-
-def _split(text: str) -> list[str]:
-    """Policies, separated by commas."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _policy(text: str) -> Any:
-    """A name or file as it is; fields, joined by +, as a policy.
-
-    Lists have a + too: full_layers=1+3, heads=3:0+2;5:1.
-    """
-    import os
-    import re
-
-    from swaa_jax.cli.policy_args import parse_policy
-
-    if "=" not in text or os.path.exists(text):
-        return text
-    fields = re.split(r"\+(?=\s*[A-Za-z_-]+=)", text)
-    if not any(field.strip().startswith("window=") for field in fields):
-        raise ValueError(
-            f"--policies: expected window=N among a policy's fields, got {text!r}; fields of one "
-            "policy are joined by +, as in window=64+sinks=4, policies by commas"
-        )
-    lists = [one.replace(";", ",") if "heads=" in one else one.replace("+", ",") for one in fields]
-    return parse_policy(",".join(lists))
-
-
-def _print_table(summaries: "list[CellSummary]") -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    from swaa_jax.eval.report.document import table_columns, table_rows
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    shown = [
-        name
-        for name in table_columns()
-        if name
-        in ("#", "policy", "score", "right", "difference", "p", "tokens", "prefill pairs", "KV MiB")
-    ]
-    columns = table_columns()
-    groups: dict[tuple[str, ...], list[list[str]]] = {}
-    for cells in table_rows(summaries):
-        row = dict(zip(columns, cells, strict=True))
-        groups.setdefault((row["model"], row["task"], row["mode"]), []).append(
-            [row[name] for name in shown]
-        )
-    for (model, task, mode), rows in groups.items():
-        table = Table(title=f"{model}: {task}, {mode}", box=box.SIMPLE_HEAD, title_justify="left")
-        for name in shown:
-            table.add_column(name, justify="left" if name == "policy" else "right")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)

@@ -1,6 +1,7 @@
 """`swaa generate`: answer prompts in the terminal."""
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
@@ -77,6 +78,7 @@ def add_parser(subparsers: Any) -> None:
     )
     prompt.add_argument(
         "--thinking",
+        dest="enable_thinking",
         action=argparse.BooleanOptionalAction,
         help="the chat template's thinking mode, where it has one",
     )
@@ -152,27 +154,20 @@ def run(args: argparse.Namespace) -> int:
         backend=args.backend,
     )
 
-    options = {
-        "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "seed": args.seed,
-        "sampling": args.sampling,
-        "stop": args.stop,
-        "enable_thinking": args.thinking,
-        "cot": args.cot,
-        "warmup": args.stats,  # so that what is shown is the running speed
-    }
+    # Flags are named after the options that they set.
+    fields = {field.name for field in dataclasses.fields(infer.GenerateOptions)}
+    given = {name: value for name, value in vars(args).items() if name in fields}
+    # Warmed up where speed is shown, so that it is the running one.
+    options = infer.GenerateOptions(**given, warmup=args.stats)
     if len(prompts) == 1 and not args.json:
-        pieces = infer.stream(model, tok, prompts[0], **options)
+        pieces = infer.stream(model, tok, prompts[0], options=options)
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
         generation = pieces.generation
     else:
-        progress = runtime.is_main_process() and sys.stderr.isatty() and len(prompts) > 1
-        generation = infer.generate(model, tok, prompts, **options, progress=progress)
+        several = len(prompts) > 1
+        generation = infer.generate(model, tok, prompts, options=options, progress=several)
         _print_all(generation, texts, as_json=args.json)
     if args.stats and generation is not None and runtime.is_main_process():
         sys.stdout.flush()

@@ -2,12 +2,12 @@
 
 import argparse
 import traceback
-from typing import Any
 
+from swaa_jax.cli import Commands
 from swaa_jax.cli.errors import one_paragraph
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Commands) -> None:
     """Register the command; its arguments are the harness's own."""
     parser = subparsers.add_parser(
         "lm-eval",

@@ -97,6 +97,7 @@ def parse_mesh(text: str) -> "Mesh":
     """
     import jax
 
+    from swaa_jax.fields import show
     from swaa_jax.sharding import MESH_AXES, make_mesh
 
     sizes: dict[str, int] = {}
@@ -105,7 +106,7 @@ def parse_mesh(text: str) -> "Mesh":
         if axis not in MESH_AXES or not size.isdecimal() or axis in sizes:
             raise ValueError(
                 f"--mesh: expected 'auto', or sizes such as fsdp=4,tensor=2 of some of "
-                f"{', '.join(MESH_AXES)}, got {text!r}"
+                f"{', '.join(MESH_AXES)}, got {show(text)}"
             )
         sizes[axis] = int(size)
     return make_mesh(jax.devices(), **sizes)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from swaa_jax.cli.recipes_search import add_search_arguments, run_search
 
 if TYPE_CHECKING:
-    from swaa_jax.configs import Needs
-    from swaa_jax.eval.recipes import ModelSize, Recipe
+    from swaa_jax.eval.search.recipes import ModelSize, Recipe
+    from swaa_jax.policy import Needs
 
 _EPILOG = """\
 examples:
@@ -79,8 +79,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from swaa_jax.configs import Needs, config_path
-    from swaa_jax.eval.recipes import QWEN3_4B, list_recipes, recommend
+    from swaa_jax.configs import config_path
+    from swaa_jax.eval.search.recipes import QWEN3_4B, list_recipes, recommend
+    from swaa_jax.policy import Needs
 
     if args.search:
         if args.model is None:
@@ -117,7 +118,7 @@ def _size_of(name: str) -> "ModelSize":
     import jax.numpy as jnp
 
     from swaa_jax.checkpoint import open_checkpoint
-    from swaa_jax.eval.recipes import ModelSize
+    from swaa_jax.eval.search.recipes import ModelSize
     from swaa_jax.models import read_blueprint
 
     blueprint = read_blueprint(
@@ -128,7 +129,7 @@ def _size_of(name: str) -> "ModelSize":
 
 
 def _nothing_fits(recipes: "list[Recipe]", needs: "Needs", args: argparse.Namespace) -> str:
-    from swaa_jax.eval.recipes import recommend
+    from swaa_jax.eval.search.recipes import recommend
 
     others = recommend(recipes, needs, model=args.model)
     least = min((recipe.memory for recipe in others), default=None)
@@ -166,7 +167,7 @@ def _table(recipes: "list[Recipe]", size: "ModelSize", args: argparse.Namespace)
     from rich import box
     from rich.table import Table
 
-    from swaa_jax.eval.recipes import MAIN_TASK
+    from swaa_jax.eval.search.recipes import MAIN_TASK
 
     table = Table(title=f"{_case(size, args)}; scores: arXiv 2512.10411", box=box.SIMPLE)
     table.add_column("recipe", no_wrap=True)

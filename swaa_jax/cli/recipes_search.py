@@ -1,7 +1,6 @@
 """`swaa recipes --search`: a policy of one's own, for a model and a task."""
 
 import argparse
-from typing import Any
 
 from swaa_jax.cli.task_args import add_task_arguments, tasks_from_args, with_judge
 
@@ -27,7 +26,7 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         "--full-layers",
         default="none;1::2;0::2;1::4",
         metavar="LIST",
-        help="separated by ;, default: %(default)s; of `swaa select` too, as in 1,3,8",
+        help="separated by ;, default: %(default)s; of `swaa select` too, as in 1+3+8",
     )
     add("--decode", default="window,full", metavar="LIST", help="default: %(default)s")
     add("--first-samples", type=int, default=8, metavar="N", help="of the first round, default 8")
@@ -46,12 +45,19 @@ def run_search(args: argparse.Namespace, *, num_layers: int) -> int:
     from rich.table import Table
 
     from swaa_jax import load_tokenizer, runtime
-    from swaa_jax.cli.progress import progress_bar
     from swaa_jax.eval.run import ModelEntry
     from swaa_jax.eval.run.config import task_entry
-    from swaa_jax.eval.search import SearchConfig, SearchSpace, search_policies, suggest_windows
-    from swaa_jax.eval.search_report import HEADINGS, candidate_cells, write_search
+    from swaa_jax.eval.search import (
+        SearchConfig,
+        SearchSpace,
+        search_policies,
+        suggest_windows,
+        write_search,
+    )
+    from swaa_jax.eval.search.report import HEADINGS, candidate_cells
     from swaa_jax.eval.tasks import encode_sample
+    from swaa_jax.policy import parse_fields
+    from swaa_jax.progress import show_progress
 
     runtime.enable_compilation_cache()
     tasks = with_judge(tasks_from_args(args), args)
@@ -59,7 +65,7 @@ def run_search(args: argparse.Namespace, *, num_layers: int) -> int:
         raise ValueError(
             f"--search: expected one --data or --task to search with, got {len(tasks)}"
         )
-    task = task_entry(tasks[0])
+    task = task_entry("task", tasks[0])
     thinking = bool(args.thinking)
     if args.windows is None:
         tokenizer = load_tokenizer(args.model)
@@ -71,8 +77,11 @@ def run_search(args: argparse.Namespace, *, num_layers: int) -> int:
     space = SearchSpace(
         windows=windows,
         sinks=_numbers("--sinks", args.sinks),
-        full_layers=tuple(_layers(text) for text in args.full_layers.split(";")),
-        decode=tuple(text.strip() for text in args.decode.split(",")),
+        full_layers=tuple(
+            parse_fields({"full_layers": one})["full_attention_layers"]
+            for one in args.full_layers.split(";")
+        ),
+        decode=tuple(parse_fields({"decode": one})["decode"] for one in args.decode.split(",")),
     )
     policies = space.policies(num_layers)
     config = SearchConfig(
@@ -82,7 +91,7 @@ def run_search(args: argparse.Namespace, *, num_layers: int) -> int:
         first_samples=args.first_samples,
     )
     print(f"{len(policies)} candidates and full attention, windows {', '.join(map(str, windows))}")
-    with progress_bar() as progress:
+    with show_progress("starting", total=1) as bar:
         found = search_policies(
             ModelEntry(path=args.model),
             task,
@@ -94,7 +103,7 @@ def run_search(args: argparse.Namespace, *, num_layers: int) -> int:
                 "batch_size": args.batch_size,
                 "limit": args.limit,
             },
-            progress=progress,
+            progress=bar.show,
         )
     if not runtime.is_main_process():
         return 0
@@ -139,10 +148,3 @@ def _numbers(flag: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"{flag}: expected numbers such as 64,128, got {text!r}") from None
-
-
-def _layers(text: str) -> Any:
-    text = text.strip()
-    if text in ("", "none"):
-        return ()
-    return text if ":" in text else _numbers("--full-layers", text)

@@ -3,8 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from swaa_jax.cli import process_args
-from swaa_jax.cli.settings import key_value
+from swaa_jax.cli import Commands, process_args
 
 if TYPE_CHECKING:
     from swaa_jax.selection import Selection
@@ -38,14 +37,14 @@ methods, and sets of layers that they evaluate (L layers, K of them full, each o
   pairwise     the better start of add_one and remove_one, then exchanges; 2 L + K (L - K) a step
   gates        a trained mixture of full and windowed attention; a backward pass a step
 
-DATA is what `swaa train` reads and `swaa distill` writes: rows with messages, or prompt and
-response; all methods need the answers. The columns prompt and answer, which `swaa eval` reads, are
-named with --data-set 'columns={response: answer}'. The same command again goes on where it was
-stopped, and methods share OUT/scores.jsonl. docs/select-layers.md says which method when.
+DATA is what `swaa train` and `swaa eval` read and `swaa distill` writes: records with messages, or
+with a prompt and a response or an answer; all methods need the answers. The same command again goes
+on where it was stopped, and methods share OUT/scores.jsonl. docs/select-layers.md says which method
+when.
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Commands) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "select",
@@ -101,12 +100,11 @@ def add_parser(subparsers: Any) -> None:
     )
     data.add_argument(
         "--data-set",
-        type=_data_field,
         action="append",
         default=[],
         metavar="KEY=VALUE",
         help="a field of the data config, as in docs/data.md: chat_template=false, "
-        "'columns={response: answer}' where the answers are in the column answer, "
+        "'columns={response: reply}' where the answers are in the column reply, "
         "answers=template (answers are verbatim by default, as distill writes them); repeatable",
     )
     work = parser.add_argument_group("work")
@@ -119,7 +117,6 @@ def add_parser(subparsers: Any) -> None:
     )
     work.add_argument(
         "--set",
-        type=key_value,
         action="append",
         default=[],
         dest="settings",
@@ -147,12 +144,11 @@ def run(args: argparse.Namespace) -> int:
     options = _options(args)
     process_args.start(args)
 
-    import contextlib
     import shlex
     import sys
 
     from swaa_jax import AttentionPolicy, load_model, load_tokenizer, runtime
-    from swaa_jax.cli.progress import progress_bar
+    from swaa_jax.progress import show_progress
     from swaa_jax.selection import check_options, read_calibration, select_layers
     from swaa_jax.selection.report import write_selection
 
@@ -172,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
         mesh=process_args.mesh_from_args(args),
         revision=args.revision,
     )
-    with contextlib.nullcontext() if args.quiet else progress_bar() as progress:
+    with show_progress("starting", total=1, enabled=not args.quiet) as bar:
         found = select_layers(
             model,
             samples,
@@ -182,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
             directory=args.output,
             identity={"model": args.model, "revision": args.revision},
             rows_at_once=args.rows_at_once,
-            progress=progress,
+            progress=bar.show,
             options=options,
         )
     if not runtime.is_main_process():
@@ -225,28 +221,11 @@ def _num_full_layers(args: argparse.Namespace, num_layers: int) -> int:
     return count
 
 
-def _data_field(text: str) -> tuple[str, Any]:
-    """KEY=VALUE, for argparse; a mapping or a list may be YAML, without quotes inside.
-
-    >>> _data_field("columns={response: answer}")
-    ('columns', {'response': 'answer'})
-    """
-    key, value = key_value(text)
-    if not isinstance(value, str) or not value.lstrip().startswith(("{", "[")):
-        return key, value
-    from swaa_jax._policy_fields import parse_yaml
-
-    try:
-        return key, parse_yaml(value)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"{key}: expected a mapping such as {{response: answer}}, or a list, got {value!r} "
-            f"({error})"
-        ) from None
-
-
 def _data_fields(args: argparse.Namespace) -> dict[str, Any]:
-    fields = dict(args.data_set)
+    """The data config's fields that were given."""
+    from swaa_jax.fields import with_overrides
+
+    fields = with_overrides({}, args.data_set, name="--data-set")
     if args.thinking is not None:
         given = fields.get("chat_template_kwargs", {})
         fields["chat_template_kwargs"] = {**given, "enable_thinking": args.thinking}
@@ -255,10 +234,13 @@ def _data_fields(args: argparse.Namespace) -> dict[str, Any]:
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """The method's options from the flags that were given."""
+    from swaa_jax.fields import key_value
+
     if args.heads and args.method != "gates":
         raise ValueError(
             f"--heads: expected --method gates, the one that tells heads apart, got {args.method}"
         )
     given = {"offset": args.offset, "max_evaluations": args.max_evaluations}
     options = {name: value for name, value in given.items() if value is not None}
-    return options | dict(args.settings) | ({"per_head": True} if args.heads else {})
+    settings = dict(key_value("--set", one) for one in args.settings)
+    return options | settings | ({"per_head": True} if args.heads else {})

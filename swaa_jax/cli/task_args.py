@@ -56,7 +56,7 @@ def named(text: str, key: str) -> dict[str, Any]:
     Raises:
         ValueError: malformed.
     """
-    from swaa_jax._policy_fields import parse_yaml
+    from swaa_jax.fields import parse_yaml, wrong
 
     name, *settings = text.split(",")
     found: dict[str, Any] = {key: name.strip()}
@@ -67,7 +67,7 @@ def named(text: str, key: str) -> dict[str, Any]:
             last = setting_key.strip()
             found[last] = value
         elif last is None:
-            raise ValueError(f"{key}: expected NAME,KEY=VALUE,..., got {text!r}")
+            raise wrong(key, "NAME,KEY=VALUE,...", text)
         else:  # a comma within a value
             found[last] += f",{setting}"
     return {k: v if k == key else parse_yaml(v) for k, v in found.items()}

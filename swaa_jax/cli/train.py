@@ -1,10 +1,8 @@
 """`swaa train`: fine-tune a model under an attention policy, from one YAML file."""
 
 import argparse
-import sys
-from typing import Any
 
-from swaa_jax.cli import process_args
+from swaa_jax.cli import Commands, process_args
 
 _EPILOG = """\
 A config says which model, which data, under which policy, and where the results go:
@@ -45,7 +43,7 @@ exit codes: 0 done, or saved and stopped; 2 for a mistake in config, data or fil
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Commands) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "train",
@@ -76,20 +74,17 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     # Slow to import, hence not above: `swaa --help` stays fast.
-    from swaa_jax.configs import config_path
+    from swaa_jax.configs import find_config
     from swaa_jax.train import TrainConfig, plan_run, train
 
-    is_path = args.config.endswith((".yaml", ".yml", ".json"))
-    path = args.config if is_path else config_path("train", args.config)
-    config = TrainConfig.load(path, args.overrides)
+    config = TrainConfig.load(find_config("train", args.config), args.overrides)
     process_args.start(args)
-    shows = sys.stderr.isatty()
     if args.dry_run:
-        plan = plan_run(config, progress=shows)
+        plan = plan_run(config, progress=True)
         print(config.to_yaml())
         print(plan)
         return 0
-    result = train(config, progress=shows)
+    result = train(config, progress=True)
     if not result.finished:
         print(
             f"stopped at step {result.step} of {result.total_steps}, which is saved; the same "

@@ -8,8 +8,8 @@ from swaa_jax.data.config import DataConfig
 from swaa_jax.data.encode import Encoder, Sample
 from swaa_jax.data.loader import BatchIterator, BatchSource, load_data
 from swaa_jax.data.packing import Plan, PlanMismatchError, make_plan, pack
-from swaa_jax.data.rows import DataError, Row
 from swaa_jax.data.samples import SampleReport, Samples, prepare_samples
+from swaa_jax.records import DataError
 
 __all__ = [
     "Batch",
@@ -21,7 +21,6 @@ __all__ = [
     "PAD_SEGMENT",
     "Plan",
     "PlanMismatchError",
-    "Row",
     "Sample",
     "SampleReport",
     "Samples",

@@ -1,4 +1,4 @@
-"""`DataConfig`: which files, how their rows become samples, and how samples become batches."""
+"""`DataConfig`: which files, how their records become samples, and how samples become batches."""
 
 import dataclasses
 import os
@@ -7,37 +7,24 @@ from typing import Any
 
 import yaml
 
-from swaa_jax._policy_fields import check_keys, describe, field_setter, integer, parse_yaml
+from swaa_jax.examples import COLUMNS, FORMATS
+from swaa_jax.fields import (
+    check_fields,
+    check_keys,
+    flag,
+    from_mapping,
+    integer,
+    list_of,
+    mapping,
+    one_of,
+    or_none,
+    parse_yaml,
+    plain,
+    texts,
+    wrong,
+)
 
-__all__ = ["DataConfig", "FORMATS"]
-
-FORMATS = ("auto", "chat", "prompt", "instruction")
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "format": FORMATS,
-    "answers": ("template", "verbatim"),
-    "answer_stage": ("last", "all"),
-    "loss_on": ("last", "all"),
-    "on_too_long": ("error", "drop"),
-    "packing": ("pack", "bucket"),
-    "remainder": ("pad", "drop"),
-    "tokens": ("cached", "lazy"),
-}
-_AT_LEAST = {
-    "seq_len": 2,
-    "batch_size": 1,
-    "min_length": 0,
-    "pack_window": 1,
-    "seed": 0,
-    "num_threads": 0,
-    "num_workers": 0,
-    "prefetch": 1,
-}
-_OR_NONE = {"max_length": 2, "num_epochs": 1}
-_FLAGS = ("chat_template", "split_answers")
-
-COLUMNS = ("messages", "prompt", "response", "instruction", "input", "output", "tools")
-"""What a row can hold, by our names: the keys that `DataConfig.columns` may have."""
+__all__ = ["DataConfig"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,11 +33,11 @@ class DataConfig:
 
     Attributes:
         files: parquet and jsonl files, directories of them, or glob patterns; local or ``gs://``.
-        format: what rows look like (``docs/data.md``): ``"chat"``, ``"prompt"``,
-            ``"instruction"``, or ``"auto"``, from the columns found.
+        format: what records look like (``docs/data.md``): ``"chat"``, ``"prompt"``,
+            ``"instruction"``, ``"question"``, or ``"auto"``, from the columns found.
         columns: names of columns that are not the usual ones, ``{"response": "generated"}``.
-        chat_template: render rows with the tokenizer's chat template. False: a row is its prompt's
-            text followed by the response's and the end token; not for ``"chat"``.
+        chat_template: render records with the tokenizer's chat template. False: each is the text of
+            its prompt, that of its response and the end token; not for ``"chat"``.
         chat_template_kwargs: variables of the template, ``{"enable_thinking": False}``: give here
             what will be given at inference.
         answers: ``"template"``: an answer is what the template renders for it. ``"verbatim"``: it
@@ -63,7 +50,7 @@ class DataConfig:
         loss_on: which answers are trained on.
         split_answers: make each answer a sample of its own, with the history as inference renders
             it. Templates that rewrite history (Qwen3's drops old reasoning) need it.
-        judge_column: rows whose value there is not 1 are dropped. Rows need not have the default
+        judge_column: records whose value there is not 1 are dropped. They need not have the default
             one, but must have one that is named. None: no filter.
         min_length: samples with fewer tokens are dropped.
         max_length: longer samples are too long; None: `seq_len`.
@@ -78,7 +65,7 @@ class DataConfig:
         num_epochs: None: without end.
         remainder: the last batch of an epoch is filled with empty rows, or is dropped.
         tokens: ``"cached"``: the first pass keeps the tokens on the local disk. ``"lazy"``: it
-            keeps their number, and each batch tokenizes its rows again.
+            keeps their number, and each batch tokenizes its records again.
         cache_dir: where; None: ``.swaa_cache`` beside local data, or the user's cache directory.
         num_threads: of reading ahead; 0 reads in the caller's thread.
         num_workers: processes of reading ahead, instead of threads; 0 for none.
@@ -89,7 +76,7 @@ class DataConfig:
     format: str = "auto"
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     chat_template: bool = True
-    chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    chat_template_kwargs: Mapping[str, object] = dataclasses.field(default_factory=dict)
     answers: str = "template"
     stop_tokens: tuple[str, ...] = ()
     answer_stage: str = "last"
@@ -114,52 +101,46 @@ class DataConfig:
     prefetch: int = 8
 
     def __post_init__(self):
-        put = field_setter(self)
-        for name in ("files", "stop_tokens"):
-            put(name, _strings(name, getattr(self, name)))
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name}: expected one of {', '.join(choices)}, "
-                    f"got {describe(getattr(self, name))}."
-                )
-        for name, minimum in _AT_LEAST.items():
-            put(name, integer(name, getattr(self, name), minimum=minimum))
-        for name, minimum in _OR_NONE.items():
-            if getattr(self, name) is not None:
-                put(name, integer(name, getattr(self, name), minimum=minimum))
-        for name in _FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}.")
-        for name in ("judge_column", "cache_dir"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str | os.PathLike):
-                raise ValueError(f"{name}: expected text or null, got {describe(value)}.")
-            put(name, None if value is None else os.fspath(value))
-        for name in ("columns", "chat_template_kwargs"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise ValueError(
-                    f"{name}: expected a mapping, got {describe(getattr(self, name))}."
-                )
-            put(name, dict(getattr(self, name)))
-        check_keys(self.columns, COLUMNS, what="data config's columns")
+        check_fields(
+            self,
+            files=texts,
+            format=one_of("auto", *FORMATS),
+            columns=mapping,
+            chat_template=flag,
+            chat_template_kwargs=mapping,
+            answers=one_of("template", "verbatim"),
+            stop_tokens=texts,
+            answer_stage=one_of("last", "all"),
+            loss_on=one_of("last", "all"),
+            split_answers=flag,
+            judge_column=or_none(_path),
+            min_length=integer(least=0),
+            max_length=or_none(integer(least=2)),
+            on_too_long=one_of("error", "drop"),
+            seq_len=integer(least=2),
+            batch_size=integer(least=1),
+            packing=one_of("pack", "bucket"),
+            pack_window=integer(least=1),
+            bucket_widths=list_of(integer(least=2)),
+            seed=integer(least=0),
+            num_epochs=or_none(integer(least=1)),
+            remainder=one_of("pad", "drop"),
+            tokens=one_of("cached", "lazy"),
+            cache_dir=or_none(_path),
+            num_threads=integer(least=0),
+            num_workers=integer(least=0),
+            prefetch=integer(least=1),
+        )
+        check_keys("columns", self.columns, tuple(COLUMNS))
         if self.max_length is not None and self.max_length > self.seq_len:
             raise ValueError(
                 f"max_length: expected at most seq_len={self.seq_len}, since a sample is never "
-                f"cut, got {self.max_length}. Raise seq_len, or leave max_length out."
+                f"cut, got {self.max_length}; raise seq_len, or leave max_length out"
             )
-        put("bucket_widths", self._checked_widths())
-
-    def _checked_widths(self) -> tuple[int, ...]:
-        if not isinstance(self.bucket_widths, list | tuple):
-            raise ValueError(f"bucket_widths: expected a list, got {describe(self.bucket_widths)}.")
-        widths = tuple(integer("bucket_widths", width, minimum=2) for width in self.bucket_widths)
-        if widths and (list(widths) != sorted(set(widths)) or widths[-1] != self.seq_len):
-            raise ValueError(
-                f"bucket_widths: expected ascending widths, the last one seq_len={self.seq_len}, "
-                f"got {list(widths)}."
-            )
-        return widths
+        widths = list(self.bucket_widths)
+        if widths and (widths != sorted(set(widths)) or widths[-1] != self.seq_len):
+            expected = f"ascending widths, the last one seq_len={self.seq_len}"
+            raise wrong("bucket_widths", expected, widths)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -175,7 +156,7 @@ class DataConfig:
         return (*(1 << n for n in range(7, 40) if 1 << n < self.seq_len), self.seq_len)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "DataConfig":
+    def from_dict(cls, fields: Mapping[str, object]) -> "DataConfig":
         """A config from plain data.
 
         Raises:
@@ -185,15 +166,9 @@ class DataConfig:
         Examples:
             >>> DataConfig.from_dict({"seq_len": 64, "batch_size": 8, "pakcing": "pack"})
             Traceback (most recent call last):
-            ValueError: Unknown key in the data config: 'pakcing' (did you mean 'packing'?). ...
+            ValueError: data config: expected keys among ... got 'pakcing' (did you mean 'packing'?)
         """
-        if not isinstance(fields, Mapping):
-            raise ValueError(f"A data config is a mapping; got {describe(fields)}.")
-        check_keys(fields, [field.name for field in dataclasses.fields(cls)], what="data config")
-        missing = [name for name in ("seq_len", "batch_size") if name not in fields]
-        if missing:
-            raise ValueError(f"The data config has no {' and no '.join(missing)}: give a number.")
-        return cls(**fields)
+        return from_mapping(cls, fields, "data config")
 
     @classmethod
     def from_yaml(cls, text: str) -> "DataConfig":
@@ -202,19 +177,16 @@ class DataConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` takes; every field is there."""
-        fields = dataclasses.asdict(self)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return plain(fields)
 
     def to_yaml(self) -> str:
         """The same as YAML."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
-def _strings(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str | os.PathLike):
-        value = (value,)
-    if not isinstance(value, list | tuple) or not all(
-        isinstance(item, str | os.PathLike) for item in value
-    ):
-        raise ValueError(f"{name}: expected text or a list of texts, got {describe(value)}.")
-    return tuple(os.fspath(item) for item in value)
+def _path(name: str, value: object) -> str:
+    """Text, or a path as text."""
+    if not isinstance(value, str | os.PathLike):
+        raise wrong(name, "text or null", value)
+    return os.fspath(value)

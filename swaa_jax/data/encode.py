@@ -2,16 +2,19 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from kernels_pallas.mask import Stage
 from swaa_jax.data.config import DataConfig
-from swaa_jax.data.formats import Completion, Conversation, Message, parse_row
-from swaa_jax.data.rows import DataError, Row
+from swaa_jax.examples import Example, Message, Tools, read_example
+from swaa_jax.records import DataError, Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Encoder", "Sample"]
 
@@ -47,7 +50,7 @@ class _Turn:
 
 
 class Encoder:
-    r"""From rows to samples, with a tokenizer and its chat template.
+    r"""From records to samples, with a tokenizer and its chat template.
 
     An answer's prompt is what `generate` makes of the messages before it, the generation prompt
     included; the answer is what the template puts behind that, up to and with the token that ends
@@ -59,14 +62,15 @@ class Encoder:
                                               ^ predicts the first answer token
     """
 
-    def __init__(self, tok: Any, config: DataConfig):
-        self._tok, self._config = tok, config
+    def __init__(self, tok: "PreTrainedTokenizerBase", config: DataConfig):
+        self._tok: Any = tok  # its stubs say of each result all that it can be under any options
+        self._config = config
         if tok is None:
-            raise ValueError("tok: expected a tokenizer, got None; see swaa_jax.load_tokenizer.")
+            raise ValueError("tok: expected a tokenizer, got None; see swaa_jax.load_tokenizer")
         if config.chat_template and not getattr(tok, "chat_template", None):
             raise DataError(
-                "chat_template: the tokenizer has none, so rows cannot be rendered. Give a "
-                "tokenizer with a template, or set chat_template: false to train on the rows' texts"
+                "chat_template: expected a tokenizer that has one, got one without; give another "
+                "tokenizer, or set chat_template: false to train on the records' texts"
             )
         self._special = dict(_special_tokens(tok))
         self._blank: dict[int, bool] = {}
@@ -75,24 +79,25 @@ class Encoder:
         if not self._ends:
             log.warning("no token ends an answer, so none teaches the model to stop: stop_tokens")
 
-    def __call__(self, row: Row) -> list[Sample]:
-        """The samples of a row: one, or one an answer with `split_answers`.
+    def __call__(self, record: Record) -> list[Sample]:
+        """The samples of a record: one, or one an answer with `split_answers`.
 
         Raises:
-            DataError: a row of no known shape or without an answer, a template that fails, or one
-                that renders an answer otherwise than its generation prompt begins it.
+            DataError: a record of no known shape or without an answer, a template that fails, or
+                one that renders an answer otherwise than its generation prompt begins it.
         """
-        parsed = parse_row(row, self._config)
-        if isinstance(parsed, Completion):
-            return [self._completion(parsed)]
-        answers = [n for n, m in enumerate(parsed.messages) if m["role"] == "assistant"]
         config = self._config
+        example = read_example(record, columns=config.columns, shape=config.format)
+        if not config.chat_template:
+            return [self._completion(example)]
+        messages = (*example.asked, *example.response)
+        answers = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
         if config.loss_on == "last" and (config.split_answers or config.answer_stage == "last"):
             answers = answers[-1:]  # the rest is history, however the template renders that
-        turns = [self._turn(row, parsed, n) for n in answers]
+        turns = [self._turn(example, messages, n) for n in answers]
         if config.split_answers:
             return [self._sample([turn]) for turn in turns]
-        self._check_history(row, turns, answers)
+        self._check_history(record, turns, answers)
         return [self._sample(turns)]
 
     def _sample(self, turns: Sequence[_Turn]) -> Sample:
@@ -107,47 +112,59 @@ class Encoder:
                 is_target[span] = True
         return Sample(tokens=tokens, stage_ids=stage_ids, is_target=is_target)
 
-    def _completion(self, text: Completion) -> Sample:
+    def _completion(self, example: Example) -> Sample:
+        prompt, answer = example.text, example.response[-1]["content"]
+        if prompt is None or len(example.asked) > 1 or not isinstance(answer, str):
+            raise DataError(
+                f"{example.record.place}: expected a prompt and a response as texts with "
+                "chat_template: false, got messages; leave it out, or give files with a prompt and "
+                "a response"
+            )
         # As `generate` encodes a string: with the special tokens, unless it begins with BOS.
         bos = self._tok.bos_token
-        bare = bool(bos) and text.prompt.startswith(bos)
-        prompt = list(self._tok(text.prompt, add_special_tokens=not bare)["input_ids"])
-        return self._sample([_Turn(prompt, [*self._ids(text.response), *self._tail])])
+        bare = bool(bos) and prompt.startswith(bos)
+        prompt_ids = list(self._tok(prompt, add_special_tokens=not bare)["input_ids"])
+        return self._sample([_Turn(prompt_ids, [*self._ids(answer), *self._tail])])
 
-    def _turn(self, row: Row, conversation: Conversation, index: int) -> _Turn:
-        messages = conversation.messages
-        prompt = self._render(row, messages[:index], conversation.tools, prompt=True)
+    def _turn(self, example: Example, messages: Sequence[Message], index: int) -> _Turn:
+        record, tools = example.record, example.tools
+        prompt = self._render(record, messages[:index], tools, prompt=True)
         prompt_ids = self._ids(prompt)
         if self._config.answers == "verbatim":
-            text = _verbatim(row, messages[index], prompt)
+            text = _verbatim(record, messages[index], prompt)
             return _Turn(prompt_ids, [*self._continue(prompt, prompt_ids, text), *self._tail])
-        whole = self._render(row, messages[: index + 1], conversation.tools, prompt=False)
+        whole = self._render(record, messages[: index + 1], tools, prompt=False)
         if not whole.startswith(prompt):
             at = next((n for n, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b), 0)
             raise DataError(
-                f"{row.place}, message {index}: the chat template renders this answer otherwise "
-                "than its generation prompt begins it, so what the model should produce is "
+                f"{record.place}: message {index}: expected the chat template to render this "
+                "answer as its generation prompt begins it, or what the model should produce is "
                 f"undefined: after {prompt[max(0, at - 30) : at]!r} expected "
-                f"{prompt[at : at + 40]!r}, got {whole[at : at + 40]!r}. Check "
+                f"{prompt[at : at + 40]!r}, got {whole[at : at + 40]!r}; check "
                 "chat_template_kwargs (enable_thinking), or set answers: verbatim, which takes the "
-                "answer's text as it is."
+                "answer's text as it is"
             )
         answer = self._continue(prompt, prompt_ids, whole[len(prompt) :])
-        return _Turn(prompt_ids, self._produced(answer, messages[: index + 1], conversation.tools))
+        return _Turn(prompt_ids, self._produced(answer, messages[: index + 1], tools))
 
-    def _check_history(self, row: Row, turns: Sequence[_Turn], answers: Sequence[int]) -> None:
+    def _check_history(
+        self, record: Record, turns: Sequence[_Turn], answers: Sequence[int]
+    ) -> None:
         for before, turn, index in zip(turns, turns[1:], answers, strict=False):
             so_far = [*before.prompt, *before.answer]
             if turn.prompt[: len(so_far)] != so_far:
                 raise DataError(
-                    f"{row.place}: the chat template rewrites history: once the conversation goes "
-                    f"on, it renders the answer in message {index} with other tokens than when the "
-                    "answer was given (templates drop old reasoning, say), so one sequence cannot "
-                    "hold both. Set split_answers: true, which makes every answer a sample of its "
-                    'own, or answer_stage: "last" with loss_on: "last".'
+                    f"{record.place}: expected one rendering of an answer, got a chat template "
+                    f"that rewrites history: once the conversation goes on, it renders message "
+                    f"{index} with other tokens than when it was given (templates drop old "
+                    "reasoning, say), so one sequence cannot hold both; set split_answers: true, "
+                    'which makes every answer a sample of its own, or answer_stage: "last" with '
+                    'loss_on: "last"'
                 )
 
-    def _render(self, row: Row, messages: Sequence[Message], tools: Any, *, prompt: bool) -> str:
+    def _render(
+        self, record: Record, messages: Sequence[Message], tools: Tools, *, prompt: bool
+    ) -> str:
         import jinja2
 
         variables = dict(self._config.chat_template_kwargs)
@@ -162,8 +179,9 @@ class Encoder:
             )
         except (jinja2.TemplateError, TypeError, IndexError) as error:
             raise DataError(
-                f"{row.place}: the chat template failed on its first {len(messages)} messages "
-                f"({' '.join(str(error).split())[:300]}). Mend the row's roles, or the template."
+                f"{record.place}: expected messages that the chat template takes, got an error on "
+                f"the first {len(messages)} ({' '.join(str(error).split())[:300]}); mend the "
+                "record's roles, or the template"
             ) from error
 
     def _ids(self, text: str) -> list[int]:
@@ -185,7 +203,7 @@ class Encoder:
             return ids[cut:]
         return self._ids(text)
 
-    def _produced(self, ids: list[int], messages: Sequence[Message], tools: Any) -> list[int]:
+    def _produced(self, ids: list[int], messages: Sequence[Message], tools: Tools) -> list[int]:
         """The answer without what the template puts after the end of the turn."""
         start = self._trailing(ids)
         for end in range(start, len(ids)):
@@ -225,10 +243,10 @@ class Encoder:
         named = [_token_id(tok, name) for name in config.stop_tokens]
         if not config.chat_template:
             return (named[:1] or eos), frozenset(named or eos)
-        row = Row(file="chat template", index=0, fields={})
+        record = Record(file="chat template", index=0, fields={})
         probe = ({"role": "user", "content": "Q"}, {"role": "assistant", "content": _PROBE})
         try:
-            text = self._render(row, probe, None, prompt=False)
+            text = self._render(record, probe, None, prompt=False)
         except DataError:
             return (named[:1] or eos), frozenset(named or eos)
         tail = self._ids(text.rpartition(_PROBE)[2])
@@ -238,13 +256,14 @@ class Encoder:
         return named[:1], frozenset(named)
 
 
-def _verbatim(row: Row, message: Message, prompt: str) -> str:
+def _verbatim(record: Record, message: Message, prompt: str) -> str:
     """The answer's text, without what the generation prompt has of it already (``<think>``)."""
     content = message["content"]
     if not isinstance(content, str) or set(message) - {"role", "content"}:
         raise DataError(
-            f"{row.place}: answers: verbatim takes an answer's content alone, and as text; found "
-            f"{', '.join(map(repr, message))}. Put all of it into content, or set answers: template"
+            f"{record.place}: expected an answer's content alone, as text, with answers: verbatim, "
+            f"got {', '.join(map(repr, message))}; put all of it into content, or set answers: "
+            "template"
         )
     if content.startswith("<"):
         for size in range(min(len(content), len(prompt), 64), 0, -1):
@@ -253,7 +272,7 @@ def _verbatim(row: Row, message: Message, prompt: str) -> str:
     return content
 
 
-def _special_tokens(tok: Any) -> Any:
+def _special_tokens(tok: "PreTrainedTokenizerBase") -> Iterator[tuple[int, str]]:
     for token, added in getattr(tok, "added_tokens_decoder", {}).items():
         if added.special:
             yield int(token), added.content
@@ -261,11 +280,11 @@ def _special_tokens(tok: Any) -> Any:
         yield int(token), str(name)
 
 
-def _token_id(tok: Any, name: str) -> int:
-    token = tok.convert_tokens_to_ids(name)
+def _token_id(tok: "PreTrainedTokenizerBase", name: str) -> int:
+    token: Any = tok.convert_tokens_to_ids(name)
     if token is None or (token == tok.unk_token_id and name != tok.unk_token):
         raise ValueError(
             f"stop_tokens: expected tokens of the tokenizer's vocabulary, got {name!r}, which is "
-            "none. Look for it in tokenizer.json, under added_tokens."
+            "none; look for it in tokenizer.json, under added_tokens"
         )
     return int(token)

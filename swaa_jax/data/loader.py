@@ -3,13 +3,16 @@
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swaa_jax.data.batches import Batch, make_batch
 from swaa_jax.data.config import DataConfig
 from swaa_jax.data.packing import Plan, make_plan, process_rows
 from swaa_jax.data.reading import read_ahead
 from swaa_jax.data.samples import Samples, prepare_samples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["BatchIterator", "BatchSource", "load_data"]
 
@@ -18,41 +21,42 @@ log = logging.getLogger(__name__)
 
 def load_data(
     config: DataConfig,
-    tok: Any,
+    tok: "PreTrainedTokenizerBase",
     *,
-    rows: Sequence[Mapping[str, Any]] | None = None,
+    records: Sequence[Mapping[str, object]] | None = None,
     process_index: int | None = None,
     process_count: int | None = None,
     progress: bool = False,
 ) -> "BatchSource":
     r"""Reads, filters, tokenizes and packs the data: everything before the first batch.
 
-    Every process reads all rows once (or the cache) and makes the same plan.
+    Every process reads all records once (or the cache) and makes the same plan.
 
     Args:
         config: which data, and how it becomes batches.
         tok: the model's tokenizer.
-        rows: train on these rows in place of `config.files`.
+        records: train on these in place of `config.files`.
         process_index, process_count: whose share of each batch to make; None: this process's, of
             the JAX processes that there are.
-        progress: draw a bar while rows are tokenized.
+        progress: draw a bar while records are tokenized.
 
     Raises:
-        DataError: data that cannot be used; file and row are named.
+        DataError: data that cannot be used; file and record are named.
         CheckpointError: files that cannot be read.
         ValueError: `batch_size` does not divide among the processes.
 
     Examples:
         >>> tok = __import__("swaa_jax").load_tokenizer("tiny-retriever")
         >>> config = DataConfig(seq_len=64, batch_size=2, answers="verbatim")
-        >>> row = {"prompt": "What is the number?", "response": "5.\n</think>\n\nIt is 5."}
-        >>> data = load_data(config, tok, rows=[row] * 5)
+        >>> record = {"prompt": "What is the number?", "response": "5.\n</think>\n\nIt is 5."}
+        >>> data = load_data(config, tok, records=[record] * 5)
         >>> len(data), data[0].tokens.shape
         (2, (2, 64))
     """
-    samples = prepare_samples(config, tok, rows=rows, progress=progress)
+    samples = prepare_samples(config, tok, records=records, progress=progress)
     plan = make_plan(samples.lengths, samples.digest, config)
-    pad_id = next((int(t) for t in (tok.pad_token_id, tok.eos_token_id) if t is not None), 0)
+    ids: tuple[Any, ...] = (tok.pad_token_id, tok.eos_token_id, 0)
+    pad_id = next(int(token) for token in ids if token is not None)
     return BatchSource(
         samples,
         plan,
@@ -168,7 +172,7 @@ class BatchIterator(Iterator[Batch]):
         """Where the iterator is, as JSON takes it."""
         return self._source.plan.state(self.next_batch)
 
-    def set_state(self, state: Mapping[str, Any]) -> None:
+    def set_state(self, state: Mapping[str, object]) -> None:
         """Goes where `get_state` was called, on whatever number of processes.
 
         Raises:

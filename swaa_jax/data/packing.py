@@ -18,6 +18,8 @@ import numpy as np
 from jaxtyping import Int
 
 from swaa_jax.data.config import DataConfig
+from swaa_jax.fields import describe
+from swaa_jax.runs import differences
 
 __all__ = ["Plan", "PlanMismatchError", "make_plan", "pack"]
 
@@ -88,7 +90,7 @@ class Plan:
     remainder: str
     seed: int
     num_epochs: int | None
-    identity: Mapping[str, Any]
+    identity: Mapping[str, object]
     num_tokens: int
 
     @functools.cached_property
@@ -177,22 +179,17 @@ class Plan:
             plan, identity = str(state["plan"]), dict(state["identity"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"data state: expected version, next_batch, plan and identity, got {state!r}; it "
-                "is what BatchIterator.get_state returned"
+                "data state: expected version, next_batch, plan and identity, got "
+                f"{describe(state)}; it is what BatchIterator.get_state returned"
             ) from error
         if version != STATE_VERSION:
             raise ValueError(f"data state: expected version {STATE_VERSION}, got {version}")
         if plan != self.fingerprint:
-            names = sorted({*identity, *self.identity})
-            differing = [
-                f"{name} was {identity.get(name)!r} and is {self.identity.get(name)!r}"
-                for name in names
-                if identity.get(name) != self.identity.get(name)
-            ]
             raise PlanMismatchError(
-                "The checkpoint's place in the data belongs to another plan: "
-                f"{'; '.join(differing) or 'its rows differ'}. Resume with the data and settings "
-                "of the checkpoint (the number of processes may change), or start a new run."
+                "data state: expected a place in this plan, got one of another plan: "
+                f"{differences(identity, self.identity) or 'its rows differ'}; resume with the "
+                "data and settings of the checkpoint (the number of processes may change), or "
+                "start a new run"
             )
         return index
 
@@ -234,8 +231,9 @@ def make_plan(lengths: Int[np.ndarray, " samples"], digest: str, config: DataCon
     )
     if not plan.num_batches:
         raise ValueError(
-            f"batch_size: {len(rows)} rows make no whole batch of {config.batch_size}, and "
-            'remainder: "drop" drops the rest. Lower batch_size, or set remainder: "pad".'
+            f"batch_size: expected at most the {len(rows)} rows that there are, since remainder: "
+            f'"drop" drops what fills no batch, got {config.batch_size}; lower it, or set '
+            'remainder: "pad"'
         )
     return plan
 

@@ -1,9 +1,9 @@
-"""The first pass: every row becomes samples once, filtered, counted and kept on the disk.
+"""The first pass: every record becomes samples once, filtered, counted and kept on the disk.
 
-Packing is planned from the samples' lengths, so all rows are tokenized before the first step. What
-that gives is kept under a key of the files (path, size, time), the tokenizer and the settings:
+Packing is planned from the samples' lengths, so all records are tokenized before the first step.
+What that gives is kept under a key of the files (path, size, time), the tokenizer and the settings:
 
-    <cache>/<key>/lengths.npy  origins.npy    tokens of each sample; its row and its place there
+    <cache>/<key>/lengths.npy  origins.npy    tokens of each sample; its record and its place there
                   tokens.bin   marks.bin      int32 and uint8 of all samples, one after the other
                   meta.json                   counts and the digest of the contents; written last
 """
@@ -16,7 +16,7 @@ import logging
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
@@ -26,14 +26,19 @@ from kernels_pallas.mask import Stage
 from swaa_jax.data.config import DataConfig
 from swaa_jax.data.encode import Encoder, Sample
 from swaa_jax.data.reading import read_ahead
-from swaa_jax.data.rows import DataError, Row, Rows, find_files, open_rows
+from swaa_jax.progress import show_progress
+from swaa_jax.records import DataError, Record, Records, find_files, open_records, records_of
+from swaa_jax.runs import fingerprint
 from swaa_jax.storage import CheckpointError, atomic_directory, is_local, reading
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["SampleReport", "Samples", "prepare_samples"]
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 _META = "meta.json"
 _USUAL_JUDGE = "judge"  # looked for, not asked for
 _SETTINGS = (
@@ -48,14 +53,14 @@ class SampleReport:
     """What the first pass found.
 
     Attributes:
-        rows: in the files.
+        records: in the files.
         samples: that are trained on.
         num_tokens: in those samples.
         num_targets: tokens among them that count in the loss.
-        judged_wrong, too_short, too_long: dropped rows, and dropped samples.
+        judged_wrong, too_short, too_long: dropped records, and dropped samples.
     """
 
-    rows: int = 0
+    records: int = 0
     samples: int = 0
     num_tokens: int = 0
     num_targets: int = 0
@@ -66,7 +71,7 @@ class SampleReport:
     def __str__(self) -> str:
         return (
             f"{self.samples} samples of {self.num_tokens} tokens ({self.num_targets} in the loss) "
-            f"from {self.rows} rows; dropped: {self.judged_wrong} judged wrong, "
+            f"from {self.records} records; dropped: {self.judged_wrong} judged wrong, "
             f"{self.too_short} too short, {self.too_long} too long"
         )
 
@@ -92,27 +97,27 @@ class Samples:
 
 def prepare_samples(
     config: DataConfig,
-    tok: Any,
+    tok: "PreTrainedTokenizerBase",
     *,
-    rows: Sequence[Mapping[str, Any]] | None = None,
+    records: Sequence[Mapping[str, object]] | None = None,
     progress: bool = False,
 ) -> Samples:
-    """The samples of `config.files`, from the cache or by a first pass over all rows.
+    """The samples of `config.files`, from the cache or by a first pass over all records.
 
     Args:
         config: what to read and how.
         tok: the tokenizer.
-        rows: take these in place of files; nothing is cached.
+        records: take these in place of files; nothing is cached.
         progress: draw a bar.
 
     Raises:
-        DataError: a file or row that cannot be used, or nothing left after the filters.
+        DataError: a file or record that cannot be used, or nothing left after the filters.
         CheckpointError: a file that cannot be read, or no room for the cache.
     """
     encoder = Encoder(tok, config)
-    if rows is not None:
+    if records is not None:
         writer = _Memory()
-        report = _first_pass(open_rows(list(rows)), encoder, config, writer, progress=progress)
+        report = _first_pass(records_of(records), encoder, config, writer, progress=progress)
         return writer.samples(report)
     files = find_files(config.files)
     key = _key(files, tok, config)
@@ -124,8 +129,8 @@ def prepare_samples(
         try:
             with atomic_directory(place, overwrite=True, commit_mark=_META) as directory:
                 with _Disk(directory, keep_tokens=config.tokens == "cached") as writer:
-                    all_rows = open_rows(files)
-                    report = _first_pass(all_rows, encoder, config, writer, progress=progress)
+                    every = open_records(files)
+                    report = _first_pass(every, encoder, config, writer, progress=progress)
                 writer.finish(report)
         except (CheckpointError, OSError):
             if _open(place) is None:  # else another process of this machine was faster
@@ -136,51 +141,55 @@ def prepare_samples(
         assert stored is not None
     log.info("%s (%s)", stored.report, place)
     if config.tokens == "lazy":
-        return _Lazy(stored, open_rows(files), encoder)
+        return _Lazy(stored, open_records(files), encoder)
     return stored
 
 
 # The pass.
 
 
-class _EncodeRow:
-    """A row's samples, or None where the row was judged wrong. Grain maps it over the rows."""
+class _EncodeRecord:
+    """A record's samples, or None where it was judged wrong. Grain maps it over the records."""
 
     def __init__(self, encoder: Encoder, judge_column: str | None):
         self._encoder, self._judge = encoder, judge_column
 
-    def __call__(self, row: Row) -> tuple[str, list[Sample] | None]:
-        if self._judge not in (None, _USUAL_JUDGE, *row.fields):
+    def __call__(self, record: Record) -> tuple[str, list[Sample] | None]:
+        if self._judge not in (None, _USUAL_JUDGE, *record.fields):
             raise DataError(
-                f"{row.place}: judge_column says that the verdict is in {self._judge!r}, but the "
-                f"row's columns are {', '.join(map(repr, row.fields))}. Correct it, or set it to "
-                "null to train on all rows."
+                f"{record.place}: judge_column: expected the verdict in {self._judge!r}, got the "
+                f"columns {record.columns}; correct it, or set it to null to train on all records"
             )
-        if self._judge is not None and self._judge in row.fields:
-            value = row.fields[self._judge]
+        if self._judge is not None and self._judge in record.fields:
+            value = record.fields[self._judge]
             if str(value).strip().lower() not in ("1", "1.0", "true"):
-                return row.place, None
-        return row.place, self._encoder(row)
+                return record.place, None
+        return record.place, self._encoder(record)
 
 
 def _first_pass(
-    rows: Rows, encoder: Encoder, config: DataConfig, writer: Any, *, progress: bool
+    records: Records,
+    encoder: Encoder,
+    config: DataConfig,
+    writer: "_Memory | _Disk",
+    *,
+    progress: bool,
 ) -> SampleReport:
     limit = config.max_length or config.seq_len
     counts = dict.fromkeys(
         ("judged_wrong", "too_short", "too_long", "num_tokens", "num_targets"), 0
     )
     digest, num_samples = hashlib.sha256(), 0
-    for number, (place, samples) in enumerate(_encoded(rows, encoder, config, progress)):
+    for number, (place, samples) in enumerate(_encoded(records, encoder, config, progress)):
         counts["judged_wrong"] += samples is None
         for part, sample in enumerate(samples or ()):
             if len(sample) > limit:
                 if config.on_too_long == "error":
                     raise DataError(
-                        f"{place}: its sample has {len(sample)} tokens, more than "
-                        f"{'max_length' if config.max_length else 'seq_len'}={limit}, and an "
-                        "answer is never cut from its prompt. Raise it, remove the row, or set "
-                        "on_too_long: drop."
+                        f"{place}: expected a sample of at most "
+                        f"{'max_length' if config.max_length else 'seq_len'}={limit} tokens, since "
+                        f"an answer is never cut from its prompt, got {len(sample)}; raise it, "
+                        "remove the record, or set on_too_long: drop"
                     )
                 counts["too_long"] += 1
             elif len(sample) < config.min_length:
@@ -195,28 +204,26 @@ def _first_pass(
                 counts["num_tokens"] += len(sample)
                 counts["num_targets"] += int(sample.is_target.sum())
     writer.digest = digest.hexdigest()
-    report = SampleReport(rows=len(rows), samples=num_samples, **counts)
+    report = SampleReport(records=len(records), samples=num_samples, **counts)
     if not num_samples:
         raise DataError(
-            f"Nothing is left to train on: {report}. Look at judge_column, min_length, max_length "
-            "and seq_len."
+            f"files: expected samples to train on, got none: {report}; look at judge_column, "
+            "min_length, max_length and seq_len"
         )
     return report
 
 
 def _encoded(
-    rows: Rows, encoder: Encoder, config: DataConfig, progress: bool
+    records: Records, encoder: Encoder, config: DataConfig, progress: bool
 ) -> Iterator[tuple[str, list[Sample] | None]]:
     import grain
 
-    mapped = grain.MapDataset.source(rows).map(_EncodeRow(encoder, config.judge_column))
+    mapped = grain.MapDataset.source(records).map(_EncodeRecord(encoder, config.judge_column))
     results = read_ahead(mapped, config, num_items=8 * max(config.num_threads, config.num_workers))
-    if not progress:
-        yield from results
-        return
-    from rich.progress import track
-
-    yield from track(results, total=len(rows), description="Tokenizing")
+    with show_progress("tokenizing", total=len(records), unit="records", enabled=progress) as bar:
+        for result in results:
+            yield result
+            bar.advance()
 
 
 def _marks(sample: Sample) -> np.ndarray:
@@ -319,20 +326,20 @@ class _Stored(Samples):
 class _Lazy(Samples):
     """Samples tokenized again whenever they are asked for."""
 
-    def __init__(self, stored: _Stored, rows: Rows, encoder: Encoder):
+    def __init__(self, stored: _Stored, records: Records, encoder: Encoder):
         super().__init__(lengths=stored.lengths, digest=stored.digest, report=stored.report)
         assert stored.directory is not None
         self._origins = np.load(stored.directory / "origins.npy")
-        self._rows, self._encoder = rows, encoder
+        self._records, self._encoder = records, encoder
 
     def __getitem__(self, number: int) -> Sample:
-        row_number, part = map(int, self._origins[number])
-        row = self._rows[row_number]
-        sample = self._encoder(row)[part]
+        at, part = map(int, self._origins[number])
+        record = self._records[at]
+        sample = self._encoder(record)[part]
         if len(sample) != self.lengths[number]:
             raise DataError(
-                f"{row.place}: expected the {self.lengths[number]} tokens that the plan was made "
-                f"for, got {len(sample)}: the file has changed. Start again with the new file."
+                f"{record.place}: expected the {self.lengths[number]} tokens that the plan was "
+                f"made for, got {len(sample)}: the file has changed; start again with the new one"
             )
         return sample
 
@@ -340,7 +347,7 @@ class _Lazy(Samples):
 # The cache.
 
 
-def _key(files: Sequence[epath.Path], tok: Any, config: DataConfig) -> str:
+def _key(files: Sequence[epath.Path], tok: "PreTrainedTokenizerBase", config: DataConfig) -> str:
     described = []
     for file in files:
         with reading(file):
@@ -349,11 +356,10 @@ def _key(files: Sequence[epath.Path], tok: Any, config: DataConfig) -> str:
     settings = {name: getattr(config, name) for name in _SETTINGS}
     settings["limit"] = config.max_length or config.seq_len
     identity = [_VERSION, described, _tokenizer_identity(tok), settings]
-    text = json.dumps(identity, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return fingerprint(identity, digits=32)
 
 
-def _tokenizer_identity(tok: Any) -> str:
+def _tokenizer_identity(tok: "PreTrainedTokenizerBase") -> str:
     backend = getattr(tok, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else sorted(tok.get_vocab().items())
     parts = [type(tok).__name__, vocabulary, str(tok.chat_template), str(tok.special_tokens_map)]

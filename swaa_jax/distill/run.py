@@ -16,17 +16,25 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
 from swaa_jax import runtime, storage
-from swaa_jax.eval.judging.judges import Judge, Judged
+from swaa_jax.eval.judging import Judge, Judged
 from swaa_jax.eval.tasks import opens_thinking
 from swaa_jax.eval.tasks.question_answering import Question
+from swaa_jax.fields import check_fields, flag, integer, number, one_of, or_none
 from swaa_jax.infer import generate
 from swaa_jax.infer.prompts import encode_prompts
+from swaa_jax.models import CausalLM
+from swaa_jax.progress import show_progress
+from swaa_jax.records import open_records
+from swaa_jax.runs import claim
 from swaa_jax.typing import PathLike
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,11 +63,18 @@ class DistillConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("attempts", "max_new_tokens", "questions_per_part"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.keep not in ("all", "first"):
-            raise ValueError(f'keep: expected "all" or "first", got {self.keep!r}')
+        check_fields(
+            self,
+            attempts=integer(least=1),
+            temperature=number(least=0),
+            top_k=or_none(integer(least=1)),
+            top_p=or_none(number(above=0, most=1)),
+            max_new_tokens=integer(least=1),
+            enable_thinking=or_none(flag),
+            questions_per_part=integer(least=1),
+            keep=one_of("all", "first"),
+            seed=integer(least=0),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,14 +90,14 @@ class DistillSummary:
 
 
 def distill(
-    model: Any,
-    tok: Any,
+    model: CausalLM,
+    tok: "PreTrainedTokenizerBase",
     questions: Sequence[Question],
     judge: Judge,
     directory: PathLike,
     *,
     config: DistillConfig | None = None,
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, object] | None = None,
     progress: bool = False,
 ) -> DistillSummary:
     """Answer the questions, judge the answers, and write those that were accepted.
@@ -92,7 +107,7 @@ def distill(
             is full attention.
         tok: its tokenizer. Prompts go through its chat template, where it has one.
         questions: see `read_questions`.
-        judge: see `swaa_jax.eval.judging.judges`.
+        judge: see `swaa_jax.eval.judging`.
         directory: new, or that of the same run, which then goes on.
         config: how questions are answered.
         settings: what else makes this run what it is (the model's name, the judge's settings), so
@@ -115,45 +130,45 @@ def distill(
         questions[start : start + config.questions_per_part]
         for start in range(0, len(questions), config.questions_per_part)
     ]
-    _claim(directory, _fingerprint(questions, config, settings or {}))
-    with _bar(len(parts), show=progress) as advance:
-        for number, part in enumerate(parts):
-            path = directory / "attempts" / f"{number:05d}.parquet"
+    identity = _identity(questions, config, settings or {})
+    claim(directory, identity, file="run.json", what="the answers")
+    if runtime.is_main_process():
+        (directory / "attempts").mkdir(parents=True, exist_ok=True)
+    runtime.wait_for_all("distill: the directory")
+    paths = [directory / "attempts" / f"{number:05d}.parquet" for number in range(len(parts))]
+    with show_progress("distilling", total=len(parts), unit="parts", enabled=progress) as bar:
+        for number, (part, path) in enumerate(zip(parts, paths, strict=True)):
             if not path.exists():
-                rows = _answer(model, tok, part, judge, config, number)
+                answers = _answer(model, tok, part, judge, config, number)
                 if runtime.is_main_process():
-                    _write_parquet(path, rows)
-            advance()
+                    _write_parquet(path, answers)
+            bar.advance()
     runtime.wait_for_all("distill: the last part")
-    attempts = [
-        row
-        for number in range(len(parts))
-        for row in _read_parquet(directory / "attempts" / f"{number:05d}.parquet")
-    ]
+    attempts = [record.fields for record in open_records(paths)] if paths else []
     kept = _keep(attempts, config)
     target = directory / "train.parquet"
     if runtime.is_main_process():
         _write_parquet(target, kept)
-    accepted = [row for row in attempts if row["judge"]]
+    accepted = [answer for answer in attempts if answer["judge"]]
     return DistillSummary(
         questions=len(questions),
         answers=len(attempts),
         accepted=len(accepted),
-        questions_answered=len({row["question_id"] for row in accepted}),
+        questions_answered=len({answer["question_id"] for answer in accepted}),
         kept=len(kept),
         path=str(target),
     )
 
 
 def _answer(
-    model: Any,
-    tok: Any,
+    model: CausalLM,
+    tok: "PreTrainedTokenizerBase",
     part: Sequence[Question],
     judge: Judge,
     config: DistillConfig,
     number: int,
 ) -> list[dict[str, Any]]:
-    """A row for each answer to each question of a part."""
+    """A record for each answer to each question of a part."""
     templated = bool(getattr(tok, "chat_template", None))
     prompts = [
         [{"role": "user", "content": question.prompt}] if templated else question.prompt
@@ -174,7 +189,7 @@ def _answer(
         seed=_seed(config.seed, number),
         batch_size=len(encoded),
     )
-    rows = []
+    records = []
     for at, (text, tokens, reason) in enumerate(
         zip(out.texts, out.tokens, out.finish_reasons, strict=True)
     ):
@@ -187,7 +202,7 @@ def _answer(
         )
         cut = reason == "length"
         verdict = None if cut else judge(judged)
-        rows.append(
+        records.append(
             {
                 "question_id": question.id,
                 "attempt": at % config.attempts,
@@ -199,16 +214,18 @@ def _answer(
                 "num_tokens": len(tokens),
             }
         )
-    return rows
+    return records
 
 
-def _keep(attempts: Sequence[dict[str, Any]], config: DistillConfig) -> list[dict[str, Any]]:
+def _keep(
+    attempts: Sequence[Mapping[str, object]], config: DistillConfig
+) -> list[Mapping[str, object]]:
     kept, seen = [], set()
-    for row in attempts:
-        key = (row["question_id"], row["response"] if config.keep == "all" else None)
-        if row["judge"] and key not in seen:  # an answer given twice teaches nothing new
+    for answer in attempts:
+        key = (answer["question_id"], answer["response"] if config.keep == "all" else None)
+        if answer["judge"] and key not in seen:  # an answer given twice teaches nothing new
             seen.add(key)
-            kept.append(row)
+            kept.append(answer)
     return kept
 
 
@@ -218,8 +235,8 @@ def _seed(seed: int, part: int) -> int:
     return int.from_bytes(digest[:4], "big")
 
 
-def _fingerprint(
-    questions: Sequence[Question], config: DistillConfig, settings: Mapping[str, Any]
+def _identity(
+    questions: Sequence[Question], config: DistillConfig, settings: Mapping[str, object]
 ) -> dict[str, Any]:
     digest = hashlib.sha256()
     for question in questions:
@@ -230,29 +247,6 @@ def _fingerprint(
         "config": dataclasses.asdict(config),
         "settings": dict(settings),
     }
-
-
-def _claim(directory: epath.Path, fingerprint: dict[str, Any]) -> None:
-    """Make the directory this run's, or see that it is."""
-    path = directory / "run.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        differs = [
-            f"{section}.{name}: {before.get(section, {}).get(name)!r} there, {value!r} now"
-            for section, values in fingerprint.items()
-            for name, value in values.items()
-            if before.get(section, {}).get(name) != json.loads(json.dumps(value))
-        ]
-        if differs:
-            raise ValueError(
-                f"{directory}: holds another run ({'; '.join(differs)}); pass another directory, "
-                "or what that run was started with"
-            )
-        return
-    if runtime.is_main_process():
-        (directory / "attempts").mkdir(parents=True, exist_ok=True)
-        storage.write_json_atomic(path, fingerprint)
-    runtime.wait_for_all("distill: the directory")
 
 
 _COLUMNS = (
@@ -267,7 +261,7 @@ _COLUMNS = (
 )
 
 
-def _write_parquet(path: epath.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def _write_parquet(path: epath.Path, records: Sequence[Mapping[str, object]]) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -276,32 +270,6 @@ def _write_parquet(path: epath.Path, rows: Sequence[Mapping[str, Any]]) -> None:
         [(name, pyarrow.int64() if name in integers else pyarrow.string()) for name in _COLUMNS]
     )
     buffer = io.BytesIO()
-    table = pyarrow.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    table = pyarrow.Table.from_pylist([dict(record) for record in records], schema=schema)
     pyarrow.parquet.write_table(table, buffer)
     storage.write_bytes_atomic(path, buffer.getvalue())
-
-
-def _read_parquet(path: epath.Path) -> list[dict[str, Any]]:
-    import pyarrow.parquet
-
-    return pyarrow.parquet.read_table(io.BytesIO(path.read_bytes())).to_pylist()
-
-
-def _bar(total: int, *, show: bool) -> Any:
-    """A context that gives ``advance()``."""
-    import contextlib
-
-    @contextlib.contextmanager
-    def bar():
-        if not show:
-            yield lambda: None
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("distill", total=total)
-            yield lambda: progress.advance(task)
-
-    return bar()

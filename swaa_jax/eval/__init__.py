@@ -1,1 +1,1 @@
-"""Evaluation: task generators and scorers."""
+"""Evaluation: what is asked, whether answers are right, and what they say of policies."""

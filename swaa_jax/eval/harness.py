@@ -21,13 +21,13 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 )
 
 from swaa_jax.checkpoint import load_tokenizer
-from swaa_jax.configs import load_policy
-from swaa_jax.eval.judging.scorers import strip_thinking
-from swaa_jax.infer import generate
+from swaa_jax.eval.judging import strip_thinking
+from swaa_jax.infer import GenerateOptions, generate
 from swaa_jax.infer.likelihoods import Continuation, score_continuations
 from swaa_jax.lora import load_adapter, merge_lora
 from swaa_jax.models import load_model
-from swaa_jax.policy import AttentionPolicy
+from swaa_jax.policy import AttentionPolicy, load_policy, parse_fields
+from swaa_jax.progress import show_progress
 
 __all__ = ["SwaaLM"]
 
@@ -47,11 +47,9 @@ class SwaaLM(TemplateLM):
     Args:
         pretrained: a checkpoint directory, hub id, gs://... or a shipped model.
         policy: a shipped name or a file; None: the checkpoint's own.
-        window, num_sink_tokens, full_attention_layers, full_attention_heads, decode,
-            full_attention_tail: fields of a policy in place of `policy`. `--model_args` is split
-            at commas, so layers are a slice ("1::2") or numbers joined by + ("1+3"), heads are
-            "3:0+2" (heads 0 and 2 of layer 3), of several layers joined by / ("3:0+2/5:1"; so
-            does ;, which a shell wants quoted); "none" is none of them.
+        window, sinks, full_layers, full_heads, decode, tail: fields of a policy in place of
+            `policy`, written as `AttentionPolicy.parse` reads them (so do the fields' own names);
+            "none" is none of them.
         adapter: LoRA adapters in PEFT's layout.
         dtype: of weights and activations; None: float32 on a CPU, bfloat16 elsewhere.
         revision: of a hub id.
@@ -180,7 +178,7 @@ class SwaaLM(TemplateLM):
         pieces, owners = [], []
         for number, request in enumerate(requests):
             windows = get_rolling_token_windows(
-                token_list=self.tok_encode(_text(request), add_special_tokens=False),
+                token_list=self.tok_encode(_prompt(request), add_special_tokens=False),
                 prefix_token=self.prefix_token_id,
                 # A window's inputs and the token that it predicts last stand in one row here.
                 max_seq_len=self.max_length - 1,
@@ -198,49 +196,32 @@ class SwaaLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers, each under its request's own settings; alike ones are run together."""
-        groups: dict[tuple[Any, ...], list[int]] = {}
+        groups: dict[GenerateOptions, list[int]] = {}
         for number, request in enumerate(requests):
-            options = self._gen_kwargs(_arguments(request)[1])
-            key = (
-                options["max_gen_toks"],
-                tuple(options["until"]),
-                float(options["temperature"]),
-                options.get("top_k"),
-                options.get("top_p"),
-            )
-            groups.setdefault(key, []).append(number)
+            groups.setdefault(self._options(_arguments(request)[1]), []).append(number)
         texts: dict[int, str] = {}
-        for (limit, until, temperature, top_k, top_p), numbers in groups.items():
+        for options, numbers in groups.items():
             prompts = [
                 self._fit(
-                    self.tok_encode(_text(requests[number])) or [self.prefix_token_id],
-                    limit,
+                    self.tok_encode(_prompt(requests[number])) or [self.prefix_token_id],
+                    options.max_new_tokens,
                     number,
                 )
                 for number in numbers
             ]
             out = generate(
-                self.model,
-                self.tokenizer,
-                prompts,
-                max_new_tokens=limit,
-                temperature=temperature,
-                top_k=top_k if temperature else None,
-                top_p=top_p if temperature else None,
-                stop=[text for text in until if text],
-                batch_size=self.batch_size,
-                progress=not disable_tqdm,
+                self.model, self.tokenizer, prompts, options=options, progress=not disable_tqdm
             )
             for number, text in zip(numbers, out.texts, strict=True):
                 if self._thinking:
-                    opened = _text(requests[number]).rstrip().endswith("<think>")
+                    opened = _prompt(requests[number]).rstrip().endswith("<think>")
                     text = strip_thinking(text, thinking=opened).text
                 texts[number] = text
                 self.cache_hook.add_partial("generate_until", requests[number].args, text)
         return [texts[number] for number in range(len(requests))]
 
-    def _gen_kwargs(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """A request's settings, complete; a warning names those that are ignored, once each."""
+    def _options(self, given: Mapping[str, Any]) -> GenerateOptions:
+        """A request's settings; a warning names those that are ignored, once each."""
         read = dict(given)
         if read.get("temperature") is None:
             read["temperature"] = 1.0 if read.get("do_sample") else 0.0
@@ -254,18 +235,23 @@ class SwaaLM(TemplateLM):
                 f"{', '.join(new)} {'is' if len(new) == 1 else 'are'}",
                 ", ".join(_GEN_KWARGS),
             )
-        return options
+        temperature = float(options["temperature"])
+        return GenerateOptions(
+            max_new_tokens=options["max_gen_toks"],
+            temperature=temperature,
+            stop=[text for text in options["until"] if text],
+            batch_size=self.batch_size,
+            top_k=options.get("top_k") if temperature else None,
+            top_p=options.get("top_p") if temperature else None,
+        )
 
     def _score(self, asked: Sequence[Continuation], quiet: bool) -> list[tuple[float, bool]]:
-        from tqdm import tqdm
-
-        with tqdm(total=len(asked), desc="Scoring", disable=quiet) as bar:
-
-            def show(done: int) -> None:
-                bar.update(done - bar.n)
-
+        with show_progress("scoring", total=len(asked), unit="texts", enabled=not quiet) as bar:
             found = score_continuations(
-                self.model, asked, batch_size=self.batch_size, on_progress=show
+                self.model,
+                asked,
+                batch_size=self.batch_size,
+                on_progress=lambda done: bar.show(bar.text, done),
             )
         return [(one.logprob, one.is_greedy) for one in found]
 
@@ -300,53 +286,13 @@ def _policy(name: str | None, fields: dict[str, Any]) -> AttentionPolicy | None:
         return load_policy(name)
     if not fields:
         return None
-    return AttentionPolicy.from_dict({key: _field(key, value) for key, value in fields.items()})
+    return AttentionPolicy(**parse_fields({key: _text(value) for key, value in fields.items()}))
 
 
-def _field(name: str, value: Any) -> Any:
-    """A policy's field from what the harness made of its text; the policy checks the rest."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # the harness reads -1 as -1.0
-    if name == "window":
-        return None if value in ("none", "full") else value
-    if name not in ("full_attention_layers", "full_attention_heads", "decode"):
-        return value
-    if value is None or value in ("", "none"):
-        return ()
-    if name == "full_attention_heads":
-        return _heads(value) if isinstance(value, str) else value
-    if isinstance(value, int):
-        return [value]
-    if not isinstance(value, str) or ":" in value:
-        return value
-    if name == "decode" and value in ("window", "full"):
-        return value
-    try:
-        return [int(part) for part in value.split("+")]
-    except ValueError:
-        words = "window, full, none" if name == "decode" else "none"
-        raise ValueError(
-            f"{name}: expected {words} or layers such as 1::2 or 1+3, got {value!r}"
-        ) from None
-
-
-def _heads(text: str) -> list[tuple[int, list[int]]]:
-    """Layers and their heads.
-
-    >>> _heads("3:0+2/5:1")
-    [(3, [0, 2]), (5, [1])]
-    """
-    pairs = []
-    for part in re.split("[/;]", text):
-        layer, _, heads = part.partition(":")
-        try:
-            pairs.append((int(layer), [int(head) for head in heads.split("+")]))
-        except ValueError:
-            raise ValueError(
-                "full_attention_heads: expected none or LAYER:HEAD+HEAD such as 3:0+2, of several "
-                f"layers joined by / as in 3:0+2/5:1, got {text!r}"
-            ) from None
-    return pairs
+def _text(value: Any) -> str:
+    """What was written, from what the harness made of it: it reads -1 as -1.0."""
+    is_whole = isinstance(value, float) and value.is_integer()
+    return "none" if value is None else str(int(value) if is_whole else value)
 
 
 def _rows_at_once(batch_size: int | str | None) -> int:
@@ -365,7 +311,7 @@ def _integer(name: str, value: Any, *, minimum: int, also: str = "") -> int:
     return number
 
 
-def _text(request: Instance) -> str:
+def _prompt(request: Instance) -> str:
     """A request's text: what is to be answered, or to be read."""
     return _arguments(request)[0]
 

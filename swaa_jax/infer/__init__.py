@@ -1,12 +1,11 @@
 """Generation: prompts in, answers out, under the model's attention policy.
 
-`generate` and `stream` are the whole of it for most users. A sweep over policies reads its prompts
-once with `prefill_prompts` and answers them with `decode_from`.
+`generate` and `stream` are the whole of it for most users. Policies that read a prompt alike share
+it: `prefill_prompts` reads it once, `decode_from` answers it under each.
 """
 
 from swaa_jax.infer.decoding import Prefilled, compile_counts, prefill_prompts
 from swaa_jax.infer.generate import (
-    DecodeOptions,
     Generation,
     Stream,
     check_prompts,
@@ -14,6 +13,7 @@ from swaa_jax.infer.generate import (
     generate,
     stream,
 )
+from swaa_jax.infer.options import GenerateOptions
 from swaa_jax.infer.prompts import COT_INSTRUCTION, encode_prompts
 from swaa_jax.infer.sampling import SamplingParams
 from swaa_jax.infer.timings import Timings
@@ -24,7 +24,7 @@ __all__ = [
     "Generation",
     "Stream",
     "Timings",
-    "DecodeOptions",
+    "GenerateOptions",
     "SamplingParams",
     "COT_INSTRUCTION",
     "encode_prompts",

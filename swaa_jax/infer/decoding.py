@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from swaa_jax.attention import recast_caches
 from swaa_jax.infer.buckets import length_bucket, next_power_of_two, pad_right
+from swaa_jax.infer.options import GenerateOptions
 from swaa_jax.infer.sampling import SamplingParams, sample
 from swaa_jax.infer.stopping import AnswerRow
 from swaa_jax.models.function import SplitModel, Structure, split_model
@@ -133,13 +134,10 @@ def decode_rows(
     rows: Sequence[AnswerRow],
     *,
     params: SamplingParams,
-    seed: int,
+    options: GenerateOptions,
     stop_ids: Sequence[int],
-    max_new_tokens: int,
-    chunk_size: int,
     steps_per_call: int,
     keep_caches: bool,
-    warmup: bool,
     clock: DecodeClock,
 ) -> Iterator[None]:
     """Answer prefilled prompts, filling `rows`; yields after the first token and after each call.
@@ -152,13 +150,11 @@ def decode_rows(
         prefilled: from `prefill_prompts`; its caches are used up unless `keep_caches`.
         rows: one a real row; they decide on the host when a row ends.
         params: how tokens are drawn.
-        seed: of the draws.
+        options: seed, chunk size (the most steps of one call, part of the compiled shape), the
+            longest answer, and whether programs are run once, on a copy, before they are timed.
         stop_ids: tokens that end a row, checked on the device.
-        max_new_tokens: at most what was prefilled for.
-        chunk_size: the most steps of one call, part of the compiled shape.
-        steps_per_call: steps of one call, at most `chunk_size`; fewer for smooth streaming.
+        steps_per_call: steps of one call, at most the chunk size; fewer for smooth streaming.
         keep_caches: decode from a copy, so that the prefill can serve again.
-        warmup: run the first token and a step on a copy before the runs that are timed.
         clock: told what it took.
     """
     model = split_model(model)
@@ -171,7 +167,7 @@ def decode_rows(
     row_ids[: prefilled.num_rows] = prefilled.row_ids
     ends = np.full((next_power_of_two(max(8, len(stop_ids))),), -1, np.int32)
     ends[: len(stop_ids)] = stop_ids
-    draws = {"seed": np.uint32(seed), "rows": row_ids, **params.as_scalars(vocab_size)}
+    draws = {"seed": np.uint32(options.seed), "rows": row_ids, **params.as_scalars(vocab_size)}
 
     caches = _caches_for(model, prefilled, copy=keep_caches)
     clock.cache_bytes = int(caches.nbytes)
@@ -179,7 +175,7 @@ def decode_rows(
 
     first = (prefilled.logits, lengths, draws)
     clock.compile_s += _compile(_first, *first, num_candidates=num_candidates)
-    if warmup:
+    if options.warmup:
         jax.block_until_ready(_first(*first, num_candidates=num_candidates))
     start = time.perf_counter()
     token = _first(*first, num_candidates=num_candidates)
@@ -189,9 +185,9 @@ def decode_rows(
     static = {
         "structure": model.structure,
         "num_candidates": num_candidates,
-        "chunk_size": chunk_size,
+        "chunk_size": options.chunk_size,
     }
-    produced = 1
+    max_new_tokens, produced = options.max_new_tokens, 1
     while True:
         for index, row in enumerate(rows):
             row.push(new_tokens[:, index].tolist())
@@ -206,7 +202,7 @@ def decode_rows(
         args = (model.arrays, caches, token, done, at, limit, ends, draws)
         if produced == 1:
             clock.compile_s += _compile(_decode, *args, **static)
-            if warmup:
+            if options.warmup:
                 _warm_up(args, static)
         start = time.perf_counter()
         tokens, steps, token, caches = _decode(*args, **static)

@@ -1,9 +1,8 @@
 """`generate` and `stream`: prompts in, answers out, over the model's public prefill and decode."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from swaa_jax.checkpoint.hf import read_generation_config
 from swaa_jax.infer.decoding import (
@@ -12,51 +11,21 @@ from swaa_jax.infer.decoding import (
     decode_rows,
     prefill_prompts,
 )
-from swaa_jax.infer.prompts import check_context, encode_prompts
+from swaa_jax.infer.options import GenerateOptions
+from swaa_jax.infer.prompts import Prompts, check_context, encode_prompts
 from swaa_jax.infer.sampling import SamplingParams
 from swaa_jax.infer.stopping import AnswerRow, FinishReason, StopRules, make_stop_rules
 from swaa_jax.infer.timings import Timings
+from swaa_jax.models import CausalLM
 from swaa_jax.models.function import SplitModel, split_model
+from swaa_jax.progress import show_progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DEFAULT_BATCH_SIZE = 8
 STREAM_STEPS = 4
 """Decode steps between two pieces of a stream."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodeOptions:
-    """How prompts that were read are answered; see `generate`.
-
-    Raises:
-        ValueError: a value out of range, or `sampling="checkpoint"` beside values of your own.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
-    sampling: Literal["checkpoint"] | None = None
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
-    ignore_eos: bool = False
-    chunk_size: int = 32
-
-    def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
-        if self.chunk_size < 1:
-            raise ValueError(f"chunk_size: expected at least 1 step, got {self.chunk_size}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed: expected an integer from 0 to 2**32 - 1, got {self.seed}")
-        own = SamplingParams(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
-        if self.sampling not in (None, "checkpoint"):
-            raise ValueError(f'sampling: expected None or "checkpoint", got {self.sampling!r}')
-        if self.sampling and own != SamplingParams():
-            raise ValueError(
-                'sampling: "checkpoint" takes temperature, top_k and top_p from the generation '
-                "config; leave these out, or leave sampling out"
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,27 +46,12 @@ class Generation:
 
 
 def generate(
-    model: Any,
-    tok: Any,
-    prompts: Any,
+    model: CausalLM,
+    tok: "PreTrainedTokenizerBase | None",
+    prompts: Prompts,
     *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    sampling: Literal["checkpoint"] | None = None,
-    stop: str | Sequence[str] = (),
-    stop_token_ids: Sequence[int] = (),
-    ignore_eos: bool = False,
-    tools: Sequence[Any] | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    enable_thinking: bool | None = None,
-    cot: bool | str = False,
-    batch_size: int | None = None,
-    progress: bool = False,
-    warmup: bool = False,
-    chunk_size: int = 32,
+    options: GenerateOptions | None = None,
+    **overrides: Any,
 ) -> Generation:
     """Answer prompts under the model's attention policy.
 
@@ -110,85 +64,52 @@ def generate(
         tok: from `load_tokenizer`; may be None where all prompts are token ids.
         prompts: strings (never templated), message lists (templated once), token id lists, or a
             single one of these.
-        max_new_tokens: the longest answer.
-        temperature: 0 is greedy.
-        top_k, top_p: draw among the most likely tokens only (Transformers' order and meaning).
-        seed: draws depend on it, on the prompt's index and on the position, on nothing else.
-        sampling: "checkpoint" takes temperature, top_k and top_p from the generation config.
-        stop: texts that end an answer; it is cut before them.
-        stop_token_ids: tokens that end an answer.
-        ignore_eos: go on past the model's end tokens (generation config, else config, and the
-            tokenizer's).
-        tools, chat_template_kwargs, enable_thinking: for the chat template.
-        cot: True or a text: an instruction to reason, appended to the last user message.
-        batch_size: prompts run at once, by default at most 8; more are run in groups of similar
-            length, the longest first.
-        progress: show a progress bar on stderr.
-        warmup: run each prefill and a decode step once before the timed runs; see `Timings` for
-            what is measured.
-        chunk_size: the most decode steps between two looks at the stop strings.
+        options: how they are answered.
+        overrides: fields of `GenerateOptions` in place of those of `options`, as in
+            `generate(model, tok, prompts, max_new_tokens=200, temperature=0.7)`.
 
     Raises:
         ValueError: an empty prompt, prompt and answer beyond the model's context, a token id out
-            of the vocabulary, or an option out of range.
+            of the vocabulary, an unknown option, or one out of range.
     """
-    options = DecodeOptions(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        sampling=sampling,
-        stop=stop,
-        stop_token_ids=stop_token_ids,
-        ignore_eos=ignore_eos,
-        chunk_size=chunk_size,
-    )
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    encoded = encode_prompts(
-        tok,
-        prompts,
-        tools=tools,
-        chat_template_kwargs=chat_template_kwargs,
-        enable_thinking=enable_thinking,
-        cot=cot,
-    )
-    check_prompts(model, encoded, max_new_tokens=max_new_tokens)
+    options = GenerateOptions.of(options, overrides)
+    encoded = encode_prompts(tok, prompts, **options.template_options)
+    limit = options.max_new_tokens
+    check_prompts(model, encoded, max_new_tokens=limit)
     session = _Session(model, tok, options)
     split = split_model(model)
 
     by_length = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
-    size = batch_size or DEFAULT_BATCH_SIZE
+    size = options.batch_size or DEFAULT_BATCH_SIZE
     rows: dict[int, AnswerRow] = {}
     timings = []
-    with _progress_bar(len(encoded) * max_new_tokens, show=progress) as advance:
+    total, show = len(encoded) * limit, options.progress
+    with show_progress("generating", total=total, unit="tokens", enabled=show) as bar:
         for start in range(0, len(by_length), size):
             group = by_length[start : start + size]
             prefilled = prefill_prompts(
                 split,
                 [encoded[index] for index in group],
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=limit,
                 row_ids=group,
-                pad_id=_pad_id(tok),
-                warmup=warmup,
+                pad_id=pad_token_id(tok),
+                warmup=options.warmup,
             )
-            run = session.start(split, prefilled, warmup=warmup)
+            run = session.start(split, prefilled)
             for _ in run.calls:
-                advance(start * max_new_tokens + run.progress)
+                bar.show(bar.text, start * limit + run.progress)
             rows.update(zip(group, run.rows, strict=True))
             timings.append(run.timings())
     return _generation([rows[index] for index in range(len(encoded))], Timings.total(timings))
 
 
 def decode_from(
-    model: Any,
-    tok: Any,
+    model: CausalLM,
+    tok: "PreTrainedTokenizerBase | None",
     prefilled: Prefilled,
     *,
-    options: DecodeOptions | None = None,
+    options: GenerateOptions | None = None,
     keep_caches: bool = False,
-    warmup: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Generation:
     """Answer prompts that `prefill_prompts` has read.
@@ -203,17 +124,18 @@ def decode_from(
         model: under the prefill's policy, or one that differs from it in `decode` only.
         tok: the tokenizer, or None where only tokens matter.
         prefilled: its caches are used up unless `keep_caches`.
-        options: as in `generate`; `max_new_tokens` at most what the prefill made room for.
+        options: as in `generate`, `max_new_tokens` at most what the prefill made room for; those
+            that say how prompts are rendered and batched have no part in this.
         keep_caches: decode from a copy, so that `prefilled` can serve again.
-        warmup: run a step on a copy of the caches before the steps that are timed.
         on_progress: called now and then with the number of new tokens so far.
 
     Raises:
         ValueError: another policy, or more tokens than the caches have room for.
     """
-    options = options or DecodeOptions(max_new_tokens=prefilled.max_new_tokens)
-    session = _Session(model, tok, options)
-    run = session.start(split_model(model), prefilled, keep_caches=keep_caches, warmup=warmup)
+    options = options or GenerateOptions(max_new_tokens=prefilled.max_new_tokens)
+    run = _Session(model, tok, options).start(
+        split_model(model), prefilled, keep_caches=keep_caches
+    )
     for _ in run.calls:
         if on_progress is not None:
             on_progress(run.progress)
@@ -243,25 +165,12 @@ class Stream(Iterator[str]):
 
 
 def stream(
-    model: Any,
-    tok: Any,
-    prompt: Any,
+    model: CausalLM,
+    tok: "PreTrainedTokenizerBase | None",
+    prompt: Prompts,
     *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    sampling: Literal["checkpoint"] | None = None,
-    stop: str | Sequence[str] = (),
-    stop_token_ids: Sequence[int] = (),
-    ignore_eos: bool = False,
-    tools: Sequence[Any] | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    enable_thinking: bool | None = None,
-    cot: bool | str = False,
-    warmup: bool = False,
-    chunk_size: int = 32,
+    options: GenerateOptions | None = None,
+    **overrides: Any,
 ) -> Stream:
     """Answer one prompt piece by piece; the arguments are those of `generate`.
 
@@ -270,38 +179,26 @@ def stream(
     Raises:
         ValueError: as `generate`, or more than one prompt.
     """
-    options = DecodeOptions(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        sampling=sampling,
-        stop=stop,
-        stop_token_ids=stop_token_ids,
-        ignore_eos=ignore_eos,
-        chunk_size=chunk_size,
-    )
-    encoded = encode_prompts(
-        tok,
-        prompt,
-        tools=tools,
-        chat_template_kwargs=chat_template_kwargs,
-        enable_thinking=enable_thinking,
-        cot=cot,
-    )
+    options = GenerateOptions.of(options, overrides)
+    encoded = encode_prompts(tok, prompt, **options.template_options)
     if len(encoded) != 1:
         raise ValueError(f"prompt: expected one prompt to stream, got {len(encoded)}")
-    check_prompts(model, encoded, max_new_tokens=max_new_tokens)
+    check_prompts(model, encoded, max_new_tokens=options.max_new_tokens)
     session = _Session(model, tok, options)
     split = split_model(model)
     prefilled = prefill_prompts(
-        split, encoded, max_new_tokens=max_new_tokens, pad_id=_pad_id(tok), warmup=warmup
+        split,
+        encoded,
+        max_new_tokens=options.max_new_tokens,
+        pad_id=pad_token_id(tok),
+        warmup=options.warmup,
     )
-    return Stream(session.start(split, prefilled, streaming=True, warmup=warmup))
+    return Stream(session.start(split, prefilled, streaming=True))
 
 
-def check_prompts(model: Any, token_lists: Sequence[Sequence[int]], *, max_new_tokens: int) -> None:
+def check_prompts(
+    model: CausalLM, token_lists: Sequence[Sequence[int]], *, max_new_tokens: int
+) -> None:
     """Refuse prompts that this model cannot take; see `prompts.check_context`."""
     check_context(
         token_lists,
@@ -344,20 +241,22 @@ class _Run:
 class _Session:
     """A model, a tokenizer and options with the checkpoint's defaults filled in."""
 
-    def __init__(self, model: Any, tok: Any, options: DecodeOptions):
+    def __init__(
+        self,
+        model: CausalLM,
+        tok: "PreTrainedTokenizerBase | None",
+        options: GenerateOptions,
+    ):
         self._tok, self._options = tok, options
-        config = generation_config(model)
+        self._params = options.sampling_params
         if options.sampling == "checkpoint":
+            config = generation_config(model)
             if not config:
                 raise ValueError(
                     'sampling: "checkpoint" needs a generation_config.json, and the model has '
                     "none; give temperature, top_k and top_p instead"
                 )
             self._params = SamplingParams.from_generation_config(config)
-        else:
-            self._params = SamplingParams(
-                temperature=options.temperature, top_k=options.top_k, top_p=options.top_p
-            )
         self._rules: StopRules = make_stop_rules(
             tok,
             eos_ids=() if options.ignore_eos else eos_token_ids(model, tok),
@@ -372,56 +271,41 @@ class _Session:
         *,
         streaming: bool = False,
         keep_caches: bool = False,
-        warmup: bool = False,
     ) -> _Run:
         options = self._options
-        if options.max_new_tokens > prefilled.max_new_tokens:
+        limit = options.max_new_tokens
+        if limit > prefilled.max_new_tokens:
             raise ValueError(
                 f"max_new_tokens: expected at most {prefilled.max_new_tokens}, which the prefill "
-                f"made room for, got {options.max_new_tokens}"
+                f"made room for, got {limit}"
             )
         rows = [
-            AnswerRow(
-                self._tok,
-                self._rules,
-                max_new_tokens=options.max_new_tokens,
-                streaming=streaming,
-            )
+            AnswerRow(self._tok, self._rules, max_new_tokens=limit, streaming=streaming)
             for _ in prefilled.prompt_lengths
         ]
         clock = DecodeClock()
+        steps = min(STREAM_STEPS, options.chunk_size) if streaming else options.chunk_size
         calls = decode_rows(
             model,
             prefilled,
             rows,
             params=self._params,
-            seed=options.seed,
+            options=options,
             stop_ids=self._rules.all_ids,
-            max_new_tokens=options.max_new_tokens,
-            chunk_size=options.chunk_size,
-            steps_per_call=min(STREAM_STEPS, options.chunk_size)
-            if streaming
-            else options.chunk_size,
+            steps_per_call=steps,
             keep_caches=keep_caches,
-            warmup=warmup,
             clock=clock,
         )
-        return _Run(
-            prefilled=prefilled,
-            rows=rows,
-            calls=calls,
-            clock=clock,
-            max_new_tokens=options.max_new_tokens,
-        )
+        return _Run(prefilled=prefilled, rows=rows, calls=calls, clock=clock, max_new_tokens=limit)
 
 
-def generation_config(model: Any) -> dict[str, Any]:
+def generation_config(model: CausalLM) -> dict[str, Any]:
     """The generation config of the directory that the model came from; {} if there is none."""
     source = getattr(model, "source", None)
     return {} if source is None else dict(read_generation_config(source))
 
 
-def eos_token_ids(model: Any, tok: Any) -> tuple[int, ...]:
+def eos_token_ids(model: CausalLM, tok: "PreTrainedTokenizerBase | None") -> tuple[int, ...]:
     """Tokens that end an answer: the generation config's, else the config's; the tokenizer's."""
     ids = generation_config(model).get("eos_token_id")
     for name in ("eos_token_id", "eos_token_ids"):
@@ -431,8 +315,8 @@ def eos_token_ids(model: Any, tok: Any) -> tuple[int, ...]:
     return tuple(sorted({int(token) for token in ids} | ({int(own)} if own is not None else set())))
 
 
-def _pad_id(tok: Any) -> int:
-    # Any token in the vocabulary serves, since padding is never seen.
+def pad_token_id(tok: "PreTrainedTokenizerBase | None") -> int:
+    """The tokenizer's padding; any token in the vocabulary serves, since it is never seen."""
     pad = getattr(tok, "pad_token_id", None)
     return 0 if pad is None else int(pad)
 
@@ -446,17 +330,3 @@ def _generation(rows: Sequence[AnswerRow], timings: Timings) -> Generation:
         finish_reasons=tuple(reasons),  # pyright: ignore[reportArgumentType]
         timings=timings,
     )
-
-
-@contextlib.contextmanager
-def _progress_bar(total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, or nothing; gives the function that sets how far it is."""
-    if not show:
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("generating", total=total)
-        yield lambda done: bar.update(task, completed=done)

@@ -2,14 +2,20 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 log = logging.getLogger(__name__)
 
-Messages = Sequence[Mapping[str, Any]]
-Prompt = str | Messages | Sequence[int]
+Messages: TypeAlias = Sequence[Mapping[str, Any]]
+Prompt: TypeAlias = str | Messages | Sequence[int] | np.ndarray
+"""A text, a chat, or token ids."""
+Prompts: TypeAlias = Prompt | Sequence[Prompt]
+"""One prompt or several."""
 
 COT_INSTRUCTION = (
     "Think step by step: first write down what in the text bears on the question, "
@@ -18,7 +24,7 @@ COT_INSTRUCTION = (
 """What `cot=True` appends to the last user message (paper, method 4: chain of thought)."""
 
 
-def as_batch(prompts: Any) -> list[Any]:
+def as_batch(prompts: Prompts) -> list[Prompt]:
     """A list of prompts from one prompt or several.
 
     >>> as_batch("hi"), as_batch([1, 2]), as_batch([[1], [2]])
@@ -41,12 +47,12 @@ def as_batch(prompts: Any) -> list[Any]:
     if not prompts:
         raise ValueError("prompts: expected at least one prompt, got an empty list")
     single = isinstance(prompts[0], Mapping) or _is_id(prompts[0])
-    return [list(prompts)] if single else list(prompts)
+    return [list(prompts)] if single else list(prompts)  # pyright: ignore[reportReturnType]
 
 
 def encode_prompts(
-    tok: Any,
-    prompts: Any,
+    tok: "PreTrainedTokenizerBase | None",
+    prompts: Prompts,
     *,
     tools: Sequence[Any] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -146,7 +152,7 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def _is_chat(prompt: Any) -> bool:
+def _is_chat(prompt: Prompt) -> TypeGuard[Messages]:
     return (
         isinstance(prompt, Sequence)
         and not isinstance(prompt, str)
@@ -164,19 +170,24 @@ def _check_ids(prompt: Any, *, index: int) -> list[int]:
     return [int(token) for token in prompt]
 
 
-def _encode_text(tok: Any, text: str, *, index: int) -> list[int]:
+def _encode_text(tok: "PreTrainedTokenizerBase | None", text: str, *, index: int) -> list[int]:
     if not text.strip():
         raise ValueError(f"prompt {index}: expected some text, got an empty prompt")
-    _need_tokenizer(tok, index)
+    tok = _needed(tok, index)
     # A text that a template rendered begins with BOS already: do not add a second one.
-    rendered = bool(tok.bos_token) and text.startswith(tok.bos_token)
+    rendered = bool(tok.bos_token) and text.startswith(str(tok.bos_token))
     return list(tok(text, add_special_tokens=not rendered)["input_ids"])
 
 
 def _encode_chat(
-    tok: Any, messages: Messages, *, index: int, cot: bool | str, variables: Mapping[str, Any]
+    tok: "PreTrainedTokenizerBase | None",
+    messages: Messages,
+    *,
+    index: int,
+    cot: bool | str,
+    variables: Mapping[str, Any],
 ) -> list[int]:
-    _need_tokenizer(tok, index)
+    tok = _needed(tok, index)
     if not getattr(tok, "chat_template", None):
         raise ValueError(
             f"prompt {index}: the tokenizer has no chat template, so messages cannot be rendered; "
@@ -202,11 +213,11 @@ def _encode_chat(
     options = {"add_generation_prompt": not continued, "continue_final_message": continued}
     try:
         text = tok.apply_chat_template(
-            list(messages), tokenize=False, **(options | dict(variables))
+            cast(Any, list(messages)), tokenize=False, **(options | dict(variables))
         )
     except _template_errors() as error:
         raise ValueError(f"prompt {index}: the chat template failed: {error}") from error
-    return list(tok(text, add_special_tokens=False)["input_ids"])
+    return list(tok(cast(str, text), add_special_tokens=False)["input_ids"])
 
 
 def _template_errors() -> tuple[type[Exception], ...]:
@@ -233,6 +244,7 @@ def _has_text(message: Mapping[str, Any]) -> bool:
     return bool(content.strip()) if isinstance(content, str) else bool(content)
 
 
-def _need_tokenizer(tok: Any, index: int) -> None:
+def _needed(tok: "PreTrainedTokenizerBase | None", index: int) -> "PreTrainedTokenizerBase":
     if tok is None:
         raise ValueError(f"prompt {index}: text needs a tokenizer, got None; pass token ids")
+    return tok

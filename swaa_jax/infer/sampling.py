@@ -1,7 +1,6 @@
 """From logits to the next token: greedy, temperature, top-k, top-p."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt
 
+from swaa_jax.fields import check_fields, integer, number, or_none
 from swaa_jax.infer.buckets import next_power_of_two
 
 GREEDY = 0
@@ -35,16 +35,12 @@ class SamplingParams:
     top_p: float | None = None
 
     def __post_init__(self):
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(
-                f"temperature: expected a finite number >= 0 (0 is greedy), got {self.temperature}"
-            )
-        if self.top_k is not None and self.top_k < 0:
-            raise ValueError(
-                f"top_k: expected a count >= 1, or 0 or None for all, got {self.top_k}"
-            )
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: expected a probability in (0, 1], got {self.top_p}")
+        check_fields(
+            self,
+            temperature=number(least=0),
+            top_k=or_none(integer(least=0)),
+            top_p=or_none(number(above=0, most=1)),
+        )
 
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any]) -> "SamplingParams":

@@ -2,7 +2,10 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, cast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -30,7 +33,7 @@ class StopRules:
 
 
 def make_stop_rules(
-    tok: Any,
+    tok: "PreTrainedTokenizerBase | None",
     *,
     eos_ids: Iterable[int] = (),
     stop: str | Sequence[str] = (),
@@ -49,26 +52,21 @@ def make_stop_rules(
         raise ValueError("stop: expected texts of at least one character, got an empty string")
     if strings and tok is None:
         raise ValueError("stop: stop strings need a tokenizer, got None; use stop_token_ids")
-    stop_ids = {int(token) for token in stop_token_ids}
-    kept = []
-    for text in strings:
-        special = text in (tok.all_special_tokens or ())
-        if special:
-            stop_ids.add(int(tok.convert_tokens_to_ids(text)))
-        else:
-            kept.append(text)
+    special = [] if tok is None else [text for text in strings if text in tok.all_special_tokens]
+    special_ids = [] if tok is None else tok.convert_tokens_to_ids(special)
     return StopRules(
         eos_ids=frozenset(int(token) for token in eos_ids),
-        stop_ids=frozenset(stop_ids),
-        strings=tuple(kept),
+        stop_ids=frozenset([*map(int, stop_token_ids), *cast(list[int], special_ids)]),
+        strings=tuple(text for text in strings if text not in special),
     )
 
 
-def decode_text(tok: Any, ids: Sequence[int]) -> str:
+def decode_text(tok: "PreTrainedTokenizerBase | None", ids: Sequence[int]) -> str:
     """Text of token ids without special tokens; empty without a tokenizer."""
     if tok is None or not ids:
         return ""
-    return tok.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = tok.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return cast(str, text)  # one list of ids, one text
 
 
 class Detokenizer:
@@ -83,7 +81,7 @@ class Detokenizer:
         read                ^      where the last clean break was
     """
 
-    def __init__(self, tok: Any):
+    def __init__(self, tok: "PreTrainedTokenizerBase | None"):
         self._tok = tok
         self._ids: list[int] = []
         self._prefix = 0
@@ -120,7 +118,14 @@ class AnswerRow:
         streaming: keep the text up to date, for `take_text`. Stop strings need it anyway.
     """
 
-    def __init__(self, tok: Any, rules: StopRules, *, max_new_tokens: int, streaming: bool = False):
+    def __init__(
+        self,
+        tok: "PreTrainedTokenizerBase | None",
+        rules: StopRules,
+        *,
+        max_new_tokens: int,
+        streaming: bool = False,
+    ):
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._tok = tok

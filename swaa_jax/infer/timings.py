@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +71,7 @@ class Timings:
             cache_bytes_per_row=max(part.cache_bytes_per_row for part in parts),
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, float | None]:
         """Fields and derived rates, for JSON."""
         return dataclasses.asdict(self) | {
             "prefill_tokens_per_second": self.prefill_tokens_per_second,

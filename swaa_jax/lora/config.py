@@ -4,12 +4,25 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
-from swaa_jax._policy_fields import check_keys, describe, field_setter, integer, parse_yaml
+from swaa_jax.fields import (
+    Check,
+    check_fields,
+    flag,
+    from_mapping,
+    integer,
+    list_of,
+    number,
+    parse_yaml,
+    plain,
+    set_field,
+    text,
+    wrong,
+)
 from swaa_jax.typing import PathLike
 
 
@@ -55,33 +68,30 @@ class LoraConfig:
     alpha_pattern: tuple[tuple[str, int | float], ...] = ()
 
     def __post_init__(self):
-        set_field = field_setter(self)
-        set_field("rank", integer("rank", self.rank, minimum=1))
-        set_field("alpha", _positive("alpha", self.alpha))
-        if not isinstance(self.rslora, bool):
-            raise ValueError(f"rslora must be true or false; got {describe(self.rslora)}.")
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise ValueError(
-                f"dropout must be a number from 0 to less than 1; got {describe(self.dropout)}."
-            )
-        set_field("dropout", float(self.dropout))
-        if isinstance(self.target_modules, str):
-            _check_pattern("target_modules", self.target_modules)
-        else:
-            set_field("target_modules", _names("target_modules", self.target_modules))
-        set_field("target_parameters", _names("target_parameters", self.target_parameters))
+        names = list_of(text, distinct=True)
+        check_fields(
+            self,
+            rank=integer(least=1),
+            alpha=number(above=0),
+            rslora=flag,
+            dropout=number(least=0, below=1),
+            target_modules=_pattern if isinstance(self.target_modules, str) else names,
+            target_parameters=names,
+            rank_pattern=_by_pattern(integer(least=1)),
+            alpha_pattern=_by_pattern(number(above=0)),
+        )
+        set_field(self, "dropout", float(self.dropout))
         if not self.target_modules and not self.target_parameters:
             raise ValueError(
-                "target_modules and target_parameters are both empty: nothing would be trained. "
-                'Name projections, such as target_modules=["q_proj", "k_proj", "v_proj"].'
+                "target_modules: expected names, or some in target_parameters, got none in both, "
+                "so that nothing would be trained; name projections, such as "
+                'target_modules=["q_proj", "k_proj", "v_proj"]'
             )
         if self.dropout and self.target_parameters:
             raise ValueError(
-                f"dropout must be 0 with target_parameters; got {self.dropout}. Expert weights are "
-                "adapted without dropout (PEFT refuses it too)."
+                f"dropout: expected 0 with target_parameters, got {self.dropout}; expert weights "
+                "are adapted without dropout (PEFT refuses it too)"
             )
-        for name in ("rank_pattern", "alpha_pattern"):
-            set_field(name, _pairs(name, getattr(self, name)))
 
     @property
     def scale(self) -> float:
@@ -99,27 +109,22 @@ class LoraConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON has them: lists and objects."""
-        fields = dataclasses.asdict(self)
-        for name in ("target_modules", "target_parameters"):
-            fields[name] = fields[name] if isinstance(fields[name], str) else list(fields[name])
-        return fields | {name: dict(fields[name]) for name in ("rank_pattern", "alpha_pattern")}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        patterns = {name: dict(fields[name]) for name in ("rank_pattern", "alpha_pattern")}
+        return plain(fields | patterns)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "LoraConfig":
+    def from_dict(cls, fields: Mapping[str, object]) -> "LoraConfig":
         """The inverse of `to_dict`; fields that are left out keep their defaults.
 
         >>> LoraConfig.from_dict({"rnak": 8})
         Traceback (most recent call last):
-        ValueError: Unknown key in the LoRA config: 'rnak' (did you mean 'rank'?)...
+        ValueError: LoRA config: expected keys among rank, ..., got 'rnak' (did you mean 'rank'?)
 
         Raises:
             ValueError: an unknown key (the nearest known one is suggested) or a malformed value.
         """
-        if not isinstance(fields, Mapping):
-            raise ValueError(f"A LoRA config is a mapping of its fields, got {describe(fields)}.")
-        known = [field.name for field in dataclasses.fields(cls)]
-        check_keys(fields, known, what="LoRA config")
-        return cls(**fields)
+        return from_mapping(cls, fields, "LoRA config")
 
     def to_yaml(self) -> str:
         """The fields as a YAML mapping."""
@@ -166,45 +171,30 @@ def _first_match(
     return default
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _positive(name: str, value: Any) -> int | float:
-    if not _is_number(value) or value <= 0:
-        raise ValueError(f"{name} must be a positive number; got {describe(value)}.")
+def _pattern(name: str, value: object) -> str:
+    """A regular expression."""
+    if not isinstance(value, str):
+        raise wrong(name, "a regular expression", value)
+    try:
+        re.compile(value)
+    except (re.error, RecursionError) as error:
+        raise wrong(name, f"a regular expression ({error})", value, "a name goes in a list") from (
+            error
+        )
     return value
 
 
-def _names(name: str, value: Any) -> tuple[str, ...]:
-    listed = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
-    names: tuple[Any, ...] = tuple(value) if listed else (None,)
-    if not all(isinstance(item, str) and item for item in names):
-        raise ValueError(f'{name} must be a list of names such as ["q_proj"]; got {value!r}.')
-    if len(set(names)) != len(names):
-        raise ValueError(f"{name} must hold each name once; got {value!r}.")
-    return names
+def _by_pattern(check: Check[object]) -> Check[tuple[tuple[str, Any], ...]]:
+    """Pairs of a regular expression and a number, from a mapping of them."""
 
+    def pairs(name: str, value: Any) -> tuple[tuple[str, Any], ...]:
+        try:
+            found = dict(value)
+        except (TypeError, ValueError):
+            raise wrong(name, "a mapping of regular expressions to numbers", value) from None
+        return tuple(
+            (_pattern(name, str(key)), check(f"{name}[{key!r}]", item))
+            for key, item in found.items()
+        )
 
-def _pairs(name: str, value: Any) -> tuple[tuple[str, int | float], ...]:
-    try:
-        pairs = tuple((str(key), item) for key, item in dict(value).items())
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"{name} must map regular expressions to numbers; got {value!r}."
-        ) from None
-    for expression, item in pairs:
-        _check_pattern(name, expression)
-        where = f"{name}[{expression!r}]"
-        integer(where, item, minimum=1) if name == "rank_pattern" else _positive(where, item)
     return pairs
-
-
-def _check_pattern(name: str, expression: str) -> None:
-    try:
-        re.compile(expression)
-    except re.error as error:
-        raise ValueError(
-            f"{name}: {expression!r} is not a regular expression: {error}. A single name goes in "
-            "a list."
-        ) from error

@@ -5,6 +5,7 @@ from typing import Any
 
 from etils import epath
 
+from swaa_jax.fields import show
 from swaa_jax.lora.config import LoraConfig
 from swaa_jax.storage import CheckpointError, listing
 
@@ -35,7 +36,7 @@ _HARMLESS = (
 )
 """Fields that do not change what an adapter computes, or only with another field."""
 
-_DEFAULTS: Mapping[str, Any] = {"bias": "none"}
+_DEFAULTS: Mapping[str, object] = {"bias": "none"}
 
 _PLAIN_INITIAL = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of `init_lora_weights` that leave the base's weights as they are."""
@@ -60,7 +61,7 @@ def to_peft(
     }
 
 
-def from_peft(record: Mapping[str, Any], path: epath.Path) -> LoraConfig:
+def from_peft(record: Mapping[str, object], path: epath.Path) -> LoraConfig:
     """The config in an `adapter_config.json`.
 
     Fields that are not known here may change what the adapter computes, so they must be unset.
@@ -74,12 +75,12 @@ def from_peft(record: Mapping[str, Any], path: epath.Path) -> LoraConfig:
     """
     if record.get("peft_type") != "LORA":
         raise CheckpointError(
-            f"{path}: expected an adapter of peft_type 'LORA', got {record.get('peft_type')!r}. "
-            "Other methods are not supported; merge it into its model with PEFT "
-            "(merge_and_unload) and load that."
+            f"{path}: expected an adapter of peft_type 'LORA', got "
+            f"{show(record.get('peft_type'))}; merge it into its model with PEFT "
+            "(merge_and_unload) and load that"
         )
     refused = [
-        f"{name}={value!r}"
+        f"{name}={show(value)}"
         for name, value in sorted(record.items())
         if name not in (*_OURS, *_HARMLESS, "init_lora_weights")
         and value
@@ -87,11 +88,11 @@ def from_peft(record: Mapping[str, Any], path: epath.Path) -> LoraConfig:
     ]
     initial = record.get("init_lora_weights", True)
     if initial not in _PLAIN_INITIAL:
-        refused.append(f"init_lora_weights={initial!r} (it changes the base's weights)")
+        refused.append(f"init_lora_weights={show(initial)} (it changes the base's weights)")
     if refused:
         raise CheckpointError(
-            f"{path}: this adapter has {listing(refused)}, which swaa_jax does not support. Merge "
-            "it into its model with PEFT (merge_and_unload) and load that."
+            f"{path}: expected fields that swaa_jax supports, got {listing(refused)}; merge it "
+            "into its model with PEFT (merge_and_unload) and load that"
         )
     fields = {
         ours: record[theirs] for theirs, ours in _OURS.items() if record.get(theirs) is not None

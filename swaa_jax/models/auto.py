@@ -71,7 +71,7 @@ def load_model(
     Examples:
         >>> model = load_model("tiny-retriever", dtype="float32")
         >>> str(model.policy)
-        'full attention'
+        'full'
         >>> model(jnp.array([[1, 2, 3]]), logits_at="last").shape == (1, model.config.vocab_size)
         True
     """

@@ -1,12 +1,11 @@
 """`convert_checkpoint`: a checkpoint rewritten, tensor by tensor, without a model in memory."""
 
-import contextlib
 import dataclasses
 import fnmatch
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from swaa_jax import checkpoint
 from swaa_jax.checkpoint import WeightReader
 from swaa_jax.models.auto import check_dtype, hf_config_under, read_blueprint
 from swaa_jax.policy import AttentionPolicy
+from swaa_jax.progress import show_progress
 from swaa_jax.storage import atomic_directory, check_space, is_local
 from swaa_jax.typing import PathLike
 
@@ -95,9 +95,9 @@ def convert_checkpoint(
             target if is_local(epath.Path(destination)) else tempfile.gettempdir(),
             total,
             what=f"the checkpoint for {os.fspath(destination)}",
-            advice="Free some space, or choose another place (TMPDIR for a remote destination).",
+            advice="free some space, or choose another place (TMPDIR for a remote destination)",
         )
-        with _progress_bar(total, show=progress) as advance:
+        with show_progress("converting", total=total, unit="bytes", enabled=progress) as bar:
 
             def tensors() -> Iterator[tuple[str, np.ndarray]]:
                 for name in names:
@@ -105,7 +105,7 @@ def convert_checkpoint(
                         name,
                         checkpoint.cast_weight(reader, name, reader.read(name), dtypes[name]),
                     )
-                    advance(sizes[name])
+                    bar.advance(sizes[name])
 
             files = checkpoint.write_safetensors(target, tensors(), max_shard_size=max_shard_size)
         generation_config = checkpoint.read_generation_config(directory)
@@ -138,18 +138,3 @@ def _names(reader: WeightReader) -> list[str]:
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in checkpoint.IGNORED)
     ]
     return sorted(names, key=lambda name: (reader.file(name).name, name))
-
-
-@contextlib.contextmanager
-def _progress_bar(total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, or nothing; gives the function that moves it on by some bytes."""
-    if not show:
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
-
-    columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("converting", total=total)
-        yield lambda count: bar.advance(task, count)

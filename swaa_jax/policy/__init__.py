@@ -1,17 +1,27 @@
 """The attention policy that models, kernels, training and serving share. Open `policy.py` first."""
 
-from swaa_jax.policy.policy import (
-    AttentionPolicy,
-    HeadSelection,
-    HfExpressible,
-    LayerAttention,
-    LayerSelection,
+from swaa_jax.policy.files import (
+    Evidence,
+    Needs,
+    PolicyFile,
+    load_policy,
+    load_policy_file,
 )
+from swaa_jax.policy.layers import HeadSelection, LayerSelection
+from swaa_jax.policy.policy import AttentionPolicy, HfExpressible, LayerAttention
+from swaa_jax.policy.text import parse_fields, split_policies
 
 __all__ = [
     "AttentionPolicy",
+    "Evidence",
     "HeadSelection",
     "HfExpressible",
     "LayerAttention",
     "LayerSelection",
+    "Needs",
+    "PolicyFile",
+    "load_policy",
+    "load_policy_file",
+    "parse_fields",
+    "split_policies",
 ]

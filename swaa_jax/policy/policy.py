@@ -20,37 +20,48 @@ from typing import Any, Protocol, runtime_checkable
 
 from etils import epath
 
-from swaa_jax._policy_fields import (
-    SWAA_CONFIG_KEYS,
+from swaa_jax.fields import (
+    check_fields,
+    check_keys,
+    flag,
+    integer,
+    mapping,
+    or_none,
+    parse_json,
+    parse_yaml,
+    plain,
+    set_field,
+    show,
+)
+from swaa_jax.policy.layers import (
+    HeadPairs,
     HeadSelection,
     LayerSelection,
     check_idle_heads,
-    check_keys,
-    decode_field,
-    describe,
-    field_setter,
-    format_heads,
-    format_layers,
+    decode_layers,
+    distinct_heads,
     head_selection,
-    head_set,
-    integer,
-    integer_or_none,
     layer_selection,
-    one_setting,
-    parse_yaml,
-    plural,
     resolve_decode,
     resolve_heads,
     resolve_layers,
-    swaa_fields,
 )
+from swaa_jax.policy.swaa_config import SWAA_CONFIG_KEYS, from_swaa_config, to_swaa_config
+from swaa_jax.policy.text import policy_fields, policy_text
 from swaa_jax.storage import write_text_atomic
 from swaa_jax.typing import PathLike
 
-__all__ = ["AttentionPolicy", "HeadSelection", "LayerAttention", "LayerSelection"]
+__all__ = ["AttentionPolicy", "HfExpressible", "LayerAttention"]
 
-# Keys of a policy file beside the policy's own fields; see `swaa_jax.configs`.
+# Keys of a policy file beside the policy's own fields; see `swaa_jax.policy.files`.
 _FILE_NOTES = ("description", "source", "needs", "evidence")
+
+
+def _window(name: str, value: object) -> int | None:
+    try:
+        return or_none(integer(least=1))(name, value)
+    except ValueError as error:
+        raise ValueError(f"{error}; None, or null, means full attention") from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,20 +93,18 @@ class LayerAttention:
     full_heads: tuple[int, ...] = ()
 
     def __post_init__(self):
-        set_field = field_setter(self)
-        set_field("window", integer_or_none("window", self.window, minimum=1))
+        check_fields(self, window=_window)
         if self.window is None:
             for field in dataclasses.fields(self):
-                set_field(field.name, field.default)
+                set_field(self, field.name, field.default)
             return
-        set_field("num_sink_tokens", integer("num_sink_tokens", self.num_sink_tokens, minimum=0))
-        if not isinstance(self.full_decode, bool):
-            raise ValueError(f"full_decode must be a bool, got {self.full_decode!r}.")
-        set_field(
-            "full_attention_tail",
-            integer("full_attention_tail", self.full_attention_tail, minimum=0),
+        check_fields(
+            self,
+            num_sink_tokens=integer(least=0),
+            full_decode=flag,
+            full_attention_tail=integer(least=0),
+            full_heads=distinct_heads,
         )
-        set_field("full_heads", head_set("full_heads", self.full_heads))
 
     @property
     def is_full(self) -> bool:
@@ -106,7 +115,7 @@ class LayerAttention:
     def needs_full_cache(self) -> bool:
         """Decoding may read any key, so none can be dropped: a full layer, or FA decode.
 
-        Of `full_heads`, whose keys are kept always, it does not speak.
+        This says nothing about `full_heads`, whose keys are always kept.
         """
         return self.is_full or self.full_decode
 
@@ -115,7 +124,9 @@ class LayerAttention:
 class HfExpressible(Protocol):
     """A model's config: it knows how its family's `config.json` says an attention policy."""
 
-    def to_hf(self, policy: "AttentionPolicy | None" = None) -> dict[str, Any]: ...
+    def to_hf(self, policy: "AttentionPolicy | None" = None) -> dict[str, Any]:
+        """The `config.json` that says the policy."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,7 +169,7 @@ class AttentionPolicy:
     Examples:
         >>> policy = AttentionPolicy(window=2048, num_sink_tokens=10, full_attention_layers="1::2")
         >>> print(policy)
-        window 2048 + 10 sinks, full layers 1::2
+        window=2048,sinks=10,full_layers=1::2
         >>> [layer.window for layer in policy.resolve(4)]
         [2048, None, 2048, None]
         >>> AttentionPolicy().is_full
@@ -175,54 +186,56 @@ class AttentionPolicy:
     full_attention_tail: int = 0
 
     def __post_init__(self):
-        set_field = field_setter(self)
-        set_field("window", integer_or_none("window", self.window, minimum=1))
-        set_field("num_sink_tokens", integer("num_sink_tokens", self.num_sink_tokens, minimum=0))
-        set_field(
-            "full_attention_layers",
-            layer_selection("full_attention_layers", self.full_attention_layers),
+        check_fields(
+            self,
+            window=_window,
+            num_sink_tokens=integer(least=0),
+            full_attention_layers=layer_selection,
+            full_attention_heads=head_selection,
+            decode=decode_layers,
+            full_attention_tail=integer(least=0),
         )
-        set_field(
-            "full_attention_heads",
-            head_selection("full_attention_heads", self.full_attention_heads),
-        )
-        with_heads = [layer for layer, _ in self.full_attention_heads]
-        check_idle_heads("full_attention_heads", with_heads, self.full_attention_layers)
-        set_field("decode", decode_field(self.decode))
-        set_field(
-            "full_attention_tail",
-            integer("full_attention_tail", self.full_attention_tail, minimum=0),
-        )
+        check_idle_heads("full_attention_heads", dict(self._heads), self.full_attention_layers)
         if self.window is None:
             idle = [
-                f"{field.name}={getattr(self, field.name)!r}"
+                f"{field.name}={show(getattr(self, field.name))}"
                 for field in dataclasses.fields(self)
                 if getattr(self, field.name) != field.default
             ]
             if idle:
                 raise ValueError(
-                    "window=None is full attention in every layer, where "
-                    f"{', '.join(idle)} would have no effect. Give a window, or leave the rest out."
+                    f"window: expected a window beside {', '.join(idle)}, which would have no "
+                    "effect under full attention, got None; give one, or leave the rest out"
                 )
 
     def __str__(self) -> str:
-        if self.window is None:
-            return "full attention"
-        parts = [f"window {self.window}"]
-        if self.num_sink_tokens:
-            parts[0] += f" + {self.num_sink_tokens} {plural('sink', self.num_sink_tokens)}"
-        if self.full_attention_layers:
-            parts.append(f"full layers {format_layers(self.full_attention_layers)}")
-        if self.full_attention_heads:
-            parts.append(f"full heads {format_heads(self.full_attention_heads)}")
-        if self.decode == "full":
-            parts.append("FA decode")
-        elif self.decode != "window":
-            parts.append(f"FA decode in layers {format_layers(self.decode)}")
-        if self.full_attention_tail:
-            rows = plural("token", self.full_attention_tail)
-            parts.append(f"last {self.full_attention_tail} prompt {rows} full")
-        return ", ".join(parts)
+        """The policy in one line, which `parse` reads."""
+        return policy_text(self)
+
+    @classmethod
+    def parse(cls, policy: str) -> "AttentionPolicy":
+        """Reads a policy from one line of text, the inverse of `str`.
+
+        Args:
+            policy: ``full``, or fields as in ``window=2048,sinks=10,full_layers=1::2,decode=full``.
+                The keys are window, sinks, full_layers, full_heads, decode and tail, or the fields'
+                own names. Layers are a slice or ``0+3+-1``, heads ``3:0+2/5:1``.
+
+        Raises:
+            ValueError: no such text, an unknown key or a malformed value.
+
+        Examples:
+            >>> policy = AttentionPolicy.parse("window=64,sinks=4,full_heads=3:0+2/-1:1,decode=0+3")
+            >>> policy.full_attention_heads, policy.decode
+            (((3, (0, 2)), (-1, (1,))), (0, 3))
+            >>> str(policy)
+            'window=64,sinks=4,full_heads=3:0+2/-1:1,decode=0+3'
+        """
+        return cls(**policy_fields(policy))
+
+    @property
+    def _heads(self) -> HeadPairs:
+        return self.full_attention_heads  # pyright: ignore[reportReturnType]  (since construction)
 
     @property
     def is_full(self) -> bool:
@@ -249,12 +262,12 @@ class AttentionPolicy:
             >>> [(layer.window, layer.full_decode) for layer in policy.resolve(3)]
             [(64, True), (64, True), (None, False)]
         """
-        num_layers = integer("num_layers", num_layers, minimum=1)
+        num_layers = integer(least=1)("num_layers", num_layers)
         full = resolve_layers("full_attention_layers", self.full_attention_layers, num_layers)
         full_decode = resolve_decode(self.decode, num_layers)
         heads = resolve_heads(
             "full_attention_heads",
-            self.full_attention_heads,
+            self._heads,
             num_layers,
             num_kv_heads=num_kv_heads,
             full_layers=full,
@@ -284,13 +297,12 @@ class AttentionPolicy:
          'full_attention_heads': {'3': [0]}, 'decode': 'window', 'full_attention_tail': 0}
         """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        heads = {str(layer): list(of_layer) for layer, of_layer in self.full_attention_heads}
-        fields["full_attention_heads"] = heads
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in fields.items()
-            if heads or name != "full_attention_heads"
-        }
+        heads = {str(layer): list(of_layer) for layer, of_layer in self._heads}
+        if heads:
+            fields["full_attention_heads"] = heads
+        else:
+            del fields["full_attention_heads"]
+        return plain(fields)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "AttentionPolicy":
@@ -301,7 +313,12 @@ class AttentionPolicy:
                 malformed.
         """
         known = [field.name for field in dataclasses.fields(cls)]
-        check_keys(fields, known, what="attention policy")
+        advice = ""
+        if {"swaa_config", *SWAA_CONFIG_KEYS} & set(fields):
+            advice = "this is the reference's format: read it with from_swaa_config"
+        elif "policy" in fields:
+            advice = "pass only what is under 'policy'"
+        check_keys("attention policy", fields, known, advice)
         return cls(**fields)
 
     def to_json(self) -> str:
@@ -309,13 +326,9 @@ class AttentionPolicy:
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
-    def from_json(cls, text: str) -> "AttentionPolicy":
+    def from_json(cls, document: str) -> "AttentionPolicy":
         """Parses a policy in JSON; see `from_yaml` for the keys."""
-        try:
-            fields = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"The attention policy is not valid JSON: {error}.") from error
-        return cls._from_document(fields)
+        return cls._from_document(parse_json(document))
 
     def to_yaml(self) -> str:
         """The fields as a YAML mapping, slices quoted.
@@ -336,7 +349,7 @@ class AttentionPolicy:
         return "\n".join(lines) + "\n"
 
     @classmethod
-    def from_yaml(cls, text: str) -> "AttentionPolicy":
+    def from_yaml(cls, document: str) -> "AttentionPolicy":
         """Parses a policy in YAML: a mapping of the policy's fields.
 
         The notes of a policy file (`description`, `needs` and others; see `swaa_jax.configs`) are
@@ -351,7 +364,7 @@ class AttentionPolicy:
         Raises:
             ValueError: not YAML, not a mapping, an unknown key, or a malformed value.
         """
-        return cls._from_document(parse_yaml(text))
+        return cls._from_document(parse_yaml(document))
 
     @classmethod
     def load(cls, path: PathLike) -> "AttentionPolicy":
@@ -363,29 +376,26 @@ class AttentionPolicy:
         """
         path = epath.Path(path)
         try:
-            text = path.read_text()
-            return cls.from_json(text) if path.suffix == ".json" else cls.from_yaml(text)
+            read = cls.from_json if path.suffix == ".json" else cls.from_yaml
+            return read(path.read_text())
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
 
     def save(self, path: PathLike) -> None:
         """Writes the policy to a ``.json`` file, or to YAML under any other name."""
         path = epath.Path(path)
-        text = self.to_json() + "\n" if path.suffix == ".json" else self.to_yaml()
-        write_text_atomic(path, text)
+        is_json = path.suffix == ".json"
+        write_text_atomic(path, f"{self.to_json()}\n" if is_json else self.to_yaml())
 
     @classmethod
-    def _from_document(cls, document: Any) -> "AttentionPolicy":
+    def _from_document(cls, document: object) -> "AttentionPolicy":
         """A policy from a parsed file, without the file's notes."""
-        if not isinstance(document, Mapping):
-            raise ValueError(
-                f"An attention policy is a mapping of its fields, got {describe(document)}."
-            )
-        return cls.from_dict({k: v for k, v in document.items() if k not in _FILE_NOTES})
+        fields = mapping("attention policy", document)
+        return cls.from_dict({k: v for k, v in fields.items() if k not in _FILE_NOTES})
 
     @classmethod
     def from_swaa_config(
-        cls, config: Mapping[str, Any] | PathLike, *, num_layers: int | None = None
+        cls, config: Mapping[str, object] | PathLike, *, num_layers: int | None = None
     ) -> "AttentionPolicy":
         """Reads the configuration of the paper's reference code.
 
@@ -405,23 +415,9 @@ class AttentionPolicy:
             >>> print(AttentionPolicy.from_swaa_config(
             ...     {"swaa_config": {"sliding_window_size": 2000, "keep_first": 10,
             ...                      "force_fa_decode": True, "non_sliding_layers": [1, 3]}}))
-            window 2000 + 10 sinks, full layers 1,3, FA decode
+            window=2000,sinks=10,full_layers=1+3,decode=full
         """
-        if not isinstance(config, Mapping):
-            path = epath.Path(config)
-            try:
-                document = json.loads(path.read_text())
-                return cls.from_swaa_config(one_setting(document), num_layers=num_layers)
-            except ValueError as error:  # JSON's errors are ValueErrors too
-                raise ValueError(f"{path}: {error}") from error
-        if "swaa_config" in config:
-            check_keys(config, ("swaa_config", "model_list"), what="SWAA setting")
-            return cls.from_swaa_config(one_setting(config["swaa_config"]), num_layers=num_layers)
-        check_keys(config, SWAA_CONFIG_KEYS, what="SWAA config")
-
-        if config.get("sliding_window_size") is None:
-            return cls()  # the reference then ignores the other settings
-        return cls(**swaa_fields(config, num_layers=num_layers))
+        return cls(**from_swaa_config(config, num_layers=num_layers))
 
     def to_hf_config(self, config: HfExpressible) -> dict[str, Any]:
         """The HF `config.json` under which stock Transformers runs this policy.
@@ -451,33 +447,4 @@ class AttentionPolicy:
             {'swaa_config': {'sliding_window_size': 64, 'keep_first': 0,
                              'force_fa_decode': False, 'non_sliding_layers': [1, 3]}}
         """
-        for name in ("full_attention_heads", "full_attention_tail"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"{name}={getattr(self, name)} cannot be expressed in the reference's "
-                    "configuration. Leave it out to export the rest."
-                )
-
-        def explicit(name: str, layers: LayerSelection) -> list[int]:
-            if num_layers is not None:
-                return sorted(resolve_layers(name, layers, num_layers))
-            if isinstance(layers, str) or any(layer < 0 for layer in layers):
-                raise ValueError(
-                    f"{name}={format_layers(layers)} depends on the model's depth and the "
-                    "reference takes explicit lists: pass num_layers."
-                )
-            return list(layers)
-
-        decode = (
-            self.decode == "full"
-            if self.decode in ("full", "window")
-            else explicit("decode", self.decode)
-        )
-        return {
-            "swaa_config": {
-                "sliding_window_size": self.window,
-                "keep_first": self.num_sink_tokens,
-                "force_fa_decode": decode,
-                "non_sliding_layers": explicit("full_attention_layers", self.full_attention_layers),
-            }
-        }
+        return to_swaa_config(self, num_layers=num_layers)

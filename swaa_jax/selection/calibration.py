@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -13,15 +13,19 @@ from kernels_pallas.mask import Stage
 from swaa_jax.data import DataConfig, Sample, prepare_samples
 from swaa_jax.infer.buckets import length_bucket
 from swaa_jax.infer.prompts import check_context
+from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.typing import PathLike
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["SampleGroup", "check_samples", "digest", "group_samples", "read_calibration"]
 
 
 def read_calibration(
     files: Sequence[PathLike],
-    tok: Any,
+    tok: "PreTrainedTokenizerBase",
     *,
     limit: int | None = 64,
     max_length: int = 32768,
@@ -54,7 +58,7 @@ def read_calibration(
     return [samples[number] for number in range(count)]
 
 
-def check_samples(model: Any, samples: Sequence[Sample], policy: AttentionPolicy) -> None:
+def check_samples(model: CausalLM, samples: Sequence[Sample], policy: AttentionPolicy) -> None:
     """See that layers can be compared on these samples.
 
     Raises:

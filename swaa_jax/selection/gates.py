@@ -24,17 +24,16 @@ import optax
 from etils import epath
 from jaxtyping import Array, Float
 
-from swaa_jax import runtime, storage
-from swaa_jax._policy_fields import field_setter, integer
+from swaa_jax import fields, runtime, storage
 from swaa_jax.attention import GatedLayer, LayerKind
 from swaa_jax.data import Sample
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import Structure, split_model
 from swaa_jax.policy import AttentionPolicy, LayerAttention
+from swaa_jax.progress import ShowProgress
 from swaa_jax.runtime import to_host
-from swaa_jax.selection._checks import flag, number_above
 from swaa_jax.selection.calibration import group_samples
-from swaa_jax.selection.store import Progress, Ranking, top_layers
+from swaa_jax.selection.store import Ranking, top_layers
 from swaa_jax.typing import PathLike
 
 __all__ = ["GatesConfig", "gates", "train_gates"]
@@ -66,12 +65,16 @@ class GatesConfig:
     seed: int = 0
 
     def __post_init__(self):
-        put = field_setter(self)
-        for name, least in (("steps", 1), ("rows", 1), ("save_every", 1), ("seed", 0)):
-            put(name, integer(name, getattr(self, name), minimum=least))
-        for name in ("learning_rate", "sparsity"):
-            number_above(name, getattr(self, name), 0)
-        flag("per_head", self.per_head)
+        fields.check_fields(
+            self,
+            steps=fields.integer(least=1),
+            rows=fields.integer(least=1),
+            learning_rate=fields.number(above=0),
+            sparsity=fields.number(above=0),
+            per_head=fields.flag,
+            save_every=fields.integer(least=1),
+            seed=fields.integer(least=0),
+        )
 
 
 def gates(
@@ -82,7 +85,7 @@ def gates(
     policy: AttentionPolicy,
     config: GatesConfig | None = None,
     directory: PathLike | None = None,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> Ranking:
     """The layers with the largest gates; with `per_head` the KV heads, as many as K layers have.
 
@@ -113,7 +116,7 @@ def train_gates(
     policy: AttentionPolicy,
     config: GatesConfig,
     directory: PathLike | None = None,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> Float[np.ndarray, "L heads"]:
     """The trained gates, 0 to 1; ``heads`` is 1, or the number of KV heads.
 

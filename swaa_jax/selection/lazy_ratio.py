@@ -22,16 +22,17 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.mask import Stage
-from swaa_jax._policy_fields import field_setter, integer
 from swaa_jax.attention import LayerKind
 from swaa_jax.data import Sample
+from swaa_jax.fields import check_fields, integer
 from swaa_jax.infer.buckets import length_bucket, pad_right
 from swaa_jax.models import CausalLM
 from swaa_jax.models.blocks import DecoderLayer, LayerOutput
 from swaa_jax.models.function import Structure, split_model
 from swaa_jax.policy import AttentionPolicy
+from swaa_jax.progress import ShowProgress
 from swaa_jax.runtime import to_host
-from swaa_jax.selection.store import Progress, Ranking, top_layers
+from swaa_jax.selection.store import Ranking, top_layers
 
 __all__ = ["LazyRatioConfig", "lazy_ratio", "lazy_ratios"]
 
@@ -52,9 +53,12 @@ class LazyRatioConfig:
     num_last_queries: int = 32
 
     def __post_init__(self):
-        put = field_setter(self)
-        for name, least in (("num_sink_keys", 0), ("num_recent_keys", 1), ("num_last_queries", 1)):
-            put(name, integer(name, getattr(self, name), minimum=least))
+        check_fields(
+            self,
+            num_sink_keys=integer(least=0),
+            num_recent_keys=integer(least=1),
+            num_last_queries=integer(least=1),
+        )
 
 
 def lazy_ratio(
@@ -63,7 +67,7 @@ def lazy_ratio(
     num_full_layers: int,
     *,
     config: LazyRatioConfig | None = None,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> Ranking:
     """The layers that the fewest samples call lazy; of equal ones those with the smaller ratio.
 
@@ -90,7 +94,7 @@ def lazy_ratios(
     samples: Sequence[Sample],
     *,
     config: LazyRatioConfig | None = None,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> Float[np.ndarray, "samples L"]:
     """The ratio of every layer on the prompt of every sample, from `model` under full attention.
 

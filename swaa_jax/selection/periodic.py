@@ -4,7 +4,7 @@ The paper's layers (arXiv 2512.10411, section 3.3). Where to begin matters as mu
 half of the layers full Qwen3-4B wants the odd ones, Qwen3-30B-A3B and Llama-3.1-8B the even ones.
 """
 
-from swaa_jax._policy_fields import integer
+from swaa_jax.fields import integer, wrong
 from swaa_jax.selection.store import Layers, Ranking, ScoreStore
 
 __all__ = ["periodic", "periodic_layers"]
@@ -23,10 +23,8 @@ def periodic_layers(num_layers: int, num_full_layers: int, *, offset: int) -> La
     """
     offsets = num_layers // num_full_layers
     if not 0 <= offset < offsets:
-        raise ValueError(
-            f"offset: expected 0 to {offsets - 1} with {num_full_layers} of {num_layers} layers "
-            f"full, got {offset}"
-        )
+        expected = f"0 to {offsets - 1} with {num_full_layers} of {num_layers} layers full"
+        raise wrong("offset", expected, offset)
     return tuple(offset + at * num_layers // num_full_layers for at in range(num_full_layers))
 
 
@@ -43,7 +41,7 @@ def periodic(store: ScoreStore, num_full_layers: int, *, offset: int | None = No
     """
     count = store.num_layers
     if offset is not None:
-        offset = integer("offset", offset, minimum=0)
+        offset = integer(least=0)("offset", offset)
         chosen = periodic_layers(count, num_full_layers, offset=offset)
         scores = tuple(float(layer in chosen) for layer in range(count))
         return Ranking(scores=scores, chosen=chosen, details={"offset": offset})

@@ -8,9 +8,9 @@
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-from swaa_jax._policy_fields import integer
-from swaa_jax.selection._checks import distinct_layers, number_from
+from swaa_jax.fields import integer, list_of, number, or_none, wrong
 from swaa_jax.selection.nll import add_one, remove_one
 from swaa_jax.selection.store import Layers, Ranking, ScoreStore
 
@@ -24,9 +24,7 @@ class _Asked:
     """
 
     def __init__(self, store: ScoreStore, most: int | None, *, expected: int):
-        if most is not None:
-            integer("max_evaluations", most, minimum=1)
-        self._store, self._most = store, most
+        self._store, self._most = store, or_none(integer(least=1))("max_evaluations", most)
         self._expected = expected if most is None else min(most, expected)
         self.nll: dict[Layers, float] = {}
 
@@ -144,7 +142,7 @@ def pairwise(
             suffice to find one.
     """
     count = store.num_layers
-    number_from("least_gain", least_gain, 0)
+    number(least=0)("least_gain", least_gain)
     swaps = num_full_layers * (count - num_full_layers)
     asked = _Asked(store, max_evaluations, expected=2 * count + 4 + 2 * swaps)
     if start is None:
@@ -199,12 +197,19 @@ def _exchanges(chosen: Layers, num_layers: int) -> list[Layers]:
     return [_with(_without(chosen, out), into) for out in chosen for into in rest]
 
 
+def check_layers(name: str, value: Any) -> Layers:
+    """Distinct layers from 0 up, sorted."""
+    return tuple(sorted(list_of(integer(least=0), distinct=True)(name, value)))
+
+
 def _checked_start(start: Sequence[int], num_full_layers: int, num_layers: int) -> Layers:
-    layers = distinct_layers("start", start)
+    layers = check_layers("start", start)
     if len(layers) != num_full_layers or layers[-1] >= num_layers:
-        raise ValueError(
-            f"start: expected num_full_layers={num_full_layers} distinct layers of 0 to "
-            f"{num_layers - 1}, got {list(start)}; name as many as are to be full"
+        raise wrong(
+            "start",
+            f"num_full_layers={num_full_layers} distinct layers of 0 to {num_layers - 1}",
+            list(start),
+            "name as many as are to be full",
         )
     return layers
 

@@ -2,13 +2,16 @@
 
 import io
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
 from swaa_jax import storage
 from swaa_jax.selection.select import Selection
 from swaa_jax.typing import PathLike
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["SCORE_LABELS", "write_selection"]
 
@@ -89,7 +92,7 @@ def _plot(selection: Selection, *, model: str) -> bytes:
     return buffer.getvalue()
 
 
-def _draw_layers(axis: Any, selection: Selection) -> None:
+def _draw_layers(axis: "Axes", selection: Selection) -> None:
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
 
@@ -108,7 +111,7 @@ def _draw_layers(axis: Any, selection: Selection) -> None:
     )
 
 
-def _draw_heads(axis: Any, selection: Selection) -> None:
+def _draw_heads(axis: "Axes", selection: Selection) -> None:
     from matplotlib.ticker import MaxNLocator
 
     gates = selection.details["gates"]

@@ -3,25 +3,26 @@
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from swaa_jax._policy_fields import integer
 from swaa_jax.checkpoint.provenance import weight_marks
 from swaa_jax.data import Sample
+from swaa_jax.fields import Check, check_keys, from_mapping, integer, number, one_of, wrong
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy
-from swaa_jax.selection._checks import distinct_layers, number_from
+from swaa_jax.progress import ShowProgress
+from swaa_jax.runs import claim
 from swaa_jax.selection.calibration import check_samples, digest
 from swaa_jax.selection.gates import GatesConfig, gates
 from swaa_jax.selection.lazy_ratio import LazyRatioConfig, lazy_ratio
 from swaa_jax.selection.nll import add_one, remove_one
 from swaa_jax.selection.per_row import RowScorer
 from swaa_jax.selection.periodic import periodic
-from swaa_jax.selection.refine import backward, greedy, pairwise
-from swaa_jax.selection.store import Layers, Progress, Ranking, ScoreStore, claim
+from swaa_jax.selection.refine import backward, check_layers, greedy, pairwise
+from swaa_jax.selection.store import Layers, Ranking, ScoreStore
 from swaa_jax.typing import PathLike
 
 __all__ = ["METHODS", "Selection", "check_options", "select_layers"]
@@ -37,14 +38,15 @@ METHODS = (
     "gates",
 )
 
-_OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "periodic": ("offset",),
-    "greedy": ("max_evaluations",),
-    "backward": ("max_evaluations",),
-    "pairwise": ("max_evaluations", "start", "least_gain"),
-    "lazy_ratio": tuple(field.name for field in dataclasses.fields(LazyRatioConfig)),
-    "gates": tuple(field.name for field in dataclasses.fields(GatesConfig)),
+_CONFIGS: Mapping[str, type[Any]] = {"lazy_ratio": LazyRatioConfig, "gates": GatesConfig}
+_BUDGET = {"max_evaluations": integer(least=1)}
+_OPTIONS: Mapping[str, Mapping[str, Check[Any]]] = {
+    "periodic": {"offset": integer(least=0)},
+    "greedy": _BUDGET,
+    "backward": _BUDGET,
+    "pairwise": {**_BUDGET, "start": check_layers, "least_gain": number(least=0)},
 }
+"""What methods without a config of their own take."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,7 @@ def select_layers(
     directory: PathLike | None = None,
     identity: Mapping[str, Any] | None = None,
     rows_at_once: int | None = None,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Selection:
     """Choose the layers that keep full attention.
@@ -140,13 +142,12 @@ def select_layers(
     options = check_options(method, options or {})
     count = model.config.num_layers
     if not 0 < num_full_layers < count:
-        raise ValueError(
-            f"num_full_layers: expected 1 to {count - 1} of the model's {count} layers, got "
-            f"{num_full_layers}"
-        )
+        expected = f"1 to {count - 1} of the model's {count} layers"
+        raise wrong("num_full_layers", expected, num_full_layers)
     check_samples(model, samples, policy)
     if directory is not None:
-        claim(directory, _identity(model, samples, policy, identity or {}))
+        about = _identity(model, samples, policy, identity or {})
+        claim(directory, about, file="selection_run.json", what="the scores")
     scorer = RowScorer(model, samples, policy=policy, rows_at_once=rows_at_once)
     store = ScoreStore(scorer, directory=directory, progress=progress)
     if method == "lazy_ratio":
@@ -207,14 +208,6 @@ def _with_chosen(policy: AttentionPolicy, ranking: Ranking) -> AttentionPolicy:
     return dataclasses.replace(policy, full_attention_heads=heads)
 
 
-_CHECKS: Mapping[str, Callable[[Any], Any]] = {
-    "offset": lambda value: integer("offset", value, minimum=0),
-    "max_evaluations": lambda value: integer("max_evaluations", value, minimum=1),
-    "start": lambda value: distinct_layers("start", value),
-    "least_gain": lambda value: number_from("least_gain", value, 0),
-}
-
-
 def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options, once they are seen to be the method's and their values to be possible.
 
@@ -223,23 +216,15 @@ def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: an unknown method or option, or a value that it cannot have.
     """
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    known = _OPTIONS.get(method, ())
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise ValueError(
-            f"options: expected {', '.join(known) or 'none'} with the method {method!r}, got "
-            f"{unknown[0]!r}"
-        )
-    if method == "lazy_ratio":
-        LazyRatioConfig(**options)
-    elif method == "gates":
-        GatesConfig(**options)
-    else:
-        given = {name: value for name, value in options.items() if value is not None}
-        return {name: _CHECKS[name](value) for name, value in given.items()}
-    return dict(options)
+    one_of(*METHODS)("method", method)
+    name = f"options of {method}"
+    if method in _CONFIGS:
+        from_mapping(_CONFIGS[method], options, name)
+        return dict(options)
+    checks = _OPTIONS.get(method, {})
+    check_keys(name, options, list(checks))
+    given = {option: value for option, value in options.items() if value is not None}
+    return {option: checks[option](option, value) for option, value in given.items()}
 
 
 def _identity(

@@ -10,7 +10,7 @@ Methods share it: what one has evaluated, another one reads.
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,16 +18,14 @@ from etils import epath
 from jaxtyping import Float
 
 from swaa_jax import runtime, storage
+from swaa_jax.progress import ShowProgress
 from swaa_jax.selection.per_row import RowScorer
 from swaa_jax.typing import PathLike
 
-__all__ = ["Layers", "Progress", "Ranking", "ScoreStore", "claim", "top_layers"]
+__all__ = ["Layers", "Ranking", "ScoreStore", "top_layers"]
 
 Layers = tuple[int, ...]
 """A candidate: its full layers, sorted."""
-
-Progress = Callable[[str, float], None]
-"""Told what is being done, and which part of the whole is done, 0 to 1."""
 
 
 class ScoreStore:
@@ -35,7 +33,7 @@ class ScoreStore:
 
     Args:
         scorer: evaluates candidates.
-        directory: claimed for this run (`claim`); None: nothing is kept.
+        directory: claimed for this run (`swaa_jax.runs.claim`); None: nothing is kept.
         progress: told how far a method is.
 
     Attributes:
@@ -47,7 +45,7 @@ class ScoreStore:
         scorer: RowScorer,
         *,
         directory: PathLike | None = None,
-        progress: Progress | None = None,
+        progress: ShowProgress | None = None,
     ):
         self._scorer, self._progress = scorer, progress
         self._path = None if directory is None else epath.Path(directory) / "scores.jsonl"
@@ -104,44 +102,6 @@ class ScoreStore:
             for layers, nll in self._known.items()
         ]
         storage.write_text_atomic(self._path, "\n".join(lines) + "\n")
-
-
-def claim(directory: PathLike, identity: Mapping[str, Any]) -> None:
-    """Make the directory this run's, or see that it is.
-
-    Args:
-        directory: is made if it is not there.
-        identity: all that scores depend on, as JSON's types.
-
-    Raises:
-        ValueError: it is another run's; the message names what differs.
-    """
-    directory = epath.Path(directory)
-    path = directory / "selection_run.json"
-    if path.exists():
-        before, now = json.loads(path.read_text()), json.loads(json.dumps(identity))
-        differs = _differences(before, now)
-        if differs:
-            raise ValueError(
-                f"{directory}: holds the scores of another run ({'; '.join(differs)}); pass "
-                "another directory, or what that run was started with"
-            )
-    elif runtime.is_main_process():
-        directory.mkdir(parents=True, exist_ok=True)
-        storage.write_json_atomic(path, dict(identity))
-    runtime.wait_for_all("selection: the directory")
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two documents, in words; a key that is not there is as a null."""
-    found = []
-    for name in {**now, **before}:
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):  # of many files, those that differ
-            found += _differences(old, new, f"{prefix}{name}: ")
-        elif old != new:
-            found.append(f"{prefix}{name}: {old!r} there, {new!r} now")
-    return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

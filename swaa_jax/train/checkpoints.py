@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from swaa_jax.fields import show
+from swaa_jax.runs import differences
 from swaa_jax.runtime import is_main_process, wait_for_all
 from swaa_jax.storage import (
     CheckpointError,
@@ -41,7 +43,6 @@ COMMIT_FILE = "checkpoint.json"
 FOLDER = "checkpoints"
 _SCHEMA_VERSION = 1
 _STEP = re.compile(r"\d{8,}")
-_SHOWN = 6
 
 
 class CheckpointMismatchError(CheckpointError):
@@ -80,7 +81,7 @@ class Checkpoints:
         directory: epath.PathLike,
         *,
         keep: int,
-        identity: Mapping[str, Any],
+        identity: Mapping[str, object],
         write_beside: Callable[[epath.Path], None] | None = None,
     ):
         import orbax.checkpoint as ocp
@@ -96,7 +97,7 @@ class Checkpoints:
 
     # Saving.
 
-    def save(self, step: int, state: Any, data: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: Any, data: Mapping[str, object]) -> None:
         """Begins to save; returns once the arrays are copied and may be donated.
 
         Waits for a save that is still under way. A step that was saved already is left as it is.
@@ -169,9 +170,9 @@ class Checkpoints:
         if failure is not None:
             reason = " ".join(str(failure).split())[:500] or type(failure).__name__
             raise CheckpointError(
-                f"{self.directory}: the checkpoint of step {self.last_step} could not be saved "
-                f"({reason}). Check the space and the rights there; the run can go on from the "
-                "checkpoint before."
+                f"{self.directory}: expected to save the checkpoint of step {self.last_step}, got "
+                f"an error ({reason}); check the space and the rights there; the run can go on "
+                "from the checkpoint before"
             ) from failure
 
     def close(self) -> None:
@@ -200,9 +201,9 @@ class Checkpoints:
         if resume == "none":
             if steps := self._steps():
                 raise CheckpointError(
-                    f'checkpoint.resume is "none", but {self.directory} holds {len(steps)} '
-                    f"checkpoint(s), up to step {steps[-1]}. Choose another output_dir, remove "
-                    'them, or resume with "auto".'
+                    f'checkpoint.resume: expected no checkpoints with "none", got {len(steps)} in '
+                    f"{self.directory}, up to step {steps[-1]}; choose another output_dir, remove "
+                    'them, or resume with "auto"'
                 )
             return None
         if resume == "auto":
@@ -215,12 +216,15 @@ class Checkpoints:
         if not is_one and not steps:
             raise CheckpointError(
                 f"checkpoint.resume: expected a checkpoint or a run's directory, got {path}, which "
-                f"has no {COMMIT_FILE} and no {FOLDER}/. Give RUN or RUN/{FOLDER}/00000100."
+                f"has no {COMMIT_FILE} and no {FOLDER}/; give RUN or RUN/{FOLDER}/00000100"
             )
         if is_one:
             fault = _fault(path)
             if fault:
-                raise CheckpointError(f"{path} is damaged: {fault}. Resume from another one.")
+                raise CheckpointError(
+                    f"{path}: expected a whole checkpoint, got a damaged one: {fault}; resume from "
+                    "another one"
+                )
             return self._read(path, template)
         return self._restore_newest(template, folder)
 
@@ -252,8 +256,9 @@ class Checkpoints:
             complete = []
         if _agreed(lambda: len(complete) or None):
             raise CheckpointError(
-                f"{folder}: no checkpoint can be read ({'; '.join(failed.values())[:500]}). Fetch "
-                "them again, or begin anew in another output_dir."
+                f"{folder}: expected a checkpoint that can be read, got none "
+                f"({'; '.join(failed.values())[:500]}); fetch them again, or begin anew in another "
+                "output_dir"
             )
         return None
 
@@ -264,7 +269,7 @@ class Checkpoints:
         if record["schema_version"] != _SCHEMA_VERSION:
             raise CheckpointMismatchError(
                 f"{path}: expected schema_version {_SCHEMA_VERSION}, got "
-                f"{record['schema_version']!r}. Another swaa_jax wrote it; resume with that one."
+                f"{show(record['schema_version'])}; another swaa_jax wrote it: resume with that one"
             )
         wanted = _named(template)
         _check_same(path, record["identity"], self.identity)
@@ -394,27 +399,11 @@ def all_processes(good: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.array(good))))
 
 
-def _check_same(path: epath.Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    old, new = _flat(saved), _flat(current)
-    differing = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-    if not differing:
-        return
-    shown = [
-        f"{name} was {old.get(name, 'absent')!r} and is {new.get(name, 'absent')!r}"
-        for name in differing[:_SHOWN]
-    ]
-    more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
-    raise CheckpointMismatchError(
-        f"{path} is of another run: {'; '.join(shown)}{more}. Go on with the settings that it was "
-        "made with, or choose another output_dir."
-    )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+def _check_same(
+    path: epath.Path, saved: Mapping[str, object], current: Mapping[str, object]
+) -> None:
+    if differing := differences(saved, current):
+        raise CheckpointMismatchError(
+            f"{path}: expected a checkpoint of this run, got one of another run: {differing}; go "
+            "on with the settings that it was made with, or choose another output_dir"
+        )

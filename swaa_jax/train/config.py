@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from swaa_jax.fields import check_one_of, check_range
+from swaa_jax.fields import check_fields, integer, number, one_of, or_none
 from swaa_jax.losses import LossConfig
 
 REMATS = ("none", "layer", "dots")
@@ -49,26 +49,27 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
-        check_one_of("schedule", self.schedule, SCHEDULES)
-        check_range("learning_rate", self.learning_rate, above=0.0)
-        check_range("total_steps", self.total_steps, least=1)
-        check_range("warmup_ratio", self.warmup_ratio, least=0.0, most=1.0)
-        check_range("min_lr_ratio", self.min_lr_ratio, least=0.0, most=1.0)
-        check_range("b1", self.b1, least=0.0, below=1.0)
-        check_range("b2", self.b2, least=0.0, below=1.0)
-        check_range("eps", self.eps, above=0.0)
-        check_range("weight_decay", self.weight_decay, least=0.0)
-        if self.warmup_steps is not None:
-            check_range("warmup_steps", self.warmup_steps, least=0)
-        if self.decay_steps is not None:
-            check_range("decay_steps", self.decay_steps, least=1)
-            if self.schedule != "warmup_stable_decay":
-                raise ValueError(
-                    f"decay_steps: expected schedule='warmup_stable_decay' with it, got "
-                    f"{self.schedule!r}; leave decay_steps out, or change the schedule"
-                )
-        if self.clip_norm is not None:
-            check_range("clip_norm", self.clip_norm, above=0.0)
+        share = number(least=0, most=1)
+        check_fields(
+            self,
+            learning_rate=number(above=0),
+            schedule=one_of(*SCHEDULES),
+            total_steps=integer(least=1),
+            warmup_ratio=share,
+            warmup_steps=or_none(integer(least=0)),
+            decay_steps=or_none(integer(least=1)),
+            min_lr_ratio=share,
+            b1=number(least=0, below=1),
+            b2=number(least=0, below=1),
+            eps=number(above=0),
+            weight_decay=number(least=0),
+            clip_norm=or_none(number(above=0)),
+        )
+        if self.decay_steps is not None and self.schedule != "warmup_stable_decay":
+            raise ValueError(
+                "decay_steps: expected none, which is for schedule='warmup_stable_decay', got "
+                f"{self.decay_steps} with {self.schedule!r}; leave it out, or change the schedule"
+            )
 
     @property
     def num_warmup_steps(self) -> int:
@@ -115,15 +116,18 @@ class StepConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_range("accumulate", self.accumulate, least=1)
-        check_one_of("remat", self.remat, REMATS)
-        check_one_of("scan_layers", self.scan_layers, (True, False, "auto"))
-        check_one_of("trainable", self.trainable, TRAINABLE)
-        check_one_of("dtype", self.dtype, _DTYPES)
+        check_fields(
+            self,
+            accumulate=integer(least=1),
+            remat=one_of(*REMATS),
+            scan_layers=one_of(True, False, "auto"),
+            trainable=one_of(*TRAINABLE),
+            dtype=one_of(*_DTYPES),
+        )
         if self.trainable == "all" and self.loss.needs_teacher:
             raise ValueError(
                 "loss: expected trainable='lora' for self_distill and other losses against the "
                 "teacher, got 'all'; the teacher is the base model without adapters, which full "
-                "fine-tuning changes. Train adapters, or set the factors to 0 and train on answers "
+                "fine-tuning changes: train adapters, or set the factors to 0 and train on answers "
                 "that the model generated"
             )

@@ -2,15 +2,16 @@
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from swaa_jax import checkpoint
 from swaa_jax.lora import LoraParam, add_lora
 from swaa_jax.losses import logits_bytes
-from swaa_jax.models import read_blueprint
+from swaa_jax.models import CausalLM, read_blueprint
 from swaa_jax.sharding import sharding_for
 from swaa_jax.train.config import StepConfig
 from swaa_jax.train.feed import make_feed
@@ -145,7 +146,13 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> RunPlan:
 
 
 def _memory(
-    model: Any, trained: list[Any], config: StepConfig, mesh: Any, *, rows: int, tokens: int
+    model: CausalLM,
+    trained: Sequence[nnx.Variable],
+    config: StepConfig,
+    mesh: Mesh | None,
+    *,
+    rows: int,
+    tokens: int,
 ) -> MemoryEstimate:
     itemsize = 2 if config.dtype == "bfloat16" else 4
     variables = [variable for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))]
@@ -173,7 +180,7 @@ def _memory(
     )
 
 
-def _shard_size(variable: Any, mesh: Any) -> int:
+def _shard_size(variable: nnx.Variable, mesh: Mesh | None) -> int:
     shape = tuple(variable.shape)
     sharding = sharding_for(variable, mesh)
     return math.prod(shape if sharding is None else sharding.shard_shape(shape))

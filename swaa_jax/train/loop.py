@@ -13,10 +13,10 @@ import numpy as np
 from etils import epath
 
 from swaa_jax.costs import FlopCounter, peak_flops
-from swaa_jax.runtime import is_main_process
+from swaa_jax.progress import Progress, show_progress
 from swaa_jax.train.checkpoints import Checkpoints
 from swaa_jax.train.feed import Feed
-from swaa_jax.train.metrics import JsonLines, MetricWriter, ProgressBar
+from swaa_jax.train.metrics import JsonLines, MetricWriter, summary
 from swaa_jax.train.preemption import stop_requests
 from swaa_jax.train.run_config import ProfileConfig
 from swaa_jax.train.step import Metrics, TrainState
@@ -140,10 +140,11 @@ def run_loop(
         CheckpointError: a save failed.
     """
     total, sample_lines = schedule.total, outputs.sample_lines
-    loop = _Loop(flops=flops, feed=feed, writer=outputs.writer, total=total, start=schedule.start)
     done = schedule.start
     with contextlib.ExitStack() as stack:
-        stack.callback(loop.bar.close)
+        bar = show_progress("compiling", total=total, unit="steps", done=done)
+        bar = stack.enter_context(bar)
+        loop = _Loop(flops=flops, feed=feed, writer=outputs.writer, bar=bar)
         stopping = stack.enter_context(_stopping(should_stop))
         tracing = stack.enter_context(_Tracing(schedule.profile, outputs.profiles))
         finished = done >= total
@@ -201,11 +202,9 @@ class _Loop:
         flops: FlopCounter | None,
         feed: Feed,
         writer: MetricWriter,
-        total: int,
-        start: int,
+        bar: Progress,
     ):
-        self._flops, self._feed, self._writer = flops, feed, writer
-        self.bar = ProgressBar(total, done=start, enabled=is_main_process())
+        self._flops, self._feed, self._writer, self._bar = flops, feed, writer, bar
         self.last: dict[str, float] = {}
         self._pending: _Pending | None = None
         self._settled_at: float | None = None
@@ -247,7 +246,7 @@ class _Loop:
         self._settled_at = now
         values |= _device_memory()
         self._writer.write(pending.step, values)
-        self.bar.update(pending.step, values)
+        self._bar.show(summary(values), pending.step)
         self.last = values
 
 

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: `metrics.jsonl`, TensorBoard, wandb, a bar. Process 0 writes.
+"""Where a run's numbers go: `metrics.jsonl`, TensorBoard, wandb. Process 0 writes.
 
 A resumed run takes back the lines after the step that it goes on from, so each step is there once.
 """
@@ -8,8 +8,6 @@ import importlib.util
 import json
 import logging
 import os
-import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +15,9 @@ from etils import epath
 
 from swaa_jax.storage import forget_listings, is_local, write_text_atomic
 
-__all__ = ["JsonLines", "MetricWriter", "ProgressBar"]
+__all__ = ["JsonLines", "MetricWriter", "summary"]
 
 logger = logging.getLogger(__name__)
-
-_LINE_SECONDS = 30.0
 
 
 class JsonLines:
@@ -46,7 +42,7 @@ class JsonLines:
         else:
             self._file, self._kept = None, kept
 
-    def write(self, record: Mapping[str, Any]) -> None:
+    def write(self, record: Mapping[str, object]) -> None:
         """Adds a line."""
         line = json.dumps(record, ensure_ascii=False)
         if self._file is not None:
@@ -108,7 +104,7 @@ class MetricWriter:
         resumed_step: int,
         tensorboard: bool,
         wandb: str | None,
-        config: Mapping[str, Any],
+        config: Mapping[str, object],
         enabled: bool,
     ):
         self._lines = self._board = self._wandb = None
@@ -169,60 +165,16 @@ def check_wandb(project: str | None) -> None:
     if project is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError(
             f"metrics.wandb: expected the wandb package for project {project!r}, got none "
-            "installed. pip install wandb, or set metrics.wandb to null."
+            "installed; pip install wandb, or set metrics.wandb to null"
         )
 
 
-def _open_wandb(directory: epath.Path, project: str, config: Mapping[str, Any]) -> Any:
+def _open_wandb(directory: epath.Path, project: str, config: Mapping[str, object]) -> Any:
     check_wandb(project)
     import wandb  # pyright: ignore[reportMissingImports]
 
     name = hashlib.sha256(os.fspath(directory).encode()).hexdigest()[:16]
     return wandb.init(project=project, id=name, resume="allow", config=dict(config))
-
-
-class ProgressBar:
-    """A bar on stderr; where that is no terminal, a line every half minute, the first and the last.
-
-    Args:
-        total: steps of the run.
-        done: steps behind it.
-        enabled: whether this process shows it.
-    """
-
-    def __init__(self, total: int, *, done: int, enabled: bool):
-        self._total, self._bar, self._enabled = total, None, enabled
-        self._last = 0.0
-        if enabled and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-            from rich.progress import TimeRemainingColumn as Remaining
-
-            columns = [
-                BarColumn(24),
-                MofNCompleteColumn(),
-                Remaining(),
-                TextColumn("{task.fields[text]}"),
-            ]
-            self._bar = Progress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task("", total=total, completed=done, text="compiling")
-            self._bar.start()
-
-    def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Shows a step's numbers."""
-        if not self._enabled:
-            return
-        text = summary(metrics)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=text)
-        elif time.monotonic() - self._last > _LINE_SECONDS or step == self._total:
-            self._last = time.monotonic()
-            print(f"step {step}/{self._total}  {text}", file=sys.stderr, flush=True)  # noqa: T201
-
-    def close(self) -> None:
-        """Leaves the bar as it is."""
-        if self._bar is not None:
-            self._bar.stop()
 
 
 def summary(metrics: Mapping[str, float]) -> str:

@@ -2,10 +2,9 @@
 
 import dataclasses
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,10 @@ from swaa_jax.train.feed import Feed, make_feed
 from swaa_jax.train.loop import Evaluation, Outputs, Schedule, run_loop
 from swaa_jax.train.metrics import JsonLines, MetricWriter, check_wandb
 from swaa_jax.train.run_config import TrainConfig
-from swaa_jax.train.step import Trainer, make_step
+from swaa_jax.train.step import Trainer, TrainState, make_step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["ModelEvaluation", "TrainResult", "train"]
 
@@ -163,7 +165,9 @@ def train(
     )
 
 
-def read_data(config: TrainConfig, tok: Any, feed: Feed, *, progress: bool = False) -> BatchSource:
+def read_data(
+    config: TrainConfig, tok: "PreTrainedTokenizerBase", feed: Feed, *, progress: bool = False
+) -> BatchSource:
     """The run's data, this process's share."""
     return load_data(
         config.data,
@@ -191,9 +195,9 @@ def check_lengths(data: BatchSource, longest: int) -> None:
     if lengths[number] > longest:
         raise ValueError(
             f"data: expected samples of at most {longest} tokens, the model's "
-            f"max_position_embeddings, got {int(lengths[number])} in sample {number}. Drop long "
+            f"max_position_embeddings, got {int(lengths[number])} in sample {number}; drop long "
             f"ones (data.max_length={longest} data.on_too_long=drop), or extend the model "
-            "(config_overrides, docs/training.md)."
+            "(config_overrides, docs/training.md)"
         )
 
 
@@ -258,8 +262,8 @@ def _prepare_directory(config: TrainConfig) -> epath.Path:
     if not all_processes((directory / "config.yaml").exists()):
         raise ValueError(
             f"output_dir: expected a directory that all {jax.process_count()} processes can reach, "
-            f"got {directory}, where some of them do not see what process 0 wrote. Use gs://... "
-            "or a shared disk."
+            f"got {directory}, where some of them do not see what process 0 wrote; use gs://... "
+            "or a shared disk"
         )
     return directory
 
@@ -289,7 +293,7 @@ def _open_outputs(
 def _evaluation(
     config: TrainConfig,
     trainer: Trainer,
-    tok: Any,
+    tok: "PreTrainedTokenizerBase",
     feed: Feed,
     evaluate: ModelEvaluation | None,
 ) -> Evaluation | None:
@@ -302,7 +306,7 @@ def _evaluation(
         )
         held_out = read_data(dataclasses.replace(config, data=settings), tok, feed)
 
-    def run(state: Any, step: int) -> dict[str, float]:
+    def run(state: TrainState, step: int) -> dict[str, float]:
         scores: dict[str, float] = {}
         if held_out is not None:
             scores |= _held_out_loss(trainer, state, held_out, feed)
@@ -313,7 +317,9 @@ def _evaluation(
     return run
 
 
-def _held_out_loss(trainer: Trainer, state: Any, data: BatchSource, feed: Feed) -> dict[str, float]:
+def _held_out_loss(
+    trainer: Trainer, state: TrainState, data: BatchSource, feed: Feed
+) -> dict[str, float]:
     sums: dict[str, float] = {}
     count = 0.0
     for batch in data:
@@ -340,9 +346,3 @@ def _export(config: TrainConfig, model: CausalLM, directory: epath.Path) -> tupl
     if config.merge:
         exports.append(save_model(merge_lora(model), directory / "merged", overwrite=True))
     return tuple(exports)
-
-
-def read_run(directory: epath.PathLike) -> list[dict[str, Any]]:
-    """The records of a run's `metrics.jsonl`, in order."""
-    text = (epath.Path(directory) / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]

@@ -1,71 +1,41 @@
 """`TrainConfig`: all that `swaa train` needs to know, from one YAML file and dotted overrides."""
 
 import dataclasses
-import difflib
 import json
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from etils import epath
 from jax.sharding import Mesh
 
 from swaa_jax import sharding
-from swaa_jax._policy_fields import (
-    check_keys,
-    describe,
-    field_setter,
-    integer,
-    parse_yaml,
-)
-from swaa_jax.configs import load_policy
 from swaa_jax.data import DataConfig
+from swaa_jax.fields import (
+    check_fields,
+    check_keys,
+    flag,
+    from_mapping,
+    integer,
+    mapping,
+    or_none,
+    parse_yaml,
+    plain,
+    section,
+    text,
+    texts,
+    with_overrides,
+    wrong,
+)
 from swaa_jax.lora import LoraConfig
 from swaa_jax.losses import LossConfig
-from swaa_jax.policy import AttentionPolicy
+from swaa_jax.policy import AttentionPolicy, load_policy
 from swaa_jax.train.config import OptimizerConfig, StepConfig
 from swaa_jax.typing import PathLike
 
-__all__ = [
-    "CheckpointConfig",
-    "MetricsConfig",
-    "ProfileConfig",
-    "TrainConfig",
-    "with_overrides",
-]
+__all__ = ["CheckpointConfig", "MetricsConfig", "ProfileConfig", "TrainConfig"]
 
-Config = TypeVar("Config")
-_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 reads 1e-4 as text
 _NOTES = ("description", "source")
-
-
-def _check_flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false; got {describe(value)}.")
-
-
-def _check_text_or_none(name: str, value: Any) -> None:
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"{name} must be text or null; got {describe(value)}.")
-
-
-def _check_mesh(mesh: Any) -> None:
-    if mesh is None or mesh == "auto":
-        return
-    if not isinstance(mesh, Mapping):
-        raise ValueError(
-            'mesh must be null, "auto" or sizes such as {fsdp: 4, tensor: 2}; '
-            f"got {describe(mesh)}."
-        )
-    for axis, size in mesh.items():
-        if axis not in sharding.MESH_AXES:
-            near = difflib.get_close_matches(str(axis), sharding.MESH_AXES, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(
-                f"mesh: unknown axis {axis!r}{hint}; there are {', '.join(sharding.MESH_AXES)}."
-            )
-        integer(f"mesh.{axis}", size, minimum=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,18 +56,12 @@ class CheckpointConfig:
     resume: str = "auto"
 
     def __post_init__(self) -> None:
-        put = field_setter(self)
-        put("every", integer("every", self.every, minimum=1))
-        put("keep", integer("keep", self.keep, minimum=1))
-        if not isinstance(self.resume, str) or not self.resume:
-            raise ValueError(
-                f'resume must be "auto", "none" or a path; got {describe(self.resume)}.'
-            )
+        check_fields(self, every=integer(least=1), keep=integer(least=1), resume=text)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
-    """Where metrics go, beside `metrics.jsonl`, which always has every step.
+    """Where metrics go in addition to `metrics.jsonl`, which always has every step.
 
     Attributes:
         tensorboard: write `tensorboard/` in `output_dir`.
@@ -110,9 +74,7 @@ class MetricsConfig:
     sample_ids: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("tensorboard", "sample_ids"):
-            _check_flag(name, getattr(self, name))
-        _check_text_or_none("wandb", self.wandb)
+        check_fields(self, tensorboard=flag, wandb=or_none(text), sample_ids=flag)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,9 +90,8 @@ class ProfileConfig:
     last: int = 5
 
     def __post_init__(self) -> None:
-        put = field_setter(self)
-        put("first", integer("first", self.first, minimum=1))
-        put("last", integer("last", self.last, minimum=self.first))
+        check_fields(self, first=integer(least=1))
+        check_fields(self, last=integer(least=self.first))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,7 +102,7 @@ class TrainConfig:
         model: a checkpoint in Hugging Face layout, `gs://...`, a hub id, or "tiny-retriever".
         revision: of a hub id.
         config_overrides: values of the model's `config.json`, as `load_model` takes them.
-        policy: attention policy to train under, in YAML a recipe's name, a file, or its fields;
+        policy: attention policy to train under, in YAML whatever `load_policy` takes;
             None: the model's own.
         mesh: axis sizes such as {"fsdp": 4, "tensor": 2}; "auto": all devices along fsdp; None: one
             device, or "auto" where there are several processes.
@@ -165,7 +126,7 @@ class TrainConfig:
     data: DataConfig
     output_dir: str
     revision: str | None = None
-    config_overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    config_overrides: Mapping[str, object] = dataclasses.field(default_factory=dict)
     policy: AttentionPolicy | None = None
     mesh: Mapping[str, int] | str | None = None
     eval_files: tuple[str, ...] = ()
@@ -185,28 +146,24 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        put = field_setter(self)
-        for name in ("model", "output_dir"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise ValueError(f"{name} must be text; got {describe(getattr(self, name))}.")
-        _check_text_or_none("revision", self.revision)
-        _check_flag("merge", self.merge)
-        put("seed", integer("seed", self.seed, minimum=0))
-        put("rows_per_device", integer("rows_per_device", self.rows_per_device, minimum=1))
-        for name in ("max_steps", "eval_every"):
-            if getattr(self, name) is not None:
-                put(name, integer(name, getattr(self, name), minimum=1))
-        files = (self.eval_files,) if isinstance(self.eval_files, str) else self.eval_files
-        put("eval_files", tuple(files))
-        if not isinstance(self.config_overrides, Mapping):
-            raise ValueError(
-                f"config_overrides must be a mapping; got {describe(self.config_overrides)}."
-            )
-        _check_mesh(self.mesh)
+        check_fields(
+            self,
+            model=text,
+            output_dir=text,
+            revision=or_none(text),
+            config_overrides=mapping,
+            mesh=_mesh_sizes,
+            eval_files=texts,
+            eval_every=or_none(integer(least=1)),
+            max_steps=or_none(integer(least=1)),
+            rows_per_device=integer(least=1),
+            merge=flag,
+            seed=integer(least=0),
+        )
         if self.merge and self.lora is None:
-            raise ValueError("merge: expected false without lora, got true; nothing to merge.")
+            raise ValueError("merge: expected false without lora, got true; nothing to merge")
         if self.data.num_epochs is None and self.max_steps is None:
-            raise ValueError("max_steps: expected a number where data.num_epochs is null.")
+            raise ValueError("max_steps: expected a number where data.num_epochs is null, got none")
         self.step_config(accumulate=1, total_steps=1)  # checks what it takes
 
     def step_config(self, *, accumulate: int, total_steps: int) -> StepConfig:
@@ -238,18 +195,8 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` takes; every field is there."""
-        fields: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if hasattr(value, "to_dict"):
-                value = value.to_dict()
-            elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-                value = dataclasses.asdict(value)
-            elif isinstance(value, Mapping):
-                value = dict(value)
-            elif isinstance(value, tuple):
-                value = list(value)
-            fields[field.name] = value
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields = plain(fields)
         del fields["optimizer"]["total_steps"]
         return fields
 
@@ -258,34 +205,25 @@ class TrainConfig:
         return yaml.safe_dump(json.loads(json.dumps(self.to_dict())), sort_keys=False)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "TrainConfig":
+    def from_dict(cls, fields: Mapping[str, object]) -> "TrainConfig":
         """A config from plain data; what is left out keeps its default.
 
         Raises:
             ValueError: an unknown key (named, with the nearest known one), a required one left
                 out, or a value that does not fit.
         """
-        if not isinstance(fields, Mapping):
-            raise ValueError(f"A training config is a mapping; got {describe(fields)}.")
-        fields = {key: value for key, value in fields.items() if key not in _NOTES}
-        check_keys(fields, [f.name for f in dataclasses.fields(cls)], what="training config")
-        missing = [name for name in ("model", "data", "output_dir") if fields.get(name) is None]
-        if missing:
-            raise ValueError(
-                f"The training config has no {' and no '.join(missing)}. Say which checkpoint "
-                "(model), which files (data: {files: ..., seq_len: ..., batch_size: ...}) and "
-                "where the results go (output_dir)."
-            )
-        built = dict(fields)
-        if isinstance(built["data"], Mapping):
-            built["data"] = {"seed": fields.get("seed", 0), **built["data"]}
-        built["data"] = _section(DataConfig, "data", built["data"])
-        for name, kind in _SECTIONS.items():
-            if name in fields:
-                built[name] = _section(kind, name, fields[name])
-        if "policy" in fields:
-            built["policy"] = _policy(fields["policy"])
-        return cls(**built)
+        what = "training config"
+        fields = {k: v for k, v in mapping(what, fields).items() if k not in _NOTES}
+        if isinstance(fields.get("data"), Mapping):
+            fields["data"] = {"seed": fields.get("seed", 0), **fields["data"]}
+        return from_mapping(
+            cls,
+            fields,
+            what,
+            readers=_READERS,
+            advice="say which checkpoint (model), which files (data: {files: ..., seq_len: ..., "
+            "batch_size: ...}) and where the results go (output_dir)",
+        )
 
     @classmethod
     def from_yaml(cls, text: str) -> "TrainConfig":
@@ -300,96 +238,46 @@ class TrainConfig:
             ValueError: the file is malformed, which the message names, or an override is.
             FileNotFoundError: there is no such file.
         """
-        text = epath.Path(path).read_text()
+        path = epath.Path(path)
+        document = path.read_text()
         try:
-            document = parse_yaml(text)
-            if not isinstance(document, Mapping):
-                raise ValueError(f"A training config is a mapping; got {describe(document)}.")
-            return cls.from_dict(with_overrides(document, overrides))
+            fields = mapping("training config", parse_yaml(document))
+            named = {"policy": lambda name: load_policy(name).to_dict()}
+            return cls.from_dict(with_overrides(fields, overrides, named=named))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
 
-_SECTIONS: dict[str, Any] = {
-    "lora": LoraConfig,
-    "loss": LossConfig,
-    "optimizer": OptimizerConfig,
-    "checkpoint": CheckpointConfig,
-    "metrics": MetricsConfig,
-    "profile": ProfileConfig,
-}
-_NULLABLE = ("lora", "profile")
-
-
-def with_overrides(fields: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The fields with dotted overrides; values are YAML.
-
-    >>> with_overrides({"optimizer": {"learning_rate": 1}}, ["optimizer.learning_rate=3e-4"])
-    {'optimizer': {'learning_rate': 0.0003}}
-
-    Raises:
-        ValueError: no `=`, or a key below something that has no keys.
-    """
-    result = {key: dict(v) if isinstance(v, Mapping) else v for key, v in fields.items()}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key.strip():
-            raise ValueError(
-                f"override: expected KEY=VALUE such as optimizer.learning_rate=1e-4 or "
-                f"data.batch_size=8, got {override!r}."
-            )
-        *parents, last = key.strip().split(".")
-        place = result
-        for depth, parent in enumerate(parents):
-            below = place.get(parent)
-            if parent == "policy" and depth == 0 and isinstance(below, str):
-                below = load_policy(below).to_dict()  # a recipe's name, of which a field changes
-            if below is None:
-                below = {}
-            if not isinstance(below, Mapping):
-                raise ValueError(
-                    f"override {override!r}: {'.'.join(parents[: depth + 1])} is "
-                    f"{describe(below)} and has no keys."
-                )
-            place[parent] = dict(below)
-            place = place[parent]
-        value = parse_yaml(text) if text.strip() else None
-        place[last] = _number(value)
-    return result
-
-
-def _section(kind: Any, name: str, value: Any) -> Any:
-    if isinstance(value, kind) or (value is None and name in _NULLABLE):
+def _mesh_sizes(name: str, value: object) -> Mapping[str, int] | str | None:
+    if value is None or (isinstance(value, str) and value == "auto"):
         return value
     if not isinstance(value, Mapping):
-        raise ValueError(f"{name}: expected a mapping of its fields, got {describe(value)}.")
-    if name != "data":
-        value = {key: _number(v) for key, v in value.items()}
-    if name == "optimizer" and "total_steps" in value:
+        raise wrong(name, "null, auto or sizes such as {fsdp: 4, tensor: 2}", value)
+    check_keys(name, value, sharding.MESH_AXES)
+    return {axis: integer(least=1)(f"{name}.{axis}", size) for axis, size in value.items()}
+
+
+def _policy(name: str, value: Any) -> AttentionPolicy:
+    del name  # its messages say "policy" by themselves
+    return load_policy(value)
+
+
+def _optimizer(name: str, value: object) -> OptimizerConfig:
+    if isinstance(value, Mapping) and "total_steps" in value:
         raise ValueError(
-            "optimizer.total_steps: expected to be left out, since the data's length sets it. Use "
-            "max_steps for a shorter run."
+            f"{name}.total_steps: expected none, since the data's length sets it, got "
+            f"{value['total_steps']!r}; use max_steps for a shorter run"
         )
-    try:
-        if hasattr(kind, "from_dict"):
-            return kind.from_dict(value)
-        known = [field.name for field in dataclasses.fields(kind) if field.name != "total_steps"]
-        check_keys(value, known, what=f"training config's {name}")
-        return kind(**value)
-    except ValueError as error:
-        raise ValueError(str(error) if name in str(error) else f"{name}: {error}") from error
+    return section(OptimizerConfig, leave_out=("total_steps",))(name, value)
 
 
-def _policy(value: Any) -> AttentionPolicy | None:
-    if value is None or isinstance(value, AttentionPolicy):
-        return value
-    if isinstance(value, str):
-        return load_policy(value)
-    return AttentionPolicy.from_dict(value)
-
-
-def _number(value: Any) -> Any:
-    """A number that YAML 1.1 left as text; anything else as it is."""
-    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
-        return float(value)
-    return value
+_READERS = {
+    "data": section(DataConfig),
+    "policy": or_none(_policy),
+    "lora": or_none(section(LoraConfig)),
+    "loss": section(LossConfig),
+    "optimizer": _optimizer,
+    "checkpoint": section(CheckpointConfig),
+    "metrics": section(MetricsConfig),
+    "profile": or_none(section(ProfileConfig)),
+}

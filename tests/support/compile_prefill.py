@@ -35,6 +35,7 @@ WINDOWS = [
     for length in (8192, 131072)
     for window in (2048, 4096, None)
 ]
+LONGEST = [program for program in WINDOWS if program[0] == 131072 and program[3] != 4096]
 FORWARD = [(*program[:4], False, program[5]) for program in WINDOWS]
 FEATURES = [(4000, (8, 2, 64), "bfloat16", "rows", True, True)]  # H of 128 is in MORE
 MORE = [
@@ -42,7 +43,13 @@ MORE = [
     for num_heads, num_kv_heads, head_dim in ((4, 4, 80), (6, 2, 96), (8, 1, 256), (16, 2, 128))
     for dtype in ("bfloat16", "float32")
 ]
-SETS = {"windows": WINDOWS, "forward": FORWARD, "features": FEATURES, "more": MORE}
+SETS = {
+    "windows": WINDOWS,
+    "longest": LONGEST,
+    "forward": FORWARD,
+    "features": FEATURES,
+    "more": MORE,
+}
 
 
 def compile_program(generation, on, length, heads, dtype, window, gradient, everything):

@@ -77,7 +77,7 @@ def cell(name: str, policy: AttentionPolicy, rows: list[dict[str, Any]], **chang
     )
     named = [{**one, "policy": name} for one in rows]
     fields = {"model": "toy", "task": "counting", "thinking": False, "skipped": 0, "cost": cost}
-    return Cell(policy_name=name, policy=policy, rows=tuple(named), **{**fields, **changed})
+    return Cell(policy_name=name, policy=policy, answers=tuple(named), **{**fields, **changed})
 
 
 def evaluation(cells: list[Cell], output_dir: Any = "out", **config: Any) -> Evaluation:

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from swaa_jax.models import CausalLM
+
 PRIME = 8191
 
 
@@ -38,7 +40,7 @@ class StandInPrefill:
     caches: StandInCaches
 
 
-class StandIn(nnx.Module):
+class StandIn(CausalLM):
     def __init__(self, vocab_size: int = 64, *, seed: int = 0, **config):
         self.config = StandInConfig(vocab_size=vocab_size, **config)
         self.source: str | None = None

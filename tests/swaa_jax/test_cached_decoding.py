@@ -29,14 +29,14 @@ def policy(window, sinks, layers=(), decode="window", tail=0) -> swaa.AttentionP
 
 
 POLICIES = [swaa.AttentionPolicy()]
-# Windows shorter than, equal to and longer than the longest prompt.
-for window in (5, 14, 50):
-    for sinks in (0, 1, 10):
-        POLICIES += [
-            policy(window, sinks),
-            policy(window, sinks, decode="full"),
-            policy(window, sinks, layers="1::2", decode="full", tail=3),
-        ]
+# Windows shorter than, equal to and longer than the longest prompt. All pairs of settings are among
+# the quick ones, all triples among the slow ones.
+SLOW = []
+MODES = ({}, {"decode": "full"}, {"layers": "1::2", "decode": "full", "tail": 3})
+for i, window in enumerate((5, 14, 50)):
+    for j, sinks in enumerate((0, 1, 10)):
+        for k, mode in enumerate(MODES):
+            (POLICIES if (i + j + k) % 3 == 0 else SLOW).append(policy(window, sinks, **mode))
 POLICIES += [
     policy(1, 0),
     policy(1, 1, decode="full"),
@@ -95,7 +95,9 @@ def cached(model, blocks: list[int]) -> np.ndarray:
     return np.concatenate([np.asarray(part) for part in logits], axis=1)
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize(
+    "policy", [*POLICIES, *(pytest.param(each, marks=pytest.mark.slow) for each in SLOW)], ids=str
+)
 def test_decoding_in_blocks_equals_one_pass(policy):
     # Single tokens, and blocks longer than the short windows and rings.
     model = model_for(policy)

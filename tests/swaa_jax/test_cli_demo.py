@@ -1,4 +1,4 @@
-"""`swaa demo` end to end on a random model, and what it says of wrong arguments."""
+"""`swaa demo`: an evaluation of a random model end to end, and what it says of wrong arguments."""
 
 import json
 
@@ -10,7 +10,11 @@ import swaa_jax as swaa
 from swaa_jax.checkpoint._paths import SHIPPED
 from swaa_jax.cli import demo
 from swaa_jax.cli.main import build_parser, main
+from swaa_jax.configs import config_path, list_configs
+from swaa_jax.eval.report import summarize
+from swaa_jax.eval.run import EvalConfig
 from swaa_jax.lora import lora_state, set_adapter
+from tests.support.evaluations import cell, evaluation, row
 from tests.support.random_models import random_model
 
 LIST = """\
@@ -38,29 +42,46 @@ def work(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_end_to_end(checkpoint, work, capsys):
+def config_of(*words):
+    return EvalConfig.from_dict(demo._fields(build_parser().parse_args(["demo", *map(str, words)])))
+
+
+def policies_of(setting):
+    return [entry.policy for entry in setting.policies]
+
+
+def results(work):
+    """The cells of results.json, and the answers."""
+    cells = json.loads((work / "demo_output/results.json").read_text())["cells"]
+    lines = (work / "demo_output/answers.jsonl").read_text().splitlines()
+    return cells, [json.loads(line) for line in lines]
+
+
+def test_end_to_end(checkpoint, work, capsys, monkeypatch):
     arguments = ["demo", "--model", str(checkpoint), "--policies", "mine.yaml", "--samples", "2"]
     arguments += ["--length", "300", "--window", "24", "--max-new-tokens", "8", "--seed", "7"]
-    assert main([*arguments, "--dtype", "float32", "--markdown", "table.md"]) == 0
-    out, err = capsys.readouterr()
+    arguments += ["--dtype", "float32", "--markdown", "table.md"]
+    monkeypatch.setattr("sys.argv", ["swaa", *arguments])
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
     assert "2 prompts of 300 tokens (essay haystack, 4 needles each)" in " ".join(out.split())
-    assert "100%" in err
-    assert "Values found, thinking / non-thinking: full attention" in " ".join(out.split())
+    assert "thinking: full scores" in " ".join(out.split())
+    assert "16 answers made in this run, 16 in all" in out
 
-    record = json.loads((work / "demo_output" / "results.json").read_text())
-    assert record["settings"]["length"] == 300
-    assert record["model"]["num_layers"] == 2
-    assert record["model"]["provenance"]["versions"]["swaa_jax"] == swaa.__version__
-    assert list(record["model"]["sha256"]) == ["model.safetensors"]
-    assert [row["policy"]["window"] for row in record["policies"]] == [None, 24, 24, 24]
-    assert all(len(row["thinking"]["answers"]) == 2 for row in record["policies"])
-    assert (work / "demo_output" / "accuracy_against_cost.png").stat().st_size > 20_000
-    assert record["findings"] in (work / "table.md").read_text()
-
-    # The command that the record gives is the command that was run.
-    again = vars(build_parser().parse_args(record["command"].split()[1:]))
-    first = vars(build_parser().parse_args([*arguments, "--dtype", "float32"]))
-    assert again | {"markdown": None} == first
+    cells, answers = results(work)
+    assert [one["policy_fields"]["window"] for one in cells] == 2 * [None, 24, 24, 24]
+    assert [one["thinking"] for one in cells] == 4 * [True] + 4 * [False]
+    assert len(answers) == 16
+    assert all(len(answer["references"]) == 4 for answer in answers)
+    assert max(answer["num_tokens"] for answer in answers) == 8  # thinking included
+    run = json.loads((work / "demo_output/run.json").read_text())
+    assert run["config"]["tasks"][0]["length"] == 300
+    (model,) = run["models"].values()
+    assert model["num_layers"] == 2
+    assert list(model["sha256"]) == ["model.safetensors"]
+    assert run["command"] == f"swaa {' '.join(arguments)}"
+    assert (work / "demo_output/score_against_cost.png").stat().st_size > 20_000
+    assert (work / "table.md").read_text() == (work / "demo_output/report.md").read_text()
 
 
 def test_adapters_are_scored_beside_the_untrained_model(checkpoint, work, capsys):
@@ -71,16 +92,48 @@ def test_adapters_are_scored_beside_the_untrained_model(checkpoint, work, capsys
     state = lora_state(adapted)
     filled = jax.tree.map(lambda x: x + 0.3, state)  # B is zero at first, and nothing would change
     swaa.save_adapter(set_adapter(adapted, filled), work / "adapter")
-    arguments = ["demo", "--model", str(checkpoint), "--policies", "mine.yaml", "--samples", "1"]
+    (work / "two.yaml").write_text("policies: [full, {window: 64}]")
+    arguments = ["demo", "--model", str(checkpoint), "--policies", "two.yaml", "--samples", "1"]
     arguments += ["--length", "300", "--max-new-tokens", "4", "--dtype", "float32"]
     assert main([*arguments, "--adapter", "adapter"]) == 0
-    record = json.loads((work / "demo_output" / "results.json").read_text())
-    rows = [(row["policy"]["window"], row["adapter"]) for row in record["policies"]]
-    assert rows == [(None, None)] + [(64, None)] * 3 + [(8, None), (8, "adapter")]
-    texts = [row["thinking"]["answers"][0]["text"] for row in record["policies"][-2:]]
-    assert texts[0] != texts[1]
-    assert "Adapters trained under window 8" in record["findings"]
-    assert "6+" in capsys.readouterr().out
+    cells, answers = results(work)
+    rows = [(one["policy_fields"]["window"], one["model"]) for one in cells if one["thinking"]]
+    assert rows == [(None, "model"), (64, "model"), (8, "model"), (8, "model + adapter")]
+    texts = {answer["model"]: answer["response"] for answer in answers if answer["thinking"]}
+    assert texts["model"] != texts["model + adapter"]
+    captured = capsys.readouterr()
+    assert "model + adapter takes" in " ".join(captured.out.split())
+    assert "trained under another attention policy" not in captured.err
+
+
+def test_the_shipped_presets_are_evaluations():
+    assert list_configs("demo") == ["demo", "quick"]
+    for name in ("demo", "quick"):
+        config = EvalConfig.load(config_path("demo", name))
+        own, *trained = config.settings
+        policies = policies_of(own)
+        assert policies[0].is_full
+        assert len({policy.resolve(8) for policy in policies}) == len(policies)
+        assert config.thinking == (True, False)
+        assert len(trained) == (name == "demo")
+        assert config_of(*(["--quick"] if name == "quick" else [])) == config
+    assert set(policies_of(config.settings[0])) <= set(policies_of(config_of().settings[0]))
+
+
+def test_flags_change_the_preset():
+    config = config_of("--window", 32, "--sinks", 7, "--samples", 3, "--length", 512)
+    own, trained = config.settings
+    assert {policy.window for policy in policies_of(own)} == {None, 32}
+    assert {policy.num_sink_tokens for policy in policies_of(own)} == {0, 7}
+    assert [policy.window for policy in policies_of(trained)] == [16]  # the adapters' own
+    task = config.tasks[0].task
+    assert (task.num_samples, task.length, task.haystack) == (3, 512, "essay")
+    assert len(config_of("--adapter", "none").settings) == 1
+    (setting,) = config_of("--model", "elsewhere", "--policies", "quick").settings
+    assert [model.path for model in setting.models] == ["elsewhere"]
+    assert len(setting.policies) == 4
+    (_, adapted) = config_of("--adapter", "tiny-retriever-lora").settings
+    assert [model.adapter is None for model in adapted.models] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -88,11 +141,14 @@ def test_adapters_are_scored_beside_the_untrained_model(checkpoint, work, capsys
     [
         (["--adapter", "nowhere"], "nowhere"),
         (["--policies", "none.yaml"], "No such file or directory: none.yaml"),
-        (["--policies", "dmeo"], "Did you mean 'demo'"),
-        (["--policies", "broken.yaml"], "policy 1"),
+        (["--policies", "dmeo"], "did you mean 'demo'"),
+        (["--policies", "broken.yaml"], "broken.yaml: "),
+        (["--policies", "empty.yaml"], "empty.yaml: policies: expected at least one"),
+        (["--policies", "twice.yaml", "--window", "8"], "policies: expected distinct names"),
         (["--length", "60", "--policies", "mine.yaml"], "the question and 4 needles alone take"),
-        (["--length", "1000"], "exceed the model's context of 512 tokens"),
-        (["--samples", "0"], "num_samples: expected at least 1"),
+        (["--length", "1000", "--policies", "mine.yaml"], "context of 512 tokens"),
+        (["--samples", "0"], "num_samples"),
+        (["--batch-size", "0"], "batch_size"),
         (["--window", "0"], "window"),
         (["--policies", "deep.yaml"], "full_attention_layers"),
         (["--model", "nowhere"], "nowhere"),
@@ -100,6 +156,8 @@ def test_adapters_are_scored_beside_the_untrained_model(checkpoint, work, capsys
 )
 def test_wrong_arguments_are_one_paragraph(checkpoint, work, capsys, arguments, message):
     (work / "broken.yaml").write_text("policies: [{windo: 3}]")
+    (work / "empty.yaml").write_text("policies: []")
+    (work / "twice.yaml").write_text("policies: [{window: 3}, {window: 4}]")
     (work / "deep.yaml").write_text("policies: [{window: 3, full_attention_layers: [9]}]")
     base = ["demo", "--model", str(checkpoint), "--length", "300"]
     assert main([*base, *arguments]) == 2
@@ -111,23 +169,27 @@ def test_wrong_arguments_are_one_paragraph(checkpoint, work, capsys, arguments, 
 
 
 @pytest.mark.parametrize(
-    "found, options, code",
+    "right, options, code",
     [
-        (1.0, [], 0),
-        (0.96, ["--samples", "2", "--quick"], 0),
-        (0.94, [], 1),
-        (0.94, ["--length", "4096"], 0),
-        (0.94, ["--haystack", "needle"], 0),
-        (0.0, ["--model", "elsewhere"], 0),
+        (100, [], 0),
+        (96, ["--samples", "2", "--quick"], 0),
+        (94, [], 1),
+        (94, ["--length", "4096"], 0),
+        (94, ["--haystack", "needle"], 0),
+        (0, ["--model", "elsewhere"], 0),
     ],
 )
-def test_a_broken_install_fails(found, options, code, capsys):
-    class Row:
-        policy = swaa.AttentionPolicy()
-        modes = (type("Score", (), {"values_found": 1.0}), type("S", (), {"values_found": found}))
-
-    args = build_parser().parse_args(["demo", *options])
-    assert demo._check(args, [Row()]) == code
+def test_a_broken_install_fails(right, options, code, capsys):
+    config = config_of(*options)
+    model = config.settings[0].models[0].label
+    cells = [
+        cell("full", swaa.AttentionPolicy(), rows, model=model, thinking=thinking)
+        for thinking, rows in (
+            (True, [row(f"s{i}", True) for i in range(100)]),
+            (False, [row(f"s{i}", i < right) for i in range(100)]),
+        )
+    ]
+    assert demo._check(config, summarize(evaluation(cells))) == code
     assert ("finds only 94.0%" in capsys.readouterr().err) == (code == 1)
 
 

@@ -101,7 +101,7 @@ def test_raw_policy_and_stats(run, api, directory):
     )  # fmt: skip
     assert code == 0
     assert out == api("hello there", policy).texts[0] + "\n"
-    assert "policy: window 4 + 2 sinks, FA decode" in err
+    assert "policy: window=4,sinks=2,decode=full" in err
     assert "KV cache" in err
 
 

@@ -11,8 +11,8 @@ import pytest
 import swaa_jax
 from swaa_jax.cli import errors
 from swaa_jax.cli.main import build_parser, main
-from swaa_jax.cli.policy_args import add_policy_arguments, parse_policy, policy_from_args
-from swaa_jax.policy import AttentionPolicy
+from swaa_jax.cli.policy_args import add_policy_arguments, policy_from_args
+from swaa_jax.policy import AttentionPolicy, load_policy, split_policies
 
 ROOT = pathlib.Path(swaa_jax.__file__).parents[1]
 
@@ -183,38 +183,66 @@ def test_a_wrong_path_in_a_process(tmp_path):
             "window=64,heads=3:0+2,-1:1,decode=full",
             AttentionPolicy(window=64, full_attention_heads={3: [0, 2], -1: [1]}, decode="full"),
         ),
+        (
+            "window=64+sinks=4+full_layers=1+3+decode=0+-1",
+            AttentionPolicy(
+                window=64, num_sink_tokens=4, full_attention_layers=(1, 3), decode=(0, -1)
+            ),
+        ),
+        (
+            "window=64,full_heads=3:0+2/-1:1,full_attention_tail=2",
+            AttentionPolicy(
+                window=64, full_attention_heads={3: [0, 2], -1: [1]}, full_attention_tail=2
+            ),
+        ),
+        (
+            "window=64,heads=3:0;5:1",
+            AttentionPolicy(window=64, full_attention_heads={3: [0], 5: [1]}),
+        ),
+        ("window=64,full_layers=none,heads=none,decode=none", AttentionPolicy(window=64)),
         ("window=full", AttentionPolicy()),
         ("full", AttentionPolicy()),
     ],
 )
-def test_policies_in_words(text, policy):
-    assert parse_policy(text) == policy
+def test_policies_in_one_line(text, policy):
+    assert load_policy(text) == AttentionPolicy.parse(text) == policy
+
+
+def test_policies_in_a_list():
+    assert split_policies("full, window=8,sinks=2,window=8+heads=3:0+2;5:1,naive,a.yaml") == [
+        *("full", "window=8,sinks=2", "window=8+heads=3:0+2;5:1", "naive", "a.yaml")
+    ]
+    assert split_policies("window=8,full_layers=1,-3,heads=3:0,5:1+2,window=9") == [
+        *("window=8,full_layers=1,-3,heads=3:0,5:1+2", "window=9")
+    ]
+    assert split_policies(" , ") == []
 
 
 def test_a_policy_file(tmp_path):
     path = tmp_path / "odd=name.yaml"
     path.write_text('window: 32\nfull_attention_layers: "1::2"\n')
-    assert parse_policy(str(path)) == AttentionPolicy(window=32, full_attention_layers="1::2")
+    assert load_policy(str(path)) == AttentionPolicy(window=32, full_attention_layers="1::2")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("window=64,sink=4", "expected fields among .*got 'sink'"),
+        ("window=64,sink=4", "policy: expected keys among .*got 'sink'"),
         ("window=wide", "window: expected an integer, got 'wide'"),
-        ("window=1,window=2", "window twice"),
-        ("window=8,heads=3", "heads: expected LAYER:HEAD.HEAD,... .* got '3'"),
-        ("window=8,heads=3:0-2", "heads: expected an integer, got '0-2'"),
-        ("window=8,heads=3:1+1", "KV heads more than once: 1"),
-        ("fast,window=1", "expected NAME=VALUE"),
+        ("window=1,window=2", "each field once, got window twice"),
+        ("window=8,heads=3", "heads: expected LAYER:HEAD.HEAD such as .* got '3'"),
+        ("window=8,heads=3:0-2", "heads: expected LAYER:HEAD.HEAD .* got '0-2'"),
+        ("window=8,heads=3:1+1", "each KV head once, got 1 more than once"),
+        ("fast,window=1", "expected full or KEY=VALUE,KEY=VALUE"),
         ("no-such-policy", "no-such-policy"),
         ("window=-1", "window"),
-        ("sinks=4", "window"),
+        ("sinks=4", "window: expected a window beside num_sink_tokens=4"),
+        ("window=8,heads=3:0,full_attention_heads=3:1", "once, got heads and full_attention_heads"),
     ],
 )
 def test_mistaken_policies(text, message):
     with pytest.raises(ValueError, match=message):
-        parse_policy(text)
+        load_policy(text)
 
 
 def test_flags_alone_and_beside_a_policy():

@@ -38,9 +38,9 @@ def error(capsys) -> str:
         ("data.pakcing=pack", "'pakcing' (did you mean 'packing'?)"),
         ("lora.rnk=2", "'rnk' (did you mean 'rank'?)"),
         ("policy.windw=2", "'windw' (did you mean 'window'?)"),
-        ("mesh.tensr=2", "unknown axis 'tensr' (did you mean 'tensor'?)"),
-        ("optimizer.total_steps=5", "Use max_steps"),
-        ("output_dir.x=5", "and has no keys"),
+        ("mesh.tensr=2", "got 'tensr' (did you mean 'tensor'?)"),
+        ("optimizer.total_steps=5", "use max_steps"),
+        ("output_dir.x=5", "expected keys in output_dir"),
         ("seed", "expected KEY=VALUE"),
     ],
 )
@@ -55,7 +55,7 @@ def test_unknown_keys(inputs, tmp_path, capsys, override, message):
         (["mesh.fsdp=3"], "product is the number of devices"),
         (["rows_per_device=3", "data.batch_size=8"], "rows_per_device: expected"),
         (["config_overrides.max_position_embeddings=16"], "expected samples of at most 16 tokens"),
-        (["data.seq_len=20", "data.bucket_widths=[20]"], "row "),
+        (["data.seq_len=20", "data.bucket_widths=[20]"], "record 0 (line 1): expected a sample"),
         (["checkpoint.resume=nowhere"], "expected a checkpoint or a run's directory"),
         (["metrics.wandb=mine"], "pip install wandb"),
     ],
@@ -73,7 +73,7 @@ def test_a_row_without_an_answer(inputs, tmp_path, capsys):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c", "response": ""}\n')
     assert run(inputs, tmp_path, f"data.files={path}") == 2
-    assert "bad.jsonl, row 1" in error(capsys)
+    assert "bad.jsonl, record 1 (line 2)" in error(capsys)
 
 
 def test_a_checkpoint_of_another_run(inputs, tmp_path, capsys):

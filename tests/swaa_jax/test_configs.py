@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from swaa_jax import configs
-from swaa_jax.policy import AttentionPolicy
+from swaa_jax.policy import AttentionPolicy, Needs, load_policy, load_policy_file
 from swaa_jax.train import TrainConfig
 
 ROOT = pathlib.Path(__file__).parents[2] / "configs"
@@ -41,9 +41,9 @@ def test_every_file_is_yaml_in_a_known_folder(path):
 @pytest.mark.parametrize("path", POLICIES, ids=lambda path: path.stem)
 def test_every_policy_resolves_and_says_where_it_is_from(path):
     name = path.relative_to(ROOT / "policies").with_suffix("").as_posix()
-    file = configs.load_policy_file(name)
+    file = load_policy_file(name)
     assert file.name == name
-    assert file.policy == configs.load_policy(name) == configs.load_policy(path)
+    assert file.policy == load_policy(name) == load_policy(path)
     assert file.description
     assert file.source
     assert path.read_text().startswith("# "), "says in a comment what it is for"
@@ -72,7 +72,7 @@ def test_training_of_the_paper(name, longest):
 @pytest.mark.parametrize("name", TABLE_1)
 def test_policies_of_the_paper(name):
     window, layers, sinks, decode = TABLE_1[name]
-    file = configs.load_policy_file(name)
+    file = load_policy_file(name)
     assert "2512.10411" in file.source
     assert file.models
     assert (
@@ -94,13 +94,16 @@ def test_list_and_path():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: configs.list_configs("policy"), "No configs of kind 'policy'.*policies"),
-        (lambda: configs.list_configs(""), "No configs of kind"),
+        (
+            lambda: configs.list_configs("policy"),
+            "expected one of .*policies.*, got 'policy'",
+        ),
+        (lambda: configs.list_configs(""), "configs: expected one of .*, got ''"),
         (
             lambda: configs.config_path("policies", "naiv"),
-            "Did you mean 'naive'.*There are: .*full",
+            "policies: expected .*full, .*got 'naiv' .*did you mean 'naive'",
         ),
-        (lambda: configs.load_policy("../pyproject"), "No policies config is named"),
+        (lambda: load_policy("../pyproject"), "policies: expected the name of a shipped config"),
     ],
 )
 def test_unknown_names(call, message):
@@ -111,31 +114,37 @@ def test_unknown_names(call, message):
 def test_files_of_the_user(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text('{"window": 4, "description": "a\\n  b", "needs": {"thinking": true}}')
-    file = configs.load_policy_file(path)
+    file = load_policy_file(path)
     assert (file.name, file.description, file.models) == (str(path), "a b", ())
-    assert file.needs == configs.Needs(thinking=True)
+    assert file.needs == Needs(thinking=True)
     assert file.policy == AttentionPolicy(window=4)
     with pytest.raises(FileNotFoundError):
-        configs.load_policy(tmp_path / "none.yaml")
+        load_policy(tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("{window: 4, description: 3}", "bad.yaml: description must be text"),
-        ("{window: 4, evidence: one}", "bad.yaml: evidence must be a list"),
-        ("{window: 4, evidence: [{model: a}]}", "bad.yaml: evidence, entry 1: .*'task'"),
+        ("{window: 4, description: 3}", "bad.yaml: description: expected text, got 3"),
+        ("{window: 4, evidence: one}", "bad.yaml: evidence: expected a list"),
+        (
+            "{window: 4, evidence: [{model: a}]}",
+            "expected a value for task and score",
+        ),
         (
             "{window: 4, evidence: [{model: a, task: b, score: 101, full: 3}]}",
-            "bad.yaml: evidence, entry 1: score must be a percentage, 0 to 100; got 101",
+            r"bad.yaml: evidence\[0\].score: expected a number .* of at most 100, got 101",
         ),
-        ("{window: 4, needs: {train: true}}", "bad.yaml: needs must be .*training.*'train'"),
-        ("{window: 4, needs: {prefer: speed}}", "bad.yaml: needs: prefer must be quality or"),
-        ("{window: 4, sinks: 1}", "bad.yaml: Unknown key"),
+        (
+            "{window: 4, needs: {train: true}}",
+            "bad.yaml: needs: expected keys .*'train'",
+        ),
+        ("{window: 4, needs: {prefer: speed}}", "bad.yaml: needs.prefer: expected one of quality,"),
+        ("{window: 4, sinks: 1}", "bad.yaml: attention policy: expected keys"),
     ],
 )
 def test_malformed_files(tmp_path, text, message):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
-        configs.load_policy_file(path)
+        load_policy_file(path)

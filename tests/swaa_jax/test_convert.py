@@ -169,7 +169,7 @@ def test_a_failure_in_the_middle_leaves_the_old_one(source, tmp_path, monkeypatc
 
     with monkeypatch.context() as failing:
         failing.setattr("swaa_jax.checkpoint.write_config", fail)
-        with pytest.raises(CheckpointError, match="disk is full; nothing was saved"):
+        with pytest.raises(CheckpointError, match="a disk that is full; nothing was saved"):
             convert_checkpoint(source, out, dtype="bfloat16", overwrite=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -181,7 +181,7 @@ def test_a_failure_in_the_middle_leaves_the_old_one(source, tmp_path, monkeypatc
 def test_no_room_is_known_before_writing(source, tmp_path, monkeypatch):
     usage = argparse.Namespace(free=100_000)
     monkeypatch.setattr("swaa_jax.storage.shutil.disk_usage", lambda path: usage)
-    with pytest.raises(CheckpointError, match=r"needs 0\.2 MB, but the disk of .* 0\.1 MB left"):
+    with pytest.raises(CheckpointError, match=r"expected 0\.2 MB of free space .*, got 0\.1 MB"):
         convert_checkpoint(source, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -220,6 +220,7 @@ def test_the_command(source, tmp_path, capsys):
         (["SRC", "OUT", "--revision", "main"], "only a hub id has revisions"),
         (["SRC", "OUT", "--config-override", "colour=red"], "'colour'"),
         (["SRC", "OUT", "--config-override", "hidden_size=64"], "wrong shape"),
+        (["SRC", "OUT", "--config-override", "rope_theta"], "override: expected KEY=VALUE, got"),
         (["SRC", "OUT", "--full-layers", "0", "--window", "4", "--sinks", "-1"], "sink"),
         (["SRC", "OUT", "--full-layers", "9", "--window", "4"], "9"),
         (["SRC", "memory://out"], "scheme 'memory' is unknown"),
@@ -243,7 +244,6 @@ def test_mistakes_are_one_paragraph(source, tmp_path, capsys, words, message):
         (["SRC", "OUT", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["SRC", "OUT", "--max-shard-size", "large"], "expected a size such as 500MB"),
         (["SRC", "OUT", "--max-shard-size", "0"], "expected a size"),
-        (["SRC", "OUT", "--config-override", "rope_theta"], "expected KEY=VALUE"),
     ],
 )
 def test_malformed_arguments(capsys, words, message):

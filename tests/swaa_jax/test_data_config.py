@@ -28,10 +28,13 @@ def test_round_trip():
         ({"pakcing": "pack"}, r"'pakcing' \(did you mean 'packing'\?\)"),
         ({"packing": "packed"}, "packing: expected one of pack, bucket, got 'packed'"),
         ({"loss_on": "first"}, "loss_on: expected one of last, all"),
-        ({"batch_size": 0}, "batch_size must be an integer, at least 1; got 0"),
-        ({"num_epochs": 0}, "num_epochs must be an integer, at least 1"),
+        ({"batch_size": 0}, "batch_size: expected an integer of at least 1, got 0"),
+        ({"num_epochs": 0}, "num_epochs: expected an integer of at least 1"),
         ({"split_answers": "yes"}, "split_answers: expected true or false, got 'yes'"),
-        ({"columns": {"answer": "x"}}, "Unknown key in the data config's columns: 'answer'"),
+        (
+            {"columns": {"answr": "x"}},
+            "columns: expected keys among .*'answr' .did you mean 'answer'",
+        ),
         ({"columns": ["x"]}, "columns: expected a mapping"),
         ({"files": 3}, "files: expected text or a list of texts"),
         ({"judge_column": 1}, "judge_column: expected text or null"),
@@ -46,7 +49,7 @@ def test_refused(no_type_checks, fields, message):
 
 
 def test_required(no_type_checks):
-    with pytest.raises(ValueError, match="has no seq_len and no batch_size"):
+    with pytest.raises(ValueError, match="expected a value for seq_len and batch_size"):
         DataConfig.from_dict({})
-    with pytest.raises(ValueError, match="A data config is a mapping"):
+    with pytest.raises(ValueError, match="data config: expected a mapping"):
         DataConfig.from_dict(["seq_len"])

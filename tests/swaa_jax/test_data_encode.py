@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from swaa_jax.checkpoint.tokenizer import load_tokenizer
-from swaa_jax.data import DataConfig, DataError, Encoder, Row
+from swaa_jax.data import DataConfig, DataError, Encoder
 from swaa_jax.infer.prompts import encode_prompts
+from swaa_jax.records import Record
 from tests.support import byte_tokenizer, chat_templates
 
 USER, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
@@ -21,8 +22,8 @@ def encoder(tok=None, template=chat_templates.QWEN3_THINKING, **settings):
     return tok, Encoder(tok, DataConfig(seq_len=512, batch_size=1, **settings))
 
 
-def encode(encode_row, messages, **fields):
-    return encode_row(Row(file="f", index=7, fields={"messages": messages, **fields}))
+def encode(encode_record, messages, **fields):
+    return encode_record(Record(file="f", index=7, fields={"messages": messages, **fields}))
 
 
 def parts(tok, sample):
@@ -46,8 +47,8 @@ def parts(tok, sample):
     ],
 )
 def test_thinking_is_on_the_side_where_inference_has_it(template, settings, opening, answer):
-    tok, encode_row = encoder(template=template, chat_template_kwargs=settings)
-    (sample,) = encode(encode_row, [USER, THOUGHT])
+    tok, encode_record = encoder(template=template, chat_template_kwargs=settings)
+    (sample,) = encode(encode_record, [USER, THOUGHT])
     head = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert parts(tok, sample) == [(0, head + opening), (1, answer)]
     (prompt,) = encode_prompts(tok, [USER], chat_template_kwargs=settings)
@@ -56,26 +57,26 @@ def test_thinking_is_on_the_side_where_inference_has_it(template, settings, open
 
 
 def test_thinking_that_is_off_is_prompt():
-    tok, encode_row = encoder(
+    tok, encode_record = encoder(
         template=chat_templates.QWEN3_HYBRID, chat_template_kwargs={"enable_thinking": False}
     )
-    (sample,) = encode(encode_row, [USER, REPLY])
+    (sample,) = encode(encode_record, [USER, REPLY])
     assert [text for _, text in parts(tok, sample)][1] == "Yo<|im_end|>"
     (prompt,) = encode_prompts(tok, [USER], enable_thinking=False)
     assert list(sample.tokens[: len(prompt)]) == prompt
 
 
 def test_reasoning_content_goes_to_the_template():
-    tok, encode_row = encoder()
-    (sample,) = encode(encode_row, [USER, {**REPLY, "reasoning_content": "Hm"}])
+    tok, encode_record = encoder()
+    (sample,) = encode(encode_record, [USER, {**REPLY, "reasoning_content": "Hm"}])
     assert parts(tok, sample)[1] == (1, "Hm\n</think>\n\nYo<|im_end|>")
 
 
 @pytest.mark.parametrize("stage", ["last", "all"])
 @pytest.mark.parametrize("loss", ["last", "all"])
 def test_several_answers(stage, loss):
-    tok, encode_row = encoder(template=byte_tokenizer.TEMPLATE, answer_stage=stage, loss_on=loss)
-    (sample,) = encode(encode_row, [USER, REPLY, USER, REPLY])
+    tok, encode_record = encoder(template=byte_tokenizer.TEMPLATE, answer_stage=stage, loss_on=loss)
+    (sample,) = encode(encode_record, [USER, REPLY, USER, REPLY])
     text = tok.decode(sample.tokens)
     spans = [(m.start(), m.end()) for m in re.finditer(r"Yo<\|im_end\|>", text)]
     assert len(spans) == 2 and spans[1][1] == len(text)
@@ -90,16 +91,16 @@ def test_several_answers(stage, loss):
 
 
 def test_rewritten_history_is_refused_and_says_what_to_do():
-    _, encode_row = encoder(loss_on="all")
-    with pytest.raises(DataError, match=r"f, row 7: the chat template rewrites history.*message 1"):
-        encode(encode_row, TWO_TURNS)
+    _, encode_record = encoder(loss_on="all")
+    with pytest.raises(DataError, match=r"f, record 7: .* rewrites history.*message 1"):
+        encode(encode_record, TWO_TURNS)
     with pytest.raises(DataError, match="split_answers: true"):
         encode(encoder(answer_stage="all")[1], TWO_TURNS)
 
 
 def test_rewritten_history_does_not_matter_to_the_last_answer():
-    tok, encode_row = encoder()
-    (sample,) = encode(encode_row, TWO_TURNS)
+    tok, encode_record = encoder()
+    (sample,) = encode(encode_record, TWO_TURNS)
     (prompt,) = encode_prompts(tok, [TWO_TURNS[:3]])
     assert list(sample.tokens[: len(prompt)]) == prompt
     assert parts(tok, sample)[1] == (1, "Hm\n</think>\n\nYo<|im_end|>")
@@ -107,8 +108,8 @@ def test_rewritten_history_does_not_matter_to_the_last_answer():
 
 
 def test_split_answers_are_what_inference_sees():
-    tok, encode_row = encoder(split_answers=True, loss_on="all", answer_stage="all")
-    samples = encode(encode_row, TWO_TURNS)
+    tok, encode_record = encoder(split_answers=True, loss_on="all", answer_stage="all")
+    samples = encode(encode_record, TWO_TURNS)
     assert len(samples) == 2
     for sample, before in zip(samples, (1, 3), strict=True):
         (prompt,) = encode_prompts(tok, [TWO_TURNS[:before]])
@@ -119,16 +120,16 @@ def test_split_answers_are_what_inference_sees():
 
 
 def test_what_follows_the_last_answer_is_left_out():
-    _, encode_row = encoder()
-    (sample,) = encode(encode_row, [USER, THOUGHT, USER])
-    (same,) = encode(encode_row, [USER, THOUGHT])
+    _, encode_record = encoder()
+    (sample,) = encode(encode_record, [USER, THOUGHT, USER])
+    (same,) = encode(encode_record, [USER, THOUGHT])
     np.testing.assert_array_equal(sample.tokens, same.tokens)
 
 
 def test_a_template_that_drops_the_answers_thinking():
     """tiny-retriever's: rendered answers have no thinking, its generation prompt opens it."""
     tok = load_tokenizer("tiny-retriever")
-    with pytest.raises(DataError, match=r"row 7, message 1: .*'<think>.*answers: verbatim"):
+    with pytest.raises(DataError, match=r"record 7: message 1: .*'<think>.*answers: verbatim"):
         encode(encoder(tok)[1], [USER, THOUGHT])
     for content in (THOUGHT["content"], "Hm\n</think>\n\nYo"):  # as a message, as it was generated
         (sample,) = encode(
@@ -137,7 +138,7 @@ def test_a_template_that_drops_the_answers_thinking():
         (prompt,) = encode_prompts(tok, [USER])
         assert list(sample.tokens[: len(prompt)]) == prompt
         assert parts(tok, sample)[1] == (1, "Hm\n</think>\n\nYo<|im_end|>")
-    with pytest.raises(DataError, match="takes an answer's content alone"):
+    with pytest.raises(DataError, match="expected an answer's content alone"):
         encode(encoder(tok, answers="verbatim")[1], [USER, {**REPLY, "reasoning_content": "Hm"}])
 
 
@@ -145,8 +146,8 @@ def test_tokens_never_merge_over_the_end_of_the_prompt():
     """The prompt ends in a line break, the answer begins with one, and two of them are a token."""
     tok = load_tokenizer("tiny-retriever")
     assert len(tok("\n\n", add_special_tokens=False)["input_ids"]) == 1
-    _, encode_row = encoder(tok, answers="verbatim")
-    (sample,) = encode(encode_row, [USER, {"role": "assistant", "content": "\n</think>\n\nYo"}])
+    _, encode_record = encoder(tok, answers="verbatim")
+    (sample,) = encode(encode_record, [USER, {"role": "assistant", "content": "\n</think>\n\nYo"}])
     (prompt,) = encode_prompts(tok, [USER])
     assert list(sample.tokens[: len(prompt)]) == prompt
     assert tok.decode(sample.tokens[len(prompt) :]) == "\n</think>\n\nYo<|im_end|>"
@@ -165,8 +166,8 @@ def test_tokens_that_depend_on_what_is_before_them():
         "{% for m in messages %}{{ m.role }}:\n{{ m.content }}</s>{% endfor %}"
         "{% if add_generation_prompt %}assistant:\n{% endif %}"
     )
-    _, encode_row = encoder(tok)
-    (sample,) = encode(encode_row, [USER, REPLY])
+    _, encode_record = encoder(tok)
+    (sample,) = encode(encode_record, [USER, REPLY])
     answer = sample.tokens[sample.stage_ids == 1]
     assert tok.convert_ids_to_tokens(answer.tolist()) == ["Y", "o", "</s>"]
     (prompt,) = encode_prompts(tok, [USER])
@@ -174,26 +175,26 @@ def test_tokens_that_depend_on_what_is_before_them():
 
 
 def test_ends_of_turns():
-    tok, encode_row = encoder(template=chat_templates.TWO_ENDS)
-    (sample,) = encode(encode_row, [USER, REPLY])
+    tok, encode_record = encoder(template=chat_templates.TWO_ENDS)
+    (sample,) = encode(encode_record, [USER, REPLY])
     assert parts(tok, sample)[1] == (1, "Yo<|im_end|>")
-    tok, encode_row = encoder(template=chat_templates.TWO_ENDS, stop_tokens=["<|eos|>"])
-    (sample,) = encode(encode_row, [USER, REPLY])
+    tok, encode_record = encoder(template=chat_templates.TWO_ENDS, stop_tokens=["<|eos|>"])
+    (sample,) = encode(encode_record, [USER, REPLY])
     assert parts(tok, sample)[1] == (1, "Yo<|im_end|>\n<|eos|>")
     with pytest.raises(ValueError, match=r"stop_tokens: expected tokens of the .*'<eot>'"):
         encoder(stop_tokens="<eot>")
 
 
 def test_a_template_that_marks_what_is_generated():
-    tok, encode_row = encoder(template=chat_templates.PLAIN_TURNS)
-    (sample,) = encode(encode_row, [USER, REPLY])
+    tok, encode_record = encoder(template=chat_templates.PLAIN_TURNS)
+    (sample,) = encode(encode_record, [USER, REPLY])
     assert parts(tok, sample) == [(0, "Question: Hi\nAnswer: "), (1, "Yo")]
 
 
 def test_tools_are_in_the_prompt():
-    tok, encode_row = encoder()
+    tok, encode_record = encoder()
     tools = [{"name": "look"}]
-    (sample,) = encode(encode_row, [USER, THOUGHT], tools=tools)
+    (sample,) = encode(encode_record, [USER, THOUGHT], tools=tools)
     (prompt,) = encode_prompts(tok, [USER], tools=tools)
     assert list(sample.tokens[: len(prompt)]) == prompt
 
@@ -201,8 +202,10 @@ def test_tools_are_in_the_prompt():
 @pytest.mark.parametrize("add_bos", [False, True])
 def test_completions_without_a_template(add_bos):
     tok = byte_tokenizer.build(template=None, add_bos=add_bos)
-    encode_row = Encoder(tok, DataConfig(seq_len=64, batch_size=1, chat_template=False))
-    (sample,) = encode_row(Row(file="f", index=0, fields={"prompt": "Once", "response": " upon"}))
+    encode_record = Encoder(tok, DataConfig(seq_len=64, batch_size=1, chat_template=False))
+    (sample,) = encode_record(
+        Record(file="f", index=0, fields={"prompt": "Once", "response": " upon"})
+    )
     (prompt,) = encode_prompts(tok, "Once")
     assert list(sample.tokens[: len(prompt)]) == prompt
     assert parts(tok, sample)[1] == (1, " upon<|eos|>")
@@ -210,9 +213,11 @@ def test_completions_without_a_template(add_bos):
 
 def test_templates_that_fail_or_are_not_there():
     tok = byte_tokenizer.build(template="{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(DataError, match=r"f, row 7: the chat template failed.*roles must"):
+    with pytest.raises(DataError, match=r"f, record 7: expected messages .*roles must"):
         encode(encoder(tok)[1], [USER, REPLY])
-    with pytest.raises(DataError, match=r"the tokenizer has none.*chat_template: false"):
+    with pytest.raises(
+        DataError, match=r"chat_template: expected a tokenizer that has one.*chat_template: false"
+    ):
         encoder(byte_tokenizer.build(template=None))
     with pytest.raises(ValueError, match="expected a tokenizer, got None"):
         Encoder(None, DataConfig(seq_len=64, batch_size=1))

@@ -65,11 +65,11 @@ def test_shapes_of_rows(tok, tmp_path, shape, suffix):
 
 def test_input_stands_below_the_instruction_and_columns_have_other_names(tok):
     row = {"instruction": "Add", "input": "1 2", "output": "3"}
-    (text,) = texts(tok, prepare_samples(config(), tok, rows=[row]))
+    (text,) = texts(tok, prepare_samples(config(), tok, records=[row]))
     assert "Add\n\n1 2<|im_end|>" in text
     row = {"messages": MESSAGES, "question": "Q", "answer": "A"}
     named = config(format="prompt", columns={"prompt": "question", "response": "answer"})
-    (text,) = texts(tok, prepare_samples(named, tok, rows=[row]))
+    (text,) = texts(tok, prepare_samples(named, tok, records=[row]))
     assert "user\nQ<" in text and "assistant\nA<" in text
 
 
@@ -79,10 +79,10 @@ def test_files_directories_and_patterns(tok, tmp_path):
     (tmp_path / "b.jsonl").write_text("\n\n" + json.dumps(rows[3]) + "\r\n\n")
     write(tmp_path / "c.parquet", rows[4:])
     (tmp_path / "notes.txt").write_text("not data")
-    expected = texts(tok, prepare_samples(config(), tok, rows=rows))
+    expected = texts(tok, prepare_samples(config(), tok, records=rows))
     for files in (tmp_path, f"{tmp_path}/*.[jp]*", [tmp_path / "a.jsonl", tmp_path / "[bc].*"]):
         samples = prepare_samples(config(files=files), tok)
-        assert texts(tok, samples) == expected and samples.report.rows == len(rows)
+        assert texts(tok, samples) == expected and samples.report.records == len(rows)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -113,18 +113,18 @@ def test_a_bucket(bucket, tok, tmp_path, monkeypatch, suffix):  # noqa: F811
 
 def test_filters(tok):
     rows = [{**PAIR, "judge": value} for value in (1, 0, 1.0, True, False, None, "1", 0.5)]
-    report = prepare_samples(config(), tok, rows=rows).report
+    report = prepare_samples(config(), tok, records=rows).report
     assert (report.samples, report.judged_wrong) == (4, 4)
-    assert prepare_samples(config(judge_column=None), tok, rows=rows).report.samples == 8
-    with pytest.raises(DataError, match="row 0: judge_column says that the verdict is in 'jugde'"):
-        prepare_samples(config(judge_column="jugde"), tok, rows=rows)
+    assert prepare_samples(config(judge_column=None), tok, records=rows).report.samples == 8
+    with pytest.raises(DataError, match="record 0: judge_column: expected the verdict in 'jugde'"):
+        prepare_samples(config(judge_column="jugde"), tok, records=rows)
     graded = [{**PAIR, "judge": 0, "grade": 1}]
-    assert prepare_samples(config(judge_column="grade"), tok, rows=graded).report.samples == 1
+    assert prepare_samples(config(judge_column="grade"), tok, records=graded).report.samples == 1
 
     rows = [{"prompt": "q", "response": "a" * n} for n in (1, 10, 20, 40)]
-    length = len(prepare_samples(config(), tok, rows=rows[:1])[0])
+    length = len(prepare_samples(config(), tok, records=rows[:1])[0])
     limits = {"min_length": length + 1, "max_length": length + 19, "on_too_long": "drop"}
-    samples = prepare_samples(config(**limits), tok, rows=rows)
+    samples = prepare_samples(config(**limits), tok, records=rows)
     assert [len(samples[n]) for n in range(len(samples))] == [length + 9, length + 19]
     assert (samples.report.too_short, samples.report.too_long) == (1, 1)
     assert samples.report.num_targets == 10 + 20 + 2
@@ -134,60 +134,62 @@ def test_filters(tok):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"prompt": "q"}, "row 1 has no answer .*a column 'response' beside 'prompt'"),
+        ({"prompt": "q"}, "expected an answer, as response, .* got the columns 'prompt'"),
         (
             {"prompt": "q", "response": None},
-            "row 1 has no answer .*its columns are 'prompt', 'resp",
+            "expected an answer, .* got the columns 'prompt', 'resp",
         ),
-        ({"prompt": "q", "response": " "}, "row 1 has no answer"),
-        ({"instruction": "q", "text": "x"}, "row 1 has no answer .*'output' beside 'instruction'"),
+        ({"prompt": "q", "response": " "}, "expected an answer"),
+        ({"instruction": "q", "text": "x"}, "expected an answer, .*columns 'instruction', 'text"),
         (
             {"messages": MESSAGES[:1]},
-            r"row 1 has no answer .*assistant among its messages \(user\)",
+            r"expected an answer, as .* the assistant's last message",
         ),
-        ({"messages": [*MESSAGES[:1], {"role": "assistant"}]}, "row 1 has no answer .*empty"),
-        ({"text": "x"}, "row 1: expected messages .*found the columns 'text'"),
-        ({"messages": "not json"}, "row 1: expected a list of messages"),
-        ({"messages": [{"content": "x"}]}, "row 1, message 0: expected role and content"),
-        ({"prompt": "q", "response": "a" * 199}, "row 1: its sample has .*more than seq_len=128"),
+        ({"messages": [*MESSAGES[:1], {"role": "assistant"}]}, "expected an answer"),
+        ({"text": "x"}, "expected prompt, or context .* got the columns 'text'"),
+        ({"messages": "not json"}, "messages: expected a list of messages"),
+        ({"messages": [{"content": "x"}]}, r"messages\[0\]: expected role and content"),
+        ({"prompt": "q", "response": "a" * 199}, "expected a sample of at most seq_len=128 tokens"),
     ],
 )
 @pytest.mark.parametrize("num_threads", [0, 2])
 def test_rows_that_cannot_be_used(tok, tmp_path, row, message, num_threads):
     file = write(tmp_path / "data.jsonl", [PAIR, row])
-    with pytest.raises(DataError, match=f"data.jsonl, {message}") as raised:
+    with pytest.raises(DataError, match=rf"data.jsonl, record 1 \(line 2\): {message}") as raised:
         prepare_samples(config(files=file, num_threads=num_threads), tok)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / ".swaa_cache").exists()
 
 
 def test_settings_that_do_not_fit_the_rows(tok):
-    with pytest.raises(DataError, match="expected 'messages' in a row of the format 'chat', found"):
-        prepare_samples(config(format="chat"), tok, rows=[PAIR])
-    with pytest.raises(DataError, match="columns says that response is in 'x', but"):
-        prepare_samples(config(columns={"response": "x"}), tok, rows=[PAIR])
-    with pytest.raises(DataError, match="chat_template: false is for texts"):
-        prepare_samples(config(chat_template=False), tok, rows=[{"messages": MESSAGES}])
+    with pytest.raises(DataError, match="record 0: expected messages, not empty, got the columns"):
+        prepare_samples(config(format="chat"), tok, records=[PAIR])
+    with pytest.raises(DataError, match="columns: expected response in 'x', got"):
+        prepare_samples(config(columns={"response": "x"}), tok, records=[PAIR])
+    with pytest.raises(DataError, match="as texts with chat_template: false, got messages"):
+        prepare_samples(config(chat_template=False), tok, records=[{"messages": MESSAGES}])
 
 
 def test_files_that_cannot_be_used(tok, tmp_path):
-    with pytest.raises(DataError, match=r"nothing is at .*absent.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"absent.jsonl', where nothing is"):
         load_data(config(files=tmp_path / "absent.jsonl"), tok)
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(DataError, match=r"notes.txt' is no .parquet"):
+    with pytest.raises(DataError, match=r"ends in .parquet or .* got .*notes.txt"):
         load_data(config(files=tmp_path / "notes.txt"), tok)
     with pytest.raises(DataError, match="expected at least one parquet or jsonl"):
         load_data(config(), tok)
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(DataError, match=r"There are no rows in .*empty.jsonl"):
+    with pytest.raises(DataError, match=r"empty.jsonl: expected at least one record"):
         load_data(config(files=tmp_path / "empty.jsonl"), tok)
-    with pytest.raises(DataError, match="There are no rows in the list"):
-        load_data(config(), tok, rows=[])
-    with pytest.raises(DataError, match=r"Nothing is left to train on: .*1 judged wrong"):
-        load_data(config(), tok, rows=[{**PAIR, "judge": 0}])
-    for line, message in (("{", "what is not JSON"), ("[1]", "a JSON object, got list")):
+    with pytest.raises(DataError, match="the list of records: expected at least one"):
+        load_data(config(), tok, records=[])
+    with pytest.raises(
+        DataError, match=r"expected samples to train on, got none: .*1 judged wrong"
+    ):
+        load_data(config(), tok, records=[{**PAIR, "judge": 0}])
+    for line, message in (("{", "what is not JSON"), ("[1]", r"a JSON object, got \[1\] .list")):
         (tmp_path / "bad.jsonl").write_text(f"{json.dumps(PAIR)}\n{line}\n")
-        with pytest.raises(DataError, match=f"bad.jsonl, row 1: .*{message}"):
+        with pytest.raises(DataError, match=rf"bad.jsonl, record 1 \(line 2\): .*{message}"):
             load_data(config(files=tmp_path / "bad.jsonl"), tok)
     (tmp_path / "bad.parquet").write_bytes(b"no parquet")
     with pytest.raises(DataError, match=r"bad.parquet: expected a parquet file"):
@@ -238,6 +240,6 @@ def test_a_lazy_row_that_changed_is_noticed(tok, tmp_path):
     samples = prepare_samples(config(files=file, tokens="lazy"), tok)
     write(file, [{"prompt": "Hi", "response": "Y"}, PAIR])
     with pytest.raises(
-        DataError, match=r"row 0: expected the .* tokens that the plan was made for"
+        DataError, match=r"record 0 .*: expected the .* tokens that the plan was made for"
     ):
         samples[0]

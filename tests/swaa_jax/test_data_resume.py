@@ -26,7 +26,7 @@ def tok():
 
 @pytest.fixture(scope="module")
 def data(tok):
-    return load_data(CONFIG, tok, rows=ROWS)
+    return load_data(CONFIG, tok, records=ROWS)
 
 
 def on_processes(data, count):
@@ -96,7 +96,7 @@ def test_processes_share_a_batch_in_order(data):
 
 
 def test_batches_made_ahead_and_not_taken_do_not_count(tok):
-    data = load_data(dataclasses.replace(CONFIG, num_threads=3), tok, rows=ROWS)
+    data = load_data(dataclasses.replace(CONFIG, num_threads=3), tok, records=ROWS)
     iterator = data.iterator(start=2)
     taken = [next(iterator) for _ in range(3)]
     assert iterator.get_state()["next_batch"] == 5
@@ -116,17 +116,17 @@ def test_another_plan_is_refused(tok, data):
         ({"seed": 5}, "seed was 0 and is 5"),
         ({"batch_size": 2}, "batch_size was 4 and is 2"),
     ):
-        other = load_data(dataclasses.replace(CONFIG, **change), tok, rows=ROWS)
+        other = load_data(dataclasses.replace(CONFIG, **change), tok, records=ROWS)
         with pytest.raises(PlanMismatchError, match=message):
             iter(other).set_state(state)
-    other = load_data(CONFIG, tok, rows=ROWS[:-1])
-    with pytest.raises(PlanMismatchError, match=r"data was .*num_samples was 40 and is 39"):
+    other = load_data(CONFIG, tok, records=ROWS[:-1])
+    with pytest.raises(PlanMismatchError, match=r"num_samples was 40 and is 39.*data was "):
         iter(other).set_state(state)
-    reordered = load_data(CONFIG, tok, rows=ROWS[::-1])
+    reordered = load_data(CONFIG, tok, records=ROWS[::-1])
     with pytest.raises(PlanMismatchError, match="data was"):
         iter(reordered).set_state(state)
     # More epochs are no other plan: a run may be prolonged.
-    longer = load_data(dataclasses.replace(CONFIG, num_epochs=5), tok, rows=ROWS)
+    longer = load_data(dataclasses.replace(CONFIG, num_epochs=5), tok, records=ROWS)
     iter(longer).set_state(state)
     with pytest.raises(ValueError, match="data state: expected version, next_batch"):
         iterator.set_state({"step": 3})
@@ -143,7 +143,7 @@ def test_processes_must_divide_the_batch(data):
 
 
 def test_an_endless_run(tok):
-    data = load_data(dataclasses.replace(CONFIG, num_epochs=None), tok, rows=ROWS)
+    data = load_data(dataclasses.replace(CONFIG, num_epochs=None), tok, records=ROWS)
     iterator = data.iterator(start=10_000)
     assert next(iterator).tokens.shape == (4, 160)
     assert iterator.get_state()["next_batch"] == 10_001
@@ -184,7 +184,7 @@ def test_worker_processes_give_the_same(tmp_path):
                 try:
                     load_data(config, byte_tokenizer.build())
                 except DataError as error:  # as it is, from the worker
-                    assert "row 40 has no answer" in str(error), error
+                    assert "record 40 (line 41): expected an answer" in str(error), error
                     print("the same")
             """
         )

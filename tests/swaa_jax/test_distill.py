@@ -11,7 +11,7 @@ import swaa_jax as swaa
 from swaa_jax.cli.main import main
 from swaa_jax.distill import DistillConfig, Question, distill
 from swaa_jax.distill import run as distilling
-from swaa_jax.eval.judging.judges import Verdict, make_judge
+from swaa_jax.eval.judging import Verdict, make_judge
 from swaa_jax.eval.tasks.ruler import niah_multiquery
 
 CONFIG = DistillConfig(attempts=3, max_new_tokens=6, questions_per_part=2)
@@ -83,11 +83,13 @@ def test_another_run_is_named(retriever, tmp_path):
     judge = make_judge("exact")
     distill(*retriever, QUESTIONS[:1], judge, tmp_path, config=CONFIG, settings={"model": "a"})
     other = DistillConfig(attempts=3, max_new_tokens=7, questions_per_part=2)
-    with pytest.raises(ValueError, match=r"holds another run .*max_new_tokens: 6 there, 7 now"):
+    with pytest.raises(
+        ValueError, match=r"got the answers of another run .*max_new_tokens was 6 and is 7"
+    ):
         distill(*retriever, QUESTIONS[:1], judge, tmp_path, config=other, settings={"model": "a"})
-    with pytest.raises(ValueError, match=r"settings\.model: 'a' there, 'b' now"):
+    with pytest.raises(ValueError, match=r"settings\.model was 'a' and is 'b'"):
         distill(*retriever, QUESTIONS[:1], judge, tmp_path, config=CONFIG, settings={"model": "b"})
-    with pytest.raises(ValueError, match=r"questions\.count: 1 there, 2 now"):
+    with pytest.raises(ValueError, match=r"questions\.count was 1 and is 2"):
         distill(*retriever, QUESTIONS[:2], judge, tmp_path, config=CONFIG, settings={"model": "a"})
 
 
@@ -136,6 +138,6 @@ def test_the_command(tmp_path, capsys):
     run = json.loads((tmp_path / "out/run.json").read_text())
     assert run["settings"]["policy"]["window"] is None
     assert main([*command, *options, "--seed", "1"]) == 2
-    assert "config.seed: 0 there, 1 now" in capsys.readouterr().err
+    assert "config.seed was 0 and is 1" in capsys.readouterr().err
     assert main([*command, "--judge", "regex", "--judge-set", "pattern=("]) == 2
     assert "expected a regular expression" in capsys.readouterr().err

@@ -1,19 +1,33 @@
 """What an evaluation's numbers and reports say, from answers made by hand."""
 
 import dataclasses
+import io
 import json
 import pathlib
 import re
 import shutil
 import subprocess
 
+import matplotlib.image
+import numpy as np
 import pytest
+from rich.console import Console
 
-from swaa_jax.eval.report import summarize, write_evaluation
-from swaa_jax.eval.report.summary import length_bin, remarks
+from swaa_jax.eval.report import (
+    badges,
+    findings,
+    group_summaries,
+    remarks,
+    summarize,
+    terminal_table,
+    write_evaluation,
+)
+from swaa_jax.eval.report.summary import length_bin
+from swaa_jax.eval.run import ModelEntry, Setting
 from swaa_jax.policy import AttentionPolicy
 from tests.support.evaluations import cell, evaluation, row
 
+PLOT = "score_against_cost.png"
 FULL, WINDOW = AttentionPolicy(), AttentionPolicy(window=8)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -101,7 +115,7 @@ def test_what_spoils_a_comparison_is_said(tmp_path):
 def test_a_policys_name_may_have_any_sign(tmp_path):
     done = evaluation([cell("$x^$ <1", WINDOW, [row("s0", True)])], tmp_path)
     text = write_evaluation(done, summarize(done), command="x")["report.html"].read_text()
-    assert "1  $x^$ &lt;1: window 8" in text
+    assert "1  $x^$ &lt;1: window=8" in text
 
 
 def test_control_characters_are_shown_by_a_sign(tmp_path):
@@ -118,14 +132,122 @@ def test_a_policy_by_number_is_told_in_words_and_the_plots_legends_hold_all(tmp_
     text, markdown = pages["report.html"].read_text(), pages["report.md"].read_text()
     pareto, lengths = re.findall(r"<svg.*?</svg>", text, re.S)
     for number in range(30):
-        assert f'<br><span class="dim">window {100 + number}</span>' in text
-        assert f"- {number}: window {100 + number}\n" in markdown
-        words = f"{number + 1}  {number}: window {100 + number}"
+        assert f'<br><span class="dim">window={100 + number}</span>' in text
+        assert f"- {number}: window={100 + number}\n" in markdown
+        words = f"{number + 1}  {number}: window={100 + number}"
         for chart, line in ((pareto, words), (lengths, f"{number + 1}  {number}")):
             height = float(re.search(r'viewBox="0 0 [\d.]+ ([\d.]+)"', chart)[1])
             before = chart[: chart.index(f">{line}<")]
             place = float(re.findall(r'y="([-\d.]+)"', before)[-1])
             assert 0 < place < height, "a line of the legend lies outside the plot"
+
+
+def with_adapters():
+    """The window's policy with adapters too, a model of another name that has nothing else."""
+    done = two_policies()
+    cells = list(done.cells)
+    tuned = [row(f"s{i}", i != 0, model="tuned") for i in range(8)]
+    cells.append(cell("window 8", WINDOW, tuned, model="tuned"))
+    (first,) = done.config.settings
+    entry = ModelEntry(path="toy", adapter="a", name="tuned")
+    settings = (first, Setting(models=(entry,), policies=first.policies[1:]))
+    config = dataclasses.replace(done.config, settings=settings)
+    return dataclasses.replace(done, cells=tuple(cells), config=config)
+
+
+def test_adapters_are_compared_with_the_checkpoint_without_them(tmp_path):
+    """Where they were not asked under full attention themselves."""
+    done = with_adapters()
+    summaries = summarize(done)
+    (group,) = group_summaries(summaries)
+    tuned = summaries[2]
+    assert (tuned.baseline, tuned.difference) == (1, pytest.approx(0.0))
+    assert group.name(tuned) == "window 8 (tuned)"
+    (text,) = findings([group])
+    assert "tuned takes window 8 from 25.0% (row 2) to 87.5% (row 3)." in text
+    # Under full attention, they are compared with that.
+    cells = (*done.cells, cell("full", FULL, [dict(a) for a in tuned.cell.answers], model="tuned"))
+    first, second = group_summaries(summarize(dataclasses.replace(done, cells=cells)))
+    assert [len(g.summaries) for g in (first, second)] == [2, 2]
+    assert second.title.startswith("tuned: ")
+    numbers = [one.number for g in (first, second) for one in g.summaries]
+    assert numbers == [1, 2, 3, 4]
+
+
+def test_findings_say_what_the_numbers_say():
+    (text,) = findings(group_summaries(summarize(two_policies())))
+    assert text.startswith("toy: counting, non-thinking: full scores 87.5% [")
+    assert "the best of the others, window 8 (row 2), 25.0% [" in text
+    assert "less prefill work than: window 8 (row 2), full (row 1)." in text
+    assert "None of the others is within 5 points of full." in text
+    rows = [row(f"s{i}", True) for i in range(4)]
+    done = evaluation([cell("full", FULL, rows), cell("window 8", WINDOW, rows)])
+    (text,) = findings(group_summaries(summarize(done)))
+    assert "within 5 points of full is 25% of full attention's (row 2)" in text
+    assert "the smallest caches are 25% of its (row 2)" in text
+    (alone,) = findings(group_summaries(summarize(evaluation([cell("full", FULL, rows)]))))
+    assert alone == "toy: counting, non-thinking: full scores 100.0% [51.0, 100.0]."
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_the_terminals_table_has_what_there_is_room_for(width):
+    policy = AttentionPolicy(
+        window=10, num_sink_tokens=4, full_attention_layers="1::2", decode="full"
+    )
+    done = evaluation([cell(str(one), one, [row("s0", True)]) for one in (FULL, WINDOW, policy)])
+    console = Console(width=width, record=True, file=io.StringIO())
+    (group,) = group_summaries(summarize(done))
+    console.print(terminal_table(group, width=width))
+    text = console.export_text()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    assert ("difference" in text, "ms per token" in text) == (width >= 120, width >= 200)
+    assert text.count("100.0% [20.7, 100.0]") == 3
+    assert "0.25" in text  # MiB
+
+
+def test_the_plot_holds_every_group(tmp_path):
+    rows = [row("s0", True)]
+    cells = [cell("full", FULL, rows, thinking=mode) for mode in (True, False)]
+    both, one = evaluation(cells, tmp_path / "both"), evaluation(cells[:1], tmp_path / "one")
+    images = [
+        matplotlib.image.imread(write_evaluation(d, summarize(d), command="x")[PLOT])
+        for d in (both, one)
+    ]
+    assert images[0].shape == (2 * images[1].shape[0], *images[1].shape[1:])
+    assert np.array_equal(images[0][: len(images[1])], images[1])
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_badges_do_not_cover_one_another():
+    """Twelve policies at the same place, others near them: every badge has its own room."""
+    dots = [(200.0, 300.0)] * 9 + [(203.0, 300.0), (203.0, 294.0), (150.0, 290.0)]
+    groups = badges._group(dots)
+    assert sorted(map(len, groups)) == [1, 11]
+    taken, placed = [], []
+    for group in groups:
+        places, area = badges._place(
+            [dots[i] for i in group], inside=(0.0, 0.0, 400.0, 400.0), taken=taken
+        )
+        taken.append(area)
+        placed += places
+    for index, (x, y) in enumerate(placed):
+        for a, b in placed[:index]:
+            assert max(abs(x - a), abs(y - b)) >= badges._BADGE
+
+
+@pytest.mark.parametrize(
+    ("fields", "label"),
+    [
+        ({}, "none"),
+        ({"full_attention_layers": "1::2"}, "1::2"),
+        ({"full_attention_heads": {3: [0, 2]}}, "heads 3:0+2"),
+        ({"full_attention_layers": [0], "full_attention_heads": {3: [1]}}, "0 + heads 3:1"),
+    ],
+)
+def test_full_layers_and_heads_are_named(fields, label):
+    assert badges.full_layers_label(AttentionPolicy(window=10, **fields)) == label
+    assert badges.full_layers_label(AttentionPolicy()) == "all"
 
 
 def test_length_bins_are_between_powers_of_two_and_in_order():
@@ -140,7 +262,7 @@ def test_the_files_hold_every_answer_and_no_secret(tmp_path):
     summaries = summarize(done)
     paths = write_evaluation(done, summaries, command="swaa eval x.yaml")
     rows = [json.loads(line) for line in paths["answers.jsonl"].read_text().splitlines()]
-    assert rows == [dict(one) for found in done.cells for one in found.rows]
+    assert rows == [dict(one) for found in done.cells for one in found.answers]
     import pyarrow.parquet
 
     table = pyarrow.parquet.read_table(paths["answers.parquet"]).to_pylist()

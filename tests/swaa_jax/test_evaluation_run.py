@@ -90,11 +90,11 @@ def test_answers_are_those_of_generate(checkpoint, whole):
             max_new_tokens=8 if cell.thinking else 5,
             batch_size=6,
         )
-        assert [row["sample"] for row in cell.rows] == [s.id for s in samples]
-        assert [row["response"] for row in cell.rows] == list(alone.texts)
-        assert [row["num_tokens"] for row in cell.rows] == [len(t) for t in alone.tokens]
-        assert [row["prompt_tokens"] for row in cell.rows] == [len(p) for p in prompts]
-        for row in cell.rows:
+        assert [row["sample"] for row in cell.answers] == [s.id for s in samples]
+        assert [row["response"] for row in cell.answers] == list(alone.texts)
+        assert [row["num_tokens"] for row in cell.answers] == [len(t) for t in alone.tokens]
+        assert [row["prompt_tokens"] for row in cell.answers] == [len(p) for p in prompts]
+        for row in cell.answers:
             found = sum(letter in row["answer"].lower() for letter in "ae") / 2
             assert (row["score"], row["accepted"]) == (found, found == 1.0)
         texts.update(alone.texts)
@@ -103,7 +103,7 @@ def test_answers_are_those_of_generate(checkpoint, whole):
 
 def test_nothing_is_answered_or_judged_twice(checkpoint, whole, tmp_path, monkeypatch):
     directory, done = whole
-    assert done.answered == sum(len(cell.rows) for cell in done.cells) == 36
+    assert done.answered == sum(len(cell.answers) for cell in done.cells) == 36
     before = lasting(directory)
     judged = []
     monkeypatch.setattr(
@@ -142,9 +142,9 @@ def test_other_references_are_judged_anew(checkpoint, tmp_path):
     first = evaluate(config_of(checkpoint, tmp_path / "out", **settings))
     again = evaluate(config_of(checkpoint, tmp_path / "out", task=Rejudged(), **settings))
     assert again.answered == 0
-    answers = [[row["response"] for row in done.cells[0].rows] for done in (first, again)]
+    answers = [[row["response"] for row in done.cells[0].answers] for done in (first, again)]
     assert answers[0] == answers[1]
-    assert all(row["score"] == ("q" in row["answer"].lower()) for row in again.cells[0].rows)
+    assert all(row["score"] == ("q" in row["answer"].lower()) for row in again.cells[0].answers)
 
 
 def test_other_weights_at_the_same_place_are_asked_anew(checkpoint, tmp_path):
@@ -192,7 +192,7 @@ def test_attempts_are_drawn_apart_and_do_not_depend_on_batches(checkpoint, tmp_p
     small = evaluate(config_of(checkpoint, tmp_path / "a", batch_size=4, **settings))
     large = evaluate(config_of(checkpoint, tmp_path / "b", batch_size=12, **settings))
     rows = [
-        [(r["sample"], r["attempt"], r["response"]) for r in d.cells[0].rows]
+        [(r["sample"], r["attempt"], r["response"]) for r in d.cells[0].answers]
         for d in (small, large)
     ]
     assert rows[0] == rows[1]
@@ -216,7 +216,7 @@ def test_prompts_beyond_the_context(checkpoint, tmp_path):
         evaluate(config)
     done = evaluate(dataclasses.replace(config, too_long="skip"))
     assert done.cells[0].skipped == 1
-    assert [row["sample"] for row in done.cells[0].rows] == [f"sample {i}" for i in range(1, 6)]
+    assert [row["sample"] for row in done.cells[0].answers] == [f"sample {i}" for i in range(1, 6)]
 
 
 def test_a_thought_that_never_ended_is_no_answer_in_either_mode(tmp_path):
@@ -227,8 +227,8 @@ def test_a_thought_that_never_ended_is_no_answer_in_either_mode(tmp_path):
     byte_tokenizer.build(template=opening).save_pretrained(path)
     config = config_of(str(path), tmp_path / "out", policies=["full"], thinking=False)
     (cell,) = evaluate(config).cells
-    assert all("</think>" not in row["response"] for row in cell.rows)
-    assert not any(row["finished"] or row["accepted"] or row["answer"] for row in cell.rows)
+    assert all("</think>" not in row["response"] for row in cell.answers)
+    assert not any(row["finished"] or row["accepted"] or row["answer"] for row in cell.answers)
 
 
 def test_a_pair_that_two_settings_have_is_asked_once(checkpoint, tmp_path):

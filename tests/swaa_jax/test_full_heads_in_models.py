@@ -248,7 +248,7 @@ def test_policies_that_differ_in_decode_share_one_prefill():
         under = model.with_policy(policy)
         decode = functools.partial(swaa.infer.decode_from, under, None, shared, keep_caches=True)
         alone = swaa.generate(under, None, prompts, **options)
-        assert decode(options=swaa.infer.DecodeOptions(**options)).tokens == alone.tokens
+        assert decode(options=swaa.infer.GenerateOptions(**options)).tokens == alone.tokens
     other = dataclasses.replace(POLICY, full_attention_heads={0: [2], 1: [0, 3]})
     with pytest.raises(ValueError, match="differs from the prefill's in decode only"):
         swaa.infer.decode_from(model.with_policy(other), None, shared)

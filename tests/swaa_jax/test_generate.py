@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from swaa_jax.infer import (
-    DecodeOptions,
+    GenerateOptions,
     Timings,
     compile_counts,
     decode_from,
@@ -225,18 +225,18 @@ def test_a_stream_comes_in_pieces(talker, tok):
 def test_one_prefill_serves_many_decodings(model):
     prefilled = prefill_prompts(model, PROMPTS, max_new_tokens=20)
     assert prefilled.num_rows == 5
-    options = DecodeOptions(max_new_tokens=20)
+    options = GenerateOptions(max_new_tokens=20)
     seen = []
     first = decode_from(
         model, None, prefilled, options=options, keep_caches=True, on_progress=seen.append
     )
     assert seen[-1] == 5 * 20
     again = decode_from(model, None, prefilled, options=options, keep_caches=True)
-    last = decode_from(model, None, prefilled, options=DecodeOptions(max_new_tokens=5))
+    last = decode_from(model, None, prefilled, options=GenerateOptions(max_new_tokens=5))
     assert first.tokens == again.tokens == generate(model, None, PROMPTS, max_new_tokens=20).tokens
     assert [tokens[:5] for tokens in first.tokens] == list(last.tokens)
     with pytest.raises(ValueError, match="at most 20"):
-        decode_from(model, None, prefilled, options=DecodeOptions(max_new_tokens=21))
+        decode_from(model, None, prefilled, options=GenerateOptions(max_new_tokens=21))
 
 
 def test_caches_are_donated(model):
@@ -280,7 +280,7 @@ def test_progress_goes_to_stderr(model, capsys):
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
-        ([[1]], {"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens: expected an integer of at least 1, got 0"),
         ([[1]], {"seed": -1}, "seed: expected"),
         ([[1]], {"chunk_size": 0}, "chunk_size"),
         ([[1]], {"batch_size": 0}, "batch_size"),
@@ -289,6 +289,7 @@ def test_progress_goes_to_stderr(model, capsys):
         ([[1], [2] * 500], {}, r"prompt 1: 500 prompt tokens .* context of 512"),
         ([[1], []], {}, "prompt 1: expected at least one token, got an empty prompt"),
         (["text"], {}, "needs a tokenizer"),
+        ([[1]], {"max_tokens": 5}, "'max_tokens' .*did you mean 'max_new_tokens'"),
     ],
 )
 def test_mistakes_are_named_before_any_work(model, prompts, options, message):
@@ -296,6 +297,21 @@ def test_mistakes_are_named_before_any_work(model, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         generate(model, None, prompts, **options)
     assert compile_counts() == before
+
+
+def test_keywords_are_fields_of_the_options_and_replace_them(model):
+    options = GenerateOptions(max_new_tokens=5, temperature=1.5, seed=3)
+    drawn = generate(model, None, PROMPTS, options=options)
+    by_keywords = generate(model, None, PROMPTS, max_new_tokens=5, temperature=1.5, seed=3)
+    assert drawn.tokens == by_keywords.tokens
+    replaced = generate(model, None, PROMPTS, options=options, seed=4, max_new_tokens=3)
+    assert replaced.tokens == (
+        generate(model, None, PROMPTS, max_new_tokens=3, temperature=1.5, seed=4).tokens
+    )
+    assert [tokens[:3] for tokens in drawn.tokens] != list(replaced.tokens)
+    pieces = stream(model, None, PROMPTS[0], options=options)
+    list(pieces)
+    assert pieces.generation is not None and pieces.generation.tokens[0] == drawn.tokens[0]
 
 
 def test_numpy_prompts_and_a_single_prompt(model):

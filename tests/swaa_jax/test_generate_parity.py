@@ -8,7 +8,7 @@ from flax import nnx
 import swaa_jax as swaa
 import swaa_jax.sharding as swaa_sharding
 from kernels_pallas import Stage
-from swaa_jax.infer import DecodeOptions, compile_counts, decode_from, generate, prefill_prompts
+from swaa_jax.infer import GenerateOptions, compile_counts, decode_from, generate, prefill_prompts
 from swaa_jax.infer.buckets import pad_right
 
 tiny_hf = pytest.importorskip("tests.support.tiny_hf")
@@ -114,7 +114,7 @@ def test_policies_that_differ_in_decode_share_a_prefill(model):
     kept = prefill_prompts(
         model.with_policy(swaa.AttentionPolicy(**base, decode="full")), PROMPTS, max_new_tokens=NEW
     )
-    options = DecodeOptions(max_new_tokens=NEW)
+    options = GenerateOptions(max_new_tokens=NEW)
     sizes = {}
     for decode in ("full", "window", (1,)):
         under = model.with_policy(swaa.AttentionPolicy(**base, decode=decode))

@@ -229,8 +229,8 @@ def test_sampling_without_a_temperature_is_at_one(checkpoint, monkeypatch, kwarg
 
     asked = {}
 
-    def generate(model, tok, prompts, **options):
-        asked.update(options)
+    def generate(model, tok, prompts, *, options, progress):
+        asked["temperature"] = options.temperature
         return SimpleNamespace(texts=["x"] * len(prompts))
 
     lm = lm_for(checkpoint)
@@ -245,7 +245,7 @@ def test_ignored_generation_kwargs_are_named_once(checkpoint, caplog):
     lm = lm_for(checkpoint)
     given = {"until": ["a"], "max_tokens": 4, "min_p": 0.1, "repetition_penalty": 1.2}
     for extra in ({}, {}, {"min_p": 0.2, "num_beams": 2}, {"top_k": 3, "top_p": 0.5}):
-        lm._gen_kwargs({**given, **extra})
+        lm._options({**given, **extra})
     said = [one.getMessage() for one in caplog.records if "ignored" in one.getMessage()]
     assert len(said) == 2
     assert "min_p, repetition_penalty are ignored; expected only until, max_gen_toks" in said[0]
@@ -283,11 +283,19 @@ def test_policy_fields_as_the_harness_splits_them(arguments, fields):
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("decode", "ful", r"decode: expected window, full, none or layers .*, got 'ful'"),
-        ("full_attention_layers", "all", r"full_attention_layers: expected none or .* got 'all'"),
-        ("full_attention_layers", "1;3", r"full_attention_layers: expected none or .* got '1;3'"),
-        ("full_attention_heads", "3", r"full_attention_heads: expected none or .* got '3'"),
-        ("full_attention_heads", "3:0+", r"as in 3:0\+2/5:1, got '3:0\+'"),
+        ("decode", "ful", "decode: expected window, full, none or layers .*, got 'ful'"),
+        (
+            "full_attention_layers",
+            "all",
+            "layers: expected layers .* none, got 'all'",
+        ),
+        (
+            "full_attention_layers",
+            "1;3",
+            "layers: expected layers .* none, got '1;3'",
+        ),
+        ("full_attention_heads", "3", "full_attention_heads: expected LAYER.* got '3'"),
+        ("full_attention_heads", "3:0+", r"as in 3:0\+2/5:1, got ''"),
     ],
 )
 def test_malformed_policy_fields_are_named(field, value, message):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from swaa_jax.eval.judging.judges import Judged, Verdict, make_judge
+from swaa_jax.eval.judging import Judged, Verdict, make_judge
 
 LETTERS = ("B",)
 CHOICE = "The correct answer is "
@@ -208,7 +208,7 @@ def test_scores_follow_from_acceptance_unless_given():
     assert Verdict(accepted=True, reason="").score == 1.0
     assert Verdict(accepted=False, reason="").score == 0.0
     assert Verdict(accepted=False, reason="", score=0.5).score == 0.5
-    with pytest.raises(ValueError, match=r"score: expected 0 to 1, got 1\.5"):
+    with pytest.raises(ValueError, match=r"score: expected a number .* of at most 1, got 1\.5"):
         Verdict(accepted=True, reason="", score=1.5)
 
 
@@ -224,23 +224,27 @@ def test_reasons_tell_what_was_found():
     "name, settings, message",
     [
         ("vibes", {}, "expected one of exact, includes, regex, ruler, llm, got 'vibes'"),
-        ("includes", {"need": "some"}, 'need: expected "any" or "all", got \'some\''),
+        ("includes", {"need": "some"}, "need: expected one of any, all, got 'some'"),
         ("regex", {"pattern": "answer"}, "expected a group"),
         ("regex", {"pattern": "("}, "expected a regular expression"),
-        ("regex", {"which": "any"}, '"first" or "last"'),
-        ("exact", {"fuzz": 1}, "judge 'exact'"),
-        ("llm", {}, "judge 'llm': expected url .* and model, got no url and no model"),
-        ("llm", {"url": "http://h"}, "got no model$"),
-        ("llm", {"url": "http://h", "model": "m", "key": 1}, "judge 'llm': .*key"),
+        ("regex", {"which": "any"}, "which: expected one of first, last"),
+        ("exact", {"fuzz": 1}, "judge exact: .*'fuzz'"),
+        ("llm", {}, "judge llm: expected a value for url and model, got none; .*url"),
+        ("llm", {"url": "http://h"}, "a value for model, got none"),
+        (
+            "llm",
+            {"url": "http://h", "model": "m", "key": 1},
+            "judge llm: .*'key' .*did you mean 'api_key'",
+        ),
         ("llm", {"url": "localhost:1", "model": "m"}, "expected http://"),
         ("llm", {"url": "http://h", "model": "m", "prompt": "{question}"}, "prompt: expected"),
-        ("llm", {"url": "http://h", "model": "m", "attempts": 0}, "attempts: expected at least 1"),
-        ("llm", {"url": "http://h", "model": "m", "max_tokens": 0}, "max_tokens: expected at lea"),
-        ("llm", {"url": "http://h", "model": "m", "timeout_s": 0.0}, "timeout_s: expected more"),
+        ("llm", {"url": "http://h", "model": "m", "attempts": 0}, "attempts: .*of at least 1"),
+        ("llm", {"url": "http://h", "model": "m", "max_tokens": 0}, "max_tokens: .*of at least"),
+        ("llm", {"url": "http://h", "model": "m", "timeout_s": 0.0}, "timeout_s: .*above 0"),
         (
             "llm",
             {"url": "http://h", "model": "m", "requests_per_minute": -1.0},
-            "requests_per_minute: expected more than 0",
+            "requests_per_minute: expected a number above 0",
         ),
         (
             "llm",

@@ -10,7 +10,8 @@ import types
 
 import pytest
 
-from swaa_jax.eval.judging.judges import Judged, LlmJudge, LlmJudgeConfig, read_verdict, retry_after
+from swaa_jax.eval.judging import Judged, LlmJudge, LlmJudgeConfig
+from swaa_jax.eval.judging.language_model import read_verdict, retry_after
 
 
 def judged(response, **fields):

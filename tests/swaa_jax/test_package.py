@@ -10,6 +10,7 @@ import swaa_jax
 
 PUBLIC = {
     "AttentionPolicy",
+    "GenerateOptions",
     "LoraConfig",
     "Stage",
     "__version__",

@@ -58,14 +58,15 @@ def test_configs_are_found_in_the_wheel(wheel, tmp_path):
     wheel.extractall(tmp_path)
     code = (
         "import swaa_jax.configs as c; "
-        "print(c.config_path('policies', 'naive')); print(c.load_policy('naive'))"
+        "from swaa_jax.policy import load_policy; "
+        "print(c.config_path('policies', 'naive')); print(load_policy('naive'))"
     )
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     path, policy = run.stdout.splitlines()
     assert pathlib.Path(path) == tmp_path / "swaa_jax/_configs/policies/naive.yaml"
-    assert policy == "window 2000"
+    assert policy == "window=2000"
 
 
 def test_metadata(wheel):

@@ -114,7 +114,7 @@ def test_empty_prompts(tok, prompts):
         ([{"role": "system", "content": "hi"}], {"cot": True}, "no user message"),
     ],
 )
-def test_mistakes_are_named(tok, prompts, options, message):
+def test_mistakes_are_named(tok, prompts, options, message, no_type_checks):
     with pytest.raises(ValueError, match=message):
         encode_prompts(tok, prompts, **options)
 

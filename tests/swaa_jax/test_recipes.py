@@ -6,11 +6,11 @@ import json
 import pytest
 
 from swaa_jax.cli.main import main
-from swaa_jax.configs import Needs, load_policy
 from swaa_jax.costs import cache_bytes
-from swaa_jax.eval import recipes
+from swaa_jax.eval.search import recipes
 from swaa_jax.infer import prefill_prompts
 from swaa_jax.lora import without_lora
+from swaa_jax.policy import Needs, load_policy
 from tests.support.training import lora_model
 
 # arXiv 2512.10411 v5, Table 1: LongMemEval_24k, LongBench-v2, RULER; Thinking, then Instruct.
@@ -117,7 +117,7 @@ def test_the_command(capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["trained-qualty"], "Did you mean 'trained-quality'"),
+        (["trained-qualty"], "did you mean 'trained-quality'"),
         (["--memory", "1"], "--memory: expected at least 9.9 GiB"),
         (["--context", "0"], "context: expected at least 1, got 0"),
         (["--model", "./nowhere"], "nowhere"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import swaa_jax as swaa
-from swaa_jax.eval.judging.judges import Judged, make_judge
+from swaa_jax.eval.judging import Judged, make_judge
 from swaa_jax.eval.tasks import encode_sample, make_task
 from swaa_jax.eval.tasks.ruler import (
     HAYSTACKS,
@@ -421,9 +421,9 @@ def test_haystack_in_place_of_the_variants():
     "settings, message",
     [
         ({"variant": "niah"}, "variant: expected one of niah_single_1"),
-        ({"length": 0}, "length must be an integer, at least 1"),
-        ({"num_samples": 0}, "num_samples must be an integer, at least 1"),
-        ({"seed": -1}, "seed must be an integer, at least 0"),
+        ({"length": 0}, "length: expected an integer of at least 1"),
+        ({"num_samples": 0}, "num_samples: expected an integer of at least 1"),
+        ({"seed": -1}, "seed: expected an integer of at least 0"),
         ({"haystack": "hay"}, "haystack: expected one of noise"),
         ({"variant": "vt", "haystack": "essay"}, "haystack: expected none for vt"),
         ({"lenght": 1}, "did you mean 'length'"),
@@ -452,13 +452,13 @@ def test_too_short(variant, message):
 @pytest.mark.parametrize(
     "generate, settings, message",
     [
-        (variable_tracking, {"num_chains": 0}, "num_chains: expected at least 1"),
-        (variable_tracking, {"num_hops": 0}, "num_hops: expected at least 1"),
-        (variable_tracking, {"num_samples": -1}, "num_samples: expected 0 or more"),
+        (variable_tracking, {"num_chains": 0}, "num_chains: expected an integer of at least 1"),
+        (variable_tracking, {"num_hops": 0}, "num_hops: expected an integer of at least 1"),
+        (variable_tracking, {"num_samples": -1}, "num_samples: expected an integer of at least 0"),
         (common_words, {"uncommon_repeats": 30}, "uncommon_repeats: expected 1 to 29"),
-        (common_words, {"num_samples": -1}, "num_samples: expected 0 or more"),
-        (frequent_words, {"alpha": 1.0}, "alpha: expected more than 1"),
-        (frequent_words, {"num_samples": -1}, "num_samples: expected 0 or more"),
+        (common_words, {"num_samples": -1}, "num_samples: expected an integer of at least 0"),
+        (frequent_words, {"alpha": 1.0}, "alpha: expected a number above 1"),
+        (frequent_words, {"num_samples": -1}, "num_samples: expected an integer of at least 0"),
     ],
 )
 def test_wrong_arguments_of_generators(generate, settings, message):
@@ -472,7 +472,7 @@ def test_wrong_arguments_of_generators(generate, settings, message):
         ({"haystack": "hay"}, "haystack: expected one of noise"),
         ({"key_kind": "letters"}, "key_kind: expected one of words, numbers, uuids"),
         ({"value_kind": "letters"}, "value_kind: expected one of words, numbers, uuids"),
-        ({"num_values": 0}, "num_values: expected at least 1"),
+        ({"num_values": 0}, "num_values: expected an integer of at least 1"),
         ({"num_queries": 2}, "num_queries: expected 1 to num_keys=1"),
     ],
 )

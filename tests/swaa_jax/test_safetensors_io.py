@@ -299,7 +299,7 @@ FAULTS = {
         lambda d: _edit_json(
             d / INDEX, lambda x: x["weight_map"].update({"a": "../other.safetensors"})
         ),
-        ["'../other.safetensors' is not the name of a file"],
+        ["expected the plain name of a file", "'../other.safetensors'"],
     ),
     "index entry not a file": (
         lambda d: _edit_json(d / INDEX, lambda x: x["weight_map"].update({"a": 3})),
@@ -321,11 +321,11 @@ FAULTS = {
     ),
     "shard is a directory": (
         lambda d: [(d / SHARDS[0]).unlink(), (d / SHARDS[0]).mkdir()],
-        [SHARDS[0], "not a regular file"],
+        [SHARDS[0], "expected a regular file"],
     ),
     "shard is a pipe": (
         lambda d: [(d / SHARDS[0]).unlink(), os.mkfifo(d / SHARDS[0])],
-        [SHARDS[0], "not a regular file"],
+        [SHARDS[0], "expected a regular file"],
     ),
     "shard links out": (
         lambda d: [(d / SHARDS[0]).rename(d.parent / "out"), (d / SHARDS[0]).symlink_to("../out")],

@@ -152,11 +152,11 @@ def test_only_the_number_of_candidates_is_compiled_in():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"temperature": -0.1}, "temperature: expected a finite number >= 0"),
+        ({"temperature": -0.1}, "temperature: expected a number of at least 0"),
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": float("inf")}, "temperature"),
         ({"top_k": -1}, "top_k: expected"),
-        ({"top_p": 0.0}, r"top_p: expected a probability in \(0, 1\], got 0.0"),
+        ({"top_p": 0.0}, "top_p: expected a number above 0 and of at most 1, got 0.0"),
         ({"top_p": 1.5}, "top_p"),
     ],
 )

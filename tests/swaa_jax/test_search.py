@@ -5,10 +5,15 @@ import dataclasses
 import pytest
 
 import swaa_jax as swaa
-from swaa_jax.eval import search, search_report
 from swaa_jax.eval.run import Cell, Evaluation, ModelEntry, TaskEntry
 from swaa_jax.eval.run.costs import CellCost
-from swaa_jax.eval.search import SearchConfig, SearchSpace, search_policies
+from swaa_jax.eval.search import (
+    SearchConfig,
+    SearchSpace,
+    halving,
+    search_policies,
+    write_search,
+)
 from tests.support.evaluations import CountingTask, row
 
 NUM_LAYERS = 4
@@ -65,7 +70,7 @@ def asked(monkeypatch):
                     policy=policy,
                     task="counting",
                     thinking=False,
-                    rows=tuple(rows),
+                    answers=tuple(rows),
                     skipped=0,
                     cost=cost,
                 )
@@ -75,8 +80,8 @@ def asked(monkeypatch):
             seconds=0.0, answered=0,
         )  # fmt: skip
 
-    monkeypatch.setattr(search, "evaluate", evaluate)
-    monkeypatch.setattr(search, "load_entry", lambda entry, config: (Model(), None))
+    monkeypatch.setattr(halving, "evaluate", evaluate)
+    monkeypatch.setattr(halving, "load_entry", lambda entry, config: (Model(), None))
     return calls
 
 
@@ -151,27 +156,27 @@ def test_a_ceiling_leaves_out_what_costs_more(asked, tmp_path):
 
 
 def test_costs_are_of_all_prompts_not_of_the_last_round(asked, tmp_path, monkeypatch):
-    rule = search.evaluate
+    rule = halving.evaluate
 
     def with_lengths(config, **more):
         """Prompts of 1,000 tokens, of which the last round's has 10 and is seen whole."""
         done = rule(config, **more)
         if config.skip_samples + config.limit < SAMPLES:
-            rows = lambda cell: [{**row, "prompt_tokens": 1000} for row in cell.rows]  # noqa: E731
-            cells = [dataclasses.replace(cell, rows=tuple(rows(cell))) for cell in done.cells]
+            long = lambda cell: tuple({**one, "prompt_tokens": 1000} for one in cell.answers)  # noqa: E731
+            cells = [dataclasses.replace(cell, answers=long(cell)) for cell in done.cells]
         else:
             whole = {"prefill_share": 1.0, "cache_bytes_per_sample": 1}
             cells = [
                 dataclasses.replace(
                     cell,
-                    rows=tuple({**row, "prompt_tokens": 10} for row in cell.rows),
+                    answers=tuple({**one, "prompt_tokens": 10} for one in cell.answers),
                     cost=dataclasses.replace(cell.cost, **whole),
                 )
                 for cell in done.cells
             ]
         return dataclasses.replace(done, cells=tuple(cells))
 
-    monkeypatch.setattr(search, "evaluate", with_lengths)
+    monkeypatch.setattr(halving, "evaluate", with_lengths)
     found = find(tmp_path, SPACE, max_prefill=0.5)
     long, short = 32 * 1000 * 1001 / 2, 8 * 10 * 11 / 2  # pairs of the two kinds of prompts
     for candidate in found.candidates:
@@ -193,22 +198,22 @@ def test_nothing_is_chosen_where_full_attention_has_nothing_right(asked, tmp_pat
 
 def test_a_policy_of_an_earlier_search_does_not_stay(asked, tmp_path):
     found = find(tmp_path, SPACE, floor=0.9)
-    paths = search_report.write_search(found, tmp_path, command="x", asked={})
+    paths = write_search(found, tmp_path, command="x", asked={})
     assert paths["policy.yaml"].exists()
     none = dataclasses.replace(found, chosen=None)
-    assert "policy.yaml" not in search_report.write_search(none, tmp_path, command="x", asked={})
+    assert "policy.yaml" not in write_search(none, tmp_path, command="x", asked={})
     assert not paths["policy.yaml"].exists()
 
 
 def test_all_layers_full_is_no_candidate():
     space = SearchSpace(windows=(8,), sinks=(0,), full_layers=((), "0::1"), decode=("window",))
-    assert [str(policy) for policy in space.policies(NUM_LAYERS)] == ["window 8"]
+    assert [str(policy) for policy in space.policies(NUM_LAYERS)] == ["window=8"]
 
 
 def test_mistakes(tmp_path):
-    with pytest.raises(ValueError, match="floor: expected more than 0"):
+    with pytest.raises(ValueError, match="floor: expected a number above 0"):
         SearchConfig(floor=0.0)
-    with pytest.raises(ValueError, match="keep: expected a part"):
+    with pytest.raises(ValueError, match="keep: expected a number above 0 and below 1"):
         SearchConfig(keep=1.0)
     with pytest.raises(ValueError, match="space: expected at least one policy with a window"):
         search_policies(
@@ -225,13 +230,13 @@ def test_a_real_search_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     task = TaskEntry(name="counting", task=CountingTask(num_samples=4))
     space = SearchSpace(windows=(8, 16), sinks=(0,), full_layers=((),)).policies(12)
     made = []
-    original = search.evaluate
+    original = halving.evaluate
 
     def counted(*args, **kwargs):
         made.append(original(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(search, "evaluate", counted)
+    monkeypatch.setattr(halving, "evaluate", counted)
     settings = {"config": SearchConfig(first_samples=2), "options": {"dtype": "float32"}}
     first = search_policies(model, task, space, str(tmp_path), **settings)
     answered = sum(one.answered for one in made)

@@ -142,7 +142,7 @@ def test_exchanges_begin_where_they_are_told():
     assert found.chosen == RETRIEVING
     assert found.details["steps"][0] == [0, 5]
     assert len(found.details["steps"]) == 3
-    with pytest.raises(ValueError, match="distinct layers"):
+    with pytest.raises(ValueError, match="start: expected each value once"):
         select("halves", "pairwise", start=(1, 1))
 
 
@@ -152,7 +152,7 @@ def test_exchanges_begin_where_they_are_told():
         ("best", 2, {}, "add_one"),
         ("add_one", 0, {}, "1 to 5"),
         ("add_one", 6, {}, "1 to 5"),
-        ("add_one", 2, {"offset": 1}, "none with the method 'add_one'"),
+        ("add_one", 2, {"offset": 1}, "options of add_one: expected no keys, got"),
         ("gates", 2, {"steps": 0}, "steps"),
         ("gates", 2, {"sparsity": 0.0}, "sparsity"),
         ("lazy_ratio", 2, {"num_recent_keys": 0}, "num_recent_keys"),

@@ -98,16 +98,18 @@ def test_overwrite_replaces_all_of_it(tmp_path):
 def test_overwrite_does_not_remove_what_is_no_checkpoint(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("precious")
-    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+    with pytest.raises(CheckpointError, match=r"without config\.json"):
         _save(tmp_path / "home", "new", overwrite=True)
     assert _tree(tmp_path) == {"home": "<dir>", "home/thesis.tex": "precious"}
 
 
 def test_a_file_as_target_is_refused(tmp_path):
     (tmp_path / "m").write_text("a file")
-    with pytest.raises(CheckpointError, match="is a file"):
+    with pytest.raises(CheckpointError, match="to save in, got a file"):
         _save(tmp_path / "m", "new", overwrite=True)
-    with pytest.raises(CheckpointError, match="parent directory cannot be made"):
+    with pytest.raises(
+        CheckpointError, match="a parent directory that can be made, got 'File exists'"
+    ):
         _save(tmp_path / "m" / "below", "new")
     assert _tree(tmp_path) == {"m": "a file"}
 
@@ -212,7 +214,9 @@ def test_a_remote_save_puts_the_mark_last(bucket):  # noqa: F811
 def test_a_failed_remote_save_leaves_nothing(bucket):  # noqa: F811
     for name in ("config.json", "weights"):
         bucket.fail_on = name
-        with pytest.raises(CheckpointError, match=r"gs://bucket/m: the copy .*network.*removed"):
+        with pytest.raises(
+            CheckpointError, match=r"gs://bucket/m: expected a copy .*network.*removed"
+        ):
             _save("gs://bucket/m", "new")
         assert bucket.store == {}
 
@@ -221,7 +225,7 @@ def test_a_failed_remote_save_leaves_nothing(bucket):  # noqa: F811
 def test_a_failed_remote_overwrite_leaves_nothing_to_read(bucket, failing):  # noqa: F811
     _save("gs://bucket/m", "old")
     bucket.fail_on = failing
-    with pytest.raises(CheckpointError, match=r"What was there before is gone too"):
+    with pytest.raises(CheckpointError, match="what was there before is gone too"):
         _save("gs://bucket/m", "new", overwrite=True)
     assert bucket.store == {}
 
@@ -250,7 +254,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path, bucket):  # noqa: F811
             raise OSError(errno.ENOSPC, "No space left on device")
 
     for path in (tmp_path / "m", "gs://bucket/m"):
-        with pytest.raises(CheckpointError, match="disk is full; nothing was saved"):
+        with pytest.raises(CheckpointError, match="a disk that is full; nothing was saved"):
             save(path)
     assert _tree(tmp_path) == bucket.store == {}
 
@@ -259,7 +263,9 @@ def test_space_is_compared_with_the_need(tmp_path, monkeypatch):
     usage = shutil._ntuple_diskusage(10**12, 10**12, 10**9)
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage)
     storage.check_space(tmp_path / "not" / "yet", 10**9, what="it", advice="")
-    with pytest.raises(CheckpointError, match=r"it needs 2\.0 GB.*1\.0 GB left.*Do that"):
+    with pytest.raises(
+        CheckpointError, match=r"it: expected 2\.0 GB of free space .*got 1\.0 GB.*Do that"
+    ):
         storage.check_space(tmp_path, 2 * 10**9, what="it", advice="Do that.")
 
 

@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from swaa_jax.eval.judging.judges import Judged, make_judge
+from swaa_jax.eval.judging import Judged, make_judge
 from swaa_jax.eval.tasks import LongBenchV2Task, make_task
 from tests.support import byte_tokenizer
 
@@ -150,7 +150,7 @@ def test_the_tasks_judge_reads_the_asked_for_form(tmp_path):
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"answer": "E"}, r"row 1: answer: expected A, B, C or D, got 'E'"),
+        ({"answer": "E"}, r"record 1: answer: expected A, B, C or D, got 'E'"),
         ({"answer": "b"}, r"answer: expected A, B, C or D, got 'b'"),
         ({"answer": 1}, r"answer: expected a text that is not empty, got 1 \(int\)"),
         ({"answer": ""}, r"answer: expected a text that is not empty, got ''"),
@@ -166,24 +166,26 @@ def test_malformed_rows_are_named(changed, message, tmp_path):
     path = write(tmp_path / "data.json", [row(), row(1, **changed)])
     with pytest.raises(ValueError, match=message) as error:
         ask(path)
-    assert f"{path}, row 1: " in str(error.value)
+    assert f"{path}, record 1: " in str(error.value)
 
 
 @pytest.mark.parametrize("field", sorted(row()))
 def test_missing_fields_are_named(field, tmp_path):
     torn = {name: value for name, value in row(1).items() if name != field}
     path = write(tmp_path / "data.json", [row(), torn])
-    with pytest.raises(ValueError, match=rf"row 1: expected {field}, which is not there, got the"):
+    with pytest.raises(
+        ValueError, match=rf"record 1: expected {field}, which is not there, got the"
+    ):
         ask(path)
 
 
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"max_tokens": 0}, "max_tokens must be an integer, at least 1"),
-        ({"length": "tiny"}, "length: expected some of short, medium, long, got tiny"),
-        ({"difficulty": []}, "difficulty: expected some of easy, hard, got none"),
-        ({"domain": []}, "domain: expected at least one, got none"),
+        ({"max_tokens": 0}, "max_tokens: expected an integer of at least 1"),
+        ({"length": "tiny"}, r"length\[0\]: expected one of short, medium, long, got 'tiny'"),
+        ({"difficulty": []}, "difficulty: expected at least one"),
+        ({"domain": []}, "domain: expected at least one"),
         ({"kind": "sub_domain"}, "kind: expected one of length, difficulty, domain"),
         ({"lengths": "short"}, "did you mean 'length'"),
     ],

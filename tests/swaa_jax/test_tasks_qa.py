@@ -65,6 +65,16 @@ def test_rows_in_every_form(ending, tmp_path):
     assert questions[1].question == "Q?" and questions[3].messages == samples[3].messages
 
 
+def test_a_chat_that_was_answered_is_asked_again(tmp_path):
+    """Its last answer is the response that training reads, and right where nothing else is."""
+    turns = [("user", "Hi."), ("assistant", "Hello."), ("user", "M?"), ("assistant", "m")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    rows = [{"messages": messages}, {"messages": messages, "answer": "n"}]
+    samples = QaTask(files=write(tmp_path / "a.jsonl", rows)).samples(None, thinking=False)
+    assert [sample.messages for sample in samples] == [tuple(messages[:3])] * 2
+    assert [sample.references for sample in samples] == [("m",), ("n",)]
+
+
 def test_numbers_are_answers(tmp_path):
     rows = [{"prompt": "0?", "answer": 0}, {"prompt": "1?", "answer": [1.5, "x"], "id": 7}]
     samples = QaTask(files=write(tmp_path / "a.jsonl", rows)).samples(None, thinking=True)
@@ -117,43 +127,47 @@ def test_chats_are_templated_once(tmp_path):
     )
 
 
-FIRST, SECOND = r"row 0 \(line 1\): ", r"row 1 \(line 2\): "
-EMPTY = FIRST + "answers?: expected an answer that is not empty, got "
+FIRST, SECOND = r"record 0 \(line 1\): ", r"record 1 \(line 2\): "
+EMPTY = FIRST + r"expected an answer that is not empty, got the columns 'prompt'"
+ANSWER = "expected an answer that is not empty, a text or a number, got"
 CHAT = '"messages": [{"role": "user", "content": "a"}, %s]'
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ('{"prompt": "A?"}', FIRST + r"expected answer, not empty, got the columns prompt"),
+        ('{"prompt": "A?"}', EMPTY),
         ('{"prompt": "A?", "answer": ""}', EMPTY),
         ('{"prompt": "A?", "answers": []}', EMPTY),
         ('{"answer": "a"}', FIRST + r"expected prompt, or context and question, or messages"),
         ('{"prompt": "", "answer": "a"}', FIRST + r"expected prompt"),
-        ('{"prompt": " ", "answer": "a"}', r"prompt: expected a text that is not empty, got ' '"),
+        ('{"prompt": " ", "answer": "a"}', FIRST + r"expected prompt"),
         ('{"prompt": 7, "answer": "a"}', r"prompt: expected a text that is not empty, got 7 \(int"),
         ('{"context": [1], "question": "?", "answer": "a"}', r"context: expected a text .*\[1\]"),
-        ('{"prompt": "A?", "answer": {"a": 1}}', r"answer: expected an answer, .* \(dict\)"),
-        ('{"prompt": "A?", "answer": true}', r"answer: expected an answer, .* True \(bool\)"),
-        ('{"prompt": "A?", "answers": ["a", " "]}', "answers: expected an answer, .* ' '"),
-        ('{"prompt": "A?", "answers": ["a", null]}', "answers: expected an answer, .* None"),
+        ('{"prompt": "A?", "answer": {"a": 1}}', rf"answer: {ANSWER} .* \(dict\)"),
+        ('{"prompt": "A?", "answer": true}', rf"answer: {ANSWER} True \(bool\)"),
+        ('{"prompt": "A?", "answers": ["a", " "]}', f"answers: {ANSWER} ' '"),
+        ('{"prompt": "A?", "answers": ["a", null]}', f"answers: {ANSWER} None"),
         ('{"prompt": "A?", "answer": "a", "id": [1]}', r"id: expected a text or a number, .*\[1\]"),
-        ('{"messages": "A?", "answer": "a"}', "messages: expected a list of mappings of role"),
-        ('{"messages": ["A?"], "answer": "a"}', r"messages\[0\]: expected mapping.*'A\?'"),
+        ('{"messages": "A?", "answer": "a"}', r"messages: expected a list of messages, .*'A\?'"),
+        ('{"messages": ["A?"], "answer": "a"}', r"messages: expected a list of messages, .*'A\?'"),
         (
             f'{{{CHAT % """{"role": "user"}"""}, "answer": "a"}}',
-            r"messages\[1\].content: expected a text that is not empty, got None",
+            r"messages\[1\].content: expected a text that is not empty, got ''",
         ),
         (
-            f'{{{CHAT % """{"role": "assistant", "content": "b"}"""}, "answer": "a"}}',
-            "messages: expected the last one to be the user's, .*'assistant'",
+            f'{{{CHAT % """{"role": "system", "content": "b"}"""}, "answer": "a"}}',
+            "messages: expected the last one to be the user's, .*'system'",
         ),
-        ('{"prompt": "A?", "answer": "a"}\n["B?"]', SECOND + r"expected an object .*\['B\?'\]"),
+        (
+            '{"prompt": "A?", "answer": "a"}\n["B?"]',
+            SECOND + r"expected a JSON object, got \['B\?'\]",
+        ),
         ('{"prompt": "A?", "answer": "a"}\n{"answer": "b"}', SECOND + r"expected prompt"),
-        ("\n{", "line 2: expected a JSON object"),
+        ("\n{", r"line 2\): expected a JSON object"),
         ('[{"prompt": "A?",', "expected a JSON list"),
-        ("[]", "at least one question"),
-        ("", "at least one question"),
+        ("[]", "at least one record"),
+        ("", "at least one record"),
     ],
 )
 def test_malformed_rows_are_named(text, message, tmp_path):
@@ -166,15 +180,18 @@ def test_malformed_rows_are_named(text, message, tmp_path):
 
 
 def test_files_of_another_kind(tmp_path):
+    (tmp_path / "questions.csv").write_text("prompt,answer")
     with pytest.raises(ValueError, match=r"ends in \.parquet or \.jsonl"):
         read_questions(tmp_path / "questions.csv")
     with pytest.raises(FileNotFoundError):
         read_questions(tmp_path / "questions.jsonl")
     (tmp_path / "questions.parquet").write_bytes(b"not parquet")
-    with pytest.raises(ValueError, match=r"questions\.parquet: expected parquet"):
+    with pytest.raises(ValueError, match=r"questions\.parquet: expected a parquet file"):
         read_questions(tmp_path / "questions.parquet")
     (tmp_path / "latin1.jsonl").write_bytes(b'{"prompt": "\xe9", "answer": "a"}')
-    with pytest.raises(ValueError, match=r"latin1\.jsonl, line 1: expected a JSON object"):
+    with pytest.raises(
+        ValueError, match=r"latin1\.jsonl, record 0 \(line 1\): expected a JSON object"
+    ):
         read_questions(tmp_path / "latin1.jsonl")
 
 
@@ -183,8 +200,8 @@ def test_files_of_another_kind(tmp_path):
     [
         ({}, "task qa: .*files"),
         ({"files": []}, "files: expected a path or several"),
-        ({"files": 3}, r"files: expected a path or several, got 3 \(int\)"),
-        ({"files": "a.jsonl", "limit": 0}, "limit must be an integer, at least 1"),
+        ({"files": 3}, r"files: expected text or a list of texts, got 3 \(int\)"),
+        ({"files": "a.jsonl", "limit": 0}, "limit: expected an integer of at least 1"),
         ({"files": "a.jsonl", "limits": 1}, "did you mean 'limit'"),
     ],
 )

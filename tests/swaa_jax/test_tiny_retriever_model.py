@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 import swaa_jax
-from swaa_jax.eval.judging.scorers import string_match_all, strip_thinking
+from swaa_jax.eval.judging import string_match_all, strip_thinking
 from swaa_jax.eval.tasks.ruler import HAYSTACKS, niah_multiquery
 from training.tiny_retriever import config
 

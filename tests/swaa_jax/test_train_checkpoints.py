@@ -104,7 +104,9 @@ def test_nothing_good_is_not_a_beginning(tmp_path):
     """All damaged: an error. One half-written and no other: killed in its first save."""
     saved(tmp_path, 1)
     data_file(tmp_path / "checkpoints").unlink()
-    with pytest.raises(CheckpointError, match=r"no checkpoint can be read .* is missing"):
+    with pytest.raises(
+        CheckpointError, match=r"a checkpoint that can be read, got none .* is missing"
+    ):
         opened(tmp_path).restore(state(0))
     (tmp_path / "checkpoints" / "00000001" / "checkpoint.json").unlink()
     assert opened(tmp_path).restore(state(0)) is None
@@ -113,15 +115,17 @@ def test_nothing_good_is_not_a_beginning(tmp_path):
 def test_another_run_is_refused(tmp_path):
     saved(tmp_path, 1)
     other = {"model": {"num_layers": 3}, "lora": {"rank": 4}}
-    with pytest.raises(CheckpointMismatchError, match=r"model.num_layers was 2 and is 3\. Go on"):
+    with pytest.raises(CheckpointMismatchError, match=r"model.num_layers was 2 and is 3; go on"):
         opened(tmp_path, identity=other).restore(state(0))
-    with pytest.raises(CheckpointMismatchError, match=r"arrays\.x was 'absent' and is 'float32"):
+    with pytest.raises(CheckpointMismatchError, match=r"arrays\.x was absent and is 'float32"):
         opened(tmp_path).restore({**state(0), "x": jnp.zeros(2)})
 
 
 def test_resume_by_name(tmp_path):
     saved(tmp_path / "a", 1, 2)
-    with pytest.raises(CheckpointError, match=r'resume is "none", but .* up to step 2'):
+    with pytest.raises(
+        CheckpointError, match=r'resume: expected no checkpoints with "none", got .* up to step 2'
+    ):
         opened(tmp_path / "a").restore(state(0), "none")
     elsewhere = opened(tmp_path / "b")
     for path, step in (("a", 2), ("a/checkpoints", 2), ("a/checkpoints/00000001", 1)):
@@ -131,7 +135,9 @@ def test_resume_by_name(tmp_path):
     with pytest.raises(CheckpointError, match="expected a checkpoint or a run's directory, got"):
         elsewhere.restore(state(0), str(tmp_path / "c"))
     data_file(tmp_path / "a/checkpoints/00000001").unlink()
-    with pytest.raises(CheckpointError, match=r"00000001 is damaged: .* is missing"):
+    with pytest.raises(
+        CheckpointError, match=r"00000001: expected .* a damaged one: .* is missing"
+    ):
         elsewhere.restore(state(0), str(tmp_path / "a/checkpoints/00000001"))
 
 
@@ -141,7 +147,9 @@ def test_a_failed_save_is_told(tmp_path):
 
     checkpoints = Checkpoints(tmp_path, keep=1, identity={}, write_beside=fail)
     checkpoints.save(1, state(1), {})
-    with pytest.raises(CheckpointError, match=r"step 1 could not be saved .*No space left"):
+    with pytest.raises(
+        CheckpointError, match=r"the checkpoint of step 1, got an error .*No space left"
+    ):
         checkpoints.close()
     assert not (tmp_path / "checkpoints" / "00000001" / "checkpoint.json").exists()
 

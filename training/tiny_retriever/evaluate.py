@@ -13,7 +13,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import swaa_jax
-from swaa_jax.eval.judging.scorers import string_match_all, strip_thinking
+from swaa_jax.eval.judging import string_match_all, strip_thinking
 from swaa_jax.eval.tasks.ruler import HAYSTACKS, niah_multiquery
 from training.tiny_retriever.config import ASSETS
 

@@ -1,6 +1,18 @@
-"""What an evaluation says, for people and for programs: scores, plots, one HTML file."""
+"""What an evaluation says, for people and for programs: scores, charts, one HTML file."""
 
 from swaa_jax.eval.report.files import write_evaluation
-from swaa_jax.eval.report.summary import CellSummary, summarize
+from swaa_jax.eval.report.findings import findings, remarks
+from swaa_jax.eval.report.summary import CellSummary, Group, group_summaries, summarize
+from swaa_jax.eval.report.table import LEGEND, terminal_table
 
-__all__ = ["CellSummary", "summarize", "write_evaluation"]
+__all__ = [
+    "LEGEND",
+    "CellSummary",
+    "Group",
+    "findings",
+    "group_summaries",
+    "remarks",
+    "summarize",
+    "terminal_table",
+    "write_evaluation",
+]

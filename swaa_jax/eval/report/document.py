@@ -7,70 +7,25 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from swaa_jax.eval.report.charts import length_chart, pareto_chart, pareto_front
-from swaa_jax.eval.report.summary import CellSummary, Part, remarks
-from swaa_jax.eval.run.evaluation import Evaluation
+from swaa_jax.eval.report.charts import Chart, length_chart
+from swaa_jax.eval.report.findings import findings, remarks
+from swaa_jax.eval.report.summary import CellSummary, Group, Part
+from swaa_jax.eval.report.table import COLUMNS, LEGEND, markdown_table
+from swaa_jax.eval.run import Evaluation
 
-__all__ = ["html_report", "markdown_report", "table_columns", "table_rows"]
+__all__ = ["html_report", "markdown_report"]
 
 _EXAMPLES = 4
 """Questions a group of which all answers are shown."""
 _SHOWN = 2_000
 """Characters of an answer that are shown."""
 
-LEGEND = (
-    "Scores in %, with 95% intervals: bootstrap over samples (Wilson's where all are right, or "
-    "none). difference: to the baseline, in points; p: of a paired permutation test. prefill "
-    "pairs: query-key pairs of the prompts, of full attention's. Policies that differ only in FA "
-    "decode share one measured prefill. KV: keys and values of one sample as allocated. "
-    "unfinished: thinking that never ended; cut off: answers that ended at their longest length."
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Column:
-    name: str
-    help: str
-    left: bool = False
-
-
-_COLUMNS = (
-    _Column("#", "row"),
-    _Column("model", "the checkpoint", left=True),
-    _Column("task", "what is asked", left=True),
-    _Column("mode", "whether the model thinks first", left=True),
-    _Column("policy", "which keys are visible", left=True),
-    _Column("n", "samples"),
-    _Column("score", "mean of the judge's scores, %"),
-    _Column("right", "answers that the judge accepts, %"),
-    _Column("difference", "of the score to the baseline's, points"),
-    _Column("p", "paired permutation test against the baseline"),
-    _Column("unfinished", "answers whose thinking never ended, %"),
-    _Column("cut off", "answers that ended at their longest length, %"),
-    _Column("tokens", "mean length of an answer, thinking included"),
-    _Column("prefill pairs", "query-key pairs, % of full attention's"),
-    _Column("prefill GFLOP", "operations to read one prompt"),
-    _Column("prefill tok/s", "prompt tokens a second, measured"),
-    _Column("decode tok/s", "new tokens a second, all rows of a batch, measured"),
-    _Column("ms per token", "one decode step, measured"),
-    _Column("KV MiB", "keys and values of one sample"),
-)
-
-
-def table_columns() -> list[str]:
-    """The headings of the table."""
-    return [column.name for column in _COLUMNS]
-
-
-def table_rows(summaries: Sequence[CellSummary]) -> list[list[str]]:
-    """The table as text, a row a cell."""
-    return [[cell.text for cell in _cells(summary)] for summary in summaries]
-
 
 def html_report(
     evaluation: Evaluation,
-    summaries: Sequence[CellSummary],
+    groups: Sequence[Group],
     *,
+    charts: Sequence[Chart],
     title: str,
     command: str,
     provenance: Mapping[str, Any],
@@ -79,7 +34,8 @@ def html_report(
 
     Args:
         evaluation: the answers.
-        summaries: from `summarize`.
+        groups: of the cells.
+        charts: score against cost, one a group.
         title: of the page.
         command: what ran it.
         provenance: shown, and embedded as JSON under the id "provenance".
@@ -95,12 +51,21 @@ def html_report(
         title=title,
         setting=_setting(evaluation),
         command=command,
-        findings=[_finding(group) for group in _groups(summaries)],
-        remarks=remarks(summaries, evaluation.cells),
+        findings=findings(groups),
+        remarks=remarks(_lines(groups), evaluation.cells),
         legend=LEGEND,
-        columns=_COLUMNS,
-        rows=[{"cells": _cells(s), "is_baseline": s.difference is None} for s in summaries],
-        groups=[_group_view(group, evaluation.config.seed) for group in _groups(summaries)],
+        columns=COLUMNS,
+        rows=[
+            {
+                "cells": [(column, column.cell(summary)) for column in COLUMNS],
+                "is_baseline": summary.difference is None,
+            }
+            for summary in _lines(groups)
+        ],
+        groups=[
+            _group_view(group, chart, seed=evaluation.config.seed)
+            for group, chart in zip(groups, charts, strict=True)
+        ],
         provenance_text=document,
         # A text within may hold "</script>".
         provenance_json=document.replace("<", "\\u003c"),
@@ -108,53 +73,33 @@ def html_report(
 
 
 def markdown_report(
-    evaluation: Evaluation, summaries: Sequence[CellSummary], *, title: str, command: str
+    evaluation: Evaluation, groups: Sequence[Group], *, title: str, command: str
 ) -> str:
     """The table and the breakdowns, for a document."""
+    summaries = _lines(groups)
     lines = [f"# {title}", "", f"`{command}`", "", _setting(evaluation), ""]
-    lines += [line for group in _groups(summaries) for line in (_finding(group), "")]
+    lines += [line for finding in findings(groups) for line in (finding, "")]
     lines += [line for remark in remarks(summaries, evaluation.cells) for line in (remark, "")]
-    lines += _markdown_table(
-        table_columns(), table_rows(summaries), left=[column.left for column in _COLUMNS]
+    lines += markdown_table(
+        [column.name for column in COLUMNS],
+        [[column.cell(summary).text for column in COLUMNS] for summary in summaries],
+        left=[column.left for column in COLUMNS],
     )
     lines += ["", LEGEND, ""]
     named = {s.cell.policy_name: s.cell.policy_text for s in summaries if s.cell.policy_text}
     lines += [f"- {name}: {text}" for name, text in named.items()] + [""] * bool(named)
-    for group in _groups(summaries):
+    for group in groups:
         for matrix in _matrices(group):
-            rows = [[line.name, *(part.long_text for part in line.parts)] for line in matrix.lines]
-            lines += [f"## {_title(group)}: {matrix.title.lower()}", ""]
+            texts = [[line.name, *(part.long_text for part in line.parts)] for line in matrix.lines]
+            lines += [f"## {group.title}: {matrix.title.lower()}", ""]
             left = [True] + [False] * len(matrix.names)
-            lines += [*_markdown_table(["policy", *matrix.names], rows, left=left), ""]
+            lines += [*markdown_table(["policy", *matrix.names], texts, left=left), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _markdown_table(
-    heads: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[bool]
-) -> list[str]:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    rule = "|" + "|".join(":--" if one else "--:" for one in left) + "|"
-    return [line(heads), rule, *(line(row) for row in rows)]
-
-
-def _groups(summaries: Sequence[CellSummary]) -> list[list[CellSummary]]:
-    """The cells that differ in their policy alone."""
-    groups: dict[tuple[str, str, bool], list[CellSummary]] = {}
-    for summary in summaries:
-        cell = summary.cell
-        groups.setdefault((cell.model, cell.task, cell.thinking), []).append(summary)
-    return list(groups.values())
-
-
-def _title(group: Sequence[CellSummary]) -> str:
-    cell = group[0].cell
-    return f"{cell.model}: {cell.task}, {_mode(cell.thinking)}"
-
-
-def _mode(thinking: bool) -> str:
-    return "thinking" if thinking else "non-thinking"
+def _lines(groups: Sequence[Group]) -> list[CellSummary]:
+    """The table's lines."""
+    return [summary for group in groups for summary in group.summaries]
 
 
 def _setting(evaluation: Evaluation) -> str:
@@ -171,102 +116,19 @@ def _setting(evaluation: Evaluation) -> str:
     )
 
 
-def _finding(group: Sequence[CellSummary]) -> str:
-    """What the numbers say of a group, in two sentences made from them."""
-    base = next((s for s in group if s.difference is None), group[0])
-    text = f"{_title(group)}: {base.cell.policy_name} scores {_score(base)}"
-    others = [s for s in group if s is not base]
-    if not others:
-        return f"{text}."
-    best = max(others, key=lambda s: s.score.mean)
-    text += f", the best of the others, {best.cell.policy_name} (row {best.number}), {_score(best)}"
-    if best.p_value is not None:
-        text += f" (p = {_p(best.p_value)})"
-    points = [(s.cell.cost.prefill_share, s.score.mean) for s in group]
-    front = [group[index] for index in pareto_front(points)]
-    listed = ", ".join(f"{s.cell.policy_name} (row {s.number})" for s in front)
-    return f"{text}. No other policy has both more score and less prefill work than: {listed}."
-
-
-def _score(summary: CellSummary) -> str:
-    score = summary.score
-    return f"{100 * score.mean:.1f}% [{100 * score.low:.1f}, {100 * score.high:.1f}]"
-
-
-def _p(value: float) -> str:
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Cell:
-    """Of the table: its text, what sorting goes by, a bar of low, width and mean, a second line."""
-
-    text: str
-    value: Any
-    left: bool = False
-    bar: Mapping[str, str] | None = None
-    second_line: str = ""
-
-
-def _number(value: float | int | None, form: str) -> _Cell:
-    return (
-        _Cell(text="", value="") if value is None else _Cell(text=format(value, form), value=value)
-    )
-
-
-def _text(value: str) -> _Cell:
-    return _Cell(text=value, value=value, left=True)
-
-
-def _cells(summary: CellSummary) -> list[_Cell]:
-    """A row of the table, in the order of `_COLUMNS`."""
-    cell, cost, score = summary.cell, summary.cell.cost, summary.score
-    skipped = f" (+{cell.skipped})" if cell.skipped else ""
-    bar = {
-        "low": f"{100 * score.low:.1f}",
-        "width": f"{100 * (score.high - score.low):.1f}",
-        "mean": f"{100 * score.mean:.1f}",
-    }
-    cache = cost.cache_bytes_per_sample
-    p_value = summary.p_value
-    return [
-        _number(summary.number, "d"),
-        _text(cell.model),
-        _text(cell.task),
-        _text(_mode(cell.thinking)),
-        _Cell(
-            text=cell.policy_name, value=cell.policy_name, left=True, second_line=cell.policy_text
-        ),
-        _Cell(text=f"{summary.num_samples}{skipped}", value=summary.num_samples),
-        _Cell(text=_score(summary), value=score.mean, bar=bar),
-        _number(100 * summary.accepted.mean, ".1f"),
-        _number(None if summary.difference is None else 100 * summary.difference, "+.1f"),
-        _number(None, "") if p_value is None else _Cell(text=_p(p_value), value=p_value),
-        _number(100 * summary.unfinished, ".1f"),
-        _number(100 * summary.cut_off, ".1f"),
-        _number(summary.mean_tokens, ".1f"),
-        _number(100 * cost.prefill_share, ".1f"),
-        _number(cost.prefill_flops / 1e9, ",.2f"),
-        _number(cost.prefill_tokens_per_second, ",.0f"),
-        _number(cost.decode_tokens_per_second, ",.0f"),
-        _number(cost.ms_per_token, ".2f"),
-        _number(None if cache is None else cache / 2**20, ",.2f"),
-    ]
-
-
-def _group_view(group: Sequence[CellSummary], seed: int) -> dict[str, Any]:
+def _group_view(group: Group, chart: Chart, *, seed: int) -> dict[str, Any]:
     several = len(_part_names(group, "by_length")) > 1
     return {
-        "title": _title(group),
-        "pareto": pareto_chart(group, title="Score against cost"),
+        "title": group.title,
+        "pareto": chart.svg,
         "matrices": _matrices(group),
-        "lengths": length_chart(group, title="Score by prompt length") if several else "",
+        "lengths": length_chart(group).svg if several else "",
         "examples": _examples(group, seed),
     }
 
 
-def _part_names(group: Sequence[CellSummary], parts: str) -> list[str]:
-    return sorted({name for summary in group for name in getattr(summary, parts)})
+def _part_names(group: Group, parts: str) -> list[str]:
+    return sorted({name for summary in group.summaries for name in getattr(summary, parts)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -294,31 +156,30 @@ class _Matrix:
     lines: Sequence[_Line]
 
 
-def _matrices(group: Sequence[CellSummary]) -> list[_Matrix]:
+def _matrices(group: Group) -> list[_Matrix]:
     """Of those that have more than one column."""
+    summaries = group.summaries
     matrices = []
     for title, parts in (("Score by kind", "by_kind"), ("Score by prompt tokens", "by_length")):
         names = _part_names(group, parts)
-        shades = [[_part_shade(getattr(s, parts).get(name)) for name in names] for s in group]
+        shades = [[_part_shade(getattr(s, parts).get(name)) for name in names] for s in summaries]
         heads = [name.strip() or "(none)" for name in names]
         matrices.append(_matrix(title, heads, group, shades))
-    counts = list(group[0].pass_at)
+    counts = list(summaries[0].pass_at)
     shades = [
-        [_shade(s.pass_at[k], hover="one of k attempts is right") for k in counts] for s in group
+        [_shade(s.pass_at[k], hover="one of k attempts is right") for k in counts]
+        for s in summaries
     ]
     matrices.append(_matrix("pass@k", [f"k={k}" for k in counts], group, shades))
     return [matrix for matrix in matrices if len(matrix.names) > 1]
 
 
 def _matrix(
-    title: str,
-    names: Sequence[str],
-    group: Sequence[CellSummary],
-    shades: Sequence[Sequence[_Shade]],
+    title: str, names: Sequence[str], group: Group, shades: Sequence[Sequence[_Shade]]
 ) -> _Matrix:
     lines = [
-        _Line(name=f"{s.number} {s.cell.policy_name}", parts=parts)
-        for s, parts in zip(group, shades, strict=True)
+        _Line(name=f"{s.number} {group.name(s)}", parts=parts)
+        for s, parts in zip(group.summaries, shades, strict=True)
     ]
     return _Matrix(title=title, names=names, lines=lines)
 
@@ -344,41 +205,42 @@ def _shade(share: float, *, hover: str, note: str = "") -> _Shade:
     return _Shade(text=text, long_text=text + note, color=color, hover=hover)
 
 
-def _examples(group: Sequence[CellSummary], seed: int) -> list[dict[str, Any]]:
+def _examples(group: Group, seed: int) -> list[dict[str, Any]]:
     """A few questions with every policy's first answer; those on which they differ come first."""
     first = [
-        {row["sample"]: row for row in summary.cell.rows if row["attempt"] == 0}
-        for summary in group
+        {answer["sample"]: answer for answer in summary.cell.answers if answer["attempt"] == 0}
+        for summary in group.summaries
     ]
     samples = list(first[0])
     random.Random(seed).shuffle(samples)
-    samples.sort(key=lambda sample: len({rows[sample]["accepted"] for rows in first}) < 2)
-    found = []
-    for sample in samples[:_EXAMPLES]:
-        row = first[0][sample]
-        found.append(
-            {
-                "sample": sample,
-                "kind": row["kind"],
-                "prompt_tokens": f"{row['prompt_tokens']:,}",
-                "question": _clipped(row["question"], 300),
-                "references": "; ".join(row["references"]),
-                "answers": [
-                    {
-                        "policy": f"{summary.number} {summary.cell.policy_name}",
-                        "accepted": rows[sample]["accepted"],
-                        "score": f"{rows[sample]['score']:.2f}",
-                        "num_tokens": rows[sample]["num_tokens"],
-                        "cut": rows[sample]["finish_reason"] == "length",
-                        "finished": rows[sample]["finished"],
-                        "reason": _clipped(rows[sample]["reason"], 120),
-                        "text": _clipped(rows[sample]["response"], _SHOWN) or "(nothing)",
-                    }
-                    for summary, rows in zip(group, first, strict=True)
-                ],
-            }
-        )
-    return found
+    samples.sort(key=lambda sample: len({answers[sample]["accepted"] for answers in first}) < 2)
+    return [
+        {
+            "sample": sample,
+            "kind": first[0][sample]["kind"],
+            "prompt_tokens": f"{first[0][sample]['prompt_tokens']:,}",
+            "question": _clipped(first[0][sample]["question"], 300),
+            "references": "; ".join(first[0][sample]["references"]),
+            "answers": [
+                _answer_view(f"{summary.number} {group.name(summary)}", answers[sample])
+                for summary, answers in zip(group.summaries, first, strict=True)
+            ],
+        }
+        for sample in samples[:_EXAMPLES]
+    ]
+
+
+def _answer_view(policy: str, answer: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "policy": policy,
+        "accepted": answer["accepted"],
+        "score": f"{answer['score']:.2f}",
+        "num_tokens": answer["num_tokens"],
+        "cut": answer["finish_reason"] == "length",
+        "finished": answer["finished"],
+        "reason": _clipped(answer["reason"], 120),
+        "text": _clipped(answer["response"], _SHOWN) or "(nothing)",
+    }
 
 
 def _clipped(text: str, limit: int) -> str:

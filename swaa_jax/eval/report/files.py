@@ -4,6 +4,7 @@ answers.jsonl, answers.parquet   every answer with its verdict
 results.json                     scores; equal for equal answers, however often a run was stopped
 run.json                         what was measured and what it was measured on
 report.html, report.md           for people
+score_against_cost.png           the report's charts
 """
 
 import dataclasses
@@ -15,10 +16,10 @@ from typing import Any
 from etils import epath
 
 from swaa_jax import storage
+from swaa_jax.eval.report.charts import group_chart, png
 from swaa_jax.eval.report.document import html_report, markdown_report
-from swaa_jax.eval.report.summary import CellSummary
-from swaa_jax.eval.run.config import PolicyEntry
-from swaa_jax.eval.run.evaluation import Evaluation
+from swaa_jax.eval.report.summary import CellSummary, group_summaries
+from swaa_jax.eval.run import Evaluation, PolicyEntry
 
 __all__ = ["SCHEMA_VERSION", "write_evaluation"]
 
@@ -29,16 +30,21 @@ _TITLE = "Attention policies compared"
 
 
 def write_evaluation(
-    evaluation: Evaluation, summaries: Sequence[CellSummary], *, command: str
+    evaluation: Evaluation, summaries: Sequence[CellSummary], *, command: str, title: str = _TITLE
 ) -> dict[str, epath.Path]:
     """Write all files into the evaluation's directory; each is complete or as it was before.
 
+    Args:
+        evaluation: what was asked and answered.
+        summaries: of its cells.
+        command: what ran it.
+        title: of the report.
+
     Returns:
-        Their paths by name.
+        The files' paths by name.
     """
     directory = epath.Path(evaluation.config.output_dir)
-    rows = [row for cell in evaluation.cells for row in cell.rows]
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    answers = [answer for cell in evaluation.cells for answer in cell.answers]
     provenance = {
         "schema_version": SCHEMA_VERSION,
         "command": command,
@@ -58,21 +64,27 @@ def write_evaluation(
         }
         for cell in evaluation.cells
     ]
-    report = {"title": _TITLE, "command": command}
+    groups = group_summaries(summaries)
+    charts = [group_chart(group) for group in groups]
+    about = {"title": title, "command": command}
+    results = {"schema_version": SCHEMA_VERSION, "cells": [s.to_dict() for s in summaries]}
+    run = {**provenance, "seconds": evaluation.seconds, "costs": costs}
+    page = html_report(evaluation, groups, charts=charts, provenance=provenance, **about)
     texts = {
-        "answers.jsonl": "".join(lines),
-        "results.json": _json(
-            {"schema_version": SCHEMA_VERSION, "cells": [s.to_dict() for s in summaries]}
-        ),
-        "run.json": _json({**provenance, "seconds": evaluation.seconds, "costs": costs}),
-        "report.md": markdown_report(evaluation, summaries, **report),
-        "report.html": html_report(evaluation, summaries, **report, provenance=provenance),
+        "answers.jsonl": "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in answers),
+        "results.json": _json(results),
+        "run.json": _json(run),
+        "report.md": markdown_report(evaluation, groups, **about),
+        "report.html": page,
     }
+    contents = {name: text.encode() for name, text in texts.items()}
+    contents["answers.parquet"] = _parquet(answers)
+    if charts:
+        contents["score_against_cost.png"] = png(charts)
     directory.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        storage.write_text_atomic(directory / name, text)
-    storage.write_bytes_atomic(directory / "answers.parquet", _parquet(rows))
-    return {name: directory / name for name in [*texts, "answers.parquet"]}
+    for name, content in contents.items():
+        storage.write_bytes_atomic(directory / name, content)
+    return {name: directory / name for name in contents}
 
 
 def _json(document: Mapping[str, Any]) -> str:
@@ -114,7 +126,7 @@ def _plain_config(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def _parquet(answers: Sequence[Mapping[str, Any]]) -> bytes:
     import pyarrow
     import pyarrow.parquet
 
@@ -142,7 +154,7 @@ def _parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
             ("reason", text),
         ]
     )
-    plain = [{**row, "info": json.dumps(row["info"], ensure_ascii=False)} for row in rows]
+    plain = [{**one, "info": json.dumps(one["info"], ensure_ascii=False)} for one in answers]
     buffer = io.BytesIO()
     table = pyarrow.Table.from_pylist(plain, schema=schema)
     pyarrow.parquet.write_table(table, buffer)

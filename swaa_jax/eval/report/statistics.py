@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["Interval", "bootstrap_interval", "paired_p_value", "pass_at_k"]
+__all__ = [
+    "Interval",
+    "bootstrap_interval",
+    "format_p",
+    "format_score",
+    "paired_p_value",
+    "pass_at_k",
+]
 
 CONFIDENCE = 0.95
 _RESAMPLES = 9_999
@@ -110,3 +117,21 @@ def pass_at_k(num_attempts: int, num_right: int, k: int) -> float:
             f"{num_right} right of {num_attempts}"
         )
     return 1.0 - math.comb(num_attempts - num_right, k) / math.comb(num_attempts, k)
+
+
+def format_score(score: Interval) -> str:
+    """A score and its interval in percent.
+
+    >>> format_score(Interval(mean=0.5, low=0.25, high=0.75))
+    '50.0% [25.0, 75.0]'
+    """
+    return f"{100 * score.mean:.1f}% [{100 * score.low:.1f}, {100 * score.high:.1f}]"
+
+
+def format_p(value: float) -> str:
+    """A p-value to three digits.
+
+    >>> format_p(0.02), format_p(1e-5)
+    ('0.020', '<0.001')
+    """
+    return "<0.001" if value < 0.001 else f"{value:.3f}"

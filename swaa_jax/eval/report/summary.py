@@ -1,13 +1,14 @@
 """What an evaluation's answers say: scores with intervals, by kind and by length, and tests."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from swaa_jax.eval.report.statistics import Interval, bootstrap_interval, paired_p_value, pass_at_k
-from swaa_jax.eval.run.evaluation import Cell, Evaluation
+from swaa_jax.eval.run import Cell, EvalConfig, Evaluation
 
-__all__ = ["CellSummary", "Part", "length_bin", "remarks", "summarize"]
+__all__ = ["CellSummary", "Group", "Part", "group_summaries", "length_bin", "summarize"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,8 @@ class CellSummary:
     """A cell in numbers. Shares and scores are 0 to 1; attempts at a sample count as their mean.
 
     Attributes:
-        number: its row in the table, from 1.
+        number: its line in the table, from 1.
+        baseline: the line that it is compared with, perhaps itself.
         cell: the answers.
         num_samples: asked and answered.
         score: of the judge; RULER's fraction of references found, else that of right answers.
@@ -39,6 +41,7 @@ class CellSummary:
     """
 
     number: int
+    baseline: int
     cell: Cell
     num_samples: int
     score: Interval
@@ -78,73 +81,98 @@ class CellSummary:
         }
 
 
-def summarize(evaluation: Evaluation) -> list[CellSummary]:
-    """A summary of each cell that has answers, in their order."""
-    config = evaluation.config
-    found = []
-    for cell in evaluation.cells:
-        if not cell.rows:
-            continue
-        samples = _by_sample(cell)
-        scores = _means(samples, "score")
-        interval = lambda values: bootstrap_interval(values, seed=config.seed)  # noqa: E731
-        baseline = _baseline(evaluation, cell)
-        difference = p_value = None
-        if baseline is not cell:
-            theirs = _means(_by_sample(baseline), "score")
-            difference = _mean(scores) - _mean(theirs)
-            p_value = paired_p_value(scores, theirs, seed=config.seed)
-        found.append(
-            CellSummary(
-                number=len(found) + 1,
-                cell=cell,
-                num_samples=len(samples),
-                score=interval(scores),
-                accepted=interval(_means(samples, "accepted")),
-                pass_at=_pass_at(samples),
-                unfinished=_mean([not row["finished"] for row in cell.rows]),
-                cut_off=_mean([row["finish_reason"] == "length" for row in cell.rows]),
-                mean_tokens=_mean([row["num_tokens"] for row in cell.rows]),
-                by_kind=_parts(samples, scores, lambda row: row["kind"], interval),
-                by_length=_parts(
-                    samples, scores, lambda row: length_bin(row["prompt_tokens"]), interval
-                ),
-                difference=difference,
-                p_value=p_value,
-            )
-        )
-    return found
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    """Cells that are compared with one baseline: of a checkpoint, one task and one mode.
 
-
-def remarks(summaries: Sequence[CellSummary], cells: Sequence[Cell]) -> list[str]:
-    """What to know before numbers are compared: policies that saw everything, answers cut off,
-    samples left out.
+    Attributes:
+        summaries: of the cells, in their order; the baseline is among them.
+        baseline: the one that the others are tested against.
     """
-    found = []
-    skipped = {f"{c.skipped} of {c.model}, {c.task}": None for c in cells if c.skipped}
-    if skipped:
-        found.append(
-            f"Samples left out, because they are longer than the model's context: "
-            f"{'; '.join(skipped)}."
-        )
-    seen = [s for s in summaries if not s.cell.policy.is_full and s.cell.cost.prefill_share >= 1]
-    if seen:
-        found.append(
-            f"{_rows_of(seen)}: no prompt is longer than the window, so these policies read all of "
-            "it as full attention does; compare them on longer prompts, or take smaller windows."
-        )
-    cut = [s for s in summaries if s.cut_off > 0.5]
-    if cut:
-        found.append(
-            f"{_rows_of(cut)}: more than half of the answers ended at their longest length; raise "
-            "max_new_tokens (or max_thinking_tokens)."
-        )
-    return found
+
+    summaries: tuple[CellSummary, ...]
+    baseline: CellSummary
+
+    @property
+    def others(self) -> list[CellSummary]:
+        """All but the baseline."""
+        return [summary for summary in self.summaries if summary is not self.baseline]
+
+    @property
+    def title(self) -> str:
+        """Checkpoint, task and mode."""
+        cell = self.baseline.cell
+        return f"{cell.model}: {cell.task}, {cell.mode}"
+
+    def name(self, summary: CellSummary) -> str:
+        """The policy's name; with the model's where that is another one's adapters."""
+        cell = summary.cell
+        same = cell.model == self.baseline.cell.model
+        return cell.policy_name if same else f"{cell.policy_name} ({cell.model})"
 
 
-def _rows_of(summaries: Sequence[CellSummary]) -> str:
-    numbers = ", ".join(str(summary.number) for summary in summaries)
-    return f"Row{'s' if len(summaries) > 1 else ''} {numbers}"
+def summarize(evaluation: Evaluation) -> list[CellSummary]:
+    """A summary of each cell that has answers: models, tasks and modes in their order, cells that
+    are compared with one baseline next to one another.
+    """
+    config = evaluation.config
+    cells = [cell for cell in evaluation.cells if cell.answers]
+    baselines = [_baseline(config, cells, cell) for cell in cells]
+    order = sorted(range(len(cells)), key=lambda index: (baselines[index], index))
+    numbers = {index: number for number, index in enumerate(order, start=1)}
+    return [
+        _summary(
+            cells[index],
+            cells[baselines[index]],
+            number=numbers[index],
+            baseline=numbers[baselines[index]],
+            seed=config.seed,
+        )
+        for index in order
+    ]
+
+
+def group_summaries(summaries: Sequence[CellSummary]) -> list[Group]:
+    """The groups, in the order of the rows."""
+    by_number = {summary.number: summary for summary in summaries}
+    members: dict[int, list[CellSummary]] = {}
+    for summary in summaries:
+        members.setdefault(summary.baseline, []).append(summary)
+    return [
+        Group(summaries=tuple(group), baseline=by_number[number])
+        for number, group in members.items()
+    ]
+
+
+def _summary(
+    cell: Cell, compared_with: Cell, *, number: int, baseline: int, seed: int
+) -> CellSummary:
+    interval = functools.partial(bootstrap_interval, seed=seed)
+    samples = _by_sample(cell)
+    scores = _means(samples, "score")
+    difference = p_value = None
+    if compared_with is not cell:
+        theirs = _means(_by_sample(compared_with), "score")
+        difference = _mean(scores) - _mean(theirs)
+        p_value = paired_p_value(scores, theirs, seed=seed)
+    return CellSummary(
+        number=number,
+        baseline=baseline,
+        cell=cell,
+        num_samples=len(samples),
+        score=interval(scores),
+        accepted=interval(_means(samples, "accepted")),
+        pass_at=_pass_at(samples),
+        unfinished=_mean([not answer["finished"] for answer in cell.answers]),
+        cut_off=_mean([answer["finish_reason"] == "length" for answer in cell.answers]),
+        mean_tokens=_mean([answer["num_tokens"] for answer in cell.answers]),
+        by_kind=_parts(samples, scores, lambda answer: answer["kind"], interval),
+        by_length=_parts(
+            samples, scores, lambda answer: length_bin(answer["prompt_tokens"]), interval
+        ),
+        difference=difference,
+        p_value=p_value,
+    )
 
 
 def length_bin(num_tokens: int) -> str:
@@ -163,13 +191,13 @@ Samples = Sequence[Sequence[Mapping[str, Any]]]
 def _by_sample(cell: Cell) -> Samples:
     """The attempts at each sample, in the samples' order."""
     samples: dict[str, list[Mapping[str, Any]]] = {}
-    for row in cell.rows:
-        samples.setdefault(row["sample"], []).append(row)
+    for answer in cell.answers:
+        samples.setdefault(answer["sample"], []).append(answer)
     return list(samples.values())
 
 
 def _means(samples: Samples, field: str) -> list[float]:
-    return [_mean([row[field] for row in attempts]) for attempts in samples]
+    return [_mean([answer[field] for answer in attempts]) for attempts in samples]
 
 
 def _mean(values: Sequence[Any]) -> float:
@@ -183,7 +211,9 @@ def _pass_at(samples: Samples) -> dict[int, float]:
         return {}
     counts = sorted({*(1 << n for n in range(attempts.bit_length())), attempts})
     return {
-        k: _mean([pass_at_k(attempts, sum(row["accepted"] for row in one), k) for one in samples])
+        k: _mean(
+            [pass_at_k(attempts, sum(answer["accepted"] for answer in one), k) for one in samples]
+        )
         for k in counts
         if k <= attempts
     }
@@ -204,14 +234,21 @@ def _parts(
     }
 
 
-def _baseline(evaluation: Evaluation, cell: Cell) -> Cell:
-    """The cell that this one is tested against: the same model, task and mode."""
-    peers = [
-        other
-        for other in evaluation.cells
-        if (other.model, other.task, other.thinking) == (cell.model, cell.task, cell.thinking)
-    ]
-    name = evaluation.config.baseline
-    named = [other for other in peers if other.policy_name == name]
-    full = [other for other in peers if other.policy.is_full]
-    return [*named, *full, *peers][0]
+def _baseline(config: EvalConfig, cells: Sequence[Cell], cell: Cell) -> int:
+    """The index of the cell that this one is tested against, of the same task and mode.
+
+    It is the named baseline, else full attention, of the same model, else of the same checkpoint
+    without adapters; else the model's first cell.
+    """
+
+    def peers(model: str) -> list[int]:
+        asked = (model, cell.task, cell.thinking)
+        return [i for i, c in enumerate(cells) if (c.model, c.task, c.thinking) == asked]
+
+    own = peers(cell.model)
+    for indices in (own, peers(config.without_adapter(cell.model))):
+        named = [i for i in indices if cells[i].policy_name == config.baseline]
+        full = [i for i in indices if cells[i].policy.is_full]
+        if named or full:
+            return (named or full)[0]
+    return own[0]

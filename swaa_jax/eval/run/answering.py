@@ -6,11 +6,12 @@ policies that read a prompt alike          one prefill          each decodes for
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from swaa_jax.infer import (
-    DecodeOptions,
+    GenerateOptions,
     Generation,
     Prefilled,
     check_prompts,
@@ -18,7 +19,13 @@ from swaa_jax.infer import (
     decode_from,
     prefill_prompts,
 )
+from swaa_jax.infer.generate import pad_token_id
+from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy, LayerAttention
+from swaa_jax.progress import ShowProgress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Answers", "answer_prompts", "even_batches", "resolve_all"]
 
@@ -44,15 +51,15 @@ class Answers:
 
 
 def answer_prompts(
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[Sequence[int]],
     policies: Sequence[AttentionPolicy],
     *,
     batches: Sequence[Sequence[int]],
-    options: DecodeOptions,
+    options: GenerateOptions,
     skip: Callable[[AttentionPolicy, int], bool] | None = None,
-    progress: Callable[[str, float], None] | None = None,
+    progress: ShowProgress | None = None,
 ) -> Iterator[Answers]:
     """Answer prompts under each policy, yielding each policy's batches as they are done.
 
@@ -83,11 +90,11 @@ def answer_prompts(
         for number in range(len(batches))
         if skip is None or not skip(policy, number)
     }
-    pad_id = getattr(tokenizer, "pad_token_id", None) or 0
+    pad_id = pad_token_id(tokenizer)
     warm_up = dataclasses.replace(
         options, max_new_tokens=min(2, options.max_new_tokens), ignore_eos=True
     )
-    warmed: set[tuple[Any, ...]] = set()
+    warmed: set[tuple[AttentionPolicy, tuple[int, ...], int]] = set()
     work = sum(len(batches[number]) for _, number in wanted)
     work += sum(
         PREFILL_WEIGHT * len(rows)
@@ -130,7 +137,7 @@ def answer_prompts(
 
 
 def resolve_all(
-    model: Any, policies: Sequence[AttentionPolicy]
+    model: CausalLM, policies: Sequence[AttentionPolicy]
 ) -> list[tuple[LayerAttention, ...]]:
     """Each policy's layers.
 
@@ -176,7 +183,7 @@ class _PrefillGroup:
     reader: AttentionPolicy
 
 
-def _prefill_groups(model: Any, policies: Sequence[AttentionPolicy]) -> list[_PrefillGroup]:
+def _prefill_groups(model: CausalLM, policies: Sequence[AttentionPolicy]) -> list[_PrefillGroup]:
     groups: dict[tuple[LayerAttention, ...], list[AttentionPolicy]] = {}
     for policy, layers in zip(policies, resolve_all(model, policies), strict=True):
         reads_as = tuple(dataclasses.replace(layer, full_decode=False) for layer in layers)
@@ -191,21 +198,36 @@ def _prefill_groups(model: Any, policies: Sequence[AttentionPolicy]) -> list[_Pr
     ]
 
 
-def _prefill(model: Any, prompts: list[Sequence[int]], **options: Any) -> Prefilled:
+def _prefill(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    row_ids: Sequence[int],
+    pad_id: int,
+) -> Prefilled:
     """`prefill_prompts`; where it had to compile, a second run is the one that is timed."""
+    read = functools.partial(
+        prefill_prompts,
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        row_ids=row_ids,
+        pad_id=pad_id,
+    )
     before = compile_counts()
-    prefilled = prefill_prompts(model, prompts, **options)
+    prefilled = read()
     if compile_counts() == before:
         return prefilled
     compile_s = prefilled.compile_s
     del prefilled  # its caches
-    return dataclasses.replace(prefill_prompts(model, prompts, **options), compile_s=compile_s)
+    return dataclasses.replace(read(), compile_s=compile_s)
 
 
 class _Done:
     """Adds up finished work and tells `progress`."""
 
-    def __init__(self, progress: Callable[[str, float], None] | None, *, total: float):
+    def __init__(self, progress: ShowProgress | None, *, total: float):
         self._progress, self._total = progress, total
         self._finished, self._what = 0.0, ""
 

@@ -1,23 +1,49 @@
 """`EvalConfig`: which models, under which policies, are asked what, from one file."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from etils import epath
 
-from swaa_jax._policy_fields import check_keys, describe, field_setter, integer, parse_yaml
-from swaa_jax.configs import load_policy
 from swaa_jax.eval.tasks import Task, make_task
-from swaa_jax.policy import AttentionPolicy
-from swaa_jax.train.run_config import with_overrides
+from swaa_jax.fields import (
+    Check,
+    check_fields,
+    check_keys,
+    from_mapping,
+    integer,
+    list_of,
+    mapping,
+    number,
+    one_of,
+    or_none,
+    parse_yaml,
+    text,
+    with_overrides,
+    wrong,
+)
+from swaa_jax.policy import AttentionPolicy, load_policy
 from swaa_jax.typing import PathLike
 
-__all__ = ["EvalConfig", "ModelEntry", "PolicyEntry", "Setting", "TaskEntry", "policy_entry"]
+__all__ = [
+    "EvalConfig",
+    "ModelEntry",
+    "PolicyEntry",
+    "Setting",
+    "TaskEntry",
+    "policy_entry",
+    "read_document",
+    "task_entry",
+]
+
+T = TypeVar("T")
 
 _NOTES = ("description", "source")
-_DTYPES = ("bfloat16", "float32", "float16")
+_WHAT_TO_SAY = (
+    "say which checkpoints (models: [...]) under which policies (policies: [full, ...]) are asked "
+    "what (tasks: [{task: qa, files: mine.jsonl}]), and where the results go (output_dir)"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,10 +65,7 @@ class ModelEntry:
     config_overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.path, str) or not self.path:
-            raise ValueError(f"models: expected a checkpoint's path, got {describe(self.path)}.")
-        if self.name is not None:
-            field_setter(self)("name", str(self.name))
+        check_fields(self, path=text, name=_name, config_overrides=mapping)
 
     @property
     def label(self) -> str:
@@ -77,6 +100,9 @@ class TaskEntry:
     judge: Mapping[str, Any] | None = None
     max_new_tokens: int | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self, judge=or_none(mapping), max_new_tokens=or_none(integer(least=1)))
+
     @property
     def judge_settings(self) -> dict[str, Any]:
         """What `make_judge` is given; a part of it, without a name, changes the task's own."""
@@ -96,6 +122,11 @@ class Setting:
     models: tuple[ModelEntry, ...]
     policies: tuple[PolicyEntry | Mapping[str, Any], ...]
 
+    def __post_init__(self) -> None:
+        _distinct("models", [model.label for model in self.models])
+        entries = [entry for entry in self.policies if isinstance(entry, PolicyEntry)]
+        _distinct("policies", [entry.name for entry in entries])
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
@@ -106,7 +137,8 @@ class EvalConfig:
         tasks: what all of them are asked.
         output_dir: where everything goes; what is there already is not done again.
         thinking: the modes of the chat template's `enable_thinking`.
-        max_thinking_tokens: added to an answer's longest length where the model thinks.
+        max_thinking_tokens: added to an answer's longest length where the model thinks; 0: that
+            length holds for thinking and answer together.
         attempts: answers to each sample; more than one wants a temperature.
         temperature, top_k, top_p: how tokens are drawn; 0 is greedy.
         seed: of the draws, the resampling, and the choice of shown examples.
@@ -142,78 +174,71 @@ class EvalConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        put = field_setter(self)
-        for name in ("attempts", "batch_size", "max_thinking_tokens"):
-            put(name, integer(name, getattr(self, name), minimum=1))
-        put("skip_samples", integer("skip_samples", self.skip_samples, minimum=0))
-        if self.limit is not None:
-            put("limit", integer("limit", self.limit, minimum=1))
-        if self.attempts > 1 and not self.temperature:
+        if self.attempts != 1 and not self.temperature:
             raise ValueError(
                 f"attempts: expected 1 at temperature 0, where all answers are the same, got "
-                f"{self.attempts}; set temperature, as in temperature=1."
+                f"{self.attempts}; set temperature, as in temperature=1"
             )
-        if self.too_long not in ("error", "skip"):
-            raise ValueError(
-                f'too_long: expected "error" or "skip"; got {describe(self.too_long)}.'
-            )
-        if self.dtype is not None and self.dtype not in _DTYPES:
-            raise ValueError(
-                f"dtype: expected one of {', '.join(_DTYPES)}; got {describe(self.dtype)}."
-            )
-        if not self.thinking or not all(isinstance(mode, bool) for mode in self.thinking):
-            raise ValueError(
-                f"thinking: expected true, false or a list of both; got {describe(self.thinking)}."
-            )
-        put("thinking", tuple(dict.fromkeys(self.thinking)))
+        check_fields(
+            self,
+            tasks=_several(task_entry),
+            thinking=_modes,
+            max_thinking_tokens=integer(least=0),
+            attempts=integer(least=1),
+            temperature=number(least=0),
+            seed=integer(least=0),
+            batch_size=integer(least=1),
+            skip_samples=integer(least=0),
+            limit=or_none(integer(least=1)),
+            too_long=one_of("error", "skip"),
+            dtype=or_none(one_of("bfloat16", "float32", "float16")),
+        )
+        _distinct("tasks", [entry.name for entry in self.tasks])
         known: dict[str, ModelEntry] = {}
         for model in (model for setting in self.settings for model in setting.models):
             if known.setdefault(model.label, model) != model:
                 raise ValueError(
                     f"models: expected distinct names, got {model.label!r} for {model.path} and "
-                    f"for {known[model.label].path}; give one a name, {{path: ..., name: ...}}."
+                    f"for {known[model.label].path}; give one a name, {{path: ..., name: ...}}"
                 )
-        if not self.tasks:
-            raise ValueError("tasks: expected at least one, got none.")
-        _check_distinct("tasks", [entry.name for entry in self.tasks])
+
+    def without_adapter(self, label: str) -> str:
+        """The label of the same checkpoint without adapters, where it is among the models."""
+        entries = {m.label: m for setting in self.settings for m in setting.models}
+        if label not in entries or entries[label].adapter is None:
+            return label
+        bare = dataclasses.replace(entries[label], adapter=None, name=None)
+        same = (
+            name for name, entry in entries.items() if dataclasses.replace(entry, name=None) == bare
+        )
+        return next(same, label)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "EvalConfig":
         """A config from plain data.
 
         `models` and `policies` are lists, every model under every policy; or `settings` is a list
-        of such pairs. A model is a path or a mapping of `ModelEntry`'s fields; a policy a shipped
-        name, a file, or a mapping of `AttentionPolicy`'s fields with perhaps a `name`; a task a
-        mapping of `task` (its kind), the task's own settings, and perhaps `name`, `judge` and
+        of such pairs. A model is a path or a mapping of `ModelEntry`'s fields; a policy is what
+        `load_policy` takes, a mapping of its fields perhaps with a `name`; a task a mapping of
+        `task` (its kind), the task's own settings, and perhaps `name`, `judge` and
         `max_new_tokens`.
 
         Raises:
             ValueError: an unknown key (the nearest one is named), or a value that does not fit.
         """
-        if not isinstance(fields, Mapping):
-            raise ValueError(f"An evaluation's config is a mapping; got {describe(fields)}.")
-        fields = {key: value for key, value in fields.items() if key not in _NOTES}
-        known = [field.name for field in dataclasses.fields(cls)] + ["models", "policies"]
-        check_keys(fields, known, what="evaluation's config")
-        missing = [name for name in ("tasks", "output_dir") if not fields.get(name)]
-        if "settings" not in fields:
-            missing += [name for name in ("models", "policies") if not fields.get(name)]
-        if missing:
-            raise ValueError(
-                f"The evaluation's config has no {' and no '.join(missing)}. Say which checkpoints "
-                "(models: [...]) under which policies (policies: [full, ...]) are asked what "
-                "(tasks: [{task: qa, files: mine.jsonl}]), and where the results go (output_dir)."
-            )
-        built = {k: v for k, v in fields.items() if k not in ("models", "policies")}
-        settings = fields.get("settings") or [
-            {"models": fields["models"], "policies": fields["policies"]}
-        ]
-        built["settings"] = tuple(_setting(entry) for entry in _list("settings", settings))
-        built["tasks"] = tuple(task_entry(entry) for entry in _list("tasks", fields["tasks"]))
-        if "thinking" in fields:
-            modes = fields["thinking"]
-            built["thinking"] = tuple(modes) if isinstance(modes, list | tuple) else (modes,)
-        return cls(**built)
+        values = mapping("evaluation", fields)
+        values = {key: value for key, value in values.items() if key not in _NOTES}
+        if "settings" not in values:
+            pair = {key: values.pop(key, None) for key in ("models", "policies")}
+            missing = [key for key, value in pair.items() if not value]
+            if missing:
+                raise ValueError(
+                    f"evaluation: expected a value for {' and '.join(missing)}, got none; "
+                    f"{_WHAT_TO_SAY}"
+                )
+            values["settings"] = [pair]
+        readers = {"settings": _several(_setting)}
+        return from_mapping(cls, values, "evaluation", readers=readers, advice=_WHAT_TO_SAY)
 
     @classmethod
     def load(cls, path: PathLike, overrides: Sequence[str] = ()) -> "EvalConfig":
@@ -234,130 +259,117 @@ class EvalConfig:
             raise ValueError(f"{path}: {error}") from error
 
 
-def read_document(text: str) -> dict[str, Any]:
+def read_document(document: str) -> dict[str, Any]:
     """Plain data in this config's form, from YAML or from the reference's JSON."""
-    document = parse_yaml(text)  # JSON is YAML
-    if isinstance(document, Mapping) and "settings_list" in document:
-        rest = {key: value for key, value in document.items() if key != "settings_list"}
-        return {**rest, **read_document(json.dumps(document["settings_list"]))}
-    if isinstance(document, Mapping) and "swaa_config" in document:
-        document = [document]
-    if isinstance(document, Sequence) and not isinstance(document, str):
-        settings = []
-        for number, entry in enumerate(document):
-            if not isinstance(entry, Mapping) or "swaa_config" not in entry:
-                raise ValueError(
-                    f"setting {number}: expected {{swaa_config: ..., model_list: [...]}} as in the "
-                    f"paper's reference code, got {describe(entry)}."
-                )
-            check_keys(entry, ("swaa_config", "model_list"), what="SWAA setting")
-            configs = entry["swaa_config"]
-            settings.append(
-                {
-                    "models": entry.get("model_list") or [],
-                    "policies": [
-                        {"swaa_config": one}
-                        for one in ([configs] if isinstance(configs, Mapping) else configs)
-                    ],
-                }
+    found = parse_yaml(document)  # JSON is YAML
+    if isinstance(found, Mapping) and "settings_list" in found:
+        rest = {key: value for key, value in found.items() if key != "settings_list"}
+        return rest | _of_reference(found["settings_list"])
+    if isinstance(found, list) or (isinstance(found, Mapping) and "swaa_config" in found):
+        return _of_reference(found)
+    return mapping("evaluation", found)
+
+
+def _of_reference(entries: Any) -> dict[str, Any]:
+    """The settings of the paper's reference code."""
+
+    def setting(name: str, entry: Any) -> dict[str, Any]:
+        if not isinstance(entry, Mapping) or "swaa_config" not in entry:
+            raise wrong(
+                name, "{swaa_config: ..., model_list: [...]} as in the reference code", entry
             )
-        return {"settings": settings}
-    if not isinstance(document, Mapping):
-        raise ValueError(f"An evaluation's config is a mapping; got {describe(document)}.")
-    return dict(document)
+        check_keys(name, entry, ("swaa_config", "model_list"))
+        configs = entry["swaa_config"]
+        return {
+            "models": entry.get("model_list") or [],
+            "policies": [
+                {"swaa_config": one}
+                for one in ([configs] if isinstance(configs, Mapping) else configs)
+            ],
+        }
+
+    return {"settings": list(_several(setting)("settings", entries))}
 
 
-def policy_entry(entry: Any) -> PolicyEntry | Mapping[str, Any]:
-    """A policy from a shipped name, a file, or fields."""
+def policy_entry(name: str, entry: Any) -> PolicyEntry | Mapping[str, Any]:
+    """A policy in any form that `load_policy` reads; or the reference's configuration."""
     if isinstance(entry, PolicyEntry):
         return entry
-    if isinstance(entry, str):
-        return PolicyEntry(name=entry, policy=load_policy(entry))
-    if isinstance(entry, AttentionPolicy):
-        return PolicyEntry(name=str(entry), policy=entry)
-    if not isinstance(entry, Mapping):
-        raise ValueError(
-            f"policies: expected a name, a file or a mapping of fields, got {describe(entry)}."
-        )
-    if "swaa_config" in entry:
+    if isinstance(entry, Mapping) and "swaa_config" in entry:
         AttentionPolicy.from_swaa_config(entry)  # what is wrong with it shows now
         return dict(entry)
-    fields = dict(entry)
-    name = fields.pop("name", None)
-    policy = AttentionPolicy.from_dict(fields)
-    return PolicyEntry(name=str(name or policy), policy=policy)
+    fields = dict(entry) if isinstance(entry, Mapping) else entry
+    given = fields.pop("name", None) if isinstance(fields, dict) else None
+    try:
+        policy = load_policy(fields)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if isinstance(entry, str) and "=" not in entry:
+        given = entry
+    return PolicyEntry(name=str(given or policy), policy=policy)
 
 
-def task_entry(entry: Any) -> TaskEntry:
-    """A task from its kind and settings."""
+def task_entry(name: str, entry: Any) -> TaskEntry:
+    """A task from its kind, or from a mapping of its kind and settings."""
     if isinstance(entry, TaskEntry):
         return entry
-    if isinstance(entry, str):
-        entry = {"task": entry}
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("task"), str):
-        raise ValueError(
-            f"tasks: expected a mapping such as {{task: qa, files: mine.jsonl}}, got "
-            f"{describe(entry)}."
-        )
-    fields = dict(entry)
-    kind, own = fields.pop("task"), {}
-    for key in ("name", "judge", "max_new_tokens"):
-        if key in fields:
-            own[key] = fields.pop(key)
-    if own.get("name") is None:
-        own.pop("name", None)
-    else:
-        own["name"] = str(own["name"])
-    if isinstance(own.get("judge"), str):
-        own["judge"] = {"name": own["judge"]}
-    if own.get("max_new_tokens") is not None:
-        own["max_new_tokens"] = integer("max_new_tokens", own["max_new_tokens"], minimum=1)
-    task = make_task(kind, **fields)
-    return TaskEntry(task=task, **{"name": task.label, **own})
+    fields = {"task": entry} if isinstance(entry, str) else entry
+    if not isinstance(fields, Mapping) or not isinstance(fields.get("task"), str):
+        raise wrong(name, "a mapping such as {task: qa, files: mine.jsonl}", entry)
+    settings: dict[str, Any] = dict(fields)
+    kind = settings.pop("task")
+    given, judge = settings.pop("name", None), settings.pop("judge", None)
+    longest = settings.pop("max_new_tokens", None)
+    task = make_task(kind, **settings)
+    return TaskEntry(
+        name=_name("name", given) or task.label,
+        task=task,
+        judge={"name": judge} if isinstance(judge, str) else judge,
+        max_new_tokens=longest,
+    )
 
 
-def _setting(entry: Any) -> Setting:
+def _setting(name: str, entry: Any) -> Setting:
     if isinstance(entry, Setting):
         return entry
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"settings: expected mappings, got {describe(entry)}.")
-    check_keys(entry, ("models", "policies"), what="evaluation's setting")
-    setting = Setting(
-        models=tuple(_model(one) for one in _list("models", entry.get("models"))),
-        policies=tuple(policy_entry(one) for one in _list("policies", entry.get("policies"))),
-    )
-    _check_distinct("models", [model.label for model in setting.models])
-    names = [entry.name for entry in setting.policies if isinstance(entry, PolicyEntry)]
-    _check_distinct("policies", names)
-    return setting
+    readers = {"models": _several(_model), "policies": _several(policy_entry)}
+    return from_mapping(Setting, entry, name, readers=readers)
 
 
-def _model(entry: Any) -> ModelEntry:
+def _model(name: str, entry: Any) -> ModelEntry:
     if isinstance(entry, ModelEntry):
         return entry
-    if isinstance(entry, str):
-        return ModelEntry(path=entry)
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"models: expected a path or a mapping, got {describe(entry)}.")
-    known = [field.name for field in dataclasses.fields(ModelEntry)]
-    check_keys(entry, known, what="model's entry")
-    if "path" not in entry:
-        raise ValueError(f"models: expected a path in each entry, got {dict(entry)}.")
-    return ModelEntry(**entry)
+    return from_mapping(ModelEntry, {"path": entry} if isinstance(entry, str) else entry, name)
 
 
-def _list(name: str, value: Any) -> Sequence[Any]:
-    if isinstance(value, str | Mapping):
-        return [value]
-    if not isinstance(value, Sequence) or not value:
-        raise ValueError(f"{name}: expected a list of at least one, got {describe(value)}.")
-    return value
+def _several(item: Check[T]) -> Check[tuple[T, ...]]:
+    """A list of at least one; what is no list is one of its items."""
+
+    def check(name: str, value: Any) -> tuple[T, ...]:
+        found = list_of(item)(name, value if isinstance(value, list | tuple) else [value])
+        if not found:
+            raise wrong(name, "at least one", value)
+        return found
+
+    return check
 
 
-def _check_distinct(what: str, names: Sequence[str]) -> None:
+def _modes(name: str, value: Any) -> tuple[bool, ...]:
+    modes = value if isinstance(value, list | tuple) else [value]
+    if not modes or not all(isinstance(mode, bool) for mode in modes):
+        raise wrong(name, "true, false or a list of both", value)
+    return tuple(dict.fromkeys(modes))
+
+
+def _name(name: str, value: Any) -> str | None:
+    """A text; numbers, as YAML has them, are written out."""
+    return None if value is None else text(name, str(value))
+
+
+def _distinct(what: str, names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(
                 f"{what}: expected distinct names, got {name!r} twice; give one of them a name of "
-                "its own (name: ...)."
+                "its own (name: ...)"
             )

@@ -11,7 +11,6 @@ A file is there in full or not at all: a run that was killed loses the batch tha
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,21 +19,12 @@ from etils import epath
 
 from swaa_jax import runtime, storage
 from swaa_jax.infer import Timings
+from swaa_jax.runs import fingerprint
 from swaa_jax.typing import PathLike
 
-__all__ = ["AnswerBatch", "CellStore", "fingerprint"]
+__all__ = ["AnswerBatch", "CellStore"]
 
 _TIMING_FIELDS = tuple(field.name for field in dataclasses.fields(Timings))
-
-
-def fingerprint(content: Any) -> str:
-    """Sixteen hexadecimal digits that differ when the content (JSON's types) does.
-
-    >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
-    True
-    """
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

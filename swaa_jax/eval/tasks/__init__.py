@@ -1,7 +1,5 @@
 """What models are asked. Each task is a small file; `docs/add-a-task.md` says how to add one."""
 
-import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +8,7 @@ from swaa_jax.eval.tasks.longmemeval import LongMemEvalTask
 from swaa_jax.eval.tasks.question_answering import QaTask
 from swaa_jax.eval.tasks.ruler.task import RulerTask
 from swaa_jax.eval.tasks.task import Sample, Task, encode_sample, opens_thinking
+from swaa_jax.fields import from_mapping, one_of
 
 __all__ = [
     "Sample",
@@ -43,21 +42,5 @@ def make_task(name: str, **settings: Any) -> Task:
     Raises:
         ValueError: no such task, or a setting that it does not have; the nearest one is named.
     """
-    if name not in TASKS:
-        raise ValueError(f"task: expected one of {', '.join(TASKS)}{_nearest(name, TASKS)}")
-    fields = [field.name for field in dataclasses.fields(TASKS[name])]
-    for setting in settings:
-        if setting not in fields:
-            raise ValueError(
-                f"task {name}: expected settings among {', '.join(fields)}"
-                f"{_nearest(setting, fields)}"
-            )
-    try:
-        return TASKS[name](**settings)
-    except TypeError as error:
-        raise ValueError(f"task {name}: {error}") from None
-
-
-def _nearest(given: str, known: Any) -> str:
-    near = difflib.get_close_matches(str(given), list(known), n=1)
-    return f", got {given!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    one_of(*TASKS)("task", name)
+    return from_mapping(TASKS[name], settings, f"task {name}")

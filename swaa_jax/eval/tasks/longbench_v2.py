@@ -1,6 +1,6 @@
 """LongBench v2: questions about long documents with four choices (arXiv 2412.15204).
 
-Reads the published layout: `data.json` of THUDM/LongBench-v2, or the same rows as JSON lines or
+Reads the published layout: `data.json` of THUDM/LongBench-v2, or the same records as JSON lines or
 parquet. The prompt is the benchmark's own for zero-shot answers.
 """
 
@@ -8,11 +8,15 @@ import dataclasses
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from swaa_jax._policy_fields import field_setter, integer
-from swaa_jax.eval.tasks._files import FileTask, Row
+from swaa_jax.eval.tasks.files import FileTask
 from swaa_jax.eval.tasks.task import Sample
+from swaa_jax.fields import Check, check_fields, integer, list_of, one_of, or_none, texts, wrong
+from swaa_jax.records import Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["LongBenchV2Task"]
 
@@ -72,26 +76,14 @@ class LongBenchV2Task(FileTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        put = field_setter(self)
-        if self.max_tokens is not None:
-            put("max_tokens", integer("max_tokens", self.max_tokens, minimum=1))
-        for name, known in (
-            ("length", ("short", "medium", "long")),
-            ("difficulty", ("easy", "hard")),
-            ("domain", None),
-        ):
-            wanted = getattr(self, name)
-            if wanted is None:
-                continue
-            wanted = (wanted,) if isinstance(wanted, str) else tuple(wanted)
-            if not wanted or (known and not set(wanted) <= set(known)):
-                expected = f"some of {', '.join(known)}" if known else "at least one"
-                raise ValueError(
-                    f"{name}: expected {expected}, got {', '.join(map(str, wanted)) or 'none'}"
-                )
-            put(name, wanted)
-        if self.kind not in _KINDS:
-            raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {self.kind!r}")
+        check_fields(
+            self,
+            max_tokens=or_none(integer(least=1)),
+            length=_some("short", "medium", "long"),
+            difficulty=_some("easy", "hard"),
+            domain=_some(),
+            kind=one_of(*_KINDS),
+        )
 
     @property
     def label(self) -> str:
@@ -101,13 +93,13 @@ class LongBenchV2Task(FileTask):
             parts.append(f"up to {self.max_tokens}")
         return " ".join([self.name, *parts])
 
-    def samples(self, tokenizer: Any, *, thinking: bool) -> list[Sample]:
+    def samples(self, tokenizer: "PreTrainedTokenizerBase", *, thinking: bool) -> list[Sample]:
         """See `Task.samples`."""
         del thinking
         found: list[Sample] = []
         filtered = too_long = 0
-        for row in self.rows():
-            sample = self._sample(row)
+        for record in self.records():
+            sample = self._sample(record)
             if not self._is_wanted(sample):
                 filtered += 1
             elif not self._fits(sample.messages[0]["content"], tokenizer):
@@ -133,19 +125,21 @@ class LongBenchV2Task(FileTask):
             )
         return found
 
-    def _sample(self, row: Row) -> Sample:
-        choices = {name: row.text(f"choice_{name}").strip() for name in _CHOICES}
-        answer = row.text("answer").strip()
+    def _sample(self, record: Record) -> Sample:
+        choices = {name: record.text(f"choice_{name}").strip() for name in _CHOICES}
+        answer = record.text("answer").strip()
         if answer not in _CHOICES:
-            raise row.wrong("answer", "A, B, C or D", answer)
-        question = row.text("question").strip()
-        parts = {"DOC": row.text("context").strip(), "Q": question}
+            raise record.wrong("answer", "A, B, C or D", answer)
+        question = record.text("question").strip()
+        parts = {"DOC": record.text("context").strip(), "Q": question}
         parts.update({f"C_{name}": text for name, text in choices.items()})
         # In one pass: a document may have the marks in it.
         prompt = re.sub(r"\$(DOC|Q|C_[A-D])\$", lambda mark: parts[mark[1]], _PROMPT)
-        info = {name: row.text(name) for name in ("domain", "sub_domain", "difficulty", "length")}
+        info = {
+            name: record.text(name) for name in ("domain", "sub_domain", "difficulty", "length")
+        }
         return Sample(
-            id=row.text("_id"),
+            id=record.text("_id"),
             messages=({"role": "user", "content": prompt},),
             references=(answer,),
             question="\n".join([question, *(f"({k}) {v}" for k, v in choices.items())]),
@@ -157,7 +151,7 @@ class LongBenchV2Task(FileTask):
         wanted = {name: getattr(self, name) for name in _KINDS}
         return all(values is None or sample.info[name] in values for name, values in wanted.items())
 
-    def _fits(self, text: str, tokenizer: Any) -> bool:
+    def _fits(self, text: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
         if self.max_tokens is None:
             return True
         # Of a book of a million words the beginning tells.
@@ -167,3 +161,17 @@ class LongBenchV2Task(FileTask):
             if len(part) == len(text):
                 break
         return True
+
+
+def _some(*known: str) -> Check[tuple[str, ...] | None]:
+    """None, or one text or several: some of the known ones, if there are such."""
+
+    def check(name: str, value: Any) -> tuple[str, ...] | None:
+        if value is None:
+            return None
+        found = texts(name, value)
+        if not found:
+            raise wrong(name, "at least one", value)
+        return list_of(one_of(*known))(name, found) if known else found
+
+    return check

@@ -13,11 +13,16 @@ import logging
 import random
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from swaa_jax._policy_fields import field_setter, integer
-from swaa_jax.eval.tasks._files import FileTask, Row
+from swaa_jax.eval.tasks.files import FileTask
 from swaa_jax.eval.tasks.task import Sample
+from swaa_jax.examples import read_example
+from swaa_jax.fields import check_fields, integer
+from swaa_jax.records import DataError, Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["LongMemEvalTask"]
 
@@ -94,10 +99,9 @@ class LongMemEvalTask(FileTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        put = field_setter(self)
-        put("min_tokens", integer("min_tokens", self.min_tokens, minimum=0))
-        put("max_tokens", integer("max_tokens", self.max_tokens, minimum=1))
-        put("seed", integer("seed", self.seed, minimum=0))
+        check_fields(
+            self, min_tokens=integer(least=0), max_tokens=integer(least=1), seed=integer(least=0)
+        )
         if self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens: expected at most max_tokens={self.max_tokens}, got {self.min_tokens}"
@@ -108,11 +112,11 @@ class LongMemEvalTask(FileTask):
         """With the range of lengths."""
         return f"{self.name} {self.min_tokens}-{self.max_tokens}"
 
-    def samples(self, tokenizer: Any, *, thinking: bool) -> list[Sample]:
+    def samples(self, tokenizer: "PreTrainedTokenizerBase", *, thinking: bool) -> list[Sample]:
         """See `Task.samples`."""
         del thinking
-        rows = itertools.islice(self.rows(), self.limit)
-        found = [self._sample(row, tokenizer) for row in rows]
+        records = itertools.islice(self.records(), self.limit)
+        found = [self._sample(record, tokenizer) for record in records]
         over = sum(sample.info["over_budget"] for sample in found)
         short = sum(sample.info["history_tokens"] < self.min_tokens for sample in found)
         if over or short:
@@ -128,16 +132,16 @@ class LongMemEvalTask(FileTask):
             )
         return found
 
-    def _sample(self, row: Row, tokenizer: Any) -> Sample:
-        question_id, question = row.text("question_id"), row.text("question")
-        question_type = row.text("question_type")
+    def _sample(self, record: Record, tokenizer: "PreTrainedTokenizerBase") -> Sample:
+        question_id, question = record.text("question_id"), record.text("question")
+        question_type = record.text("question_type")
         if question_type not in _GRADING:
-            raise row.wrong("question_type", f"one of {', '.join(_GRADING)}", question_type)
+            raise record.wrong("question_type", f"one of {', '.join(_GRADING)}", question_type)
         abstention = "_abs" in question_id
-        date = row.text("question_date")
-        _moment(row, "question_date", date)
-        sessions = _sessions(row)
-        wanted = _answer_sessions(row, sessions, abstention=abstention)
+        date = record.text("question_date")
+        _moment(record, "question_date", date)
+        sessions = _sessions(record)
+        wanted = _answer_sessions(record, sessions, abstention=abstention)
         rng = random.Random(f"{self.seed}/{question_id}")
         target = rng.randint(self.min_tokens, self.max_tokens)
         chosen, tokens = self._choose(sessions, wanted, target, tokenizer, rng)
@@ -146,7 +150,7 @@ class LongMemEvalTask(FileTask):
         return Sample(
             id=question_id,
             messages=({"role": "user", "content": prompt},),
-            references=(row.answer("answer", row.value("answer")),),
+            references=read_example(record, shape="question").right_answers,
             question=question,
             kind="abstention" if abstention else question_type,
             grading=_ABSTENTION if abstention else _GRADING[question_type],
@@ -167,7 +171,7 @@ class LongMemEvalTask(FileTask):
         sessions: list[_Session],
         wanted: list[int],
         target: int,
-        tokenizer: Any,
+        tokenizer: "PreTrainedTokenizerBase",
         rng: random.Random,
     ) -> tuple[list[int], int]:
         """Indices of the history's sessions by date, and their tokens."""
@@ -192,27 +196,27 @@ class LongMemEvalTask(FileTask):
         return sorted(chosen, key=lambda at: (sessions[at].when, at)), tokens
 
 
-def _sessions(row: Row) -> list[_Session]:
+def _sessions(record: Record) -> list[_Session]:
     """All sessions of the haystack that are not empty."""
-    ids = row.items("haystack_session_ids", str, "texts")
-    dates = row.items("haystack_dates", str, "texts")
-    sessions = row.items("haystack_sessions", list, "lists of turns")
+    ids = record.items("haystack_session_ids", str, "texts")
+    dates = record.items("haystack_dates", str, "texts")
+    sessions = record.items("haystack_sessions", list, "lists of turns")
     for name, values in (("haystack_dates", dates), ("haystack_session_ids", ids)):
         if len(values) != len(sessions):
-            raise ValueError(
-                f"{row.file}, row {row.number}: {name}: expected as many as haystack_sessions, "
-                f"{len(sessions)}, got {len(values)}"
+            raise DataError(
+                f"{record.place}: {name}: expected as many as haystack_sessions, {len(sessions)}, "
+                f"got {len(values)}"
             )
     found = []
     for at, turns in enumerate(sessions):
-        when = _moment(row, f"haystack_dates[{at}]", dates[at])
+        when = _moment(record, f"haystack_dates[{at}]", dates[at])
         lines = [f"### Chat of {dates[at]}"]
         for number, turn in enumerate(turns):
             place = f"haystack_sessions[{at}][{number}]"
             if not isinstance(turn, dict) or turn.get("role") not in _ROLES:
-                raise row.wrong(place, f"a turn whose role is one of {', '.join(_ROLES)}", turn)
+                raise record.wrong(place, f"a turn whose role is one of {', '.join(_ROLES)}", turn)
             if not isinstance(turn.get("content"), str):
-                raise row.wrong(f"{place}.content", "a text", turn.get("content"))
+                raise record.wrong(f"{place}.content", "a text", turn.get("content"))
             lines.append(f"{turn['role']}: {turn['content'].strip()}")
         if turns:  # some published haystacks have sessions without turns
             text = "\n\n".join(lines)
@@ -220,24 +224,24 @@ def _sessions(row: Row) -> list[_Session]:
     return found
 
 
-def _answer_sessions(row: Row, sessions: list[_Session], *, abstention: bool) -> list[int]:
+def _answer_sessions(record: Record, sessions: list[_Session], *, abstention: bool) -> list[int]:
     """Indices of the sessions that hold the answer, or what looks like one."""
-    ids = row.items("answer_session_ids", str, "texts")
+    ids = record.items("answer_session_ids", str, "texts")
     if not ids and not abstention:
-        raise row.wrong("answer_session_ids", "at least one", ids)
+        raise record.wrong("answer_session_ids", "at least one", ids)
     known = {session.id for session in sessions}
     for at, one in enumerate(ids):
         if one not in known:
-            raise row.wrong(
+            raise record.wrong(
                 f"answer_session_ids[{at}]", "one of haystack_session_ids, with turns", one
             )
     return [at for at, session in enumerate(sessions) if session.id in ids]
 
 
-def _moment(row: Row, field: str, text: str) -> datetime.datetime:
+def _moment(record: Record, field: str, text: str) -> datetime.datetime:
     match = _DATE.fullmatch(text.strip())
     try:
         year, month, day, hour, minute = map(int, match.groups() if match else ())
         return datetime.datetime(year, month, day, hour, minute)
     except ValueError:
-        raise row.wrong(field, "a date such as 2023/05/30 (Tue) 23:40", text) from None
+        raise record.wrong(field, "a date such as 2023/05/30 (Tue) 23:40", text) from None

@@ -1,29 +1,29 @@
 """Questions with right answers, from parquet or JSON: your own data.
 
-A row has ``prompt``, or ``context`` and ``question``, or ``messages`` (a chat that ends with the
-user's); and ``answer``, a text, a number or a list of them (``answers`` or ``references`` will do).
-``id``, ``_id`` or ``question_id`` names it, else its number. ``type``, ``kind`` or
-``question_type``, if it is there, is what results are broken down by. ``question`` beside
-``prompt`` or ``messages`` is what reports and judges show in their place.
+What a record asks and what is right is read as `swaa_jax.examples` says: `prompt`, or `context` and
+`question`, or a chat that ends with the user's message; and `answer`. `type` (or `kind`,
+`question_type`), if it is there, is what results are broken down by; `question` beside `prompt` or
+messages is what reports and judges show in their place.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from etils import epath
 
-from swaa_jax._policy_fields import integer
-from swaa_jax.eval.tasks._files import FileTask, Row, read_rows
+from swaa_jax.eval.tasks.files import FileTask
 from swaa_jax.eval.tasks.task import Sample
+from swaa_jax.examples import Message, read_example
+from swaa_jax.fields import integer, or_none
+from swaa_jax.records import Record, find_files, open_records
 from swaa_jax.typing import PathLike
 
-__all__ = ["QaTask", "Question", "read_questions"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-_ANSWERS = ("answer", "answers", "references")
-_IDS = ("id", "_id", "question_id")
-_KINDS = ("type", "kind", "question_type")
+__all__ = ["QaTask", "Question", "read_questions"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Question:
         id: names it in the results.
         prompt: what the user says, without any template; the last time, where there are messages.
         references: right answers.
-        question: the question without its context, where the row has it apart.
+        question: the question without its context, where the record has it apart.
         kind: what results are broken down by.
         messages: the chat; empty where it is the prompt alone.
     """
@@ -44,28 +44,27 @@ class Question:
     references: tuple[str, ...]
     question: str = ""
     kind: str = ""
-    messages: tuple[Mapping[str, str], ...] = ()
+    messages: tuple[Message, ...] = ()
 
 
 def read_questions(path: PathLike, *, limit: int | None = None) -> list[Question]:
-    """The questions of a file.
+    """The questions of a file, of a directory of files, or of those that match a pattern.
 
     Args:
-        path: ends in .parquet, .jsonl or .json; local or gs://.
+        path: of .parquet, .jsonl or .json files; local or gs://.
         limit: the first so many; None: all.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another kind of file, no rows, or a row that lacks a question or an answer.
+        ValueError: another kind of file, no records, or one that lacks a question or an answer.
     """
-    if limit is not None:
-        limit = integer("limit", limit, minimum=1)
-    return [_question(row, row.number) for row in itertools.islice(read_rows(path), limit)]
+    limit = or_none(integer(least=1))("limit", limit)
+    return _questions(itertools.islice(open_records(find_files([path])), limit))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QaTask(FileTask):
-    """Questions of your own; this module's first lines say what a row has.
+    """Questions of your own; this module's first lines say what a record has.
 
     Attributes:
         files: a path or several, local or gs://.
@@ -82,83 +81,49 @@ class QaTask(FileTask):
         return f"{self.name} {epath.Path(self.paths[0]).stem}"
 
     def check(self) -> None:
-        """See `Task.check`: every row is read."""
-        super().check()
-        self.samples(None, thinking=False)
+        """See `Task.check`: every record is read."""
+        _questions(itertools.islice(self.records(), self.limit))
 
-    def samples(self, tokenizer: Any, *, thinking: bool) -> list[Sample]:
+    def samples(self, tokenizer: "PreTrainedTokenizerBase", *, thinking: bool) -> list[Sample]:
         """See `Task.samples`."""
         del tokenizer, thinking
-        found = []
-        for number, row in enumerate(itertools.islice(self.rows(), self.limit)):
-            question = _question(row, number)
-            found.append(
-                Sample(
-                    id=question.id,
-                    messages=question.messages or ({"role": "user", "content": question.prompt},),
-                    references=question.references,
-                    question=question.question or question.prompt,
-                    kind=question.kind,
-                )
+        return [
+            Sample(
+                id=question.id,
+                messages=question.messages or ({"role": "user", "content": question.prompt},),
+                references=question.references,
+                question=question.question or question.prompt,
+                kind=question.kind,
             )
-        return found
+            for question in _questions(itertools.islice(self.records(), self.limit))
+        ]
 
 
-def _question(row: Row, number: int) -> Question:
-    messages: tuple[Mapping[str, str], ...] = ()
-    if _is_given(row, "messages"):
-        messages = _messages(row)
-        prompt = messages[-1]["content"]
-    elif _is_given(row, "prompt"):
-        prompt = row.text("prompt")
-    elif _is_given(row, "question"):
-        names = [name for name in ("context", "question") if _is_given(row, name)]
-        prompt = "\n\n".join(row.text(name) for name in names)
-    else:
-        raise row.missing("prompt, or context and question, or messages, not empty")
-    name = next((name for name in _ANSWERS if _is_given(row, name)), None)
-    if name is None:
-        there = next((name for name in _ANSWERS if name in row.fields), None)
-        if there is not None:
-            raise row.wrong(there, "an answer that is not empty", row.fields[there])
-        raise row.missing("answer, not empty")
-    answers = row.fields[name]
-    if not isinstance(answers, list):
-        answers = [answers]
+def _questions(records: Iterable[Record]) -> list[Question]:
+    return [_question(record, number) for number, record in enumerate(records)]
+
+
+def _question(record: Record, number: int) -> Question:
+    example = read_example(record)
+    messages = [_spoken(record, at, message) for at, message in enumerate(example.asked)]
+    if messages[-1]["role"] != "user":
+        raise record.wrong(
+            "messages", "the last one to be the user's, to be answered", messages[-1]["role"]
+        )
+    is_chat = len(messages) > 1 or example.text is None
     return Question(
-        id=str(_first(row, _IDS, number)),
-        prompt=prompt,
-        references=tuple(row.answer(name, answer) for answer in answers),
-        question=row.text("question") if _is_given(row, "question") else "",
-        kind=str(_first(row, _KINDS, "")),
-        messages=messages,
+        id=example.id or str(number),
+        prompt=messages[-1]["content"],
+        references=example.right_answers,
+        question=example.question,
+        kind=example.kind,
+        messages=tuple(messages) if is_chat else (),
     )
 
 
-def _messages(row: Row) -> tuple[Mapping[str, str], ...]:
-    messages = row.items("messages", dict, "mappings of role and content")
-    for at, message in enumerate(messages):
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str) or not message[key].strip():
-                raise row.wrong(
-                    f"messages[{at}].{key}", "a text that is not empty", message.get(key)
-                )
-    if messages[-1]["role"] != "user":
-        raise row.wrong(
-            "messages", "the last one to be the user's, to be answered", messages[-1]["role"]
-        )
-    return tuple({key: message[key] for key in ("role", "content")} for message in messages)
-
-
-def _is_given(row: Row, name: str) -> bool:
-    return row.fields.get(name) not in (None, "", [])
-
-
-def _first(row: Row, names: tuple[str, ...], default: Any) -> Any:
-    """The first of the fields that is there."""
-    for name in names:
-        if _is_given(row, name):
-            if not isinstance(row.fields[name], str | int | float):
-                raise row.wrong(name, "a text or a number", row.fields[name])
-            return row.fields[name]
-    return default
+def _spoken(record: Record, at: int, message: Message) -> Message:
+    """Role and content of a message, which is a text."""
+    content = message["content"]
+    if not isinstance(content, str) or not content.strip():
+        raise record.wrong(f"messages[{at}].content", "a text that is not empty", content)
+    return {"role": message["role"], "content": content}

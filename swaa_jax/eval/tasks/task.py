@@ -1,9 +1,12 @@
-"""What a task is: settings in, samples out. `swaa_jax.eval.evaluate` asks and scores them."""
+"""What a task is: settings in, samples out. `swaa_jax.eval.run` asks and scores them."""
 
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Sample", "Task", "encode_sample", "opens_thinking"]
 
@@ -42,7 +45,7 @@ class Task(abc.ABC):
     Class attributes:
         name: in configs and results.
         judge: who decides, with its settings: arguments of `make_judge` in
-            `swaa_jax.eval.judging.judges`.
+            `swaa_jax.eval.judging`.
         max_new_tokens: the longest answer without thinking, by default.
     """
 
@@ -69,7 +72,7 @@ class Task(abc.ABC):
         return
 
     @abc.abstractmethod
-    def samples(self, tokenizer: Any, *, thinking: bool) -> list[Sample]:
+    def samples(self, tokenizer: "PreTrainedTokenizerBase", *, thinking: bool) -> list[Sample]:
         """All samples, the same ones in the same order at every call.
 
         Args:
@@ -86,7 +89,7 @@ class Task(abc.ABC):
 
 def encode_sample(
     sample: Sample,
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     *,
     thinking: bool,
     chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -104,7 +107,7 @@ def encode_sample(
     """
     prefix = "" if thinking else sample.answer_prefix
     if getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template(
+        text: Any = tokenizer.apply_chat_template(
             [dict(message) for message in sample.messages],
             tokenize=False,
             add_generation_prompt=True,
@@ -121,7 +124,7 @@ def encode_sample(
     return list(tokenizer(sample.messages[0]["content"] + prefix)["input_ids"])
 
 
-def opens_thinking(tokenizer: Any, prompt_ids: Sequence[int]) -> bool:
+def opens_thinking(tokenizer: "PreTrainedTokenizerBase", prompt_ids: Sequence[int]) -> bool:
     """Whether the prompt ends within `<think>`, as thinking templates' do."""
-    end = tokenizer.decode(list(prompt_ids[-16:]))
+    end = str(tokenizer.decode(list(prompt_ids[-16:])))
     return end.rfind("<think>") > end.rfind("</think>")

@@ -6,7 +6,7 @@ Source: arXiv 2404.06654, NVIDIA/RULER `scripts/data/synthetic/niah.py`, `script
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swaa_jax.eval.tasks.ruler import text
 from swaa_jax.eval.tasks.ruler.prompts import (
@@ -17,6 +17,10 @@ from swaa_jax.eval.tasks.ruler.prompts import (
     RulerSample,
     fit_units,
 )
+from swaa_jax.fields import check_fields, integer, one_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NEEDLE_KINDS = ("words", "numbers", "uuids")
 """What keys and values can be: `adjective-noun`, seven digits, or a version-4 UUID."""
@@ -46,22 +50,17 @@ class NiahConfig:
     num_queries: int = 1
 
     def __post_init__(self):
-        if self.haystack not in HAYSTACKS:
-            raise ValueError(
-                f"haystack: expected one of {', '.join(HAYSTACKS)}; got {self.haystack!r}"
-            )
-        for name in ("key_kind", "value_kind"):
-            if getattr(self, name) not in NEEDLE_KINDS:
-                raise ValueError(
-                    f"{name}: expected one of {', '.join(NEEDLE_KINDS)}; got "
-                    f"{getattr(self, name)!r}"
-                )
-        if self.num_values < 1:
-            raise ValueError(f"num_values: expected at least 1; got {self.num_values}")
+        check_fields(
+            self,
+            haystack=one_of(*HAYSTACKS),
+            key_kind=one_of(*NEEDLE_KINDS),
+            value_kind=one_of(*NEEDLE_KINDS),
+            num_values=integer(least=1),
+        )
         if not 1 <= self.num_queries <= self.num_keys:
             raise ValueError(
-                f"num_queries: expected 1 to num_keys={self.num_keys}; got {self.num_queries}. "
-                "Each query asks for one key"
+                f"num_queries: expected 1 to num_keys={self.num_keys}, got {self.num_queries}; "
+                "each query asks for one key"
             )
 
 
@@ -79,7 +78,7 @@ NIAH_TASKS: Mapping[str, NiahConfig] = {
 
 
 def niah(
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     config: NiahConfig,
     *,
     num_samples: int,
@@ -109,8 +108,7 @@ def niah(
     Raises:
         ValueError: fewer than 0 samples, or a target too short for the question or for its 1%.
     """
-    if num_samples < 0:
-        raise ValueError(f"num_samples: expected 0 or more; got {num_samples}")
+    integer(least=0)("num_samples", num_samples)
     renderer = Renderer.of(
         tokenizer,
         enable_thinking=enable_thinking,
@@ -126,7 +124,7 @@ def niah(
 
 
 def niah_multiquery(
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     *,
     num_samples: int,
     target_length: int,

@@ -3,10 +3,13 @@
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swaa_jax.eval.tasks.ruler import text
 from swaa_jax.eval.tasks.ruler.essay import essay_sentences
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 HAYSTACKS = ("noise", "needle", "essay")
 """The haystack types, in RULER's order of difficulty."""
@@ -80,14 +83,14 @@ class Renderer:
         template_kwargs: more arguments for the template; None: no template.
     """
 
-    tokenizer: Any
+    tokenizer: "PreTrainedTokenizerBase"
     enable_thinking: bool
     template_kwargs: dict[str, Any] | None
 
     @classmethod
     def of(
         cls,
-        tokenizer: Any,
+        tokenizer: "PreTrainedTokenizerBase",
         *,
         enable_thinking: bool,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -109,7 +112,7 @@ class Renderer:
         if self.template_kwargs is None:
             prompt = content + prefix
         else:
-            rendered = self.tokenizer.apply_chat_template(
+            rendered: Any = self.tokenizer.apply_chat_template(
                 messages,
                 tokenize=False,
                 add_generation_prompt=True,

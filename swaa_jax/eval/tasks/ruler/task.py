@@ -2,9 +2,8 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from swaa_jax._policy_fields import field_setter, integer
 from swaa_jax.eval.tasks.ruler import (
     HAYSTACKS,
     NIAH_TASKS,
@@ -15,6 +14,10 @@ from swaa_jax.eval.tasks.ruler import (
     variable_tracking,
 )
 from swaa_jax.eval.tasks.task import Sample, Task
+from swaa_jax.fields import check_fields, integer, one_of, or_none, wrong
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["RULER_VARIANTS", "RulerTask"]
 
@@ -49,24 +52,16 @@ class RulerTask(Task):
     haystack: str | None = None
 
     def __post_init__(self) -> None:
-        put = field_setter(self)
-        if self.variant not in RULER_VARIANTS:
-            raise ValueError(
-                f"variant: expected one of {', '.join(RULER_VARIANTS)}; got {self.variant!r}"
-            )
-        for name in ("length", "num_samples"):
-            put(name, integer(name, getattr(self, name), minimum=1))
-        put("seed", integer("seed", self.seed, minimum=0))
-        if self.haystack is not None:
-            if self.variant not in NIAH_TASKS:
-                raise ValueError(
-                    f"haystack: expected none for {self.variant}, which has its own; got "
-                    f"{self.haystack!r}"
-                )
-            if self.haystack not in HAYSTACKS:
-                raise ValueError(
-                    f"haystack: expected one of {', '.join(HAYSTACKS)}; got {self.haystack!r}"
-                )
+        check_fields(
+            self,
+            variant=one_of(*RULER_VARIANTS),
+            length=integer(least=1),
+            num_samples=integer(least=1),
+            seed=integer(least=0),
+            haystack=or_none(one_of(*HAYSTACKS)),
+        )
+        if self.haystack is not None and self.variant not in NIAH_TASKS:
+            raise wrong("haystack", f"none for {self.variant}, which has its own", self.haystack)
 
     @property
     def label(self) -> str:
@@ -79,7 +74,7 @@ class RulerTask(Task):
         """RULER's `tokens_to_generate`."""
         return _ANSWER_TOKENS.get(self.variant, self.max_new_tokens)
 
-    def samples(self, tokenizer: Any, *, thinking: bool) -> list[Sample]:
+    def samples(self, tokenizer: "PreTrainedTokenizerBase", *, thinking: bool) -> list[Sample]:
         """See `Task.samples`."""
         return [
             Sample(
@@ -98,7 +93,7 @@ class RulerTask(Task):
             for number, sample in enumerate(self._generated(tokenizer, thinking))
         ]
 
-    def _generated(self, tokenizer: Any, thinking: bool) -> list[RulerSample]:
+    def _generated(self, tokenizer: "PreTrainedTokenizerBase", thinking: bool) -> list[RulerSample]:
         shared: dict[str, Any] = {
             "num_samples": self.num_samples,
             "target_length": self.length,

@@ -12,17 +12,21 @@ import itertools
 import random
 import string
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swaa_jax.eval.tasks.ruler import text
 from swaa_jax.eval.tasks.ruler.prompts import Filler, Rendered, Renderer, RulerSample, fit_units
+from swaa_jax.fields import integer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _EXAMPLE_TOKENS, _EXAMPLE_UNITS = 500, 5
 """The example's question fills so many tokens with noise, but has so many units of it at least."""
 
 
 def variable_tracking(
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     *,
     num_samples: int,
     target_length: int,
@@ -48,11 +52,9 @@ def variable_tracking(
     Raises:
         ValueError: counts below 1, or a target too short for the example and the question.
     """
-    for name, value in (("num_chains", num_chains), ("num_hops", num_hops)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1; got {value}")
-    if num_samples < 0:
-        raise ValueError(f"num_samples: expected 0 or more; got {num_samples}")
+    integer(least=1)("num_chains", num_chains)
+    integer(least=1)("num_hops", num_hops)
+    integer(least=0)("num_samples", num_samples)
     renderer = Renderer.of(
         tokenizer,
         enable_thinking=enable_thinking,

@@ -7,13 +7,17 @@ import math
 import random
 import string
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from swaa_jax.eval.tasks.ruler import text
 from swaa_jax.eval.tasks.ruler.prompts import Rendered, Renderer, RulerSample, fit_count
 from swaa_jax.eval.tasks.ruler.words import ADJECTIVES, NOUNS
+from swaa_jax.fields import integer, number
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _NUM_COMMON = 10
 _SHORT = 4096
@@ -24,7 +28,7 @@ _SYLLABLES = tuple(c + v for c in "bdfghjklmnprstvz" for v in "aeiou")
 
 
 def common_words(
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     *,
     num_samples: int,
     target_length: int,
@@ -52,11 +56,10 @@ def common_words(
     """
     if not 1 <= uncommon_repeats < common_repeats:
         raise ValueError(
-            f"uncommon_repeats: expected 1 to {common_repeats - 1}, less than common_repeats; got "
+            f"uncommon_repeats: expected 1 to {common_repeats - 1}, less than common_repeats, got "
             f"{uncommon_repeats}"
         )
-    if num_samples < 0:
-        raise ValueError(f"num_samples: expected 0 or more; got {num_samples}")
+    integer(least=0)("num_samples", num_samples)
     renderer = Renderer.of(
         tokenizer,
         enable_thinking=enable_thinking,
@@ -99,7 +102,7 @@ def common_words(
 
 
 def frequent_words(
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     *,
     num_samples: int,
     target_length: int,
@@ -125,10 +128,8 @@ def frequent_words(
     Raises:
         ValueError: alpha not above 1, or a target too short.
     """
-    if not alpha > 1:
-        raise ValueError(f"alpha: expected more than 1, where the series ends; got {alpha}")
-    if num_samples < 0:
-        raise ValueError(f"num_samples: expected 0 or more; got {num_samples}")
+    number(above=1)("alpha", alpha)  # at 1 the series does not end
+    integer(least=0)("num_samples", num_samples)
     renderer = Renderer.of(
         tokenizer,
         enable_thinking=enable_thinking,

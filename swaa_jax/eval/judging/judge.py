@@ -1,0 +1,105 @@
+"""What a judge is: a function of a `Judged` that gives a `Verdict` on its answer."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from swaa_jax.fields import number, set_field
+
+__all__ = ["Answer", "Judge", "Judged", "Verdict", "answer_of", "strip_thinking"]
+
+_THINK_END = "</think>"
+_THINK_START = "<think>"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What a judge looks at.
+
+    Attributes:
+        question: as the model was asked.
+        references: right answers; any of them will do, except for `ruler` and `includes` with
+            need="all", which want all.
+        response: the generated text.
+        thinking: whether the prompt had opened `<think>`.
+        grading: what a language model that judges must know beside the references; rules ignore it.
+    """
+
+    question: str
+    references: tuple[str, ...]
+    response: str
+    thinking: bool = False
+    grading: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Whether an answer counts as right, and what it was decided on.
+
+    Attributes:
+        accepted: whether it is right.
+        reason: for people.
+        score: 0 to 1, where being right has degrees (RULER's: the fraction found); else 1 if it is
+            accepted and 0 if not.
+    """
+
+    accepted: bool
+    reason: str
+    score: float = math.nan
+
+    def __post_init__(self):
+        if math.isnan(self.score):
+            set_field(self, "score", float(self.accepted))
+        number(least=0, most=1)("score", self.score)
+
+
+Judge = Callable[[Judged], Verdict]
+
+
+def answer_of(judged: Judged) -> str | Verdict:
+    """The answer without its thinking; the verdict where there is none."""
+    if not judged.references:
+        raise ValueError("references: expected at least one right answer, got none")
+    answer = strip_thinking(judged.response, thinking=judged.thinking)
+    if not answer.finished:
+        return Verdict(accepted=False, reason="thinking did not end")
+    return answer.text or Verdict(accepted=False, reason="no answer")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A generated text without its thinking.
+
+    Attributes:
+        text: what is to be scored; empty when the thinking never ended.
+        finished: false when a `<think>` was left open.
+    """
+
+    text: str
+    finished: bool
+
+
+def strip_thinking(text: str, *, thinking: bool = False) -> Answer:
+    r"""The text after the last `</think>`.
+
+    Args:
+        text: the generated text, with or without the prompt's end.
+        thinking: whether the prompt itself had opened `<think>`, as thinking templates do; then a
+            text without `</think>` is unfinished.
+
+    Example:
+        >>> strip_thinking("a is 1.</think>\n\nIt is 1.").text
+        'It is 1.'
+        >>> strip_thinking("a is 1, no wait", thinking=True).finished
+        False
+    """
+    _, end, tail = text.rpartition(_THINK_END)
+    if end:
+        return _open_or_done(tail)
+    return Answer(text="", finished=False) if thinking else _open_or_done(text)
+
+
+def _open_or_done(text: str) -> Answer:
+    if _THINK_START in text:
+        return Answer(text="", finished=False)
+    return Answer(text=text.strip(), finished=True)

@@ -1,0 +1,137 @@
+"""What the numbers of an evaluation say, in sentences made from them."""
+
+import math
+from collections.abc import Sequence
+
+from swaa_jax.eval.report.statistics import format_p, format_score
+from swaa_jax.eval.report.summary import CellSummary, Group
+from swaa_jax.eval.run import Cell
+
+__all__ = ["NEAR", "findings", "pareto_front", "remarks"]
+
+NEAR = 0.05
+"""A policy is near the baseline when it scores at most this much less."""
+
+
+def findings(groups: Sequence[Group]) -> list[str]:
+    """A paragraph a group: the baseline and the others, what costs least near it, adapters."""
+    return [" ".join(filter(None, map(str.strip, _sentences(group)))) for group in groups]
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points (cost, score) that no other point beats in one and equals in the other,
+    by rising cost.
+
+    >>> pareto_front([(1.0, 50.0), (2.0, 40.0), (3.0, 90.0)])
+    [0, 2]
+    """
+    front = [
+        index
+        for index, (cost, score) in enumerate(points)
+        if not any((c <= cost and s >= score) and (c < cost or s > score) for c, s in points)
+    ]
+    return sorted(front, key=lambda index: points[index])
+
+
+def _sentences(group: Group) -> list[str]:
+    base, others = group.baseline, group.others
+    first = f"{group.title}: {group.name(base)} scores {format_score(base.score)}"
+    if not others:
+        return [f"{first}."]
+    return [
+        f"{first}{_best(group, others)}.",
+        _front(group),
+        _near(group, others),
+        *(_adapters(group, summary) for summary in others),
+    ]
+
+
+def _best(group: Group, others: Sequence[CellSummary]) -> str:
+    best = max(others, key=lambda summary: summary.score.mean)
+    mean = sum(summary.score.mean for summary in others) / len(others)
+    text = f", the best of the others, {_named(group, best)}, {format_score(best.score)}"
+    if best.p_value is not None:
+        text += f" (p = {format_p(best.p_value)})"
+    return text + (f"; the mean of all others is {100 * mean:.1f}%" if len(others) > 1 else "")
+
+
+def _front(group: Group) -> str:
+    points = [(s.cell.cost.prefill_share, s.score.mean) for s in group.summaries]
+    front = [group.summaries[index] for index in pareto_front(points)]
+    listed = ", ".join(_named(group, summary) for summary in front)
+    return f"No other policy has both more score and less prefill work than: {listed}."
+
+
+def _near(group: Group, others: Sequence[CellSummary]) -> str:
+    """The smallest caches and the least prefill work among the policies near the baseline."""
+    base = group.baseline
+    near = [s for s in others if s.score.mean >= base.score.mean - NEAR]
+    where = f"within {100 * NEAR:.0f} points of {group.name(base)}"
+    if not base.score.mean:
+        return ""
+    if not near:
+        return f"None of the others is {where}."
+    costs = [summary.cell.cost for summary in near]
+    work = min(range(len(near)), key=lambda index: costs[index].prefill_share)
+    share = 100 * costs[work].prefill_share
+    text = (
+        f"The least prefill work {where} is {share:.0f}% of full attention's (row "
+        f"{near[work].number})"
+    )
+    sizes = [one.cache_bytes_per_sample or math.inf for one in costs]
+    small = min(range(len(near)), key=lambda index: sizes[index])
+    base_size = base.cell.cost.cache_bytes_per_sample
+    if base_size and sizes[small] < base_size:
+        part = 100 * sizes[small] / base_size
+        text += f", the smallest caches are {part:.0f}% of its (row {near[small].number})"
+    return f"{text}."
+
+
+def _adapters(group: Group, summary: CellSummary) -> str:
+    """What the same policy scores without the adapters that this one has."""
+    cell, base = summary.cell, group.baseline.cell
+    without = [
+        s for s in group.summaries if s.cell.policy == cell.policy and s.cell.model == base.model
+    ]
+    if cell.model == base.model or not without:
+        return ""
+    before = without[0]
+    return (
+        f"{cell.model} takes {cell.policy_name} from {100 * before.score.mean:.1f}% (row "
+        f"{before.number}) to {100 * summary.score.mean:.1f}% (row {summary.number})."
+    )
+
+
+def _named(group: Group, summary: CellSummary) -> str:
+    return f"{group.name(summary)} (row {summary.number})"
+
+
+def remarks(summaries: Sequence[CellSummary], cells: Sequence[Cell]) -> list[str]:
+    """What to know before numbers are compared: policies that saw everything, answers cut off,
+    samples left out.
+    """
+    found = []
+    skipped = {f"{c.skipped} of {c.model}, {c.task}": None for c in cells if c.skipped}
+    if skipped:
+        found.append(
+            f"Samples left out, because they are longer than the model's context: "
+            f"{'; '.join(skipped)}."
+        )
+    seen = [s for s in summaries if not s.cell.policy.is_full and s.cell.cost.prefill_share >= 1]
+    if seen:
+        found.append(
+            f"{_rows_of(seen)}: no prompt is longer than the window, so these policies read all of "
+            "it as full attention does; compare them on longer prompts, or take smaller windows."
+        )
+    cut = [s for s in summaries if s.cut_off > 0.5]
+    if cut:
+        found.append(
+            f"{_rows_of(cut)}: more than half of the answers ended at their longest length; raise "
+            "max_new_tokens (or max_thinking_tokens)."
+        )
+    return found
+
+
+def _rows_of(summaries: Sequence[CellSummary]) -> str:
+    numbers = ", ".join(str(summary.number) for summary in summaries)
+    return f"Row{'s' if len(summaries) > 1 else ''} {numbers}"

@@ -1,0 +1,341 @@
+"""Which policy for this model and this task? Successive halving over samples (arXiv 1502.07943).
+
+Many candidates answer a few samples; the worse half is dropped, and the rest answer as many more,
+until all samples are used::
+
+    samples    8       +8       +16      +32
+               48  ->  24  ->   12  ->   6     candidates, full attention always among them
+
+"Worse" is by two things at once: what a policy scores, and what it costs. A policy that another one
+beats in both goes first.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from swaa_jax.eval.report.statistics import Interval, bootstrap_interval
+from swaa_jax.eval.run import Cell, EvalConfig, ModelEntry, PolicyEntry, Setting, TaskEntry
+from swaa_jax.eval.run.evaluation import evaluate
+from swaa_jax.eval.run.loading import load_entry
+from swaa_jax.fields import check_fields, integer, number, or_none
+from swaa_jax.policy import AttentionPolicy, LayerSelection
+from swaa_jax.progress import ShowProgress
+
+__all__ = [
+    "Candidate",
+    "SearchConfig",
+    "SearchResult",
+    "SearchSpace",
+    "search_policies",
+    "suggest_windows",
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchSpace:
+    """Candidates: every combination.
+
+    Attributes:
+        windows: keys that a query sees.
+        sinks: numbers of sink tokens.
+        full_layers: layers that keep full attention; `()` for none.
+        decode: "window", "full", or layers.
+    """
+
+    windows: tuple[int, ...]
+    sinks: tuple[int, ...] = (0, 10)
+    full_layers: tuple[LayerSelection, ...] = ((), "1::2", "0::2", "1::4")
+    decode: tuple[LayerSelection, ...] = ("window", "full")
+
+    def policies(self, num_layers: int) -> list[AttentionPolicy]:
+        """All of them that differ on a model of that depth; full attention is not among them.
+
+        Nor is what is full attention by another name: a window, and all layers full.
+        """
+        found: dict[Any, AttentionPolicy] = {}
+        for window in self.windows:
+            for sinks in self.sinks:
+                for layers in self.full_layers:
+                    for decode in self.decode:
+                        policy = AttentionPolicy(
+                            window=window,
+                            num_sink_tokens=sinks,
+                            full_attention_layers=layers,
+                            decode=decode,
+                        )
+                        resolved = policy.resolve(num_layers)
+                        if not all(layer.is_full for layer in resolved):
+                            found.setdefault(resolved, policy)
+        return list(found.values())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """What is searched for.
+
+    Attributes:
+        floor: the part of full attention's score that must be kept, 0 to 1; None: no floor.
+        max_prefill: the most prefill work, as a part of full attention's; None: no ceiling.
+        max_cache_bytes: the largest caches of a sample; None: no ceiling.
+        first_samples: that every candidate answers.
+        keep: the part of the candidates that goes on after each round.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    floor: float | None = None
+    max_prefill: float | None = None
+    max_cache_bytes: int | None = None
+    first_samples: int = 8
+    keep: float = 0.5
+
+    def __post_init__(self) -> None:
+        part = number(above=0, most=1)
+        check_fields(
+            self,
+            floor=or_none(part),
+            max_prefill=or_none(part),
+            max_cache_bytes=or_none(integer(least=0)),
+            first_samples=integer(least=1),
+            keep=number(above=0, below=1),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A policy in the search.
+
+    Attributes:
+        policy: the policy.
+        scores: of the samples that it answered, in their order.
+        score: their mean, with its interval.
+        prefill_share: prefill work on all the prompts that it read, of full attention's.
+        cache_bytes: the largest caches that a sample needed.
+        full_pairs: (query, key) pairs that full attention visits on these prompts.
+        rounds: that it was in.
+    """
+
+    policy: AttentionPolicy
+    scores: tuple[float, ...]
+    score: Interval
+    prefill_share: float
+    cache_bytes: int
+    full_pairs: float
+    rounds: int
+
+    @property
+    def costs(self) -> tuple[float, float]:
+        """Prefill work and cache bytes: less is better in both."""
+        return self.prefill_share, float(self.cache_bytes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """What the search found.
+
+    Attributes:
+        full: full attention.
+        candidates: all others, those of the last rounds first, by falling score.
+        pareto: of those that answered all samples, full attention included, the ones that no other
+            one beats in score, prefill work and memory at once; by rising prefill work.
+        chosen: the cheapest that keeps the floor, else the best within the ceilings; None where the
+            floor is kept by none, or full attention has nothing right and there is nothing to keep.
+        num_samples: that the last round's candidates answered.
+        num_answers: that the search took, and `exhaustive_answers`: that all candidates on all
+            samples would have taken.
+    """
+
+    full: Candidate
+    candidates: tuple[Candidate, ...]
+    pareto: tuple[Candidate, ...]
+    chosen: Candidate | None
+    num_samples: int
+    num_answers: int
+    exhaustive_answers: int
+
+
+def search_policies(
+    model: ModelEntry,
+    task: TaskEntry,
+    space: Sequence[AttentionPolicy],
+    output_dir: str,
+    *,
+    config: SearchConfig | None = None,
+    options: Mapping[str, Any] | None = None,
+    progress: ShowProgress | None = None,
+) -> SearchResult:
+    """Search a space of policies.
+
+    Args:
+        model: a checkpoint.
+        task: what it is asked; its samples, in their order, are the search's.
+        space: the candidates, without full attention; see `SearchSpace.policies`.
+        output_dir: every answer is kept there, so that a search that was stopped goes on.
+        config: what is searched for.
+        options: fields of `EvalConfig`: thinking (one mode), batch_size, ...
+        progress: told how far it is.
+
+    Raises:
+        ValueError: no candidate, or none within the ceilings.
+    """
+    config = config or SearchConfig()
+    full = AttentionPolicy()
+    alive = list(dict.fromkeys(policy for policy in space if not policy.is_full))
+    if not alive:
+        raise ValueError("space: expected at least one policy with a window, got none")
+    asked = EvalConfig(
+        settings=(),
+        tasks=(task,),
+        output_dir=output_dir,
+        **{"thinking": (False,), **(options or {})},
+    )
+    loaded = load_entry(model, config=asked)
+    total = len(task.task.samples(loaded[1], thinking=asked.thinking[0])[: asked.limit])
+    if not total:
+        raise ValueError(f"limit: expected at least one sample to search with, got {asked.limit}")
+    known: dict[AttentionPolicy, Candidate] = {}
+    start, size, answers, rounds = 0, min(config.first_samples, total), 0, 0
+    while True:
+        setting = Setting(
+            models=(model,),
+            policies=tuple(PolicyEntry(name=str(p), policy=p) for p in (full, *alive)),
+        )
+        part = dataclasses.replace(asked, settings=(setting,), skip_samples=start, limit=size)
+        cells = evaluate(part, load=lambda _: loaded, progress=progress).cells
+        rounds += 1
+        known |= {cell.policy: _grown(known.get(cell.policy), cell, rounds) for cell in cells}
+        answers += sum(len(cell.answers) for cell in cells)
+        start += size
+        alive = _within(alive, known, config)
+        if start >= total:
+            break
+        alive = _survivors(alive, known, config)
+        size = min(start, total - start)
+    finalists = [known[policy] for policy in (full, *alive)]
+    others = [candidate for policy, candidate in known.items() if not policy.is_full]
+    return SearchResult(
+        full=known[full],
+        candidates=tuple(sorted(others, key=lambda c: (-c.rounds, -c.score.mean, c.costs))),
+        pareto=tuple(
+            sorted(
+                (c for c in finalists if not any(_beats(other, c) for other in finalists)),
+                key=lambda c: (c.costs, -c.score.mean),
+            )
+        ),
+        chosen=_chosen(finalists[1:], known[full], config),
+        num_samples=len(known[full].scores),
+        num_answers=answers,
+        exhaustive_answers=(1 + len(others)) * total * asked.attempts,
+    )
+
+
+def suggest_windows(prompt_lengths: Sequence[int]) -> tuple[int, ...]:
+    """Windows of about a sixteenth, an eighth and a quarter of the median prompt: powers of two.
+
+    >>> suggest_windows([24_000, 32_000, 30_000])
+    (1024, 2048, 4096)
+    """
+    median = sorted(prompt_lengths)[len(prompt_lengths) // 2]
+    return tuple(sorted({1 << max(1, median // part).bit_length() - 1 for part in (16, 8, 4)}))
+
+
+def _grown(before: Candidate | None, cell: Cell, rounds: int) -> Candidate:
+    """A candidate with a further round's scores and costs, a sample's attempts as their mean."""
+    by_sample: dict[str, list[float]] = {}
+    for answer in cell.answers:
+        by_sample.setdefault(answer["sample"], []).append(answer["score"])
+    scores = tuple(sum(scores) / len(scores) for scores in by_sample.values())
+    lengths = {answer["sample"]: answer["prompt_tokens"] for answer in cell.answers}
+    full_pairs = sum(length * (length + 1) / 2 for length in lengths.values())
+    pairs = cell.cost.prefill_share * full_pairs
+    cache_bytes = cell.cost.cache_bytes_per_sample or 0
+    if before is not None:
+        scores = before.scores + scores
+        pairs += before.prefill_share * before.full_pairs
+        full_pairs += before.full_pairs
+        cache_bytes = max(cache_bytes, before.cache_bytes)
+    return Candidate(
+        policy=cell.policy,
+        scores=scores,
+        score=bootstrap_interval(scores),
+        prefill_share=pairs / full_pairs,
+        cache_bytes=cache_bytes,
+        full_pairs=full_pairs,
+        rounds=rounds,
+    )
+
+
+def _within(
+    alive: Sequence[AttentionPolicy],
+    known: Mapping[AttentionPolicy, Candidate],
+    config: SearchConfig,
+) -> list[AttentionPolicy]:
+    """Those within the ceilings.
+
+    Raises:
+        ValueError: there are none.
+    """
+
+    def fits(candidate: Candidate) -> bool:
+        return (config.max_prefill is None or candidate.prefill_share <= config.max_prefill) and (
+            config.max_cache_bytes is None or candidate.cache_bytes <= config.max_cache_bytes
+        )
+
+    found = [policy for policy in alive if fits(known[policy])]
+    if not found:
+        share, size = (min(known[policy].costs[at] for policy in alive) for at in (0, 1))
+        asked = []
+        if config.max_prefill is not None:
+            asked.append(f"{config.max_prefill:g} of full attention's prefill (least: {share:.3f})")
+        if config.max_cache_bytes is not None:
+            most, least = config.max_cache_bytes / 2**30, size / 2**30
+            asked.append(f"{most:.3g} GiB of cache a sample (least: {least:.3g})")
+        raise ValueError(
+            f"ceilings: expected some candidate within {' and '.join(asked)}, got none; raise "
+            "them, or add smaller windows"
+        )
+    return found
+
+
+def _survivors(
+    alive: Sequence[AttentionPolicy],
+    known: Mapping[AttentionPolicy, Candidate],
+    config: SearchConfig,
+) -> list[AttentionPolicy]:
+    """The better part, in the order of `alive`.
+
+    Candidates that may still keep the floor come before those that hardly do; then come those that
+    fewer others beat; then higher scores and lower costs.
+    """
+    full = max(candidate.score.mean for candidate in known.values() if candidate.policy.is_full)
+    least = 0.0 if config.floor is None else config.floor * full
+    candidates = [known[policy] for policy in alive]
+
+    def rank(candidate: Candidate) -> tuple[Any, ...]:
+        beaten = sum(_beats(other, candidate) for other in candidates)
+        return candidate.score.high < least, beaten, -candidate.score.mean, candidate.costs
+
+    count = max(1, math.ceil(config.keep * len(alive)))
+    best = {candidate.policy for candidate in sorted(candidates, key=rank)[:count]}
+    return [policy for policy in alive if policy in best]
+
+
+def _beats(one: Candidate, other: Candidate) -> bool:
+    """At least as good in score and in every cost, and better in one of them."""
+    ours = (-one.score.mean, *one.costs)
+    theirs = (-other.score.mean, *other.costs)
+    return ours != theirs and all(a <= b for a, b in zip(ours, theirs, strict=True))
+
+
+def _chosen(
+    finalists: Sequence[Candidate], full: Candidate, config: SearchConfig
+) -> Candidate | None:
+    if not full.score.mean:
+        return None
+    if config.floor is None:
+        return min(finalists, key=lambda c: (-c.score.mean, c.costs))
+    good = [c for c in finalists if c.score.mean >= config.floor * full.score.mean]
+    return min(good, key=lambda c: (c.costs, -c.score.mean), default=None)

@@ -1,0 +1,114 @@
+"""`GenerateOptions`: every setting of `generate` and `stream`, with its default and its limits."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from swaa_jax.fields import (
+    check_fields,
+    check_keys,
+    flag,
+    integer,
+    list_of,
+    one_of,
+    or_none,
+    texts,
+)
+from swaa_jax.infer.sampling import SamplingParams
+
+__all__ = ["GenerateOptions"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """How prompts are rendered, answered and run.
+
+    Attributes:
+        max_new_tokens: the longest answer.
+        temperature: 0 is greedy.
+        top_k, top_p: draw among the most likely tokens only (Transformers' order and meaning).
+        seed: draws depend on it, on the prompt's index and on the position, on nothing else.
+        sampling: "checkpoint" takes temperature, top_k and top_p from the generation config.
+        stop: texts that end an answer; it is cut before them.
+        stop_token_ids: tokens that end an answer.
+        ignore_eos: go on past the model's end tokens (generation config, else config, and the
+            tokenizer's).
+        tools, chat_template_kwargs, enable_thinking: for the chat template.
+        cot: True or a text: an instruction to reason, appended to the last user message.
+        batch_size: prompts run at once; None: at most 8. More are run in groups of similar length,
+            the longest first.
+        progress: show a progress bar on stderr.
+        warmup: run each prefill and a decode step once before the timed runs; see `Timings` for
+            what is measured.
+        chunk_size: the most decode steps between two looks at the stop strings.
+
+    Raises:
+        ValueError: a value out of range, or `sampling="checkpoint"` beside values of your own.
+
+    Examples:
+        >>> GenerateOptions(stop="###").stop
+        ('###',)
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    sampling: Literal["checkpoint"] | None = None
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    tools: Sequence[Any] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    enable_thinking: bool | None = None
+    cot: bool | str = False
+    batch_size: int | None = None
+    progress: bool = False
+    warmup: bool = False
+    chunk_size: int = 32
+
+    def __post_init__(self):
+        check_fields(
+            self,
+            max_new_tokens=integer(least=1),
+            seed=integer(least=0, most=2**32 - 1),
+            sampling=or_none(one_of("checkpoint")),
+            stop=texts,
+            stop_token_ids=list_of(integer(least=0)),
+            ignore_eos=flag,
+            enable_thinking=or_none(flag),
+            batch_size=or_none(integer(least=1)),
+            progress=flag,
+            warmup=flag,
+            chunk_size=integer(least=1),
+        )
+        own = self.sampling_params  # checks them
+        if self.sampling and own != SamplingParams():
+            raise ValueError(
+                'sampling: "checkpoint" takes temperature, top_k and top_p from the generation '
+                "config; leave these out, or leave sampling out"
+            )
+
+    @classmethod
+    def of(
+        cls, options: "GenerateOptions | None", overrides: Mapping[str, Any]
+    ) -> "GenerateOptions":
+        """The options, or the defaults, with some fields replaced.
+
+        Raises:
+            ValueError: an override that is no field; the nearest one is named.
+        """
+        check_keys("options", overrides, [field.name for field in dataclasses.fields(cls)])
+        return dataclasses.replace(options or cls(), **overrides)
+
+    @property
+    def sampling_params(self) -> SamplingParams:
+        """How tokens are drawn, where the checkpoint is not asked."""
+        return SamplingParams(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """What `encode_prompts` takes beside tokenizer and prompts."""
+        names = ("tools", "chat_template_kwargs", "enable_thinking", "cot")
+        return {name: getattr(self, name) for name in names}

@@ -1,0 +1,166 @@
+"""Policies by name, file, text or fields; and the notes of a policy file.
+
+A policy file, such as ``configs/policies/NAME.yaml``, is a mapping of the fields of
+`AttentionPolicy` (those left out keep their defaults) and up to four notes that change nothing:
+
+    description: what the policy is for, in a sentence
+    source: where it comes from
+    needs: {training: true, thinking: true, prefer: quality}; for whom it is, see `Needs`
+    evidence: a list of {model: ..., task: ..., score: ..., full: ...}, see `Evidence`
+
+Slices of layers are quoted: ``full_attention_layers: "1::2"``.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from etils import epath
+
+from swaa_jax.configs import find_config
+from swaa_jax.fields import (
+    check_fields,
+    flag,
+    list_of,
+    number,
+    one_of,
+    or_none,
+    parse_json,
+    parse_yaml,
+    section,
+    text,
+    wrong,
+)
+from swaa_jax.policy.policy import AttentionPolicy
+from swaa_jax.typing import PathLike
+
+__all__ = ["Evidence", "Needs", "PolicyFile", "load_policy", "load_policy_file"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Needs:
+    """For whom a policy is; None: it does not matter. All None: for comparison, no recipe.
+
+    Attributes:
+        training: whether the model is fine-tuned under it.
+        thinking: whether the model thinks before it answers.
+        prefer: "quality" or "efficiency".
+    """
+
+    training: bool | None = None
+    thinking: bool | None = None
+    prefer: Literal["quality", "efficiency"] | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            training=or_none(flag),
+            thinking=or_none(flag),
+            prefer=or_none(one_of("quality", "efficiency")),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """A published score under a policy.
+
+    Attributes:
+        model: the name of the model that was measured.
+        task: what it was asked.
+        score: in percent.
+        full: the same model's under full attention, fine-tuned where the policy is for that.
+    """
+
+    model: str
+    task: str
+    score: float
+    full: float
+
+    def __post_init__(self) -> None:
+        percentage = number(least=0, most=100)
+        check_fields(self, model=text, task=text, score=percentage, full=percentage)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyFile:
+    """A policy and the notes of its file.
+
+    Attributes:
+        name: name among the shipped policies, or the path that was read.
+        policy: the policy.
+        description: what it is for.
+        source: where it comes from.
+        needs: for whom it is.
+        evidence: published scores.
+    """
+
+    name: str
+    policy: AttentionPolicy
+    description: str = ""
+    source: str = ""
+    needs: Needs = Needs()
+    evidence: tuple[Evidence, ...] = ()
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that it was measured on."""
+        return tuple(dict.fromkeys(one.model for one in self.evidence))
+
+
+def load_policy(policy: AttentionPolicy | Mapping[str, object] | PathLike) -> AttentionPolicy:
+    """A policy, however it is given: everything that takes a policy reads it here.
+
+    Args:
+        policy: the name of a shipped one; a file that ends in ``.yaml``, ``.yml`` or ``.json``;
+            fields in one line of text, as `AttentionPolicy.parse` reads them; a mapping of fields;
+            or a policy.
+
+    Raises:
+        ValueError: no such name, a malformed file or a malformed value.
+        FileNotFoundError: no such file.
+
+    Examples:
+        >>> print(load_policy("naive"), load_policy({"window": 64}), load_policy("window=64"))
+        window=2000 window=64 window=64
+    """
+    if isinstance(policy, AttentionPolicy):
+        return policy
+    if isinstance(policy, Mapping):
+        try:
+            return AttentionPolicy.from_dict(policy)
+        except ValueError as error:
+            raise ValueError(f"policy: {error}") from error
+    if not isinstance(policy, str | os.PathLike):
+        raise wrong("policy", "a name, a file, fields or a mapping of them", policy)
+    if "=" in (name := os.fspath(policy)) and not name.endswith((".yaml", ".yml", ".json")):
+        return AttentionPolicy.parse(name)
+    return load_policy_file(policy).policy
+
+
+def load_policy_file(name_or_path: PathLike) -> PolicyFile:
+    """A policy by the name of a shipped file, or from a YAML or JSON file, with its notes.
+
+    Raises:
+        ValueError: no such name or a malformed file.
+        FileNotFoundError: no such file.
+    """
+    path = epath.Path(find_config("policies", name_or_path))
+    policy = AttentionPolicy.load(path)
+    document = (parse_json if path.suffix == ".json" else parse_yaml)(path.read_text())
+    try:
+        return PolicyFile(
+            name=os.fspath(name_or_path),
+            policy=policy,
+            description=_note(document, "description"),
+            source=_note(document, "source"),
+            needs=section(Needs)("needs", document.get("needs", {})),
+            evidence=list_of(section(Evidence))("evidence", document.get("evidence", [])),
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _note(document: dict[str, Any], key: str) -> str:
+    note = document.get(key, "")
+    return " ".join(text(key, note).split()) if note != "" else ""

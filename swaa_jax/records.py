@@ -1,0 +1,360 @@
+"""Records of parquet and JSON files, by number, each with the place that it is from.
+
+    .parquet            a record a row
+    .jsonl .ndjson      a record a line: a JSON object
+    .json, no ending    the same, or one list of objects
+
+Files may be local or in a bucket. A jsonl file's records are found in one pass over its bytes and
+parsed when they are asked for; of a parquet file two row groups are decoded at a time.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from swaa_jax.fields import describe
+from swaa_jax.storage import CheckpointError, reading
+
+__all__ = ["DataError", "Record", "Records", "find_files", "open_records", "records_of"]
+
+# What a directory or a pattern means; a file that is named may also be .json, or have no ending.
+_USUAL = (".parquet", ".jsonl", ".ndjson")
+_ENDINGS = (*_USUAL, ".json", "")
+
+
+class DataError(ValueError):
+    """Data that cannot be used. One paragraph: which file and record, what was expected, what was
+    found, and what to do next.
+    """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """A record and where it is from.
+
+    Attributes:
+        file: the path, as messages name it.
+        index: its number in the file, from 0.
+        fields: column to value.
+        line: of a file of JSON lines, from 1.
+    """
+
+    file: str
+    index: int
+    fields: Mapping[str, object]
+    line: int | None = None
+
+    @property
+    def place(self) -> str:
+        """For messages: ``data.jsonl, record 3 (line 4)``."""
+        line = "" if self.line is None else f" (line {self.line})"
+        return f"{self.file}, record {self.index}{line}"
+
+    @property
+    def columns(self) -> str:
+        """For messages: the columns' names, the first twenty."""
+        names = [repr(name) for name in self.fields]
+        return ", ".join([*names[:20], *(["..."] if len(names) > 20 else [])]) or "none"
+
+    def wrong(self, column: str, expected: str, got: object) -> DataError:
+        """The error of a column that holds something else; `got` is the value."""
+        return DataError(f"{self.place}: {column}: expected {expected}, got {describe(got)}")
+
+    def missing(self, expected: str, advice: str = "") -> DataError:
+        """The error of columns that are not there."""
+        return DataError(
+            f"{self.place}: expected {expected}, got the columns {self.columns}"
+            f"{advice and f'; {advice}'}"
+        )
+
+    def value(self, column: str) -> Any:
+        """What the column holds, which may be null."""
+        if column not in self.fields:
+            raise self.missing(f"{column}, which is not there")
+        return self.fields[column]
+
+    def text(self, column: str) -> str:
+        """A text that is not blank."""
+        value = self.value(column)
+        if not isinstance(value, str) or not value.strip():
+            raise self.wrong(column, "a text that is not empty", value)
+        return value
+
+    def items(self, column: str, kind: type, expected: str) -> list[Any]:
+        """A list of that type's values; `expected` names them, in the plural."""
+        value = self.value(column)
+        if not isinstance(value, list):
+            raise self.wrong(column, f"a list of {expected}", value)
+        for at, item in enumerate(value):
+            if not isinstance(item, kind):
+                raise self.wrong(f"{column}[{at}]", expected.removesuffix("s"), item)
+        return value
+
+
+class Records:
+    """All records of some files, by number. Threads may share one; processes get a copy."""
+
+    def __init__(self, files: Sequence["_JsonLines | _Parquet | _InMemory"]):
+        self._files = tuple(files)
+        self._starts = np.cumsum([0, *(len(file) for file in files)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index}: expected 0 to {len(self)} (exclusive)")
+        which = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._files[which].read(int(index - self._starts[which]))
+
+    def __repr__(self) -> str:
+        return f"Records({len(self)})"
+
+
+def find_files(patterns: Sequence[epath.PathLike]) -> list[epath.Path]:
+    """The files that are meant, in the order given, those of a directory or pattern sorted.
+
+    Args:
+        patterns: files, directories of them, or glob patterns; local or ``gs://``.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        DataError: no path at all, or a file of a kind that is not read.
+        CheckpointError: a path that cannot be looked at (a bucket without access, say).
+    """
+    if not patterns:
+        raise DataError("files: expected at least one parquet or jsonl file, got none")
+    found: list[epath.Path] = []
+    for pattern in patterns:
+        pattern = os.fspath(pattern)
+        with reading(pattern):
+            path = epath.Path(pattern).expanduser()
+            if any(c in pattern for c in "*?["):
+                usual = (*_USUAL, ".json") if pattern.endswith(".json") else _USUAL
+                matches = sorted((p for p in _glob(path) if p.name.endswith(usual)), key=str)
+            elif path.is_dir():
+                matches = sorted((p for p in path.iterdir() if _is_usual(p)), key=str)
+            else:
+                matches = [path] if path.exists() else []
+        if not matches:
+            raise FileNotFoundError(
+                f"files: expected a {', '.join(_USUAL)} or .json file, a directory of them, or a "
+                f"glob pattern, got {pattern!r}, where nothing is; the working directory is "
+                f"{os.getcwd()}"
+            )
+        found += matches
+    for path in found:
+        if path.suffix not in _ENDINGS:
+            raise DataError(
+                f"files: expected a file that ends in .parquet or .jsonl or .json, got "
+                f"{os.fspath(path)!r}; convert or rename it (jsonl: one JSON object a line)"
+            )
+    return found
+
+
+def _is_usual(path: epath.Path) -> bool:
+    return path.name.endswith(_USUAL) and not path.name.startswith(".")
+
+
+def _glob(path: epath.Path) -> Iterator[epath.Path]:
+    """Matches of a pattern in the last part of a path, or below its first part with a pattern."""
+    parts = path.parts
+    first = next(n for n, part in enumerate(parts) if any(c in part for c in "*?["))
+    root = path
+    for _ in parts[first:]:
+        root = root.parent
+    return root.glob("/".join(parts[first:]))
+
+
+def open_records(files: Sequence[epath.PathLike]) -> Records:
+    """The records of files; see `find_files`.
+
+    Raises:
+        DataError: a file that is not what its name says, or no record at all.
+        CheckpointError: a file that cannot be read.
+    """
+    return _records([_open(os.fspath(file)) for file in files])
+
+
+def records_of(mappings: Sequence[Mapping[str, object]]) -> Records:
+    """Records that are in memory.
+
+    Raises:
+        DataError: there are none.
+    """
+    return _records([_InMemory("the list of records", mappings)])
+
+
+def _records(files: Sequence["_JsonLines | _Parquet | _InMemory"]) -> Records:
+    records = Records(files)
+    if not len(records):
+        names = ", ".join(file.name for file in files) or "no file"
+        raise DataError(f"{names}: expected at least one record, got none; check the files")
+    return records
+
+
+def _open(name: str) -> "_JsonLines | _Parquet | _InMemory":
+    if name.endswith(".parquet"):
+        return _Parquet(name)
+    with reading(name), epath.Path(name).open("rb") as file:
+        start = file.read(64).removeprefix(_BYTE_ORDER_MARK).lstrip()
+        if not start.startswith(b"["):
+            return _JsonLines(name)
+        file.seek(0)
+        data = file.read().removeprefix(_BYTE_ORDER_MARK)
+    try:
+        return _InMemory(name, json.loads(data))
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{name}: expected a JSON list, got what is not JSON ({_reason(error)})"
+        ) from error
+
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _checked(name: str, index: int, fields: Any, line: int | None = None) -> Record:
+    record = Record(file=name, index=index, fields=fields, line=line)
+    if not isinstance(fields, Mapping):
+        raise DataError(
+            f"{record.place}: expected a JSON object, got {describe(fields)}; a record looks like "
+            '{"prompt": ..., "response": ...}'
+        )
+    return record
+
+
+class _InMemory:
+    def __init__(self, name: str, records: Sequence[Any]):
+        self.name, self._records = name, records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def read(self, index: int) -> Record:
+        return _checked(self.name, index, self._records[index])
+
+
+class _File:
+    """A file that is opened when it is needed, once a process."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self._lock = threading.Lock()
+        self._handle: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_lock": None, "_handle": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def __del__(self):
+        if getattr(self, "_handle", None) is not None:
+            with contextlib.suppress(Exception):
+                self._handle.close()
+
+    def _open(self) -> Any:
+        if self._handle is None:
+            self._handle = epath.Path(self.name).open("rb")
+        return self._handle
+
+
+class _JsonLines(_File):
+    """One JSON object a line; blank lines are skipped. Offsets are found in one pass."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        spans, at, number, rest = [], 0, 0, b""
+        with reading(name), epath.Path(name).open("rb") as file:
+            while chunk := file.read(1 << 22):
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    number += 1
+                    if line.strip():
+                        spans.append((at, at + len(line), number))
+                    at += len(line) + 1
+        if rest.strip():  # the last line need not end
+            spans.append((at, at + len(rest), number + 1))
+        self._spans = np.array(spans, np.int64).reshape(-1, 3)
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def read(self, index: int) -> Record:
+        start, end, line = map(int, self._spans[index])
+        with reading(self.name), self._lock:
+            file = self._open()
+            file.seek(start)
+            data = file.read(end - start)
+        try:
+            fields = json.loads(data.removeprefix(b"" if start else _BYTE_ORDER_MARK))
+        except (ValueError, RecursionError) as error:
+            place = Record(file=self.name, index=index, fields={}, line=line).place
+            raise DataError(
+                f"{place}: expected a JSON object on the line, got what is not JSON "
+                f"({_reason(error)}); mend or remove the line"
+            ) from error
+        return _checked(self.name, index, fields, line)
+
+
+class _Parquet(_File):
+    """Row groups are decoded when a row of theirs is asked for; the last two are kept."""
+
+    def __init__(self, name: str):
+        import pyarrow
+
+        super().__init__(name)
+        try:
+            with reading(name):
+                metadata = self._parquet().metadata
+        except CheckpointError as error:
+            if isinstance(error.__cause__, pyarrow.ArrowException):
+                raise DataError(
+                    f"{name}: expected a parquet file, got one that cannot be parsed "
+                    f"({_reason(error)}); write or fetch it again"
+                ) from error
+            raise
+        groups = [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)]
+        self._starts = np.cumsum([0, *groups])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_reader": None, "_decoded": {}}
+
+    def _parquet(self) -> Any:
+        import pyarrow.parquet
+
+        if getattr(self, "_reader", None) is None:
+            self._reader = pyarrow.parquet.ParquetFile(self._open())
+            self._decoded: dict[int, Any] = {}
+        return self._reader
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def read(self, index: int) -> Record:
+        group = int(np.searchsorted(self._starts, index, side="right")) - 1
+        with reading(self.name), self._lock:
+            reader = self._parquet()
+            table = self._decoded.pop(group, None)
+            if table is None:
+                table = reader.read_row_group(group)
+            self._decoded[group] = table  # the newest last
+            while len(self._decoded) > 2:
+                self._decoded.pop(next(iter(self._decoded)))
+        (fields,) = table.slice(index - int(self._starts[group]), 1).to_pylist()
+        return Record(file=self.name, index=index, fields=fields)

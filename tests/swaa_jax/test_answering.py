@@ -1,0 +1,150 @@
+"""Answers under many policies: shared prefills change nothing, and what does not fit is refused."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import swaa_jax as swaa
+from kernels_pallas.mask import visible
+from swaa_jax import infer
+from swaa_jax.checkpoint._paths import SHIPPED
+from swaa_jax.eval.run import answering
+from swaa_jax.eval.run.answering import answer_prompts, even_batches
+from swaa_jax.eval.run.costs import prefill_attention_share
+from swaa_jax.eval.tasks.ruler import niah_multiquery
+from swaa_jax.policy import AttentionPolicy, LayerAttention
+from tests.support.random_models import random_model
+
+POLICIES = [
+    AttentionPolicy(),
+    AttentionPolicy(window=16),
+    AttentionPolicy(window=16, decode="full"),
+    AttentionPolicy(window=16, num_sink_tokens=3, full_attention_layers="1::2"),
+    AttentionPolicy(window=16, decode=(0,)),
+    AttentionPolicy(window=16, num_sink_tokens=3, full_attention_layers="1::2", decode="full"),
+]
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return swaa.load_tokenizer(SHIPPED["tiny-retriever"])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(
+        vocab_size=2304,
+        num_hidden_layers=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+    )
+
+
+@pytest.fixture(scope="module")
+def prompts(tok):
+    samples = niah_multiquery(
+        tok, num_samples=4, target_length=300, seed=1, haystack="needle", enable_thinking=False
+    )
+    return [list(sample.prompt_ids) for sample in samples]
+
+
+def answers_by_policy(model, tok, prompts, policies, *, batch_size=2, max_new_tokens=12, **more):
+    """Each policy's generations, in the order of the prompts."""
+    found = {policy: [] for policy in policies}
+    for done in answer_prompts(
+        model,
+        tok,
+        prompts,
+        policies,
+        batches=even_batches(len(prompts), batch_size),
+        options=infer.GenerateOptions(max_new_tokens=max_new_tokens),
+        **more,
+    ):
+        found[done.policy].append(done.generation)
+    return found
+
+
+def test_shared_prefill_gives_the_tokens_of_separate_runs(tok, model, prompts):
+    fractions = []
+    found = answers_by_policy(
+        model, tok, prompts, POLICIES, progress=lambda what, fraction: fractions.append(fraction)
+    )
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1.0
+    texts = set()
+    for policy, parts in found.items():
+        alone = infer.generate(
+            model.with_policy(policy), tok, prompts, max_new_tokens=12, batch_size=2
+        )
+        for name in ("texts", "tokens", "finish_reasons"):
+            assert [one for part in parts for one in getattr(part, name)] == list(
+                getattr(alone, name)
+            )
+        assert {part.timings.cache_bytes_per_row for part in parts} == {
+            alone.timings.cache_bytes_per_row
+        }
+        texts.update(alone.texts)
+    assert len(texts) > len(prompts), "the policies answer alike, so this shows nothing"
+
+
+def test_policies_that_differ_in_decode_share_one_prefill(tok, model, prompts, monkeypatch):
+    reads = []
+
+    def counted(model, prompts, **options):
+        reads.append(model.policy)
+        return infer.prefill_prompts(model, prompts, **options)
+
+    monkeypatch.setattr(answering, "prefill_prompts", counted)
+    monkeypatch.setattr(answering, "compile_counts", dict)  # nothing is run a second time
+    found = answers_by_policy(model, tok, prompts[:1], POLICIES, max_new_tokens=3)
+    partly = dataclasses.replace(POLICIES[-1], decode="full")
+    assert reads == [AttentionPolicy(), AttentionPolicy(window=16, decode="full"), partly]
+    by_policy = {policy: parts[0].timings for policy, parts in found.items()}
+    window, fa_decode, partly = (by_policy[POLICIES[i]] for i in (1, 2, 4))
+    assert window.prefill_s == fa_decode.prefill_s == partly.prefill_s > 0
+    full = by_policy[POLICIES[0]].cache_bytes_per_row
+    assert window.cache_bytes_per_row < partly.cache_bytes_per_row < full
+    assert fa_decode.cache_bytes_per_row == full
+    for timings in by_policy.values():
+        assert timings.decode_steps == 2
+        assert timings.time_per_output_token_s > 0
+        assert timings.prompt_tokens == len(prompts[0])
+
+
+def test_even_batches_share_their_programs(tok, model, prompts):
+    before = infer.compile_counts()
+    policy = AttentionPolicy(window=24)
+    # Batches of 2 and 2 prompts, not of 3 and 1.
+    answers_by_policy(model, tok, prompts, [policy], batch_size=3, max_new_tokens=4)
+    compiled = {name: count - before[name] for name, count in infer.compile_counts().items()}
+    assert compiled["prefill"] == compiled["decode"] == 1
+
+
+def test_what_does_not_fit_is_refused_before_any_work(tok, model, prompts):
+    same = [AttentionPolicy(window=8, full_attention_layers=layers) for layers in ("1::2", (1,))]
+    with pytest.raises(ValueError, match="are the same for a model of 2 layers"):
+        answers_by_policy(model, tok, prompts, same)
+    with pytest.raises(ValueError, match="policies: expected at least one"):
+        answers_by_policy(model, tok, prompts, [])
+    with pytest.raises(ValueError, match="context of 512 tokens"):
+        answers_by_policy(model, tok, prompts, POLICIES, max_new_tokens=400)
+    with pytest.raises(ValueError, match="batch_size"):
+        even_batches(4, 0)
+
+
+@pytest.mark.parametrize("window, sinks, tail", [(1, 0, 0), (5, 0, 0), (5, 3, 2), (40, 2, 9)])
+def test_prefill_share_counts_visible_pairs(window, sinks, tail):
+    length = 23
+    positions = np.arange(length)
+    pairs = visible(
+        positions[:, None],
+        positions[None, :],
+        window=window,
+        num_sink_tokens=sinks,
+        q_full=(positions >= length - tail)[:, None],
+    )
+    windowed = LayerAttention(window=window, num_sink_tokens=sinks, full_attention_tail=tail)
+    all_pairs = length * (length + 1) / 2
+    share = prefill_attention_share([windowed, LayerAttention()], length)
+    assert share == pytest.approx((np.sum(pairs) + all_pairs) / (2 * all_pairs))
