@@ -32,7 +32,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from swaa_jax.fields import check_fields, check_keys, integer, number, or_none, set_field
 from swaa_jax.models.head import VocabHead
-from swaa_jax.sharding import RULES, spec_for
+from swaa_jax.sharding import RULES, spec_for, split_over
 
 _LOGITS_BYTES = 320 << 20
 _LANES = 128
@@ -266,17 +266,17 @@ class _Static:
     @property
     def vocabulary(self) -> Vocabulary:
         """How it is split over the mesh."""
-        return Vocabulary(names=_names(self.matrix, self.head.vocab_axis))
+        return Vocabulary(names=split_over(self.matrix, self.head.vocab_axis))
 
     @property
     def width_names(self) -> tuple[str, ...]:
         """Mesh axes over which D is split where the matrix is stored."""
-        return _names(self.matrix, 1 - self.head.vocab_axis)
+        return split_over(self.matrix, 1 - self.head.vocab_axis)
 
     @property
     def row_names(self) -> tuple[str, ...]:
         """Mesh axes over which the rows of the batch are split."""
-        return _names(self.rows, 0)
+        return split_over(self.rows, 0)
 
 
 def chunked_loss(
@@ -545,11 +545,6 @@ def _scattered(static: _Static, gradient: Array) -> Array:
 def _varying(x: Array, names: tuple[str, ...]) -> Array:
     """The same value, to JAX one that may differ between devices along these mesh axes."""
     return jax.lax.pcast(x, names, to="varying") if names else x
-
-
-def _names(spec: PartitionSpec, axis: int) -> tuple[str, ...]:
-    entry = spec[axis] if axis < len(spec) else None
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def check_rows(mesh: Mesh | None, num_rows: int) -> None:

@@ -121,6 +121,16 @@ def spec_for(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Pa
     return PartitionSpec(*entries)
 
 
+def split_over(spec: PartitionSpec, axis: int) -> tuple[str, ...]:
+    """The mesh axes over which an axis of an array is split.
+
+    >>> split_over(PartitionSpec(None, "tensor"), 1), split_over(PartitionSpec(), 1)
+    (('tensor',), ())
+    """
+    entry = spec[axis] if axis < len(spec) else None
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
 def sharding_for(param: nnx.Variable, mesh: Mesh | None) -> NamedSharding | None:
     """The sharding that a parameter's own `axes` ask for; None without a mesh.
 

@@ -100,13 +100,9 @@ class DecoderConfig:
             NotImplementedError: a value that this library does not support.
         """
         hf = {**hf, **_override(hf, overrides or {}, known=cls.hf_fields())}
-        missing = [key for key in (*_REQUIRED, cls.activation_field) if hf.get(key) is None]
-        if missing:
-            raise ValueError(
-                f"config: expected {missing} for model_type {cls.model_type!r}, got none; "
-                "complete config.json or pass them in config_overrides"
-            )
+        cls.require(hf, (*_REQUIRED, cls.activation_field))
         num_heads = hf["num_attention_heads"]
+        has_bias = "attention_bias" in cls.hf_fields() and bool(hf.get("attention_bias"))
         eos = hf.get("eos_token_id")
         rope = parse_rope(cls.rope_settings(hf), cls.rope_types)
         return cls(
@@ -125,13 +121,29 @@ class DecoderConfig:
             eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
             pad_token_id=hf.get("pad_token_id"),
             hf_json=json.dumps({**hf, "model_type": cls.model_type}, sort_keys=True),
-            **cls.family_fields(hf),
+            **{
+                "head_dim": hf.get("head_dim") or hf["hidden_size"] // num_heads,
+                "attention_bias": has_bias,
+                "output_bias": has_bias,
+                **cls.family_fields(hf),
+            },
         )
 
     @classmethod
+    def require(cls, hf: Mapping[str, Any], names: Sequence[str]) -> None:
+        """Raises ValueError unless the file has all of these fields."""
+        missing = [name for name in names if hf.get(name) is None]
+        if missing:
+            raise ValueError(
+                f"config: expected {missing} for model_type {cls.model_type!r}, got none; "
+                "complete config.json or pass them in config_overrides"
+            )
+
+    @classmethod
     def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """Fields that families read differently: head_dim, and those whose default is not it."""
-        raise NotImplementedError
+        """Fields whose value is not what the common decoder reads or has by default."""
+        del hf
+        return {}
 
     @classmethod
     def hf_fields(cls) -> frozenset[str]:

@@ -21,7 +21,6 @@ class GemmaConfig(DecoderConfig):
 
     activation_field: ClassVar[str] = "hidden_activation"
     tied_by_default: ClassVar[bool] = True
-    own_required: ClassVar[tuple[str, ...]] = ("head_dim", "query_pre_attn_scalar")
 
     @classmethod
     def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,17 +30,8 @@ class GemmaConfig(DecoderConfig):
                 "config: use_bidirectional_attention is not supported: an attention policy is "
                 "causal. Set it to false if the model generates text."
             )
-        missing = [key for key in cls.own_required if hf.get(key) is None]
-        if missing:
-            raise ValueError(
-                f"config: expected {missing} for model_type {cls.model_type!r}, got none; "
-                "complete config.json or pass them in config_overrides"
-            )
-        bias = bool(hf.get("attention_bias", False))
+        cls.require(hf, ("head_dim", "query_pre_attn_scalar"))
         return {
-            "head_dim": hf["head_dim"],
-            "attention_bias": bias,
-            "output_bias": bias,
             "one_centred_norms": True,
             "embedding_scale": hf["hidden_size"] ** 0.5,
             "attention_scale": hf["query_pre_attn_scalar"] ** -0.5,

@@ -22,7 +22,7 @@ from kernels_pallas import Target
 from swaa_jax.lora.adapters import StackedLoraAdapter
 from swaa_jax.models.blocks import FeedForward, Linear, RouterStatistics, Rows, activation
 from swaa_jax.products import grouped_product, product
-from swaa_jax.sharding import spec_for, target_of
+from swaa_jax.sharding import spec_for, split_over, target_of
 
 _GATHERED = "fsdp"  # the mesh axis over which experts' matrices are stored in slices of D
 
@@ -244,7 +244,7 @@ class _Layout:
     ) -> "_Layout":
         (batch,) = spec_for(("batch",), shape[:1], mesh)
         specs = tuple(spec_for(axes, size, mesh) for axes, size in stacks)
-        experts, _, inner = (_names(entry) for entry in specs[0])
+        experts, inner = split_over(specs[0], 0), split_over(specs[0], 2)
         return cls(
             rows=PartitionSpec(batch),
             stacks=specs,
@@ -261,8 +261,8 @@ class _Layout:
         """The experts' matrices with D whole."""
         whole = list(stacks)
         for number, spec in enumerate(self.stacks):
-            for axis, names in enumerate(spec):
-                if _GATHERED in _names(names):
+            for axis in range(whole[number].ndim):
+                if _GATHERED in split_over(spec, axis):
                     whole[number] = jax.lax.all_gather(
                         whole[number], _GATHERED, axis=axis, tiled=True
                     )
@@ -271,8 +271,3 @@ class _Layout:
     def add(self, share: Array) -> Array:
         """The sum of the shares of the devices that see the same tokens."""
         return jax.lax.psum(share, self.added) if self.added else share
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of one entry of a PartitionSpec, which may be a name or None."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

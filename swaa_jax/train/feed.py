@@ -12,17 +12,12 @@ import math
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from swaa_jax.sharding import RULES, spec_for
+from swaa_jax.train.placement import NEEDED, OPTIONAL, place_batch
 
 __all__ = ["Feed", "make_feed"]
-
-_INPUTS = (
-    *("tokens", "targets", "loss_weights", "stage_ids", "segment_ids", "positions"),
-    "lengths",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,24 +41,16 @@ class Feed:
     count: int
     one_a_row: bool = False
 
-    def put(self, batch: Any) -> Any:
-        """A local batch as what a step takes: on a mesh, global arrays `[accumulate, rows, T]`."""
+    def put(self, batch: Any) -> dict[str, Any]:
+        """A local batch as what a step takes: arrays `[accumulate, rows, T]` on their devices."""
         left_out = ("segment_ids", "positions") if self.one_a_row else ()
-        names = [name for name in _INPUTS if name not in left_out]
-        if self.mesh is None:
-            return {name: getattr(batch, name) for name in names}
-        rows = self.batch_size // self.accumulate
-        (spec,) = spec_for(("batch",), (rows,), self.mesh)
-        sharding = NamedSharding(self.mesh, PartitionSpec(None, spec))
-        placed = {}
-        for name in names:
-            local = np.asarray(getattr(batch, name))
-            dtype = np.float32 if name == "loss_weights" else np.int32
-            local = local.astype(dtype).reshape(self.accumulate, -1, *local.shape[1:])
-            placed[name] = jax.make_array_from_process_local_data(
-                sharding, local, (self.accumulate, rows, *local.shape[2:])
-            )
-        return placed
+        names = [name for name in (*NEEDED, *OPTIONAL) if name not in left_out]
+        return place_batch(
+            {name: getattr(batch, name) for name in names},
+            accumulate=self.accumulate,
+            mesh=self.mesh,
+            num_rows=self.batch_size // self.accumulate,
+        )
 
 
 def make_feed(

@@ -15,7 +15,9 @@ NEEDED = ("tokens", "targets", "loss_weights")
 OPTIONAL = ("stage_ids", "segment_ids", "positions", "lengths")
 
 
-def place_batch(batch: Any, *, accumulate: int, mesh: Mesh | None) -> dict[str, Any]:
+def place_batch(
+    batch: Any, *, accumulate: int, mesh: Mesh | None, num_rows: int | None = None
+) -> dict[str, Any]:
     """The batch as a step takes it: arrays `[accumulate, B, T]`, rows over data and fsdp.
 
     Args:
@@ -25,6 +27,7 @@ def place_batch(batch: Any, *, accumulate: int, mesh: Mesh | None) -> dict[str, 
             gave is given back.
         accumulate: number of micro-batches.
         mesh: None: one device.
+        num_rows: of a micro-batch, on all processes; None: each gives other rows than the others.
 
     Raises:
         ValueError: an array is missing or of another shape than the tokens; rows do not divide into
@@ -35,7 +38,7 @@ def place_batch(batch: Any, *, accumulate: int, mesh: Mesh | None) -> dict[str, 
     if isinstance(tokens, jax.Array) and tokens.ndim == 3:
         return arrays
     shape = _micro_shape(tokens.shape, accumulate)
-    num_rows = shape[1] * jax.process_count()
+    num_rows = num_rows or shape[1] * jax.process_count()
     check_rows(mesh, num_rows)
     on = None
     if mesh is not None:
@@ -50,7 +53,7 @@ def place_batch(batch: Any, *, accumulate: int, mesh: Mesh | None) -> dict[str, 
                 f"got {value.shape}"
             )
         dtype = jnp.float32 if name == "loss_weights" else jnp.int32
-        placed[name] = _place(value, wanted, dtype, on)
+        placed[name] = _place(value, wanted, dtype, on, num_rows=num_rows)
     _check_answers(arrays["loss_weights"])
     return placed
 
@@ -78,11 +81,15 @@ def _micro_shape(shape: tuple[int, ...], accumulate: int) -> tuple[int, int, int
     )
 
 
-def _place(value: Any, shape: tuple[int, ...], dtype: Any, on: NamedSharding | None) -> Any:
+def _place(
+    value: Any, shape: tuple[int, ...], dtype: Any, on: NamedSharding | None, *, num_rows: int
+) -> Any:
     if isinstance(value, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=on)
     value = np.asarray(value).astype(dtype).reshape(shape)
-    return jnp.asarray(value) if on is None else jax.make_array_from_process_local_data(on, value)
+    if on is None:
+        return jnp.asarray(value)
+    return jax.make_array_from_process_local_data(on, value, (shape[0], num_rows, *shape[2:]))
 
 
 def _check_answers(weights: Any) -> None:

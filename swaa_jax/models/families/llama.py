@@ -14,14 +14,8 @@ class LlamaConfig(DecoderConfig):
 
     @classmethod
     def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """Head size from the width where the file has none; optional biases."""
-        bias = bool(hf.get("attention_bias", False))
-        return {
-            "head_dim": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-            "attention_bias": bias,
-            "output_bias": bias,
-            "mlp_bias": bool(hf.get("mlp_bias", False)),
-        }
+        """Optional biases of the feed-forward blocks too."""
+        return {"mlp_bias": bool(hf.get("mlp_bias", False))}
 
     @classmethod
     def hf_fields(cls) -> frozenset[str]:

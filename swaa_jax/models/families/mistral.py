@@ -14,11 +14,8 @@ class MistralConfig(DecoderConfig):
 
     @classmethod
     def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """Head size from the width where the file has none, and the window of all layers."""
-        return {
-            "head_dim": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-            "own": layer_kinds_policy(hf, cls.layer_kinds(hf), hf.get("sliding_window")),
-        }
+        """The window of all layers."""
+        return {"own": layer_kinds_policy(hf, cls.layer_kinds(hf), hf.get("sliding_window"))}
 
     @classmethod
     def layer_kinds(cls, hf: Mapping[str, Any]) -> list[str] | None:

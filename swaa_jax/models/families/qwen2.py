@@ -15,12 +15,8 @@ class Qwen2Config(DecoderConfig):
 
     @classmethod
     def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """Head size from the width, fixed biases, and the window of files that use one."""
-        return {
-            "head_dim": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-            "attention_bias": True,
-            "own": windowed_layers_policy(hf),
-        }
+        """Fixed biases, and the window of files that use one."""
+        return {"attention_bias": True, "own": windowed_layers_policy(hf)}
 
     @classmethod
     def hf_fields(cls) -> frozenset[str]:

@@ -16,11 +16,8 @@ class Qwen3Config(DecoderConfig):
     @classmethod
     def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
         """Explicit head size, q/k norms, and the window of files that use one."""
-        bias = bool(hf.get("attention_bias", False))
         return {
             "head_dim": hf.get("head_dim") or 128,  # Transformers' Qwen3 default
-            "attention_bias": bias,
-            "output_bias": bias,
             "qk_norm": True,
             "own": windowed_layers_policy(hf),
         }

@@ -73,18 +73,9 @@ class Qwen3MoeConfig(DecoderConfig):
         """Qwen3's, the experts', and the window that all layers share where there is one."""
         # Transformers 5 writes `num_local_experts`, files of version 4 have `num_experts`.
         hf = {"num_experts": hf.get("num_local_experts"), **hf}
-        missing = [name for name in _EXPERTS if hf.get(name) is None]
-        if missing:
-            raise ValueError(
-                f"config: expected {missing} for model_type {cls.model_type!r}, got none; "
-                "complete config.json or pass them in config_overrides"
-            )
-        bias = bool(hf.get("attention_bias", False))
+        cls.require(hf, _EXPERTS)
         window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
         return {
-            "head_dim": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-            "attention_bias": bias,
-            "output_bias": bias,
             "qk_norm": True,
             "own": AttentionPolicy(window=window),
             **{name: hf[name] for name in _EXPERTS},
