@@ -155,17 +155,17 @@ def with_adapters():
     return dataclasses.replace(done, cells=tuple(cells), config=config)
 
 
-def test_adapters_stand_beside_the_checkpoint_that_they_are_for():
+def test_adapters_are_compared_with_the_checkpoint_without_them(tmp_path):
     """Where they were not asked under full attention themselves."""
     done = with_adapters()
     summaries = summarize(done)
     (group,) = group_summaries(summaries)
     tuned = summaries[2]
-    assert (tuned.number, tuned.group, tuned.difference) == (3, 1, None)
+    assert (tuned.baseline, tuned.difference) == (1, pytest.approx(0.0))
     assert group.name(tuned) == "window 8 (tuned)"
     (text,) = findings([group])
     assert "tuned takes window 8 from 25.0% (row 2) to 87.5% (row 3)." in text
-    # Asked under full attention, they are a group of their own.
+    # Under full attention, they are compared with that.
     cells = (*done.cells, cell("full", FULL, [dict(a) for a in tuned.cell.answers], model="tuned"))
     first, second = group_summaries(summarize(dataclasses.replace(done, cells=cells)))
     assert [len(g.summaries) for g in (first, second)] == [2, 2]

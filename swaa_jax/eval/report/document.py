@@ -58,10 +58,9 @@ def html_report(
         rows=[
             {
                 "cells": [(column, column.cell(summary)) for column in COLUMNS],
-                "is_baseline": summary is group.baseline,
+                "is_baseline": summary.difference is None,
             }
-            for group in groups
-            for summary in group.summaries
+            for summary in _lines(groups)
         ],
         groups=[
             _group_view(group, chart, seed=evaluation.config.seed)

@@ -25,7 +25,7 @@ class CellSummary:
 
     Attributes:
         number: its line in the table, from 1.
-        group: the line of its group's baseline, perhaps its own.
+        baseline: the line that it is compared with, perhaps itself.
         cell: the answers.
         num_samples: asked and answered.
         score: of the judge; RULER's fraction of references found, else that of right answers.
@@ -36,12 +36,12 @@ class CellSummary:
         mean_tokens: of an answer, thinking included.
         by_kind, by_length: the score of the samples of each kind, and of each range of prompt
             tokens.
-        difference: of the score to that of the same model's baseline; None for that baseline.
+        difference: of the score to the baseline's; None for the baseline.
         p_value: of that difference, paired by sample.
     """
 
     number: int
-    group: int
+    baseline: int
     cell: Cell
     num_samples: int
     score: Interval
@@ -83,14 +83,11 @@ class CellSummary:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-    """Cells that are shown together: policies of a checkpoint, on one task in one mode.
-
-    Adapters that were not asked under a baseline of their own stand beside the checkpoint that they
-    are for.
+    """Cells that are compared with one baseline: of a checkpoint, one task and one mode.
 
     Attributes:
         summaries: of the cells, in their order; the baseline is among them.
-        baseline: what the others are compared with.
+        baseline: the one that the others are tested against.
     """
 
     summaries: tuple[CellSummary, ...]
@@ -115,37 +112,41 @@ class Group:
 
 
 def summarize(evaluation: Evaluation) -> list[CellSummary]:
-    """A summary of each cell that has answers, in their order."""
+    """A summary of each cell that has answers: models, tasks and modes in their order, cells that
+    are compared with one baseline next to one another.
+    """
     config = evaluation.config
     cells = [cell for cell in evaluation.cells if cell.answers]
-    homes = [_home(config, cells, cell) for cell in cells]
-    order = sorted(range(len(cells)), key=lambda index: (homes[index], index))
+    baselines = [_baseline(config, cells, cell) for cell in cells]
+    order = sorted(range(len(cells)), key=lambda index: (baselines[index], index))
     numbers = {index: number for number, index in enumerate(order, start=1)}
     return [
         _summary(
-            cell,
-            cells[_baseline(config, cells, cell)],
+            cells[index],
+            cells[baselines[index]],
             number=numbers[index],
-            group=numbers[homes[index]],
+            baseline=numbers[baselines[index]],
             seed=config.seed,
         )
-        for index, cell in enumerate(cells)
+        for index in order
     ]
 
 
 def group_summaries(summaries: Sequence[CellSummary]) -> list[Group]:
-    """The groups, in the order of the table."""
+    """The groups, in the order of the rows."""
     by_number = {summary.number: summary for summary in summaries}
     members: dict[int, list[CellSummary]] = {}
-    for number in sorted(by_number):
-        members.setdefault(by_number[number].group, []).append(by_number[number])
+    for summary in summaries:
+        members.setdefault(summary.baseline, []).append(summary)
     return [
         Group(summaries=tuple(group), baseline=by_number[number])
         for number, group in members.items()
     ]
 
 
-def _summary(cell: Cell, compared_with: Cell, *, number: int, group: int, seed: int) -> CellSummary:
+def _summary(
+    cell: Cell, compared_with: Cell, *, number: int, baseline: int, seed: int
+) -> CellSummary:
     interval = functools.partial(bootstrap_interval, seed=seed)
     samples = _by_sample(cell)
     scores = _means(samples, "score")
@@ -156,7 +157,7 @@ def _summary(cell: Cell, compared_with: Cell, *, number: int, group: int, seed: 
         p_value = paired_p_value(scores, theirs, seed=seed)
     return CellSummary(
         number=number,
-        group=group,
+        baseline=baseline,
         cell=cell,
         num_samples=len(samples),
         score=interval(scores),
@@ -234,29 +235,20 @@ def _parts(
 
 
 def _baseline(config: EvalConfig, cells: Sequence[Cell], cell: Cell) -> int:
-    """The index of the cell that this one is tested against: the same model, task and mode."""
-    peers = _peers(cells, cell, cell.model)
-    return next(iter([*_of_note(config, cells, peers), *peers]))
+    """The index of the cell that this one is tested against, of the same task and mode.
 
-
-def _home(config: EvalConfig, cells: Sequence[Cell], cell: Cell) -> int:
-    """The index of the baseline of the cell's group.
-
-    It is the cell's own where the model was asked under the named policy or full attention; else
-    that of the same checkpoint without adapters.
+    It is the named baseline, else full attention, of the same model, else of the same checkpoint
+    without adapters; else the model's first cell.
     """
-    for model in (cell.model, config.without_adapter(cell.model)):
-        for index in _of_note(config, cells, _peers(cells, cell, model)):
-            return index
-    return _baseline(config, cells, cell)
 
+    def peers(model: str) -> list[int]:
+        asked = (model, cell.task, cell.thinking)
+        return [i for i, c in enumerate(cells) if (c.model, c.task, c.thinking) == asked]
 
-def _peers(cells: Sequence[Cell], cell: Cell, model: str) -> list[int]:
-    asked = (model, cell.task, cell.thinking)
-    return [i for i, c in enumerate(cells) if (c.model, c.task, c.thinking) == asked]
-
-
-def _of_note(config: EvalConfig, cells: Sequence[Cell], indices: Sequence[int]) -> list[int]:
-    """Those under the named policy, then those under full attention."""
-    named = [index for index in indices if cells[index].policy_name == config.baseline]
-    return named + [index for index in indices if cells[index].policy.is_full]
+    own = peers(cell.model)
+    for indices in (own, peers(config.without_adapter(cell.model))):
+        named = [i for i in indices if cells[i].policy_name == config.baseline]
+        full = [i for i in indices if cells[i].policy.is_full]
+        if named or full:
+            return (named or full)[0]
+    return own[0]
