@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -65,6 +65,7 @@ class Outputs:
     profiles: epath.Path | None = None
 
 
+@runtime_checkable
 class Batches(Protocol):
     """Local batches, one after the other."""
 
