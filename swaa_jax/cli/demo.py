@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 _SHIPPED = "tiny-retriever"
 _LENGTH, _HAYSTACK = 1024, "essay"
+# Flags that are fields of the task and of the evaluation.
+_TASK = ("num_samples", "length", "haystack", "seed", "max_new_tokens")
+_EVALUATION = ("batch_size", "dtype", "output_dir")
 _SOUND = 0.95
 """What full attention finds at least, on the shipped model at default length and haystack."""
 
@@ -66,7 +69,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.set_defaults(run=run)
     task = parser.add_argument_group("task")
-    task.add_argument("--samples", type=int, metavar="N", help="prompts a mode, default 16")
+    task.add_argument(
+        "--samples", dest="num_samples", type=int, metavar="N", help="prompts a mode, default 16"
+    )
     task.add_argument("--length", type=int, metavar="T", help="tokens a prompt, default 1024")
     task.add_argument(
         "--haystack",
@@ -115,7 +120,10 @@ def add_parser(subparsers: Any) -> None:
     )
     model.add_argument("--batch-size", type=int, metavar="N", help="prompts at once, default 16")
     model.add_argument(
-        "--output", metavar="DIR", help="of the report and all answers, default demo_output"
+        "--output",
+        dest="output_dir",
+        metavar="DIR",
+        help="of the report and all answers, default demo_output",
     )
     model.add_argument("--markdown", metavar="FILE", help="the report in Markdown, here too")
     model.add_argument("--verbose", action="store_true", help="log what is chosen and why")
@@ -163,26 +171,24 @@ def _fields(args: argparse.Namespace) -> dict[str, Any]:
     elif args.adapter == "none" or not is_preset:
         trained = []
     fields["settings"] = [own, *trained]
-    for flags, there in (
-        ({"output_dir": args.output, "batch_size": args.batch_size, "dtype": args.dtype}, fields),
-        ({"num_samples": args.samples, "length": args.length, "seed": args.seed}, task),
-        ({"haystack": args.haystack, "max_new_tokens": args.max_new_tokens}, task),
-    ):
-        there.update({name: value for name, value in flags.items() if value is not None})
-    return fields
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    task |= {name: given[name] for name in _TASK if name in given}
+    return fields | {name: given[name] for name in _EVALUATION if name in given}
 
 
 def _policies(args: argparse.Namespace, preset: list[Any]) -> "list[PolicyEntry]":
-    """Those of `--policies`, else the preset's, with `--window` and `--sinks`."""
+    """The policies of `--policies`, else the preset's, with `--window` and `--sinks`."""
     from etils import epath
 
     from swaa_jax.configs import find_config
-    from swaa_jax.eval.run.config import PolicyEntry, read_document
+    from swaa_jax.eval.run.config import PolicyEntry, policy_entry, read_document
     from swaa_jax.fields import list_of, wrong
-    from swaa_jax.policy import load_policy
 
     def read(name: str, entry: Any) -> PolicyEntry:
-        policy = load_policy(entry)
+        entry = policy_entry(name, entry)
+        if not isinstance(entry, PolicyEntry):
+            raise wrong(name, "a policy's name, text or fields", entry)
+        policy = entry.policy
         if args.window is not None and policy.window is not None:
             policy = dataclasses.replace(policy, window=args.window)
         if args.sinks is not None and policy.num_sink_tokens:

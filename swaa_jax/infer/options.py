@@ -43,7 +43,7 @@ class GenerateOptions:
         chunk_size: the most decode steps between two looks at the stop strings.
 
     Raises:
-        ValueError: a value out of range, or `sampling="checkpoint"` beside values of your own.
+        ValueError: a value out of range, or `sampling="checkpoint"` with values of your own.
 
     Examples:
         >>> GenerateOptions(stop="###").stop
@@ -109,6 +109,6 @@ class GenerateOptions:
 
     @property
     def template_options(self) -> dict[str, Any]:
-        """What `encode_prompts` takes beside tokenizer and prompts."""
+        """What `encode_prompts` takes besides tokenizer and prompts."""
         names = ("tools", "chat_template_kwargs", "enable_thinking", "cot")
         return {name: getattr(self, name) for name in names}

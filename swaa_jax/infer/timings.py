@@ -57,7 +57,7 @@ class Timings:
 
     @classmethod
     def total(cls, parts: Sequence["Timings"]) -> "Timings":
-        """Of batches run one after another: sums, and the largest cache."""
+        """The total of batches run one after another: sums, and the largest cache."""
         if not parts:
             raise ValueError("parts: expected the timings of at least one batch, got none")
         summed = {

@@ -43,7 +43,7 @@ def read_calibration(
         data: further fields of `DataConfig`: format, columns, chat_template, ...
 
     Raises:
-        ValueError: an unknown field, a row that cannot be read, or no sample within the length.
+        ValueError: an unknown field, a record that cannot be read, or no sample within the length.
     """
     fields = {
         "files": [os.fspath(file) for file in files],

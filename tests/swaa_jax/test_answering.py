@@ -2,18 +2,15 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 
 import swaa_jax as swaa
-from kernels_pallas.mask import visible
 from swaa_jax import infer
 from swaa_jax.checkpoint._paths import SHIPPED
 from swaa_jax.eval.run import answering
 from swaa_jax.eval.run.answering import answer_prompts, even_batches
-from swaa_jax.eval.run.costs import prefill_attention_share
 from swaa_jax.eval.tasks.ruler import niah_multiquery
-from swaa_jax.policy import AttentionPolicy, LayerAttention
+from swaa_jax.policy import AttentionPolicy
 from tests.support.random_models import random_model
 
 POLICIES = [
@@ -131,20 +128,3 @@ def test_what_does_not_fit_is_refused_before_any_work(tok, model, prompts):
         answers_by_policy(model, tok, prompts, POLICIES, max_new_tokens=400)
     with pytest.raises(ValueError, match="batch_size"):
         even_batches(4, 0)
-
-
-@pytest.mark.parametrize("window, sinks, tail", [(1, 0, 0), (5, 0, 0), (5, 3, 2), (40, 2, 9)])
-def test_prefill_share_counts_visible_pairs(window, sinks, tail):
-    length = 23
-    positions = np.arange(length)
-    pairs = visible(
-        positions[:, None],
-        positions[None, :],
-        window=window,
-        num_sink_tokens=sinks,
-        q_full=(positions >= length - tail)[:, None],
-    )
-    windowed = LayerAttention(window=window, num_sink_tokens=sinks, full_attention_tail=tail)
-    all_pairs = length * (length + 1) / 2
-    share = prefill_attention_share([windowed, LayerAttention()], length)
-    assert share == pytest.approx((np.sum(pairs) + all_pairs) / (2 * all_pairs))

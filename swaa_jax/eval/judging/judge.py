@@ -22,7 +22,8 @@ class Judged:
             need="all", which want all.
         response: the generated text.
         thinking: whether the prompt had opened `<think>`.
-        grading: what a language model that judges must know beside the references; rules ignore it.
+        grading: what a language model that judges must know besides the references; rules ignore
+            it.
     """
 
     question: str

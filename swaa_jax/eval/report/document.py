@@ -133,7 +133,7 @@ def _part_names(group: Group, parts: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Shade:
-    """Of a matrix: a share in %, shown in colour; `long_text` where there is no colour."""
+    """A share in %, a cell of a matrix, shown in colour, or as `long_text` without."""
 
     text: str = ""
     long_text: str = ""
@@ -157,7 +157,7 @@ class _Matrix:
 
 
 def _matrices(group: Group) -> list[_Matrix]:
-    """Of those that have more than one column."""
+    """The breakdowns that have more than one column."""
     summaries = group.summaries
     matrices = []
     for title, parts in (("Score by kind", "by_kind"), ("Score by prompt tokens", "by_length")):

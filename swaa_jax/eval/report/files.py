@@ -24,7 +24,7 @@ from swaa_jax.eval.run import Evaluation, PolicyEntry
 __all__ = ["SCHEMA_VERSION", "write_evaluation"]
 
 SCHEMA_VERSION = 1
-"""Of `results.json` and `run.json`."""
+"""Counts changes of the form of `results.json` and `run.json`."""
 
 _TITLE = "Attention policies compared"
 

@@ -71,19 +71,15 @@ def _near(group: Group, others: Sequence[CellSummary]) -> str:
         return ""
     if not near:
         return f"None of the others is {where}."
-    costs = [summary.cell.cost for summary in near]
-    work = min(range(len(near)), key=lambda index: costs[index].prefill_share)
-    share = 100 * costs[work].prefill_share
-    text = (
-        f"The least prefill work {where} is {share:.0f}% of full attention's (row "
-        f"{near[work].number})"
-    )
-    sizes = [one.cache_bytes_per_sample or math.inf for one in costs]
-    small = min(range(len(near)), key=lambda index: sizes[index])
-    base_size = base.cell.cost.cache_bytes_per_sample
-    if base_size and sizes[small] < base_size:
-        part = 100 * sizes[small] / base_size
-        text += f", the smallest caches are {part:.0f}% of its (row {near[small].number})"
+    quick = min(near, key=lambda s: s.cell.cost.prefill_share)
+    small = min(near, key=lambda s: s.cell.cost.cache_bytes_per_sample or math.inf)
+    share = f"{100 * quick.cell.cost.prefill_share:.0f}% of full attention's (row {quick.number})"
+    text = f"The least prefill work {where} is {share}"
+    size, base_size = (s.cell.cost.cache_bytes_per_sample for s in (small, base))
+    if size and base_size and size < base_size:
+        text += (
+            f", the smallest caches are {100 * size / base_size:.0f}% of its (row {small.number})"
+        )
     return f"{text}."
 
 

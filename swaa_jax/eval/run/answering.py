@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Answers", "answer_prompts", "even_batches", "resolve_all"]
 
 PREFILL_WEIGHT = 0.5
-"""Of a decode run, in the progress shown."""
+"""What a prefill counts in the progress shown, where a decode run counts 1."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

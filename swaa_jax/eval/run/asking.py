@@ -161,7 +161,7 @@ class Asking:
     def judge(self, policies: Sequence[PolicyEntry], judge: tuple[str, Judge]) -> list[Cell]:
         """Judge what is not judged yet, on process 0, and give a cell for each policy."""
         name, judging = judge
-        # What a verdict depends on beside the answer.
+        # What a verdict depends on besides the answer.
         asked = [[one.question, list(one.references), one.grading] for one in self._samples]
         key = fingerprint([name, asked])
         if runtime.is_main_process():

@@ -17,7 +17,7 @@ __all__ = ["CellCost", "cell_cost"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CellCost:
-    """Of one cell; measured values are None where nothing was measured.
+    """What one cell cost; measured values are None where nothing was measured.
 
     Attributes:
         prefill_tokens_per_second: prompt tokens; policies that share a prefill share this.

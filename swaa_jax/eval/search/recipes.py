@@ -39,7 +39,7 @@ class ModelSize:
 
     @classmethod
     def of(cls, model: CausalLM, *, name: str, weight_bytes: int) -> "ModelSize":
-        """Of a model; one of shapes alone will do."""
+        """The size of a model; a model of shapes alone will do."""
         config = model.config
         return cls(
             name=name,
@@ -133,9 +133,9 @@ def recommend(
 ) -> list[Recipe]:
     """Recipes that serve the needs, the best first.
 
-    Of recipes that were measured on `model` none other is taken. Then come, with a preference for
-    quality, those that kept most of full attention's score; for efficiency, those with the least
-    prefill work, and of equal ones those with the smallest caches; without one, quality.
+    Where some recipes were measured on `model`, only those are taken. A preference for quality puts
+    those first that kept most of full attention's score; one for efficiency, those with the least
+    prefill work, and of equal ones those with the smallest caches; without one, quality counts.
 
     Args:
         recipes: from `list_recipes`.

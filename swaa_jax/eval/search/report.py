@@ -18,7 +18,7 @@ HEADINGS = ("policy", "score %", "of full attention", "prefill pairs", "KV MiB",
 
 
 def candidate_cells(candidate: Candidate, result: SearchResult) -> list[str]:
-    """A row of the table."""
+    """A line of the table."""
     score, full = candidate.score, result.full.score.mean
     return [
         str(candidate.policy),

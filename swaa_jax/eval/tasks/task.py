@@ -24,8 +24,8 @@ class Sample:
         answer_prefix: the start of the answer, put at the prompt's end where the model does not
             think first (RULER's).
         kind: what results are broken down by: a question's type, a domain.
-        grading: what a language model that judges the answer must know beside the references.
-        info: what else is worth keeping beside the answer, as JSON's types.
+        grading: what a language model that judges the answer must know besides the references.
+        info: what else is worth keeping with the answer, as JSON's types.
     """
 
     id: str
@@ -81,8 +81,8 @@ class Task(abc.ABC):
                 depend on it.
 
         Raises:
-            ValueError: a malformed row (file, row and field are named), or settings that cannot be
-                met.
+            ValueError: a malformed record (file, record and field are named), or settings that
+                cannot be met.
             FileNotFoundError: no such file.
         """
 

@@ -148,7 +148,7 @@ def fit_units(
         filler: makes the units.
         render: the prompt with these units.
         target_length: tokens of the whole prompt.
-        hidden, fewer: what stands in it beside the question, and what to ask less of: for messages.
+        hidden, fewer: what stands in it besides the question, and what to ask less of; for errors.
 
     Raises:
         ValueError: the question alone is longer, or no whole number of sentences meets it.
