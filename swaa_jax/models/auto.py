@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from swaa_jax import checkpoint
 from swaa_jax.attention import check_backend
 from swaa_jax.checkpoint import WeightReader, WeightRule
+from swaa_jax.fields import show, wrong
 from swaa_jax.models.causal_lm import CausalLM
 from swaa_jax.models.config import DecoderConfig
 from swaa_jax.models.config_types import check_config_types
@@ -300,7 +301,7 @@ def _family(hf_config: Mapping[str, Any]) -> ModelFamily:
     model_type = str(hf_config.get("model_type"))
     if model_type not in FAMILIES:
         raise NotImplementedError(
-            f"config: model_type {model_type!r} is not supported; supported: {sorted(FAMILIES)}"
+            f"config: model_type {show(model_type)} is not supported; supported: {sorted(FAMILIES)}"
         )
     return FAMILIES[model_type]
 
@@ -347,7 +348,7 @@ def check_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
     """A dtype that models can have, by name or as it is."""
     name = str(np.dtype(dtype)) if not isinstance(dtype, str) else dtype
     if name not in _DTYPES:
-        raise ValueError(f"dtype: expected one of {list(_DTYPES)}, got {name!r}")
+        raise wrong("dtype", f"one of {list(_DTYPES)}", name)
     return jnp.dtype(name)
 
 

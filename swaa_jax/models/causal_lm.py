@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.mask import segment_positions
 from swaa_jax.attention import Caches, LayerCache, LayerKind, build_cache
+from swaa_jax.fields import wrong
 from swaa_jax.lora import LoraConfig
 from swaa_jax.models.blocks import (
     DecoderLayer,
@@ -271,7 +272,8 @@ class CausalLM(nnx.Module):
         """
         if len(caches.layers) != self.config.num_layers:
             raise ValueError(
-                f"caches: expected {self.config.num_layers} layers, got {len(caches.layers)}"
+                f"caches: expected {self.config.num_layers} layers, got {len(caches.layers)}; "
+                "prefill with this model"
             )
         positions = caches.pos_B[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
         rows = self._rows(positions, stage_ids=stage_ids, pos_B=caches.pos_B)
@@ -332,7 +334,7 @@ class CausalLM(nnx.Module):
 
 def _check_logits_at(logits_at: object) -> None:
     if isinstance(logits_at, str) and logits_at != "last":
-        raise ValueError(f'logits_at: expected None, "last" or indices [B, n], got {logits_at!r}')
+        raise wrong("logits_at", "None, 'last' or indices [B, n]", logits_at)
 
 
 def _last_rows(

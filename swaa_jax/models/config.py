@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from swaa_jax.fields import check_keys, show
 from swaa_jax.models.interop import FULL, WINDOWED, attention_fields
 from swaa_jax.models.rope import SCALINGS, RopeConfig, YarnScaling, parse_rope
 from swaa_jax.policy import AttentionPolicy
@@ -61,14 +62,17 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"config: num_attention_heads={self.num_heads} must be a multiple of "
-                f"num_key_value_heads={self.num_kv_heads}"
+                f"config: num_attention_heads expected a multiple of num_key_value_heads="
+                f"{self.num_kv_heads}, got {self.num_heads}; correct config.json or the override"
             )
         if self.head_dim % 2:
-            raise ValueError(f"config: head_dim={self.head_dim} must be even, for rotary pairs")
+            raise ValueError(
+                f"config: head_dim expected an even number, for rotary pairs, got {self.head_dim}; "
+                "correct config.json or the override"
+            )
         if self.hidden_act not in ACTIVATIONS:
             raise NotImplementedError(
-                f"config: hidden_act={self.hidden_act!r} is not supported; "
+                f"config: hidden_act={show(self.hidden_act)} is not supported; "
                 f"supported: {list(ACTIVATIONS)}"
             )
 
@@ -197,7 +201,7 @@ def layer_kinds_policy(
     if len(named) != num_layers or unknown:
         raise ValueError(
             f"config: layer_types expected {num_layers} entries of {FULL!r} or {WINDOWED!r}, got "
-            f"{len(named)}{f' with {unknown}' if unknown else ''}"
+            f"{len(named)}{f' with {show(unknown)}' if unknown else ''}; correct config.json"
         )
     full = tuple(index for index, kind in enumerate(named) if kind == FULL)
     if window is None or len(full) == num_layers:
@@ -215,7 +219,8 @@ def windowed_layers_policy(hf: Mapping[str, Any]) -> AttentionPolicy:
     if kinds is None:
         if hf.get("max_window_layers") is None:
             raise ValueError(
-                "config: use_sliding_window needs layer_types or max_window_layers, got neither"
+                "config: expected layer_types or max_window_layers with use_sliding_window, got "
+                "neither; complete config.json, or pass one in config_overrides"
             )
         num_full = min(hf["max_window_layers"], hf["num_hidden_layers"])
         kinds = [FULL] * num_full + [WINDOWED] * (hf["num_hidden_layers"] - num_full)
@@ -251,12 +256,7 @@ def _override(
     hf: Mapping[str, Any], overrides: Mapping[str, Any], *, known: frozenset[str]
 ) -> dict[str, Any]:
     """The overrides with their consequences: both forms of the rope settings stay in step."""
-    unknown = sorted(set(overrides) - known)
-    if unknown:
-        raise ValueError(
-            f"config_overrides: {unknown} are not read for this model family; "
-            f"it reads {sorted(known)}"
-        )
+    check_keys("config_overrides", overrides, sorted(known))
     changed = dict(overrides)
     if not _ROPE_FIELDS.intersection(overrides):
         return changed

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from swaa_jax.fields import show
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearScaling:
@@ -125,8 +127,8 @@ def parse_rope(hf: Mapping[str, Any], supported: Collection[str] = tuple(SCALING
     for key, value in (hf.get("rope_scaling") or {}).items():
         if scaling.setdefault(key, value) != value:
             raise ValueError(
-                f"config: rope_parameters[{key!r}]={scaling[key]!r} contradicts "
-                f"rope_scaling[{key!r}]={value!r}; keep one of them"
+                f"config: rope_scaling[{show(key)}] expected {show(scaling[key])}, as in "
+                f"rope_parameters, got {show(value)}; keep one of them"
             )
     theta = scaling.get("rope_theta")
     theta = hf.get("rope_theta") if theta is None else theta
@@ -137,8 +139,8 @@ def parse_rope(hf: Mapping[str, Any], supported: Collection[str] = tuple(SCALING
         )
     if hf.get("rope_theta") not in (None, theta):
         raise ValueError(
-            f"config: rope_theta={hf['rope_theta']!r} contradicts "
-            f"rope_parameters['rope_theta']={theta!r}; keep one of them"
+            f"config: rope_theta expected {show(theta)}, as in rope_parameters, got "
+            f"{show(hf['rope_theta'])}; keep one of them"
         )
     partial = scaling.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
@@ -149,7 +151,7 @@ def parse_rope(hf: Mapping[str, Any], supported: Collection[str] = tuple(SCALING
     if rope_type not in supported:
         reason = f": {_REFUSED[rope_type]}" if rope_type in _REFUSED else ""
         raise NotImplementedError(
-            f"config: rope type {rope_type!r} is not supported{reason}; "
+            f"config: rope type {show(rope_type)} is not supported{reason}; "
             f"supported here: {list(supported)}"
         )
     scaling_class = SCALINGS[rope_type]
@@ -162,8 +164,8 @@ def parse_rope(hf: Mapping[str, Any], supported: Collection[str] = tuple(SCALING
     unknown = sorted(set(scaling) - {field.name for field in fields} - _IGNORED_KEYS)
     if missing or unknown:
         raise ValueError(
-            f"config: rope type {rope_type!r} expects {wanted}; "
-            f"missing {missing}, not understood {unknown}"
+            f"config: rope type {rope_type!r} expected {wanted} of {[f.name for f in fields]}, got "
+            f"{show(sorted(set(scaling) - _IGNORED_KEYS))}; correct config.json or the override"
         )
     given = {f.name: scaling[f.name] for f in fields if scaling.get(f.name) is not None}
     return RopeConfig(theta=float(theta), scaling=scaling_class(**given) if scaling_class else None)

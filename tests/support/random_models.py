@@ -3,10 +3,12 @@
 from typing import Any
 
 import numpy as np
+from etils import epath
 from flax import nnx
 
 import swaa_jax as swaa
 from swaa_jax.models import CausalLM, model_from_config
+from tests.support import byte_tokenizer
 
 HF_CONFIG: dict[str, Any] = {
     "model_type": "qwen3",
@@ -35,6 +37,12 @@ def random_model(policy: swaa.AttentionPolicy | None = None, **overrides: Any) -
     return model_from_config(
         {**HF_CONFIG, **overrides}, policy=policy, dtype=dtype, mesh=mesh, backend=backend
     )
+
+
+def save_random_model(directory: epath.PathLike, **overrides: Any) -> str:
+    """A checkpoint of such a model over bytes, with its tokenizer; gives its path."""
+    model = random_model(vocab_size=byte_tokenizer.VOCAB_SIZE, **overrides)
+    return str(swaa.save_model(model, directory, tokenizer=byte_tokenizer.build()))
 
 
 def weights(model: CausalLM) -> dict[str, np.ndarray]:

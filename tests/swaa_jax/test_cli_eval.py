@@ -191,10 +191,10 @@ def test_a_search_writes_a_policy_that_can_be_used(tmp_path, capsys):
     words = ["--search", "--model", "tiny-retriever", "--output", str(tmp_path / "found")]
     words += ["--task", "ruler,variant=niah_multiquery,length=1024,num_samples=2"]
     words += ["--windows", "16,96"]
-    words += ["--sinks", "0", "--full-layers", "none", "--first-samples", "1"]
+    words += ["--sinks", "0", "--full-layers", "none", "--decode", "full", "--first-samples", "1"]
     assert main(["recipes", *words]) == 0
     out = capsys.readouterr().out
-    assert "4 candidates and full attention, windows 16, 96" in out
+    assert "2 candidates and full attention, windows 16, 96" in out
     policy = swaa.policy.load_policy(str(tmp_path / "found/policy.yaml"))
     found = json.loads((tmp_path / "found/search.json").read_text())
     assert policy.to_dict() == found["chosen"]["policy"]

@@ -14,7 +14,8 @@ from swaa_jax.selection import Selection
 from swaa_jax.selection.report import write_selection
 
 FLAGS = ["--no-thinking", "--window", "24", "--sinks", "2", "--dtype", "float32"]
-FLAGS += ["--no-compilation-cache"]
+# Of the 64 rows that fit into memory, most would be padding.
+FLAGS += ["--no-compilation-cache", "--rows-at-once", "8"]
 
 
 @pytest.fixture(scope="module")

@@ -125,7 +125,7 @@ def test_heads_that_the_model_does_not_have_are_refused(tmp_path):
         lambda: random_model(policy, **SHAPE),
         lambda: swaa.load_model(tmp_path / "model", policy=policy),
     ):
-        with pytest.raises(ValueError, match=r"heads, layer 1: KV head 4 is out of range.* 0 to 3"):
+        with pytest.raises(ValueError, match=r"heads, layer 1: expected KV heads .* 0 to 3, got 4"):
             make()
 
 

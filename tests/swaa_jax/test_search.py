@@ -15,6 +15,7 @@ from swaa_jax.eval.search import (
     write_search,
 )
 from tests.support.evaluations import CountingTask, row
+from tests.support.random_models import save_random_model
 
 NUM_LAYERS = 4
 SAMPLES = 40
@@ -225,10 +226,10 @@ def test_mistakes(tmp_path):
 
 
 def test_a_real_search_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
-    """On the shipped model: a second search answers nothing anew, and finds the same."""
-    model = ModelEntry(path="tiny-retriever")
+    """On a checkpoint: a second search answers nothing anew, and finds the same."""
+    model = ModelEntry(path=save_random_model(tmp_path / "model", num_hidden_layers=2))
     task = TaskEntry(name="counting", task=CountingTask(num_samples=4))
-    space = SearchSpace(windows=(8, 16), sinks=(0,), full_layers=((),)).policies(12)
+    space = SearchSpace(windows=(8, 16), sinks=(0,), full_layers=((),)).policies(2)
     made = []
     original = halving.evaluate
 
@@ -238,9 +239,9 @@ def test_a_real_search_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(halving, "evaluate", counted)
     settings = {"config": SearchConfig(first_samples=2), "options": {"dtype": "float32"}}
-    first = search_policies(model, task, space, str(tmp_path), **settings)
+    first = search_policies(model, task, space, str(tmp_path / "out"), **settings)
     answered = sum(one.answered for one in made)
     assert answered == first.num_answers == 5 * 2 + 3 * 2
-    again = search_policies(model, task, space, str(tmp_path), **settings)
+    again = search_policies(model, task, space, str(tmp_path / "out"), **settings)
     assert sum(one.answered for one in made) == answered
     assert again == first

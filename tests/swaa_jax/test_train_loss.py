@@ -262,9 +262,9 @@ def test_wrong_calls_are_refused():
         LossConfig(sft=0.0)
     with pytest.raises(ValueError, match="temperature"):
         LossConfig(temperature=0.0)
-    with pytest.raises(ValueError, match=r"others: expected losses among.*'reverse_kl'.*got 'kl'"):
+    with pytest.raises(ValueError, match="others: expected keys among reverse_kl, got 'kl'"):
         LossConfig(others={"kl": 1.0})
-    with pytest.raises(ValueError, match=r"others.reverse_kl: expected a number at least 0"):
+    with pytest.raises(ValueError, match=r"others.reverse_kl: expected a number of at least 0"):
         LossConfig(others={"reverse_kl": -1.0})
 
 

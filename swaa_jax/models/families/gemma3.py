@@ -31,7 +31,10 @@ class Gemma3Config(GemmaConfig):
             return hf["layer_types"]
         pattern = hf.get("sliding_window_pattern")
         if pattern is None:
-            raise ValueError("config: expected layer_types or sliding_window_pattern, got neither")
+            raise ValueError(
+                "config: expected layer_types or sliding_window_pattern, got neither; complete "
+                "config.json"
+            )
         layers = range(1, hf["num_hidden_layers"] + 1)
         return [WINDOWED if layer % pattern else FULL for layer in layers]
 

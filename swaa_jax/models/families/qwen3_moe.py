@@ -47,12 +47,13 @@ class Qwen3MoeConfig(DecoderConfig):
         super().__post_init__()
         if self.decoder_sparse_step < 1:
             raise ValueError(
-                f"config: expected decoder_sparse_step >= 1, got {self.decoder_sparse_step}"
+                f"config: decoder_sparse_step expected at least 1, got {self.decoder_sparse_step}; "
+                "correct config.json or the override"
             )
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
-                f"config: expected num_experts_per_tok from 1 to num_experts={self.num_experts}, "
-                f"got {self.num_experts_per_tok}"
+                f"config: num_experts_per_tok expected 1 to num_experts={self.num_experts}, got "
+                f"{self.num_experts_per_tok}; correct config.json or the override"
             )
 
     @property
