@@ -12,26 +12,12 @@ import jax
 import numpy as np
 from flax import nnx
 
+from kernels_pallas.chips import find_chip
 from kernels_pallas.mask import Stage
 from swaa_jax.attention import split_heads
 from swaa_jax.policy import LayerAttention
 
 __all__ = ["FlopCounter", "active_parameters", "peak_flops"]
-
-_PEAKS = {  # dense bfloat16, without sparsity, from the vendors' data sheets
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 1153.5e12,  # a chip is two devices
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100": 312e12,
-}
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -40,10 +26,8 @@ def peak_flops(device_kind: str) -> float | None:
     >>> peak_flops("NVIDIA H100 80GB HBM3") / 1e12
     989.0
     """
-    for name in sorted(_PEAKS, key=len, reverse=True):
-        if device_kind.startswith(name):
-            return _PEAKS[name]
-    return None
+    chip = find_chip(device_kind)
+    return None if chip is None else chip.peak_flops
 
 
 class FlopCounter:

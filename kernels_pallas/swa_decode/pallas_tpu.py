@@ -34,7 +34,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.backends import Target, register_backend
+from kernels_pallas.backends import register_backend
+from kernels_pallas.chips import TPUS, generation_of
 from kernels_pallas.mask import per_row
 from kernels_pallas.swa_decode.arguments import DecodeArguments
 
@@ -44,7 +45,9 @@ NEVER = jnp.iinfo(jnp.int32).max
 
 _HEAD_DIMS = (64, 80, 96, 128, 256)
 _LANES = 128
-_WORK_LIST_BYTES = 512 << 10  # of the 1 MiB of scalar memory
+_KEY_BYTES = 1 << 20  # of a block of K; V's is as large, and both are there twice
+_SCORES = 1 << 18  # elements of the float32 scores of a block
+_WORK_LIST_BYTES = min(chip.smem_bytes for chip in TPUS.values()) // 2
 _VECTOR_BYTES = 14 << 20  # of the 16 MiB that a kernel has on v4
 
 
@@ -61,30 +64,18 @@ class DecodeBlocks:
     splits: int
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Limits:
-    key_bytes: int  # of a block of K; V's is as large, and both are there twice
-    scores: int  # elements of the float32 scores of a block
-    splits: int  # cores of a chip: a single long row keeps all of them busy
-
-
-_ONE_CORE = _Limits(key_bytes=1 << 20, scores=1 << 18, splits=1)
-_TWO_CORES = dataclasses.replace(_ONE_CORE, splits=2)
-# By the device kind that JAX reports. Anything else is cut like a chip with one core.
-_LIMITS = {"TPU v4": _TWO_CORES, "TPU v5": _TWO_CORES, "TPU v5p": _TWO_CORES}
-
-
 def choose_blocks(arguments: DecodeArguments) -> DecodeBlocks:
-    """Blocks as large as the limits of the chip allow, whole lanes of 128 rows."""
+    """Blocks as large as memory allows, whole lanes of 128 rows; a split for each core."""
     num_slots = arguments.cache_k.shape[1]
-    limits = limits_of((arguments.target or Target.here()).device_kind)
     keys_of_a_slot, width = _key_shape(arguments)
     key_bytes = width * arguments.q.dtype.itemsize
-    num_keys = min(limits.key_bytes // key_bytes, limits.scores // _num_query_rows(arguments))
+    num_keys = min(_KEY_BYTES // key_bytes, _SCORES // _num_query_rows(arguments))
     # A block is whole in slots and in lanes, and never longer than the cache.
     step = _LANES // math.gcd(_LANES, keys_of_a_slot)
     slots = min(num_keys // keys_of_a_slot, num_slots) // step * step
-    return DecodeBlocks(slots=max(slots, step), splits=limits.splits)
+    # A single long row keeps all cores of a chip busy.
+    splits = TPUS[generation_of(arguments.target)].cores
+    return DecodeBlocks(slots=max(slots, step), splits=splits)
 
 
 def has_slots_in_lanes(arguments: DecodeArguments) -> bool:
@@ -394,8 +385,3 @@ def _num_query_rows(arguments: DecodeArguments) -> int:
 
 def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
-
-
-def limits_of(device_kind: str) -> _Limits:
-    """Of a kind of chip, as ``jax.Device.device_kind`` names it."""
-    return _LIMITS.get(device_kind, _ONE_CORE)

@@ -9,11 +9,11 @@ heads of a KV head, and ``kv_heads`` KV heads. Eight of them, four query heads e
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 
-from kernels_pallas.backends import Target
+from kernels_pallas.chips import TPUS, Tpu, generation_of
 from kernels_pallas.swa_prefill.arguments import PrefillArguments
 from kernels_pallas.swa_prefill.work_list import count_items_at_most, list_limits
 
@@ -38,84 +38,12 @@ class Tiles:
     kv_heads: int = 1
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Chip:
-    """What a core does and holds.
-
-    Attributes:
-      step: cycles of a grid step of the forward kernel beside its products and softmax.
-      body: ``{block_kv: (unmasked, masked)}`` cycles of those per 512 rows x 128 keys, head dim
-        up to 128. Both are static cycles of the compiler's (``benchmarks/tpu_static.py``).
-      bytes_per_cycle: what HBM delivers meanwhile: four fifths of its nominal bandwidth.
-      vmem_bytes: VMEM of a core.
-      cores: that share a device's programs, of which there is one for each ``kv_heads`` KV heads.
-    """
-
-    step: int
-    body: Mapping[int, tuple[float, float]]
-    bytes_per_cycle: int
-    vmem_bytes: int
-    cores: int = 1
-
-
-_CHIPS = {
-    "v4": _Chip(
-        step=320,
-        body={128: (277, 282), 256: (272, 279), 512: (259, 262)},
-        bytes_per_cycle=470,
-        vmem_bytes=16 << 20,
-        cores=2,
-    ),
-    "v5e": _Chip(
-        step=200,
-        body={128: (277, 282), 256: (272, 279), 512: (259, 262)},
-        bytes_per_cycle=440,
-        vmem_bytes=128 << 20,
-    ),
-    "v5p": _Chip(
-        step=320,
-        body={128: (277, 282), 256: (272, 279), 512: (259, 262)},
-        bytes_per_cycle=560,
-        vmem_bytes=64 << 20,
-        cores=2,
-    ),
-    "v6e": _Chip(
-        step=240,
-        body={128: (174, 187), 256: (147, 173), 512: (128, 157)},
-        bytes_per_cycle=750,
-        vmem_bytes=128 << 20,
-    ),
-    "tpu7x": _Chip(
-        step=240,
-        body={128: (174, 187), 256: (147, 173), 512: (128, 157)},
-        bytes_per_cycle=1300,
-        vmem_bytes=64 << 20,
-    ),
-}
-_DEVICE_KINDS = {
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-    "TPU7": "tpu7x",
-    "TPU7x": "tpu7x",
-}
-GENERATIONS = tuple(_CHIPS)
-
 # Of a step, all heads. Its bodies are unrolled, and the compiler takes as long as they are. Of full
 # layers larger ones save some 5% of the cycles; small blocks are worth more to windowed ones.
 _MOST_ROWS = 4096
 _MOST_SCORES_OF_WINDOWED, _MOST_SCORES_OF_FULL = 1 << 19, 1 << 20
 # Where the compiler needs no telling: its own limit is 16 MiB on v5e, of which it spills some.
 _FREE_VMEM_BYTES = 10 << 20
-
-
-def generation_of(target: Target | None) -> str:
-    """None: of the first device of this process. v5e where it is no TPU or an unknown one."""
-    return _DEVICE_KINDS.get((target or Target.here()).device_kind, "v5e")
 
 
 def choose_tiles(arguments: PrefillArguments, *, generation: str | None = None) -> Tiles:
@@ -126,9 +54,9 @@ def choose_tiles(arguments: PrefillArguments, *, generation: str | None = None) 
       NotImplementedError: no tiles would fit.
     """
     generation = generation_of(arguments.target) if generation is None else generation
-    if generation not in _CHIPS:
-        raise ValueError(f"generation: expected one of {GENERATIONS}, got {generation!r}")
-    chip = _CHIPS[generation]
+    if generation not in TPUS:
+        raise ValueError(f"generation: expected one of {tuple(TPUS)}, got {generation!r}")
+    chip = TPUS[generation]
     fitting = [
         tiles for tiles in _candidates(arguments, chip) if tiles_limits(arguments, tiles) is None
     ]
@@ -140,7 +68,7 @@ def choose_tiles(arguments: PrefillArguments, *, generation: str | None = None) 
     return min(fitting, key=lambda tiles: _cycles(arguments, tiles, chip))
 
 
-def _candidates(arguments: PrefillArguments, chip: _Chip) -> Iterator[Tiles]:
+def _candidates(arguments: PrefillArguments, chip: Tpu) -> Iterator[Tiles]:
     """Tiles within VMEM, blocks beyond the input cut to it."""
     num_queries, num_keys = arguments.shape[1:]
     num_kv_heads = arguments.k.shape[2]
@@ -165,7 +93,7 @@ def _candidates(arguments: PrefillArguments, chip: _Chip) -> Iterator[Tiles]:
                     yield wide
 
 
-def _cycles(arguments: PrefillArguments, tiles: Tiles, chip: _Chip) -> float:
+def _cycles(arguments: PrefillArguments, tiles: Tiles, chip: Tpu) -> float:
     """What the forward kernel takes, roughly; good for comparing tiles."""
     head_dim, itemsize = arguments.q.shape[3], arguments.q.dtype.itemsize
     rows = arguments.q.shape[2] // arguments.k.shape[2] * tiles.block_q
@@ -210,7 +138,7 @@ def vmem_limit_bytes(
     if need <= _FREE_VMEM_BYTES:
         return None
     generation = generation_of(arguments.target) if generation is None else generation
-    return min(2 * need, _CHIPS[generation].vmem_bytes * 15 // 16)
+    return min(2 * need, TPUS[generation].vmem_bytes * 15 // 16)
 
 
 def _vmem_need(arguments: PrefillArguments, tiles: Tiles) -> int:

@@ -1,6 +1,6 @@
 """Compiles a layer with full heads for a chip that is not attached; prints a JSON line a program.
 
-    python tests/support/compile_heads.py v5e step prefill
+    PYTHONPATH=. python tests/support/compile_heads.py v5e step prefill
 
 libtpu must be installed.
 """
@@ -12,16 +12,16 @@ import re
 import sys
 import time
 
-import tests.support.compile_decode as single  # first: it keeps JAX from looking for a TPU
+from tests.support import topologies  # first: it keeps JAX from looking for a TPU
 
 # isort: split
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 
 from swaa_jax.attention import attend, attend_cached, build_cache
 from swaa_jax.policy import LayerAttention
 from swaa_jax.sharding import make_mesh
+from tests.support import compile_decode as single
 
 LAYER = LayerAttention(window=2048, num_sink_tokens=128, full_heads=(0, 2, 5, 7))
 LENGTH, SLOTS = 8192, 131072
@@ -72,10 +72,9 @@ def program(kind, heads, full_heads, backend, *, mesh, on):
 
 
 def main(chip, *names):
-    name, options = single.TOPOLOGIES[chip]
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-    on = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    mesh = make_mesh(topology.devices[:1])  # tells the backend what it is for
+    devices = topologies.devices_of(chip)
+    on = jax.sharding.SingleDeviceSharding(devices[0])
+    mesh = make_mesh(devices[:1])  # tells the backend what it is for
     for name in names:
         begun = time.perf_counter()
         function, arguments, cache = program(*PROGRAMS[name], mesh=mesh, on=on)

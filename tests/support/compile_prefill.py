@@ -1,31 +1,22 @@
 """Compiles the TPU prefill kernels for a chip that is not attached; prints a JSON line a program.
 
-Run as ``python tests/support/compile_prefill.py v5e windows``; libtpu must be installed.
+Run as ``PYTHONPATH=. python tests/support/compile_prefill.py v5e windows``; libtpu must be
+installed.
 """
 
 import json
-import os
 import sys
 import time
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
-os.environ["JAX_PLATFORMS"] = "cpu"
+from tests.support import topologies  # first: it keeps JAX from looking for a TPU
 
+# isort: split
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 
 from kernels_pallas.swa_prefill.arguments import PrefillArguments
 from kernels_pallas.swa_prefill.pallas_tpu import prefill_tpu
 
-TOPOLOGIES = {
-    "v4": ("v4:2x2x1", {"chip_config_name": "megacore"}),
-    "v5e": ("v5e:2x2", {}),
-    "v5p": ("v5p:2x2x1", {}),
-    "v6e": ("v6e:2x2", {}),
-    "tpu7x": ("tpu7x:2x2x1", {}),
-}
 QWEN3_4B = (32, 8, 128)
 SINKS = 128
 # Length, heads (N, K, H), dtype, window (None: full causal, "rows": traced, one a row), gradient,
@@ -107,9 +98,7 @@ def compile_program(generation, on, length, heads, dtype, window, gradient, ever
 
 
 def main(generation, *names):
-    topology_name, settings = TOPOLOGIES[generation]
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=topology_name, **settings)
-    on = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    on = jax.sharding.SingleDeviceSharding(topologies.devices_of(generation)[0])
     for name in names:
         for program in SETS[name]:
             print(json.dumps(compile_program(generation, on, *program)), flush=True)

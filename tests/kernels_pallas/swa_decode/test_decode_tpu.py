@@ -15,6 +15,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backends, swa_decode
+from kernels_pallas.chips import generation_of
 from kernels_pallas.swa_decode import pallas_tpu, xla
 from kernels_pallas.swa_decode import pallas_tpu_kernels as tpu_kernel
 from kernels_pallas.swa_decode.arguments import DecodeArguments
@@ -402,8 +403,8 @@ def test_the_tpu_compiler_takes_every_case_and_copies_no_cache(chip):
     assert len(rows) == 29
     for row in rows:
         assert_in_place(row)
-        limits = pallas_tpu.limits_of(row["device_kind"])
-        assert limits.splits == (2 if chip in ("v4", "v5p") else 1)
+        target = backends.Target(platform="tpu", device_kind=row["device_kind"])
+        assert generation_of(target) == chip
 
 
 @pytest.mark.slow

@@ -4,9 +4,8 @@ import json
 
 import pytest
 
+from kernels_pallas.chips import TPUS
 from tests.support import tpu_compiler
-
-HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
 
 
 def compile_for(generation, *sets):
@@ -17,7 +16,7 @@ def compile_for(generation, *sets):
     for row in rows:
         kernels = ["forward", "dq", "dkv"] if row["gradient"] else ["forward"]
         assert row["kernels"] == kernels, row
-        assert row["gib"] < HBM_GIB[generation], row
+        assert row["gib"] < TPUS[generation].hbm_bytes >> 30, row
     return rows
 
 
@@ -37,7 +36,7 @@ def test_everything_traced(generation):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("generation", HBM_GIB)
+@pytest.mark.parametrize("generation", TPUS)
 def test_forward_alone(generation):
     assert len(compile_for(generation, "forward")) == 6
 
@@ -49,6 +48,6 @@ def test_other_generations(generation):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("generation", HBM_GIB)
+@pytest.mark.parametrize("generation", TPUS)
 def test_head_dims_and_dtypes(generation):
     assert len(compile_for(generation, "more")) == 8

@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import mask, swa_prefill
 from kernels_pallas.backends import get_backend
+from kernels_pallas.chips import TPUS
 from kernels_pallas.swa_prefill import pallas_tpu_tiles as tpu_tiles
 from kernels_pallas.swa_prefill.arguments import PrefillArguments
 from kernels_pallas.swa_prefill.pallas_tpu import prefill_tpu
@@ -29,7 +30,6 @@ from tests.support import bruteforce
 
 # float32, heads of 8, at most 80 keys: a few dozen units in the last place of entries of order 1.
 ATOL = 1e-5
-VMEM_MIB = {"v4": 16, "v5e": 128, "v5p": 64, "v6e": 128, "tpu7x": 64}
 
 
 def arguments(q, k, v, **changes):
@@ -143,7 +143,7 @@ def test_a_list_beyond_scalar_memory_names_sizes_that_fit():
         prefill_tpu(case, return_lse=False, tiles=Tiles(block_q=64, block_kv=128))
 
 
-@pytest.mark.parametrize("generation", tpu_tiles.GENERATIONS)
+@pytest.mark.parametrize("generation", TPUS)
 @pytest.mark.parametrize("window", (1, 2048, None))
 @pytest.mark.parametrize("heads", ((32, 8, 128), (4, 4, 64), (8, 1, 256), (64, 8, 128)))
 @pytest.mark.parametrize("length", (1, 300, 131072))
@@ -162,9 +162,7 @@ def test_chosen_tiles_fit(generation, window, heads, length):
         rows = heads[0] // heads[1] * tiles.block_q * tiles.kv_heads
         assert rows * tiles.block_kv <= 1 << 20
         limit = tpu_tiles.vmem_limit_bytes(case, tiles, generation=generation)
-        assert (
-            limit is None or limit < {"v4": 16, "tpu7x": 64, "v5p": 64}.get(generation, 128) << 20
-        )
+        assert limit is None or limit < TPUS[generation].vmem_bytes
     with pytest.raises(ValueError, match="generation: expected one of"):
         tpu_tiles.choose_tiles(case, generation="v3")
 
