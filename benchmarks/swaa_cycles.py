@@ -174,11 +174,10 @@ def prefill_arguments(case: Case, arrays: Any = None) -> PrefillArguments:
         v=v,
         window=case.window,
         num_sink_tokens=case.sinks,
+        q_full=None,
         lengths=None,
-        stage_ids=None,
         segment_ids=None,
         q_offset=0,
-        full_attention_tail=0,
         scale=case.head_dim**-0.5,
         softcap=None,
     )

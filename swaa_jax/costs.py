@@ -13,9 +13,8 @@ import numpy as np
 from flax import nnx
 
 from kernels_pallas.chips import find_chip
-from kernels_pallas.mask import Stage
-from swaa_jax.attention import split_heads
-from swaa_jax.policy import LayerAttention
+from swaa_jax.attention import split_heads, tail_rows
+from swaa_jax.policy import LayerAttention, Stage
 
 __all__ = ["FlopCounter", "active_parameters", "peak_flops"]
 
@@ -94,29 +93,11 @@ def visible_keys(layer: LayerAttention, positions: np.ndarray, answer: np.ndarra
     if layer.full_decode:
         seen = np.where(answer, everything, seen)
     if layer.full_attention_tail:
-        tail = _tail_rows(positions, answer, layer.full_attention_tail)
+        begins = np.zeros(answer.shape, bool)  # another sample, or padding
+        begins[..., 1:] = positions[..., 1:] != positions[..., :-1] + 1
+        tail = tail_rows(answer, begins, size=layer.full_attention_tail)
         seen = np.where(tail, everything, seen)
     return seen
-
-
-def _tail_rows(positions: np.ndarray, answer: np.ndarray, size: int) -> np.ndarray:
-    """The last rows of every run of PROMPT rows in a sample, as `kernels_pallas.mask.full_rows`.
-
-    In numpy, since this is counted on the host while the device is busy with the step.
-
-        positions  0 1 2 3 4 5 6 7 0 1 2
-        stage      P P P P A A P P P P P      size 2
-        run ends   4 4 4 4 . . 8 8 11 ..
-        tail           x x     x x   x x
-    """
-    width = positions.shape[-1]
-    index = np.arange(width)
-    ends = answer.copy()
-    ends[..., 1:] |= positions[..., 1:] != positions[..., :-1] + 1  # another sample, or padding
-    here = np.where(ends, index, width)
-    run_end = np.full(here.shape, width)
-    run_end[..., :-1] = np.minimum.accumulate(here[..., ::-1], axis=-1)[..., ::-1][..., 1:]
-    return ~answer & (index >= run_end - size)
 
 
 def active_parameters(model: Any) -> float:

@@ -2,12 +2,11 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.backends import Target
 from kernels_pallas.mask import IntOrPerRow, per_row, visible
-from kernels_pallas.swa_prefill.arguments import check_array, check_qkv, check_softcap
+from kernels_pallas.swa_prefill.arguments import check_array, check_bool, check_qkv, check_softcap
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,10 +58,5 @@ def validate_decode(arguments: DecodeArguments) -> None:
     check_array("cache_positions", arguments.cache_positions, ((num_batch, num_slots),))
     check_array("window", arguments.window, ((), (num_batch,)), at_least=1)
     check_array("num_sink_tokens", arguments.num_sink_tokens, ((), (num_batch,)), at_least=0)
-    q_full = arguments.q_full
-    if q_full is not None and (q_full.shape != (num_batch, num_new) or q_full.dtype != jnp.bool_):
-        raise ValueError(
-            f"q_full: expected bool of shape {(num_batch, num_new)}, got {q_full.dtype} of shape "
-            f"{q_full.shape}"
-        )
+    check_bool("q_full", arguments.q_full, (num_batch, num_new))
     check_softcap(arguments.softcap)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.backends import Target
 from kernels_pallas.mask import IntOrPerRow, RowInfo, row_info
@@ -35,11 +35,10 @@ class PrefillArguments:
     v: Float[Array, "B S K H"]
     window: IntOrPerRow | None
     num_sink_tokens: IntOrPerRow
+    q_full: Bool[Array, "B T"] | None
     lengths: Int[Array, " B"] | None
-    stage_ids: Int[Array, "B _"] | None
     segment_ids: Int[Array, "B S"] | None
     q_offset: IntOrPerRow
-    full_attention_tail: IntOrPerRow
     scale: float
     softcap: float | None
     target: Target | None = None
@@ -54,10 +53,9 @@ class PrefillArguments:
         return row_info(
             shape=self.shape,
             lengths=self.lengths,
-            stage_ids=self.stage_ids,
             segment_ids=self.segment_ids,
             q_offset=self.q_offset,
-            full_attention_tail=self.full_attention_tail,
+            q_full=self.q_full,
         )
 
 
@@ -93,12 +91,9 @@ def validate_prefill(arguments: PrefillArguments) -> None:
     check_array("q_offset", offset, ((), (num_batch,)))
     check_array("lengths", arguments.lengths, ((num_batch,),))
     check_array("segment_ids", arguments.segment_ids, ((num_batch, num_keys),))
-    stage_shapes = ((num_batch, num_queries), (num_batch, num_keys))
-    check_array("stage_ids", arguments.stage_ids, stage_shapes)
+    check_bool("q_full", arguments.q_full, (num_batch, num_queries))
     check_array("window", arguments.window, ((), (num_batch,)), at_least=1)
     check_array("num_sink_tokens", arguments.num_sink_tokens, ((), (num_batch,)), at_least=0)
-    tail = arguments.full_attention_tail
-    check_array("full_attention_tail", tail, ((), (num_batch,)), at_least=0)
     check_softcap(arguments.softcap)
 
 
@@ -163,6 +158,15 @@ def check_array(
         raise ValueError(f"{name}: expected integers ({wanted}), got {got}")
     if tuple(value.shape) not in shapes:
         raise ValueError(f"{name}: expected {wanted}, got shape {list(value.shape)}")
+
+
+def check_bool(name: str, value: Any, shape: tuple[int, ...]) -> None:
+    """``value`` is None or a bool array of that shape."""
+    if value is not None and (value.shape != shape or value.dtype != jnp.bool_):
+        raise ValueError(
+            f"{name}: expected bool of shape {list(shape)}, got {value.dtype} of shape "
+            f"{list(value.shape)}"
+        )
 
 
 def check_softcap(softcap: float | None) -> None:

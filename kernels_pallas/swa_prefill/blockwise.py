@@ -7,7 +7,7 @@ map::
     keys     |s s|. . . . . . . .|x x x x|x x x x|x .         s  sink blocks, one at a time
     chunks   [   ]               [   0   ][   1   ][   2   ]   x  window or full range, in chunks
 
-so the trip counts are traced and the shapes are static: other stages, lengths or segments of the
+so the trip counts are traced and the shapes are static: other full rows, lengths or segments of the
 same shape never recompile, a windowed row costs O(window + sinks) and nothing bigger than a chunk's
 scores is ever held. The backward pass visits the same chunks in the same order.
 

@@ -8,7 +8,7 @@ It knows causal rows, a window and lengths. Two more things are made from these:
       keys    [sinks] . [ window ][ chunk ]        one softmax over [sinks | window | chunk]
 
   under a mask, which is small since a chunk's keys are few.
-* full rows in a windowed layer (FA decode, a tail): a causal pass beside the windowed one, and each
+* full rows in a windowed layer: a causal pass beside the windowed one, and each
   row takes its own of the two.
 """
 

@@ -185,12 +185,10 @@ def check_tiles(arguments: PrefillArguments, tiles: Tiles, *, interpret: bool) -
 
 def most_items(arguments: PrefillArguments, tiles: Tiles) -> int:
     """Static length of the work list."""
-    tail = arguments.full_attention_tail
-    windowed_only = arguments.stage_ids is None and isinstance(tail, int) and tail == 0
     window, sinks, offset = arguments.window, arguments.num_sink_tokens, arguments.q_offset
     return count_items_at_most(
         shape=arguments.shape,
-        window=window if isinstance(window, int) and windowed_only else None,
+        window=window if isinstance(window, int) and arguments.q_full is None else None,
         num_sink_tokens=sinks if isinstance(sinks, int) else None,
         q_offset=offset if isinstance(offset, int) else None,
         block_q=tiles.block_q,

@@ -13,6 +13,7 @@ from swaa_jax.attention.caches import (
     recast_caches,
 )
 from swaa_jax.attention.heads import HeadPart, split_heads
+from swaa_jax.attention.stages import full_rows, tail_rows
 from swaa_jax.attention.traced import GatedLayer, RowWindows
 
 __all__ = [
@@ -32,7 +33,9 @@ __all__ = [
     "available_backends",
     "build_cache",
     "check_backend",
+    "full_rows",
     "recast_caches",
     "resolve_backend",
     "split_heads",
+    "tail_rows",
 ]

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas import Stage, swa_decode, swa_prefill
-from kernels_pallas.mask import full_rows
+from kernels_pallas import swa_decode, swa_prefill
 from swaa_jax.attention.caches import FullCache, LayerCache, RingCache, SplitCache
 from swaa_jax.attention.heads import join_heads, split_heads, take_heads
+from swaa_jax.attention.stages import full_rows
 from swaa_jax.attention.traced import GatedLayer, RowWindows
-from swaa_jax.policy import LayerAttention
+from swaa_jax.policy import LayerAttention, Stage
 from swaa_jax.sharding import attention_specs, constrain_heads, target_of
 
 
@@ -97,36 +97,23 @@ def attend(
             outs.append(again(take(q), take(k), take(v), layer=part.layer))
         return join_heads(outs, [part.heads for part in parts])
     layer = parts[0].layer if parts else layer
-    tail = layer.full_attention_tail
-    if layer.is_full:
-        stage_ids, tail = None, 0
-    elif not layer.full_decode and stage_ids is not None and tail:
-        # Answer rows stay windowed, yet they mark where the prompt's tail ends: hand the kernel
-        # the rows to see everything, marked as if they were answers.
-        batch, width = stage_ids.shape
-        rows = full_rows(
-            stage_ids,
-            lengths=jnp.full((batch,), width, jnp.int32) if lengths is None else lengths,
-            segment_ids=segment_ids,
-            q_offset=0,
-            full_attention_tail=tail,
-            shape=(batch, width, width),
-        )
-        stage_ids, tail = (rows & (stage_ids == Stage.PROMPT)).astype(jnp.int32), 0
-    elif not layer.full_decode:
-        stage_ids = None
-
+    q_full = full_rows(
+        layer,
+        shape=(q.shape[0], q.shape[1]),
+        stage_ids=stage_ids,
+        lengths=lengths,
+        segment_ids=segment_ids,
+    )
     kernel = functools.partial(
         swa_prefill,
         window=layer.window,
         num_sink_tokens=layer.num_sink_tokens,
-        full_attention_tail=tail,
         scale=scale,
         softcap=softcap,
         backend=backend,
         target=target_of(mesh),
     )
-    per_row = {"lengths": lengths, "stage_ids": stage_ids, "segment_ids": segment_ids}
+    per_row = {"q_full": q_full, "lengths": lengths, "segment_ids": segment_ids}
     if isinstance(layer, RowWindows):
         per_row["window"] = layer.window  # in place of the kernel's static one
     per_row = {name: value for name, value in per_row.items() if value is not None}

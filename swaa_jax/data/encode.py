@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from kernels_pallas.mask import Stage
 from swaa_jax.data.config import DataConfig
 from swaa_jax.data.formats import Completion, Conversation, Message, parse_row
 from swaa_jax.data.rows import DataError, Row
+from swaa_jax.policy import Stage
 
 __all__ = ["Encoder", "Sample"]
 

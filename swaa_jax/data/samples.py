@@ -22,11 +22,11 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
-from kernels_pallas.mask import Stage
 from swaa_jax.data.config import DataConfig
 from swaa_jax.data.encode import Encoder, Sample
 from swaa_jax.data.reading import read_ahead
 from swaa_jax.data.rows import DataError, Row, Rows, find_files, open_rows
+from swaa_jax.policy import Stage
 from swaa_jax.storage import CheckpointError, atomic_directory, is_local, reading
 
 __all__ = ["SampleReport", "Samples", "prepare_samples"]

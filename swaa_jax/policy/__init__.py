@@ -7,6 +7,7 @@ from swaa_jax.policy.policy import (
     LayerAttention,
     LayerSelection,
 )
+from swaa_jax.policy.stage import Stage
 
 __all__ = [
     "AttentionPolicy",
@@ -14,4 +15,5 @@ __all__ = [
     "HfExpressible",
     "LayerAttention",
     "LayerSelection",
+    "Stage",
 ]

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from kernels_pallas.mask import Stage
 from swaa_jax.data import DataConfig, Sample, prepare_samples
 from swaa_jax.infer.buckets import length_bucket
 from swaa_jax.infer.prompts import check_context
-from swaa_jax.policy import AttentionPolicy
+from swaa_jax.policy import AttentionPolicy, Stage
 from swaa_jax.typing import PathLike
 
 __all__ = ["SampleGroup", "check_samples", "digest", "group_samples", "read_calibration"]

@@ -22,14 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.mask import Stage
 from swaa_jax._policy_fields import field_setter, integer
 from swaa_jax.data import Sample
 from swaa_jax.infer.buckets import length_bucket, pad_right
 from swaa_jax.infer.decoding import Structure, split_model
 from swaa_jax.models import CausalLM
 from swaa_jax.models._blocks import Rows
-from swaa_jax.policy import AttentionPolicy, LayerAttention
+from swaa_jax.policy import AttentionPolicy, LayerAttention, Stage
 from swaa_jax.runtime import to_host
 from swaa_jax.selection.store import Progress, Ranking, top_layers
 

@@ -20,7 +20,7 @@ from kernels_pallas.swa_prefill.pallas_tpu import prefill_tpu
 QWEN3_4B = (32, 8, 128)
 SINKS = 128
 # Length, heads (N, K, H), dtype, window (None: full causal, "rows": traced, one a row), gradient,
-# everything else too (lengths, stages, segments, offset, tail, soft cap).
+# everything else too (lengths, full rows, segments, offset, soft cap).
 WINDOWS = [
     (length, QWEN3_4B, "bfloat16", window, True, False)
     for length in (8192, 131072)
@@ -47,18 +47,16 @@ def compile_program(generation, on, length, heads, dtype, window, gradient, ever
     if window == "rows":
         traced |= {"window": shape(1), "num_sink_tokens": shape(1)}
     if everything:
-        traced |= {"lengths": shape(1), "stage_ids": shape(1, length)}
+        traced |= {"lengths": shape(1), "q_full": shape(1, length, dtype=jnp.bool_)}
         traced |= {"segment_ids": shape(1, length + 500), "q_offset": shape()}
-        traced |= {"full_attention_tail": shape(1)}
     num_keys = length + 500 if everything else length
     fixed = dict(
         window=window,
         num_sink_tokens=SINKS,
+        q_full=None,
         lengths=None,
-        stage_ids=None,
         segment_ids=None,
         q_offset=0,
-        full_attention_tail=0,
         scale=head_dim**-0.5,
         softcap=30.0 if everything else None,
     )

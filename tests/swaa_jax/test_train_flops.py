@@ -42,14 +42,10 @@ def test_packed_rows_are_counted_as_the_mask_has_them(tail, full_decode):
         shape=(*shape, shape[1]),
         window=2,
         sinks=1,
-        stage_ids=answer.astype(int),
+        q_full=bruteforce.full_rows(
+            answer.astype(int), segment_ids=segments, tail=tail, full_decode=full_decode
+        ),
         segment_ids=segments,
-        tail=tail,
     ).sum(-1)
-    if not full_decode:  # the oracle's answer rows are full
-        windowed = bruteforce.visible_pairs(
-            shape=(*shape, shape[1]), window=2, sinks=1, segment_ids=segments
-        ).sum(-1)
-        wanted = np.where(answer, windowed, wanted)
     used = segments >= 0
     assert visible_keys(layer, positions, answer)[used].tolist() == wanted[used].tolist()

@@ -31,7 +31,7 @@ def test_windows_and_full_attention(generation):
 
 @pytest.mark.parametrize("generation", ("v5e", "v6e"))
 def test_everything_traced(generation):
-    """Window and sinks a row, lengths, stages, segments, offset, tail; a soft cap."""
+    """Window and sinks a row, full rows, lengths, segments, offset; a soft cap."""
     assert len(compile_for(generation, "features")) == 1
 
 

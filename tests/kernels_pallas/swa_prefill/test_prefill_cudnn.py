@@ -21,11 +21,10 @@ def arguments(*, dtype="bfloat16", head_dim=16, num_keys=T, **changes):
     defaults = dict(
         window=None,
         num_sink_tokens=0,
+        q_full=None,
         lengths=None,
-        stage_ids=None,
         segment_ids=None,
         q_offset=0,
-        full_attention_tail=0,
         scale=0.2,
         softcap=None,
     )
@@ -33,15 +32,13 @@ def arguments(*, dtype="bfloat16", head_dim=16, num_keys=T, **changes):
 
 
 IDS = jnp.zeros((2, T), jnp.int32)
-STAGES = jnp.asarray(np.arange(T) >= np.array([[7], [20]]), jnp.int32)
+FULL_ROWS = jnp.asarray(np.arange(T) >= np.array([[7], [20]]))
 LENGTHS = jnp.array([T, 9], jnp.int32)
 EXACT = {
     "full": dict(),
     "full_float16": dict(dtype="float16"),
     "full_lengths": dict(lengths=LENGTHS),
-    "full_ignores_stages_tail_and_sinks": dict(
-        stage_ids=IDS, full_attention_tail=3, num_sink_tokens=5
-    ),
+    "full_ignores_full_rows_and_sinks": dict(q_full=FULL_ROWS, num_sink_tokens=5),
     "window": dict(window=5),
     "window_lengths": dict(window=5, lengths=LENGTHS),
     "window_of_one": dict(window=1),
@@ -49,11 +46,8 @@ EXACT = {
     "sinks_lengths": dict(window=5, num_sink_tokens=2, lengths=LENGTHS),
     "sinks_beyond_the_window": dict(window=3, num_sink_tokens=9),
     "sinks_beyond_all": dict(window=3, num_sink_tokens=T + 200),
-    "stages": dict(window=5, stage_ids=STAGES),
-    "stages_sinks_lengths": dict(
-        window=5, num_sink_tokens=2, stage_ids=STAGES, lengths=LENGTHS, full_attention_tail=2
-    ),
-    "tail": dict(window=5, full_attention_tail=3),
+    "full_rows": dict(window=5, q_full=FULL_ROWS),
+    "full_rows_sinks_lengths": dict(window=5, num_sink_tokens=2, q_full=FULL_ROWS, lengths=LENGTHS),
 }
 LIMITED = {
     "float32 inputs": dict(dtype="float32"),
@@ -108,8 +102,7 @@ def assert_equals_the_loop(case):
         window=case.window,
         sinks=case.num_sink_tokens,
         lengths=case.lengths,
-        stage_ids=case.stage_ids,
-        tail=case.full_attention_tail,
+        q_full=case.q_full,
     )
     wanted = bruteforce.attend(case.q, case.k, case.v, mask, scale=case.scale)
     out = prefill_cudnn(case, implementation="xla").out
@@ -135,9 +128,9 @@ def test_chunks_of_a_longer_row(window, sinks):
     """200 rows are several chunks, and sinks lie before, in and behind a window."""
     rng = np.random.default_rng(2)
     q, k, v = (jnp.asarray(rng.standard_normal((1, 200, n, 8)), jnp.float32) for n in (2, 1, 1))
-    stages = jnp.asarray(np.arange(200)[None] >= 150, jnp.int32)
+    q_full = jnp.asarray(np.arange(200)[None] >= 150)
     case = dataclasses.replace(
-        arguments(window=window, num_sink_tokens=sinks), q=q, k=k, v=v, stage_ids=stages
+        arguments(window=window, num_sink_tokens=sinks), q=q, k=k, v=v, q_full=q_full
     )
     assert_equals_the_loop(case)
 

@@ -14,18 +14,17 @@ pytestmark = [
 
 T = 300
 LENGTHS = jnp.array([T, T // 3, 1])
-STAGES = (jnp.arange(T)[None] >= jnp.array([[T // 2], [T // 4], [0]])).astype(jnp.int32)
+FULL_ROWS = jnp.arange(T)[None] >= jnp.array([[T // 2], [T // 4], [0]])
 CASES = {
     "full": {"window": None},
     "window": {"window": 64},
     "sinks": {"window": 64, "num_sink_tokens": 4},
     "full_lengths": {"window": None, "lengths": LENGTHS},
     "window_lengths": {"window": 64, "lengths": LENGTHS},
-    "stages": {"window": 64, "num_sink_tokens": 4, "lengths": LENGTHS, "stage_ids": STAGES},
+    "full_rows": {"window": 64, "num_sink_tokens": 4, "lengths": LENGTHS, "q_full": FULL_ROWS},
     "self_only": {"window": 1},
     "many_sinks": {"window": 40, "num_sink_tokens": 130},
-    "window_stages": {"window": 64, "stage_ids": STAGES},
-    "tail": {"window": 64, "num_sink_tokens": 4, "full_attention_tail": 30},
+    "window_full_rows": {"window": 64, "q_full": FULL_ROWS},
 }
 
 

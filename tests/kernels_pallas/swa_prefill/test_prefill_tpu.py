@@ -36,11 +36,10 @@ def arguments(q, k, v, **changes):
     defaults = dict(
         window=None,
         num_sink_tokens=0,
+        q_full=None,
         lengths=None,
-        stage_ids=None,
         segment_ids=None,
         q_offset=0,
-        full_attention_tail=0,
         scale=1.0,
         softcap=None,
     )
@@ -70,10 +69,9 @@ def test_the_list_holds_each_visible_pair_of_blocks_once(window, lengths):
     rows = mask.row_info(
         shape=shape,
         lengths=jnp.array(lengths),
-        stage_ids=None,
         segment_ids=None,
         q_offset=offset,
-        full_attention_tail=0,
+        q_full=None,
     )
     blocks = mask.block_map(
         rows, window=window, num_sink_tokens=sinks, block_q=block_q, block_kv=block_kv
@@ -203,7 +201,7 @@ def test_one_compile_for_all_traced_values():
     traces = []
 
     @jax.jit
-    def step(q, k, v, lengths, stages, segments, window, sinks):
+    def step(q, k, v, lengths, q_full, segments, window, sinks):
         traces.append(1)
 
         def loss(q, k, v):
@@ -213,8 +211,8 @@ def test_one_compile_for_all_traced_values():
                 v,
                 window=window,
                 num_sink_tokens=sinks,
+                q_full=q_full,
                 lengths=lengths,
-                stage_ids=stages,
                 segment_ids=segments,
             )
             return jnp.sum(prefill_tpu(case, return_lse=False, interpret=True).out ** 2)
@@ -225,12 +223,12 @@ def test_one_compile_for_all_traced_values():
         rng = np.random.default_rng(seed)
         drawn = dict(
             lengths=rng.integers(1, 41, 2),
-            stage_ids=rng.integers(0, 2, (2, 40)),
+            q_full=rng.random((2, 40)) < 0.5,
             segment_ids=np.sort(rng.integers(0, 4, (2, 40))),
             window=rng.integers(1, 45, 2),
             sinks=rng.integers(0, 20, 2),
         )
-        value, grads = step(q, k, v, *(jnp.asarray(x, jnp.int32) for x in drawn.values()))
+        value, grads = step(q, k, v, *map(jnp.asarray, drawn.values()))
         seen = bruteforce.visible_pairs(shape=(2, 40, 40), **drawn)
         result = bruteforce.attend(q, k, v, seen, scale=1.0)
         wanted = bruteforce.gradients(
@@ -249,15 +247,15 @@ def test_sixteen_prompt_ends_compile_once():
     q, k, v = qkv()
 
     @jax.jit
-    def attend(q, k, v, stages):
-        case = arguments(q, k, v, window=5, num_sink_tokens=2, stage_ids=stages)
+    def attend(q, k, v, q_full):
+        case = arguments(q, k, v, window=5, num_sink_tokens=2, q_full=q_full)
         return prefill_tpu(case, return_lse=False, interpret=True).out
 
     rng = np.random.default_rng(0)
     for _ in range(16):
-        stages = (np.arange(40) >= rng.integers(1, 40, (2, 1))).astype(np.int32)
-        out = attend(q, k, v, jnp.asarray(stages))
-        seen = bruteforce.visible_pairs(shape=(2, 40, 40), window=5, sinks=2, stage_ids=stages)
+        q_full = np.arange(40) >= rng.integers(1, 40, (2, 1))
+        out = attend(q, k, v, jnp.asarray(q_full))
+        seen = bruteforce.visible_pairs(shape=(2, 40, 40), window=5, sinks=2, q_full=q_full)
         wanted = bruteforce.attend(q, k, v, seen, scale=1.0)
         np.testing.assert_allclose(out, wanted.out, atol=ATOL, rtol=0)
     assert attend._cache_size() == 1
@@ -318,15 +316,15 @@ def test_a_planted_race_is_found(races):
 @pytest.mark.parametrize("lengths", ([40, 23], [16, 0]))
 def test_no_race_and_no_stray_read(lengths, races):
     lengths = np.array(lengths, np.int32)
-    stages = np.tile(np.arange(40) % 13 == 12, (2, 1)).astype(np.int32)
+    q_full = np.tile(np.arange(40) % 13 == 12, (2, 1))
 
     def loss(arrays):
         case = arguments(
             *arrays,
             window=7,
             num_sink_tokens=2,
+            q_full=jnp.asarray(q_full),
             lengths=jnp.asarray(lengths),
-            stage_ids=jnp.asarray(stages),
         )
         tiles = Tiles(block_q=16, block_kv=8)
         result = prefill_tpu(case, return_lse=True, tiles=tiles, interpret=TWO_CORES)
@@ -336,7 +334,7 @@ def test_no_race_and_no_stray_read(lengths, races):
     grads, result = jax.block_until_ready(jax.jit(jax.grad(loss, has_aux=True))(arrays))
     assert not races()
     seen = bruteforce.visible_pairs(
-        shape=(2, 40, 40), window=7, sinks=2, lengths=lengths, stage_ids=stages
+        shape=(2, 40, 40), window=7, sinks=2, lengths=lengths, q_full=q_full
     )
     wanted = bruteforce.attend(*arrays, seen, scale=1.0)
     np.testing.assert_allclose(result.out, wanted.out, atol=ATOL, rtol=0)
