@@ -25,6 +25,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
+from kernels_pallas.layout import pad_end
+
 # One int for all rows (traced or not), or an int32 array [B]: a policy per batch row.
 IntOrPerRow = int | Int[Array, ""] | Int[Array, " B"]
 
@@ -227,8 +229,8 @@ def block_map(
             low_BT = jnp.where(rows.q_full, rows.q_start, low_BT)
 
     def blocks(x_BT: Array, fill: int) -> Array:
-        pad = ((0, 0), (0, num_blocks * block_q - num_queries))
-        x_BT = jnp.pad(jnp.where(rows.q_valid, x_BT, fill), pad, constant_values=fill)
+        x_BT = jnp.where(rows.q_valid, x_BT, fill)
+        x_BT = pad_end(x_BT, -num_queries % block_q, axis=1, value=fill)
         return x_BT.reshape(num_batch, num_blocks, block_q)
 
     far = jnp.iinfo(jnp.int32).max

@@ -1,20 +1,13 @@
-"""``swa_prefill``: the public entry, validation and dispatch."""
+"""``swa_prefill``: the public entry."""
 
 import math
 
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels_pallas.backends import Target, get_backend
+from kernels_pallas.backends import Target, compute
+from kernels_pallas.checks import static_int
 from kernels_pallas.mask import IntOrPerRow
-from kernels_pallas.swa_prefill import pallas_tpu as _pallas_tpu  # noqa: F401  (registers itself)
-from kernels_pallas.swa_prefill import reference as _reference  # noqa: F401  (registers itself)
-from kernels_pallas.swa_prefill import xla as _xla  # noqa: F401  (registers itself)
-from kernels_pallas.swa_prefill.arguments import (
-    AttentionOutput,
-    PrefillArguments,
-    static_int,
-    validate_prefill,
-)
+from kernels_pallas.swa_prefill.arguments import AttentionOutput, PrefillArguments
 
 
 def swa_prefill(
@@ -92,9 +85,8 @@ def swa_prefill(
         q_offset=static_int(q_offset),
         scale=1.0 / math.sqrt(q.shape[-1]) if scale is None else scale,
         softcap=softcap,
+        return_lse=return_lse,
         target=target,
     )
-    validate_prefill(arguments)
-    run = get_backend("swa_prefill", backend, arguments=arguments)
-    result = run(arguments, return_lse=return_lse)
+    result = compute("swa_prefill", backend, arguments)
     return result if return_lse else result.out

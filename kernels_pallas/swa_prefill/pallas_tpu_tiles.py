@@ -11,13 +11,10 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-import jax.numpy as jnp
-
 from kernels_pallas.chips import TPUS, Tpu, generation_of
+from kernels_pallas.layout import LANES, round_up
 from kernels_pallas.swa_prefill.arguments import PrefillArguments
 from kernels_pallas.swa_prefill.work_list import count_items_at_most, list_limits
-
-LANES = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,26 +43,27 @@ _MOST_SCORES_OF_WINDOWED, _MOST_SCORES_OF_FULL = 1 << 19, 1 << 20
 _FREE_VMEM_BYTES = 10 << 20
 
 
-def choose_tiles(arguments: PrefillArguments, *, generation: str | None = None) -> Tiles:
-    """The cheapest tiles among those whose blocks fit VMEM and whose work list fits scalar memory.
+def choose_tiles(arguments: PrefillArguments, *, generation: str | None = None) -> Tiles | None:
+    """The cheapest tiles whose blocks fit VMEM and whose work list fits scalar memory.
+
+    Args:
+      arguments: of the call.
+      generation: a name of ``chips.TPUS``; None: of the arguments' target.
+
+    Returns:
+      None where no tiles fit.
 
     Raises:
       ValueError: the generation is not in the table.
-      NotImplementedError: no tiles would fit.
     """
     generation = generation_of(arguments.target) if generation is None else generation
     if generation not in TPUS:
         raise ValueError(f"generation: expected one of {tuple(TPUS)}, got {generation!r}")
     chip = TPUS[generation]
-    fitting = [
+    fitting = (
         tiles for tiles in _candidates(arguments, chip) if tiles_limits(arguments, tiles) is None
-    ]
-    if not fitting:
-        raise NotImplementedError(
-            f"swa_prefill: no block sizes of pallas_tpu hold the work list of shape "
-            f"{arguments.shape} in scalar memory; split the batch, or pass backend='xla'"
-        )
-    return min(fitting, key=lambda tiles: _cycles(arguments, tiles, chip))
+    )
+    return min(fitting, key=lambda tiles: _cycles(arguments, tiles, chip), default=None)
 
 
 def _candidates(arguments: PrefillArguments, chip: Tpu) -> Iterator[Tiles]:
@@ -79,8 +77,8 @@ def _candidates(arguments: PrefillArguments, chip: Tpu) -> Iterator[Tiles]:
     for block_q in (128, 256, 512):
         for block_kv in chip.body:
             tiles = Tiles(
-                block_q=min(block_q, _round_up(num_queries)),
-                block_kv=min(block_kv, _round_up(num_keys)),
+                block_q=min(block_q, round_up(num_queries, LANES)),
+                block_kv=min(block_kv, round_up(num_keys, LANES)),
             )
             for kv_heads in divisors:
                 rows = kv_heads * num_groups * tiles.block_q
@@ -105,7 +103,7 @@ def _cycles(arguments: PrefillArguments, tiles: Tiles, chip: Tpu) -> float:
     )
     body = masked * masked_body + (1 - masked) * unmasked_body
     body *= rows / 512 * tiles.block_kv / 128 * max(head_dim, LANES) / LANES
-    loaded = 2 * tiles.block_kv * _round_up(head_dim) * itemsize / chip.bytes_per_cycle
+    loaded = 2 * tiles.block_kv * round_up(head_dim, LANES) * itemsize / chip.bytes_per_cycle
     # Of tiles that take as long, those that load less.
     step = chip.step + tiles.kv_heads * (max(body, loaded) + loaded / 16)
     return items * step * -(-arguments.k.shape[2] // tiles.kv_heads // chip.cores)
@@ -146,7 +144,7 @@ def _vmem_need(arguments: PrefillArguments, tiles: Tiles) -> int:
 
     Blocks are held twice, one in use and one on its way.
     """
-    head_dim, itemsize = _round_up(arguments.q.shape[3]), arguments.q.dtype.itemsize
+    head_dim, itemsize = round_up(arguments.q.shape[3], LANES), arguments.q.dtype.itemsize
     rows = arguments.q.shape[2] // arguments.k.shape[2] * tiles.block_q
     of_rows = rows * (2 * 2 * head_dim * itemsize + 2 * 8 * 4)  # q, do; statistics
     of_rows += rows * 2 * head_dim * itemsize  # q and do of the item before
@@ -194,22 +192,3 @@ def most_items(arguments: PrefillArguments, tiles: Tiles) -> int:
         block_q=tiles.block_q,
         block_kv=tiles.block_kv,
     )
-
-
-def prefill_tpu_limits(arguments: PrefillArguments) -> tuple[str, ...]:
-    """Why ``auto`` must not take the TPU kernels; empty when it may."""
-    limits = []
-    if arguments.q.dtype not in (jnp.float32, jnp.bfloat16):
-        limits.append(f"it takes no {arguments.q.dtype}")
-    if arguments.q.shape[3] > 256:
-        limits.append("it takes no head dim above 256")
-    if not limits:
-        try:
-            choose_tiles(arguments)
-        except NotImplementedError:
-            limits.append("the work list does not fit scalar memory")
-    return tuple(limits)
-
-
-def _round_up(n: int) -> int:
-    return -(-n // LANES) * LANES

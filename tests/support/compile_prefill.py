@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.swa_prefill.arguments import PrefillArguments
-from kernels_pallas.swa_prefill.pallas_tpu import prefill_tpu
+from kernels_pallas.swa_prefill.pallas_tpu import compute
 
 QWEN3_4B = (32, 8, 128)
 SINKS = 128
@@ -53,17 +53,14 @@ def compile_program(generation, on, length, heads, dtype, window, gradient, ever
     fixed = dict(
         window=window,
         num_sink_tokens=SINKS,
-        q_full=None,
-        lengths=None,
-        segment_ids=None,
-        q_offset=0,
         scale=head_dim**-0.5,
+        return_lse=True,
         softcap=30.0 if everything else None,
     )
 
     def attend(q, k, v, traced):
         arguments = PrefillArguments(q=q, k=k, v=v, **(fixed | traced))
-        return prefill_tpu(arguments, return_lse=True, generation=generation)
+        return compute(arguments, generation=generation)
 
     def gradients(q, k, v, cotangents, traced):
         result, pull_back = jax.vjp(lambda *qkv: attend(*qkv, traced), q, k, v)

@@ -18,19 +18,22 @@ from tests.support.random_models import HF_CONFIG, random_model
 # float32; the kernel sums over blocks, the other over whole rows.
 TOLERANCE = dict(rtol=1e-4, atol=1e-4)
 
+ANYWHERE = backends.Backend(by_name_only=True)
+
 
 @pytest.fixture
 def interpreted(monkeypatch):
     """Backend `pallas_tpu` of decoding in small blocks on the CPU; counts its uses."""
     calls = []
 
-    def run(arguments):
+    def compute(arguments):
         calls.append(arguments)
         blocks = pallas_tpu.DecodeBlocks(slots=8, splits=2)
         return pallas_tpu.decode_in_blocks(arguments, blocks=blocks, interpret=True)
 
-    monkeypatch.setitem(backends._REGISTRY["swa_decode"], "pallas_tpu", run)
-    monkeypatch.delitem(backends._PLATFORM, "pallas_tpu")
+    monkeypatch.setattr(pallas_tpu, "compute", compute)
+    monkeypatch.setattr(pallas_tpu, "limits", backends.no_limits)
+    monkeypatch.setitem(backends.BACKENDS["swa_decode"], "pallas_tpu", ANYWHERE)
     return calls
 
 
@@ -55,13 +58,7 @@ def test_a_model_with_layers_of_both_kinds_decodes_as_with_xla(interpreted, monk
 
     logits, caches = decoded()
     assert not interpreted
-    as_on_cpu = backends._resolve_auto
-
-    def with_kernel(op, platform, registered):
-        return "pallas_tpu" if op == "swa_decode" else as_on_cpu(op, platform, registered)
-
-    monkeypatch.setattr(backends, "_resolve_auto", with_kernel)
-    monkeypatch.setitem(backends._LIMITS, ("swa_decode", "pallas_tpu"), lambda _: ())
+    monkeypatch.setitem(backends.BACKENDS["swa_decode"], "pallas_tpu", backends.Backend())
     logits_of_kernel, caches_of_kernel = decoded()
     assert len(interpreted) == 4, "one call a layer, traced once"
     np.testing.assert_allclose(logits_of_kernel, logits, **TOLERANCE)

@@ -55,7 +55,8 @@ def run_decode(q, *cache, backend, **given):
     """``swa_decode`` with the TPU kernel interpreted, as if for a TPU."""
     if backend == "pallas_tpu":
         given["target"] = backends.Target(platform="tpu", device_kind="TPU v5 lite")
-    with mock.patch.dict(backends._REGISTRY["swa_decode"], pallas_tpu=INTERPRETED):
+    anything = {"compute": INTERPRETED, "limits": backends.no_limits}
+    with mock.patch.multiple(pallas_tpu, **anything):
         return swa_decode(q, *cache, backend=backend, **given)
 
 

@@ -11,8 +11,7 @@ import pytest
 
 from kernels_pallas import AttentionOutput, swa_prefill
 from kernels_pallas.swa_prefill.arguments import PrefillArguments
-from kernels_pallas.swa_prefill.blockwise import Tiling
-from kernels_pallas.swa_prefill.xla import _reach, choose_tiling, prefill_blockwise
+from kernels_pallas.swa_prefill.xla import Tiling, _reach, choose_tiling, compute
 from tests.support import bruteforce
 
 BACKENDS = ("reference", "xla")
@@ -159,17 +158,7 @@ def test_chosen_tiling_reads_a_windowed_block_in_few_chunks(platform, window, le
 
 
 def arguments(q, k, v, **changes):
-    defaults = dict(
-        window=None,
-        num_sink_tokens=0,
-        q_full=None,
-        lengths=None,
-        segment_ids=None,
-        q_offset=0,
-        scale=1.0,
-        softcap=None,
-    )
-    return PrefillArguments(q=q, k=k, v=v, **(defaults | changes))
+    return PrefillArguments(q=q, k=k, v=v, **({"window": None, "scale": 1.0} | changes))
 
 
 @pytest.mark.parametrize("traced", (False, True))
@@ -183,7 +172,7 @@ def test_one_chunk_holds_what_a_block_of_rows_reads(window, offset, traced):
     if traced:
         case = dataclasses.replace(case, q_offset=jnp.asarray(offset))
     tiling = Tiling(**sizes, chunk_blocks=_reach(case, **sizes))
-    result = prefill_blockwise(case, tiling=tiling, platform="cpu")
+    result = compute(case, tiling=tiling, platform="cpu")
     mask = bruteforce.visible_pairs(shape=(1, 24, 80), window=window, q_offset=offset)
     wanted = bruteforce.attend(*(case.q, k, v), mask, scale=1.0)
     np.testing.assert_allclose(result.out, wanted.out, atol=ATOL, rtol=0)
@@ -198,7 +187,7 @@ def test_low_precision_blocks_as_on_an_accelerator(dtype):
 
     def loss(arrays):
         case = arguments(*arrays, window=9, num_sink_tokens=2, scale=0.3)
-        result = prefill_blockwise(case, tiling=tiling, platform="gpu")
+        result = compute(case, tiling=tiling, platform="gpu")
         return jnp.sum((result.out * d_out).astype(jnp.float32)), result
 
     grads, result = jax.jit(jax.grad(loss, has_aux=True))(arrays)
@@ -221,7 +210,7 @@ def test_low_precision_blocks_as_on_an_accelerator(dtype):
 X = np.zeros((2, 6, 4, 8), np.float32)
 IDS = np.zeros((2, 6), np.int32)
 WRONG = {
-    "q: expected 4 axes": dict(q=X[0]),
+    r"q: expected axes \[B, T, N, H\], got shape \(6, 4, 8\)": dict(q=X[0]),
     "q: expected float32, bfloat16 or float16, got int32": dict(q=X.astype(np.int32)),
     "k: expected q's dtype float32, got bfloat16": dict(k=X.astype(jnp.bfloat16)),
     r"v: expected k's shape \(2, 6, 4, 8\), got": dict(v=X[:, :5]),
@@ -243,7 +232,7 @@ WRONG = {
     r"window: expected integers \(an int or shape \[2\]\), got 2.5": dict(window=2.5),
     "num_sink_tokens: expected at least 0, got -1": dict(num_sink_tokens=-1),
     "softcap: expected a positive number or None, got 0": dict(softcap=0.0),
-    "backend: expected one of 'auto', 'pallas_tpu', 'reference', 'xla' for swa_prefill, "
+    "backend: expected one of 'auto', 'cudnn', 'pallas_tpu', 'reference', 'xla' for swa_prefill, "
     "got 'gpu'": dict(backend="gpu"),
 }
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from kernels_pallas.backends import get_backend
-from kernels_pallas.swa_prefill.arguments import PrefillArguments, validate_prefill
-from kernels_pallas.swa_prefill.blockwise import Tiling
+from kernels_pallas.backends import load_backend
+from kernels_pallas.swa_prefill.arguments import PrefillArguments
 from kernels_pallas.swa_prefill.pallas_tpu_tiles import Tiles
+from kernels_pallas.swa_prefill.xla import Tiling
 from tests.support import bruteforce
 
 BACKENDS = ("reference", "xla", "pallas_tpu")
@@ -95,6 +95,7 @@ def arguments_of(case, arrays, drawn):
         q_offset=drawn["q_offset"],
         scale=case.heads[2] ** -0.5 if case.scale is None else case.scale,
         softcap=case.softcap,
+        return_lse=True,
     )
 
 
@@ -125,8 +126,7 @@ def compiled(case: Case, backend: str):
     def run(arrays, cotangents, drawn):
         def loss(arrays):
             arguments = arguments_of(case, arrays, drawn)
-            validate_prefill(arguments)
-            result = get_backend("swa_prefill", backend)(arguments, return_lse=True, **keywords)
+            result = load_backend("swa_prefill", backend).compute(arguments, **keywords)
             lse = jnp.where(jnp.isfinite(result.lse), result.lse, 0)
             d_out, d_lse = cotangents
             return jnp.sum(result.out.astype(jnp.float32) * d_out) + jnp.sum(lse * d_lse), result

@@ -1,5 +1,6 @@
 """What the TPU kernels have beside the conformance suite: work list, limits, races, precision."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,12 +10,12 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import mask, swa_prefill
-from kernels_pallas.backends import get_backend
+from kernels_pallas import Target, mask, swa_prefill
+from kernels_pallas.backends import choose_backend
 from kernels_pallas.chips import TPUS
 from kernels_pallas.swa_prefill import pallas_tpu_tiles as tpu_tiles
 from kernels_pallas.swa_prefill.arguments import PrefillArguments
-from kernels_pallas.swa_prefill.pallas_tpu import prefill_tpu
+from kernels_pallas.swa_prefill.pallas_tpu import compute
 from kernels_pallas.swa_prefill.pallas_tpu_tiles import Tiles
 from kernels_pallas.swa_prefill.work_list import (
     FIRST,
@@ -33,17 +34,7 @@ ATOL = 1e-5
 
 
 def arguments(q, k, v, **changes):
-    defaults = dict(
-        window=None,
-        num_sink_tokens=0,
-        q_full=None,
-        lengths=None,
-        segment_ids=None,
-        q_offset=0,
-        scale=1.0,
-        softcap=None,
-    )
-    return PrefillArguments(q=q, k=k, v=v, **(defaults | changes))
+    return PrefillArguments(q=q, k=k, v=v, **({"window": None, "scale": 1.0} | changes))
 
 
 @functools.cache
@@ -133,12 +124,12 @@ def test_the_list_holds_each_visible_pair_of_blocks_once(window, lengths):
 def test_a_list_beyond_scalar_memory_names_sizes_that_fit():
     case = arguments(*shapes())
     with pytest.raises(NotImplementedError, match="of scalar memory") as error:
-        prefill_tpu(case, return_lse=False, tiles=Tiles(block_q=128, block_kv=128))
+        compute(case, tiles=Tiles(block_q=128, block_kv=128))
     assert "block_q=128, block_kv=256 would fit" not in str(error.value)
     assert "block_q=256, block_kv=256 would fit" in str(error.value)
     assert tpu_tiles.tiles_limits(case, Tiles(block_q=256, block_kv=256)) is None
     with pytest.raises(ValueError, match="tiles: expected multiples of 128"):
-        prefill_tpu(case, return_lse=False, tiles=Tiles(block_q=64, block_kv=128))
+        compute(case, tiles=Tiles(block_q=64, block_kv=128))
 
 
 @pytest.mark.parametrize("generation", TPUS)
@@ -151,8 +142,7 @@ def test_chosen_tiles_fit(generation, window, heads, length):
         long_triangle = window is None and length == 131072
         if long_triangle and (generation, heads[2], dtype) == ("v4", 256, "float32"):
             # Blocks that fit 16 MiB of VMEM make a list that does not fit 1 MiB of SMEM.
-            with pytest.raises(NotImplementedError, match="pass backend='xla'"):
-                tpu_tiles.choose_tiles(case, generation=generation)
+            assert tpu_tiles.choose_tiles(case, generation=generation) is None
             continue
         tiles = tpu_tiles.choose_tiles(case, generation=generation)
         tpu_tiles.check_tiles(case, tiles, interpret=False)
@@ -165,18 +155,22 @@ def test_chosen_tiles_fit(generation, window, heads, length):
         tpu_tiles.choose_tiles(case, generation="v3")
 
 
-def test_auto_takes_it_on_a_tpu_where_it_has_no_limits():
-    get = functools.partial(get_backend, "swa_prefill", "auto", platform="tpu")
-    assert get(arguments=arguments(*shapes())) is prefill_tpu
-    for case in (
-        arguments(*shapes(dtype="float16")),
-        arguments(*shapes(heads=(4, 4, 512))),
-        arguments(*shapes(num_batch=4096)),
-    ):
-        assert get(arguments=case) is get_backend("swa_prefill", "xla")
-    assert get_backend("swa_prefill", "auto", arguments=arguments(*shapes())) is not prefill_tpu
-    with pytest.raises(NotImplementedError, match="float32 and bfloat16 and head dims up to 256"):
-        prefill_tpu(arguments(*qkv(dtype="float16")), return_lse=False, interpret=True)
+LIMITED = {
+    "q: expected float32 or bfloat16, got float16": dict(dtype="float16"),
+    "q: expected a head dim of at most 256, got 512": dict(heads=(4, 4, 512)),
+    "q: expected a work list within scalar memory": dict(num_batch=4096),
+}
+
+
+@pytest.mark.parametrize("limit", (None, *LIMITED))
+def test_auto_takes_it_on_a_tpu_where_it_has_no_limits(limit):
+    case = arguments(*shapes(**LIMITED.get(limit, {})))
+    assert choose_backend("swa_prefill", "auto", case) == "xla", "this process has no TPU"
+    case = dataclasses.replace(case, target=Target(platform="tpu", device_kind="TPU v5 lite"))
+    assert choose_backend("swa_prefill", "auto", case) == ("xla" if limit else "pallas_tpu")
+    if limit:
+        with pytest.raises(NotImplementedError, match=f"'pallas_tpu' cannot compute this: {limit}"):
+            choose_backend("swa_prefill", "pallas_tpu", case)
 
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
@@ -186,7 +180,7 @@ def test_precision_of_the_products(dtype):
     def loss(*arrays):
         case = arguments(*arrays, window=5)
         tiles = Tiles(block_q=16, block_kv=8)
-        return prefill_tpu(case, return_lse=True, tiles=tiles, interpret=True).out.sum()
+        return compute(case, tiles=tiles, interpret=True).out.sum()
 
     jaxpr = str(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(*qkv(dtype=dtype)))
     products = jaxpr.split("dot_general[")[1:]
@@ -215,7 +209,7 @@ def test_one_compile_for_all_traced_values():
                 lengths=lengths,
                 segment_ids=segments,
             )
-            return jnp.sum(prefill_tpu(case, return_lse=False, interpret=True).out ** 2)
+            return jnp.sum(compute(case, interpret=True).out ** 2)
 
         return jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
 
@@ -249,7 +243,7 @@ def test_sixteen_prompt_ends_compile_once():
     @jax.jit
     def attend(q, k, v, q_full):
         case = arguments(q, k, v, window=5, num_sink_tokens=2, q_full=q_full)
-        return prefill_tpu(case, return_lse=False, interpret=True).out
+        return compute(case, interpret=True).out
 
     rng = np.random.default_rng(0)
     for _ in range(16):
@@ -327,7 +321,7 @@ def test_no_race_and_no_stray_read(lengths, races):
             lengths=jnp.asarray(lengths),
         )
         tiles = Tiles(block_q=16, block_kv=8)
-        result = prefill_tpu(case, return_lse=True, tiles=tiles, interpret=TWO_CORES)
+        result = compute(case, tiles=tiles, interpret=TWO_CORES)
         return result.out.sum() + jnp.where(jnp.isfinite(result.lse), result.lse, 0).sum(), result
 
     arrays = qkv()
