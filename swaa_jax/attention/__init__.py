@@ -1,9 +1,16 @@
 """Attention under a policy: `attend`, `attend_cached`, and the caches they read."""
 
 from kernels_pallas import available_backends, check_backend, resolve_backend
-from swaa_jax.attention.attend import LayerChoice, LayerKind, attend, attend_cached
+from swaa_jax.attention.attend import (
+    AttentionOptions,
+    LayerChoice,
+    LayerKind,
+    attend,
+    attend_cached,
+)
 from swaa_jax.attention.caches import (
     EMPTY,
+    Cache,
     Caches,
     FullCache,
     LayerCache,
@@ -18,6 +25,8 @@ from swaa_jax.attention.traced import GatedLayer, RowWindows
 
 __all__ = [
     "EMPTY",
+    "AttentionOptions",
+    "Cache",
     "Caches",
     "FullCache",
     "GatedLayer",

@@ -26,7 +26,7 @@ from kernels_pallas.swa_decode.pallas_tpu import (
     choose_blocks,
     decode_in_blocks,
 )
-from swaa_jax.attention import FullCache, RingCache, attend_cached
+from swaa_jax.attention import AttentionOptions, FullCache, RingCache, attend_cached
 from swaa_jax.policy import LayerAttention
 from swaa_jax.sharding import attention_specs, make_mesh
 
@@ -137,9 +137,8 @@ def step_program(on, batch, slots, heads, layer, mesh=None):
         )
 
     def run(cache, q, k, v, pos_B):
-        return attend_cached(
-            q, k, v, cache, layer=layer, pos_B=pos_B, mesh=mesh, backend="pallas_tpu"
-        )
+        options = AttentionOptions(mesh=mesh, backend="pallas_tpu")
+        return attend_cached(q, k, v, cache, layer=layer, pos_B=pos_B, options=options)
 
     q = abstract(on, batch, 1, num_heads, head_dim)
     pos_B = abstract(rows, batch, dtype=jnp.int32)

@@ -11,7 +11,7 @@ import swaa_jax as swaa
 from kernels_pallas import backends
 from kernels_pallas.swa_decode import pallas_tpu
 from swaa_jax import sharding
-from swaa_jax.attention import FullCache, RingCache, attend_cached
+from swaa_jax.attention import AttentionOptions, FullCache, RingCache, attend_cached
 from swaa_jax.policy import LayerAttention
 from tests.support.random_models import HF_CONFIG, random_model
 
@@ -89,7 +89,8 @@ def test_on_a_mesh_it_equals_one_device(is_ring, head_dim, interpreted):
     q, k, v = normal(4, 3, 6, head_dim), normal(4, 3, 2, head_dim), normal(4, 3, 2, head_dim)
 
     def step(mesh, backend):
-        run = functools.partial(attend_cached, layer=layer, mesh=mesh, backend=backend)
+        options = AttentionOptions(mesh=mesh, backend=backend)
+        run = functools.partial(attend_cached, layer=layer, options=options)
         out, grown = jax.jit(lambda *arrays: run(*arrays, pos_B=pos_B))(q, k, v, cache)
         return out, grown
 
