@@ -1,11 +1,16 @@
-"""Compiles one whole program for TPUs that are not attached: the process of `aot_models.py`."""
+"""Compiles one whole program for TPUs that are not attached, and prints what it needs as JSON.
+
+`aot_models.py` runs it with the fields of a `Program`, one process a program: libtpu stays in the
+process that loads it.
+"""
 
 import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 # Before JAX is imported: no metadata server is asked, other processes may load libtpu too.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -17,6 +22,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from aot_programs import CHIPS, Program
 from flax import nnx
 from hlo_flops import count_products
 from jax.experimental import topologies
@@ -28,9 +34,6 @@ from swaa_jax.models import FAMILIES, CausalLM
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.sharding import attention_specs, make_mesh, sharding_for
 from swaa_jax.train import StepConfig, make_step
-
-if TYPE_CHECKING:
-    from aot_models import Program
 
 _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -49,10 +52,8 @@ _TOO_MUCH = (
 _OPERATION = re.compile(r"= \(?\w+\[([\d,]*)\]\S* ([\w-]+)\(")
 
 
-def compile_program(program: "Program") -> dict[str, Any]:
+def compile_program(program: Program) -> dict[str, Any]:
     """Bytes a device, seconds, and what was found in the program; `error` where something fails."""
-    from aot_models import CHIPS
-
     chip = CHIPS[program.chip]
     topology = topologies.get_topology_desc(
         platform="tpu", topology_name=chip.topology, **dict(chip.options)
@@ -101,7 +102,7 @@ def compile_program(program: "Program") -> dict[str, Any]:
     return row
 
 
-def abstract_model(program: "Program", mesh: Mesh) -> CausalLM:
+def abstract_model(program: Program, mesh: Mesh) -> CausalLM:
     """The model with shapes in place of arrays."""
     hf_config = MODELS.get(program.model) or json.loads(Path(program.model).read_text())
     if program.layers is not None:
@@ -134,7 +135,7 @@ def split(model: CausalLM, mesh: Mesh) -> tuple[Callable[[Any], CausalLM], Any]:
     return lambda params: nnx.merge(graph, params, rest), params
 
 
-def prefill_program(program: "Program", model: CausalLM, mesh: Mesh) -> tuple[Any, Any]:
+def prefill_program(program: Program, model: CausalLM, mesh: Mesh) -> tuple[Any, Any]:
     """`(parameters, tokens, lengths) -> (last row's logits, caches)`."""
     merge, params = split(model, mesh)
 
@@ -147,7 +148,7 @@ def prefill_program(program: "Program", model: CausalLM, mesh: Mesh) -> tuple[An
     return jax.jit(prefill), (params, tokens, _shape((program.batch,), jnp.int32, rows))
 
 
-def decode_program(program: "Program", model: CausalLM, mesh: Mesh) -> tuple[Any, Any]:
+def decode_program(program: Program, model: CausalLM, mesh: Mesh) -> tuple[Any, Any]:
     """`(parameters, tokens, caches) -> (logits, caches)`, the caches donated."""
     merge, params = split(model, mesh)
     prefill, shapes = prefill_program(program, model, mesh)
@@ -168,7 +169,7 @@ def decode_program(program: "Program", model: CausalLM, mesh: Mesh) -> tuple[Any
     return jax.jit(decode, donate_argnums=2), (params, tokens, jax.tree.map(lay_out, caches))
 
 
-def train_program(program: "Program", model: CausalLM, mesh: Mesh) -> tuple[Any, Any]:
+def train_program(program: Program, model: CausalLM, mesh: Mesh) -> tuple[Any, Any]:
     """A step of LoRA training: what has `lower`, and the batch."""
     del mesh
     model = add_lora(model, LoraConfig(), rngs=nnx.Rngs(0))
@@ -180,7 +181,7 @@ def train_program(program: "Program", model: CausalLM, mesh: Mesh) -> tuple[Any,
     return make_step(model, StepConfig()), (batch,)
 
 
-def _rows(program: "Program", model: CausalLM, mesh: Mesh) -> NamedSharding:
+def _rows(program: Program, model: CausalLM, mesh: Mesh) -> NamedSharding:
     _, spec = attention_specs(mesh, batch=program.batch, num_kv_heads=model.config.num_kv_heads)
     return NamedSharding(mesh, spec)
 
@@ -236,7 +237,7 @@ def cache_copies(text: str, shapes: Any) -> int | None:
     return sum(math.prod(map(int, filter(None, sizes.split(",")))) >= largest for sizes in copies)
 
 
-def moe_flops_ratio(text: str, program: "Program", model: CausalLM, mesh: Mesh) -> float:
+def moe_flops_ratio(text: str, program: Program, model: CausalLM, mesh: Mesh) -> float:
     """What the experts' products of the program come to, over what a token's k experts need.
 
     Products of attention kernels are left out; of the others those of projections, router and head
@@ -260,3 +261,7 @@ def moe_flops_ratio(text: str, program: "Program", model: CausalLM, mesh: Mesh) 
     experts = config.num_experts_per_tok * 3 * 2 * width * config.moe_intermediate_size
     needed = config.num_layers * tokens * experts
     return (counted * mesh.size - dense) / needed
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_program(Program(**json.loads(sys.argv[1])))))

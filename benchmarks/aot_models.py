@@ -27,12 +27,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from aot_programs import CHIPS, EIGHT, KINDS, SPLITS, Program, default_programs
 from machine import version
 from model_shapes import MODELS
 from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
+COMPILE = Path(__file__).with_name("aot_compile.py")
 GIB = 1 << 30
 MOST_MOE_FLOPS = 1.2
 EPILOG = """\
@@ -55,105 +57,6 @@ examples:
   python benchmarks/aot_models.py --models ~/models/Qwen3-8B/config.json --chips v6e \\
       --mesh tensor=8 --programs prefill decode-full --contexts 131072 --window 4096 --sinks 16
 """
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chip:
-    """A TPU generation: the topology to compile for, and a device's memory."""
-
-    topology: str
-    hbm_gib: int
-    options: tuple[tuple[str, str], ...] = ()
-
-
-CHIPS = {
-    "v4": Chip(topology="v4:2x2x1", hbm_gib=32, options=(("chip_config_name", "megacore"),)),
-    "v5e": Chip(topology="v5e:2x4", hbm_gib=16),
-    "v5p": Chip(topology="v5p:2x2x2", hbm_gib=95),
-    "v5p-16": Chip(topology="v5p:2x2x4", hbm_gib=95),
-    "v6e": Chip(topology="v6e:2x4", hbm_gib=32),
-    "v6e-16": Chip(topology="v6e:4x4", hbm_gib=32),
-    "tpu7x": Chip(topology="tpu7x:2x2x1", hbm_gib=96),
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Program:
-    """One row of the table.
-
-    Attributes:
-      model: a name of `model_shapes.MODELS`, or the path of a `config.json`.
-      chip: a name of `CHIPS`.
-      mesh: its axes' sizes; their product is the number of devices.
-      kind: one of `KINDS`.
-      context: tokens of the prompt, or that the caches hold.
-      batch: rows.
-      window, sinks, full_layers, decode: the policy, of all but decode-ring.
-      layers: of the model, where they are not its own number.
-      effort: of the compiler, from -1 to 1; 0 is what programs are compiled with.
-    """
-
-    model: str
-    chip: str
-    mesh: dict[str, int]
-    kind: str
-    context: int
-    batch: int = 1
-    window: int = 2048
-    sinks: int = 128
-    full_layers: str = "1::2"
-    decode: str = "full"
-    layers: int | None = None
-    effort: float = 0.0
-
-    @property
-    def name(self) -> str:
-        """As `--only` matches it."""
-        mesh = ",".join(f"{axis}={size}" for axis, size in self.mesh.items())
-        return f"{Path(self.model).name} {self.kind} {self.context // 1024}k {self.chip} {mesh}"
-
-
-KINDS = ("prefill", "decode-full", "decode-ring", "train")
-EIGHT = {"tensor": 8}
-SPLITS = {"Qwen3-30B-A3B": {"tensor": 4, "expert": 2}}
-"""How eight chips share a model: heads and widths over `tensor`, as many as it has KV heads."""
-
-
-def default_programs() -> list[Program]:
-    """What is compiled when nothing is chosen."""
-    found = []
-    for chip in ("v5e", "v6e", "v5p"):
-        for kind, context in (
-            ("prefill", 32768),
-            ("prefill", 131072),
-            ("decode-full", 131072),
-            ("decode-ring", 131072),
-        ):
-            found.append(
-                Program(model="Qwen3-4B", chip=chip, mesh=EIGHT, kind=kind, context=context)
-            )
-        for model in ("Llama-3.1-8B", "Qwen3-30B-A3B"):
-            mesh = SPLITS.get(model, EIGHT)
-            found.append(Program(model=model, chip=chip, mesh=mesh, kind="prefill", context=32768))
-    for chip in ("v5e", "v6e"):
-        for model in ("Qwen3-0.6B", "Qwen3-4B"):
-            found.append(
-                Program(model=model, chip=chip, mesh={"tensor": 1}, kind="prefill", context=32768)
-            )
-    trained = (("Qwen3-4B", "v5e", 8, 32768), ("Qwen3-4B", "v6e", 8, 32768))
-    trained += (("Qwen3-30B-A3B", "v6e-16", 16, 16384), ("Qwen3-30B-A3B", "v5p-16", 16, 16384))
-    for model, chip, devices, context in trained:
-        found.append(
-            Program(
-                model=model,
-                chip=chip,
-                mesh={"fsdp": devices},
-                kind="train",
-                context=context,
-                batch=devices,
-            )
-        )
-    return found
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -205,7 +108,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="keep the output file's rows, and compile only what it lacks (same versions only)",
     )
-    parser.add_argument("--compile", help=argparse.SUPPRESS)  # the process that loads libtpu
     return parser.parse_args(argv)
 
 
@@ -253,11 +155,6 @@ def parse_sizes(text: str) -> dict[str, int]:
 def main() -> int:
     """Compile, print, write."""
     arguments = parse_arguments()
-    if arguments.compile:
-        from aot_compile import compile_program
-
-        print(json.dumps(compile_program(Program(**json.loads(arguments.compile)))))
-        return 0
     chosen = programs(arguments)
     if arguments.list:
         print("\n".join(program.name for program in chosen))
@@ -283,7 +180,7 @@ def main() -> int:
 def run(program: Program) -> dict[str, Any]:
     """Compile a program in a process of its own, so that a crash is one row's."""
     done = subprocess.run(
-        [sys.executable, __file__, "--compile", json.dumps(dataclasses.asdict(program))],
+        [sys.executable, str(COMPILE), json.dumps(dataclasses.asdict(program))],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *_python_path()])},

@@ -12,18 +12,17 @@ from attention_case import Case
 from grid_cycles import Body, kernel_row
 from tpu_compile import CompiledKernel
 
+from kernels_pallas.chips import TPUS
 from kernels_pallas.swa_decode import pallas_tpu
 from kernels_pallas.swa_decode.arguments import DecodeArguments
 
 KERNEL = "swa_decode"
-_DEVICE_KINDS = {"v4": "TPU v4", "v5p": "TPU v5p"}
-"""Of generations whose chip's two cores split a row; as `jax.Device.device_kind` names them."""
 
 
 def settings_of(generation: str, case: Case) -> dict[str, Any]:
     """Settings of `lower`; the case's window tells a ring (its size) from a full cache (None)."""
     blocks = pallas_tpu.choose_blocks(decode_arguments(case))
-    splits = pallas_tpu.limits_of(_DEVICE_KINDS.get(generation, "")).splits
+    splits = TPUS[generation].cores
     return {
         "generation": generation,
         "case": dataclasses.asdict(case),

@@ -153,7 +153,7 @@ def sizes_of(tiles: Tiles) -> list[int]:
 
 
 def kv_heads_of_a_step(case: Case, tiles: Tiles) -> int:
-    """KV heads that one grid step works on, as `prefill_tpu` decides."""
+    """KV heads that one grid step works on, as `tpu.compute` decides."""
     return int(np.gcd(tiles.kv_heads, case.kv_heads))
 
 
@@ -174,13 +174,7 @@ def prefill_arguments(case: Case, arrays: Any = None) -> PrefillArguments:
         v=v,
         window=case.window,
         num_sink_tokens=case.sinks,
-        lengths=None,
-        stage_ids=None,
-        segment_ids=None,
-        q_offset=0,
-        full_attention_tail=0,
         scale=case.head_dim**-0.5,
-        softcap=None,
     )
 
 
@@ -196,9 +190,8 @@ def lower(settings: Mapping[str, Any], sharding: Any) -> Any:
     case, tiles = Case(**settings["case"]), Tiles(**settings["tiles"])
 
     def attention(q: Any, k: Any, v: Any) -> Any:
-        return tpu.prefill_tpu(
+        return tpu.compute(
             prefill_arguments(case, (q, k, v)),
-            return_lse=False,
             tiles=tiles,
             generation=settings["generation"],
         ).out

@@ -1,11 +1,10 @@
-"""The registry of backends, and what ``backend="auto"`` means on each platform.
+"""Which code computes an operation: the table of backends, and what ``backend="auto"`` means.
 
-An op (``swa_prefill``, ``swa_decode``, ``grouped_matmul``) registers a function per backend name.
-The function takes the op's validated arguments and either computes or raises
-``NotImplementedError``; nothing here falls back on its own, so a backend that the caller named is
-the one that runs.
+Nothing here falls back on its own: a backend that the caller named is the one that runs, or
+``NotImplementedError`` says what it cannot do.
 
-A choice is a name for all ops, or names for some of them; ops not named are left to ``auto``::
+A choice is a name for all operations, or names for some of them; those not named are left to
+``auto``::
 
     "auto"    "xla"    "swa_prefill=pallas_tpu,swa_decode=xla"
 
@@ -15,25 +14,57 @@ asked for. It is read when a program is traced.
 
 import dataclasses
 import functools
+import importlib
 import logging
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
+from kernels_pallas.checks import echo
+
 logger = logging.getLogger(__name__)
 
-# platform -> names in order of preference; the first one that the op has registered is taken.
-_AUTO_ORDER = {
-    "cpu": ("xla",),
-    "gpu": ("pallas_gpu", "xla"),
-    "tpu": ("pallas_tpu", "xla"),
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Backend:
+    """A line of the table.
+
+    Attributes:
+      platform: the only one that it runs on; None: it runs on all.
+      by_name_only: ``auto`` never takes it.
+    """
+
+    platform: str | None = None
+    by_name_only: bool = False
+
+
+BACKENDS: dict[str, dict[str, Backend]] = {
+    "swa_prefill": {
+        "pallas_tpu": Backend(platform="tpu"),
+        "cudnn": Backend(platform="gpu"),
+        "xla": Backend(),
+        "reference": Backend(by_name_only=True),
+    },
+    "swa_decode": {
+        "pallas_tpu": Backend(platform="tpu"),
+        "xla": Backend(),
+        "reference": Backend(by_name_only=True),
+    },
+    "grouped_matmul": {
+        "pallas_tpu": Backend(platform="tpu"),
+        "xla": Backend(),
+        "ragged_dot": Backend(by_name_only=True),
+        "reference": Backend(by_name_only=True),
+    },
 }
-_REGISTRY: dict[str, dict[str, Callable[..., Any]]] = {}
-_LIMITS: dict[tuple[str, str], Callable[[Any], tuple[str, ...]]] = {}
-# Backends that run on one platform only; the others run on all.
-_PLATFORM = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
+"""By operation, in the order in which ``auto`` tries them where they run.
+
+The backend NAME of OP is the module ``kernels_pallas.OP.NAME``, imported when it is first asked
+for; :class:`BackendModule` says what is in it. A new backend is a module and a line here.
+"""
+
 _VARIABLE = "SWAA_BACKEND"
 
 
@@ -51,7 +82,7 @@ class Target:
 
     @classmethod
     def of(cls, device: Any) -> "Target":
-        """Of a device; a topology's will do, attached or not."""
+        """The target that a device is; a topology's will do, attached or not."""
         return cls(platform=device.platform, device_kind=device.device_kind)
 
     @classmethod
@@ -60,34 +91,23 @@ class Target:
         return cls.of(jax.devices()[0])
 
 
-def register_backend(
-    op: str, name: str, *, limits: Callable[[Any], tuple[str, ...]] | None = None
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: make the function the backend ``name`` of ``op``.
+@runtime_checkable
+class BackendModule(Protocol):
+    """What a backend's module holds; besides, ``drawbacks(arguments)`` if it has any."""
 
-    Args:
-      op: the operation.
-      name: of the backend.
-      limits: why the backend cannot compute given arguments, empty when it can; ``"auto"`` then
-        takes the next one. None: it takes whatever the op does.
+    def limits(self, arguments: Any) -> tuple[str, ...]:
+        """Why it cannot compute the arguments, ``name: expected X, got Y`` each; empty: it can."""
+        ...
 
-    Raises:
-      ValueError: the op already has a backend of that name.
-    """
+    def compute(self, arguments: Any) -> Any:
+        """The result, for arguments without limits."""
+        ...
 
-    def add(function: Callable[..., Any]) -> Callable[..., Any]:
-        backends = _REGISTRY.setdefault(op, {})
-        if name in backends:
-            raise ValueError(
-                f"backend: expected a new name for {op}, got {name!r}, which is taken; "
-                "register under another name"
-            )
-        backends[name] = function
-        if limits is not None:
-            _LIMITS[op, name] = limits
-        return function
 
-    return add
+def no_limits(arguments: Any) -> tuple[str, ...]:
+    """The limits of a backend that computes whatever its operation takes."""
+    del arguments
+    return ()
 
 
 def available_backends(op: str = "swa_prefill") -> tuple[str, ...]:
@@ -96,13 +116,13 @@ def available_backends(op: str = "swa_prefill") -> tuple[str, ...]:
     >>> available_backends("swa_decode")
     ('pallas_tpu', 'reference', 'xla')
     """
-    return tuple(sorted(_REGISTRY.get(op, {})))
+    return tuple(sorted(BACKENDS.get(op, {})))
 
 
 def resolve_backend(
     name: str = "auto", *, op: str = "swa_prefill", platform: str | None = None
 ) -> str:
-    """The backend that a choice stands for.
+    """The backend that a choice stands for, if the arguments are within its limits.
 
     Args:
       name: ``"auto"``, one of :func:`available_backends`, or names for some ops
@@ -111,47 +131,58 @@ def resolve_backend(
       platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``; None: this process's default.
 
     Returns:
-      A registered name. What ``"auto"`` chose is logged once (logger ``kernels_pallas.backends``,
+      A name of the table. What ``"auto"`` chose is logged once (logger ``kernels_pallas.backends``,
       INFO).
 
     Raises:
       ValueError: the choice, or the environment's ``SWAA_BACKEND``, names a backend or an op that
-        is not registered; the message lists the names that are.
+        is not in the table; the message lists the names that are.
     """
-    chosen = _named(name, op)
-    if chosen is None:
-        return _resolve_auto(op, platform or jax.default_backend(), available_backends(op))
-    return chosen
+    return _named(name, op) or _candidates(op, platform or jax.default_backend())[0]
 
 
-def get_backend(
-    op: str, name: str, *, platform: str | None = None, arguments: Any = None
-) -> Callable[..., Any]:
-    """The function registered for what ``name`` resolves to.
+def choose_backend(op: str, choice: str, arguments: Any) -> str:
+    """The backend that computes these arguments on the platform of their ``target``.
 
-    With ``arguments``, ``"auto"`` passes over backends that cannot compute them, and the platform
-    is that of their ``target``.
+    ``"auto"`` passes over backends that have limits there, or drawbacks: why another one is the
+    better, although this one could compute the arguments.
 
     Raises:
       ValueError: as :func:`resolve_backend`.
-      NotImplementedError: with ``arguments``: the named backend does not run on the platform.
+      NotImplementedError: the named backend does not run on the platform, or has limits there.
     """
-    chosen = _named(name, op)
-    if arguments is None:
-        return _REGISTRY[op][chosen or resolve_backend(op=op, platform=platform)]
-    target: Target | None = getattr(arguments, "target", None)
-    platform = platform or (jax.default_backend() if target is None else target.platform)
-    if chosen is not None:
-        _check_platform(op, chosen, platform)
-        return _REGISTRY[op][chosen]
-    registered = available_backends(op)
-    while True:
-        chosen = _resolve_auto(op, platform, registered)
-        limits = _LIMITS.get((op, chosen), lambda _: ())(arguments)
-        if not limits:
-            return _REGISTRY[op][chosen]
-        _log_limits(op, chosen, limits)
-        registered = tuple(name for name in registered if name != chosen)
+    platform = (arguments.target or Target.here()).platform
+    named = _named(choice, op)
+    if named is not None:
+        _check_platform(op, named, platform)
+        limits = load_backend(op, named).limits(arguments)
+        if limits:
+            raise NotImplementedError(
+                f"{op}: backend {named!r} cannot compute this: {'; '.join(limits)}; change that, "
+                "or pass backend='auto' or 'xla'"
+            )
+        return named
+    for name in _candidates(op, platform):
+        module = load_backend(op, name)
+        against = module.limits(arguments) or getattr(module, "drawbacks", no_limits)(arguments)
+        if not against:
+            return name
+        _log_limits(op, name, against)
+    raise NotImplementedError(
+        f"{op}: expected a backend without limits on platform {platform!r}, got none; the log of "
+        "kernels_pallas says why"
+    )
+
+
+def compute(op: str, choice: str, arguments: Any) -> Any:
+    """The result of the backend that :func:`choose_backend` gives; it raises what that raises."""
+    return load_backend(op, choose_backend(op, choice, arguments)).compute(arguments)
+
+
+def load_backend(op: str, name: str) -> BackendModule:
+    """The module of a backend of the table."""
+    module: Any = importlib.import_module(f"kernels_pallas.{op}.{name}")
+    return module
 
 
 def check_backend(choice: str, *, platform: str | None = None) -> None:
@@ -162,12 +193,12 @@ def check_backend(choice: str, *, platform: str | None = None) -> None:
       platform: where it has to run; None: this process's default.
 
     Raises:
-      ValueError, NotImplementedError: as :func:`get_backend`.
+      ValueError, NotImplementedError: as :func:`choose_backend`, but for limits.
     """
-    for op in sorted(_REGISTRY):
-        chosen = _named(choice, op)
-        if chosen is not None:
-            _check_platform(op, chosen, platform or jax.default_backend())
+    named = {op: _named(choice, op) for op in BACKENDS}
+    for op, name in named.items():
+        if name is not None:
+            _check_platform(op, name, platform or jax.default_backend())
 
 
 def _named(choice: str, op: str) -> str | None:
@@ -185,31 +216,31 @@ def _named(choice: str, op: str) -> str | None:
 def _parse(choice: str, *, source: str) -> Mapping[str, str]:
     """Backend by op. Names are not checked: of another op they do not matter here."""
     if "=" not in choice:
-        return dict.fromkeys(_REGISTRY, choice.strip())
+        return dict.fromkeys(BACKENDS, choice.strip())
     named: dict[str, str] = {}
     for part in choice.split(","):
         op, equals, backend = (piece.strip() for piece in part.partition("="))
-        if op not in _REGISTRY or not equals or not backend or op in named:
+        if op not in BACKENDS or not equals or not backend or op in named:
             raise ValueError(
                 f"{source}: expected a backend, or one for each of some ops among "
-                f"{', '.join(sorted(_REGISTRY))}, as in 'swa_prefill=xla,swa_decode=reference'; "
-                f"got {choice!r}"
+                f"{', '.join(BACKENDS)}, as in 'swa_prefill=xla,swa_decode=reference'; "
+                f"got {echo(choice)}"
             )
         named[op] = backend
     return named
 
 
 def _check_name(name: str, op: str, *, source: str) -> str:
-    if name in _REGISTRY.get(op, {}):
+    if name in BACKENDS.get(op, {}):
         return name
     known = ", ".join(repr(known) for known in ("auto", *available_backends(op)))
-    others = [other for other in sorted(_REGISTRY) if name in _REGISTRY[other]]
+    others = [other for other in BACKENDS if name in BACKENDS[other]]
     hint = f"; for {others[0]} alone write '{others[0]}={name}'" if others else ""
-    raise ValueError(f"{source}: expected one of {known} for {op}, got {name!r}{hint}")
+    raise ValueError(f"{source}: expected one of {known} for {op}, got {echo(name)}{hint}")
 
 
 def _check_platform(op: str, name: str, platform: str) -> None:
-    needed = _PLATFORM.get(name, platform)
+    needed = BACKENDS[op][name].platform or platform
     if needed != platform and not (needed == "tpu" and _is_interpreted()):
         raise NotImplementedError(
             f"{op}: backend {name!r} expects platform {needed!r}, got {platform!r}; pass "
@@ -228,9 +259,20 @@ def _is_interpreted() -> bool:
         return True  # cannot tell: JAX refuses by itself what it cannot run
 
 
+def _candidates(op: str, platform: str) -> tuple[str, ...]:
+    """What ``auto`` takes on the platform, best first."""
+    names = tuple(
+        name
+        for name, backend in BACKENDS[op].items()
+        if not backend.by_name_only and backend.platform in (None, platform)
+    )
+    _log_candidates(op, platform, names)
+    return names
+
+
 @functools.cache
-def _log_variable(op: str, name: str) -> None:
-    logger.info("%s: backend %r, from the environment's %s", op, name, _VARIABLE)
+def _log_candidates(op: str, platform: str, names: tuple[str, ...]) -> None:
+    logger.info("%s: backend 'auto' is %r on platform %r", op, names[0], platform)
 
 
 @functools.cache
@@ -239,9 +281,5 @@ def _log_limits(op: str, name: str, limits: tuple[str, ...]) -> None:
 
 
 @functools.cache
-def _resolve_auto(op: str, platform: str, registered: tuple[str, ...]) -> str:
-    """Cached, so that each choice is logged once a process."""
-    order = _AUTO_ORDER.get(platform, ("xla",))
-    chosen = next(name for name in order if name in registered)
-    logger.info("%s: backend 'auto' is %r on platform %r", op, chosen, platform)
-    return chosen
+def _log_variable(op: str, name: str) -> None:
+    logger.info("%s: backend %r, from the environment's %s", op, name, _VARIABLE)

@@ -1,24 +1,23 @@
 """Who sees whom: the one visibility formula, and the block map derived from it.
 
 The formula is written once, in :func:`visible`, with operators only, so that numpy, jnp and the
-iotas inside a kernel all use it. Everything else here turns the caller's lengths, stages and
-segments into the few integers a row that the formula and the block map need.
+iotas inside a kernel all use it. Everything else here turns the caller's lengths and segments into
+the few integers a row that the formula and the block map need.
 
-One segment, window 4, 2 sink tokens, stage P P P P P P P A (the last row is an answer row)::
+One segment, window 4, 2 sink tokens, row 7 full::
 
              key  0 1 2 3 4 5 6 7
-    query 0  P    s . . . . . . .      s  sink token (also in the window for the first rows)
-          1  P    s s . . . . . .      x  window (counts the query itself)
-          2  P    s s x . . . . .      f  seen because the row is full
-          3  P    s s x x . . . .
-          4  P    s s x x x . . .
-          5  P    s s x x x x . .
-          6  P    s s . x x x x .
-          7  A    f f f f f f f f
+    query 0       s . . . . . . .      s  sink token (also in the window for the first rows)
+          1       s s . . . . . .      x  window (counts the query itself)
+          2       s s x . . . . .      f  seen because the row is full
+          3       s s x x . . . .
+          4       s s x x x . . .
+          5       s s x x x x . .
+          6       s s . x x x x .
+          7       f f f f f f f f
 """
 
 import dataclasses
-import enum
 from typing import Any
 
 import jax
@@ -26,15 +25,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
+from kernels_pallas.layout import pad_end
+
 # One int for all rows (traced or not), or an int32 array [B]: a policy per batch row.
 IntOrPerRow = int | Int[Array, ""] | Int[Array, " B"]
-
-
-class Stage(enum.IntEnum):
-    """What a token is to the model: given (PROMPT) or produced (ANSWER). ANSWER rows are full."""
-
-    PROMPT = 0
-    ANSWER = 1
 
 
 def visible(
@@ -85,7 +79,7 @@ def visible(
     return seen
 
 
-def _segment_begins(segment_ids_BT: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+def segment_begins(segment_ids_BT: Int[Array, "B T"]) -> Bool[Array, "B T"]:
     """True at the first token of every segment (a maximal run of one id)."""
     changes = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
     return jnp.concatenate([jnp.ones_like(changes, shape=(changes.shape[0], 1)), changes], axis=1)
@@ -98,7 +92,7 @@ def segment_starts(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
     [[0 0 2 2 2]]
     """
     index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
-    begins_BT = _segment_begins(segment_ids_BT)
+    begins_BT = segment_begins(segment_ids_BT)
     return lax.cummax(jnp.where(begins_BT, index_T, 0), axis=1)
 
 
@@ -115,85 +109,6 @@ def segment_positions(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
 def per_row(value: IntOrPerRow) -> Int[Array, "#B"]:
     """``value`` as an int32 array ``[1]`` or ``[B]``."""
     return jnp.asarray(value, jnp.int32).reshape(-1)
-
-
-def _tail_rows(
-    answer_BS: Bool[Array, "B S"],
-    *,
-    lengths: Int[Array, " B"],
-    segment_ids: Int[Array, "B S"] | None,
-    full_attention_tail: IntOrPerRow,
-) -> Bool[Array, "B S"]:
-    """The last n rows of every maximal PROMPT run, found in O(S).
-
-    A run ends where an ANSWER row, another segment or the padding begins. The nearest such index to
-    the right of each row is a reversed running minimum::
-
-        stage      P P P P A A P P | P P P -      tail 2, a segment starts at 8, length 11
-        index      0 1 2 3 4 5 6 7   8 9 10
-        run ends   4 4 4 4 . . 8 8  11 11 11
-        tail           x x     x x     x  x
-    """
-    num_keys = answer_BS.shape[1]
-    index_S = jnp.arange(num_keys, dtype=jnp.int32)
-    ends_BS = answer_BS if segment_ids is None else answer_BS | _segment_begins(segment_ids)
-    here_BS = jnp.where(ends_BS, index_S, num_keys)
-    after_BS = lax.cummin(here_BS, axis=1, reverse=True)[:, 1:]
-    after_BS = jnp.pad(after_BS, ((0, 0), (0, 1)), constant_values=num_keys)
-    run_end_BS = jnp.minimum(after_BS, lengths[:, None])
-    in_tail_BS = index_S >= run_end_BS - per_row(full_attention_tail)[:, None]
-    return in_tail_BS & ~answer_BS & (index_S < lengths[:, None])
-
-
-def full_rows(
-    stage_ids: Int[Array, "B _"] | None,
-    *,
-    lengths: Int[Array, " B"],
-    segment_ids: Int[Array, "B S"] | None,
-    q_offset: IntOrPerRow,
-    full_attention_tail: IntOrPerRow,
-    shape: tuple[int, int, int],
-) -> Bool[Array, "B T"]:
-    """Rows that see all earlier keys of their segment: ANSWER rows and the prompt tails.
-
-    Args:
-      stage_ids: :class:`Stage` of each token, ``[B, T]`` for the query rows or ``[B, S]`` by
-        absolute index; ``None``: all PROMPT. Tokens that ``[B, T]`` leaves out count as PROMPT, so
-        a tail that a later chunk's answer would end is only found from ``[B, S]``.
-      lengths: number of real tokens of each batch row.
-      segment_ids: ``[B, S]``, or ``None`` for one segment.
-      q_offset: absolute index of the first query row, a scalar or one a batch row.
-      full_attention_tail: the last n rows of every maximal PROMPT run are full. A run ends at the
-        first ANSWER row after it, at its segment's end, or at ``lengths``.
-      shape: ``(B, T, S)``.
-
-    Returns:
-      Bool ``[B, T]``.
-    """
-    num_batch, num_queries, num_keys = shape
-    offset_B = jnp.broadcast_to(per_row(q_offset), (num_batch,))
-    has_tail = not (isinstance(full_attention_tail, int) and full_attention_tail == 0)
-    if stage_ids is None:
-        answer_BS = jnp.zeros((num_batch, num_keys), bool)
-        answer_BT = jnp.zeros((num_batch, num_queries), bool)
-    elif stage_ids.shape[1] == num_keys:
-        answer_BS = stage_ids == Stage.ANSWER
-        answer_BT = rows_at(answer_BS, offset_B, num_queries)
-    else:
-        answer_BT = stage_ids == Stage.ANSWER
-        empty_BS = jnp.zeros((num_batch, num_keys), bool)
-        answer_BS = jax.vmap(lambda into, new, at: lax.dynamic_update_slice(into, new, (at,)))(
-            empty_BS, answer_BT, offset_B
-        )
-    if not has_tail:
-        return answer_BT
-    tail_BS = _tail_rows(
-        answer_BS,
-        lengths=lengths,
-        segment_ids=segment_ids,
-        full_attention_tail=full_attention_tail,
-    )
-    return answer_BT | rows_at(tail_BS, offset_B, num_queries)
 
 
 def rows_at(x_BS: Array, offset_B: Int[Array, " B"], num_rows: int) -> Array:
@@ -215,7 +130,7 @@ class RowInfo:
     q_index: Int[Array, "B T"]  # absolute index: q_offset + t
     q_start: Int[Array, "B T"]  # absolute index at which the row's segment starts
     q_segment: Int[Array, "B T"] | None
-    q_full: Bool[Array, "B T"] | None  # None: no row is full by stage or tail
+    q_full: Bool[Array, "B T"] | None  # None: no row is full unless all are
     q_valid: Bool[Array, "B T"]  # index below the length
     k_start: Int[Array, "B S"] | None
     k_segment: Int[Array, "B S"] | None
@@ -230,34 +145,20 @@ def row_info(
     *,
     shape: tuple[int, int, int],
     lengths: Int[Array, " B"] | None,
-    stage_ids: Int[Array, "B _"] | None,
     segment_ids: Int[Array, "B S"] | None,
     q_offset: IntOrPerRow,
-    full_attention_tail: IntOrPerRow,
+    q_full: Bool[Array, "B T"] | None,
 ) -> RowInfo:
-    """Positions, segments, fullness and validity of every row; ``shape`` is ``(B, T, S)``."""
+    """Positions, segments and validity of every row; ``shape`` is ``(B, T, S)``."""
     num_batch, num_queries, num_keys = shape
     offset_B = jnp.broadcast_to(per_row(q_offset), (num_batch,))
     q_index = offset_B[:, None] + jnp.arange(num_queries, dtype=jnp.int32)
     all_keys_B = jnp.full((num_batch,), num_keys, jnp.int32)
     length_B = all_keys_B if lengths is None else jnp.minimum(lengths.astype(jnp.int32), num_keys)
-    never_full = (
-        stage_ids is None and isinstance(full_attention_tail, int) and not full_attention_tail
-    )
-    q_full = None
-    if not never_full:
-        q_full = full_rows(
-            stage_ids,
-            lengths=length_B,
-            segment_ids=segment_ids,
-            q_offset=q_offset,
-            full_attention_tail=full_attention_tail,
-            shape=shape,
-        )
     q_start, q_segment, k_start, k_segment = jnp.zeros_like(q_index), None, None, None
     if segment_ids is not None:
         k_start = segment_starts(segment_ids)
-        k_segment = jnp.cumsum(_segment_begins(segment_ids), axis=1, dtype=jnp.int32) - 1
+        k_segment = jnp.cumsum(segment_begins(segment_ids), axis=1, dtype=jnp.int32) - 1
         q_start = rows_at(k_start, offset_B, num_queries)
         q_segment = rows_at(k_segment, offset_B, num_queries)
     return RowInfo(
@@ -328,8 +229,8 @@ def block_map(
             low_BT = jnp.where(rows.q_full, rows.q_start, low_BT)
 
     def blocks(x_BT: Array, fill: int) -> Array:
-        pad = ((0, 0), (0, num_blocks * block_q - num_queries))
-        x_BT = jnp.pad(jnp.where(rows.q_valid, x_BT, fill), pad, constant_values=fill)
+        x_BT = jnp.where(rows.q_valid, x_BT, fill)
+        x_BT = pad_end(x_BT, -num_queries % block_q, axis=1, value=fill)
         return x_BT.reshape(num_batch, num_blocks, block_q)
 
     far = jnp.iinfo(jnp.int32).max

@@ -16,12 +16,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kernels_pallas.mask import Stage
     from swaa_jax.checkpoint.tokenizer import load_tokenizer
     from swaa_jax.infer import GenerateOptions, generate
     from swaa_jax.lora import LoraConfig, add_lora, load_adapter, merge_lora, save_adapter
     from swaa_jax.models.auto import load_model, save_model
-    from swaa_jax.policy import AttentionPolicy
+    from swaa_jax.policy import AttentionPolicy, Stage
 
 __version__ = "0.1.0"
 
@@ -45,7 +44,7 @@ _LAZY = {
     "AttentionPolicy": "swaa_jax.policy",
     "GenerateOptions": "swaa_jax.infer",
     "LoraConfig": "swaa_jax.lora",
-    "Stage": "kernels_pallas.mask",
+    "Stage": "swaa_jax.policy",
     "add_lora": "swaa_jax.lora",
     "generate": "swaa_jax.infer",
     "load_adapter": "swaa_jax.lora",

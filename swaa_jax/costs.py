@@ -23,9 +23,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Int
 
-from kernels_pallas.mask import Stage
+from kernels_pallas.chips import find_chip
 from swaa_jax.models import CausalLM
-from swaa_jax.policy import LayerAttention
+from swaa_jax.policy import LayerAttention, Stage
 
 __all__ = [
     "FlopCounter",
@@ -38,21 +38,6 @@ __all__ = [
     "visible_pairs",
 ]
 
-_PEAKS = {  # dense bfloat16, without sparsity, from the vendors' data sheets
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 1153.5e12,  # a chip is two devices
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100": 312e12,
-}
-
 
 def peak_flops(device_kind: str) -> float | None:
     """Operations a second of a device in bfloat16; None where the table has none.
@@ -60,10 +45,8 @@ def peak_flops(device_kind: str) -> float | None:
     >>> peak_flops("NVIDIA H100 80GB HBM3") / 1e12
     989.0
     """
-    for name in sorted(_PEAKS, key=len, reverse=True):
-        if device_kind.startswith(name):
-            return _PEAKS[name]
-    return None
+    chip = find_chip(device_kind)
+    return None if chip is None else chip.peak_flops
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -144,10 +144,10 @@ def _evaluate(size: Size, work: Path, policies: list[dict[str, Any]] | None) -> 
 
 def _calibration(model: Any, tok: Any, size: Size) -> list[Any]:
     """Prompts of other seeds with the full-attention model's own answers, both modes."""
-    from kernels_pallas import Stage
     from swaa_jax import AttentionPolicy, generate
     from swaa_jax.data import Sample
     from swaa_jax.eval.tasks import encode_sample, make_task
+    from swaa_jax.policy import Stage
 
     found = []
     for thinking in (True, False):

@@ -1,13 +1,9 @@
-"""``grouped_matmul``: the public entry, validation and dispatch."""
+"""``grouped_matmul``: the public entry."""
 
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.backends import Target, get_backend
-from kernels_pallas.grouped_matmul import pallas_tpu as _pallas_tpu  # noqa: F401  (registers itself)
-from kernels_pallas.grouped_matmul import ragged_dot as _ragged_dot  # noqa: F401
-from kernels_pallas.grouped_matmul import reference as _reference  # noqa: F401
-from kernels_pallas.grouped_matmul import xla as _xla  # noqa: F401
-from kernels_pallas.grouped_matmul.arguments import GroupedMatmulArguments, validate
+from kernels_pallas.backends import Target, compute
+from kernels_pallas.grouped_matmul.arguments import GroupedMatmulArguments
 
 
 def grouped_matmul(
@@ -54,5 +50,4 @@ def grouped_matmul(
     arguments = GroupedMatmulArguments(
         x=x, w=w, group_sizes=group_sizes, rows_per_group=rows_per_group, target=target
     )
-    validate(arguments)
-    return get_backend("grouped_matmul", backend, arguments=arguments)(arguments)
+    return compute("grouped_matmul", backend, arguments)

@@ -7,13 +7,16 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.backends import Target
-
-_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+from kernels_pallas.checks import check_floats, check_integers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupedMatmulArguments:
-    """Arguments of ``grouped_matmul`` after validation; backends do not check them again."""
+    """Arguments of ``grouped_matmul``, checked here once: backends do not check them again.
+
+    Raises:
+      ValueError: names the wrong argument, what was expected and what came.
+    """
 
     x: Float[Array, "M D"]
     w: Float[Array, "E D F"]
@@ -21,31 +24,13 @@ class GroupedMatmulArguments:
     rows_per_group: int
     target: Target | None = None
 
-
-def validate(arguments: GroupedMatmulArguments) -> None:
-    """Raise ``ValueError`` naming the wrong argument, what was expected and what came."""
-    x, w, group_sizes = arguments.x, arguments.w, arguments.group_sizes
-    for name, array, axes in (("x", x, "[M, D]"), ("w", w, "[E, D, F]")):
-        if array.ndim != axes.count(",") + 1:
-            raise ValueError(f"{name}: expected axes {axes}, got shape {array.shape}")
-        if array.dtype not in _FLOATS:
-            raise ValueError(
-                f"{name}: expected float32, bfloat16 or float16, got {array.dtype}; cast it"
-            )
-    if w.dtype != x.dtype:
-        raise ValueError(f"w: expected x's dtype {x.dtype}, got {w.dtype}; cast one")
-    if w.shape[1] != x.shape[1]:
-        raise ValueError(f"w: expected D = {x.shape[1]} like x, got shape {w.shape}")
-    if group_sizes.shape != w.shape[:1] or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
-        raise ValueError(
-            f"group_sizes: expected {w.shape[0]} integers, one a group of w, "
-            f"got shape {group_sizes.shape}, dtype {group_sizes.dtype}"
-        )
-
-
-def precision(dtype: jnp.dtype) -> lax.Precision | None:
-    """Float32 products are whole: some devices' default rounds the operands to bfloat16."""
-    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    def __post_init__(self) -> None:
+        x, w = self.x, self.w
+        check_floats("x", x, "[M, D]")
+        check_floats("w", w, "[E, D, F]", like=("x", x))
+        if w.shape[1] != x.shape[1]:
+            raise ValueError(f"w: expected D = {x.shape[1]} like x, got shape {w.shape}")
+        check_integers("group_sizes", self.group_sizes, (w.shape[0],))
 
 
 def row_tile(rows_per_group: int, *, largest: int) -> int:

@@ -11,20 +11,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas.backends import register_backend
+from kernels_pallas.backends import no_limits
 from kernels_pallas.grouped_matmul.arguments import (
     GroupedMatmulArguments,
     row_tile,
     zero_rows_of_no_group,
 )
 from kernels_pallas.grouped_matmul.gradient import differentiable
+from kernels_pallas.layout import pad_end
 
 _LARGEST_TILE = 256
 _BLOCK_BYTES = 4 << 20  # of a block of w; twice that in VMEM, which holds 16 MiB on v5e
 
 
-@register_backend("grouped_matmul", "pallas_tpu")
-def grouped_matmul_tpu(arguments: GroupedMatmulArguments) -> Float[Array, "M F"]:
+limits = no_limits
+
+
+def compute(arguments: GroupedMatmulArguments) -> Float[Array, "M F"]:
     """Only tiles with rows of a group are visited, each once a group that has rows in it."""
     x, w, group_sizes = arguments.x, arguments.w, arguments.group_sizes
     tile = row_tile(arguments.rows_per_group, largest=_LARGEST_TILE)
@@ -62,7 +65,7 @@ def _kernels():
 
 
 def _padded(x: Array, tile: int) -> Array:
-    return jnp.pad(x, ((0, -x.shape[0] % tile), (0, 0)))
+    return pad_end(x, -x.shape[0] % tile, axis=0)
 
 
 def _precision(dtype: jnp.dtype):

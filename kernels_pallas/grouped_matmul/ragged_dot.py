@@ -4,16 +4,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from kernels_pallas.backends import register_backend
+from kernels_pallas.backends import no_limits
 from kernels_pallas.grouped_matmul.arguments import (
     GroupedMatmulArguments,
-    precision,
     zero_rows_of_no_group,
 )
+from kernels_pallas.layout import precision_of
+
+limits = no_limits
 
 
-@register_backend("grouped_matmul", "ragged_dot")
-def grouped_matmul_ragged_dot(arguments: GroupedMatmulArguments) -> Float[Array, "M F"]:
+def compute(arguments: GroupedMatmulArguments) -> Float[Array, "M F"]:
     """``jax.lax.ragged_dot``: what it costs depends on platform and compiler version.
 
     On the CPU, and on TPU v5e and v6e with libtpu 0.0.52, every row meets every group's matrix;
@@ -25,7 +26,7 @@ def grouped_matmul_ragged_dot(arguments: GroupedMatmulArguments) -> Float[Array,
         zero_rows_of_no_group(x, group_sizes),
         arguments.w,
         group_sizes,
-        precision=precision(x.dtype),
+        precision=precision_of(x),
         preferred_element_type=jnp.float32,
     )
     return zero_rows_of_no_group(out.astype(x.dtype), group_sizes)

@@ -11,20 +11,22 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.backends import register_backend
+from kernels_pallas.backends import no_limits
 from kernels_pallas.grouped_matmul.arguments import (
     GroupedMatmulArguments,
-    precision,
     row_tile,
     zero_rows_of_no_group,
 )
 from kernels_pallas.grouped_matmul.gradient import differentiable
+from kernels_pallas.layout import pad_end, precision_of
 
 _LARGEST_TILE = 256
 
 
-@register_backend("grouped_matmul", "xla")
-def grouped_matmul_xla(arguments: GroupedMatmulArguments) -> Float[Array, "M F"]:
+limits = no_limits
+
+
+def compute(arguments: GroupedMatmulArguments) -> Float[Array, "M F"]:
     """Work in proportion to the rows of all groups, rounded up to tiles."""
     tile = row_tile(arguments.rows_per_group, largest=_LARGEST_TILE)
     return _grouped(arguments.x, arguments.w, arguments.group_sizes, tile)
@@ -52,7 +54,7 @@ class _Tiles:
 
     def pad(self, x: Float[Array, "M D"]) -> Float[Array, "rows D"]:
         """The last tile may reach beyond the rows, where a slice would move back."""
-        return jnp.pad(x, ((0, self.size), (0, 0)))
+        return pad_end(x, self.size, axis=0)
 
     def locate(self, index: Int[Array, ""]) -> tuple[Array, Array, Array]:
         """``group``, ``start``, and which of the tile's rows are the group's, ``[size, 1]``."""
@@ -79,7 +81,7 @@ def _product(
             part,
             matrix,
             contracted,
-            precision=precision(x.dtype),
+            precision=precision_of(x),
             preferred_element_type=jnp.float32,
         )
         return lax.dynamic_update_slice_in_dim(out, y.astype(x.dtype), start, 0)
@@ -100,7 +102,7 @@ def _weight_gradient(x: Array, dy: Array, group_sizes: Array, tile: int) -> Arra
             jnp.where(mine, lax.dynamic_slice_in_dim(rows, start, tile), 0),
             jnp.where(mine, lax.dynamic_slice_in_dim(dy_rows, start, tile), 0),
             (((0,), (0,)), ((), ())),
-            precision=precision(x.dtype),
+            precision=precision_of(x),
             preferred_element_type=jnp.float32,
         )
         so_far = lax.dynamic_index_in_dim(dw, group, keepdims=False)

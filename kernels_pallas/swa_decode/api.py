@@ -1,16 +1,13 @@
-"""``swa_decode``: the public entry, validation and dispatch."""
+"""``swa_decode``: the public entry."""
 
 import math
 
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels_pallas.backends import Target, get_backend
+from kernels_pallas.backends import Target, compute
+from kernels_pallas.checks import static_int
 from kernels_pallas.mask import IntOrPerRow
-from kernels_pallas.swa_decode import pallas_tpu as _pallas_tpu  # noqa: F401  (registers itself)
-from kernels_pallas.swa_decode import reference as _reference  # noqa: F401  (registers itself)
-from kernels_pallas.swa_decode import xla as _xla  # noqa: F401  (registers itself)
-from kernels_pallas.swa_decode.arguments import DecodeArguments, validate_decode
-from kernels_pallas.swa_prefill.arguments import static_int
+from kernels_pallas.swa_decode.arguments import DecodeArguments
 
 
 def swa_decode(
@@ -89,5 +86,4 @@ def swa_decode(
         softcap=softcap,
         target=target,
     )
-    validate_decode(arguments)
-    return get_backend("swa_decode", backend, arguments=arguments)(arguments)
+    return compute("swa_decode", backend, arguments)

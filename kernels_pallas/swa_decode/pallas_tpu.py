@@ -34,7 +34,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.backends import Target, register_backend
+from kernels_pallas.chips import TPUS, generation_of
+from kernels_pallas.layout import LANES, pad_end, round_up
 from kernels_pallas.mask import per_row
 from kernels_pallas.swa_decode.arguments import DecodeArguments
 
@@ -43,8 +44,9 @@ NEVER = jnp.iinfo(jnp.int32).max
 """Position of a slot that no query sees: it comes after every query. Also a full row's window."""
 
 _HEAD_DIMS = (64, 80, 96, 128, 256)
-_LANES = 128
-_WORK_LIST_BYTES = 512 << 10  # of the 1 MiB of scalar memory
+_KEY_BYTES = 1 << 20  # of a block of K; V's is as large, and both are there twice
+_SCORES = 1 << 18  # elements of the float32 scores of a block
+_WORK_LIST_BYTES = min(chip.smem_bytes for chip in TPUS.values()) // 2
 _VECTOR_BYTES = 14 << 20  # of the 16 MiB that a kernel has on v4
 
 
@@ -61,30 +63,18 @@ class DecodeBlocks:
     splits: int
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Limits:
-    key_bytes: int  # of a block of K; V's is as large, and both are there twice
-    scores: int  # elements of the float32 scores of a block
-    splits: int  # cores of a chip: a single long row keeps all of them busy
-
-
-_ONE_CORE = _Limits(key_bytes=1 << 20, scores=1 << 18, splits=1)
-_TWO_CORES = dataclasses.replace(_ONE_CORE, splits=2)
-# By the device kind that JAX reports. Anything else is cut like a chip with one core.
-_LIMITS = {"TPU v4": _TWO_CORES, "TPU v5": _TWO_CORES, "TPU v5p": _TWO_CORES}
-
-
 def choose_blocks(arguments: DecodeArguments) -> DecodeBlocks:
-    """Blocks as large as the limits of the chip allow, whole lanes of 128 rows."""
+    """Blocks as large as memory allows, whole lanes of 128 rows; a split for each core."""
     num_slots = arguments.cache_k.shape[1]
-    limits = limits_of((arguments.target or Target.here()).device_kind)
     keys_of_a_slot, width = _key_shape(arguments)
     key_bytes = width * arguments.q.dtype.itemsize
-    num_keys = min(limits.key_bytes // key_bytes, limits.scores // _num_query_rows(arguments))
+    num_keys = min(_KEY_BYTES // key_bytes, _SCORES // _num_query_rows(arguments))
     # A block is whole in slots and in lanes, and never longer than the cache.
-    step = _LANES // math.gcd(_LANES, keys_of_a_slot)
+    step = LANES // math.gcd(LANES, keys_of_a_slot)
     slots = min(num_keys // keys_of_a_slot, num_slots) // step * step
-    return DecodeBlocks(slots=max(slots, step), splits=limits.splits)
+    # A single long row keeps all cores of a chip busy.
+    splits = TPUS[generation_of(arguments.target)].cores
+    return DecodeBlocks(slots=max(slots, step), splits=splits)
 
 
 def has_slots_in_lanes(arguments: DecodeArguments) -> bool:
@@ -95,7 +85,7 @@ def has_slots_in_lanes(arguments: DecodeArguments) -> bool:
         H = 128    [B, S, K, H]    read as [B, S * K, H]: a key of one KV head in a row
         H = 96     [B, K, H, S]    read as [B, K * H, S]: a key of all KV heads in a column
     """
-    return arguments.q.shape[3] % _LANES != 0
+    return arguments.q.shape[3] % LANES != 0
 
 
 def _key_shape(arguments: DecodeArguments) -> tuple[int, int]:
@@ -106,58 +96,56 @@ def _key_shape(arguments: DecodeArguments) -> tuple[int, int]:
     )
 
 
-def refusal(arguments: DecodeArguments) -> str | None:
-    """Why this backend does not take the case, with the way round; None: it does."""
+def limits(arguments: DecodeArguments) -> tuple[str, ...]:
+    """What the kernel does not take, and what does not fit the chip's memories."""
     num_batch, num_new, _, head_dim = arguments.q.shape
+    found = []
     if num_new > MAX_NEW_TOKENS:
-        return (
-            f"q: expected at most {MAX_NEW_TOKENS} new tokens a row, got {num_new}; pass fewer at "
-            "a time or use backend 'xla'"
+        found.append(
+            f"q: expected at most {MAX_NEW_TOKENS} new tokens a row, got {num_new} (pass fewer at "
+            "a time)"
         )
     if arguments.q.dtype == jnp.float16:
-        return "q: expected bfloat16 or float32, got float16, which TPUs do not multiply; cast it"
+        found.append("q: expected bfloat16 or float32, got float16 (TPUs do not multiply it)")
     if head_dim not in _HEAD_DIMS:
-        return (
-            f"q: expected a head dim of {_HEAD_DIMS}, got {head_dim}; pad it with zeros (and give "
-            "the scale) or use backend 'xla'"
+        found.append(
+            f"q: expected a head dim of {_HEAD_DIMS}, got {head_dim} (pad it with zeros, and give "
+            "the scale)"
         )
+    if found:
+        return tuple(found)
     blocks = choose_blocks(arguments)
     vector_bytes = _vector_bytes(arguments, blocks)
     if vector_bytes > _VECTOR_BYTES:
-        return (
+        found.append(
             f"q: expected {num_new} new tokens and a block of the cache within "
-            f"{_VECTOR_BYTES >> 20} MiB of vector memory, got {vector_bytes / 2**20:.1f}; pass "
-            "fewer tokens at a time or use backend 'xla'"
+            f"{_VECTOR_BYTES >> 20} MiB of vector memory, got {vector_bytes / 2**20:.1f} (pass "
+            "fewer tokens at a time)"
         )
     num_blocks = -(-arguments.cache_k.shape[1] // blocks.slots)
     if 4 * num_batch * num_blocks > _WORK_LIST_BYTES:
-        return (
+        found.append(
             f"cache_k: expected at most {_WORK_LIST_BYTES // 4} blocks of {blocks.slots} slots in "
-            f"all rows, got {num_batch} x {num_blocks}; split the batch or use backend 'xla'"
+            f"all rows, got {num_batch} x {num_blocks} (split the batch)"
         )
-    return None
+    return tuple(found)
 
 
 def _vector_bytes(arguments: DecodeArguments, blocks: DecodeBlocks) -> int:
     """Of queries, keys and values, each there twice, and of the running sum."""
     num_new, item_bytes = arguments.q.shape[1], arguments.q.dtype.itemsize
     keys_of_a_slot, width = _key_shape(arguments)
-    num_keys = blocks.slots * keys_of_a_slot + _round_up(num_new * keys_of_a_slot, _LANES)
+    num_keys = blocks.slots * keys_of_a_slot + round_up(num_new * keys_of_a_slot, LANES)
     num_rows = _num_query_rows(arguments)
     return width * (num_rows * (2 * item_bytes + 4) + 4 * num_keys * item_bytes)
 
 
-def reasons_against(arguments: DecodeArguments) -> tuple[str, ...]:
-    """Why ``auto`` takes another backend: the case is refused, or its cache would be copied."""
-    refused = refusal(arguments)
-    if refused is not None:
-        return (refused,)
-    if copies_cache(arguments):
-        num_kv_heads, head_dim = arguments.cache_k.shape[2:]
-        return (
-            f"the cache, of {num_kv_heads} KV heads of {head_dim}, would be copied at each call",
-        )
-    return ()
+def drawbacks(arguments: DecodeArguments) -> tuple[str, ...]:
+    """Why ``auto`` takes another backend, although this one could: the cache would be copied."""
+    if not copies_cache(arguments):
+        return ()
+    num_kv_heads, head_dim = arguments.cache_k.shape[2:]
+    return (f"the cache, of {num_kv_heads} KV heads of {head_dim}, would be copied at each call",)
 
 
 def copies_cache(arguments: DecodeArguments) -> bool:
@@ -174,25 +162,16 @@ def copies_cache(arguments: DecodeArguments) -> bool:
         return False
     num_kv_heads, head_dim = arguments.cache_k.shape[2:]
     return not (
-        num_kv_heads == 1
-        or num_kv_heads % 8 == 0
-        or (num_kv_heads in (2, 4) and head_dim == _LANES)
+        num_kv_heads == 1 or num_kv_heads % 8 == 0 or (num_kv_heads in (2, 4) and head_dim == LANES)
     )
 
 
-@register_backend("swa_decode", "pallas_tpu", limits=reasons_against)
-def decode_tpu(arguments: DecodeArguments) -> Float[Array, "B n N H"]:
+def compute(arguments: DecodeArguments) -> Float[Array, "B n N H"]:
     """Compiled for the TPU.
 
     Slots that no new token sees may hold NaN. In a slot that is seen, a NaN or infinity of one KV
     head reaches the others' query heads too, for they share the product with its zero weight.
-
-    Raises:
-      NotImplementedError: :func:`refusal` names a limit.
     """
-    why_not = refusal(arguments)
-    if why_not is not None:
-        raise NotImplementedError(f"pallas_tpu: {why_not}")
     return decode_in_blocks(arguments, blocks=choose_blocks(arguments))
 
 
@@ -201,34 +180,24 @@ def decode_in_blocks(
 ) -> Float[Array, "B n N H"]:
     """The kernel with the given blocks; ``interpret``: in plain JAX, on any device."""
     # Imported here: only those who run it need the TPU half of Pallas to import.
-    from kernels_pallas.swa_decode.pallas_tpu_kernels import attend_to_blocks
+    from kernels_pallas.swa_decode.pallas_tpu_kernels import DecodeStatic, attend_to_blocks
 
     arguments = _at_least_a_block(arguments, blocks.slots)
     q = arguments.q
     num_slots, num_kv_heads = arguments.cache_k.shape[1:3]
     num_blocks = -(-num_slots // blocks.slots)
     items, counts = work_list(arguments, blocks.slots)
-    pad_slots = ((0, 0), (0, num_blocks * blocks.slots - num_slots))
     positions_BS = arguments.cache_positions.astype(jnp.int32)
     positions_BS = jnp.where(positions_BS < 0, NEVER, positions_BS)
-    positions_BS = jnp.pad(positions_BS, pad_slots, constant_values=NEVER)
+    missing = num_blocks * blocks.slots - num_slots
+    positions_BS = pad_end(positions_BS, missing, axis=1, value=NEVER)
 
     slots_in_lanes = has_slots_in_lanes(arguments)
     q_rows = _query_rows(arguments, slots_in_lanes)
-    pad_rows = ((0, 0), (0, _num_query_rows(arguments) - q_rows.shape[1]), (0, 0))
+    missing_rows = _num_query_rows(arguments) - q_rows.shape[1]
     new_positions, new_k, new_v = _new_keys(arguments, slots_in_lanes)
     keys_of_a_slot = 1 if slots_in_lanes else num_kv_heads
-    out, lse = attend_to_blocks(
-        items=items,
-        counts=counts,
-        rules=jnp.pad(_row_rules(arguments), pad_rows, constant_values=-1),
-        q=jnp.pad(q_rows, pad_rows),
-        new_positions=new_positions,
-        new_k=new_k,
-        new_v=new_v,
-        positions=_for_each_key(positions_BS, keys_of_a_slot),
-        k=_keys(arguments.cache_k, slots_in_lanes),
-        v=_keys(arguments.cache_v, slots_in_lanes),
+    static = DecodeStatic(
         num_kv_heads=num_kv_heads,
         block_keys=blocks.slots * keys_of_a_slot,
         slots_in_lanes=slots_in_lanes,
@@ -237,6 +206,19 @@ def decode_in_blocks(
         scale=arguments.scale,
         softcap=arguments.softcap,
         interpret=interpret,
+    )
+    out, lse = attend_to_blocks(
+        static,
+        items=items,
+        counts=counts,
+        rules=pad_end(_row_rules(arguments), missing_rows, axis=1, value=-1),
+        q=pad_end(q_rows, missing_rows, axis=1),
+        new_positions=new_positions,
+        new_k=new_k,
+        new_v=new_v,
+        positions=_for_each_key(positions_BS, keys_of_a_slot),
+        k=_keys(arguments.cache_k, slots_in_lanes),
+        v=_keys(arguments.cache_v, slots_in_lanes),
     )
     return _combine(out, lse)[:, : q_rows.shape[1]].reshape(q.shape).astype(q.dtype)
 
@@ -260,8 +242,8 @@ def work_list(
     seen_BnS = arguments.mask(arguments.cache_positions)
     num_batch, num_new, num_slots = seen_BnS.shape
     num_blocks = -(-num_slots // block_slots)
-    pad = ((0, 0), (0, 0), (0, num_blocks * block_slots - num_slots))
-    seen = jnp.pad(seen_BnS, pad).reshape(num_batch, num_new, num_blocks, block_slots)
+    seen = pad_end(seen_BnS, num_blocks * block_slots - num_slots, axis=2)
+    seen = seen.reshape(num_batch, num_new, num_blocks, block_slots)
     needed, free = jnp.any(seen, axis=(1, 3)), jnp.all(seen, axis=(1, 3))
     item = 2 * jnp.arange(num_blocks, dtype=jnp.int32) + free.astype(jnp.int32)
     items = jnp.sort(jnp.where(needed, item, NEVER), axis=1)
@@ -302,10 +284,8 @@ def _for_each_key(positions_BS: Int[Array, "B S"], keys_of_a_slot: int) -> Int[A
     num_batch, num_slots = positions_BS.shape
     if keys_of_a_slot == 1:
         return positions_BS[:, None]
-    step = _LANES // math.gcd(_LANES, keys_of_a_slot)
-    groups_BSs = jnp.pad(positions_BS, ((0, 0), (0, -num_slots % step))).reshape(
-        num_batch, -1, step
-    )
+    step = LANES // math.gcd(LANES, keys_of_a_slot)
+    groups_BSs = pad_end(positions_BS, -num_slots % step, axis=1).reshape(num_batch, -1, step)
     row_of_slot = jnp.repeat(jnp.eye(step, dtype=jnp.float32), keys_of_a_slot, axis=1)
     high, low = (
         jnp.dot(half.astype(jnp.float32), row_of_slot, precision="highest").astype(jnp.int32)
@@ -330,12 +310,11 @@ def _new_keys(
         new_k = new_v = jnp.zeros((num_batch, num_new, num_kv_heads, head_dim), arguments.q.dtype)
         positions = jnp.full_like(positions, -1)
     keys_of_a_slot = 1 if slots_in_lanes else num_kv_heads
-    pad_keys = (0, -num_new * keys_of_a_slot % _LANES)
-    pad = ((0, 0), (0, 0), pad_keys) if slots_in_lanes else ((0, 0), pad_keys, (0, 0))
+    missing, axis = -num_new * keys_of_a_slot % LANES, 2 if slots_in_lanes else 1
     positions = jnp.where(positions < 0, NEVER, positions).astype(jnp.int32)
     positions = jnp.repeat(positions, keys_of_a_slot, axis=1)[:, None]
-    positions = jnp.pad(positions, ((0, 0), (0, 0), pad_keys), constant_values=NEVER)
-    new_k, new_v = (jnp.pad(_keys(x, slots_in_lanes), pad) for x in (new_k, new_v))
+    positions = pad_end(positions, missing, axis=2, value=NEVER)
+    new_k, new_v = (pad_end(_keys(x, slots_in_lanes), missing, axis=axis) for x in (new_k, new_v))
     return positions, new_k, new_v
 
 
@@ -378,24 +357,14 @@ def _at_least_a_block(arguments: DecodeArguments, slots: int) -> DecodeArguments
     missing = slots - arguments.cache_k.shape[1]
     if missing <= 0:
         return arguments
-    pad = ((0, 0), (0, missing))
     return dataclasses.replace(
         arguments,
-        cache_k=jnp.pad(arguments.cache_k, (*pad, (0, 0), (0, 0))),
-        cache_v=jnp.pad(arguments.cache_v, (*pad, (0, 0), (0, 0))),
-        cache_positions=jnp.pad(arguments.cache_positions, pad, constant_values=-1),
+        cache_k=pad_end(arguments.cache_k, missing, axis=1),
+        cache_v=pad_end(arguments.cache_v, missing, axis=1),
+        cache_positions=pad_end(arguments.cache_positions, missing, axis=1, value=-1),
     )
 
 
 def _num_query_rows(arguments: DecodeArguments) -> int:
     """Query rows ``[token, head]``, up to whole tiles of 16 rows."""
-    return _round_up(arguments.q.shape[1] * arguments.q.shape[2], 16)
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
-
-
-def limits_of(device_kind: str) -> _Limits:
-    """Of a kind of chip, as ``jax.Device.device_kind`` names it."""
-    return _LIMITS.get(device_kind, _ONE_CORE)
+    return round_up(arguments.q.shape[1] * arguments.q.shape[2], 16)

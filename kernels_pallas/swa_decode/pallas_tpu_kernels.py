@@ -1,5 +1,6 @@
 """The TPU kernel of decoding: one program reads one block of one row's cache."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -18,7 +19,33 @@ _LOG2_E = math.log2(math.e)
 _LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeStatic:
+    """What the kernel needs to know while tracing.
+
+    Attributes:
+      num_kv_heads: K.
+      block_keys: keys of a block: ``slots * K``, or slots if they lie in lanes.
+      slots_in_lanes: which of two layouts the cache has, see :func:`attend_to_blocks`.
+      num_splits: X.
+      is_full: the layer is full, whatever the rows' rules say.
+      scale: factor on ``q.k``.
+      softcap: None: no cap.
+      interpret: run as plain JAX.
+    """
+
+    num_kv_heads: int
+    block_keys: int
+    slots_in_lanes: bool
+    num_splits: int
+    is_full: bool
+    scale: float
+    softcap: float | None
+    interpret: Any
+
+
 def attend_to_blocks(
+    static: DecodeStatic,
     *,
     items: Int[Array, " items"],
     counts: Int[Array, " B"],
@@ -30,14 +57,6 @@ def attend_to_blocks(
     positions: Int[Array, "B 1 P"],
     k: Float[Array, "B _ _"],
     v: Float[Array, "B _ _"],
-    num_kv_heads: int,
-    block_keys: int,
-    slots_in_lanes: bool,
-    num_splits: int,
-    is_full: bool,
-    scale: float,
-    softcap: float | None,
-    interpret: Any,
 ) -> tuple[Float[Array, "X B R H"], Float[Array, "X B R 1"]]:
     """Attention of each row's R query rows to its needed blocks, one result a split.
 
@@ -50,6 +69,7 @@ def attend_to_blocks(
     A step beyond a row's items asks for the block that is there already: nothing is loaded.
 
     Args:
+      static: constants.
       items: ``2 * block + free``, see ``work_list``.
       counts: items of each row.
       rules: position, window, sinks and KV head of each query row.
@@ -60,20 +80,13 @@ def attend_to_blocks(
       k, v: the cache. Either a key of every KV head, ``[B, S * K, H]``, where key ``c`` belongs to
         KV head ``c % K``; or ``slots_in_lanes``: a key of all KV heads, ``[B, K * H, S]``, and a
         query row is zero where other heads than its own have their part.
-      num_kv_heads: K.
-      block_keys: keys of a block: ``slots * K``, or slots if they lie in lanes.
-      slots_in_lanes: which of the two.
-      num_splits: X.
-      is_full: the layer is full, whatever ``rules`` say.
-      scale: factor on ``q.k``.
-      softcap: None: no cap.
-      interpret: run as plain JAX.
 
     Returns:
       ``(out, lse)`` in float32, the log-sum-exp in base 2; out is 0 where a row sees nothing.
     """
     num_batch, num_rows, width = q.shape
-    head_dim = width // num_kv_heads if slots_in_lanes else width
+    num_splits, block_keys = static.num_splits, static.block_keys
+    head_dim = width // static.num_kv_heads if static.slots_in_lanes else width
     num_blocks = positions.shape[2] // block_keys
     num_steps = jnp.maximum(jnp.max(-(-counts // num_splits)), 1)
 
@@ -91,22 +104,12 @@ def attend_to_blocks(
         return b, 0, block_of(split, b, step, *prefetched)
 
     new_block = pl.BlockSpec((1, *new_k.shape[1:]), of_row)
-    if slots_in_lanes:
+    if static.slots_in_lanes:
         block = pl.BlockSpec((1, width, block_keys), of_lanes)
     else:
         block = pl.BlockSpec((1, block_keys, width), of_block)
-    kernel = functools.partial(
-        _kernel,
-        num_kv_heads=num_kv_heads,
-        num_blocks=num_blocks,
-        num_splits=num_splits,
-        slots_in_lanes=slots_in_lanes,
-        is_full=is_full,
-        scale=scale,
-        softcap=softcap,
-    )
     call = pl.pallas_call(
-        kernel,
+        functools.partial(_kernel, static=static, num_blocks=num_blocks),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(num_splits, num_batch, num_steps),
@@ -137,7 +140,7 @@ def attend_to_blocks(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary")
         ),
-        interpret=interpret,
+        interpret=static.interpret,
         name="swa_decode",
     )
     return tuple(call(items, counts, rules, q, new_positions, new_k, new_v, positions, k, v))
@@ -177,16 +180,13 @@ def _kernel(
     total_ref,  # [R, 1] float32: sum of 2^(score - largest)
     sum_ref,  # [R, W] float32: sum of 2^(score - largest) * v
     *,
-    num_kv_heads: int,
+    static: DecodeStatic,
     num_blocks: int,
-    num_splits: int,
-    slots_in_lanes: bool,
-    is_full: bool,
-    scale: float,
-    softcap: float | None,
 ) -> None:
+    num_kv_heads, slots_in_lanes = static.num_kv_heads, static.slots_in_lanes
+    scale, softcap = static.scale, static.softcap
     split, b, step = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    at, takes_item = _item(split, step, counts_ref[b], num_splits)
+    at, takes_item = _item(split, step, counts_ref[b], static.num_splits)
     is_free = (items_ref[b * num_blocks + at] & 1) == 1
 
     def same_head(num_keys):
@@ -201,7 +201,7 @@ def _kernel(
         seen_RC = visible(
             rules_ref[0, :, 0:1],
             positions_1C,
-            window=None if is_full else rules_ref[0, :, 1:2],
+            window=None if static.is_full else rules_ref[0, :, 1:2],
             num_sink_tokens=rules_ref[0, :, 2:3],
         )
         same_RC = same_head(positions_1C.shape[1])

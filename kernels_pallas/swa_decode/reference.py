@@ -4,12 +4,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from kernels_pallas.backends import register_backend
+from kernels_pallas.backends import no_limits
 from kernels_pallas.swa_decode.arguments import DecodeArguments
 
+limits = no_limits
 
-@register_backend("swa_decode", "reference")
-def decode_reference(arguments: DecodeArguments) -> Float[Array, "B n N H"]:
+
+def compute(arguments: DecodeArguments) -> Float[Array, "B n N H"]:
     """Attention over ``[cache | new]`` in float32."""
     k, v, positions = arguments.cache_k, arguments.cache_v, arguments.cache_positions
     if arguments.new_k is not None and arguments.new_v is not None:

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from kernels_pallas.backends import Target, register_backend
+from kernels_pallas.backends import Target, no_limits
+from kernels_pallas.layout import precision_of
 from kernels_pallas.swa_decode.arguments import DecodeArguments
 
 # (q [B, n, K, G, H], k [B, S, K, H]) -> q.k, float32 [B, K, G, n, S]
@@ -15,8 +16,10 @@ Scores = Callable[[Array, Array], Array]
 Values = Callable[[Array, Array], Array]
 
 
-@register_backend("swa_decode", "xla")
-def decode_xla(arguments: DecodeArguments) -> Float[Array, "B n N H"]:
+limits = no_limits
+
+
+def compute(arguments: DecodeArguments) -> Float[Array, "B n N H"]:
     """Attention to ``[cache | new tokens]`` without putting them into one array.
 
     NaN in a slot that no new token sees stays out: such a slot's scores are replaced before the
@@ -74,16 +77,12 @@ def _products(num_new: int, *, platform: str) -> tuple[Scores, Values]:
     return _heads_first_scores, _heads_first_values
 
 
-def _precision(x: Array) -> lax.Precision | None:
-    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-
-
 def _einsum_scores(q_BnKGH: Array, k_BSKH: Array) -> Array:
     return jnp.einsum(
         "BnKGH,BSKH->BKGnS",
         q_BnKGH,
         k_BSKH,
-        precision=_precision(k_BSKH),
+        precision=precision_of(k_BSKH),
         preferred_element_type=jnp.float32,
     )
 
@@ -93,7 +92,7 @@ def _einsum_values(weights_BKGnS: Array, v_BSKH: Array) -> Array:
         "BKGnS,BSKH->BnKGH",
         weights_BKGnS.astype(v_BSKH.dtype),
         v_BSKH,
-        precision=_precision(v_BSKH),
+        precision=precision_of(v_BSKH),
         preferred_element_type=jnp.float32,
     )
 

@@ -1,20 +1,13 @@
-"""``swa_prefill``: the public entry, validation and dispatch."""
+"""``swa_prefill``: the public entry."""
 
 import math
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from kernels_pallas.backends import Target, get_backend
+from kernels_pallas.backends import Target, compute
+from kernels_pallas.checks import static_int
 from kernels_pallas.mask import IntOrPerRow
-from kernels_pallas.swa_prefill import pallas_tpu as _pallas_tpu  # noqa: F401  (registers itself)
-from kernels_pallas.swa_prefill import reference as _reference  # noqa: F401  (registers itself)
-from kernels_pallas.swa_prefill import xla as _xla  # noqa: F401  (registers itself)
-from kernels_pallas.swa_prefill.arguments import (
-    AttentionOutput,
-    PrefillArguments,
-    static_int,
-    validate_prefill,
-)
+from kernels_pallas.swa_prefill.arguments import AttentionOutput, PrefillArguments
 
 
 def swa_prefill(
@@ -24,11 +17,10 @@ def swa_prefill(
     *,
     window: IntOrPerRow | None,
     num_sink_tokens: IntOrPerRow = 0,
+    q_full: Bool[Array, "B T"] | None = None,
     lengths: Int[Array, " B"] | None = None,
-    stage_ids: Int[Array, "B _"] | None = None,
     segment_ids: Int[Array, "B S"] | None = None,
     q_offset: IntOrPerRow = 0,
-    full_attention_tail: IntOrPerRow = 0,
     scale: float | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
@@ -54,13 +46,12 @@ def swa_prefill(
       window: keys a row sees up to and including itself; an int, an int32 array ``[B]`` (a policy
         per row; one of S keys or more is full attention), or None for a full layer.
       num_sink_tokens: first tokens of each segment that stay visible; an int or int32 ``[B]``.
+      q_full: rows that see every earlier key of their segment. None: no row does, unless the layer
+        is full.
       lengths: real tokens of each row (padding on the right); None: all S. Rows at or after the
         length return zeros, keys there are never seen and may hold anything.
-      stage_ids: :class:`~kernels_pallas.Stage` of each query row, ``[B, T]``, or of each token by
-        absolute index, ``[B, S]``. ANSWER rows are full. None: no row is full by its stage.
       segment_ids: ``[B, S]`` packed sequences; a segment is a maximal run of one id.
       q_offset: absolute index of the first query row, int or traced, scalar or ``[B]``.
-      full_attention_tail: the last n rows of every maximal run of PROMPT rows are full.
       scale: factor on ``q.k``; None: ``1 / sqrt(H)``.
       softcap: None: no cap.
       return_lse: also return the log-sum-exp of each row's scores.
@@ -88,16 +79,14 @@ def swa_prefill(
         v=v,
         window=static_int(window),
         num_sink_tokens=static_int(num_sink_tokens),
+        q_full=q_full,
         lengths=lengths,
-        stage_ids=stage_ids,
         segment_ids=segment_ids,
         q_offset=static_int(q_offset),
-        full_attention_tail=static_int(full_attention_tail),
         scale=1.0 / math.sqrt(q.shape[-1]) if scale is None else scale,
         softcap=softcap,
+        return_lse=return_lse,
         target=target,
     )
-    validate_prefill(arguments)
-    run = get_backend("swa_prefill", backend, arguments=arguments)
-    result = run(arguments, return_lse=return_lse)
+    result = compute("swa_prefill", backend, arguments)
     return result if return_lse else result.out

@@ -1,17 +1,20 @@
 """The validated arguments that every prefill backend takes, and the result it returns."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.backends import Target
+from kernels_pallas.checks import (
+    check_booleans,
+    check_heads,
+    check_integers,
+    check_mask,
+    is_static,
+)
 from kernels_pallas.mask import IntOrPerRow, RowInfo, row_info
-
-_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 @jax.tree_util.register_dataclass
@@ -19,7 +22,8 @@ _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 class AttentionOutput:
     """Attention output and the log-sum-exp of each row's scaled (and soft-capped) scores.
 
-    Rows without any visible key (padding) hold ``out = 0`` and ``lse = -inf``.
+    Rows without any visible key (padding) hold ``out = 0`` and ``lse = -inf``. A log-sum-exp that
+    was not asked for may be NaN.
     """
 
     out: Float[Array, "B T N H"]
@@ -28,21 +32,50 @@ class AttentionOutput:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefillArguments:
-    """Arguments of ``swa_prefill`` after validation; backends do not check them again."""
+    """Arguments of ``swa_prefill``, checked here once: backends do not check them again.
+
+    Raises:
+      ValueError: names the wrong argument, what was expected and what came.
+    """
 
     q: Float[Array, "B T N H"]
     k: Float[Array, "B S K H"]
     v: Float[Array, "B S K H"]
     window: IntOrPerRow | None
-    num_sink_tokens: IntOrPerRow
-    lengths: Int[Array, " B"] | None
-    stage_ids: Int[Array, "B _"] | None
-    segment_ids: Int[Array, "B S"] | None
-    q_offset: IntOrPerRow
-    full_attention_tail: IntOrPerRow
+    num_sink_tokens: IntOrPerRow = 0
+    q_full: Bool[Array, "B T"] | None = None
+    lengths: Int[Array, " B"] | None = None
+    segment_ids: Int[Array, "B S"] | None = None
+    q_offset: IntOrPerRow = 0
     scale: float
-    softcap: float | None
+    softcap: float | None = None
+    return_lse: bool = False
     target: Target | None = None
+
+    def __post_init__(self) -> None:
+        check_heads(self.q, self.k, self.v, names=("q", "k", "v"))
+        num_batch, num_queries, num_keys = self.shape
+        if num_keys < num_queries:
+            raise ValueError(
+                f"k: expected at least as many keys as queries (S >= T = {num_queries}), got S = "
+                f"{num_keys}; pass the keys of the whole sequence and set q_offset"
+            )
+        last = num_keys - num_queries
+        if is_static(self.q_offset) and not 0 <= int(self.q_offset) <= last:
+            raise ValueError(
+                f"q_offset: expected 0 <= q_offset <= S - T = {last}, got {self.q_offset}; query "
+                "row t has absolute index q_offset + t and needs its own key"
+            )
+        check_integers("q_offset", self.q_offset, (), (num_batch,))
+        check_integers("lengths", self.lengths, (num_batch,))
+        check_integers("segment_ids", self.segment_ids, (num_batch, num_keys))
+        check_booleans("q_full", self.q_full, (num_batch, num_queries))
+        check_mask(
+            num_batch,
+            window=self.window,
+            num_sink_tokens=self.num_sink_tokens,
+            softcap=self.softcap,
+        )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -54,10 +87,9 @@ class PrefillArguments:
         return row_info(
             shape=self.shape,
             lengths=self.lengths,
-            stage_ids=self.stage_ids,
             segment_ids=self.segment_ids,
             q_offset=self.q_offset,
-            full_attention_tail=self.full_attention_tail,
+            q_full=self.q_full,
         )
 
 
@@ -72,100 +104,3 @@ def without_padding(arguments: PrefillArguments, rows: RowInfo) -> tuple[Array, 
         reached = (jnp.arange(num_keys) <= last_B1)[:, :, None, None]
         k, v = jnp.where(reached, k, 0), jnp.where(reached, v, 0)
     return q, k, v
-
-
-def validate_prefill(arguments: PrefillArguments) -> None:
-    """Raise ``ValueError`` naming the wrong argument, what was expected and what came."""
-    q, k, v = arguments.q, arguments.k, arguments.v
-    check_qkv(q, k, v, names=("q", "k", "v"))
-    num_batch, num_queries, num_keys = arguments.shape
-    if num_keys < num_queries:
-        raise ValueError(
-            f"k: expected at least as many keys as queries (S >= T = {num_queries}), got S = "
-            f"{num_keys}; pass the keys of the whole sequence and set q_offset"
-        )
-    offset = arguments.q_offset
-    if is_static(offset) and not 0 <= int(offset) <= num_keys - num_queries:
-        raise ValueError(
-            f"q_offset: expected 0 <= q_offset <= S - T = {num_keys - num_queries}, got {offset}; "
-            "query row t has absolute index q_offset + t and needs its own key"
-        )
-    check_array("q_offset", offset, ((), (num_batch,)))
-    check_array("lengths", arguments.lengths, ((num_batch,),))
-    check_array("segment_ids", arguments.segment_ids, ((num_batch, num_keys),))
-    stage_shapes = ((num_batch, num_queries), (num_batch, num_keys))
-    check_array("stage_ids", arguments.stage_ids, stage_shapes)
-    check_array("window", arguments.window, ((), (num_batch,)), at_least=1)
-    check_array("num_sink_tokens", arguments.num_sink_tokens, ((), (num_batch,)), at_least=0)
-    tail = arguments.full_attention_tail
-    check_array("full_attention_tail", tail, ((), (num_batch,)), at_least=0)
-    check_softcap(arguments.softcap)
-
-
-def is_static(value: Any) -> bool:
-    """True for a Python or numpy integer (bool excluded): a value known while tracing."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def static_int(value: Any) -> Any:
-    """``value`` as a Python int if it is known while tracing, else as it is."""
-    return int(value) if is_static(value) else value
-
-
-def check_qkv(q: Array, k: Array, v: Array, *, names: tuple[str, str, str]) -> None:
-    """Shapes and dtypes of q ``[B, T, N, H]`` against k and v ``[B, S, K, H]``."""
-    q_name, k_name, v_name = names
-    for name, x in zip(names, (q, k, v), strict=True):
-        if x.ndim != 4:
-            axes = "[B, T, N, H]" if name == q_name else "[B, S, K, H]"
-            raise ValueError(f"{name}: expected 4 axes {axes}, got shape {x.shape}")
-        if x.dtype not in _FLOATS:
-            raise ValueError(
-                f"{name}: expected float32, bfloat16 or float16, got {x.dtype}; cast it"
-            )
-        if x.dtype != q.dtype:
-            raise ValueError(
-                f"{name}: expected {q_name}'s dtype {q.dtype}, got {x.dtype}; cast one"
-            )
-    if v.shape != k.shape:
-        raise ValueError(f"{v_name}: expected {k_name}'s shape {k.shape}, got {v.shape}")
-    if (k.shape[0], k.shape[3]) != (q.shape[0], q.shape[3]):
-        raise ValueError(
-            f"{k_name}: expected batch {q.shape[0]} and head dim {q.shape[3]} like {q_name}, "
-            f"got shape {k.shape}"
-        )
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise ValueError(
-            f"{q_name}: expected a multiple of the {k.shape[2]} KV heads as its number of heads, "
-            f"got {q.shape[2]}"
-        )
-
-
-def check_array(
-    name: str,
-    value: Any,
-    shapes: tuple[tuple[int, ...], ...],
-    *,
-    at_least: int | None = None,
-) -> None:
-    """``value`` is None, an int where ``()`` is allowed, or an integer array of such a shape."""
-    if value is None:
-        return
-    wanted = " or ".join("an int" if shape == () else f"shape {list(shape)}" for shape in shapes)
-    if is_static(value):
-        if () not in shapes:
-            raise ValueError(f"{name}: expected integers of {wanted}, got the int {value}")
-        if at_least is not None and value < at_least:
-            raise ValueError(f"{name}: expected at least {at_least}, got {value}")
-        return
-    if not hasattr(value, "shape") or not jnp.issubdtype(value.dtype, jnp.integer):
-        got = f"dtype {value.dtype}" if hasattr(value, "dtype") else repr(value)
-        raise ValueError(f"{name}: expected integers ({wanted}), got {got}")
-    if tuple(value.shape) not in shapes:
-        raise ValueError(f"{name}: expected {wanted}, got shape {list(value.shape)}")
-
-
-def check_softcap(softcap: float | None) -> None:
-    """A soft cap is None or positive."""
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")

@@ -1,4 +1,4 @@
-"""cuDNN's fused attention through ``jax.nn``, for the cases that it expresses exactly.
+"""The ``cudnn`` backend: cuDNN's fused attention through ``jax.nn``, where that is exact.
 
 It knows causal rows, a window and lengths. Two more things are made from these:
 
@@ -8,7 +8,7 @@ It knows causal rows, a window and lengths. Two more things are made from these:
       keys    [sinks] . [ window ][ chunk ]        one softmax over [sinks | window | chunk]
 
   under a mask, which is small since a chunk's keys are few.
-* full rows in a windowed layer (FA decode, a tail): a causal pass beside the windowed one, and each
+* full rows in a windowed layer: a causal pass beside the windowed one, and each
   row takes its own of the two.
 """
 
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels_pallas.layout import pad_end, round_up
 from kernels_pallas.mask import visible
 from kernels_pallas.swa_prefill.arguments import AttentionOutput, PrefillArguments
 
@@ -28,26 +29,33 @@ _MULTIPLE = 64
 """Of queries in a chunk and of sink keys beside it."""
 
 
-def cudnn_limits(arguments: PrefillArguments, *, return_lse: bool) -> tuple[str, ...]:
-    """Why cuDNN cannot compute exactly this case; empty when it can."""
-    num_queries, head_dim = arguments.q.shape[1], arguments.q.shape[3]
-    windowed = arguments.window is not None
-    unless = {
-        "float32 inputs": arguments.q.dtype not in (jnp.bfloat16, jnp.float16),
-        "a head dim above 128 or not a multiple of 8": head_dim > 128 or head_dim % 8 != 0,
-        "a window that is an array": windowed and not isinstance(arguments.window, int),
-        "a number of sink tokens that is an array": windowed
-        and not isinstance(arguments.num_sink_tokens, int),
-        "segments": arguments.segment_ids is not None,
-        "a soft cap": arguments.softcap is not None,
-        "a query offset": not _is_zero(arguments.q_offset),
-        "fewer queries than keys": num_queries != arguments.k.shape[1],
-        "the log-sum-exp (jax.nn rounds it to the output dtype)": return_lse,
-    }
-    return tuple(limit for limit, applies in unless.items() if applies)
+def limits(arguments: PrefillArguments) -> tuple[str, ...]:
+    """What cuDNN cannot compute exactly."""
+    dtype, head_dim = arguments.q.dtype, arguments.q.shape[3]
+    _, num_queries, num_keys = arguments.shape
+    found = []
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        found.append(f"q: expected bfloat16 or float16, got {dtype}")
+    if head_dim > 128 or head_dim % 8:
+        found.append(f"q: expected a head dim of at most 128, in steps of 8, got {head_dim}")
+    if arguments.window is not None:
+        for name in ("window", "num_sink_tokens"):
+            if not isinstance(getattr(arguments, name), int):
+                found.append(f"{name}: expected an int, got an array")
+    if arguments.segment_ids is not None:
+        found.append("segment_ids: expected None, got an array")
+    if arguments.softcap is not None:
+        found.append(f"softcap: expected None, got {arguments.softcap}")
+    if not (isinstance(arguments.q_offset, int) and arguments.q_offset == 0):
+        found.append("q_offset: expected 0, got another one or an array")
+    if num_queries != num_keys:
+        found.append(f"k: expected as many keys as queries, {num_queries}, got {num_keys}")
+    if arguments.return_lse:
+        found.append("return_lse: expected False, got True (jax.nn rounds it to q's dtype)")
+    return tuple(found)
 
 
-def cudnn_keywords(arguments: PrefillArguments) -> dict[str, Any]:
+def keywords_of(arguments: PrefillArguments) -> dict[str, Any]:
     """Keywords of ``jax.nn.dot_product_attention`` for ``arguments``, implementation left out.
 
     ``local_window_size`` is ``(left, right)`` and the left context does not count the query, so a
@@ -64,7 +72,7 @@ def cudnn_keywords(arguments: PrefillArguments) -> dict[str, Any]:
     return keywords
 
 
-def prefill_cudnn(
+def compute(
     arguments: PrefillArguments, *, implementation: Implementation = "cudnn"
 ) -> AttentionOutput:
     """Attention through ``jax.nn``; ``lse`` is NaN. Gradients are cuDNN's own.
@@ -92,7 +100,7 @@ def prefill_cudnn(
 def _fused(arguments: PrefillArguments, implementation: Implementation) -> Float[Array, "B T N H"]:
     q, k, v = arguments.q, arguments.k, arguments.v
     return jax.nn.dot_product_attention(
-        q, k, v, implementation=implementation, **cudnn_keywords(arguments)
+        q, k, v, implementation=implementation, **keywords_of(arguments)
     )
 
 
@@ -103,20 +111,20 @@ def _folded(arguments: PrefillArguments, implementation: Implementation) -> Floa
     assert isinstance(window, int) and isinstance(num_sinks, int)
     # A row computes up to a chunk more keys than it sees, and keys are copied once for each chunk
     # of a window: a quarter of the window is between the two.
-    chunk = max(_MULTIPLE, _round_up(window // 4))
+    chunk = max(_MULTIPLE, round_up(window // 4, _MULTIPLE))
     before = -(-(window - 1) // chunk)  # chunks that a window reaches back
     num_chunks = -(-num_queries // chunk)
     num_near = (before + 1) * chunk
-    num_far = min(_round_up(num_sinks), num_chunks * chunk)
+    num_far = min(round_up(num_sinks, _MULTIPLE), num_chunks * chunk)
 
     def chunks(x: Float[Array, "B T M H"]) -> Float[Array, "B c chunk M H"]:
-        x = jnp.pad(x, ((0, 0), (0, num_chunks * chunk - num_queries), (0, 0), (0, 0)))
+        x = pad_end(x, num_chunks * chunk - num_queries, axis=1)
         return x.reshape(num_batch, num_chunks, chunk, *x.shape[2:])
 
     def keys(x: Float[Array, "B T K H"]) -> Float[Array, "batch S K H"]:
         own = jnp.pad(chunks(x), ((0, 0), (before, 0), (0, 0), (0, 0), (0, 0)))
         near = [own[:, shift : shift + num_chunks] for shift in range(before + 1)]
-        far = jnp.pad(x, ((0, 0), (0, max(0, num_far - num_queries)), (0, 0), (0, 0)))[:, :num_far]
+        far = pad_end(x, max(0, num_far - num_queries), axis=1)[:, :num_far]
         far = jnp.broadcast_to(far[:, None], (num_batch, num_chunks, *far.shape[1:]))
         both = jnp.concatenate([far, *near], axis=2)
         return both.reshape(num_batch * num_chunks, *both.shape[2:])
@@ -140,11 +148,3 @@ def _folded(arguments: PrefillArguments, implementation: Implementation) -> Floa
         implementation=implementation,
     )
     return out.reshape(num_batch, num_chunks * chunk, *out.shape[2:])[:, :num_queries]
-
-
-def _round_up(value: int) -> int:
-    return -(-value // _MULTIPLE) * _MULTIPLE
-
-
-def _is_zero(value: Any) -> bool:
-    return isinstance(value, int) and value == 0

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from kernels_pallas.backends import register_backend
+from kernels_pallas.layout import pad_end, rows_from_blocks, rows_to_blocks
 from kernels_pallas.mask import BlockMap, RowInfo, block_map, per_row
 from kernels_pallas.swa_prefill.arguments import (
     AttentionOutput,
@@ -21,7 +21,6 @@ from kernels_pallas.swa_prefill.pallas_tpu_tiles import (
     check_tiles,
     choose_tiles,
     most_items,
-    prefill_tpu_limits,
     vmem_limit_bytes,
 )
 from kernels_pallas.swa_prefill.work_list import (
@@ -36,11 +35,24 @@ if TYPE_CHECKING:
 _LOG2_E = float(np.log2(np.e))
 
 
-@register_backend("swa_prefill", "pallas_tpu", limits=prefill_tpu_limits)
-def prefill_tpu(
+def limits(arguments: PrefillArguments) -> tuple[str, ...]:
+    """What the kernels do not take, and what does not fit scalar memory."""
+    found = []
+    if arguments.q.dtype not in (jnp.float32, jnp.bfloat16):
+        found.append(f"q: expected float32 or bfloat16, got {arguments.q.dtype} (cast it)")
+    if arguments.q.shape[3] > 256:
+        found.append(f"q: expected a head dim of at most 256, got {arguments.q.shape[3]}")
+    if not found and choose_tiles(arguments) is None:
+        found.append(
+            "q: expected a work list within scalar memory, got too long a one for shape (B, T, S) "
+            f"= {arguments.shape} (split the batch)"
+        )
+    return tuple(found)
+
+
+def compute(
     arguments: PrefillArguments,
     *,
-    return_lse: bool,
     tiles: Tiles | None = None,
     generation: str | None = None,
     interpret: Any = False,
@@ -48,29 +60,21 @@ def prefill_tpu(
     """Attention by the TPU kernels; the log-sum-exp is always filled in.
 
     Args:
-      arguments: validated.
-      return_lse: no matter.
+      arguments: without limits.
       tiles: None: :func:`choose_tiles`.
-      generation: whose tiles to take, a name of ``tpu_tiles.GENERATIONS``; None: of the
-        arguments' target.
+      generation: whose tiles to take, a name of ``chips.TPUS``; None: of the arguments' target.
       interpret: run on any device, slowly: True or ``pltpu.InterpretParams``.
 
     Raises:
       ValueError: tiles that no TPU takes.
-      NotImplementedError: float16, a head dim above 256, or a work list beyond scalar memory.
+      NotImplementedError: the given tiles' work list is beyond scalar memory.
     """
-    del return_lse
     # Imported here: only those who run it need the TPU half of Pallas to import.
     from kernels_pallas.swa_prefill.pallas_tpu_kernels import KernelStatic
 
-    num_queries, head_dim = arguments.q.shape[1], arguments.q.shape[3]
-    if arguments.q.dtype == jnp.float16 or head_dim > 256:
-        raise NotImplementedError(
-            f"swa_prefill: pallas_tpu takes float32 and bfloat16 and head dims up to 256, got "
-            f"{arguments.q.dtype} and {head_dim}; cast, or pass backend='xla'"
-        )
-    if tiles is None:
-        tiles = choose_tiles(arguments, generation=generation)
+    num_queries = arguments.q.shape[1]
+    tiles = tiles or choose_tiles(arguments, generation=generation)
+    assert tiles is not None, "`limits` says where none fit"
     check_tiles(arguments, tiles, interpret=bool(interpret))
     rows = arguments.rows()
     num_kv_heads = arguments.k.shape[2]
@@ -96,17 +100,21 @@ def prefill_tpu(
     )
     result = _compiled_attention(
         static,
-        _rows_to_blocks(q, tiles.block_q, num_kv_heads),
+        rows_to_blocks(q, tiles.block_q, num_kv_heads=num_kv_heads),
         _keys_to_blocks(k, v, tiles.block_kv),
         _q_info(arguments, rows, tiles.block_q),
         _k_info(arguments, rows, tiles.block_kv),
         blocks,
     )
     out, lse = cast(tuple[Array, Array], result)
-    num_batch, num_groups = q.shape[0], q.shape[2] // num_kv_heads
-    out = _rows_from_blocks(out, num_batch, num_queries, num_groups)
-    # [rows, K, 1, R] -> [rows, K, R, 1]
-    lse = _rows_from_blocks(lse.swapaxes(2, 3), num_batch, num_queries, num_groups)[..., 0]
+    from_blocks = functools.partial(
+        rows_from_blocks,
+        num_batch=q.shape[0],
+        num_queries=num_queries,
+        num_groups=q.shape[2] // num_kv_heads,
+    )
+    out = from_blocks(out)
+    lse = from_blocks(lse.swapaxes(2, 3))[..., 0]  # [rows, K, 1, R] -> [rows, K, R, 1]
     if arguments.lengths is not None:
         out = jnp.where(rows.q_valid[:, :, None, None], out, 0)
         lse = jnp.where(rows.q_valid[:, :, None], lse, -jnp.inf)
@@ -197,35 +205,16 @@ def _k_info(
 
 def _info_blocks(info: list[Array], block: int, *, fill: int) -> Int[Array, "blocks 8 block"]:
     """``[B, L]`` integers as rows of blocks; what fills up the last block holds ``fill``."""
-    length = info[0].shape[1]
     stacked = jnp.stack([x.astype(jnp.int32) for x in info], axis=1)  # [B, n, L]
-    stacked = jnp.pad(stacked, ((0, 0), (0, 0), (0, -length % block)), constant_values=fill)
-    stacked = jnp.pad(stacked, ((0, 0), (0, 8 - len(info)), (0, 0)))
+    stacked = pad_end(stacked, -stacked.shape[2] % block, axis=2, value=fill)
+    stacked = pad_end(stacked, 8 - len(info), axis=1)
     blocks = stacked.reshape(stacked.shape[0], 8, -1, block)
     return blocks.transpose(0, 2, 1, 3).reshape(-1, 8, block)
-
-
-def _rows_to_blocks(q: Array, block_q: int, num_kv_heads: int) -> Array:
-    """``[B, T, N, H]`` to ``[B * blocks, K, G * block_q, H]``: the heads of a group stacked."""
-    num_batch, num_queries, num_heads, head_dim = q.shape
-    q = jnp.pad(q, ((0, 0), (0, -num_queries % block_q), (0, 0), (0, 0)))
-    num_groups = num_heads // num_kv_heads
-    q = q.reshape(num_batch, -1, block_q, num_kv_heads, num_groups, head_dim)
-    q = q.transpose(0, 1, 3, 4, 2, 5)  # B, block, K, G, row, H
-    return q.reshape(-1, num_kv_heads, num_groups * block_q, head_dim)
-
-
-def _rows_from_blocks(x: Array, num_batch: int, num_queries: int, num_groups: int) -> Array:
-    """The inverse of :func:`_rows_to_blocks`, without its padding."""
-    _, num_kv_heads, num_rows, head_dim = x.shape
-    x = x.reshape(num_batch, -1, num_kv_heads, num_groups, num_rows // num_groups, head_dim)
-    x = x.transpose(0, 1, 4, 2, 3, 5)  # B, block, row, K, G, H
-    return x.reshape(num_batch, -1, num_kv_heads * num_groups, head_dim)[:, :num_queries]
 
 
 def _keys_to_blocks(k: Array, v: Array, block_kv: int) -> Array:
     """Two ``[B, S, K, H]`` to ``[B * blocks, K, 2, block_kv, H]``."""
     x = jnp.stack([k, v], axis=2)  # B, S, 2, K, H
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block_kv), (0, 0), (0, 0), (0, 0)))
+    x = pad_end(x, -x.shape[1] % block_kv, axis=1)
     x = x.reshape(-1, block_kv, *x.shape[2:])
     return x.transpose(0, 3, 2, 1, 4)

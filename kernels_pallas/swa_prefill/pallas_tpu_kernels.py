@@ -51,6 +51,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from kernels_pallas.layout import precision_of
 from kernels_pallas.mask import visible
 from kernels_pallas.swa_prefill.work_list import (
     FIRST,
@@ -94,9 +95,8 @@ class KernelStatic:
 
 
 def _dot(x: Array, y: Array, dimensions: Any) -> Array:
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return lax.dot_general(
-        x, y, dimensions, precision=precision, preferred_element_type=jnp.float32
+        x, y, dimensions, precision=precision_of(x), preferred_element_type=jnp.float32
     )
 
 

@@ -9,15 +9,12 @@ heads of a KV head, and ``kv_heads`` KV heads. Eight of them, four query heads e
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
-import jax.numpy as jnp
-
-from kernels_pallas.backends import Target
+from kernels_pallas.chips import TPUS, Tpu, generation_of
+from kernels_pallas.layout import LANES, round_up
 from kernels_pallas.swa_prefill.arguments import PrefillArguments
 from kernels_pallas.swa_prefill.work_list import count_items_at_most, list_limits
-
-LANES = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,73 +35,6 @@ class Tiles:
     kv_heads: int = 1
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Chip:
-    """What a core does and holds.
-
-    Attributes:
-      step: cycles of a grid step of the forward kernel beside its products and softmax.
-      body: ``{block_kv: (unmasked, masked)}`` cycles of those per 512 rows x 128 keys, head dim
-        up to 128. Both are static cycles of the compiler's (``benchmarks/tpu_static.py``).
-      bytes_per_cycle: what HBM delivers meanwhile: four fifths of its nominal bandwidth.
-      vmem_bytes: VMEM of a core.
-      cores: that share a device's programs, of which there is one for each ``kv_heads`` KV heads.
-    """
-
-    step: int
-    body: Mapping[int, tuple[float, float]]
-    bytes_per_cycle: int
-    vmem_bytes: int
-    cores: int = 1
-
-
-_CHIPS = {
-    "v4": _Chip(
-        step=320,
-        body={128: (277, 282), 256: (272, 279), 512: (259, 262)},
-        bytes_per_cycle=470,
-        vmem_bytes=16 << 20,
-        cores=2,
-    ),
-    "v5e": _Chip(
-        step=200,
-        body={128: (277, 282), 256: (272, 279), 512: (259, 262)},
-        bytes_per_cycle=440,
-        vmem_bytes=128 << 20,
-    ),
-    "v5p": _Chip(
-        step=320,
-        body={128: (277, 282), 256: (272, 279), 512: (259, 262)},
-        bytes_per_cycle=560,
-        vmem_bytes=64 << 20,
-        cores=2,
-    ),
-    "v6e": _Chip(
-        step=240,
-        body={128: (174, 187), 256: (147, 173), 512: (128, 157)},
-        bytes_per_cycle=750,
-        vmem_bytes=128 << 20,
-    ),
-    "tpu7x": _Chip(
-        step=240,
-        body={128: (174, 187), 256: (147, 173), 512: (128, 157)},
-        bytes_per_cycle=1300,
-        vmem_bytes=64 << 20,
-    ),
-}
-_DEVICE_KINDS = {
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-    "TPU7": "tpu7x",
-    "TPU7x": "tpu7x",
-}
-GENERATIONS = tuple(_CHIPS)
-
 # Of a step, all heads. Its bodies are unrolled, and the compiler takes as long as they are. Of full
 # layers larger ones save some 5% of the cycles; small blocks are worth more to windowed ones.
 _MOST_ROWS = 4096
@@ -113,34 +43,30 @@ _MOST_SCORES_OF_WINDOWED, _MOST_SCORES_OF_FULL = 1 << 19, 1 << 20
 _FREE_VMEM_BYTES = 10 << 20
 
 
-def generation_of(target: Target | None) -> str:
-    """None: of the first device of this process. v5e where it is no TPU or an unknown one."""
-    return _DEVICE_KINDS.get((target or Target.here()).device_kind, "v5e")
+def choose_tiles(arguments: PrefillArguments, *, generation: str | None = None) -> Tiles | None:
+    """The cheapest tiles whose blocks fit VMEM and whose work list fits scalar memory.
 
+    Args:
+      arguments: of the call.
+      generation: a name of ``chips.TPUS``; None: of the arguments' target.
 
-def choose_tiles(arguments: PrefillArguments, *, generation: str | None = None) -> Tiles:
-    """The cheapest tiles among those whose blocks fit VMEM and whose work list fits scalar memory.
+    Returns:
+      None where no tiles fit.
 
     Raises:
       ValueError: the generation is not in the table.
-      NotImplementedError: no tiles would fit.
     """
     generation = generation_of(arguments.target) if generation is None else generation
-    if generation not in _CHIPS:
-        raise ValueError(f"generation: expected one of {GENERATIONS}, got {generation!r}")
-    chip = _CHIPS[generation]
-    fitting = [
+    if generation not in TPUS:
+        raise ValueError(f"generation: expected one of {tuple(TPUS)}, got {generation!r}")
+    chip = TPUS[generation]
+    fitting = (
         tiles for tiles in _candidates(arguments, chip) if tiles_limits(arguments, tiles) is None
-    ]
-    if not fitting:
-        raise NotImplementedError(
-            f"swa_prefill: no block sizes of pallas_tpu hold the work list of shape "
-            f"{arguments.shape} in scalar memory; split the batch, or pass backend='xla'"
-        )
-    return min(fitting, key=lambda tiles: _cycles(arguments, tiles, chip))
+    )
+    return min(fitting, key=lambda tiles: _cycles(arguments, tiles, chip), default=None)
 
 
-def _candidates(arguments: PrefillArguments, chip: _Chip) -> Iterator[Tiles]:
+def _candidates(arguments: PrefillArguments, chip: Tpu) -> Iterator[Tiles]:
     """Tiles within VMEM, blocks beyond the input cut to it."""
     num_queries, num_keys = arguments.shape[1:]
     num_kv_heads = arguments.k.shape[2]
@@ -151,8 +77,8 @@ def _candidates(arguments: PrefillArguments, chip: _Chip) -> Iterator[Tiles]:
     for block_q in (128, 256, 512):
         for block_kv in chip.body:
             tiles = Tiles(
-                block_q=min(block_q, _round_up(num_queries)),
-                block_kv=min(block_kv, _round_up(num_keys)),
+                block_q=min(block_q, round_up(num_queries, LANES)),
+                block_kv=min(block_kv, round_up(num_keys, LANES)),
             )
             for kv_heads in divisors:
                 rows = kv_heads * num_groups * tiles.block_q
@@ -165,7 +91,7 @@ def _candidates(arguments: PrefillArguments, chip: _Chip) -> Iterator[Tiles]:
                     yield wide
 
 
-def _cycles(arguments: PrefillArguments, tiles: Tiles, chip: _Chip) -> float:
+def _cycles(arguments: PrefillArguments, tiles: Tiles, chip: Tpu) -> float:
     """What the forward kernel takes, roughly; good for comparing tiles."""
     head_dim, itemsize = arguments.q.shape[3], arguments.q.dtype.itemsize
     rows = arguments.q.shape[2] // arguments.k.shape[2] * tiles.block_q
@@ -177,7 +103,7 @@ def _cycles(arguments: PrefillArguments, tiles: Tiles, chip: _Chip) -> float:
     )
     body = masked * masked_body + (1 - masked) * unmasked_body
     body *= rows / 512 * tiles.block_kv / 128 * max(head_dim, LANES) / LANES
-    loaded = 2 * tiles.block_kv * _round_up(head_dim) * itemsize / chip.bytes_per_cycle
+    loaded = 2 * tiles.block_kv * round_up(head_dim, LANES) * itemsize / chip.bytes_per_cycle
     # Of tiles that take as long, those that load less.
     step = chip.step + tiles.kv_heads * (max(body, loaded) + loaded / 16)
     return items * step * -(-arguments.k.shape[2] // tiles.kv_heads // chip.cores)
@@ -210,7 +136,7 @@ def vmem_limit_bytes(
     if need <= _FREE_VMEM_BYTES:
         return None
     generation = generation_of(arguments.target) if generation is None else generation
-    return min(2 * need, _CHIPS[generation].vmem_bytes * 15 // 16)
+    return min(2 * need, TPUS[generation].vmem_bytes * 15 // 16)
 
 
 def _vmem_need(arguments: PrefillArguments, tiles: Tiles) -> int:
@@ -218,7 +144,7 @@ def _vmem_need(arguments: PrefillArguments, tiles: Tiles) -> int:
 
     Blocks are held twice, one in use and one on its way.
     """
-    head_dim, itemsize = _round_up(arguments.q.shape[3]), arguments.q.dtype.itemsize
+    head_dim, itemsize = round_up(arguments.q.shape[3], LANES), arguments.q.dtype.itemsize
     rows = arguments.q.shape[2] // arguments.k.shape[2] * tiles.block_q
     of_rows = rows * (2 * 2 * head_dim * itemsize + 2 * 8 * 4)  # q, do; statistics
     of_rows += rows * 2 * head_dim * itemsize  # q and do of the item before
@@ -257,33 +183,12 @@ def check_tiles(arguments: PrefillArguments, tiles: Tiles, *, interpret: bool) -
 
 def most_items(arguments: PrefillArguments, tiles: Tiles) -> int:
     """Static length of the work list."""
-    tail = arguments.full_attention_tail
-    windowed_only = arguments.stage_ids is None and isinstance(tail, int) and tail == 0
     window, sinks, offset = arguments.window, arguments.num_sink_tokens, arguments.q_offset
     return count_items_at_most(
         shape=arguments.shape,
-        window=window if isinstance(window, int) and windowed_only else None,
+        window=window if isinstance(window, int) and arguments.q_full is None else None,
         num_sink_tokens=sinks if isinstance(sinks, int) else None,
         q_offset=offset if isinstance(offset, int) else None,
         block_q=tiles.block_q,
         block_kv=tiles.block_kv,
     )
-
-
-def prefill_tpu_limits(arguments: PrefillArguments) -> tuple[str, ...]:
-    """Why ``auto`` must not take the TPU kernels; empty when it may."""
-    limits = []
-    if arguments.q.dtype not in (jnp.float32, jnp.bfloat16):
-        limits.append(f"it takes no {arguments.q.dtype}")
-    if arguments.q.shape[3] > 256:
-        limits.append("it takes no head dim above 256")
-    if not limits:
-        try:
-            choose_tiles(arguments)
-        except NotImplementedError:
-            limits.append("the work list does not fit scalar memory")
-    return tuple(limits)
-
-
-def _round_up(n: int) -> int:
-    return -(-n // LANES) * LANES

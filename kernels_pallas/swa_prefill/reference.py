@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.backends import register_backend
+from kernels_pallas.backends import no_limits
 from kernels_pallas.mask import per_row, visible
 from kernels_pallas.swa_prefill.arguments import AttentionOutput, PrefillArguments
 
+limits = no_limits
 
-@register_backend("swa_prefill", "reference")
-def prefill_reference(arguments: PrefillArguments, *, return_lse: bool) -> AttentionOutput:
+
+def compute(arguments: PrefillArguments) -> AttentionOutput:
     """Attention with a materialised mask and scores; the LSE is always filled in."""
-    del return_lse
     num_batch, num_queries, num_keys = arguments.shape
     rows = arguments.rows()
     index_S = jnp.arange(num_keys, dtype=jnp.int32)[None]

@@ -25,13 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from kernels_pallas.chips import TPUS
 from kernels_pallas.mask import BlockMap
 
 MASKED, FIRST, LAST = 1, 2, 4
 _FLAG_BITS = 3
 
-# Scalar memory of a core is 1 MiB on v4 to tpu7x; the rest is left to the compiler.
-SMEM_BYTES = (1 << 20) - (32 << 10)
+# Of scalar memory, which holds the list; the rest is left to the compiler.
+SMEM_BYTES = min(chip.smem_bytes for chip in TPUS.values()) - (32 << 10)
 
 
 @jax.tree_util.register_dataclass

@@ -1,9 +1,16 @@
 """Attention under a policy: `attend`, `attend_cached`, and the caches they read."""
 
 from kernels_pallas import available_backends, check_backend, resolve_backend
-from swaa_jax.attention.attend import LayerChoice, LayerKind, attend, attend_cached
+from swaa_jax.attention.attend import (
+    AttentionOptions,
+    LayerChoice,
+    LayerKind,
+    attend,
+    attend_cached,
+)
 from swaa_jax.attention.caches import (
     EMPTY,
+    Cache,
     Caches,
     FullCache,
     LayerCache,
@@ -13,10 +20,13 @@ from swaa_jax.attention.caches import (
     recast_caches,
 )
 from swaa_jax.attention.heads import HeadPart, split_heads
+from swaa_jax.attention.stages import full_rows, tail_rows
 from swaa_jax.attention.traced import GatedLayer, RowWindows
 
 __all__ = [
     "EMPTY",
+    "AttentionOptions",
+    "Cache",
     "Caches",
     "FullCache",
     "GatedLayer",
@@ -32,7 +42,9 @@ __all__ = [
     "available_backends",
     "build_cache",
     "check_backend",
+    "full_rows",
     "recast_caches",
     "resolve_backend",
     "split_heads",
+    "tail_rows",
 ]

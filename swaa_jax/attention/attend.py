@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas import Stage, swa_decode, swa_prefill
-from kernels_pallas.mask import full_rows
+from kernels_pallas import swa_decode, swa_prefill
 from swaa_jax.attention.caches import FullCache, LayerCache, RingCache, SplitCache
 from swaa_jax.attention.heads import join_heads, split_heads, take_heads
+from swaa_jax.attention.stages import full_rows
 from swaa_jax.attention.traced import GatedLayer, RowWindows
-from swaa_jax.policy import LayerAttention
+from swaa_jax.policy import LayerAttention, Stage
 from swaa_jax.sharding import attention_specs, constrain_heads, target_of
 
 
@@ -36,6 +36,35 @@ class LayerChoice:
     kinds: tuple[LayerAttention, ...] = dataclasses.field(metadata={"static": True})
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionOptions:
+    """How attention is computed, whatever a layer sees.
+
+    Attributes:
+        scale: factor on the scores, by default H ** -0.5.
+        softcap: scores become softcap * tanh(scores / softcap).
+        mesh: shard batch over data and fsdp, heads over tensor, where they divide. Its devices say
+            what is compiled for.
+        backend: a name from `available_backends()`, "auto", or names by op (`resolve_backend`).
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+    mesh: Mesh | None = None
+    backend: str = "auto"
+
+    def for_kernel(self) -> dict[str, Any]:
+        """The keywords that both kernels take."""
+        return {
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "backend": self.backend,
+            "target": target_of(self.mesh),
+        }
+
+
+DEFAULT_OPTIONS = AttentionOptions()
+
 LayerKind: TypeAlias = LayerAttention | LayerChoice | RowWindows | GatedLayer
 """What a layer can be told to see, where it has no cache."""
 
@@ -49,10 +78,7 @@ def attend(
     lengths: Int[Array, " B"] | None = None,
     stage_ids: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    mesh: Mesh | None = None,
-    backend: str = "auto",
+    options: AttentionOptions = DEFAULT_OPTIONS,
 ) -> Float[Array, "B T N H"]:
     """Attention of whole rows under one layer's policy.
 
@@ -62,11 +88,7 @@ def attend(
         lengths: real tokens of each row; later ones are padding, never seen, and give zeros.
         stage_ids: `Stage.PROMPT` or `Stage.ANSWER` of each token. None: all prompt.
         segment_ids: which of a packed row's texts each token belongs to. None: one text a row.
-        scale: factor on the scores, by default H ** -0.5.
-        softcap: scores become softcap * tanh(scores / softcap).
-        mesh: shard batch over data and fsdp, heads over tensor, where they divide. Its devices say
-            what is compiled for.
-        backend: a name from `available_backends()`, "auto", or names by op (`resolve_backend`).
+        options: how it is computed.
 
     Returns:
         What each query gathered, in q's dtype.
@@ -76,10 +98,7 @@ def attend(
         lengths=lengths,
         stage_ids=stage_ids,
         segment_ids=segment_ids,
-        scale=scale,
-        softcap=softcap,
-        mesh=mesh,
-        backend=backend,
+        options=options,
     )
     if isinstance(layer, LayerChoice):
         branches = [functools.partial(again, layer=kind) for kind in layer.kinds]
@@ -97,36 +116,20 @@ def attend(
             outs.append(again(take(q), take(k), take(v), layer=part.layer))
         return join_heads(outs, [part.heads for part in parts])
     layer = parts[0].layer if parts else layer
-    tail = layer.full_attention_tail
-    if layer.is_full:
-        stage_ids, tail = None, 0
-    elif not layer.full_decode and stage_ids is not None and tail:
-        # Answer rows stay windowed, yet they mark where the prompt's tail ends: hand the kernel
-        # the rows to see everything, marked as if they were answers.
-        batch, width = stage_ids.shape
-        rows = full_rows(
-            stage_ids,
-            lengths=jnp.full((batch,), width, jnp.int32) if lengths is None else lengths,
-            segment_ids=segment_ids,
-            q_offset=0,
-            full_attention_tail=tail,
-            shape=(batch, width, width),
-        )
-        stage_ids, tail = (rows & (stage_ids == Stage.PROMPT)).astype(jnp.int32), 0
-    elif not layer.full_decode:
-        stage_ids = None
-
+    q_full = full_rows(
+        layer,
+        shape=(q.shape[0], q.shape[1]),
+        stage_ids=stage_ids,
+        lengths=lengths,
+        segment_ids=segment_ids,
+    )
     kernel = functools.partial(
         swa_prefill,
         window=layer.window,
         num_sink_tokens=layer.num_sink_tokens,
-        full_attention_tail=tail,
-        scale=scale,
-        softcap=softcap,
-        backend=backend,
-        target=target_of(mesh),
+        **options.for_kernel(),
     )
-    per_row = {"lengths": lengths, "stage_ids": stage_ids, "segment_ids": segment_ids}
+    per_row = {"q_full": q_full, "lengths": lengths, "segment_ids": segment_ids}
     if isinstance(layer, RowWindows):
         per_row["window"] = layer.window  # in place of the kernel's static one
     per_row = {name: value for name, value in per_row.items() if value is not None}
@@ -134,7 +137,7 @@ def attend(
     def on_shard(q: Array, k: Array, v: Array, per_row: dict[str, Any]) -> Any:
         return kernel(q, k, v, **per_row)
 
-    return _sharded(on_shard, mesh, num_kv_heads=k.shape[2])(q, k, v, per_row)
+    return _sharded(on_shard, options.mesh, num_kv_heads=k.shape[2])(q, k, v, per_row)
 
 
 def attend_cached(
@@ -146,10 +149,7 @@ def attend_cached(
     layer: LayerAttention,
     pos_B: Int[Array, " B"],
     stage_ids: Int[Array, "B n"] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    mesh: Mesh | None = None,
-    backend: str = "auto",
+    options: AttentionOptions = DEFAULT_OPTIONS,
 ) -> tuple[Float[Array, "B n N H"], LayerCache]:
     """Attention of n new tokens a row to the cache and to one another, then the cache with them.
 
@@ -160,13 +160,22 @@ def attend_cached(
         cache: what this layer kept of the tokens before.
         layer: what this layer sees.
         pos_B: tokens that each row has seen before these.
-        stage_ids: stages of the new tokens. None: all `Stage.ANSWER`.
-        scale, softcap, mesh, backend: as in `attend`.
+        stage_ids: stages of the new tokens. None: all `Stage.ANSWER`. PROMPT tokens see what they
+            would see in a prompt read whole, which under `full_attention_tail` depends on where
+            it ends: that is not known here, so a layer with a tail takes answers alone.
+        options: how it is computed.
 
     Raises:
+        NotImplementedError: stages are given, and the layer has a `full_attention_tail`.
         ValueError: a ring cache is given to a layer that needs a full one, or a cache that does
             not keep its full heads apart.
     """
+    if stage_ids is not None and layer.full_attention_tail:
+        raise NotImplementedError(
+            f"stage_ids: expected None (all new tokens are answers) under full_attention_tail="
+            f"{layer.full_attention_tail}, got stages; read the whole prompt at once, since its "
+            "tail is only known at its end"
+        )
     num_kv_heads = k.shape[2]
     parts = split_heads(layer, num_kv_heads)
     full_heads = parts[0].heads if len(parts) > 1 else ()
@@ -191,10 +200,7 @@ def attend_cached(
                 layer=part.layer,
                 pos_B=pos_B,
                 stage_ids=stage_ids,
-                scale=scale,
-                softcap=softcap,
-                mesh=mesh,
-                backend=backend,
+                options=options,
             )
             outs.append(out)
             grown.append(more)
@@ -216,10 +222,7 @@ def attend_cached(
         swa_decode,
         window=layer.window,
         num_sink_tokens=layer.num_sink_tokens,
-        scale=scale,
-        softcap=softcap,
-        backend=backend,
-        target=target_of(mesh),
+        **options.for_kernel(),
     )
     per_row = {"q_positions": positions, "cache_positions": cache.positions(pos_B)}
     if q_full is not None:
@@ -235,11 +238,11 @@ def attend_cached(
     ) -> Any:
         return kernel(q, cache_k, cache_v, new_k=new_k, new_v=new_v, **per_row)
 
-    out = _sharded(on_shard, mesh, num_kv_heads=k.shape[2])(q, cache.k, cache.v, k, v, per_row)
-    grown = _written(cache, k, v, pos_B, mesh)
-    return out, dataclasses.replace(
-        grown, k=constrain_heads(grown.k, mesh), v=constrain_heads(grown.v, mesh)
-    )
+    run = _sharded(on_shard, options.mesh, num_kv_heads=k.shape[2])
+    out = run(q, cache.k, cache.v, k, v, per_row)
+    grown = _written(cache, k, v, pos_B, options.mesh)
+    grown_k, grown_v = (constrain_heads(x, options.mesh) for x in (grown.k, grown.v))
+    return out, dataclasses.replace(grown, k=grown_k, v=grown_v)
 
 
 def _written(

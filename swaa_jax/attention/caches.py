@@ -12,14 +12,18 @@ number of tokens that each row has seen; padding never enters a cache as a visib
 A layer with full heads keeps a full cache of those and another cache, mostly a ring, of the rest.
 """
 
+import abc
 import dataclasses
-from typing import Any, TypeAlias
+import functools
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.layout import pad_end
 from swaa_jax.attention.heads import split_heads, take_heads
 from swaa_jax.policy import LayerAttention
 from swaa_jax.sharding import constrain_heads
@@ -27,13 +31,78 @@ from swaa_jax.sharding import constrain_heads
 EMPTY = -1
 """Position of a slot that holds no token; such a slot is never visible."""
 
+DEFAULT_ROOM = 128
+"""Slots of a full cache behind the prompt where no size is given."""
+
 _MAX_SINGLE_WRITES = 16
 """New tokens of all rows up to which they may be written one by one, each an operation."""
+
+AnyCache = TypeVar("AnyCache", bound="Cache")
+
+
+class Cache(abc.ABC):
+    """What one layer keeps of its rows' tokens: what all caches can do.
+
+    A pytree whose leaves start with the batch. Nothing is changed in place: under jit, donate what
+    is replaced.
+    """
+
+    @property
+    @abc.abstractmethod
+    def num_slots(self) -> int:
+        """Tokens that a row has room for."""
+
+    @abc.abstractmethod
+    def positions(self, pos_B: Int[Array, " B"]) -> Int[Array, "B S"]:
+        """Absolute position that each slot holds, `EMPTY` where nothing has been written.
+
+        Args:
+            pos_B: tokens that each row has seen.
+        """
+
+    @abc.abstractmethod
+    def write(
+        self: AnyCache,
+        k: Float[Array, "B n K H"],
+        v: Float[Array, "B n K H"],
+        pos_B: Int[Array, " B"],
+        lengths: Int[Array, " B"] | None = None,
+    ) -> AnyCache:
+        """The cache with n new tokens a row, the first at position `pos_B`.
+
+        Args:
+            k, v: of the new tokens, RoPE applied.
+            pos_B: tokens that each row has seen before these.
+            lengths: how many of the n are real, 0 to n; the rest is never written. None: all.
+        """
+
+    def take(self: AnyCache, at: Int[Array, ""] | int) -> AnyCache:
+        """Row `at`, which may be traced, as a cache of one row."""
+        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, at, 1), self)
+
+    def insert(self: AnyCache, row: AnyCache, at: Int[Array, ""] | int) -> AnyCache:
+        """The cache with a cache of one row in place of row `at`, which may be traced.
+
+        Raises:
+            ValueError: the row is of another layout: other slots, heads or kinds.
+        """
+        layouts = (
+            jax.tree.map(lambda x: ((1, *x.shape[1:]), x.dtype), self),
+            jax.tree.map(lambda x: (x.shape, x.dtype), row),
+        )
+        if layouts[0] != layouts[1]:
+            raise ValueError(
+                f"row: expected one row of {self.num_slots} slots, laid out as the cache it is put "
+                f"into, got {row.num_slots} slots; build both for one layer and cache_size"
+            )
+        return jax.tree.map(
+            lambda x, one: lax.dynamic_update_slice_in_dim(x, one, at, axis=0), self, row
+        )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FullCache:
+class FullCache(Cache):
     """Every key and value of the row, at the slot of its position.
 
     Costs memory in proportion to the whole text. Decoding overwrites right padding, since a slot
@@ -53,28 +122,34 @@ class FullCache:
         return self.k.shape[1]
 
     def positions(self, pos_B: Int[Array, " B"]) -> Int[Array, "B S"]:
-        """Absolute position of each slot, `EMPTY` where nothing has been written."""
+        """A slot is a position."""
         slots = jnp.arange(self.num_slots, dtype=jnp.int32)[None, :]
         return jnp.where(slots < pos_B[:, None], slots, EMPTY)
 
     def write(
-        self, k: Float[Array, "B n K H"], v: Float[Array, "B n K H"], pos_B: Int[Array, " B"]
+        self,
+        k: Float[Array, "B n K H"],
+        v: Float[Array, "B n K H"],
+        pos_B: Int[Array, " B"],
+        lengths: Int[Array, " B"] | None = None,
     ) -> "FullCache":
-        """Store n new tokens a row, the first at position `pos_B`."""
-        slots = pos_B[:, None] + jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
+        """Tokens past the last slot are dropped."""
+        positions, end_B1 = _new_positions(k.shape[1], pos_B, lengths)
+        slots = jnp.where(positions < end_B1, positions, self.num_slots)  # out of range: drop
         return FullCache(k=_put(self.k, k, slots), v=_put(self.v, v, slots))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RingCache:
+class RingCache(Cache):
     """The first `num_sink_tokens` keys and the last ones, in a fixed number of slots.
 
-    Memory is that of window + sinks, whatever the length of the text. What left the window is
-    gone: a row that must see everything (a full layer, full-attention decoding) cannot use it.
+    Memory is that of window + sinks, whatever the length of the text, and less where a row is
+    known to stay shorter. What left the window is gone: a row that must see everything (a full
+    layer, full-attention decoding) cannot use it.
 
     Attributes:
-        k, v: `[B, R, K, H]`, R = window + sinks.
+        k, v: `[B, R, K, H]`, R = window + sinks, or as many as a row can be long.
         slot_positions: `[B, R]`, the absolute position that each slot holds, or `EMPTY`.
         num_sink_tokens: the first slots, which are never overwritten.
     """
@@ -90,25 +165,24 @@ class RingCache:
         return self.k.shape[1]
 
     def positions(self, pos_B: Int[Array, " B"]) -> Int[Array, "B R"]:
-        """Absolute position of each slot, `EMPTY` where nothing has been written."""
-        del pos_B  # the ring knows its own positions
+        """The ring knows its own positions."""
+        del pos_B
         return self.slot_positions
 
     def write(
-        self, k: Float[Array, "B n K H"], v: Float[Array, "B n K H"], pos_B: Int[Array, " B"]
+        self,
+        k: Float[Array, "B n K H"],
+        v: Float[Array, "B n K H"],
+        pos_B: Int[Array, " B"],
+        lengths: Int[Array, " B"] | None = None,
     ) -> "RingCache":
-        """Store n new tokens a row, the first at position `pos_B`; the oldest make room.
-
-        When more tokens come than the ring holds, only the last of them (and the sinks) are kept.
-        """
-        num_new = k.shape[1]
-        num_moving = self.num_slots - self.num_sink_tokens
-        positions = pos_B[:, None] + jnp.arange(num_new, dtype=jnp.int32)[None, :]
-        is_sink = positions < self.num_sink_tokens
-        survives = is_sink | (positions >= pos_B[:, None] + num_new - num_moving)
-        slots = jnp.where(
-            survives, ring_slot(positions, self), self.num_slots
-        )  # out of range: drop
+        """The oldest tokens make room; of more than the ring holds the last (and sinks) stay."""
+        positions, end_B1 = _new_positions(k.shape[1], pos_B, lengths)
+        sinks, num_moving = self.num_sink_tokens, self.num_slots - self.num_sink_tokens
+        survives = (positions < sinks) | (positions >= end_B1 - num_moving)
+        at = jnp.where(positions < sinks, positions, sinks + (positions - sinks) % num_moving)
+        # Out of range: drop.
+        slots = jnp.where(survives & (positions < end_B1), at, self.num_slots)
         rows = jnp.arange(k.shape[0])[:, None]
         return dataclasses.replace(
             self,
@@ -116,6 +190,62 @@ class RingCache:
             v=_put(self.v, v, slots),
             slot_positions=self.slot_positions.at[rows, slots].set(positions, mode="drop"),
         )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplitCache(Cache):
+    """The caches of a layer with full heads: memory that grows with the text for those alone.
+
+    Attributes:
+        full: a `FullCache` of the full heads, whose slots and positions are the split cache's.
+        windowed: a `RingCache` of the other heads; a `FullCache` where they decode in full.
+        full_heads: which KV heads are full.
+    """
+
+    full: Any
+    windowed: Any
+    full_heads: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens that a row has room for."""
+        return self.full.num_slots
+
+    def positions(self, pos_B: Int[Array, " B"]) -> Int[Array, "B S"]:
+        """Those of the full heads' cache, which holds every token."""
+        return self.full.positions(pos_B)
+
+    def write(
+        self,
+        k: Float[Array, "B n K H"],
+        v: Float[Array, "B n K H"],
+        pos_B: Int[Array, " B"],
+        lengths: Int[Array, " B"] | None = None,
+    ) -> "SplitCache":
+        """Each head goes into its own cache."""
+        num_kv_heads = k.shape[2]
+        rest = tuple(head for head in range(num_kv_heads) if head not in self.full_heads)
+
+        def written(cache: Cache, heads: tuple[int, ...]) -> Cache:
+            take = functools.partial(take_heads, heads=heads, num_kv_heads=num_kv_heads)
+            return cache.write(take(k), take(v), pos_B, lengths)
+
+        return dataclasses.replace(
+            self, full=written(self.full, self.full_heads), windowed=written(self.windowed, rest)
+        )
+
+
+LayerCache: TypeAlias = FullCache | RingCache | SplitCache
+"""What a layer keeps."""
+
+
+def _new_positions(
+    num_new: int, pos_B: Int[Array, " B"], lengths: Int[Array, " B"] | None
+) -> tuple[Int[Array, "B n"], Int[Array, "B 1"]]:
+    """Positions of new tokens, and the first position that none of them is to be written at."""
+    positions = pos_B[:, None] + jnp.arange(num_new, dtype=jnp.int32)[None, :]
+    return positions, (pos_B + (num_new if lengths is None else lengths))[:, None]
 
 
 def _put(
@@ -142,53 +272,6 @@ def _put(
     return cache
 
 
-def ring_slot(positions: Int[Array, "*shape"], ring: RingCache) -> Int[Array, "*shape"]:
-    """The ring's slot for each absolute position: sinks in place, the rest in turn."""
-    sinks = ring.num_sink_tokens
-    num_moving = ring.num_slots - sinks
-    return jnp.where(positions < sinks, positions, sinks + (positions - sinks) % num_moving)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SplitCache:
-    """The caches of a layer with full heads: memory that grows with the text for those alone.
-
-    Attributes:
-        full: a `FullCache` of the full heads.
-        windowed: a `RingCache` of the other heads; a `FullCache` where they decode in full.
-        full_heads: which KV heads are full.
-    """
-
-    full: Any
-    windowed: Any
-    full_heads: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-
-    @property
-    def num_slots(self) -> int:
-        """Tokens that a row has room for."""
-        return self.full.num_slots
-
-    def write(
-        self, k: Float[Array, "B n K H"], v: Float[Array, "B n K H"], pos_B: Int[Array, " B"]
-    ) -> "SplitCache":
-        """Store n new tokens a row, the first at position `pos_B`, each head in its own cache."""
-        num_kv_heads = k.shape[2]
-        rest = tuple(head for head in range(num_kv_heads) if head not in self.full_heads)
-
-        def written(cache: Any, heads: tuple[int, ...]) -> Any:
-            taken = (take_heads(x, heads, num_kv_heads=num_kv_heads) for x in (k, v))
-            return cache.write(*taken, pos_B)
-
-        return dataclasses.replace(
-            self, full=written(self.full, self.full_heads), windowed=written(self.windowed, rest)
-        )
-
-
-LayerCache: TypeAlias = FullCache | RingCache | SplitCache
-"""What a layer keeps."""
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Caches:
@@ -209,7 +292,7 @@ def build_cache(
     *,
     lengths: Int[Array, " B"],
     layer: LayerAttention,
-    num_slots: int,
+    cache_size: int | None = None,
     mesh: Mesh | None = None,
 ) -> LayerCache:
     """A layer's cache from its prompt's keys and values.
@@ -218,16 +301,17 @@ def build_cache(
         k, v: right-padded rows, RoPE applied.
         lengths: real tokens of each row.
         layer: the layer's policy; it decides between full cache, ring, and one of each.
-        num_slots: slots of a full cache, at least T. A ring has window + sinks slots.
+        cache_size: tokens that a row can become long, at least T: the slots of a full cache, and
+            the most that a ring gets. None: a full cache has T + 128, a ring window + sinks.
         mesh: rows and heads are split over it as in `attend`.
 
     Raises:
-        ValueError: `num_slots` is smaller than the prompt.
+        ValueError: `cache_size` is smaller than the prompt.
     """
     width, num_kv_heads = k.shape[1:3]
-    if num_slots < width:
+    if cache_size is not None and cache_size < width:
         raise ValueError(
-            f"cache_size: expected at least the prompt's padded length {width}, got {num_slots}"
+            f"cache_size: expected at least the prompt's padded length {width}, got {cache_size}"
         )
     parts = split_heads(layer, num_kv_heads)
     if len(parts) > 1:
@@ -237,27 +321,34 @@ def build_cache(
                 take_heads(v, part.heads, num_kv_heads=num_kv_heads),
                 lengths=lengths,
                 layer=part.layer,
-                num_slots=num_slots,
+                cache_size=cache_size,
                 mesh=mesh,
             )
             for part in parts
         )
         return SplitCache(full=full, windowed=windowed, full_heads=layer.full_heads)
     if parts[0].layer.needs_full_cache:
-        pad = ((0, 0), (0, num_slots - width), (0, 0), (0, 0))
-        cache = FullCache(k=jnp.pad(k, pad), v=jnp.pad(v, pad))
+        missing = DEFAULT_ROOM if cache_size is None else cache_size - width
+        cache = FullCache(k=pad_end(k, missing, axis=1), v=pad_end(v, missing, axis=1))
     else:
-        cache = _ring_from_rows(k, v, lengths=lengths, layer=layer)
+        cache = _ring_from_rows(k, v, lengths=lengths, layer=layer, cache_size=cache_size)
     return dataclasses.replace(
         cache, k=constrain_heads(cache.k, mesh), v=constrain_heads(cache.v, mesh)
     )
 
 
-def recast_caches(caches: Caches, layers: tuple[LayerAttention, ...]) -> Caches:
+def recast_caches(
+    caches: Caches, layers: tuple[LayerAttention, ...], *, cache_size: int | None = None
+) -> Caches:
     """The same tokens in the caches that another policy asks for.
 
     Lets policies that differ only in `decode` share one prefill: run it with full caches, then
     turn those of windowed layers into rings.
+
+    Args:
+        caches: of a prefill.
+        layers: the other policy, layer by layer.
+        cache_size: the most slots that a ring gets, as in `build_cache`.
 
     Raises:
         ValueError: a ring cannot become a full cache (its older keys are gone), or the number of
@@ -266,14 +357,19 @@ def recast_caches(caches: Caches, layers: tuple[LayerAttention, ...]) -> Caches:
     if len(layers) != len(caches.layers):
         raise ValueError(f"layers: expected {len(caches.layers)} of them, got {len(layers)}")
     recast = tuple(
-        _recast(cache, layer, pos_B=caches.pos_B, index=index)
+        _recast(cache, layer, pos_B=caches.pos_B, cache_size=cache_size, index=index)
         for index, (cache, layer) in enumerate(zip(caches.layers, layers, strict=True))
     )
     return Caches(layers=recast, pos_B=caches.pos_B)
 
 
 def _recast(
-    cache: LayerCache, layer: LayerAttention, *, pos_B: Int[Array, " B"], index: int
+    cache: LayerCache,
+    layer: LayerAttention,
+    *,
+    pos_B: Int[Array, " B"],
+    cache_size: int | None,
+    index: int,
 ) -> LayerCache:
     held = cache.full_heads if isinstance(cache, SplitCache) else ()
     if held != layer.full_heads:
@@ -283,10 +379,10 @@ def _recast(
         )
     if isinstance(cache, SplitCache):
         rest = dataclasses.replace(layer, full_heads=())
-        windowed = _recast(cache.windowed, rest, pos_B=pos_B, index=index)
+        windowed = _recast(cache.windowed, rest, pos_B=pos_B, cache_size=cache_size, index=index)
         return dataclasses.replace(cache, windowed=windowed)
     if isinstance(cache, FullCache) and not layer.needs_full_cache:
-        return _ring_from_rows(cache.k, cache.v, lengths=pos_B, layer=layer)
+        return _ring_from_rows(cache.k, cache.v, lengths=pos_B, layer=layer, cache_size=cache_size)
     if isinstance(cache, RingCache) and layer.needs_full_cache:
         raise ValueError(
             f"layer {index}: a ring cache cannot serve a layer that needs a full cache; "
@@ -301,11 +397,20 @@ def _ring_from_rows(
     *,
     lengths: Int[Array, " B"],
     layer: LayerAttention,
+    cache_size: int | None,
 ) -> RingCache:
-    """Gather into each slot the newest position that belongs there."""
+    """Gather into each slot the newest position that belongs there.
+
+    A capped ring never comes round, so that its slots are positions; one of them has to move all
+    the same, for the arithmetic.
+    """
     assert layer.window is not None, "a full layer has no ring"
-    sinks, num_moving = layer.num_sink_tokens, layer.window
-    slots = jnp.arange(sinks + num_moving, dtype=jnp.int32)[None, :]
+    num_slots = layer.window + layer.num_sink_tokens
+    if cache_size is not None:
+        num_slots = min(num_slots, cache_size)
+    sinks = min(layer.num_sink_tokens, num_slots - 1)
+    num_moving = num_slots - sinks
+    slots = jnp.arange(num_slots, dtype=jnp.int32)[None, :]
     newest = lengths.astype(jnp.int32)[:, None] - 1
     # The largest p <= newest with p >= sinks and (p - sinks) % num_moving == slot - sinks.
     moving = newest - (newest - slots) % num_moving

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from kernels_pallas.mask import Stage
 from swaa_jax.data.encode import Sample
+from swaa_jax.policy import Stage
 
 __all__ = ["Batch", "PAD_SEGMENT", "make_batch"]
 

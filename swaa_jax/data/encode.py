@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from kernels_pallas.mask import Stage
 from swaa_jax.data.config import DataConfig
 from swaa_jax.examples import Example, Message, Tools, read_example
+from swaa_jax.policy import Stage
 from swaa_jax.records import DataError, Record
 
 if TYPE_CHECKING:

@@ -22,10 +22,10 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
-from kernels_pallas.mask import Stage
 from swaa_jax.data.config import DataConfig
 from swaa_jax.data.encode import Encoder, Sample
 from swaa_jax.data.reading import read_ahead
+from swaa_jax.policy import Stage
 from swaa_jax.progress import show_progress
 from swaa_jax.records import DataError, Record, Records, find_files, open_records, records_of
 from swaa_jax.runs import fingerprint

@@ -43,7 +43,8 @@ class Prefilled:
 
     Args:
         logits: next-token logits, f32 `[B, V]`, B a bucket.
-        caches: the model's caches, full ones with `cache_size` slots.
+        caches: the model's caches.
+        cache_size: tokens that a row has room for in them.
         layers: each layer's policy in the run that filled the caches.
         prompt_lengths: of the real rows, which come first.
         row_ids: the prompts' indices in the caller's order; they seed the sampling.
@@ -53,6 +54,7 @@ class Prefilled:
 
     logits: Array
     caches: Any
+    cache_size: int
     layers: tuple[Any, ...] | None
     prompt_lengths: tuple[int, ...]
     row_ids: tuple[int, ...]
@@ -119,6 +121,7 @@ def prefill_prompts(
     return Prefilled(
         logits=logits,
         caches=caches,
+        cache_size=cache_size,
         layers=model.layers,
         prompt_lengths=tuple(len(ids) for ids in token_lists),
         row_ids=tuple(range(len(token_lists)) if row_ids is None else row_ids),
@@ -245,14 +248,15 @@ def _caches_for(model: SplitModel, prefilled: Prefilled, *, copy: bool) -> Any:
                 f"model: expected a policy that differs from the prefill's in decode only, but "
                 f"layer {index} has {ours}, prefilled as {theirs}; prefill again under this policy"
             )
-    return _adopt(prefilled.caches, layers=layers, copy=copy)
+    size = prefilled.cache_size
+    return _adopt(prefilled.caches, layers=layers, cache_size=size, copy=copy)
 
 
-@functools.partial(jax.jit, static_argnames=("layers", "copy"))
-def _adopt(caches: Any, *, layers: Any, copy: bool) -> Any:
+@functools.partial(jax.jit, static_argnames=("layers", "cache_size", "copy"))
+def _adopt(caches: Any, *, layers: Any, cache_size: int | None = None, copy: bool) -> Any:
     _TRACES["adopt"] += 1
     if layers is not None:
-        caches = recast_caches(caches, layers)
+        caches = recast_caches(caches, layers, cache_size=cache_size)
     return jax.tree.map(jnp.copy, caches) if copy else caches
 
 

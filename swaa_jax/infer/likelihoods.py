@@ -14,14 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels_pallas import Stage
 from swaa_jax.attention import LayerKind, RowWindows
 from swaa_jax.infer.buckets import length_bucket, next_power_of_two, pad_right
 from swaa_jax.infer.prompts import check_context
 from swaa_jax.losses import TargetLosses, target_losses
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import SplitModel, Structure, split_model
-from swaa_jax.policy import AttentionPolicy, LayerAttention
+from swaa_jax.policy import AttentionPolicy, LayerAttention, Stage
 from swaa_jax.runtime import to_host
 
 __all__ = [

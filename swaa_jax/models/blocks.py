@@ -13,7 +13,14 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from swaa_jax.attention import LayerCache, LayerChoice, LayerKind, attend, attend_cached
+from swaa_jax.attention import (
+    AttentionOptions,
+    LayerCache,
+    LayerChoice,
+    LayerKind,
+    attend,
+    attend_cached,
+)
 from swaa_jax.lora.adapters import LoraAdapter
 from swaa_jax.models.config import DecoderConfig
 from swaa_jax.models.rope import RopeConfig, rotate
@@ -123,7 +130,7 @@ class Rows:
         lengths, stage_ids, segment_ids: as in `swaa_jax.attention.attend`.
         pos_B: with caches, the tokens that each row has seen; None without.
         mesh: the devices that the arrays lie on; None: one.
-        backend: of attention and experts, as in `swaa_jax.attention.attend`.
+        backend: of attention and experts, as in `swaa_jax.attention.AttentionOptions`.
     """
 
     rotations: Mapping[RopeConfig, tuple[Float[Array, "B T H"], Float[Array, "B T H"]]]
@@ -229,6 +236,9 @@ class Attention(nnx.Module):
         copies = kv_head_copies(rows.mesh, num_heads=q.shape[2], num_kv_heads=k.shape[2])
         if copies > 1 and not is_split:
             k, v = jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)
+        options = AttentionOptions(
+            scale=self.scale, softcap=self.softcap, mesh=rows.mesh, backend=rows.backend
+        )
         if cache is None:
             out = attend(
                 q,
@@ -238,10 +248,7 @@ class Attention(nnx.Module):
                 lengths=rows.lengths,
                 stage_ids=rows.stage_ids,
                 segment_ids=rows.segment_ids,
-                scale=self.scale,
-                softcap=self.softcap,
-                mesh=rows.mesh,
-                backend=rows.backend,
+                options=options,
             )
         else:
             out, cache = attend_cached(
@@ -252,10 +259,7 @@ class Attention(nnx.Module):
                 layer=layer,  # pyright: ignore[reportArgumentType]  (a choice has no caches)
                 pos_B=rows.pos_B,  # pyright: ignore[reportArgumentType]  (set with caches)
                 stage_ids=rows.stage_ids,
-                scale=self.scale,
-                softcap=self.softcap,
-                mesh=rows.mesh,
-                backend=rows.backend,
+                options=options,
             )
         out = self.o_proj(out.reshape(*x.shape[:2], -1))
         return Attended(out=out, q=q, k=k, v=v, cache=cache)

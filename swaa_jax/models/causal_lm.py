@@ -230,13 +230,14 @@ class CausalLM(nnx.Module):
         Args:
             tokens: right-padded prompts.
             lengths: real tokens of each row; None: all are.
-            cache_size: slots of each full cache, for prompt and answer together. Default: T + 128.
-                Windowed layers without full-attention decoding keep a ring of window + sinks.
+            cache_size: tokens that a row can become long, prompt and answer together: the slots of
+                each full cache, and the most that a ring gets. Rows must not grow beyond it.
+                Default: T + 128 slots in full caches, and window + sinks in the rings of windowed
+                layers without full-attention decoding, which then hold rows of any length.
         """
         batch, width = tokens.shape
         if lengths is None:
             lengths = jnp.full((batch,), width, jnp.int32)
-        cache_size = width + 128 if cache_size is None else cache_size
 
         def cache(out: LayerOutput, block: DecoderLayer, layer: LayerKind) -> LayerCache:
             del block
@@ -246,7 +247,7 @@ class CausalLM(nnx.Module):
                 out.attended.v,
                 lengths=lengths,
                 layer=layer,
-                num_slots=cache_size,
+                cache_size=cache_size,
                 mesh=self.mesh,
             )
 

@@ -9,6 +9,7 @@ from swaa_jax.policy.files import (
 )
 from swaa_jax.policy.layers import HeadSelection, LayerSelection
 from swaa_jax.policy.policy import AttentionPolicy, HfExpressible, LayerAttention
+from swaa_jax.policy.stage import Stage
 from swaa_jax.policy.text import parse_fields, split_policies
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "LayerSelection",
     "Needs",
     "PolicyFile",
+    "Stage",
     "load_policy",
     "load_policy_file",
     "parse_fields",

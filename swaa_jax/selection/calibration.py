@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from kernels_pallas.mask import Stage
 from swaa_jax.data import DataConfig, Sample, prepare_samples
 from swaa_jax.infer.buckets import length_bucket
 from swaa_jax.infer.prompts import check_context
 from swaa_jax.models import CausalLM
-from swaa_jax.policy import AttentionPolicy
+from swaa_jax.policy import AttentionPolicy, Stage
 from swaa_jax.typing import PathLike
 
 if TYPE_CHECKING:

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.mask import Stage
 from swaa_jax.attention import LayerKind
 from swaa_jax.data import Sample
 from swaa_jax.fields import check_fields, integer
@@ -29,7 +28,7 @@ from swaa_jax.infer.buckets import length_bucket, pad_right
 from swaa_jax.models import CausalLM
 from swaa_jax.models.blocks import DecoderLayer, LayerOutput
 from swaa_jax.models.function import Structure, split_model
-from swaa_jax.policy import AttentionPolicy
+from swaa_jax.policy import AttentionPolicy, Stage
 from swaa_jax.progress import ShowProgress
 from swaa_jax.runtime import to_host
 from swaa_jax.selection.store import Ranking, top_layers

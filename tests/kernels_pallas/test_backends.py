@@ -1,27 +1,44 @@
-"""The registry: names, what auto means, what it logs."""
+"""The table of backends: names, what auto means, what it logs."""
 
+import dataclasses
 import functools
 import logging
+import pathlib
 
 import jax
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import Target, available_backends, backends, check_backend, resolve_backend
-from kernels_pallas.backends import get_backend
+from kernels_pallas.backends import choose_backend, load_backend
 from kernels_pallas.swa_decode.arguments import DecodeArguments
 from kernels_pallas.swa_prefill.arguments import PrefillArguments
 from swaa_jax.sharding import make_mesh, target_of
 
+ROOT = pathlib.Path(__file__).parents[2]
 
-def test_names():
-    assert available_backends() == ("pallas_tpu", "reference", "xla")
-    assert available_backends("swa_decode") == ("pallas_tpu", "reference", "xla")
+
+@pytest.mark.parametrize("op", backends.BACKENDS)
+def test_every_line_of_the_table_is_a_module(op):
+    for name in available_backends(op):
+        module = load_backend(op, name)
+        assert callable(module.compute) and callable(module.limits)
+    assert "xla" in backends._candidates(op, "any platform")
+
+
+def test_the_readme_shows_the_table():
+    found, op = {}, None
+    for line in (ROOT / "kernels_pallas" / "README.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) == 6 and cells[2].startswith("`"):
+            op = cells[1].strip("`") or op
+            found.setdefault(op, []).append(cells[2].split("`")[1])
+    assert found == {op: list(names) for op, names in backends.BACKENDS.items()}
 
 
 @pytest.mark.parametrize("op", ("swa_prefill", "swa_decode"))
 def test_auto_logs_its_choice_once(op, caplog):
-    backends._resolve_auto.cache_clear()
+    backends._log_candidates.cache_clear()
     with caplog.at_level(logging.INFO, logger="kernels_pallas"):
         assert resolve_backend("auto", op=op) == "xla"
         assert resolve_backend("auto", op=op) == "xla"
@@ -30,43 +47,90 @@ def test_auto_logs_its_choice_once(op, caplog):
     ]
 
 
-def test_auto_prefers_a_platform_kernel():
-    registered = ("pallas_gpu", "pallas_tpu", "reference", "xla")
-    assert backends._resolve_auto("an op", "tpu", registered) == "pallas_tpu"
-    assert backends._resolve_auto("an op", "gpu", registered) == "pallas_gpu"
-    assert backends._resolve_auto("an op", "cpu", registered) == "xla"
-    assert backends._resolve_auto("an op", "tpu", ("reference", "xla")) == "xla"
+@pytest.mark.parametrize(
+    "op, platform, names",
+    [
+        ("swa_prefill", "cpu", ("xla",)),
+        ("swa_prefill", "gpu", ("cudnn", "xla")),
+        ("swa_prefill", "tpu", ("pallas_tpu", "xla")),
+        ("swa_decode", "gpu", ("xla",)),
+        ("grouped_matmul", "tpu", ("pallas_tpu", "xla")),
+        ("grouped_matmul", "a new platform", ("xla",)),
+    ],
+)
+def test_what_auto_takes_where(op, platform, names):
+    assert backends._candidates(op, platform) == names
+    assert resolve_backend(op=op, platform=platform) == names[0]
 
 
-def test_auto_passes_over_what_has_limits(caplog):
-    def short_only(arguments):
-        return ("no long inputs",) if len(arguments) > 2 else ()
+class ShortOnly:
+    """A backend of `made_up` below."""
 
-    backends.register_backend("a test's op", "pallas_tpu", limits=short_only)(lambda: "tpu")
-    backends.register_backend("a test's op", "xla")(lambda: "xla")
-    get = functools.partial(backends.get_backend, "a test's op", platform="tpu")
-    try:
-        assert get("auto", arguments="ab")() == "tpu"
-        with caplog.at_level(logging.INFO, logger="kernels_pallas"):
-            assert get("auto", arguments="abc")() == "xla"
-        assert "leaves out 'pallas_tpu': no long inputs" in caplog.text
-        assert get("pallas_tpu", arguments="abc")() == "tpu"
-        assert get("auto")() == "tpu"
-    finally:
-        del backends._REGISTRY["a test's op"]
-        del backends._LIMITS["a test's op", "pallas_tpu"]
+    @staticmethod
+    def limits(arguments):
+        return ("text: expected at most 2 letters, got more",) if len(arguments.text) > 2 else ()
+
+    @staticmethod
+    def drawbacks(arguments):
+        return ("it is slow with z",) if "z" in arguments.text else ()
+
+    @staticmethod
+    def compute(arguments):
+        return f"short {arguments.text}"
+
+
+class Whatever:
+    limits = staticmethod(backends.no_limits)
+
+    @staticmethod
+    def compute(arguments):
+        return f"any {arguments.text}"
+
+
+@dataclasses.dataclass
+class Text:
+    text: str
+    target: Target = dataclasses.field(
+        default_factory=lambda: Target(platform="tpu", device_kind="TPU v5 lite")
+    )
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """An operation of two backends."""
+    table = {"short": backends.Backend(platform="tpu"), "any": backends.Backend()}
+    monkeypatch.setitem(backends.BACKENDS, "made_up", table)
+    modules = {"short": ShortOnly, "any": Whatever}
+    monkeypatch.setattr(backends, "load_backend", lambda op, name: modules[name])
+    return functools.partial(backends.compute, "made_up")
+
+
+def test_auto_passes_over_what_has_limits_or_drawbacks(made_up, caplog):
+    backends._log_limits.cache_clear()
+    assert made_up("auto", Text("ab")) == "short ab"
+    with caplog.at_level(logging.INFO, logger="kernels_pallas"):
+        assert made_up("auto", Text("abc")) == "any abc"
+        assert made_up("auto", Text("z")) == "any z"
+    assert "leaves out 'short': text: expected at most 2 letters, got more" in caplog.text
+    assert "leaves out 'short': it is slow with z" in caplog.text
+
+
+def test_a_named_backend_runs_within_its_limits_and_raises_beyond_them(made_up):
+    assert made_up("short", Text("z")) == "short z", "a drawback is no limit"
+    assert made_up("any", Text("ab")) == "any ab"
+    with pytest.raises(
+        NotImplementedError,
+        match="made_up: backend 'short' cannot compute this: text: expected at most 2 letters, got "
+        "more; change that, or pass backend='auto' or 'xla'",
+    ):
+        made_up("short", Text("abc"))
 
 
 def test_unknown_name_lists_the_names():
     with pytest.raises(
-        ValueError, match="'auto', 'pallas_tpu', 'reference', 'xla' for swa_prefill"
+        ValueError, match="'auto', 'cudnn', 'pallas_tpu', 'reference', 'xla' for swa_prefill"
     ):
         resolve_backend("cuda")
-
-
-def test_register_twice():
-    with pytest.raises(ValueError, match="expected a new name for swa_decode, got 'xla'"):
-        backends.register_backend("swa_decode", "xla")(lambda: None)
 
 
 def prefill_arguments(target=None):
@@ -77,13 +141,7 @@ def prefill_arguments(target=None):
         v=x,
         window=64,
         num_sink_tokens=4,
-        lengths=None,
-        stage_ids=None,
-        segment_ids=None,
-        q_offset=0,
-        full_attention_tail=0,
         scale=1.0,
-        softcap=None,
         target=target,
     )
 
@@ -100,9 +158,7 @@ def decode_arguments(target=None):
         new_v=q,
         window=64,
         num_sink_tokens=4,
-        q_full=None,
         scale=1.0,
-        softcap=None,
         target=target,
     )
 
@@ -113,11 +169,10 @@ KINDS = ("TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x")
 
 @pytest.mark.parametrize("op", MADE)
 def test_auto_follows_the_target_and_not_this_process(op):
-    kernel = get_backend(op, "pallas_tpu")
     for kind in KINDS:
         target = Target(platform="tpu", device_kind=kind)
-        assert get_backend(op, "auto", arguments=MADE[op](target)) is kernel
-    assert get_backend(op, "auto", arguments=MADE[op]()) is get_backend(op, "xla")
+        assert choose_backend(op, "auto", MADE[op](target)) == "pallas_tpu"
+    assert choose_backend(op, "auto", MADE[op]()) == "xla"
 
 
 def test_the_target_is_told_by_the_mesh():
@@ -132,9 +187,9 @@ def test_a_named_backend_that_does_not_run_here_says_so(op):
         NotImplementedError,
         match=f"{op}: backend 'pallas_tpu' expects platform 'tpu', got 'cpu'; pass .*'xla'.*target",
     ):
-        get_backend(op, "pallas_tpu", arguments=MADE[op]())
+        choose_backend(op, "pallas_tpu", MADE[op]())
     with pltpu.force_tpu_interpret_mode():
-        get_backend(op, "pallas_tpu", arguments=MADE[op]())
+        assert choose_backend(op, "pallas_tpu", MADE[op]()) == "pallas_tpu"
 
 
 @pytest.mark.parametrize(
@@ -160,20 +215,24 @@ def test_the_environment_is_logged(monkeypatch, caplog):
     backends._log_variable.cache_clear()
     monkeypatch.setenv("SWAA_BACKEND", "swa_decode=reference")
     with caplog.at_level(logging.INFO, logger="kernels_pallas"):
-        get_backend("swa_decode", "auto", arguments=decode_arguments())
+        choose_backend("swa_decode", "auto", decode_arguments())
     assert "swa_decode: backend 'reference', from the environment's SWAA_BACKEND" in caplog.text
 
 
 @pytest.mark.parametrize(
     "choice, message",
     [
-        ("cuda", "expected one of 'auto', 'pallas_tpu', .* for grouped_matmul, got 'cuda'"),
+        ("cuda", "expected one of 'auto', 'cudnn', .* for swa_prefill, got 'cuda'"),
+        (
+            "cudnn",
+            "expected .* swa_decode, got 'cudnn'; for swa_prefill alone write 'swa_prefill=c",
+        ),
         (
             "ragged_dot",
-            "expected .* for swa_decode, got 'ragged_dot'; for grouped_matmul alone write ",
+            "expected .* for swa_prefill, got 'ragged_dot'; for grouped_matmul alone write ",
         ),
         ("swa_decode=cuda", "expected one of .* for swa_decode, got 'cuda'"),
-        ("decode=xla", "expected a backend, or one .* swa_decode, swa_prefill.*; got 'decode=xla'"),
+        ("decode=xla", "expected a backend, or one .* swa_prefill, swa_decode.*; got 'decode=xla'"),
         ("swa_decode=xla,swa_decode=xla", "expected a backend, or one for each of some ops"),
         ("swa_decode=", "expected a backend, or one for each of some ops"),
     ],

@@ -26,14 +26,13 @@ SHAPES = {
 def compiled(name, is_full):
     shape, block_q, block_kv = SHAPES[name]
 
-    def run(window, sinks, lengths, stage_ids, segment_ids, q_offset, tail):
+    def run(window, sinks, lengths, q_full, segment_ids, q_offset):
         rows = row_info(
             shape=shape,
             lengths=lengths,
-            stage_ids=stage_ids,
             segment_ids=segment_ids,
             q_offset=q_offset,
-            full_attention_tail=tail,
+            q_full=q_full,
         )
         window = None if is_full else window
         return block_map(
@@ -65,23 +64,21 @@ def test_sound_and_tight(name, is_full, data):
     window = ints(st.sampled_from([1, 2, 5, 8, 17, 200]))
     sinks = ints(st.sampled_from([0, 1, 8, 9, 130]))
     lengths = ints(st.integers(0, num_keys))
-    stages = np.zeros((num_batch, num_queries), np.int32)
+    q_full = np.zeros((num_batch, num_queries), bool)
     if data.draw(st.booleans()):
-        stages = drawn_ids(data, (num_batch, num_queries), 2)
+        q_full = drawn_ids(data, (num_batch, num_queries), 2) == 1
     segments = drawn_ids(data, (num_batch, num_keys), 3)
     offset = ints(st.integers(0, num_keys - num_queries))
-    tail = ints(st.sampled_from([0, 0, 2]))
-    arguments = (window, sinks, lengths, stages, segments, offset, tail)
+    arguments = (window, sinks, lengths, q_full, segments, offset)
     blocks = jax.tree.map(np.asarray, compiled(name, is_full)(*map(jnp.asarray, arguments)))
     mask = bruteforce.visible_pairs(
         shape=shape,
         window=None if is_full else window,
         sinks=sinks,
         lengths=lengths,
-        stage_ids=stages,
+        q_full=q_full,
         segment_ids=segments,
         q_offset=offset,
-        tail=tail,
     )
     for b in range(num_batch):
         for i in range(-(-num_queries // block_q)):
@@ -115,14 +112,7 @@ def check_block(ranges, mask_rows, block_kv):
 
 def test_unmasked_blocks_are_found():
     """In a plain causal layer all but the diagonal blocks are free: none is masked needlessly."""
-    rows = row_info(
-        shape=(1, 64, 64),
-        lengths=None,
-        stage_ids=None,
-        segment_ids=None,
-        q_offset=0,
-        full_attention_tail=0,
-    )
+    rows = row_info(shape=(1, 64, 64), lengths=None, segment_ids=None, q_offset=0, q_full=None)
     blocks = block_map(rows, window=None, num_sink_tokens=0, block_q=16, block_kv=8)
     np.testing.assert_array_equal(blocks.unmasked_first, [[0, 0, 0, 0]])
     np.testing.assert_array_equal(blocks.unmasked_end, [[0, 2, 4, 6]])

@@ -32,18 +32,27 @@ def _segment_start(segment_ids, j):
     return j
 
 
-def _is_full_row(i, *, stages, starts, length, tail):
-    """An answer row, or one of the last ``tail`` rows of its run of prompt rows."""
-    if stages[i] == ANSWER:
-        return True
-    end = i + 1
-    while end < length and stages[end] != ANSWER and starts[end] == starts[i]:
-        end += 1
-    return end - i <= tail
+def full_rows(stage_ids, *, lengths=None, segment_ids=None, tail=0, full_decode=True):
+    """Bool ``[B, T]``: answer rows, and the last ``tail`` rows of each run of prompt rows."""
+    stage_ids = np.asarray(stage_ids)
+    rows = np.zeros(stage_ids.shape, bool)
+    for b, stages in enumerate(stage_ids):
+        length = len(stages) if lengths is None else int(lengths[b])
+        segments = np.zeros(len(stages), int) if segment_ids is None else segment_ids[b]
+        starts = [_segment_start(segments, j) for j in range(len(stages))]
+        for i in range(length):
+            if stages[i] == ANSWER:
+                rows[b, i] = full_decode
+                continue
+            end = i + 1
+            while end < length and stages[end] != ANSWER and starts[end] == starts[i]:
+                end += 1
+            rows[b, i] = end - i <= tail
+    return rows
 
 
 def visible_pairs(
-    *, shape, window, sinks=0, lengths=None, stage_ids=None, segment_ids=None, q_offset=0, tail=0
+    *, shape, window, sinks=0, lengths=None, q_full=None, segment_ids=None, q_offset=0
 ):
     """Bool ``[B, T, S]``; rows of padding see nothing. ``shape`` is (B, T, S)."""
     num_batch, num_queries, num_keys = shape
@@ -53,20 +62,11 @@ def visible_pairs(
         offset = _scalar(q_offset, b)
         segments = np.zeros(num_keys, int) if segment_ids is None else np.asarray(segment_ids[b])
         starts = [_segment_start(segments, j) for j in range(num_keys)]
-        stages = np.zeros(num_keys, int)
-        if stage_ids is not None:
-            given = np.asarray(stage_ids[b])
-            if len(given) == num_keys:
-                stages = given
-            else:
-                stages[offset : offset + num_queries] = given
         for t in range(num_queries):
             i = offset + t
             if i >= length:
                 continue
-            full = window is None or _is_full_row(
-                i, stages=stages, starts=starts, length=length, tail=_scalar(tail, b)
-            )
+            full = window is None or (q_full is not None and bool(q_full[b][t]))
             for j in range(i + 1):
                 if starts[j] != starts[i]:
                     continue

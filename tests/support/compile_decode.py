@@ -1,7 +1,7 @@
 """Compiles the TPU decode kernel for chips that are not attached; prints what it needs, as JSON.
 
-    python tests/support/compile_decode.py v5e v6e --only "step, ring"
-    python tests/support/compile_decode.py v5e:2x4 --only "sharded, full, 128k"
+    PYTHONPATH=. python tests/support/compile_decode.py v5e v6e --only "step, ring"
+    PYTHONPATH=. python tests/support/compile_decode.py v5e:2x4 --only "sharded, full, 128k"
 
 libtpu must be installed.
 """
@@ -9,18 +9,15 @@ libtpu must be installed.
 import argparse
 import json
 import math
-import os
 import re
 import sys
 import time
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
-os.environ["JAX_PLATFORMS"] = "cpu"
+from tests.support import topologies  # first: it keeps JAX from looking for a TPU
 
+# isort: split
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from kernels_pallas.swa_decode.arguments import DecodeArguments
@@ -29,17 +26,10 @@ from kernels_pallas.swa_decode.pallas_tpu import (
     choose_blocks,
     decode_in_blocks,
 )
-from swaa_jax.attention import FullCache, RingCache, attend_cached
+from swaa_jax.attention import AttentionOptions, FullCache, RingCache, attend_cached
 from swaa_jax.policy import LayerAttention
 from swaa_jax.sharding import attention_specs, make_mesh
 
-TOPOLOGIES = {
-    "v4": ("v4:2x2x1", {"chip_config_name": "megacore"}),
-    "v5e": ("v5e:2x2", {}),
-    "v5p": ("v5p:2x2x1", {}),
-    "v6e": ("v6e:2x2", {}),
-    "tpu7x": ("tpu7x:2x2x1", {}),
-}
 QWEN3_4B = (32, 8, 128)
 TRACED = "traced"  # window and sinks are arrays [B]
 B16, F32 = jnp.bfloat16, jnp.float32
@@ -147,9 +137,8 @@ def step_program(on, batch, slots, heads, layer, mesh=None):
         )
 
     def run(cache, q, k, v, pos_B):
-        return attend_cached(
-            q, k, v, cache, layer=layer, pos_B=pos_B, mesh=mesh, backend="pallas_tpu"
-        )
+        options = AttentionOptions(mesh=mesh, backend="pallas_tpu")
+        return attend_cached(q, k, v, cache, layer=layer, pos_B=pos_B, options=options)
 
     q = abstract(on, batch, 1, num_heads, head_dim)
     pos_B = abstract(rows, batch, dtype=jnp.int32)
@@ -171,7 +160,9 @@ def collectives(text):
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("chips", nargs="+", help=f"some of {', '.join(TOPOLOGIES)}, or v5e:2x4")
+    parser.add_argument(
+        "chips", nargs="+", help=f"some of {', '.join(topologies.TOPOLOGIES)}, or v5e:2x4"
+    )
     parser.add_argument(
         "--only", nargs="+", help="programs; default: all, but none sharded or copied"
     )
@@ -179,19 +170,18 @@ def parse_arguments():
 
 
 def main(chip: str, only: list[str]) -> list[dict]:
-    name, options = TOPOLOGIES.get(chip, (chip, {}))
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-    on = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    devices = topologies.devices_of(chip)
+    on = jax.sharding.SingleDeviceSharding(devices[0])
     rows = []
     for name in only:
         begun = time.perf_counter()
         if name in PROGRAMS | COPIED:
             function, arrays, cache = decode_program(on, *(PROGRAMS | COPIED)[name])
         elif name in STEPS:
-            mesh = make_mesh(topology.devices[:1])  # tells the backend what it is for
+            mesh = make_mesh(devices[:1])  # tells the backend what it is for
             function, arrays, cache = step_program(on, *STEPS[name], mesh=mesh)
         else:
-            mesh = make_mesh(topology.devices, data=2, tensor=4)
+            mesh = make_mesh(devices, data=2, tensor=4)
             function, arrays, cache = step_program(on, *SHARDED_STEPS[name], mesh=mesh)
         compiled = function.lower(*arrays).compile()
         memory = compiled.memory_analysis()
@@ -199,7 +189,7 @@ def main(chip: str, only: list[str]) -> list[dict]:
         rows.append(
             {
                 "chip": chip,
-                "device_kind": topology.devices[0].device_kind,
+                "device_kind": devices[0].device_kind,
                 "program": name,
                 "is_step": name in STEPS | SHARDED_STEPS,
                 "temporary_bytes": memory.temp_size_in_bytes,

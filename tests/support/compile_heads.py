@@ -1,6 +1,6 @@
 """Compiles a layer with full heads for a chip that is not attached; prints a JSON line a program.
 
-    python tests/support/compile_heads.py v5e step prefill
+    PYTHONPATH=. python tests/support/compile_heads.py v5e step prefill
 
 libtpu must be installed.
 """
@@ -12,16 +12,16 @@ import re
 import sys
 import time
 
-import tests.support.compile_decode as single  # first: it keeps JAX from looking for a TPU
+from tests.support import topologies  # first: it keeps JAX from looking for a TPU
 
 # isort: split
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 
-from swaa_jax.attention import attend, attend_cached, build_cache
+from swaa_jax.attention import AttentionOptions, attend, attend_cached, build_cache
 from swaa_jax.policy import LayerAttention
 from swaa_jax.sharding import make_mesh
+from tests.support import compile_decode as single
 
 LAYER = LayerAttention(window=2048, num_sink_tokens=128, full_heads=(0, 2, 5, 7))
 LENGTH, SLOTS = 8192, 131072
@@ -38,30 +38,30 @@ PROGRAMS = {
 
 def cache_of(k, v, layer, mesh=None):
     lengths = jnp.full((1,), LENGTH, jnp.int32)
-    return build_cache(k, v, lengths=lengths, layer=layer, num_slots=SLOTS, mesh=mesh)
+    return build_cache(k, v, lengths=lengths, layer=layer, cache_size=SLOTS, mesh=mesh)
 
 
 def program(kind, heads, full_heads, backend, *, mesh, on):
     """The jitted function, its arguments, and the cache of these shapes."""
     num_heads, num_kv_heads, head_dim = heads
     layer = dataclasses.replace(LAYER, full_heads=full_heads)
-    options = {"layer": layer, "mesh": mesh, "backend": backend}
+    how = {"layer": layer, "options": AttentionOptions(mesh=mesh, backend=backend)}
 
     def qkv(length):
         counts = (num_heads, num_kv_heads, num_kv_heads)
         return [single.abstract(on, 1, length, count, head_dim) for count in counts]
 
     def prefill(q, k, v):
-        return attend(q, k, v, **options), cache_of(k, v, layer, mesh)
+        return attend(q, k, v, **how), cache_of(k, v, layer, mesh)
 
     def gradient(q, k, v):
         def loss(q, k, v):
-            return jnp.sum(attend(q, k, v, **options).astype(jnp.float32))
+            return jnp.sum(attend(q, k, v, **how).astype(jnp.float32))
 
         return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
 
     def step(cache, q, k, v, pos_B):
-        return attend_cached(q, k, v, cache, pos_B=pos_B, **options)
+        return attend_cached(q, k, v, cache, pos_B=pos_B, **how)
 
     cache = jax.eval_shape(lambda k, v: cache_of(k, v, layer), *qkv(LENGTH)[1:])
     cache = jax.tree.map(lambda x: single.abstract(on, *x.shape, dtype=x.dtype), cache)
@@ -72,10 +72,9 @@ def program(kind, heads, full_heads, backend, *, mesh, on):
 
 
 def main(chip, *names):
-    name, options = single.TOPOLOGIES[chip]
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-    on = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    mesh = make_mesh(topology.devices[:1])  # tells the backend what it is for
+    devices = topologies.devices_of(chip)
+    on = jax.sharding.SingleDeviceSharding(devices[0])
+    mesh = make_mesh(devices[:1])  # tells the backend what it is for
     for name in names:
         begun = time.perf_counter()
         function, arguments, cache = program(*PROGRAMS[name], mesh=mesh, on=on)

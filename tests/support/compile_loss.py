@@ -1,20 +1,17 @@
 """Compiles the chunked loss for a TPU that is not attached; prints its memory as JSON.
 
-Run as ``python tests/support/compile_loss.py frozen`` (or ``trained``, ``distilled``), with libtpu
-installed. T = 32k, V = 152k, D = 2560, bfloat16, on one v5e chip.
+Run as ``PYTHONPATH=. python tests/support/compile_loss.py frozen`` (or ``trained``,
+``distilled``), with libtpu installed. T = 32k, V = 152k, D = 2560, bfloat16, on one v5e chip.
 """
 
 import json
-import os
 import sys
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
-os.environ["JAX_PLATFORMS"] = "cpu"
+from tests.support import topologies  # first: it keeps JAX from looking for a TPU
 
+# isort: split
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 
 from swaa_jax.losses import LossConfig, chunked_loss
 from swaa_jax.models.head import VocabHead
@@ -23,8 +20,7 @@ T, V, D = 32768, 151936, 2560
 
 
 def main(case):
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    on = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    on = jax.sharding.SingleDeviceSharding(topologies.devices_of("v5e")[0])
     trained, distilled = case == "trained", case == "distilled"
     config = LossConfig(self_distill=0.5 if distilled else 0.0)
 

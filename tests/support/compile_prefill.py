@@ -1,35 +1,26 @@
 """Compiles the TPU prefill kernels for a chip that is not attached; prints a JSON line a program.
 
-Run as ``python tests/support/compile_prefill.py v5e windows``; libtpu must be installed.
+Run as ``PYTHONPATH=. python tests/support/compile_prefill.py v5e windows``; libtpu must be
+installed.
 """
 
 import json
-import os
 import sys
 import time
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
-os.environ["JAX_PLATFORMS"] = "cpu"
+from tests.support import topologies  # first: it keeps JAX from looking for a TPU
 
+# isort: split
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 
 from kernels_pallas.swa_prefill.arguments import PrefillArguments
-from kernels_pallas.swa_prefill.pallas_tpu import prefill_tpu
+from kernels_pallas.swa_prefill.pallas_tpu import compute
 
-TOPOLOGIES = {
-    "v4": ("v4:2x2x1", {"chip_config_name": "megacore"}),
-    "v5e": ("v5e:2x2", {}),
-    "v5p": ("v5p:2x2x1", {}),
-    "v6e": ("v6e:2x2", {}),
-    "tpu7x": ("tpu7x:2x2x1", {}),
-}
 QWEN3_4B = (32, 8, 128)
 SINKS = 128
 # Length, heads (N, K, H), dtype, window (None: full causal, "rows": traced, one a row), gradient,
-# everything else too (lengths, stages, segments, offset, tail, soft cap).
+# everything else too (lengths, full rows, segments, offset, soft cap).
 WINDOWS = [
     (length, QWEN3_4B, "bfloat16", window, True, False)
     for length in (8192, 131072)
@@ -63,25 +54,20 @@ def compile_program(generation, on, length, heads, dtype, window, gradient, ever
     if window == "rows":
         traced |= {"window": shape(1), "num_sink_tokens": shape(1)}
     if everything:
-        traced |= {"lengths": shape(1), "stage_ids": shape(1, length)}
+        traced |= {"lengths": shape(1), "q_full": shape(1, length, dtype=jnp.bool_)}
         traced |= {"segment_ids": shape(1, length + 500), "q_offset": shape()}
-        traced |= {"full_attention_tail": shape(1)}
     num_keys = length + 500 if everything else length
     fixed = dict(
         window=window,
         num_sink_tokens=SINKS,
-        lengths=None,
-        stage_ids=None,
-        segment_ids=None,
-        q_offset=0,
-        full_attention_tail=0,
         scale=head_dim**-0.5,
+        return_lse=True,
         softcap=30.0 if everything else None,
     )
 
     def attend(q, k, v, traced):
         arguments = PrefillArguments(q=q, k=k, v=v, **(fixed | traced))
-        return prefill_tpu(arguments, return_lse=True, generation=generation)
+        return compute(arguments, generation=generation)
 
     def gradients(q, k, v, cotangents, traced):
         result, pull_back = jax.vjp(lambda *qkv: attend(*qkv, traced), q, k, v)
@@ -114,9 +100,7 @@ def compile_program(generation, on, length, heads, dtype, window, gradient, ever
 
 
 def main(generation, *names):
-    topology_name, settings = TOPOLOGIES[generation]
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=topology_name, **settings)
-    on = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    on = jax.sharding.SingleDeviceSharding(topologies.devices_of(generation)[0])
     for name in names:
         for program in SETS[name]:
             print(json.dumps(compile_program(generation, on, *program)), flush=True)

@@ -133,6 +133,10 @@ def test_layers_keep_the_cache_that_their_policy_needs():
     per_slot = 2 * 2 * 16 * 4 * 3  # k and v, heads, head dim, bytes of float32, rows
     positions = 3 * 8 * 4 * 3  # three rings, slots, bytes of int32, rows
     assert caches.nbytes == per_slot * (100 + 3 * 8) + positions
+    long = random_model(dataclasses.replace(policy, window=500))
+    for size, slots in ((20, [20] * 4), (None, [503, 14 + 128, 503, 503])):
+        caches = long.prefill(jnp.asarray(prompts), cache_size=size).caches
+        assert [cache.num_slots for cache in caches.layers] == slots
 
 
 def test_a_full_decode_policy_shares_its_prefill_with_its_windowed_twin():
@@ -164,6 +168,17 @@ def test_wrong_caches_are_refused():
         random_model().prefill(jnp.asarray(prompts), cache_size=3)
     with pytest.raises(ValueError, match="expected 2 layers"):
         random_model(num_hidden_layers=2).decode(jnp.asarray(answers), caches)
+
+
+def test_a_tail_takes_no_stages_in_decode():
+    """Whether a prompt's tail has come is not known before its end."""
+    model = random_model(policy(5, 2, layers=(0,), decode="full", tail=2))
+    prompts, answers = batch()
+    caches = model.prefill(jnp.asarray(prompts)).caches
+    for stage in (PROMPT, ANSWER):
+        stages = jnp.full((3, NEW), stage)
+        with pytest.raises(NotImplementedError, match=r"stage_ids: expected None .*tail=2, got"):
+            model.decode(jnp.asarray(answers), caches, stage_ids=stages)
 
 
 def test_prompt_stages_in_decode_are_windowed():

@@ -11,12 +11,14 @@ import swaa_jax as swaa
 from kernels_pallas import backends
 from kernels_pallas.swa_decode import pallas_tpu
 from swaa_jax import sharding
-from swaa_jax.attention import FullCache, RingCache, attend_cached
+from swaa_jax.attention import AttentionOptions, FullCache, RingCache, attend_cached
 from swaa_jax.policy import LayerAttention
 from tests.support.random_models import HF_CONFIG, random_model
 
 # float32; the kernel sums over blocks, the other over whole rows.
 TOLERANCE = dict(rtol=1e-4, atol=1e-4)
+
+ANYWHERE = backends.Backend(by_name_only=True)
 
 
 @pytest.fixture
@@ -24,13 +26,14 @@ def interpreted(monkeypatch):
     """Backend `pallas_tpu` of decoding in small blocks on the CPU; counts its uses."""
     calls = []
 
-    def run(arguments):
+    def compute(arguments):
         calls.append(arguments)
         blocks = pallas_tpu.DecodeBlocks(slots=8, splits=2)
         return pallas_tpu.decode_in_blocks(arguments, blocks=blocks, interpret=True)
 
-    monkeypatch.setitem(backends._REGISTRY["swa_decode"], "pallas_tpu", run)
-    monkeypatch.delitem(backends._PLATFORM, "pallas_tpu")
+    monkeypatch.setattr(pallas_tpu, "compute", compute)
+    monkeypatch.setattr(pallas_tpu, "limits", backends.no_limits)
+    monkeypatch.setitem(backends.BACKENDS["swa_decode"], "pallas_tpu", ANYWHERE)
     return calls
 
 
@@ -55,13 +58,7 @@ def test_a_model_with_layers_of_both_kinds_decodes_as_with_xla(interpreted, monk
 
     logits, caches = decoded()
     assert not interpreted
-    as_on_cpu = backends._resolve_auto
-
-    def with_kernel(op, platform, registered):
-        return "pallas_tpu" if op == "swa_decode" else as_on_cpu(op, platform, registered)
-
-    monkeypatch.setattr(backends, "_resolve_auto", with_kernel)
-    monkeypatch.setitem(backends._LIMITS, ("swa_decode", "pallas_tpu"), lambda _: ())
+    monkeypatch.setitem(backends.BACKENDS["swa_decode"], "pallas_tpu", backends.Backend())
     logits_of_kernel, caches_of_kernel = decoded()
     assert len(interpreted) == 4, "one call a layer, traced once"
     np.testing.assert_allclose(logits_of_kernel, logits, **TOLERANCE)
@@ -92,7 +89,8 @@ def test_on_a_mesh_it_equals_one_device(is_ring, head_dim, interpreted):
     q, k, v = normal(4, 3, 6, head_dim), normal(4, 3, 2, head_dim), normal(4, 3, 2, head_dim)
 
     def step(mesh, backend):
-        run = functools.partial(attend_cached, layer=layer, mesh=mesh, backend=backend)
+        options = AttentionOptions(mesh=mesh, backend=backend)
+        run = functools.partial(attend_cached, layer=layer, options=options)
         out, grown = jax.jit(lambda *arrays: run(*arrays, pos_B=pos_B))(q, k, v, cache)
         return out, grown
 

@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import swaa_jax as swaa
 from swaa_jax.attention import (
+    AttentionOptions,
     Caches,
     FullCache,
     LayerChoice,
@@ -32,6 +33,7 @@ from tests.support import tpu_compiler
 ANSWER = int(swaa.Stage.ANSWER)
 B, T, N, K, H = 2, 12, 8, 4, 4
 SPLIT = LayerAttention(window=3, num_sink_tokens=1, full_heads=(0, 3))
+REFERENCE, PALLAS = (AttentionOptions(backend=name) for name in ("reference", "pallas_tpu"))
 # float32 against float64; the backends add up at most 12 terms in another order.
 CLOSE = dict(rtol=1e-4, atol=2e-5)
 
@@ -123,7 +125,7 @@ def test_every_head_sees_what_the_loop_says(case):
     layer, rows = case
     arrays = qkv()
     given_rows = {NAMES[name]: jnp.asarray(value) for name, value in rows.items()}
-    out = attend(*map(jnp.asarray, arrays), layer=layer, backend="reference", **given_rows)
+    out = attend(*map(jnp.asarray, arrays), layer=layer, options=REFERENCE, **given_rows)
     np.testing.assert_allclose(out, attend_by_loop(*arrays, mask_by_loop(layer, **rows)), **CLOSE)
 
 
@@ -134,7 +136,7 @@ def test_on_the_tpus_kernel():
     arrays = qkv()
     given_rows = {NAMES[name]: jnp.asarray(value) for name, value in rows.items()}
     with pltpu.force_tpu_interpret_mode():
-        out = attend(*map(jnp.asarray, arrays), layer=layer, backend="pallas_tpu", **given_rows)
+        out = attend(*map(jnp.asarray, arrays), layer=layer, options=PALLAS, **given_rows)
     np.testing.assert_allclose(out, attend_by_loop(*arrays, mask_by_loop(layer, **rows)), **CLOSE)
 
 
@@ -142,7 +144,7 @@ def test_the_extremes_are_a_full_and_a_windowed_layer():
     arrays = tuple(map(jnp.asarray, qkv()))
 
     def run(**fields):
-        return np.asarray(attend(*arrays, layer=LayerAttention(**fields), backend="reference"))
+        return np.asarray(attend(*arrays, layer=LayerAttention(**fields), options=REFERENCE))
 
     every = tuple(range(K))
     np.testing.assert_array_equal(run(window=3, full_heads=every), run())
@@ -205,10 +207,10 @@ def test_gradients_equal_dense_autodiff_also_through_a_choice_of_kinds():
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-def cache_of(layer, length=T, num_slots=T + 8, head_dim=H):
+def cache_of(layer, length=T, cache_size=T + 8, head_dim=H):
     _, k, v = map(jnp.asarray, qkv(head_dim=head_dim))
     lengths = jnp.full((B,), length)
-    return build_cache(k, v, lengths=lengths, layer=layer, num_slots=num_slots)
+    return build_cache(k, v, lengths=lengths, layer=layer, cache_size=cache_size)
 
 
 def test_a_split_cache_has_a_full_part_and_a_ring():
@@ -249,11 +251,12 @@ def test_new_tokens_see_what_the_loop_says(backend, full_decode, head_dim):
     want = attend_by_loop(*arrays, mask_by_loop(layer, stages=stages))
     q, k, v = map(jnp.asarray, arrays)
     cache = cache_of(layer, length=7, head_dim=head_dim)
+    options = AttentionOptions(backend=backend)
     for start, stop in ((7, 11), (11, 12)):
         new = (x[:, start:stop] for x in (q, k, v))
         pos_B = jnp.full((B,), start)
         with pltpu.force_tpu_interpret_mode():
-            out, cache = attend_cached(*new, cache, layer=layer, pos_B=pos_B, backend=backend)
+            out, cache = attend_cached(*new, cache, layer=layer, pos_B=pos_B, options=options)
         np.testing.assert_allclose(out, want[:, start:stop], **CLOSE)
     want = cache_of(layer, head_dim=head_dim)
     jax.tree.map(np.testing.assert_array_equal, cache, want)
@@ -264,7 +267,7 @@ def test_a_full_decode_cache_becomes_its_windowed_twins():
     _, k, v = map(jnp.asarray, qkv())
 
     def caches(layer):
-        cache = build_cache(k, v, lengths=pos_B, layer=layer, num_slots=T + 8)
+        cache = build_cache(k, v, lengths=pos_B, layer=layer, cache_size=T + 8)
         return Caches(layers=(cache,), pos_B=pos_B)
 
     shared = caches(dataclasses.replace(SPLIT, full_decode=True))

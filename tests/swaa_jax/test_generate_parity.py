@@ -7,9 +7,9 @@ from flax import nnx
 
 import swaa_jax as swaa
 import swaa_jax.sharding as swaa_sharding
-from kernels_pallas import Stage
 from swaa_jax.infer import GenerateOptions, compile_counts, decode_from, generate, prefill_prompts
 from swaa_jax.infer.buckets import pad_right
+from swaa_jax.policy import Stage
 
 tiny_hf = pytest.importorskip("tests.support.tiny_hf")
 torch = pytest.importorskip("torch")

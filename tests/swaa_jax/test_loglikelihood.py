@@ -6,9 +6,9 @@ import pytest
 from scipy.special import log_softmax
 
 import swaa_jax as swaa
-from kernels_pallas import Stage
 from swaa_jax.infer import likelihoods as loglikelihood
 from swaa_jax.infer.likelihoods import Continuation, score_continuations, score_policies
+from swaa_jax.policy import Stage
 from tests.support.random_models import random_model
 
 POLICIES = {

@@ -10,7 +10,7 @@ from scipy.special import log_softmax
 
 import swaa_jax as swaa
 from swaa_jax import sharding
-from swaa_jax.attention import GatedLayer, RowWindows, attend
+from swaa_jax.attention import AttentionOptions, GatedLayer, RowWindows, attend
 from swaa_jax.data import Sample
 from swaa_jax.policy import LayerAttention
 from swaa_jax.selection import RowScorer
@@ -94,7 +94,7 @@ def test_a_row_with_its_own_window_sees_what_a_static_one_sees(backend):
     q, k, v = (jnp.asarray(rng.normal(size=(4, 24, heads, 8)), jnp.float32) for heads in (4, 2, 2))
     windows, lengths = [3, 24, 1, 100], jnp.array([24, 20, 17, 24])
     stages = jnp.asarray(rng.integers(0, 2, (4, 24)), jnp.int32)
-    about = {"lengths": lengths, "stage_ids": stages, "backend": backend}
+    about = {"lengths": lengths, "stage_ids": stages, "options": AttentionOptions(backend=backend)}
     fields = {"num_sink_tokens": 2, "full_decode": True}
     traced = jax.jit(
         lambda window: attend(q, k, v, layer=RowWindows(window=window, **fields), **about)

@@ -47,9 +47,7 @@ def test_backends_agree():
     """The blockwise backend against the dense one; tests/kernels_pallas has both at length."""
     keys = np.random.default_rng(0).normal(size=(3, 1, 40, 2, 16)).astype(np.float32)
     q, k, v = map(jnp.asarray, keys)
-    arguments = dict(
-        window=8, num_sink_tokens=2, stage_ids=(jnp.arange(40) >= 30)[None].astype(int)
-    )
+    arguments = dict(window=8, num_sink_tokens=2, q_full=(jnp.arange(40) >= 30)[None])
     blockwise, dense = (
         kernels_pallas.swa_prefill(q, k, v, **arguments, backend=backend)
         for backend in ("xla", "reference")

@@ -55,7 +55,8 @@ def run_decode(q, *cache, backend, **given):
     """``swa_decode`` with the TPU kernel interpreted, as if for a TPU."""
     if backend == "pallas_tpu":
         given["target"] = backends.Target(platform="tpu", device_kind="TPU v5 lite")
-    with mock.patch.dict(backends._REGISTRY["swa_decode"], pallas_tpu=INTERPRETED):
+    anything = {"compute": INTERPRETED, "limits": backends.no_limits}
+    with mock.patch.multiple(pallas_tpu, **anything):
         return swa_decode(q, *cache, backend=backend, **given)
 
 
@@ -161,8 +162,9 @@ def test_decoding_continues_prefill(window, sinks, backend):
     answers = jnp.arange(20) >= 14
     policy = dict(window=window, num_sink_tokens=sinks)
     decode = jax.jit(functools.partial(run_decode, backend=backend, **policy))
-    stage_ids = jnp.tile(answers, (2, 1)).astype(jnp.int32)
-    whole = jax.jit(functools.partial(swa_prefill, **policy))(q, k, v, stage_ids=stage_ids)
+    whole = jax.jit(functools.partial(swa_prefill, **policy))(
+        q, k, v, q_full=jnp.tile(answers, (2, 1))
+    )
     begin = 12
     for num_new in (3, 1, 4):
         rows = slice(begin, begin + num_new)
@@ -254,7 +256,7 @@ WRONG = {
     r"cache_positions: expected shape \[2, 9\], got": dict(
         cache_positions=np.zeros((2, 3), np.int32)
     ),
-    r"q_full: expected bool of shape \(2, 3\), got int32": dict(q_full=np.zeros((2, 3), np.int32)),
+    r"q_full: expected bool of shape \[2, 3\], got int32": dict(q_full=np.zeros((2, 3), np.int32)),
     "window: expected at least 1, got 0": dict(window=0),
     "backend: expected one of 'auto', 'pallas_tpu', 'reference', 'xla' for swa_decode": dict(
         backend="cudnn"

@@ -1,4 +1,4 @@
-"""What is the TPU kernel's own: work list, splits, refusals, precision, and the real compiler.
+"""What is the TPU kernel's own: work list, splits, limits, precision, and the real compiler.
 
 That its results are right is shown in test_decode.py, beside the other backends.
 """
@@ -15,7 +15,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backends, swa_decode
-from kernels_pallas.swa_decode import pallas_tpu, xla
+from kernels_pallas.chips import generation_of
+from kernels_pallas.swa_decode import pallas_tpu
 from kernels_pallas.swa_decode import pallas_tpu_kernels as tpu_kernel
 from kernels_pallas.swa_decode.arguments import DecodeArguments
 from kernels_pallas.swa_decode.pallas_tpu import DecodeBlocks, decode_in_blocks
@@ -61,10 +62,7 @@ def arguments(
         new_k=normal(num_batch, num_new, num_kv_heads, head_dim),
         new_v=normal(num_batch, num_new, num_kv_heads, head_dim),
         window=None,
-        num_sink_tokens=0,
-        q_full=None,
         scale=head_dim**-0.5,
-        softcap=None,
     )
     return DecodeArguments(**(given | changes))
 
@@ -134,7 +132,7 @@ def test_one_program_for_all_policies_and_lengths():
     """Windows, sinks, full rows and lengths are traced."""
     run = jax.jit(
         lambda given: decode_in_blocks(
-            DecodeArguments(**given, scale=1.0, softcap=None),
+            DecodeArguments(**given, scale=1.0),
             blocks=DecodeBlocks(slots=4, splits=2),
             interpret=True,
         )
@@ -203,6 +201,7 @@ def test_a_long_row_is_split_where_a_chip_has_two_cores(kind):
     assert blocks.splits == (2 if kind in ("TPU v4", "TPU v5p") else 1)
 
 
+V5E = backends.Target(platform="tpu", device_kind="TPU v5 lite")
 REFUSED = {
     "at most 8 new tokens a row, got 9": dict(num_new=9),
     "expected bfloat16 or float32, got float16": dict(dtype=jnp.float16),
@@ -219,8 +218,9 @@ REFUSED = {
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_it_refuses(message):
     given = arguments(**(dict(head_dim=128, abstract=True, num_slots=16) | REFUSED[message]))
-    with pytest.raises(NotImplementedError, match=f"pallas_tpu: .*{message}"):
-        pallas_tpu.decode_tpu(given)
+    given = dataclasses.replace(given, target=V5E)
+    with pytest.raises(NotImplementedError, match=f"'pallas_tpu' cannot .*{message}"):
+        backends.choose_backend("swa_decode", "pallas_tpu", given)
 
 
 @pytest.mark.parametrize(
@@ -240,11 +240,10 @@ def test_what_it_refuses(message):
 )
 def test_auto_on_a_tpu_takes_the_kernel_unless_it_should_not(changes, why_not, caplog):
     backends._log_limits.cache_clear()
-    target = backends.Target(platform="tpu", device_kind="TPU v5 lite")
-    given = dataclasses.replace(arguments(abstract=True, **changes), target=target)
+    given = dataclasses.replace(arguments(abstract=True, **changes), target=V5E)
     with caplog.at_level(logging.INFO, logger="kernels_pallas"):
-        chosen = backends.get_backend("swa_decode", "auto", arguments=given)
-    assert chosen is (pallas_tpu.decode_tpu if why_not is None else xla.decode_xla)
+        chosen = backends.choose_backend("swa_decode", "auto", given)
+    assert chosen == ("pallas_tpu" if why_not is None else "xla")
     if why_not is not None:
         assert f"backend 'auto' leaves out 'pallas_tpu': {why_not}" in caplog.text
 
@@ -402,8 +401,8 @@ def test_the_tpu_compiler_takes_every_case_and_copies_no_cache(chip):
     assert len(rows) == 29
     for row in rows:
         assert_in_place(row)
-        limits = pallas_tpu.limits_of(row["device_kind"])
-        assert limits.splits == (2 if chip in ("v4", "v5p") else 1)
+        target = backends.Target(platform="tpu", device_kind=row["device_kind"])
+        assert generation_of(target) == chip
 
 
 @pytest.mark.slow

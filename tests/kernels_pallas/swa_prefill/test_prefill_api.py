@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import AttentionOutput, Stage, swa_prefill
+from kernels_pallas import AttentionOutput, swa_prefill
 from kernels_pallas.swa_prefill.arguments import PrefillArguments
-from kernels_pallas.swa_prefill.blockwise import Tiling
-from kernels_pallas.swa_prefill.xla import _reach, choose_tiling, prefill_blockwise
+from kernels_pallas.swa_prefill.xla import Tiling, _reach, choose_tiling, compute
 from tests.support import bruteforce
 
 BACKENDS = ("reference", "xla")
@@ -31,8 +30,7 @@ def qkv(num_queries=80, num_keys=80, dtype="float32"):
 @pytest.mark.parametrize("window, sinks", [(1, 0), (7, 130), (64, 3), (500, 0), (None, 4)])
 def test_static_window(backend, window, sinks):
     q, k, v = qkv()
-    stages = (np.arange(80) % 30 > 24).astype(np.int32) * int(Stage.ANSWER)
-    stages = np.stack([stages, np.zeros(80, np.int32)])
+    q_full = np.stack([np.arange(80) % 30 > 22, np.zeros(80, bool)])
     lengths = np.array([80, 33], np.int32)
     result = swa_prefill(
         q,
@@ -40,14 +38,13 @@ def test_static_window(backend, window, sinks):
         v,
         window=window,
         num_sink_tokens=sinks,
+        q_full=jnp.asarray(q_full),
         lengths=jnp.asarray(lengths),
-        stage_ids=jnp.asarray(stages),
-        full_attention_tail=2,
         return_lse=True,
         backend=backend,
     )
     mask = bruteforce.visible_pairs(
-        shape=(2, 80, 80), window=window, sinks=sinks, lengths=lengths, stage_ids=stages, tail=2
+        shape=(2, 80, 80), window=window, sinks=sinks, lengths=lengths, q_full=q_full
     )
     wanted = bruteforce.attend(q, k, v, mask)
     assert isinstance(result, AttentionOutput)
@@ -57,23 +54,21 @@ def test_static_window(backend, window, sinks):
 
 def test_a_policy_per_row_equals_one_policy_a_call():
     q, k, v = qkv()
-    stages = jnp.asarray(np.tile(np.arange(80) % 40 > 35, (2, 1)), jnp.int32)
+    q_full = jnp.asarray(np.stack([np.arange(80) % 40 > 35, np.arange(80) % 40 > 33]))
     together = swa_prefill(
         q,
         k,
         v,
         window=jnp.array([5, 80]),
         num_sink_tokens=jnp.array([3, 0]),
-        full_attention_tail=jnp.array([0, 2]),
-        stage_ids=stages,
+        q_full=q_full,
     )
-    for b, (window, sinks, tail) in enumerate([(5, 3, 0), (None, 0, 2)]):
+    for b, (window, sinks) in enumerate([(5, 3), (None, 0)]):
         alone = swa_prefill(
             *(x[b : b + 1] for x in (q, k, v)),
             window=window,
             num_sink_tokens=sinks,
-            full_attention_tail=tail,
-            stage_ids=stages[b : b + 1],
+            q_full=q_full[b : b + 1],
         )
         np.testing.assert_allclose(together[b], alone[0], atol=ATOL, rtol=0)
 
@@ -95,12 +90,12 @@ def test_chunks_equal_the_whole(backend):
 
 
 def test_traced_arguments_compile_once():
-    """Stages, lengths, segments, windows and sinks share one program, with gradients."""
+    """Full rows, lengths, segments, windows and sinks share one program, with gradients."""
     q, k, v = qkv()
     traces = []
 
     @jax.jit
-    def step(q, k, v, lengths, stages, segments, window, sinks):
+    def step(q, k, v, lengths, q_full, segments, window, sinks):
         traces.append(1)
 
         def loss(q, k, v):
@@ -111,7 +106,7 @@ def test_traced_arguments_compile_once():
                 window=window,
                 num_sink_tokens=sinks,
                 lengths=lengths,
-                stage_ids=stages,
+                q_full=q_full,
                 segment_ids=segments,
                 backend="xla",
             )
@@ -126,7 +121,7 @@ def test_traced_arguments_compile_once():
             k,
             v,
             jnp.asarray(rng.integers(1, 81, 2), jnp.int32),
-            jnp.asarray(rng.integers(0, 2, (2, 80)), jnp.int32),
+            jnp.asarray(rng.random((2, 80)) < 0.5),
             jnp.asarray(np.sort(rng.integers(0, 4, (2, 80))), jnp.int32),
             jnp.asarray(rng.integers(1, 90, 2), jnp.int32),
             jnp.asarray(rng.integers(0, 20, 2), jnp.int32),
@@ -163,18 +158,7 @@ def test_chosen_tiling_reads_a_windowed_block_in_few_chunks(platform, window, le
 
 
 def arguments(q, k, v, **changes):
-    defaults = dict(
-        window=None,
-        num_sink_tokens=0,
-        lengths=None,
-        stage_ids=None,
-        segment_ids=None,
-        q_offset=0,
-        full_attention_tail=0,
-        scale=1.0,
-        softcap=None,
-    )
-    return PrefillArguments(q=q, k=k, v=v, **(defaults | changes))
+    return PrefillArguments(q=q, k=k, v=v, **({"window": None, "scale": 1.0} | changes))
 
 
 @pytest.mark.parametrize("traced", (False, True))
@@ -188,7 +172,7 @@ def test_one_chunk_holds_what_a_block_of_rows_reads(window, offset, traced):
     if traced:
         case = dataclasses.replace(case, q_offset=jnp.asarray(offset))
     tiling = Tiling(**sizes, chunk_blocks=_reach(case, **sizes))
-    result = prefill_blockwise(case, tiling=tiling, platform="cpu")
+    result = compute(case, tiling=tiling, platform="cpu")
     mask = bruteforce.visible_pairs(shape=(1, 24, 80), window=window, q_offset=offset)
     wanted = bruteforce.attend(*(case.q, k, v), mask, scale=1.0)
     np.testing.assert_allclose(result.out, wanted.out, atol=ATOL, rtol=0)
@@ -203,7 +187,7 @@ def test_low_precision_blocks_as_on_an_accelerator(dtype):
 
     def loss(arrays):
         case = arguments(*arrays, window=9, num_sink_tokens=2, scale=0.3)
-        result = prefill_blockwise(case, tiling=tiling, platform="gpu")
+        result = compute(case, tiling=tiling, platform="gpu")
         return jnp.sum((result.out * d_out).astype(jnp.float32)), result
 
     grads, result = jax.jit(jax.grad(loss, has_aux=True))(arrays)
@@ -226,7 +210,7 @@ def test_low_precision_blocks_as_on_an_accelerator(dtype):
 X = np.zeros((2, 6, 4, 8), np.float32)
 IDS = np.zeros((2, 6), np.int32)
 WRONG = {
-    "q: expected 4 axes": dict(q=X[0]),
+    r"q: expected axes \[B, T, N, H\], got shape \(6, 4, 8\)": dict(q=X[0]),
     "q: expected float32, bfloat16 or float16, got int32": dict(q=X.astype(np.int32)),
     "k: expected q's dtype float32, got bfloat16": dict(k=X.astype(jnp.bfloat16)),
     r"v: expected k's shape \(2, 6, 4, 8\), got": dict(v=X[:, :5]),
@@ -239,14 +223,16 @@ WRONG = {
     r"lengths: expected integers \(shape \[2\]\), got dtype float32": dict(
         lengths=np.zeros(2, np.float32)
     ),
-    r"stage_ids: expected shape \[2, 6\] or shape \[2, 6\], got": dict(stage_ids=IDS[:, :4]),
+    r"q_full: expected bool of shape \[2, 6\], got int32 of shape \[2, 6\]": dict(q_full=IDS),
+    r"q_full: expected bool of shape \[2, 6\], got bool of shape \[2, 4\]": dict(
+        q_full=IDS[:, :4] == 0
+    ),
     r"segment_ids: expected shape \[2, 6\], got": dict(segment_ids=IDS[0]),
     "window: expected at least 1, got 0": dict(window=0),
     r"window: expected integers \(an int or shape \[2\]\), got 2.5": dict(window=2.5),
     "num_sink_tokens: expected at least 0, got -1": dict(num_sink_tokens=-1),
-    "full_attention_tail: expected at least 0, got -2": dict(full_attention_tail=-2),
     "softcap: expected a positive number or None, got 0": dict(softcap=0.0),
-    "backend: expected one of 'auto', 'pallas_tpu', 'reference', 'xla' for swa_prefill, "
+    "backend: expected one of 'auto', 'cudnn', 'pallas_tpu', 'reference', 'xla' for swa_prefill, "
     "got 'gpu'": dict(backend="gpu"),
 }
 
@@ -264,7 +250,7 @@ def test_combinations_of_absent_arguments():
     q, k, v = (x[:, :24] for x in qkv())
     neutral = {
         "lengths": jnp.full(2, 24, jnp.int32),
-        "stage_ids": jnp.zeros((2, 24), jnp.int32),
+        "q_full": jnp.zeros((2, 24), bool),
         "segment_ids": jnp.ones((2, 24), jnp.int32),
         "q_offset": jnp.zeros((), jnp.int32),
     }

@@ -4,9 +4,8 @@ import json
 
 import pytest
 
+from kernels_pallas.chips import TPUS
 from tests.support import tpu_compiler
-
-HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
 
 
 def compile_for(generation, *sets):
@@ -17,7 +16,7 @@ def compile_for(generation, *sets):
     for row in rows:
         kernels = ["forward", "dq", "dkv"] if row["gradient"] else ["forward"]
         assert row["kernels"] == kernels, row
-        assert row["gib"] < HBM_GIB[generation], row
+        assert row["gib"] < TPUS[generation].hbm_bytes >> 30, row
     return rows
 
 
@@ -26,7 +25,7 @@ def compile_for(generation, *sets):
 )
 def test_a_window_and_full_attention(generation, sets, count):
     """128k tokens of Qwen3-4B's heads, with 128 sinks: a window of 2,048, and none. Then everything
-    traced: window and sinks a row, lengths, stages, segments, offset, tail; a soft cap.
+    traced: window and sinks a row, full rows, lengths, segments, offset; a soft cap.
 
     Each program is a forward and a backward pass, of three kernels.
     """
@@ -34,19 +33,19 @@ def test_a_window_and_full_attention(generation, sets, count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("generation", HBM_GIB)
+@pytest.mark.parametrize("generation", TPUS)
 def test_windows_lengths_and_features(generation):
     """8k and 128k tokens, windows 2,048 and 4,096, and none; everything traced."""
     assert len(compile_for(generation, "windows", "features")) == 7
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("generation", HBM_GIB)
+@pytest.mark.parametrize("generation", TPUS)
 def test_forward_alone(generation):
     assert len(compile_for(generation, "forward")) == 6
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("generation", HBM_GIB)
+@pytest.mark.parametrize("generation", TPUS)
 def test_head_dims_and_dtypes(generation):
     assert len(compile_for(generation, "more")) == 8

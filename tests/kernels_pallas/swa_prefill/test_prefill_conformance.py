@@ -1,7 +1,7 @@
 """Every prefill backend against the loop in tests.support.bruteforce: output, LSE, gradients.
 
-Shapes and tilings are static and few (each compiles once); windows, sinks, lengths, stages,
-segments, offsets and tails are traced and drawn by Hypothesis. A new backend joins by a line in
+Shapes and tilings are static and few (each compiles once); windows, sinks, full rows, lengths,
+segments and offsets are traced and drawn by Hypothesis. A new backend joins by a line in
 ``BACKENDS``.
 """
 
@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from kernels_pallas.backends import get_backend
-from kernels_pallas.swa_prefill.arguments import PrefillArguments, validate_prefill
-from kernels_pallas.swa_prefill.blockwise import Tiling
+from kernels_pallas.backends import load_backend
+from kernels_pallas.swa_prefill.arguments import PrefillArguments
 from kernels_pallas.swa_prefill.pallas_tpu_tiles import Tiles
+from kernels_pallas.swa_prefill.xla import Tiling
 from tests.support import bruteforce
 
 BACKENDS = ("reference", "xla", "pallas_tpu")
@@ -45,9 +45,8 @@ class Case:
     softcap: float | None = None
     scale: float | None = None
     full_layer: bool = False
-    stages: bool = True
+    full_rows: bool = True
     segments: bool = True
-    stages_by_key: bool = False  # stage ids [B, S] rather than [B, T]
     kv_heads: int = 1  # of a step of the TPU kernels
 
 
@@ -59,12 +58,12 @@ CASES = {
     "everything": Case(shape=(2, 48, 48), tiling=tiles(8, 4, 3), kv_heads=2),
     "ragged_tiles": Case(shape=(2, 37, 70), heads=(4, 1, 8), tiling=tiles(16, 8, 1), softcap=1.5),
     "block_q_not_multiple": Case(shape=(2, 41, 41), tiling=tiles(12, 8, 2), segments=False),
-    "by_key": Case(shape=(2, 21, 64), tiling=tiles(8, 8, 2), stages_by_key=True, scale=0.7),
+    "chunk": Case(shape=(2, 21, 64), tiling=tiles(8, 8, 2), scale=0.7),
     "full_layer": Case(
-        shape=(2, 45, 45), heads=(2, 2, 16), tiling=tiles(8, 8, 2), full_layer=True, stages=False
+        shape=(2, 45, 45), heads=(2, 2, 16), tiling=tiles(8, 8, 2), full_layer=True, full_rows=False
     ),
     "one_block": Case(shape=(1, 19, 23), tiling=tiles(64, 64, 1), heads=(6, 2, 8)),
-    "default_tiling": Case(shape=(1, 67, 67), stages=False, segments=False),
+    "default_tiling": Case(shape=(1, 67, 67), full_rows=False, segments=False),
     "bfloat16": Case(shape=(1, 40, 40), tiling=tiles(16, 8, 2), dtype="bfloat16"),
 }
 # Every head dim, each with another number of query heads to a KV head, in both dtypes.
@@ -90,13 +89,13 @@ def arguments_of(case, arrays, drawn):
         v=v,
         window=None if case.full_layer else drawn["window"],
         num_sink_tokens=drawn["sinks"],
+        q_full=drawn.get("q_full"),
         lengths=drawn["lengths"],
-        stage_ids=drawn.get("stage_ids"),
         segment_ids=drawn.get("segment_ids"),
         q_offset=drawn["q_offset"],
-        full_attention_tail=drawn["tail"] if case.stages else 0,
         scale=case.heads[2] ** -0.5 if case.scale is None else case.scale,
         softcap=case.softcap,
+        return_lse=True,
     )
 
 
@@ -127,8 +126,7 @@ def compiled(case: Case, backend: str):
     def run(arrays, cotangents, drawn):
         def loss(arrays):
             arguments = arguments_of(case, arrays, drawn)
-            validate_prefill(arguments)
-            result = get_backend("swa_prefill", backend)(arguments, return_lse=True, **keywords)
+            result = load_backend("swa_prefill", backend).compute(arguments, **keywords)
             lse = jnp.where(jnp.isfinite(result.lse), result.lse, 0)
             d_out, d_lse = cotangents
             return jnp.sum(result.out.astype(jnp.float32) * d_out) + jnp.sum(lse * d_lse), result
@@ -180,11 +178,9 @@ def drawn_values(draw, case: Case):
         "sinks": ints(st.sampled_from([0, 1, 4, 10, 130])),
         "lengths": ints(st.sampled_from([num_keys, 0, 1]) | st.integers(1, num_keys)),
         "q_offset": ints(st.integers(0, num_keys - num_queries)),
-        "tail": ints(st.sampled_from([0, 0, 1, 3, 10])),
     }
-    if case.stages:
-        width = num_keys if case.stages_by_key else num_queries
-        drawn["stage_ids"] = draw(spans(num_batch, width)) % 2
+    if case.full_rows:
+        drawn["q_full"] = draw(spans(num_batch, num_queries)) % 2 == 1
     if case.segments:
         # An id may come back: two runs of one id are two segments.
         drawn["segment_ids"] = draw(spans(num_batch, num_keys)) % 3
@@ -197,10 +193,9 @@ def expected(case, arrays, cotangents, drawn):
         window=None if case.full_layer else drawn["window"],
         sinks=drawn["sinks"],
         lengths=drawn["lengths"],
-        stage_ids=drawn.get("stage_ids"),
+        q_full=drawn.get("q_full"),
         segment_ids=drawn.get("segment_ids"),
         q_offset=drawn["q_offset"],
-        tail=drawn["tail"] if case.stages else 0,
     )
     scaling = {"scale": case.scale, "softcap": case.softcap}
     result = bruteforce.attend(*arrays, mask, **scaling)
@@ -267,8 +262,7 @@ def test_padding_may_hold_nan(backend):
         "sinks": np.full(num_batch, 2, np.int32),
         "lengths": lengths,
         "q_offset": np.zeros(num_batch, np.int32),
-        "tail": np.zeros(num_batch, np.int32),
-        "stage_ids": np.zeros((num_batch, 48), np.int32),
+        "q_full": np.zeros((num_batch, 48), bool),
         "segment_ids": np.zeros((num_batch, 48), np.int32),
     }
     check(case, backend, drawn, poisoned, cotangents)
@@ -277,7 +271,7 @@ def test_padding_may_hold_nan(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_keys_not_yet_written_may_hold_nan(backend):
     """A chunk of a longer sequence: keys after its last row are never seen."""
-    case = CASES["by_key"]
+    case = CASES["chunk"]
     arrays, cotangents = arrays_of(case, seed=1)
     offset = np.array([0, 17], np.int32)
     unwritten = np.arange(64) >= offset[:, None] + 21
@@ -288,8 +282,7 @@ def test_keys_not_yet_written_may_hold_nan(backend):
         "sinks": np.array([2, 0], np.int32),
         "lengths": np.array([64, 64], np.int32),
         "q_offset": offset,
-        "tail": np.zeros(2, np.int32),
-        "stage_ids": np.tile(np.arange(64) % 9 == 8, (2, 1)).astype(np.int32),
+        "q_full": np.tile(np.arange(21) % 9 == 8, (2, 1)),
         "segment_ids": np.zeros((2, 64), np.int32),
     }
     check(case, backend, drawn, (q, *kv), cotangents)

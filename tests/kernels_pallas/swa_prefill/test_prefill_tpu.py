@@ -1,5 +1,6 @@
 """What the TPU kernels have beside the conformance suite: work list, limits, races, precision."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,11 +10,12 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import mask, swa_prefill
-from kernels_pallas.backends import get_backend
+from kernels_pallas import Target, mask, swa_prefill
+from kernels_pallas.backends import choose_backend
+from kernels_pallas.chips import TPUS
 from kernels_pallas.swa_prefill import pallas_tpu_tiles as tpu_tiles
 from kernels_pallas.swa_prefill.arguments import PrefillArguments
-from kernels_pallas.swa_prefill.pallas_tpu import prefill_tpu
+from kernels_pallas.swa_prefill.pallas_tpu import compute
 from kernels_pallas.swa_prefill.pallas_tpu_tiles import Tiles
 from kernels_pallas.swa_prefill.work_list import (
     FIRST,
@@ -29,22 +31,10 @@ from tests.support import bruteforce
 
 # float32, heads of 8, at most 80 keys: a few dozen units in the last place of entries of order 1.
 ATOL = 1e-5
-VMEM_MIB = {"v4": 16, "v5e": 128, "v5p": 64, "v6e": 128, "tpu7x": 64}
 
 
 def arguments(q, k, v, **changes):
-    defaults = dict(
-        window=None,
-        num_sink_tokens=0,
-        lengths=None,
-        stage_ids=None,
-        segment_ids=None,
-        q_offset=0,
-        full_attention_tail=0,
-        scale=1.0,
-        softcap=None,
-    )
-    return PrefillArguments(q=q, k=k, v=v, **(defaults | changes))
+    return PrefillArguments(q=q, k=k, v=v, **({"window": None, "scale": 1.0} | changes))
 
 
 @functools.cache
@@ -70,10 +60,9 @@ def test_the_list_holds_each_visible_pair_of_blocks_once(window, lengths):
     rows = mask.row_info(
         shape=shape,
         lengths=jnp.array(lengths),
-        stage_ids=None,
         segment_ids=None,
         q_offset=offset,
-        full_attention_tail=0,
+        q_full=None,
     )
     blocks = mask.block_map(
         rows, window=window, num_sink_tokens=sinks, block_q=block_q, block_kv=block_kv
@@ -135,15 +124,15 @@ def test_the_list_holds_each_visible_pair_of_blocks_once(window, lengths):
 def test_a_list_beyond_scalar_memory_names_sizes_that_fit():
     case = arguments(*shapes())
     with pytest.raises(NotImplementedError, match="of scalar memory") as error:
-        prefill_tpu(case, return_lse=False, tiles=Tiles(block_q=128, block_kv=128))
+        compute(case, tiles=Tiles(block_q=128, block_kv=128))
     assert "block_q=128, block_kv=256 would fit" not in str(error.value)
     assert "block_q=256, block_kv=256 would fit" in str(error.value)
     assert tpu_tiles.tiles_limits(case, Tiles(block_q=256, block_kv=256)) is None
     with pytest.raises(ValueError, match="tiles: expected multiples of 128"):
-        prefill_tpu(case, return_lse=False, tiles=Tiles(block_q=64, block_kv=128))
+        compute(case, tiles=Tiles(block_q=64, block_kv=128))
 
 
-@pytest.mark.parametrize("generation", tpu_tiles.GENERATIONS)
+@pytest.mark.parametrize("generation", TPUS)
 @pytest.mark.parametrize("window", (1, 2048, None))
 @pytest.mark.parametrize("heads", ((32, 8, 128), (4, 4, 64), (8, 1, 256), (64, 8, 128)))
 @pytest.mark.parametrize("length", (1, 300, 131072))
@@ -153,8 +142,7 @@ def test_chosen_tiles_fit(generation, window, heads, length):
         long_triangle = window is None and length == 131072
         if long_triangle and (generation, heads[2], dtype) == ("v4", 256, "float32"):
             # Blocks that fit 16 MiB of VMEM make a list that does not fit 1 MiB of SMEM.
-            with pytest.raises(NotImplementedError, match="pass backend='xla'"):
-                tpu_tiles.choose_tiles(case, generation=generation)
+            assert tpu_tiles.choose_tiles(case, generation=generation) is None
             continue
         tiles = tpu_tiles.choose_tiles(case, generation=generation)
         tpu_tiles.check_tiles(case, tiles, interpret=False)
@@ -162,25 +150,27 @@ def test_chosen_tiles_fit(generation, window, heads, length):
         rows = heads[0] // heads[1] * tiles.block_q * tiles.kv_heads
         assert rows * tiles.block_kv <= 1 << 20
         limit = tpu_tiles.vmem_limit_bytes(case, tiles, generation=generation)
-        assert (
-            limit is None or limit < {"v4": 16, "tpu7x": 64, "v5p": 64}.get(generation, 128) << 20
-        )
+        assert limit is None or limit < TPUS[generation].vmem_bytes
     with pytest.raises(ValueError, match="generation: expected one of"):
         tpu_tiles.choose_tiles(case, generation="v3")
 
 
-def test_auto_takes_it_on_a_tpu_where_it_has_no_limits():
-    get = functools.partial(get_backend, "swa_prefill", "auto", platform="tpu")
-    assert get(arguments=arguments(*shapes())) is prefill_tpu
-    for case in (
-        arguments(*shapes(dtype="float16")),
-        arguments(*shapes(heads=(4, 4, 512))),
-        arguments(*shapes(num_batch=4096)),
-    ):
-        assert get(arguments=case) is get_backend("swa_prefill", "xla")
-    assert get_backend("swa_prefill", "auto", arguments=arguments(*shapes())) is not prefill_tpu
-    with pytest.raises(NotImplementedError, match="float32 and bfloat16 and head dims up to 256"):
-        prefill_tpu(arguments(*qkv(dtype="float16")), return_lse=False, interpret=True)
+LIMITED = {
+    "q: expected float32 or bfloat16, got float16": dict(dtype="float16"),
+    "q: expected a head dim of at most 256, got 512": dict(heads=(4, 4, 512)),
+    "q: expected a work list within scalar memory": dict(num_batch=4096),
+}
+
+
+@pytest.mark.parametrize("limit", (None, *LIMITED))
+def test_auto_takes_it_on_a_tpu_where_it_has_no_limits(limit):
+    case = arguments(*shapes(**LIMITED.get(limit, {})))
+    assert choose_backend("swa_prefill", "auto", case) == "xla", "this process has no TPU"
+    case = dataclasses.replace(case, target=Target(platform="tpu", device_kind="TPU v5 lite"))
+    assert choose_backend("swa_prefill", "auto", case) == ("xla" if limit else "pallas_tpu")
+    if limit:
+        with pytest.raises(NotImplementedError, match=f"'pallas_tpu' cannot compute this: {limit}"):
+            choose_backend("swa_prefill", "pallas_tpu", case)
 
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
@@ -190,7 +180,7 @@ def test_precision_of_the_products(dtype):
     def loss(*arrays):
         case = arguments(*arrays, window=5)
         tiles = Tiles(block_q=16, block_kv=8)
-        return prefill_tpu(case, return_lse=True, tiles=tiles, interpret=True).out.sum()
+        return compute(case, tiles=tiles, interpret=True).out.sum()
 
     jaxpr = str(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(*qkv(dtype=dtype)))
     products = jaxpr.split("dot_general[")[1:]
@@ -205,7 +195,7 @@ def test_one_compile_for_all_traced_values():
     traces = []
 
     @jax.jit
-    def step(q, k, v, lengths, stages, segments, window, sinks):
+    def step(q, k, v, lengths, q_full, segments, window, sinks):
         traces.append(1)
 
         def loss(q, k, v):
@@ -215,11 +205,11 @@ def test_one_compile_for_all_traced_values():
                 v,
                 window=window,
                 num_sink_tokens=sinks,
+                q_full=q_full,
                 lengths=lengths,
-                stage_ids=stages,
                 segment_ids=segments,
             )
-            return jnp.sum(prefill_tpu(case, return_lse=False, interpret=True).out ** 2)
+            return jnp.sum(compute(case, interpret=True).out ** 2)
 
         return jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
 
@@ -227,12 +217,12 @@ def test_one_compile_for_all_traced_values():
         rng = np.random.default_rng(seed)
         drawn = dict(
             lengths=rng.integers(1, 41, 2),
-            stage_ids=rng.integers(0, 2, (2, 40)),
+            q_full=rng.random((2, 40)) < 0.5,
             segment_ids=np.sort(rng.integers(0, 4, (2, 40))),
             window=rng.integers(1, 45, 2),
             sinks=rng.integers(0, 20, 2),
         )
-        value, grads = step(q, k, v, *(jnp.asarray(x, jnp.int32) for x in drawn.values()))
+        value, grads = step(q, k, v, *map(jnp.asarray, drawn.values()))
         seen = bruteforce.visible_pairs(shape=(2, 40, 40), **drawn)
         result = bruteforce.attend(q, k, v, seen, scale=1.0)
         wanted = bruteforce.gradients(
@@ -251,15 +241,15 @@ def test_sixteen_prompt_ends_compile_once():
     q, k, v = qkv()
 
     @jax.jit
-    def attend(q, k, v, stages):
-        case = arguments(q, k, v, window=5, num_sink_tokens=2, stage_ids=stages)
-        return prefill_tpu(case, return_lse=False, interpret=True).out
+    def attend(q, k, v, q_full):
+        case = arguments(q, k, v, window=5, num_sink_tokens=2, q_full=q_full)
+        return compute(case, interpret=True).out
 
     rng = np.random.default_rng(0)
     for _ in range(16):
-        stages = (np.arange(40) >= rng.integers(1, 40, (2, 1))).astype(np.int32)
-        out = attend(q, k, v, jnp.asarray(stages))
-        seen = bruteforce.visible_pairs(shape=(2, 40, 40), window=5, sinks=2, stage_ids=stages)
+        q_full = np.arange(40) >= rng.integers(1, 40, (2, 1))
+        out = attend(q, k, v, jnp.asarray(q_full))
+        seen = bruteforce.visible_pairs(shape=(2, 40, 40), window=5, sinks=2, q_full=q_full)
         wanted = bruteforce.attend(q, k, v, seen, scale=1.0)
         np.testing.assert_allclose(out, wanted.out, atol=ATOL, rtol=0)
     assert attend._cache_size() == 1
@@ -320,25 +310,25 @@ def test_a_planted_race_is_found(races):
 @pytest.mark.parametrize("lengths", ([40, 23], [16, 0]))
 def test_no_race_and_no_stray_read(lengths, races):
     lengths = np.array(lengths, np.int32)
-    stages = np.tile(np.arange(40) % 13 == 12, (2, 1)).astype(np.int32)
+    q_full = np.tile(np.arange(40) % 13 == 12, (2, 1))
 
     def loss(arrays):
         case = arguments(
             *arrays,
             window=7,
             num_sink_tokens=2,
+            q_full=jnp.asarray(q_full),
             lengths=jnp.asarray(lengths),
-            stage_ids=jnp.asarray(stages),
         )
         tiles = Tiles(block_q=16, block_kv=8)
-        result = prefill_tpu(case, return_lse=True, tiles=tiles, interpret=TWO_CORES)
+        result = compute(case, tiles=tiles, interpret=TWO_CORES)
         return result.out.sum() + jnp.where(jnp.isfinite(result.lse), result.lse, 0).sum(), result
 
     arrays = qkv()
     grads, result = jax.block_until_ready(jax.jit(jax.grad(loss, has_aux=True))(arrays))
     assert not races()
     seen = bruteforce.visible_pairs(
-        shape=(2, 40, 40), window=7, sinks=2, lengths=lengths, stage_ids=stages
+        shape=(2, 40, 40), window=7, sinks=2, lengths=lengths, q_full=q_full
     )
     wanted = bruteforce.attend(*arrays, seen, scale=1.0)
     np.testing.assert_allclose(result.out, wanted.out, atol=ATOL, rtol=0)

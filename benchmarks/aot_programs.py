@@ -1,0 +1,110 @@
+"""The programs that `aot_models.py` asks for and `aot_compile.py` compiles, and for which TPUs."""
+
+import dataclasses
+from pathlib import Path
+
+from kernels_pallas.chips import TPUS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Chips to compile for: a generation, and how many of them stand how."""
+
+    generation: str
+    topology: str
+    options: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def hbm_gib(self) -> int:
+        """Memory of a device."""
+        return TPUS[self.generation].hbm_bytes >> 30
+
+
+CHIPS = {
+    "v4": Slice(generation="v4", topology="v4:2x2x1", options=(("chip_config_name", "megacore"),)),
+    "v5e": Slice(generation="v5e", topology="v5e:2x4"),
+    "v5p": Slice(generation="v5p", topology="v5p:2x2x2"),
+    "v5p-16": Slice(generation="v5p", topology="v5p:2x2x4"),
+    "v6e": Slice(generation="v6e", topology="v6e:2x4"),
+    "v6e-16": Slice(generation="v6e", topology="v6e:4x4"),
+    "tpu7x": Slice(generation="tpu7x", topology="tpu7x:2x2x1"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """One row of the table.
+
+    Attributes:
+      model: a name of `model_shapes.MODELS`, or the path of a `config.json`.
+      chip: a name of `CHIPS`.
+      mesh: its axes' sizes; their product is the number of devices.
+      kind: one of `KINDS`.
+      context: tokens of the prompt, or that the caches hold.
+      batch: rows.
+      window, sinks, full_layers, decode: the policy, of all but decode-ring.
+      layers: of the model, where they are not its own number.
+      effort: of the compiler, from -1 to 1; 0 is what programs are compiled with.
+    """
+
+    model: str
+    chip: str
+    mesh: dict[str, int]
+    kind: str
+    context: int
+    batch: int = 1
+    window: int = 2048
+    sinks: int = 128
+    full_layers: str = "1::2"
+    decode: str = "full"
+    layers: int | None = None
+    effort: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """As `--only` matches it."""
+        mesh = ",".join(f"{axis}={size}" for axis, size in self.mesh.items())
+        return f"{Path(self.model).name} {self.kind} {self.context // 1024}k {self.chip} {mesh}"
+
+
+KINDS = ("prefill", "decode-full", "decode-ring", "train")
+EIGHT = {"tensor": 8}
+SPLITS = {"Qwen3-30B-A3B": {"tensor": 4, "expert": 2}}
+"""How eight chips share a model: heads and widths over `tensor`, as many as it has KV heads."""
+
+
+def default_programs() -> list[Program]:
+    """What is compiled when nothing is chosen."""
+    found = []
+    for chip in ("v5e", "v6e", "v5p"):
+        for kind, context in (
+            ("prefill", 32768),
+            ("prefill", 131072),
+            ("decode-full", 131072),
+            ("decode-ring", 131072),
+        ):
+            found.append(
+                Program(model="Qwen3-4B", chip=chip, mesh=EIGHT, kind=kind, context=context)
+            )
+        for model in ("Llama-3.1-8B", "Qwen3-30B-A3B"):
+            mesh = SPLITS.get(model, EIGHT)
+            found.append(Program(model=model, chip=chip, mesh=mesh, kind="prefill", context=32768))
+    for chip in ("v5e", "v6e"):
+        for model in ("Qwen3-0.6B", "Qwen3-4B"):
+            found.append(
+                Program(model=model, chip=chip, mesh={"tensor": 1}, kind="prefill", context=32768)
+            )
+    trained = (("Qwen3-4B", "v5e", 8, 32768), ("Qwen3-4B", "v6e", 8, 32768))
+    trained += (("Qwen3-30B-A3B", "v6e-16", 16, 16384), ("Qwen3-30B-A3B", "v5p-16", 16, 16384))
+    for model, chip, devices, context in trained:
+        found.append(
+            Program(
+                model=model,
+                chip=chip,
+                mesh={"fsdp": devices},
+                kind="train",
+                context=context,
+                batch=devices,
+            )
+        )
+    return found

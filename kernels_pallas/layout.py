@@ -1,0 +1,55 @@
+"""Sizes, padding, blocks and precision of arrays, as several backends lay them out."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+LANES = 128
+"""Entries of a TPU's vector register along the last axis."""
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The smallest multiple that holds ``size``."""
+    return -(-size // multiple) * multiple
+
+
+def pad_end(x: Array, count: int, *, axis: int, value: Any = 0) -> Array:
+    """``x`` with ``count`` entries of ``value`` behind it along ``axis``."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, count)
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def precision_of(x: Array) -> lax.Precision | None:
+    """Products of float32 are whole: some devices' default rounds their operands to bfloat16."""
+    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
+def rows_to_blocks(
+    q: Float[Array, "B T N H"], block_q: int, *, num_kv_heads: int
+) -> Float[Array, "blocks K R H"]:
+    """Blocks of rows, with the G query heads of one KV head stacked: R = G * block_q.
+
+    Blocks are numbered through the batch, and the last one of a row is filled up with zeros::
+
+        row    0 1 2 3 | 4 5 . .       head 0: q0 q1 q2 q3 | head 1: q0 q1 q2 q3 | ...
+        block     0         1          [                  R                   ]
+    """
+    num_batch, num_queries, num_heads, head_dim = q.shape
+    q = pad_end(q, -num_queries % block_q, axis=1)
+    num_groups = num_heads // num_kv_heads
+    q = q.reshape(num_batch, -1, block_q, num_kv_heads, num_groups, head_dim)
+    q = q.transpose(0, 1, 3, 4, 2, 5)  # B, block, K, G, row, H
+    return q.reshape(-1, num_kv_heads, num_groups * block_q, head_dim)
+
+
+def rows_from_blocks(
+    x: Float[Array, "blocks K R H"], *, num_batch: int, num_queries: int, num_groups: int
+) -> Float[Array, "B T N H"]:
+    """The inverse of :func:`rows_to_blocks`, without its padding."""
+    _, num_kv_heads, num_rows, head_dim = x.shape
+    x = x.reshape(num_batch, -1, num_kv_heads, num_groups, num_rows // num_groups, head_dim)
+    x = x.transpose(0, 1, 4, 2, 3, 5)  # B, block, row, K, G, H
+    return x.reshape(num_batch, -1, num_kv_heads * num_groups, head_dim)[:, :num_queries]
