@@ -1,6 +1,7 @@
 """Table and plot of what fine-tuning under a policy brought."""
 
 import statistics
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,10 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return cells
 
 
-HEADER = ["row", "trained with", "seeds"] + [
-    f"{shown}: {part} %" for shown in MODES.values() for part in ("values", "all")
+HEADER = ["line", "trained with", "seeds"] + [
+    f"{letter} {part} %" for letter in ("T", "N") for part in ("values", "all")
 ]
+LEGEND = "T: thinking, N: non-thinking"
 
 
 def print_table(record: dict[str, Any]) -> None:
@@ -49,7 +51,8 @@ def print_table(record: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"tiny-retriever, {record['size']['length']} tokens, {record['device']}")
+    title = f"tiny-retriever, {record['size']['length']} tokens, {record['device']}; {LEGEND}"
+    table = Table(title=title)
     for number, name in enumerate(HEADER):
         table.add_column(name, justify="left" if number < 2 else "right")
     for row in rows(record):
@@ -59,14 +62,14 @@ def print_table(record: dict[str, Any]) -> None:
 
 def markdown(record: dict[str, Any]) -> str:
     """The table, with its command and device."""
+    size = record["size"]
     about = (
-        f"`python benchmarks/tiny_adaptation/run.py`, {record['device']}, JAX "
-        f"{record['versions']['jax']}; "
-        f"{record['size']['samples']} prompts of {record['size']['length']:,} tokens a mode; "
-        "mean over seeds ± the largest distance from it."
+        f"`python benchmarks/tiny_adaptation/run.py`, {record['device']}, "
+        f"JAX {record['versions']['jax']}. {size['samples']} prompts of {size['length']:,} tokens "
+        f"a mode; each figure is the mean over seeds ± the largest distance from it. {LEGEND}."
     )
     lines = [
-        about,
+        textwrap.fill(about, 100, break_on_hyphens=False),
         "",
         "| " + " | ".join(HEADER) + " |",
         "|--|--|" + "--:|" * (len(HEADER) - 2),

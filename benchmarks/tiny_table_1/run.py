@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -237,17 +238,17 @@ def _policies(found: Mapping[str, Any], decode: str, part: int) -> list[dict[str
 def markdown(record: Mapping[str, Any]) -> str:
     """The table, and a table for each base and share."""
     size = record["size"]
-    setting = (
+    setting = _wrapped(
         f"{record['device']}, {record['dtype']}; {size['samples']} prompts a mode of "
         f"{size['length']:,} tokens. score: % of the values found, with its 95% interval; all: % "
         "of the prompts with every value. T: thinking, N: non-thinking. prefill: query-key pairs, "
         "% of full attention's."
     )
-    table = _score_table(record["table"], ("policy",), lambda cell: [cell["policy"]])
+    table = _policy_table(record["table"])
     lines = [f"`{record['command']}`", "", setting, "", *table, ""]
     for selected, scored in zip(record["selections"], record["scores"], strict=True):
         methods = selected["methods"]
-        heading = (
+        heading = _wrapped(
             f"**Window {WINDOW}, {selected['base']}, {selected['share']} of the layers full.** "
             "Mean answer NLL of the calibration samples with all layers full "
             f"{methods['add_one']['nll_all']:.3f}, with none {methods['add_one']['nll_none']:.3f}. "
@@ -256,12 +257,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         lines += [
             heading,
             "",
-            *_score_table(
-                scored["cells"],
-                ("chosen by", "layers", "NLL"),
-                lambda cell, methods=methods: _choice_cells(cell, methods),
-                with_p=True,
-            ),
+            *_choice_table(scored["cells"], methods),
             "",
         ]
     costs = {
@@ -269,54 +265,70 @@ def markdown(record: Mapping[str, Any]) -> str:
         for name, one in record["selections"][0]["methods"].items()
     }
     lines.append(
-        "Sets of layers that a method compared, and its time, in the order they ran, each reading "
-        f"what the others had evaluated: {'; '.join(f'{n}: {c}' for n, c in costs.items())}."
+        _wrapped(
+            "Sets of layers that each method compared, and the time it took, in the order in which "
+            "they ran; each reads what the others had evaluated: "
+            f"{'; '.join(f'{n}: {c}' for n, c in costs.items())}."
+        )
     )
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _choice_cells(cell: Mapping[str, Any], methods: Mapping[str, Any]) -> list[str]:
-    layers = cell["policy_fields"]["full_attention_layers"]
-    nll = next((m["nll_chosen"] for m in methods.values() if m["chosen"] == layers), None)
-    shown = " ".join(map(str, layers)) if layers else "none"
-    return [cell["policy"], shown, "" if nll is None else f"{nll:.3f}"]
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 100, break_on_hyphens=False)
 
 
-def _score_table(
-    cells: Sequence[Mapping[str, Any]],
-    heads: Sequence[str],
-    first: Any,
-    *,
-    with_p: bool = False,
-) -> list[str]:
-    """A row a policy, with both modes beside each other."""
-    columns = [*heads]
-    for mode in ("T", "N"):
-        columns += [f"{mode} score", f"{mode} all", *([f"{mode} p"] if with_p else [])]
-    columns.append("prefill %")
-    by_policy: dict[str, dict[bool, Mapping[str, Any]]] = {}
-    for cell in cells:
-        by_policy.setdefault(cell["policy"], {})[cell["thinking"]] = cell
-    rows = []
-    for modes in by_policy.values():
-        row = first(modes[True])
-        for mode in (True, False):
-            cell = modes[mode]
-            score, p = cell["score"], cell["p_value"]
-            row += [
-                f"{100 * score['mean']:.1f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]",
-                f"{100 * cell['accepted']['mean']:.1f}",
-            ]
-            if with_p:
-                row.append("" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}")
-        rows.append([*row, f"{100 * modes[True]['prefill_share']:.1f}"])
-    text = [len(heads) - 1 >= index for index in range(len(columns))]
-    rule = "|" + "|".join(":--" if left else "--:" for left in text) + "|"
-    return [
-        "| " + " | ".join(columns) + " |",
-        rule,
-        *("| " + " | ".join(row) + " |" for row in rows),
+def _policy_table(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line a policy, with both modes side by side."""
+    columns = ("policy", "T score", "T all", "N score", "N all", "prefill %")
+    lines = [
+        [policy, *_score_cells(modes[True]), *_score_cells(modes[False]), _prefill(modes[True])]
+        for policy, modes in _by_policy(cells).items()
     ]
+    return _table(columns, lines, num_left=1)
+
+
+def _choice_table(cells: Sequence[Mapping[str, Any]], methods: Mapping[str, Any]) -> list[str]:
+    """A line a choice of layers and mode."""
+    columns = ("chosen by", "layers", "NLL", "mode", "score", "all", "p", "prefill %")
+    lines = []
+    for policy, modes in _by_policy(cells).items():
+        layers = modes[True]["policy_fields"]["full_attention_layers"]
+        nll = next((m["nll_chosen"] for m in methods.values() if m["chosen"] == layers), None)
+        shown = " ".join(map(str, layers)) if layers else "none"
+        choice = [policy, shown, "" if nll is None else f"{nll:.3f}"]
+        for mode, cell in (("T", modes[True]), ("N", modes[False])):
+            p = cell["p_value"]
+            shown_p = "" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+            lines.append([*choice, mode, *_score_cells(cell), shown_p, _prefill(cell)])
+            choice = ["", "", ""]
+    return _table(columns, lines, num_left=4)
+
+
+def _by_policy(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[bool, Mapping[str, Any]]]:
+    """Each policy's cells by whether the model thinks."""
+    found: dict[str, dict[bool, Mapping[str, Any]]] = {}
+    for cell in cells:
+        found.setdefault(cell["policy"], {})[cell["thinking"]] = cell
+    return found
+
+
+def _score_cells(cell: Mapping[str, Any]) -> list[str]:
+    score = cell["score"]
+    return [
+        f"{100 * score['mean']:.1f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]",
+        f"{100 * cell['accepted']['mean']:.1f}",
+    ]
+
+
+def _prefill(cell: Mapping[str, Any]) -> str:
+    return f"{100 * cell['prefill_share']:.1f}"
+
+
+def _table(columns: Sequence[str], lines: Sequence[Sequence[str]], *, num_left: int) -> list[str]:
+    """A Markdown table whose first columns are text and the others numbers."""
+    rule = ":--|" * num_left + "--:|" * (len(columns) - num_left)
+    return ["| " + " | ".join(columns) + " |", f"|{rule}", *(f"| {' | '.join(x)} |" for x in lines)]
 
 
 def _put_between_marks(path: Path, text: str) -> None:
