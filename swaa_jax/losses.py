@@ -80,8 +80,8 @@ class LossConfig:
         set_field(self, "others", tuple(sorted(others.items())))
         if not self.factors:
             raise ValueError(
-                "loss: expected sft or self_distill above 0, got 0 for both; nothing would be "
-                "trained"
+                "loss: expected a factor above 0 among sft, self_distill and others, got none; "
+                "nothing would be trained"
             )
 
     @property
