@@ -30,6 +30,7 @@ __all__ = [
     "check_fields",
     "check_keys",
     "describe",
+    "first_of",
     "flag",
     "from_mapping",
     "integer",
@@ -99,6 +100,16 @@ def nearest(word: object, known: Iterable[str]) -> str:
     shown = word[:80] if isinstance(word, str) else show(word)
     near = difflib.get_close_matches(shown, list(known), n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def first_of(entries: Sequence[str], limit: int = 20) -> str:
+    """The entries, or the first of them and how many more there are.
+
+    >>> first_of(["a", "b", "c"], limit=2)
+    'a, b, and 1 more'
+    """
+    more = [f"and {len(entries) - limit} more"] if len(entries) > limit else []
+    return ", ".join([*entries[:limit], *more])
 
 
 def plural(noun: str, count: int) -> str:

@@ -81,5 +81,7 @@ def test_every_field_that_is_wrong_is_named():
 
 
 def test_overrides_are_checked_too(directory):
-    with pytest.raises(ValueError, match=r"vocab_size expected a positive integer, got '61'"):
+    with pytest.raises(
+        ValueError, match=r"config.vocab_size: expected a positive integer, got '61'"
+    ):
         swaa.load_model(directory, config_overrides={"vocab_size": "61"})
