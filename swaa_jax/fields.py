@@ -78,7 +78,7 @@ def show(value: object) -> str:
 
 
 def describe(value: object) -> str:
-    """The same with its type, in at most 200 characters.
+    """A value with its type, for messages, in at most 200 characters.
 
     >>> describe("ful")
     "'ful' (str)"
@@ -415,7 +415,7 @@ def parse_yaml(document: str) -> Any:
 
 
 def parse_json(document: str) -> Any:
-    """The same of JSON.
+    """The content of a JSON document.
 
     Raises:
         ValueError: something is wrong with it.

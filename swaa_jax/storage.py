@@ -78,8 +78,8 @@ def unreadable(path: epath.PathLike, error: BaseException) -> CheckpointError:
 
 @contextlib.contextmanager
 def reading(path: epath.PathLike) -> Iterator[None]:
-    """Whatever fails in the block is that `path` cannot be read: a bucket's library raises what it
-    likes.
+    """Makes whatever fails in the block the error of a path that cannot be read: a bucket's library
+    raises what it likes.
     """
     try:
         yield

@@ -39,7 +39,7 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
     "C64": np.dtype(np.complex64),
 }
-"""Every dtype that a header may name. Which of them can be weights is the reader's matter."""
+"""Every dtype that a header may name. The reader decides which of them can be weights."""
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 

@@ -1,4 +1,4 @@
-"""From what a caller passes to a directory, from a file to JSON; an error for each fault."""
+"""Finds the directory that a caller means, and reads JSON files; each fault has its own error."""
 
 import dataclasses
 import json

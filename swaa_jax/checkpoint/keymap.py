@@ -159,7 +159,7 @@ def load_weights(
     """Reads the parameters of a model, checking every name, shape and dtype first.
 
     Each device's slice is read from the memory map a few rows at a time, turned and cast into its
-    place, so host memory beside the devices' is one tensor and some 30 MB, whatever the model's
+    place, so the host needs memory for one tensor and some 30 MB, whatever the model's
     size. On the CPU, where the devices' memory is the host's, JAX keeps that tensor as it is.
 
     Args:
@@ -169,7 +169,7 @@ def load_weights(
         expected: every parameter of the model: (shape, dtype, sharding or None).
         optional: parameters that may be missing; they are then missing from the result.
         ignored: patterns (`fnmatch`) of checkpoint names that may be there and are not read,
-            beside `IGNORED`.
+            in addition to `IGNORED`.
         tied: checkpoint names that are copies of others, such as
             {"lm_head.weight": "model.embed_tokens.weight"} for tied embeddings. A copy may be
             missing or present; if present it must be equal; alone it stands in for the other.
@@ -373,7 +373,7 @@ def _read_into(
 ) -> None:
     """Fill `out` with the part at `index` of the tensor `name`, which is of `shape` on our side.
 
-    A few rows at a time: a whole tensor beside its turned or cast copy would be twice its memory.
+    It goes by a few rows: a whole tensor and its turned or cast copy would take twice the memory.
     """
     if out.size == 0:
         return

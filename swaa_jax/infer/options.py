@@ -98,7 +98,7 @@ class GenerateOptions:
         """The options, or the defaults, with some fields replaced.
 
         Raises:
-            ValueError: an override that is no field; the nearest one is named.
+            ValueError: an override that is not a field; the nearest one is named.
         """
         check_keys("options", overrides, [field.name for field in dataclasses.fields(cls)])
         return dataclasses.replace(options or cls(), **overrides)

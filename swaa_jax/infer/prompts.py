@@ -37,7 +37,7 @@ def as_batch(prompts: Prompts) -> list[Prompt]:
     [[{'role': 'user', 'content': 'hi'}]]
 
     Raises:
-        ValueError: no prompt at all, or something that is no prompt.
+        ValueError: no prompt at all, or something that is not a prompt.
     """
     if isinstance(prompts, str):
         return [prompts]
@@ -77,8 +77,8 @@ def encode_prompts(
             `COT_INSTRUCTION`, or a text of your own.
 
     Raises:
-        ValueError: an empty prompt, a template option for a prompt that is no message list, or a
-            template that fails.
+        ValueError: an empty prompt, a template option for a prompt that is not a message list, or
+            a template that fails.
     """
     for_chat = {
         "tools": tools is not None,

@@ -209,8 +209,8 @@ def without_lora(model: Model) -> Model:
 def merge_lora(model: Model) -> Model:
     """A model without adapters whose kernels are `W + scale A B`.
 
-    Computed in float32 and rounded once, to the kernel's dtype. There is no unmerge: `model`
-    itself, which is left as it is, still has W and the adapters apart.
+    Computed in float32 and rounded once, to the kernel's dtype. `model` is left as it is: it
+    still has W and the adapters apart.
 
     Raises:
         ValueError: the model has no adapters.

@@ -71,7 +71,7 @@ class Qwen3MoeConfig(DecoderConfig):
 
     @classmethod
     def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """Qwen3's, the experts', and the window that all layers share where there is one."""
+        """Qwen3's fields, the experts', and the window that all layers share where there is one."""
         # Transformers 5 writes `num_local_experts`, files of version 4 have `num_experts`.
         hf = {"num_experts": hf.get("num_local_experts"), **hf}
         cls.require(hf, _EXPERTS)
