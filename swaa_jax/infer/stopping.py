@@ -51,7 +51,7 @@ def make_stop_rules(
     if any(not text for text in strings):
         raise ValueError("stop: expected texts of at least one character, got an empty string")
     if strings and tok is None:
-        raise ValueError("stop: stop strings need a tokenizer, got None; use stop_token_ids")
+        raise ValueError("stop: expected a tokenizer for texts, got None; use stop_token_ids")
     special = [] if tok is None else [text for text in strings if text in tok.all_special_tokens]
     special_ids = [] if tok is None else tok.convert_tokens_to_ids(special)
     return StopRules(

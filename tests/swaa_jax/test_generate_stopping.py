@@ -129,5 +129,5 @@ def test_without_a_tokenizer_only_tokens_matter():
 def test_mistakes():
     with pytest.raises(ValueError, match="stop: expected texts of at least one character"):
         make_stop_rules(TOK, stop=["a", ""])
-    with pytest.raises(ValueError, match="need a tokenizer"):
+    with pytest.raises(ValueError, match="stop: expected a tokenizer"):
         make_stop_rules(None, stop=["a"])
