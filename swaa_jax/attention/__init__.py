@@ -17,6 +17,7 @@ from swaa_jax.attention.caches import (
     RingCache,
     SplitCache,
     build_cache,
+    empty_cache,
     recast_caches,
 )
 from swaa_jax.attention.heads import HeadPart, split_heads
@@ -42,6 +43,7 @@ __all__ = [
     "available_backends",
     "build_cache",
     "check_backend",
+    "empty_cache",
     "full_rows",
     "recast_caches",
     "resolve_backend",

@@ -8,14 +8,20 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import swa_decode, swa_prefill
-from swaa_jax.attention.caches import FullCache, LayerCache, RingCache, SplitCache
+from swaa_jax.attention.caches import (
+    FullCache,
+    LayerCache,
+    RingCache,
+    SplitCache,
+    ring_in_order,
+)
 from swaa_jax.attention.heads import join_heads, split_heads, take_heads
-from swaa_jax.attention.stages import full_rows
+from swaa_jax.attention.stages import full_new_rows, full_rows
 from swaa_jax.attention.traced import GatedLayer, RowWindows
-from swaa_jax.policy import LayerAttention, Stage
+from swaa_jax.policy import LayerAttention
 from swaa_jax.sharding import attention_specs, constrain_heads, target_of
 
 
@@ -64,6 +70,10 @@ class AttentionOptions:
 
 
 DEFAULT_OPTIONS = AttentionOptions()
+
+MAX_DECODE_TOKENS = 8
+"""New tokens a row up to which `swa_decode` reads the cache in place; more are a chunk, which
+`swa_prefill` computes."""
 
 LayerKind: TypeAlias = LayerAttention | LayerChoice | RowWindows | GatedLayer
 """What a layer can be told to see, where it has no cache."""
@@ -148,34 +158,37 @@ def attend_cached(
     *,
     layer: LayerAttention,
     pos_B: Int[Array, " B"],
+    lengths: Int[Array, " B"] | None = None,
     stage_ids: Int[Array, "B n"] | None = None,
+    prompt_lengths: Int[Array, " B"] | None = None,
     options: AttentionOptions = DEFAULT_OPTIONS,
 ) -> tuple[Float[Array, "B n N H"], LayerCache]:
     """Attention of n new tokens a row to the cache and to one another, then the cache with them.
 
-    The block attends before it is written, so that its early rows lose nothing to its late ones.
+    A ring is attended to before it is written, so that early rows lose nothing to late ones::
+
+        cached   [sinks|window]           few tokens: each sees its part of the slots, in place
+        new               + [n tokens]
+        chunk    [sinks|window|n tokens]  many tokens: the slots in order of position, then the
+                                          new ones, as rows of a sequence that begins there
 
     Args:
         q, k, v: the new tokens, RoPE applied at positions `pos_B`, `pos_B + 1`, ...
         cache: what this layer kept of the tokens before.
         layer: what this layer sees.
         pos_B: tokens that each row has seen before these.
+        lengths: how many of the n are real, 0 to n; the rest is padding, whose output means
+            nothing and which is never written. None: all.
         stage_ids: stages of the new tokens. None: all `Stage.ANSWER`. PROMPT tokens see what they
-            would see in a prompt read whole, which under `full_attention_tail` depends on where
-            it ends: that is not known here, so a layer with a tail takes answers alone.
+            would see in a prompt read whole.
+        prompt_lengths: tokens of each row's prompt: where its tail is, if the layer has one and
+            there are stages.
         options: how it is computed.
 
     Raises:
-        NotImplementedError: stages are given, and the layer has a `full_attention_tail`.
         ValueError: a ring cache is given to a layer that needs a full one, or a cache that does
-            not keep its full heads apart.
+            not keep its full heads apart; or a layer with a tail is given stages alone.
     """
-    if stage_ids is not None and layer.full_attention_tail:
-        raise NotImplementedError(
-            f"stage_ids: expected None (all new tokens are answers) under full_attention_tail="
-            f"{layer.full_attention_tail}, got stages; read the whole prompt at once, since its "
-            "tail is only known at its end"
-        )
     num_kv_heads = k.shape[2]
     parts = split_heads(layer, num_kv_heads)
     full_heads = parts[0].heads if len(parts) > 1 else ()
@@ -199,7 +212,9 @@ def attend_cached(
                 kept,
                 layer=part.layer,
                 pos_B=pos_B,
+                lengths=lengths,
                 stage_ids=stage_ids,
+                prompt_lengths=prompt_lengths,
                 options=options,
             )
             outs.append(out)
@@ -208,25 +223,61 @@ def attend_cached(
         joined = join_heads(outs, [part.heads for part in parts])
         return joined, dataclasses.replace(cache, full=full, windowed=windowed)
     layer = parts[0].layer
-    if layer.needs_full_cache and isinstance(cache, RingCache):
+    reads_all = layer.needs_full_cache or (stage_ids is not None and layer.full_attention_tail)
+    if reads_all and isinstance(cache, RingCache):
         raise ValueError(
             "cache: expected a FullCache for a layer with full attention or full-attention "
-            "decoding, got a RingCache; prefill again under this policy"
+            "decoding, or with a tail of prompts still to be read, got a RingCache; prefill again "
+            "under this policy"
         )
     positions = pos_B[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
-    q_full = None
-    if layer.full_decode:
-        q_full = jnp.ones(positions.shape, bool) if stage_ids is None else stage_ids == Stage.ANSWER
+    q_full = full_new_rows(
+        layer, positions=positions, stage_ids=stage_ids, prompt_lengths=prompt_lengths
+    )
+    new = _New(q=q, k=k, v=v, pos_B=pos_B, lengths=lengths, q_full=q_full)
+    if q.shape[1] > MAX_DECODE_TOKENS:
+        out, grown = _attend_chunk(new, cache, layer, options)
+    else:
+        out = _attend_slots(new, cache, layer, options)
+        grown = _written(cache, new, options.mesh)
+    grown_k, grown_v = (constrain_heads(x, options.mesh) for x in (grown.k, grown.v))
+    return out, dataclasses.replace(grown, k=grown_k, v=grown_v)
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _New:
+    """The new tokens of `attend_cached`, for a layer of like heads; `q_full`: rows that see all."""
+
+    q: Float[Array, "B n N H"]
+    k: Float[Array, "B n K H"]
+    v: Float[Array, "B n K H"]
+    pos_B: Int[Array, " B"]
+    lengths: Int[Array, " B"] | None
+    q_full: Bool[Array, "B n"] | None
+
+    def per_row(self) -> dict[str, Array]:
+        """What is known of the rows besides their heads."""
+        known = {"pos_B": self.pos_B, "lengths": self.lengths, "q_full": self.q_full}
+        return {name: array for name, array in known.items() if array is not None}
+
+
+def _attend_slots(
+    new: _New,
+    cache: FullCache | RingCache,
+    layer: LayerAttention,
+    options: AttentionOptions,
+) -> Float[Array, "B n N H"]:
+    """A few tokens: the cache is read in place, each slot by the position that it holds."""
     kernel = functools.partial(
         swa_decode,
         window=layer.window,
         num_sink_tokens=layer.num_sink_tokens,
         **options.for_kernel(),
     )
-    per_row = {"q_positions": positions, "cache_positions": cache.positions(pos_B)}
-    if q_full is not None:
-        per_row["q_full"] = q_full
+    positions = new.pos_B[:, None] + jnp.arange(new.q.shape[1], dtype=jnp.int32)[None, :]
+    per_row = {"q_positions": positions, "cache_positions": cache.positions(new.pos_B)}
+    if new.q_full is not None:
+        per_row["q_full"] = new.q_full
 
     def on_shard(
         q: Array,
@@ -238,34 +289,70 @@ def attend_cached(
     ) -> Any:
         return kernel(q, cache_k, cache_v, new_k=new_k, new_v=new_v, **per_row)
 
-    run = _sharded(on_shard, options.mesh, num_kv_heads=k.shape[2])
-    out = run(q, cache.k, cache.v, k, v, per_row)
-    grown = _written(cache, k, v, pos_B, options.mesh)
-    grown_k, grown_v = (constrain_heads(x, options.mesh) for x in (grown.k, grown.v))
-    return out, dataclasses.replace(grown, k=grown_k, v=grown_v)
+    run = _sharded(on_shard, options.mesh, num_kv_heads=new.k.shape[2])
+    return run(new.q, cache.k, cache.v, new.k, new.v, per_row)
 
 
-def _written(
-    cache: FullCache | RingCache, k: Array, v: Array, pos_B: Array, mesh: Mesh | None
-) -> FullCache | RingCache:
+def _attend_chunk(
+    new: _New,
+    cache: FullCache | RingCache,
+    layer: LayerAttention,
+    options: AttentionOptions,
+) -> tuple[Float[Array, "B n N H"], FullCache | RingCache]:
+    """Many tokens: the end of a sequence whose earlier keys are cached; and the grown cache.
+
+    A full cache is written first, and is that sequence. A ring's slots are put in order: positions
+    that are gone were seen by no row, and leaving them out moves no distance within the window.
+    """
+    kernel = functools.partial(
+        swa_prefill,
+        window=layer.window,
+        num_sink_tokens=layer.num_sink_tokens,
+        **options.for_kernel(),
+    )
+    num_new = new.q.shape[1]
+
+    def on_shard(q: Array, k: Array, v: Array, *rest: Any) -> Any:
+        *chunk, known = rest
+        offset_B = known["pos_B"]
+        if chunk:
+            offset_B = jnp.minimum(offset_B, k.shape[1])
+            in_order = functools.partial(
+                ring_in_order, pos_B=known["pos_B"], num_sink_tokens=layer.num_sink_tokens
+            )
+            k, v = in_order(k, chunk[0]), in_order(v, chunk[1])
+        lengths = offset_B + known.get("lengths", num_new)
+        return kernel(q, k, v, q_offset=offset_B, lengths=lengths, q_full=known.get("q_full"))
+
+    run = _sharded(on_shard, options.mesh, num_kv_heads=new.k.shape[2])
+    grown = _written(cache, new, options.mesh)
+    if isinstance(cache, RingCache):
+        out = run(new.q, cache.k, cache.v, new.k, new.v, new.per_row())
+    else:
+        out = run(new.q, grown.k, grown.v, new.per_row())
+    return out, grown
+
+
+def _written(cache: FullCache | RingCache, new: _New, mesh: Mesh | None) -> FullCache | RingCache:
     """The cache with the new tokens, each device writing its own rows and heads.
 
     Left to the compiler, a write of single tokens would gather the cache.
     """
     if mesh is None:
-        return cache.write(k, v, pos_B)
-    heads, rows = attention_specs(mesh, batch=k.shape[0], num_kv_heads=k.shape[2])
+        return cache.write(new.k, new.v, new.pos_B, new.lengths)
+    heads, rows = attention_specs(mesh, batch=new.k.shape[0], num_kv_heads=new.k.shape[2])
     specs = dataclasses.replace(cache, k=heads, v=heads)
     if isinstance(specs, RingCache):
         specs = dataclasses.replace(specs, slot_positions=rows)
+    known = [x for x in (new.pos_B, new.lengths) if x is not None]
     mapped = jax.shard_map(
-        lambda cache, k, v, pos_B: cache.write(k, v, pos_B),
+        lambda cache, k, v, *known: cache.write(k, v, *known),
         mesh=mesh,
-        in_specs=(specs, heads, heads, rows),
+        in_specs=(specs, heads, heads, *(rows for _ in known)),
         out_specs=specs,
         check_vma=False,
     )
-    return mapped(cache, k, v, pos_B)
+    return mapped(cache, new.k, new.v, *known)
 
 
 def _sharded(kernel: Callable[..., Any], mesh: Mesh | None, *, num_kv_heads: int):

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.layout import pad_end
@@ -192,6 +193,38 @@ class RingCache(Cache):
         )
 
 
+def ring_in_order(
+    ring: Float[Array, "B R K H"],
+    new: Float[Array, "B n K H"],
+    *,
+    pos_B: Int[Array, " B"],
+    num_sink_tokens: int,
+) -> Float[Array, "B S K H"]:
+    """A ring's keys or values in order of position, without a gap the new ones, S = R + n.
+
+    Ring of 2 sinks and 4 more that has seen 9 tokens, and 3 new ones::
+
+        slots     0  1 | 6  7  8  5 |            slot of position p >= 2: 2 + (p - 2) % 4
+        in order  0  1   5  6  7  8  9 10 11     the new ones from min(9, R) = 6 on
+
+    Args:
+        ring: of a `RingCache`, before the new tokens are written.
+        new: the tokens from position `pos_B` on.
+        pos_B: tokens that each row has seen.
+        num_sink_tokens: of the policy; a ring that is shorter never came round.
+    """
+    num_slots, num_new = ring.shape[1], new.shape[1]
+    sinks = min(num_sink_tokens, num_slots - 1)
+    num_moving = num_slots - sinks
+    index = jnp.arange(num_slots + num_new, dtype=jnp.int32)[None, :]
+    seen = jnp.minimum(pos_B, num_slots)[:, None]
+    moved = jnp.maximum(pos_B, num_slots)[:, None] - num_slots  # how far the moving part has come
+    slots = jnp.where(index < sinks, index, sinks + (index - sinks + moved) % num_moving)
+    source = jnp.where(index < seen, slots, num_slots + jnp.clip(index - seen, 0, num_new - 1))
+    both = jnp.concatenate([ring, new.astype(ring.dtype)], axis=1)
+    return jnp.take_along_axis(both, source[:, :, None, None], axis=1)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitCache(Cache):
@@ -334,6 +367,37 @@ def build_cache(
         cache = _ring_from_rows(k, v, lengths=lengths, layer=layer, cache_size=cache_size)
     return dataclasses.replace(
         cache, k=constrain_heads(cache.k, mesh), v=constrain_heads(cache.v, mesh)
+    )
+
+
+def empty_cache(
+    layer: LayerAttention,
+    *,
+    shape: tuple[int, int, int],
+    cache_size: int,
+    dtype: DTypeLike,
+    mesh: Mesh | None = None,
+) -> LayerCache:
+    """A layer's cache before its rows' first token, for prompts that are read in chunks.
+
+    A windowed layer whose prompts have a tail keeps all keys until the prompt is read;
+    `recast_caches` turns its cache into a ring then.
+
+    Args:
+        layer: the layer's policy.
+        shape: rows, KV heads and head dim.
+        cache_size: tokens that a row can become long, as in `build_cache`.
+        dtype: of keys and values.
+        mesh: rows and heads are split over it as in `attend`.
+    """
+    num_rows, num_kv_heads, head_dim = shape
+    padding = jnp.zeros((num_rows, 1, num_kv_heads, head_dim), dtype)
+    while_read = dataclasses.replace(
+        layer, full_decode=layer.full_decode or layer.full_attention_tail > 0
+    )
+    lengths = jnp.zeros((num_rows,), jnp.int32)
+    return build_cache(
+        padding, padding, lengths=lengths, layer=while_read, cache_size=cache_size, mesh=mesh
     )
 
 

@@ -10,7 +10,7 @@ from kernels_pallas.mask import segment_begins
 from swaa_jax.attention.traced import RowWindows
 from swaa_jax.policy import LayerAttention, Stage
 
-__all__ = ["full_rows", "tail_rows"]
+__all__ = ["full_new_rows", "full_rows", "tail_rows"]
 
 
 def full_rows(
@@ -45,6 +45,47 @@ def full_rows(
             begins |= jnp.arange(shape[1]) == lengths[:, None]
         tail = tail_rows(is_answer, begins, size=layer.full_attention_tail)
         rows = tail if rows is None else rows | tail
+    return rows
+
+
+def full_new_rows(
+    layer: LayerAttention,
+    *,
+    positions: Int[Array, "B n"],
+    stage_ids: Int[Array, "B n"] | None = None,
+    prompt_lengths: Int[Array, " B"] | None = None,
+) -> Bool[Array, "B n"] | None:
+    """The rows that see all keys, of a few tokens after others: `full_rows` where it is not known
+    what comes after, but how long the row's prompt is.
+
+    Args:
+        layer: a layer of like heads.
+        positions: where the tokens stand.
+        stage_ids: stage of each token. None: all ANSWER.
+        prompt_lengths: tokens of each row's prompt, which decide on the prompt's tail. Not needed
+            where the layer has none, or all tokens are ANSWER.
+
+    Returns:
+        None where no row can be full, or where the layer is full in any case.
+
+    Raises:
+        ValueError: the layer has a tail, and there are stages but no `prompt_lengths`.
+    """
+    if layer.is_full:
+        return None
+    if stage_ids is None:
+        return jnp.ones(positions.shape, bool) if layer.full_decode else None
+    is_answer = stage_ids == Stage.ANSWER
+    rows = is_answer if layer.full_decode else None
+    if layer.full_attention_tail:
+        if prompt_lengths is None:
+            raise ValueError(
+                "prompt_lengths: expected the length of each row's prompt under "
+                f"full_attention_tail={layer.full_attention_tail}, got None; give it, or read "
+                "prompts whole"
+            )
+        tail = positions >= prompt_lengths[:, None] - layer.full_attention_tail
+        rows = (tail & ~is_answer) if rows is None else jnp.where(is_answer, rows, tail)
     return rows
 
 

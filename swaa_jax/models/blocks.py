@@ -129,6 +129,7 @@ class Rows:
         rotations: cosines and sines of every token's position, by the rope that layers name.
         lengths, stage_ids, segment_ids: as in `swaa_jax.attention.attend`.
         pos_B: with caches, the tokens that each row has seen; None without.
+        prompt_lengths: with caches, where each row's prompt ends, as in `attend_cached`.
         mesh: the devices that the arrays lie on; None: one.
         backend: of attention and experts, as in `swaa_jax.attention.AttentionOptions`.
     """
@@ -138,6 +139,7 @@ class Rows:
     stage_ids: Int[Array, "B T"] | None = None
     segment_ids: Int[Array, "B T"] | None = None
     pos_B: Int[Array, " B"] | None = None
+    prompt_lengths: Int[Array, " B"] | None = None
     mesh: Mesh | None = None
     backend: str = "auto"
 
@@ -258,7 +260,9 @@ class Attention(nnx.Module):
                 cache,
                 layer=layer,  # pyright: ignore[reportArgumentType]  (a choice has no caches)
                 pos_B=rows.pos_B,  # pyright: ignore[reportArgumentType]  (set with caches)
+                lengths=rows.lengths,
                 stage_ids=rows.stage_ids,
+                prompt_lengths=rows.prompt_lengths,
                 options=options,
             )
         out = self.o_proj(out.reshape(*x.shape[:2], -1))

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.mask import segment_positions
-from swaa_jax.attention import Caches, LayerCache, LayerKind, build_cache
+from swaa_jax.attention import Caches, LayerCache, LayerKind, build_cache, empty_cache
 from swaa_jax.fields import wrong
 from swaa_jax.lora import LoraConfig
 from swaa_jax.models.blocks import (
@@ -31,7 +31,7 @@ from swaa_jax.models.config import DecoderConfig
 from swaa_jax.models.head import VocabHead
 from swaa_jax.models.rope import rotation
 from swaa_jax.models.stack import Blocks, Ran, Tap, run_layers
-from swaa_jax.policy import AttentionPolicy, LayerAttention
+from swaa_jax.policy import AttentionPolicy, LayerAttention, Stage
 from swaa_jax.sharding import constrain_batch
 from swaa_jax.typing import PathLike
 
@@ -271,16 +271,84 @@ class CausalLM(nnx.Module):
             caches: from `prefill` or an earlier `decode`; donate them under jit.
             stage_ids: stages of the new tokens; None: all `Stage.ANSWER`.
         """
+        hidden, caches = self._extend(tokens, caches, stage_ids=stage_ids)
+        return self.head(hidden), caches
+
+    def empty_caches(self, num_rows: int, *, cache_size: int) -> Caches:
+        """Caches before the first token, for prompts that `read` reads.
+
+        Args:
+            num_rows: rows of the batch.
+            cache_size: tokens that a row can become long, prompt and answer together.
+        """
+        config = self.config
+        layers = [
+            empty_cache(
+                layer,
+                shape=(num_rows, config.num_kv_heads, config.head_dim),
+                cache_size=cache_size,
+                dtype=self.norm.scale.dtype,
+                mesh=self.mesh,
+            )
+            for layer in self.layer_attention
+        ]
+        return Caches(layers=tuple(layers), pos_B=jnp.zeros((num_rows,), jnp.int32))
+
+    def read(
+        self,
+        tokens: Int[Array, "B n"],
+        caches: Caches,
+        *,
+        lengths: Int[Array, " B"] | None = None,
+        prompt_lengths: Int[Array, " B"] | None = None,
+    ) -> Prefill:
+        """Read the next chunk of each row's prompt; all chunks together are one `prefill`.
+
+        Activations are those of n tokens, whatever the length of the prompt.
+
+        Args:
+            tokens: the next n tokens of every prompt, padded on the right.
+            caches: from `empty_caches` or an earlier `read`; donate them under jit. Where layers
+                have a tail, `recast_caches` makes rings of them once the prompts are read.
+            lengths: how many of the n are real, 0 to n; None: all.
+            prompt_lengths: tokens of each whole prompt; needed under a `full_attention_tail`.
+
+        Returns:
+            The logits after each row's last token in this chunk, and the caches with the chunk.
+        """
+        stage_ids = jnp.full(tokens.shape, Stage.PROMPT, jnp.int32)
+        hidden, caches = self._extend(
+            tokens, caches, stage_ids=stage_ids, lengths=lengths, prompt_lengths=prompt_lengths
+        )
+        return Prefill(logits=self.head(_last_rows(hidden, lengths)), caches=caches)
+
+    def _extend(
+        self,
+        tokens: Int[Array, "B n"],
+        caches: Caches,
+        *,
+        stage_ids: Int[Array, "B n"] | None,
+        lengths: Int[Array, " B"] | None = None,
+        prompt_lengths: Int[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B n D"], Caches]:
+        """Final hidden states of n new tokens a row, and the caches with them."""
         if len(caches.layers) != self.config.num_layers:
             raise ValueError(
                 f"caches: expected {self.config.num_layers} layers, got {len(caches.layers)}; "
                 "prefill with this model"
             )
-        positions = caches.pos_B[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-        rows = self._rows(positions, stage_ids=stage_ids, pos_B=caches.pos_B)
+        num_new = tokens.shape[1]
+        positions = caches.pos_B[:, None] + jnp.arange(num_new, dtype=jnp.int32)[None, :]
+        rows = self._rows(
+            positions,
+            lengths=lengths,
+            stage_ids=stage_ids,
+            pos_B=caches.pos_B,
+            prompt_lengths=prompt_lengths,
+        )
         ran = self._run(tokens, rows, caches=caches.layers)
-        pos_B = caches.pos_B + tokens.shape[1]
-        return self.head(ran.x), Caches(layers=ran.caches, pos_B=pos_B)
+        pos_B = caches.pos_B + (num_new if lengths is None else lengths)
+        return ran.x, Caches(layers=ran.caches, pos_B=pos_B)
 
     def head(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Float32 logits of final hidden states."""
@@ -344,4 +412,5 @@ def _last_rows(
     """The hidden state of each row's last real token."""
     if lengths is None:
         return hidden[:, -1]
-    return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    last = jnp.maximum(lengths - 1, 0)
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]

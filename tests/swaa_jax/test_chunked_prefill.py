@@ -1,0 +1,89 @@
+"""Prompts read in chunks equal prompts read whole: logits, and what is decoded from the caches."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import swaa_jax as swaa
+from swaa_jax.attention import RingCache, recast_caches
+from tests.support.random_models import HF_CONFIG, random_model
+
+LENGTHS = np.array([23, 64, 1, 30])
+WIDTH, CACHE_SIZE = 64, 72
+
+
+def policy(**fields) -> swaa.AttentionPolicy:
+    return swaa.AttentionPolicy(**fields)
+
+
+POLICIES = [
+    policy(),
+    policy(window=5),
+    policy(window=5, num_sink_tokens=3),  # a ring that wraps within a chunk
+    policy(window=20, num_sink_tokens=1),
+    policy(window=100, num_sink_tokens=4),  # a capped ring
+    policy(window=5, num_sink_tokens=2, decode="full"),
+    policy(window=6, num_sink_tokens=2, full_attention_layers="1::2", decode="full"),
+    policy(window=6, num_sink_tokens=2, full_attention_tail=9),
+    policy(window=6, full_attention_tail=3, decode=(1,)),
+    policy(window=7, num_sink_tokens=2, full_attention_heads={0: [1], 2: [0]}),
+]
+
+
+@functools.cache
+def prompts() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return rng.integers(0, HF_CONFIG["vocab_size"], (len(LENGTHS), WIDTH))
+
+
+def whole(model):
+    """Prompts read whole, which other tests hold to the dense oracle."""
+    pre = jax.jit(functools.partial(model.prefill, cache_size=CACHE_SIZE))(
+        jnp.asarray(prompts()), lengths=jnp.asarray(LENGTHS)
+    )
+    return np.asarray(pre.logits), pre.caches
+
+
+def in_chunks(model, chunk: int):
+    """Logits of each row's last token, and the caches that decoding takes."""
+    read = jax.jit(model.read)
+    caches = model.empty_caches(len(LENGTHS), cache_size=CACHE_SIZE)
+    logits = np.full((len(LENGTHS), HF_CONFIG["vocab_size"]), np.nan, np.float32)
+    for start in range(0, WIDTH, chunk):
+        piece = np.zeros((len(LENGTHS), chunk), np.int32)
+        given = prompts()[:, start : start + chunk]
+        piece[:, : given.shape[1]] = given
+        real = np.clip(LENGTHS - start, 0, chunk)
+        out = read(
+            jnp.asarray(piece),
+            caches,
+            lengths=jnp.asarray(real),
+            prompt_lengths=jnp.asarray(LENGTHS),
+        )
+        caches = out.caches
+        ends = (real > 0) & (LENGTHS <= start + chunk)
+        logits[ends] = np.asarray(out.logits)[ends]
+    assert read._cache_size() == 1
+    return logits, recast_caches(caches, model.layer_attention, cache_size=CACHE_SIZE)
+
+
+@pytest.mark.parametrize("chunk", (1, 7, 16, 64))
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_chunks_equal_the_whole(policy, chunk):
+    model = random_model(policy, num_hidden_layers=3)
+    want, want_caches = whole(model)
+    got, caches = in_chunks(model, chunk)
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+    np.testing.assert_array_equal(caches.pos_B, LENGTHS)
+    for ours, theirs in zip(caches.layers, want_caches.layers, strict=True):
+        assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+        if isinstance(ours, RingCache):
+            np.testing.assert_array_equal(ours.slot_positions, theirs.slot_positions)
+    decode = jax.jit(model.decode)
+    answers = jnp.asarray(prompts()[:, :3])
+    np.testing.assert_allclose(
+        decode(answers, caches)[0], decode(answers, want_caches)[0], rtol=2e-5, atol=2e-5
+    )
