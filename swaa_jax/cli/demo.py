@@ -182,7 +182,7 @@ def _policies(args: argparse.Namespace, preset: list[Any]) -> "list[PolicyEntry]
 
     from swaa_jax.configs import find_config
     from swaa_jax.eval.run.config import PolicyEntry, policy_entry, read_document
-    from swaa_jax.fields import list_of, wrong
+    from swaa_jax.fields import list_of, naming, wrong
 
     def read(name: str, entry: Any) -> PolicyEntry:
         entry = policy_entry(name, entry)
@@ -198,15 +198,13 @@ def _policies(args: argparse.Namespace, preset: list[Any]) -> "list[PolicyEntry]
     if args.policies is None:
         return [read("policies", entry) for entry in preset]
     path = epath.Path(find_config("demo", args.policies))
-    try:
+    with naming(path):
         document = read_document(path.read_text())
         (setting, *_) = document.get("settings") or [document]
         found = list_of(read)("policies", setting.get("policies"))
         if not found:
             raise wrong("policies", "at least one", [])
         return list(found)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _with_adapter(model: str, adapter: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from swaa_jax.fields import (
     from_mapping,
     integer,
     list_of,
+    naming,
     number,
     parse_yaml,
     plain,
@@ -151,10 +152,8 @@ class LoraConfig:
             FileNotFoundError: there is no such file.
         """
         path = epath.Path(path)
-        try:
+        with naming(path):
             return cls.from_yaml(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
 
 def _scale(alpha: int | float, rank: int, *, rslora: bool) -> float:

@@ -30,7 +30,7 @@ _TITLE = "Attention policies compared"
 
 
 def write_evaluation(
-    evaluation: Evaluation, summaries: Sequence[CellSummary], *, command: str, title: str = _TITLE
+    evaluation: Evaluation, summaries: Sequence[CellSummary], *, command: str
 ) -> dict[str, epath.Path]:
     """Write all files into the evaluation's directory; each is complete or as it was before.
 
@@ -38,7 +38,6 @@ def write_evaluation(
         evaluation: what was asked and answered.
         summaries: of its cells.
         command: what ran it.
-        title: of the report.
 
     Returns:
         The files' paths by name.
@@ -66,7 +65,7 @@ def write_evaluation(
     ]
     groups = group_summaries(summaries)
     charts = [group_chart(group) for group in groups]
-    about = {"title": title, "command": command}
+    about = {"title": _TITLE, "command": command}
     results = {"schema_version": SCHEMA_VERSION, "cells": [s.to_dict() for s in summaries]}
     run = {**provenance, "seconds": evaluation.seconds, "costs": costs}
     page = html_report(evaluation, groups, charts=charts, provenance=provenance, **about)

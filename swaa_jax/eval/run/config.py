@@ -15,6 +15,7 @@ from swaa_jax.fields import (
     integer,
     list_of,
     mapping,
+    naming,
     number,
     one_of,
     or_none,
@@ -253,10 +254,8 @@ class EvalConfig:
             FileNotFoundError: there is no such file.
         """
         text = epath.Path(path).read_text()
-        try:
+        with naming(path):
             return cls.from_dict(with_overrides(read_document(text), overrides))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
 
 def read_document(document: str) -> dict[str, Any]:
@@ -300,10 +299,8 @@ def policy_entry(name: str, entry: Any) -> PolicyEntry | Mapping[str, Any]:
         return dict(entry)
     fields = dict(entry) if isinstance(entry, Mapping) else entry
     given = fields.pop("name", None) if isinstance(fields, dict) else None
-    try:
+    with naming(name):
         policy = load_policy(fields)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
     if isinstance(entry, str) and "=" not in entry:
         given = entry
     return PolicyEntry(name=str(given or policy), policy=policy)
