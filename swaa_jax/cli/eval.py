@@ -19,7 +19,7 @@ _POLICIES = ("full", "naive", "instruct-no-train")
 _EPILOG = """\
 examples:
   swaa eval --model ./my-model --data mine.jsonl --policies full,naive,instruct-no-train
-      your checkpoint, your questions, three recipes of `swaa recipes`; a row of the data has
+      your checkpoint, your questions, three recipes of `swaa recipes`; a record of the data has
       `prompt`, or `context` and `question`; and `answer`. Then open eval_output/report.html
 
   swaa eval --model tiny-retriever --task ruler,variant=niah_multiquery,length=1024 \\

@@ -54,7 +54,7 @@ class DataConfig:
             one, but must have one that is named. None: no filter.
         min_length: samples with fewer tokens are dropped.
         max_length: longer samples are too long; None: `seq_len`.
-        on_too_long: refuse the data and name the first row too long, or drop and count them.
+        on_too_long: refuse the data and name the first record too long, or drop and count them.
         seq_len: tokens of a row of a batch.
         batch_size: rows of a global batch, over all processes.
         packing: ``"pack"``: several whole samples a row, told apart by segment ids. ``"bucket"``:

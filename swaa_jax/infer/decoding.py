@@ -3,7 +3,7 @@
     prompts --prefill--> logits, caches --first--> token --decode (up to chunk_size steps)--> tokens
                                                      ^------------- host: stops? --------------'
 
-The three jitted functions live at module level and take the model's graph definition as a static
+The three jitted functions live at module level and take the model's `Structure` as a static
 argument, so a second call of the same shapes compiles nothing: `compile_counts` tells.
 
 A model is split once per `generate`, into arrays by name and a `Structure` (`models/function.py`).

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from swaa_jax.fields import integer, list_of, number, or_none, wrong
-from swaa_jax.selection.nll import add_one, remove_one
+from swaa_jax.selection.one_layer import add_one, remove_one
 from swaa_jax.selection.store import Layers, Ranking, ScoreStore
 
 __all__ = ["backward", "greedy", "pairwise"]
