@@ -6,7 +6,7 @@ its value is the families' matter.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from swaa_jax.fields import describe
 
