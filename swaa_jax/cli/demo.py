@@ -155,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
     return _check(config, summaries)
 
 
-def _fields(args: argparse.Namespace) -> dict[str, Any]:
+def _fields(args: argparse.Namespace) -> dict[str, object]:
     """The preset, an evaluation as plain data, with what the flags change."""
     from swaa_jax.configs import config_path
     from swaa_jax.eval.run.config import read_document
@@ -176,7 +176,7 @@ def _fields(args: argparse.Namespace) -> dict[str, Any]:
     return fields | {name: given[name] for name in _EVALUATION if name in given}
 
 
-def _policies(args: argparse.Namespace, preset: list[Any]) -> "list[PolicyEntry]":
+def _policies(args: argparse.Namespace, preset: list[object]) -> "list[PolicyEntry]":
     """The policies of `--policies`, else the preset's, with `--window` and `--sinks`."""
     from etils import epath
 
@@ -184,7 +184,7 @@ def _policies(args: argparse.Namespace, preset: list[Any]) -> "list[PolicyEntry]
     from swaa_jax.eval.run.config import PolicyEntry, policy_entry, read_document
     from swaa_jax.fields import list_of, naming, wrong
 
-    def read(name: str, entry: Any) -> PolicyEntry:
+    def read(name: str, entry: object) -> PolicyEntry:
         entry = policy_entry(name, entry)
         if not isinstance(entry, PolicyEntry):
             raise wrong(name, "a policy's name, text or fields", entry)
@@ -207,7 +207,7 @@ def _policies(args: argparse.Namespace, preset: list[Any]) -> "list[PolicyEntry]
         return list(found)
 
 
-def _with_adapter(model: str, adapter: str) -> dict[str, Any]:
+def _with_adapter(model: str, adapter: str) -> dict[str, object]:
     """A setting: the model with adapters and without, under the policy that they are for."""
     from swaa_jax.checkpoint import read_attention_policy
 

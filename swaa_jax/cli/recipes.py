@@ -146,7 +146,7 @@ def _nothing_fits(recipes: "list[Recipe]", needs: "Needs", args: argparse.Namesp
     )
 
 
-def _plain(recipe: "Recipe") -> dict[str, Any]:
+def _plain(recipe: "Recipe") -> dict[str, object]:
     """A recipe as JSON's types."""
     file = recipe.file
     return {

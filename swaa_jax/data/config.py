@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any
 
 import yaml
 
@@ -175,7 +174,7 @@ class DataConfig:
         """The same from YAML or JSON text."""
         return cls.from_dict(parse_yaml(text))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain data that `from_dict` takes; every field is there."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return plain(fields)

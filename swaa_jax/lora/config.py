@@ -108,7 +108,7 @@ class LoraConfig:
         alpha = _first_match(self.alpha_pattern, names, self.alpha)
         return _scale(alpha, self.rank_of(*names), rslora=self.rslora)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The fields as JSON has them: lists and objects."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         patterns = {name: dict(fields[name]) for name in ("rank_pattern", "alpha_pattern")}

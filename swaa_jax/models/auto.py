@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,9 @@ from swaa_jax.sharding import resolve_mesh, sharding_for, target_of
 from swaa_jax.storage import atomic_directory
 from swaa_jax.typing import PathLike
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 logger = logging.getLogger(__name__)
 
 
@@ -41,7 +44,7 @@ def load_model(
     dtype: jnp.dtype | str = "bfloat16",
     mesh: Mesh | str | None = None,
     revision: str | None = None,
-    config_overrides: Mapping[str, Any] | None = None,
+    config_overrides: Mapping[str, object] | None = None,
     backend: str = "auto",
 ) -> CausalLM:
     """Load a pretrained model from a directory in Hugging Face layout, or from the hub.
@@ -150,7 +153,7 @@ def read_blueprint(
     policy: AttentionPolicy | None,
     dtype: jnp.dtype,
     mesh: Mesh | None = None,
-    config_overrides: Mapping[str, Any] | None = None,
+    config_overrides: Mapping[str, object] | None = None,
     backend: str = "auto",
 ) -> Blueprint:
     """Reads a checkpoint's config and policy; no weights, and no memory for them.
@@ -219,7 +222,7 @@ def save_model(
     model: CausalLM,
     directory: PathLike,
     *,
-    tokenizer: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     max_shard_size: int = 5 * 10**9,
     overwrite: bool = False,
 ) -> epath.Path:
@@ -354,5 +357,5 @@ def check_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def _join(path: Sequence[Any]) -> str:
+def _join(path: Sequence[object]) -> str:
     return ".".join(str(part) for part in path)

@@ -89,7 +89,7 @@ class DecoderConfig:
 
     @classmethod
     def from_hf(
-        cls, hf: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+        cls, hf: Mapping[str, Any], overrides: Mapping[str, object] | None = None
     ) -> "DecoderConfig":
         """Read a `config.json`, old form or new.
 
@@ -159,7 +159,7 @@ class DecoderConfig:
         """Where `parse_rope` finds the settings of the (full-attention) layers' rope."""
         return hf
 
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """The fields that give layers these kinds, and the windowed ones this window.
 
         Args:
@@ -174,7 +174,7 @@ class DecoderConfig:
             raise NotImplementedError(f"window={window}: it has no window")
         return {}
 
-    def to_hf(self, policy: AttentionPolicy | None = None) -> dict[str, Any]:
+    def to_hf(self, policy: AttentionPolicy | None = None) -> dict[str, object]:
         """The HF `config.json` of this model, every unread field included.
 
         Args:
@@ -275,7 +275,7 @@ def _override(
     return {**changed, "rope_parameters": rope, "rope_scaling": None, "rope_theta": None}
 
 
-def _context(hf: Mapping[str, Any], rope: RopeConfig, overrides: Mapping[str, Any]) -> int:
+def _context(hf: Mapping[str, Any], rope: RopeConfig, overrides: Mapping[str, object]) -> int:
     """The longest context: longer than the file says if YaRN was asked for in an override."""
     stated = hf["max_position_embeddings"]
     asked = _ROPE_FIELDS.intersection(overrides) and "max_position_embeddings" not in overrides

@@ -14,7 +14,7 @@ Slices of layers are quoted: ``full_attention_layers: "1::2"``.
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from etils import epath
 
@@ -160,6 +160,6 @@ def load_policy_file(name_or_path: PathLike) -> PolicyFile:
         )
 
 
-def _note(document: dict[str, Any], key: str) -> str:
+def _note(document: dict[str, object], key: str) -> str:
     note = document.get(key, "")
     return " ".join(text(key, note).split()) if note != "" else ""

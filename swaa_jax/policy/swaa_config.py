@@ -25,7 +25,7 @@ SWAA_CONFIG_KEYS = ("sliding_window_size", "keep_first", "force_fa_decode", "non
 
 
 def from_swaa_config(
-    config: Mapping[str, Any] | PathLike, *, num_layers: int | None
+    config: Mapping[str, object] | PathLike, *, num_layers: int | None
 ) -> dict[str, Any]:
     """A policy's fields; see `AttentionPolicy.from_swaa_config`."""
     if not isinstance(config, Mapping):
@@ -65,7 +65,7 @@ def from_swaa_config(
     }
 
 
-def to_swaa_config(policy: "AttentionPolicy", *, num_layers: int | None) -> dict[str, Any]:
+def to_swaa_config(policy: "AttentionPolicy", *, num_layers: int | None) -> dict[str, object]:
     """See `AttentionPolicy.to_swaa_config`."""
     for name in ("full_attention_heads", "full_attention_tail"):
         if getattr(policy, name):

@@ -133,7 +133,7 @@ class Selection:
     seconds: float
     details: Mapping[str, Any]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """All of it as JSON's types."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {
@@ -154,10 +154,10 @@ def select_layers(
     num_full_layers: int,
     policy: AttentionPolicy,
     directory: PathLike | None = None,
-    identity: Mapping[str, Any] | None = None,
+    identity: Mapping[str, object] | None = None,
     rows_at_once: int | None = None,
     progress: ShowProgress | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> Selection:
     """Choose the layers that keep full attention.
 
@@ -241,7 +241,7 @@ def _with_chosen(policy: AttentionPolicy, ranking: Ranking) -> AttentionPolicy:
     return dataclasses.replace(policy, full_attention_heads=heads)
 
 
-def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def check_options(method: str, options: Mapping[str, object]) -> dict[str, Any]:
     """The options, after a check that the method has them and that their values are possible.
 
     What depends on the model, such as which layers there are, is checked by `select_layers`.
@@ -264,8 +264,8 @@ def _identity(
     model: CausalLM,
     samples: Sequence[Sample],
     policy: AttentionPolicy,
-    more: Mapping[str, Any],
-) -> dict[str, Any]:
+    more: Mapping[str, object],
+) -> dict[str, object]:
     config = hashlib.sha256(model.config.hf_json.encode()).hexdigest()
     return {
         "model": None if model.source is None else str(model.source),

@@ -11,7 +11,6 @@ Methods share it: what one has evaluated, another one reads.
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -110,7 +109,7 @@ class Ranking:
     scores: tuple[float, ...]
     chosen: Layers
     num_evaluations: int = 0
-    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    details: Mapping[str, object] = dataclasses.field(default_factory=dict)
     heads: Mapping[int, tuple[int, ...]] | None = None
 
 

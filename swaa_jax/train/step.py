@@ -19,7 +19,7 @@ from swaa_jax.models.causal_lm import EMBEDDING
 from swaa_jax.models.function import ModelFunction, Structure
 from swaa_jax.train.config import StepConfig
 from swaa_jax.train.optimizer import learning_rate, make_optimizer
-from swaa_jax.train.placement import place_batch
+from swaa_jax.train.placement import StepBatch, place_batch
 from swaa_jax.train.weights import Weights
 from swaa_jax.typing import PRNGKeyArray
 
@@ -42,7 +42,7 @@ class TrainState:
 
     step: Int[Array, ""]
     trainable: dict[str, Any]
-    opt_state: Any
+    opt_state: optax.OptState
 
 
 def make_step(model: CausalLM, config: StepConfig, *, consume: bool = False) -> "Trainer":
@@ -148,7 +148,7 @@ class Trainer:
             lambda x, on: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on), shapes, self._layout
         )
 
-    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def __call__(self, state: TrainState, batch: StepBatch) -> tuple[TrainState, Metrics]:
         """One optimizer step. The state given is gone afterwards: its memory is the new one's.
 
         Returns:
@@ -164,7 +164,7 @@ class Trainer:
         """
         return self._run(state, self.frozen, self.put(batch))
 
-    def evaluate(self, state: TrainState, batch: Any) -> Metrics:
+    def evaluate(self, state: TrainState, batch: StepBatch) -> Metrics:
         """The metrics of a batch without a step, and without dropout."""
         return self._run_evaluation(state, self.frozen, self.put(batch))
 
@@ -176,11 +176,11 @@ class Trainer:
         """Programs that steps were compiled to: one for each shape of batches."""
         return self._run._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
 
-    def lower(self, batch: Any) -> jax.stages.Lowered:
+    def lower(self, batch: StepBatch) -> jax.stages.Lowered:
         """The step's program for a batch of this shape; of a model of shapes too."""
         return self._run.lower(self.abstract_state(), self.frozen, self.put(batch))
 
-    def put(self, batch: Any) -> dict[str, Any]:
+    def put(self, batch: StepBatch) -> dict[str, Any]:
         """A batch on its devices, `[accumulate, B, T]`, ahead of its step; see `place_batch`."""
         return place_batch(batch, accumulate=self.config.accumulate, mesh=self._mesh)
 

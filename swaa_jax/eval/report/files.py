@@ -11,7 +11,6 @@ import dataclasses
 import io
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from etils import epath
 
@@ -20,6 +19,7 @@ from swaa_jax.eval.report.charts import group_chart, png
 from swaa_jax.eval.report.document import html_report, markdown_report
 from swaa_jax.eval.report.summary import CellSummary, group_summaries
 from swaa_jax.eval.run import Evaluation, PolicyEntry
+from swaa_jax.eval.run.store import AnswerRecord
 
 __all__ = ["SCHEMA_VERSION", "write_evaluation"]
 
@@ -86,11 +86,11 @@ def write_evaluation(
     return {name: directory / name for name in contents}
 
 
-def _json(document: Mapping[str, Any]) -> str:
+def _json(document: Mapping[str, object]) -> str:
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
-def _plain_config(evaluation: Evaluation) -> dict[str, Any]:
+def _plain_config(evaluation: Evaluation) -> dict[str, object]:
     """The config as JSON's types."""
     config = evaluation.config
     fields = {
@@ -125,7 +125,7 @@ def _plain_config(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _parquet(answers: Sequence[Mapping[str, Any]]) -> bytes:
+def _parquet(answers: Sequence[AnswerRecord]) -> bytes:
     import pyarrow
     import pyarrow.parquet
 

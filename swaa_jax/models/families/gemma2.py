@@ -20,7 +20,7 @@ class Gemma2Config(GemmaConfig):
             return hf["layer_types"]
         return [FULL if layer % 2 else WINDOWED for layer in range(hf["num_hidden_layers"])]
 
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """A kind for each layer."""
         return {
             "sliding_window": window or self.max_position_embeddings,

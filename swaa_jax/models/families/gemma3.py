@@ -56,7 +56,7 @@ class Gemma3Config(GemmaConfig):
         """The fields of both Gemmas and this family's own."""
         return super().hf_fields() | {"rope_local_base_freq", "sliding_window_pattern"}
 
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """Another window for the local layers: a layer's kind chooses its rope too, so it stays.
 
         No window is one that is as long as the context.

@@ -28,7 +28,7 @@ class MistralConfig(DecoderConfig):
         """The common fields, less the bias that there never is, and the window."""
         return super().hf_fields() - {"attention_bias"} | {"sliding_window"}
 
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """One window for all layers; where they differ the model is a Ministral, same weights."""
         if len(set(kinds)) == 1:
             return {"sliding_window": window}
@@ -56,7 +56,7 @@ class MinistralConfig(MistralConfig):
         """Mistral's fields, and the layers' kinds."""
         return super().hf_fields() | {"layer_types"}
 
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """A kind for each layer. Transformers wants a window there even where no layer has it."""
         return {
             "sliding_window": window or self.max_position_embeddings,

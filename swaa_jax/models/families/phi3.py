@@ -36,7 +36,7 @@ class Phi3Config(DecoderConfig):
         """The common fields, less biases and a head size that there never are, and the window."""
         return super().hf_fields() - {"attention_bias", "head_dim"} | {"sliding_window"}
 
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """One window for all layers."""
         return {"sliding_window": one_window(kinds, window)}
 

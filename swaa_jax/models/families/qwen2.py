@@ -24,6 +24,6 @@ class Qwen2Config(DecoderConfig):
         window = {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
         return super().hf_fields() - {"attention_bias"} | window
 
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """A kind for each layer."""
         return kinds_fields(kinds, window)

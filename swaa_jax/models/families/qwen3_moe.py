@@ -92,7 +92,7 @@ class Qwen3MoeConfig(DecoderConfig):
         window = {"use_sliding_window", "sliding_window"}
         return super().hf_fields() | frozenset(_EXPERTS) | layers | window
 
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """One window for all layers."""
         window = one_window(kinds, window)
         return {"use_sliding_window": window is not None, "sliding_window": window}

@@ -6,7 +6,7 @@ Source: arXiv 2404.06654, NVIDIA/RULER `scripts/data/synthetic/niah.py`, `script
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from swaa_jax.eval.tasks.ruler import text
 from swaa_jax.eval.tasks.ruler.prompts import (
@@ -120,7 +120,7 @@ def niah_multiquery(
     num_keys: int = 4,
     num_queries: int = 4,
     enable_thinking: bool = False,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
+    chat_template_kwargs: Mapping[str, object] | None = None,
     use_chat_template: bool | None = None,
 ) -> list[RulerSample]:
     """Samples of RULER's multi-query task, worded for several values whatever `num_queries` is.

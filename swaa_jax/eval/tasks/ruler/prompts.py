@@ -93,7 +93,7 @@ class Renderer:
         tokenizer: "PreTrainedTokenizerBase",
         *,
         enable_thinking: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
         use_chat_template: bool | None = None,
     ) -> "Renderer":
         """A renderer for a tokenizer.

@@ -43,7 +43,7 @@ class RulerTask(Task):
     """
 
     name: ClassVar[str] = "ruler"
-    judge: ClassVar[Mapping[str, Any]] = {"name": "ruler"}
+    judge: ClassVar[Mapping[str, object]] = {"name": "ruler"}
     max_new_tokens: ClassVar[int] = 128
 
     variant: str = "niah_multiquery"
