@@ -270,7 +270,7 @@ def test_wrong_calls_are_refused():
         with pytest.raises(ValueError, match="others: expected a mapping, got"):
             LossConfig(others=value)
     with pytest.raises(
-        ValueError, match="top_k: expected None, got 8 .int.; reverse_kl compares all"
+        ValueError, match=r"top_k: expected None, got 8 \(int\); reverse_kl compares all"
     ):
         LossConfig(others={"reverse_kl": 1.0}, top_k=8)
 
