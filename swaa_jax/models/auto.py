@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from swaa_jax import checkpoint
 from swaa_jax.attention import check_backend
 from swaa_jax.checkpoint import WeightReader, WeightRule
+from swaa_jax.checkpoint.keymap import Expected
 from swaa_jax.fields import show, wrong
 from swaa_jax.models.causal_lm import CausalLM
 from swaa_jax.models.config import DecoderConfig
@@ -119,7 +120,7 @@ class Blueprint:
 
     model: CausalLM
     params: dict[Any, Any]
-    expected: dict[str, Any]
+    expected: dict[str, Expected]
     rules: tuple[WeightRule, ...]
     tied: Mapping[str, str] | None
 
