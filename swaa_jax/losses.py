@@ -112,7 +112,7 @@ class LossConfig:
         """Whether any of them compares with a teacher."""
         return any(LOSSES[name].needs_teacher for name in self.factors)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """All fields; `others` only where there are some, so that earlier versions read it."""
         fields = dataclasses.asdict(self) | {"others": dict(self.others)}
         return {name: value for name, value in fields.items() if value or name != "others"}

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from swaa_jax.cli import process_args
+from swaa_jax.cli import Commands, process_args
 
 if TYPE_CHECKING:
     from swaa_jax.eval.report import CellSummary
@@ -57,7 +57,7 @@ default length and haystack, which means that something is broken; 2 for a wrong
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Commands) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "demo",

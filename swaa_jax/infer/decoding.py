@@ -218,7 +218,7 @@ def decode_rows(
         produced += num_steps
 
 
-def _compile(function: Any, *args: Any, **static: Any) -> float:
+def _compile(function: jax.stages.Wrapped, *args: object, **static: object) -> float:
     """Compile for these arguments, which the next call then finds done; seconds it took."""
     start = time.perf_counter()
     function.lower(*args, **static).compile()

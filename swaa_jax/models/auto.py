@@ -17,10 +17,11 @@ from jax.sharding import Mesh
 from swaa_jax import checkpoint
 from swaa_jax.attention import check_backend
 from swaa_jax.checkpoint import WeightReader, WeightRule
+from swaa_jax.checkpoint.keymap import Expected
 from swaa_jax.fields import show, wrong
 from swaa_jax.models.causal_lm import CausalLM
 from swaa_jax.models.config import DecoderConfig
-from swaa_jax.models.config_types import check_config_types
+from swaa_jax.models.config_types import HfConfig, check_config_types
 from swaa_jax.models.families import FAMILIES, ModelFamily
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.runtime import is_main_process, wait_for_all
@@ -119,7 +120,7 @@ class Blueprint:
 
     model: CausalLM
     params: dict[Any, Any]
-    expected: dict[str, Any]
+    expected: dict[str, Expected]
     rules: tuple[WeightRule, ...]
     tied: Mapping[str, str] | None
 
@@ -185,7 +186,7 @@ def read_blueprint(
 
 
 def model_from_config(
-    hf_config: Mapping[str, Any],
+    hf_config: HfConfig,
     *,
     policy: AttentionPolicy | None = None,
     dtype: jnp.dtype | str = "float32",
@@ -301,7 +302,7 @@ def _check_backend(backend: str, mesh: Mesh | None) -> None:
     check_backend(backend, platform=None if target is None else target.platform)
 
 
-def _family(hf_config: Mapping[str, Any]) -> ModelFamily:
+def _family(hf_config: HfConfig) -> ModelFamily:
     model_type = str(hf_config.get("model_type"))
     if model_type not in FAMILIES:
         raise NotImplementedError(

@@ -6,9 +6,12 @@ its value is the families' matter.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
 from swaa_jax.fields import describe
+
+HfConfig: TypeAlias = Mapping[str, Any]
+"""The content of a `config.json`; `check_config_types` has seen the types of its values."""
 
 _MAX_LAYERS = 10_000  # more would be built before the weights could tell that there are fewer
 

@@ -1,9 +1,10 @@
 """Mistral: the common decoder with one window for all layers. Ministral: a kind for each layer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from swaa_jax.models.config import DecoderConfig, layer_kinds_policy
+from swaa_jax.models.config_types import HfConfig
 
 
 class MistralConfig(DecoderConfig):
@@ -13,12 +14,12 @@ class MistralConfig(DecoderConfig):
     architecture: ClassVar[str] = "MistralForCausalLM"
 
     @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
         """The window of all layers."""
         return {"own": layer_kinds_policy(hf, cls.layer_kinds(hf), hf.get("sliding_window"))}
 
     @classmethod
-    def layer_kinds(cls, hf: Mapping[str, Any]) -> list[str] | None:
+    def layer_kinds(cls, hf: HfConfig) -> list[str] | None:
         """Each layer's kind; None: all are windowed."""
         del hf
         return None
@@ -47,7 +48,7 @@ class MinistralConfig(MistralConfig):
     architecture: ClassVar[str] = "MinistralForCausalLM"
 
     @classmethod
-    def layer_kinds(cls, hf: Mapping[str, Any]) -> list[str] | None:
+    def layer_kinds(cls, hf: HfConfig) -> list[str] | None:
         """What `layer_types` says."""
         return hf.get("layer_types")
 

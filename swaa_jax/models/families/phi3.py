@@ -12,6 +12,7 @@ from swaa_jax.checkpoint.keymap import WeightRule
 from swaa_jax.models import weight_rules as weights
 from swaa_jax.models.causal_lm import CausalLM
 from swaa_jax.models.config import DecoderConfig, layer_kinds_policy
+from swaa_jax.models.config_types import HfConfig
 from swaa_jax.models.interop import one_window
 
 
@@ -24,7 +25,7 @@ class Phi3Config(DecoderConfig):
     rope_types: ClassVar[tuple[str, ...]] = ("default",)
 
     @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
         """Head size from the width, no biases, and the window of all layers."""
         return {
             "head_dim": hf["hidden_size"] // hf["num_attention_heads"],
