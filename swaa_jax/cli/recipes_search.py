@@ -7,8 +7,8 @@ from swaa_jax.cli.task_args import add_task_arguments, tasks_from_args, with_jud
 _GIB = 1 << 30
 
 
-def add_search_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--search` and what goes with it."""
+def add_search_arguments(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Add `--search` and what goes with it; gives the flags that mean nothing without it."""
     group = parser.add_argument_group(
         "search for a policy of your own (with --model, and --data or --task)",
         "Every combination of the values below answers a few samples; the better half goes on to "
@@ -33,6 +33,7 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=8, metavar="N", help="prompts at once, default 8")
     add("--output", default="search_output", metavar="DIR", help="default: %(default)s")
     add_task_arguments(group)
+    return [action for action in group._group_actions if action.dest != "search"]
 
 
 def run_search(args: argparse.Namespace, *, num_layers: int) -> int:

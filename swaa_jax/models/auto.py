@@ -23,7 +23,7 @@ from swaa_jax.models.causal_lm import CausalLM
 from swaa_jax.models.config import DecoderConfig
 from swaa_jax.models.config_types import HfConfig, check_config_types
 from swaa_jax.models.families import FAMILIES, ModelFamily
-from swaa_jax.policy import AttentionPolicy
+from swaa_jax.policy import AttentionPolicy, PolicyLike, load_policy
 from swaa_jax.runtime import is_main_process, wait_for_all
 from swaa_jax.sharding import resolve_mesh, sharding_for, target_of
 from swaa_jax.storage import atomic_directory
@@ -41,7 +41,7 @@ _DTYPES = ("bfloat16", "float16", "float32")
 
 def load_model(
     path: PathLike,
-    policy: AttentionPolicy | None = None,
+    policy: PolicyLike | None = None,
     dtype: jnp.dtype | str = "bfloat16",
     mesh: Mesh | str | None = None,
     revision: str | None = None,
@@ -55,8 +55,10 @@ def load_model(
             (`gs://...`); a Hugging Face hub id such as `Qwen/Qwen3-4B`, of which what is needed is
             downloaded to the hub's cache; or `"tiny-retriever"`, the small model that this
             package ships.
-        policy: what each token may see. None takes `attention_policy.json` if the directory has
-            one, else the checkpoint's own window, else full attention; the choice is logged.
+        policy: what each token may see, in any form that `swaa_jax.policy.load_policy` reads, such
+            as "window=64,sinks=4" or the name of a shipped one. None takes `attention_policy.json`
+            if the directory has one, else the checkpoint's own window, else full attention; the
+            choice is logged.
         dtype: of parameters and activations: bfloat16, float16 or float32.
         mesh: None (one device), `"auto"` (all devices along fsdp), or a mesh with the axes of
             `swaa_jax.sharding.MESH_AXES`. Each device then reads only its own slices.
@@ -151,7 +153,7 @@ class Source(os.PathLike[str]):
 def read_blueprint(
     directory: epath.Path,
     *,
-    policy: AttentionPolicy | None,
+    policy: PolicyLike | None,
     dtype: jnp.dtype,
     mesh: Mesh | None = None,
     config_overrides: Mapping[str, object] | None = None,
@@ -313,10 +315,12 @@ def _family(hf_config: HfConfig) -> ModelFamily:
 
 
 def _choose_policy(
-    directory: epath.Path, config: DecoderConfig, policy: AttentionPolicy | None
+    directory: epath.Path,
+    config: DecoderConfig,
+    policy: PolicyLike | None,
 ) -> AttentionPolicy:
     if policy is not None:
-        chosen, why = policy, "the caller's"
+        chosen, why = load_policy(policy), "the caller's"
     elif (
         saved := checkpoint.read_attention_policy(directory, num_layers=config.num_layers)
     ) is not None:

@@ -14,7 +14,7 @@ Slices of layers are quoted: ``full_attention_layers: "1::2"``.
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from etils import epath
 
@@ -36,7 +36,7 @@ from swaa_jax.fields import (
 from swaa_jax.policy.policy import AttentionPolicy
 from swaa_jax.typing import PathLike
 
-__all__ = ["Evidence", "Needs", "PolicyFile", "load_policy", "load_policy_file"]
+__all__ = ["Evidence", "Needs", "PolicyFile", "PolicyLike", "load_policy", "load_policy_file"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,11 @@ class PolicyFile:
         return tuple(dict.fromkeys(one.model for one in self.evidence))
 
 
-def load_policy(policy: AttentionPolicy | Mapping[str, object] | PathLike) -> AttentionPolicy:
+PolicyLike: TypeAlias = AttentionPolicy | Mapping[str, object] | PathLike
+"""A policy, however it is given: see `load_policy`."""
+
+
+def load_policy(policy: PolicyLike) -> AttentionPolicy:
     """A policy, however it is given: everything that takes a policy reads it here.
 
     Args:

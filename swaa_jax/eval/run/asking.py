@@ -206,11 +206,11 @@ class Asking:
         if len(fits) < len(samples) and self._config.too_long == "error":
             longest = max(len(ids) for ids in prompts)
             raise ValueError(
-                f"task {self._task.name}: {len(samples) - len(fits)} of {len(samples)} prompts do "
-                f"not fit {self._entry.label}'s context of {context} tokens beside answers of "
-                f"up to {self._options.max_new_tokens} (the longest prompt has {longest}). Set "
-                "too_long=skip to leave them out, lower max_new_tokens or max_thinking_tokens, or "
-                "extend the model's context by config_overrides"
+                f"task {self._task.name}: expected prompts that fit {self._entry.label}'s context "
+                f"of {context} tokens with answers of up to {self._options.max_new_tokens}, got "
+                f"{len(samples) - len(fits)} of {len(samples)} that do not (the longest has "
+                f"{longest} tokens); set too_long=skip to leave them out, lower max_new_tokens or "
+                "max_thinking_tokens, or extend the model's context by config_overrides"
             )
         return fits
 
