@@ -356,5 +356,33 @@ class _Parquet(_File):
             self._decoded[group] = table  # the newest last
             while len(self._decoded) > 2:
                 self._decoded.pop(next(iter(self._decoded)))
-        (fields,) = table.slice(index - int(self._starts[group]), 1).to_pylist()
+        row = table.slice(index - int(self._starts[group]), 1)
+        (fields,) = row.to_pylist()
+        fields = {
+            field.name: _without_invented_nulls(fields[field.name], field.type)
+            for field in row.schema
+        }
         return Record(file=self.name, index=index, fields=fields)
+
+
+def _without_invented_nulls(value: Any, kind: Any) -> Any:
+    """A value without the nested keys that are null because other records have them.
+
+    A parquet file has every key in every record. What was absent cannot be told from a null, which
+    hardly anybody writes; but a key that is null in all records is there because it was written.
+    """
+    import pyarrow
+
+    types = pyarrow.types
+    if value is None:
+        return None
+    if types.is_struct(kind):
+        fields = [kind.field(number) for number in range(kind.num_fields)]
+        return {
+            field.name: _without_invented_nulls(value[field.name], field.type)
+            for field in fields
+            if value[field.name] is not None or types.is_null(field.type)
+        }
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return [_without_invented_nulls(item, kind.value_type) for item in value]
+    return value

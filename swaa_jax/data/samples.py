@@ -16,7 +16,7 @@ import logging
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -25,6 +25,7 @@ from jaxtyping import Int
 from swaa_jax.data.config import DataConfig
 from swaa_jax.data.encode import Encoder, Sample
 from swaa_jax.data.reading import read_ahead
+from swaa_jax.examples import warn_unused
 from swaa_jax.policy import Stage
 from swaa_jax.progress import show_progress
 from swaa_jax.records import DataError, Record, Records, find_files, open_records, records_of
@@ -38,7 +39,7 @@ __all__ = ["SampleReport", "Samples", "prepare_samples"]
 
 log = logging.getLogger(__name__)
 
-_VERSION = 2
+_VERSION = 3
 _META = "meta.json"
 _USUAL_JUDGE = "judge"  # looked for, not asked for
 _SETTINGS = (
@@ -149,22 +150,30 @@ def prepare_samples(
 
 
 class _EncodeRecord:
-    """A record's samples, or None where it was judged wrong. Grain maps it over the records."""
+    """A record's samples. Grain maps it over the records."""
 
     def __init__(self, encoder: Encoder, judge_column: str | None):
         self._encoder, self._judge = encoder, judge_column
 
-    def __call__(self, record: Record) -> tuple[str, list[Sample] | None]:
-        if self._judge not in (None, _USUAL_JUDGE, *record.fields):
+    def __call__(self, record: Record) -> "_Encoded":
+        verdict = None if self._judge is None else record.fields.get(self._judge)
+        if verdict is None and self._judge not in (None, _USUAL_JUDGE):
             raise DataError(
                 f"{record.place}: judge_column: expected the verdict in {self._judge!r}, got the "
                 f"columns {record.columns}; correct it, or set it to null to train on all records"
             )
-        if self._judge is not None and self._judge in record.fields:
-            value = record.fields[self._judge]
-            if str(value).strip().lower() not in ("1", "1.0", "true"):
-                return record.place, None
-        return record.place, self._encoder(record)
+        if verdict is not None and str(verdict).strip().lower() not in ("1", "1.0", "true"):
+            return _Encoded(record.place, None)
+        samples, unused = self._encoder.with_unused(record)
+        return _Encoded(record.place, samples, tuple(n for n in unused if n != self._judge))
+
+
+class _Encoded(NamedTuple):
+    """A record's place, its samples or None where it was judged wrong, and unused columns."""
+
+    place: str
+    samples: list[Sample] | None
+    unused: tuple[str, ...] = ()
 
 
 def _first_pass(
@@ -180,7 +189,10 @@ def _first_pass(
         ("judged_wrong", "too_short", "too_long", "num_tokens", "num_targets"), 0
     )
     digest, num_samples = hashlib.sha256(), 0
-    for number, (place, samples) in enumerate(_encoded(records, encoder, config, progress)):
+    unused: dict[str, None] = {}
+    for number, encoded in enumerate(_encoded(records, encoder, config, progress)):
+        place, samples, columns = encoded
+        unused |= dict.fromkeys(columns)
         counts["judged_wrong"] += samples is None
         for part, sample in enumerate(samples or ()):
             if len(sample) > limit:
@@ -203,6 +215,7 @@ def _first_pass(
                 num_samples += 1
                 counts["num_tokens"] += len(sample)
                 counts["num_targets"] += int(sample.is_target.sum())
+    warn_unused(unused)
     writer.digest = digest.hexdigest()
     report = SampleReport(records=len(records), samples=num_samples, **counts)
     if not num_samples:
@@ -215,7 +228,7 @@ def _first_pass(
 
 def _encoded(
     records: Records, encoder: Encoder, config: DataConfig, progress: bool
-) -> Iterator[tuple[str, list[Sample] | None]]:
+) -> "Iterator[_Encoded]":
     import grain
 
     mapped = grain.MapDataset.source(records).map(_EncodeRecord(encoder, config.judge_column))

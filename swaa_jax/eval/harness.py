@@ -20,6 +20,7 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
     make_disjoint_window,
 )
 
+from swaa_jax.chats import render_chat
 from swaa_jax.checkpoint import load_tokenizer
 from swaa_jax.eval.judging import strip_thinking
 from swaa_jax.infer import GenerateOptions, generate
@@ -141,13 +142,9 @@ class SwaaLM(TemplateLM):
     ) -> str:
         """The chat as text, by the tokenizer's template."""
         thinking = {} if self._thinking is None else {"enable_thinking": self._thinking}
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-            **thinking,
-        )
+        return render_chat(
+            self.tokenizer, chat_history, variables=thinking, continued=not add_generation_prompt
+        ).text
 
     def _loglikelihood_tokens(
         self,
