@@ -21,12 +21,12 @@ finds none takes the response. A chat that ends with the assistant's message has
 
 import dataclasses
 import functools
-import json
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from swaa_jax.chats import ChatError, Message, Tools, normal_messages, normal_tools
+from swaa_jax.fields import parse_json
 from swaa_jax.records import DataError, Record
 
 __all__ = ["COLUMNS", "FORMATS", "Example", "read_example", "warn_unused"]
@@ -334,6 +334,6 @@ def _messages(record: Record, column: str) -> tuple[Message, ...]:
 def _parsed(text: str) -> Any:
     """What JSON text holds (parquet files often keep messages and tools so), or the text itself."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except ValueError:
         return text

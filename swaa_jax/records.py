@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from swaa_jax.fields import describe
+from swaa_jax.fields import describe, problem_within, show
 from swaa_jax.storage import CheckpointError, reading
 
 __all__ = ["DataError", "Record", "Records", "find_files", "open_records", "records_of"]
@@ -234,6 +234,9 @@ def _checked(name: str, index: int, fields: Any, line: int | None = None) -> Rec
             f"{record.place}: expected a JSON object, got {describe(fields)}; a record looks like "
             '{"prompt": ..., "response": ...}'
         )
+    for column, value in record.fields.items():
+        if problem := problem_within((column, value)):
+            raise DataError(f"{record.place}: {show(column)}: {problem}; mend or remove the record")
     return record
 
 
@@ -357,12 +360,19 @@ class _Parquet(_File):
             while len(self._decoded) > 2:
                 self._decoded.pop(next(iter(self._decoded)))
         row = table.slice(index - int(self._starts[group]), 1)
-        (fields,) = row.to_pylist()
+        try:
+            (fields,) = row.to_pylist()
+        except UnicodeDecodeError as error:
+            place = Record(file=self.name, index=index, fields={}).place
+            raise DataError(
+                f"{place}: expected Unicode text, got bytes that are not UTF-8 ({_reason(error)}); "
+                "write the file again with the text decoded"
+            ) from error
         fields = {
             field.name: _without_invented_nulls(fields[field.name], field.type)
             for field in row.schema
         }
-        return Record(file=self.name, index=index, fields=fields)
+        return _checked(self.name, index, fields)
 
 
 def _without_invented_nulls(value: Any, kind: Any) -> Any:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from swaa_jax.fields import describe, parse_json, show
+from swaa_jax.fields import describe, parse_json, problem_within, show
 
 __all__ = ["ChatError", "Message", "Tools", "normal_messages", "normal_tools"]
 
@@ -93,6 +93,8 @@ def _tool(tool: Any, name: str) -> object:
         tool = _json(tool, name, "a mapping, or its JSON")
     if not isinstance(tool, Mapping):
         raise _wrong(name, "a mapping that describes a tool", tool)
+    if problem := problem_within(tool):
+        raise ChatError(f"{name}: {problem}")
     return tool
 
 
@@ -102,6 +104,8 @@ def _normal(one: object, name: str) -> Message:
     message = {str(key): value for key, value in one.items() if value is not None}
     if "from" in message and "role" not in message:
         message = {"role": message.pop("from"), "content": message.pop("value", ""), **message}
+    if problem := problem_within(message):
+        raise ChatError(f"{name}: {problem}")
     role = message.get("role")
     if not isinstance(role, str):
         raise _wrong(name, "role and content, or from and value", one)

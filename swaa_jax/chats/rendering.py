@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from swaa_jax.chats.messages import ChatError, Message, Tools, normal_messages, normal_tools
 from swaa_jax.chats.process import render_apart
-from swaa_jax.fields import describe, show
+from swaa_jax.fields import describe, problem_within, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -282,6 +282,8 @@ def _known(tok: "PreTrainedTokenizerBase") -> dict[str, Any]:
 
 def _json(variables: Mapping[str, Any]) -> Mapping[str, Any]:
     for name, value in variables.items():
+        if problem := problem_within((name, value)):
+            raise ChatError(f"chat_template_kwargs: {problem}")
         try:
             json.dumps(value)
         except (TypeError, ValueError, RecursionError) as error:

@@ -23,6 +23,7 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 from swaa_jax.chats import render_chat
 from swaa_jax.checkpoint import load_tokenizer
 from swaa_jax.eval.judging import strip_thinking
+from swaa_jax.fields import problem_within
 from swaa_jax.infer import GenerateOptions, generate
 from swaa_jax.infer.likelihoods import Continuation, score_continuations
 from swaa_jax.lora import load_adapter, merge_lora
@@ -132,6 +133,8 @@ class SwaaLM(TemplateLM):
     ) -> list[int]:
         """Token ids; BOS is added where the tokenizer adds one and the text has none yet."""
         del kwargs
+        if problem := problem_within(string):
+            raise ValueError(f"request: {problem}")
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))

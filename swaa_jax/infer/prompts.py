@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 import numpy as np
 
 from swaa_jax.chats import ChatError, normal_messages, render_chat, unused_variables
+from swaa_jax.fields import problem_within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -185,6 +186,8 @@ def _check_ids(prompt: Any, *, index: int) -> list[int]:
 def _encode_text(tok: "PreTrainedTokenizerBase | None", text: str, *, index: int) -> list[int]:
     if not text.strip():
         raise ValueError(f"prompt {index}: expected some text, got an empty prompt")
+    if problem := problem_within(text):
+        raise ValueError(f"prompt {index}: {problem}")
     tok = _needed(tok, index)
     # A text that a template rendered begins with BOS already: do not add a second one.
     rendered = bool(tok.bos_token) and text.startswith(str(tok.bos_token))

@@ -23,6 +23,7 @@ from swaa_jax.fields import (
     text,
     wrong,
 )
+from swaa_jax.storage import read_text
 from swaa_jax.typing import PathLike
 
 
@@ -152,7 +153,7 @@ class LoraConfig:
         """
         path = epath.Path(path)
         try:
-            return cls.from_yaml(path.read_text())
+            return cls.from_yaml(read_text(path))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
