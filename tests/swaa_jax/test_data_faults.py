@@ -1,6 +1,7 @@
-"""Kinds 4, 6, 7, 11 and 12 in training data, a message's own weight, and a record's columns."""
+"""Kinds 4, 6, 7, 11, 12 and 27 in training data, a message's own weight, and a record's columns."""
 
 import json
+import os
 import random
 
 import numpy as np
@@ -9,6 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from swaa_jax.data import DataConfig, DataError, load_data, prepare_samples
+from swaa_jax.data import samples as samples_module
 from tests.support import byte_tokenizer, chat_templates
 
 USER, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
@@ -257,3 +259,76 @@ def test_columns_that_are_not_used_are_named_once(caplog):
     samples_of(build("qwen2.5"), record, record)
     (said,) = [one.getMessage() for one in caplog.records]
     assert said == "columns that are not used: 'context', 'source'"
+
+
+def cached(tmp_path, **settings):
+    config = DataConfig(
+        files=str(tmp_path / "data.jsonl"),
+        seq_len=256,
+        batch_size=1,
+        cache_dir=str(tmp_path / "cache"),
+        **settings,
+    )
+    return prepare_samples(config, byte_tokenizer.build())
+
+
+def test_fault_27_a_file_of_the_same_size_and_time_is_another_one(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"prompt": "Q", "response": "one"}))
+    before, stat = cached(tmp_path), path.stat()
+    path.write_text(json.dumps({"prompt": "Q", "response": "two"}))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == stat.st_size and path.stat().st_mtime == stat.st_mtime
+    after = cached(tmp_path)
+    assert "two" in byte_tokenizer.build().decode(after[0].tokens)
+    assert after.digest != before.digest
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "marks.bin", "lengths.npy", "origins.npy"])
+def test_fault_27_a_damaged_cache_is_made_anew(tmp_path, caplog, name):
+    rows = [{"prompt": f"Q{n}", "response": "A" * (n + 1)} for n in range(3)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    before = cached(tmp_path)
+    expected = [list(before[n].tokens) for n in range(3)]
+    (path,) = tmp_path.glob(f"cache/*/{name}")
+    data = bytearray(path.read_bytes())
+    data[-4:] = (2**31 - 1).to_bytes(4, "little") if name == "tokens.bin" else b"\1\1\1\1"
+    path.write_bytes(data)
+    after = cached(tmp_path)
+    assert [list(after[n].tokens) for n in range(3)] == expected
+    assert after.digest == before.digest and "is damaged" in caplog.text
+
+
+def test_fault_27_counts_are_checked_too(tmp_path, caplog):
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "Q", "response": "A"}))
+    before = cached(tmp_path, tokens="lazy")
+    (path,) = tmp_path.glob("cache/*/meta.json")
+    path.write_text(path.read_text().replace(before.digest, "0" * 64))
+    assert cached(tmp_path, tokens="lazy").digest == before.digest
+    assert "is damaged" in caplog.text
+
+
+def test_fault_27_a_file_that_is_written_while_it_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"prompt": "Q", "response": "A"}))
+    first_pass = samples_module._first_pass
+
+    def written_meanwhile(*args, **kwargs):
+        path.write_text(json.dumps({"prompt": "Q", "response": "B"}))
+        return first_pass(*args, **kwargs)
+
+    monkeypatch.setattr(samples_module, "_first_pass", written_meanwhile)
+    with pytest.raises(DataError, match=r"data.jsonl: expected a file that stays as it is"):
+        cached(tmp_path)
+    assert not list(tmp_path.glob("cache/*/meta.json"))
+
+
+def test_fault_27_a_lazy_record_of_the_same_length_is_noticed(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"prompt": "Q", "response": "one"}))
+    samples = cached(tmp_path, tokens="lazy")
+    assert len(samples[0])
+    samples = cached(tmp_path, tokens="lazy")
+    path.write_text(json.dumps({"prompt": "Q", "response": "two"}))
+    with pytest.raises(DataError, match=r"record 0 .*: the file has changed"):
+        samples[0]
