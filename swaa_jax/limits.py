@@ -4,7 +4,7 @@ DEEPEST_NESTING = 50
 """Levels of lists and mappings in YAML and JSON. Configs and records need about ten; Python's
 recursion, which walks over what was read, ends at a thousand."""
 
-TEMPLATE_SECONDS = 5.0
+TEMPLATE_SECONDS = 2.0
 """Of rendering a chat by its template, which takes milliseconds; for each 10 MB of chat as much
 again."""
 

@@ -109,7 +109,26 @@ class _Renderer:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
                 start_new_session=True,  # Ctrl-C is for the parent
             )
+            self._greet(self._process)
         return self._process
+
+    def _greet(self, process: subprocess.Popen[bytes]) -> None:
+        """Waits until it answers, so that its start does not count as rendering."""
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            send(process.stdin, {"chats": [], "memory": TEMPLATE_BYTES})
+            answer = next(receive(process.stdout), None)
+        except BrokenPipeError:
+            answer = None
+        except BaseException:
+            self.stop()
+            raise
+        if answer is None:
+            self.stop()
+            raise RuntimeError(
+                f"chat templates: expected {sys.executable} to start a process that renders them, "
+                "got one that ended; see whether it can import jinja2"
+            )
 
     def stop(self) -> None:
         """Ends the process."""

@@ -11,7 +11,10 @@ second time with a mark in every message, and a mark that does not come out agai
 import dataclasses
 import datetime
 import functools
+import hashlib
 import json
+import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TEMPLATE_DATE", "Rendered", "render_chat", "unused_variables"]
 
+log = logging.getLogger(__name__)
+
 TEMPLATE_DATE = "2024-07-26"
 """What templates are told that today is, unless the variable `strftime_now` says otherwise. It is
 Llama 3.2's own for want of a clock: one day, so that the same chat is the same tokens tomorrow."""
@@ -31,7 +36,8 @@ Llama 3.2's own for want of a clock: one day, so that the same chat is the same 
 _CONTINUED = "CONTINUED_HERE "
 _OPEN, _CLOSE = "<think>", "</think>"
 _FLAGS = ("train", "weight")  # for training, not for the template
-_NO_TEXT = ("role", "content", "tool_calls", "name", "id", "type", "tool_call_id", *_FLAGS)
+_KEYS = {"role", "content", "tool_calls", "reasoning_content", "thinking", *_FLAGS}
+_KEYS |= {"name", "id", "type", "tool_call_id"}  # that templates may leave out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +149,9 @@ class _Template:
     def prepared(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         """Messages with what depends on the template: its name of a role, its form of calls."""
         prepared = messages
+        for key in {key for message in messages for key in message} - _KEYS:
+            if key not in self._source:
+                _warn_of_key(key)
         if "developer" not in self._source:
             prepared = [
                 {**one, "role": "system"} if one["role"] == "developer" else one for one in prepared
@@ -190,8 +199,9 @@ class _Marks:
         Where the template does not take the copy (`marked` is None), the texts themselves are
         looked for in the rendering of the chat.
         """
+        found = set(re.findall(rf"{self._stem}\d+Z", marked or ""))
         for one in self._marks:
-            if (one.mark not in marked) if marked is not None else (one.text not in plain):
+            if one.mark not in found if marked is not None else one.text not in plain:
                 yield one
 
     def _mark(self, name: str, what: str, text: str, thinks: int | None = None) -> str:
@@ -213,9 +223,10 @@ class _Marks:
             marked["content"] = thought + closing + self._after(name, "its text", rest)
         else:
             marked["content"] = self._after(name, "its text", content)
-        for key, value in message.items():
-            if key not in _NO_TEXT and isinstance(value, str):
-                marked[key] = self._after(f"{name}, {key}", f"its {key}", value, at)
+        if "reasoning_content" in message:
+            marked["reasoning_content"] = self._after(
+                f"{name}, reasoning_content", "its thought", message["reasoning_content"], at
+            )
         if "tool_calls" in message:
             marked["tool_calls"] = [
                 self._named(f"{name}, tool_calls[{n}]", "the call", call)
@@ -242,7 +253,7 @@ def _unused(messages: Sequence[Message], tools: Tools) -> str:
         raise ChatError(
             f"expected messages and tools of JSON's types, got others ({reason})"
         ) from error
-    return next(stem for stem in (f"Mark{n}X" for n in range(len(text) + 1)) if stem not in text)
+    return f"Mark{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:16]}X"
 
 
 def _for_template(message: Message) -> Message:
@@ -318,6 +329,11 @@ def _with_arguments(message: Message, form: Callable[[Any], Any]) -> Message:
 
 def _as_json(arguments: Any) -> str:
     return json.dumps(arguments, ensure_ascii=False)
+
+
+@functools.lru_cache(maxsize=256)  # once is enough
+def _warn_of_key(key: str) -> None:
+    log.warning("messages: the chat template knows no %s: it has no effect", show(key))
 
 
 @functools.lru_cache(maxsize=16)

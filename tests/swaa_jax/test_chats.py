@@ -203,3 +203,18 @@ def test_fault_26_hostile_templates_end_in_one_paragraph(name, monkeypatch):
 def test_fault_26_long_chats_are_rendered():
     messages = [{"role": "user", "content": "long " * 400_000}] * 3
     assert len(render_chat(build("phi3"), messages).text) > 6_000_000
+
+
+def test_fault_04_keys_that_the_template_does_not_know_are_named_once(caplog):
+    marked = {**USER, "annotator_of_this_test": "me", "name": "Ann"}
+    for _ in range(2):
+        render_chat(build("phi3"), [marked])
+    (said,) = [one.getMessage() for one in caplog.records]
+    assert "the chat template knows no 'annotator_of_this_test'" in said
+
+
+def test_fault_26_the_check_is_linear_in_the_messages():
+    messages = [USER, REPLY] * 3_000
+    start = time.monotonic()
+    assert render_chat(build("phi3"), messages).text.count("Yo") == 3_000
+    assert time.monotonic() - start < 10
