@@ -27,7 +27,7 @@ def fingerprint(content: object, *, digits: int = 16) -> str:
     True
     """
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:digits]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:digits]
 
 
 def differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:

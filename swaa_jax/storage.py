@@ -207,6 +207,23 @@ def sha256(path: epath.PathLike) -> str:
     return digest.hexdigest()
 
 
+def read_text(path: epath.PathLike) -> str:
+    """A file's text.
+
+    Raises:
+        ValueError: it is not UTF-8; the file is named.
+        OSError: it cannot be read.
+    """
+    try:
+        return epath.Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        byte, at = error.object[error.start], error.start
+        raise ValueError(
+            f"{os.fspath(path)}: expected UTF-8 text, got the byte {byte:#04x} at {at}; save the "
+            "file as UTF-8"
+        ) from error
+
+
 def write_text_atomic(path: epath.PathLike, text: str) -> None:
     """Writes `text` (UTF-8) to `path`; a reader sees the old file or the new one, never a part."""
     write_bytes_atomic(path, text.encode("utf-8"))

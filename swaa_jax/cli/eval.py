@@ -164,6 +164,7 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
     from swaa_jax.eval.run.config import read_document
     from swaa_jax.fields import with_overrides
     from swaa_jax.policy import split_policies
+    from swaa_jax.storage import read_text
 
     overrides = list(args.overrides)
     path = args.config
@@ -186,7 +187,7 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
     if path is not None:
         path = str(find_config("eval", path))
     try:
-        fields = {} if path is None else read_document(epath.Path(path).read_text())
+        fields = {} if path is None else read_document(read_text(path))
         if args.model:
             fields.pop("settings", None)
             fields["models"] = args.model

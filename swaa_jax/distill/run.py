@@ -125,6 +125,11 @@ def distill(
                 f"question {question.id}: expected one prompt, got a chat of "
                 f"{len(question.messages)} messages; write them into the prompt"
             )
+        if question.tools:
+            raise ValueError(
+                f"question {question.id}: expected a prompt without tools, which training data has "
+                f"no column for, got {len(question.tools)}; write them into the prompt"
+            )
     directory = epath.Path(directory)
     parts = [
         questions[start : start + config.questions_per_part]

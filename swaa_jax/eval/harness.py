@@ -20,8 +20,10 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
     make_disjoint_window,
 )
 
+from swaa_jax.chats import render_chat
 from swaa_jax.checkpoint import load_tokenizer
 from swaa_jax.eval.judging import strip_thinking
+from swaa_jax.fields import problem_within
 from swaa_jax.infer import GenerateOptions, generate
 from swaa_jax.infer.likelihoods import Continuation, score_continuations
 from swaa_jax.lora import load_adapter, merge_lora
@@ -131,6 +133,8 @@ class SwaaLM(TemplateLM):
     ) -> list[int]:
         """Token ids; BOS is added where the tokenizer adds one and the text has none yet."""
         del kwargs
+        if problem := problem_within(string):
+            raise ValueError(f"request: {problem}")
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))
@@ -141,13 +145,9 @@ class SwaaLM(TemplateLM):
     ) -> str:
         """The chat as text, by the tokenizer's template."""
         thinking = {} if self._thinking is None else {"enable_thinking": self._thinking}
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-            **thinking,
-        )
+        return render_chat(
+            self.tokenizer, chat_history, variables=thinking, continued=not add_generation_prompt
+        ).text
 
     def _loglikelihood_tokens(
         self,

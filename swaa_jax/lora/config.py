@@ -24,6 +24,7 @@ from swaa_jax.fields import (
     text,
     wrong,
 )
+from swaa_jax.storage import read_text
 from swaa_jax.typing import PathLike
 
 
@@ -153,7 +154,7 @@ class LoraConfig:
         """
         path = epath.Path(path)
         with naming(path):
-            return cls.from_yaml(path.read_text())
+            return cls.from_yaml(read_text(path))
 
 
 def _scale(alpha: int | float, rank: int, *, rslora: bool) -> float:

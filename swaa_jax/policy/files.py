@@ -34,6 +34,7 @@ from swaa_jax.fields import (
     wrong,
 )
 from swaa_jax.policy.policy import AttentionPolicy
+from swaa_jax.storage import read_text
 from swaa_jax.typing import PathLike
 
 __all__ = ["Evidence", "Needs", "PolicyFile", "PolicyLike", "load_policy", "load_policy_file"]
@@ -152,7 +153,7 @@ def load_policy_file(name_or_path: PathLike) -> PolicyFile:
     """
     path = epath.Path(find_config("policies", name_or_path))
     policy = AttentionPolicy.load(path)
-    document = (parse_json if path.suffix == ".json" else parse_yaml)(path.read_text())
+    document = (parse_json if path.suffix == ".json" else parse_yaml)(read_text(path))
     with naming(path):
         return PolicyFile(
             name=os.fspath(name_or_path),

@@ -31,6 +31,7 @@ from swaa_jax.fields import (
 from swaa_jax.lora import LoraConfig
 from swaa_jax.losses import LossConfig
 from swaa_jax.policy import AttentionPolicy, load_policy
+from swaa_jax.storage import read_text
 from swaa_jax.train.config import OptimizerConfig, StepConfig
 from swaa_jax.typing import PathLike
 
@@ -240,7 +241,7 @@ class TrainConfig:
             FileNotFoundError: there is no such file.
         """
         path = epath.Path(path)
-        document = path.read_text()
+        document = read_text(path)
         with naming(path):
             fields = mapping("training config", parse_yaml(document))
             named = {"policy": lambda name: load_policy(name).to_dict()}
