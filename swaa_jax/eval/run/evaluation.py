@@ -16,12 +16,13 @@ from etils import epath
 from jax.sharding import Mesh
 
 from swaa_jax import storage
-from swaa_jax.checkpoint.provenance import describe_device, describe_model, describe_versions
+from swaa_jax.checkpoint.provenance import describe_device, describe_versions
 from swaa_jax.eval.judging import Judge, make_judge
+from swaa_jax.eval.judging.rules import CHOICES
 from swaa_jax.eval.run.answering import resolve_all
 from swaa_jax.eval.run.asking import Asking, Cell
 from swaa_jax.eval.run.config import EvalConfig, ModelEntry, PolicyEntry, TaskEntry
-from swaa_jax.eval.run.loading import dtype_of, identity_of, load_entry
+from swaa_jax.eval.run.loading import describe, dtype_of, identity_of, load_entry
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.progress import ShowProgress
@@ -95,7 +96,8 @@ def evaluate(
     for setting, entry in entries:
         steps.show(f"loading {entry.label}", 0.0)
         model, tokenizer = load(entry)
-        models[entry.label] = describe_model(model)
+        identity = identity_of(model, entry)
+        models[entry.label] = describe(model, entry)
         policies = _policies(setting.policies, model, baseline=config.baseline)
         # A pair that two settings have is asked once.
         policies = [one for one in policies if (entry.label, one.policy) not in asked]
@@ -107,7 +109,7 @@ def evaluate(
                     entry=entry,
                     model=model,
                     tokenizer=tokenizer,
-                    identity=identity_of(model, entry, config),
+                    identity=identity,
                     task=task,
                     thinking=thinking,
                 )
@@ -184,6 +186,8 @@ def _policies(
 def _judge(task: TaskEntry, config: EvalConfig) -> tuple[str, Judge]:
     """A task's judge, with the fingerprint of its settings."""
     settings = task.judge_settings
+    if settings.get("name") == "regex":  # whose patterns by default were others once
+        settings.setdefault("pattern", list(CHOICES))
     name = fingerprint(settings)
     if settings.get("name") == "llm":
         if os.environ.get(API_KEY):

@@ -1,5 +1,6 @@
 """The models of an evaluation: loaded with their adapters, and what their answers depend on."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -10,12 +11,19 @@ from swaa_jax.checkpoint.provenance import describe_model, weight_marks
 from swaa_jax.eval.run.config import EvalConfig, ModelEntry
 from swaa_jax.lora import load_adapter, merge_lora
 from swaa_jax.models import CausalLM, load_model
+from swaa_jax.models.source import (
+    Source,
+    file_stamps,
+    note_source,
+    running_backend,
+    since_loading,
+)
 from swaa_jax.policy import AttentionPolicy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["dtype_of", "identity_of", "load_entry"]
+__all__ = ["describe", "dtype_of", "identity_of", "load_entry"]
 
 
 def load_entry(
@@ -33,22 +41,42 @@ def load_entry(
         backend=config.backend,
     )
     if entry.adapter is not None:
+        source = model.source
+        assert isinstance(source, Source)  # it was just loaded
+        stamps = {**source.stamps, os.fspath(entry.adapter): file_stamps(entry.adapter)}
         adapted = load_adapter(model, entry.adapter, with_policy=True)
         model = merge_lora(adapted).with_policy(AttentionPolicy())
+        note_source(model, source, stamps=stamps, overrides=source.overrides)
     return model, tokenizer
 
 
-def identity_of(model: CausalLM, entry: ModelEntry, config: EvalConfig) -> dict[str, Any]:
-    """All of a loaded model that its answers depend on, as JSON's types."""
+def identity_of(model: CausalLM, entry: ModelEntry) -> dict[str, Any]:
+    """All of a loaded model that its answers depend on, as JSON's types.
+
+    What runs counts, not what the entry or the config say of it: a model that was changed after
+    loading is told by its arrays.
+    """
+    overrides = model.source.overrides if isinstance(model.source, Source) else {}
     return {
         **describe_model(model),
         "weights": weight_marks(model.source),
         "adapter": entry.adapter,
         "adapter_weights": weight_marks(entry.adapter),
-        "config_overrides": dict(entry.config_overrides),
-        "dtype": dtype_of(config),
-        "backend": config.backend,
+        "config_overrides": dict(overrides),
+        "dtype": str(model.dtype),
+        "backend": running_backend(model),
+        **_changed(model, entry),
     }
+
+
+def describe(model: CausalLM, entry: ModelEntry) -> dict[str, Any]:
+    """What results say of a model: its checkpoint, and what has changed since it was loaded."""
+    return {**describe_model(model), **_changed(model, entry)}
+
+
+def _changed(model: CausalLM, entry: ModelEntry) -> dict[str, Any]:
+    changed = since_loading(model, adapter=entry.adapter)
+    return {"changed": changed} if changed else {}
 
 
 def dtype_of(config: EvalConfig) -> str:
