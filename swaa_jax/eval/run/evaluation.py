@@ -22,7 +22,13 @@ from swaa_jax.eval.judging.rules import CHOICES
 from swaa_jax.eval.run.answering import resolve_all
 from swaa_jax.eval.run.asking import Asking, Cell
 from swaa_jax.eval.run.config import EvalConfig, ModelEntry, PolicyEntry, TaskEntry
-from swaa_jax.eval.run.loading import describe, dtype_of, identity_of, load_entry
+from swaa_jax.eval.run.loading import (
+    describe,
+    identity_of,
+    load_entry,
+    tell_default_dtype,
+    warn_of_difference,
+)
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.progress import ShowProgress
@@ -45,7 +51,7 @@ class Evaluation:
         config: what was asked.
         cells: in the order of the config: models, tasks, modes, policies.
         models: by label, what is known of each checkpoint.
-        dtype: of weights and activations.
+        dtype: of weights and activations, of all models.
         device, versions: what the last run computed on.
         seconds: of the last run.
         answered: answers that the last run made, the rest was there.
@@ -86,18 +92,23 @@ def evaluate(
     judges = {entry.name: _judge(entry, config) for entry in config.tasks}
     for task in config.tasks:
         task.task.check()
-    load = load or functools.partial(load_entry, config=config, mesh=mesh)
+    if load is None:
+        tell_default_dtype(config.dtype)
+        load = functools.partial(load_entry, config=config, mesh=mesh)
     entries = [(setting, model) for setting in config.settings for model in setting.models]
     steps = _Steps(progress, len(entries) * len(config.tasks) * len(config.thinking))
     cells: list[Cell] = []
     asked: set[tuple[str, AttentionPolicy]] = set()
     models: dict[str, Mapping[str, Any]] = {}
     answered = 0
+    dtypes: dict[str, None] = {}
     for setting, entry in entries:
         steps.show(f"loading {entry.label}", 0.0)
         model, tokenizer = load(entry)
         identity = identity_of(model, entry)
         models[entry.label] = describe(model, entry)
+        warn_of_difference(model, entry, config)
+        dtypes[str(model.dtype)] = None
         policies = _policies(setting.policies, model, baseline=config.baseline)
         # A pair that two settings have is asked once.
         policies = [one for one in policies if (entry.label, one.policy) not in asked]
@@ -121,7 +132,7 @@ def evaluate(
         config=config,
         cells=tuple(cells),
         models=models,
-        dtype=dtype_of(config),
+        dtype=", ".join(dtypes),
         device=describe_device(),
         versions=describe_versions(),
         seconds=time.perf_counter() - start,

@@ -1,5 +1,6 @@
 """The models of an evaluation: loaded with their adapters, and what their answers depend on."""
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,16 @@ from swaa_jax.policy import AttentionPolicy
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["describe", "dtype_of", "identity_of", "load_entry"]
+__all__ = [
+    "default_dtype",
+    "describe",
+    "identity_of",
+    "load_entry",
+    "tell_default_dtype",
+    "warn_of_difference",
+]
+
+logger = logging.getLogger(__name__)
 
 
 def load_entry(
@@ -34,7 +44,7 @@ def load_entry(
     model = load_model(
         entry.path,
         policy=AttentionPolicy(),
-        dtype=dtype_of(config),
+        dtype=config.dtype or default_dtype(),
         mesh=mesh,
         revision=entry.revision,
         config_overrides=dict(entry.config_overrides) or None,
@@ -79,6 +89,29 @@ def _changed(model: CausalLM, entry: ModelEntry) -> dict[str, Any]:
     return {"changed": changed} if changed else {}
 
 
-def dtype_of(config: EvalConfig) -> str:
-    """The config's, else float32 on a CPU, where it is faster, and bfloat16 elsewhere."""
-    return config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+def warn_of_difference(model: CausalLM, entry: ModelEntry, config: EvalConfig) -> None:
+    """Says where a model that was given is not what the config asks for."""
+    for field, asked, got, how in (
+        ("dtype", config.dtype or str(model.dtype), str(model.dtype), "in"),
+        ("backend", config.backend, model.backend, "with"),
+    ):
+        if asked not in (got, "auto"):
+            logger.warning(
+                "%s: expected %s as the config says, got %s %s %s, which is what answers",
+                *(field, asked, entry.label, how, got),
+            )
+
+
+def default_dtype() -> str:
+    """Of models that are scored: float32 on a CPU, where it is faster, and bfloat16 elsewhere."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def tell_default_dtype(given: str | None) -> None:
+    """Says that the default is not `load_model`'s, where that is so."""
+    if given is None and (chosen := default_dtype()) != "bfloat16":
+        logger.warning(
+            "dtype: %s, since this is a CPU, where it is faster; load_model and the other commands "
+            "take bfloat16 by default. Set dtype to have the same everywhere",
+            chosen,
+        )
