@@ -9,3 +9,6 @@ PATTERN_BYTES = 1 << 29
 
 PATTERN_CHARACTERS = 4096
 """Of a regular expression. Those that adapters have for many modules are some hundreds long."""
+
+JUDGE_BYTES = 4 << 20
+"""Of a judging server's reply: a word, after thinking of some thousands of tokens at most."""
