@@ -38,6 +38,7 @@ __all__ = [
     "mapping",
     "nearest",
     "number",
+    "one_line",
     "one_of",
     "or_none",
     "parse_json",
@@ -99,6 +100,15 @@ def nearest(word: object, known: Iterable[str]) -> str:
     shown = word[:80] if isinstance(word, str) else show(word)
     near = difflib.get_close_matches(shown, list(known), n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def one_line(text: str) -> str:
+    r"""A text on one line, without what cannot be printed.
+
+    >>> one_line("two\n  lines\x00")
+    'two lines'
+    """
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def plural(noun: str, count: int) -> str:
