@@ -85,7 +85,7 @@ def of_model(path, out):
     }
 
 
-@pytest.mark.parametrize("command", ["generate", "convert"])
+@pytest.mark.parametrize("command", ["generate", pytest.param("convert", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", corpus.WEIGHTS)
 def test_weights(name, command, model, tmp_path, capsys):
     path = pathlib.Path(shutil.copytree(model, tmp_path / "model"))
@@ -93,7 +93,7 @@ def test_weights(name, command, model, tmp_path, capsys):
     refused(capsys, *of_model(path, tmp_path / "out")[command])
 
 
-@pytest.mark.parametrize("command", ["generate", "convert"])
+@pytest.mark.parametrize("command", ["generate", pytest.param("convert", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", corpus.CONFIGS)
 def test_model_configs(name, command, model, tmp_path, capsys):
     path = pathlib.Path(shutil.copytree(model, tmp_path / "model"))

@@ -15,7 +15,7 @@ from tests.support.evaluations import cell, evaluation, row
 
 PARSER = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
 HOSTILE = [
-    "near\n\n# Buy\n\n<script>alert(1)</script>",
+    "near\n\n# Buy | **b** _i_ `c` $x^2$ \\frac\n\n<script>alert(1)</script>[red][/]",
     "a | b | c",
     "![x](http://evil/?leak) [y](javascript:z)",
     "[z]: http://evil",
@@ -52,7 +52,9 @@ def written(tmp_path, name):
     return done, write_evaluation(done, summarize(done), command=f"swaa eval `{name}`")
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize(
+    "name", [*HOSTILE[:3], *(pytest.param(one, marks=pytest.mark.slow) for one in HOSTILE[3:])]
+)
 def test_fault_30_reports(name, tmp_path):
     done, paths = written(tmp_path, name)
     _, plain = written(tmp_path / "plain", "name")

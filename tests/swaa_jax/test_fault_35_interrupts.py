@@ -74,6 +74,7 @@ def test_fault_35_an_interrupt_saves(inputs, tmp_path):
     assert [step for step, *_ in train_runs.curve(output)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_fault_35_two_interrupts_say_what_is_kept(inputs, tmp_path, caplog):
     with pytest.raises(KeyboardInterrupt), caplog.at_level(logging.WARNING, "swaa_jax"):
         train(config_of(inputs, tmp_path / "out"), evaluate=interrupt(at=2, times=2))
