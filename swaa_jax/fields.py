@@ -43,6 +43,7 @@ __all__ = [
     "naming",
     "nearest",
     "number",
+    "one_line",
     "one_of",
     "or_none",
     "parse_json",
@@ -124,6 +125,15 @@ def first_of(entries: Sequence[str], limit: int = 20) -> str:
     """
     more = [f"and {len(entries) - limit} more"] if len(entries) > limit else []
     return ", ".join([*entries[:limit], *more])
+
+
+def one_line(text: str) -> str:
+    r"""A text on one line, without what cannot be printed.
+
+    >>> one_line("two\n  lines\x00")
+    'two lines'
+    """
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def plural(noun: str, count: int) -> str:

@@ -134,10 +134,11 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     # Slow to import, hence not above: `swaa --help` stays fast.
     from swaa_jax import runtime
-    from swaa_jax.cli.eval import print_results, typed_command
+    from swaa_jax.cli.eval import print_results
     from swaa_jax.eval.report import summarize, write_evaluation
     from swaa_jax.eval.run import EvalConfig, evaluate
     from swaa_jax.progress import show_progress
+    from swaa_jax.redact import typed_command
     from swaa_jax.storage import write_text_atomic
 
     process_args.start(args)

@@ -1,8 +1,6 @@
 """`swaa eval`: models under attention policies, asked tasks: scores, costs, a report."""
 
 import argparse
-import shlex
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -102,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
     from swaa_jax.eval.report import summarize, write_evaluation
     from swaa_jax.eval.run import evaluate
     from swaa_jax.progress import show_progress
+    from swaa_jax.redact import typed_command
 
     config = _config(args)
     process_args.start(args)
@@ -140,14 +139,6 @@ def print_results(
     shown = ("report.html", "report.md", "score_against_cost.png", "answers.jsonl", "results.json")
     for name in shown:
         print(f"  {paths[name]}")
-
-
-def typed_command() -> str:
-    """What was typed, for the report, without a judge's key."""
-    import re
-
-    words = [re.sub(r"(api_key['\": =]+)[^,}\s]+", r"\1(hidden)", word) for word in sys.argv[1:]]
-    return shlex.join(["swaa", *words])
 
 
 def _config(args: argparse.Namespace) -> "EvalConfig":

@@ -38,9 +38,6 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
 
 def run_search(args: argparse.Namespace, *, num_layers: int) -> int:
     """Run the search that the arguments ask for."""
-    import shlex
-    import sys
-
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -59,6 +56,7 @@ def run_search(args: argparse.Namespace, *, num_layers: int) -> int:
     from swaa_jax.eval.tasks import encode_sample
     from swaa_jax.policy import parse_fields
     from swaa_jax.progress import show_progress
+    from swaa_jax.redact import typed_command
 
     runtime.enable_compilation_cache()
     tasks = with_judge(tasks_from_args(args), args)
@@ -111,7 +109,7 @@ def run_search(args: argparse.Namespace, *, num_layers: int) -> int:
     paths = write_search(
         found,
         args.output,
-        command=shlex.join(["swaa", *sys.argv[1:]]),
+        command=typed_command(),
         asked={"model": args.model, "task": task.name, "floor": args.floor},
     )
     table = Table(title="Not beaten in score, prefill work and memory at once", box=box.SIMPLE_HEAD)

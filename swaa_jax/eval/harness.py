@@ -23,6 +23,7 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 from swaa_jax.chats import render_chat
 from swaa_jax.checkpoint import load_tokenizer
 from swaa_jax.eval.judging import strip_thinking
+from swaa_jax.eval.run.loading import default_dtype, tell_default_dtype
 from swaa_jax.fields import problem_within
 from swaa_jax.infer import GenerateOptions, generate
 from swaa_jax.infer.likelihoods import Continuation, score_continuations
@@ -90,16 +91,14 @@ class SwaaLM(TemplateLM):
     ):
         super().__init__()
         del max_batch_size, device  # the harness passes them to every model
-        import jax
-
         chosen = _policy(policy, policy_fields)
         longest = None if max_length is None else _integer("max_length", max_length, minimum=2)
         self.batch_size = _rows_at_once(batch_size)
-        on_cpu = jax.default_backend() == "cpu"
+        tell_default_dtype(dtype)
         model = load_model(
             pretrained,
             policy=chosen,
-            dtype=dtype or ("float32" if on_cpu else "bfloat16"),
+            dtype=dtype or default_dtype(),
             revision=revision,
             backend=backend,
         )

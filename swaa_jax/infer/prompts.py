@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 import numpy as np
 
 from swaa_jax.chats import ChatError, normal_messages, render_chat, unused_variables
-from swaa_jax.fields import problem_within
+from swaa_jax.fields import describe, problem_within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

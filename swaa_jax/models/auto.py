@@ -23,6 +23,7 @@ from swaa_jax.models.causal_lm import CausalLM
 from swaa_jax.models.config import DecoderConfig
 from swaa_jax.models.config_types import HfConfig, check_config_types
 from swaa_jax.models.families import FAMILIES, ModelFamily
+from swaa_jax.models.source import file_stamps, note_source
 from swaa_jax.policy import AttentionPolicy, PolicyLike, load_policy
 from swaa_jax.runtime import is_main_process, wait_for_all
 from swaa_jax.sharding import resolve_mesh, sharding_for, target_of
@@ -94,6 +95,7 @@ def load_model(
         config_overrides=config_overrides,
         backend=backend,
     )
+    stamps = file_stamps(directory)
     arrays = checkpoint.load_weights(
         WeightReader(directory),
         plan.rules,
@@ -104,7 +106,9 @@ def load_model(
     for name, param in plan.params.items():
         param.set_value(arrays[_join(name)])
     nnx.update(plan.model, nnx.from_flat_state(plan.params))
-    plan.model.source = Source(os.fspath(directory))
+    note_source(
+        plan.model, directory, stamps={os.fspath(directory): stamps}, overrides=config_overrides
+    )
     return plan.model
 
 
@@ -125,29 +129,6 @@ class Blueprint:
     expected: dict[str, Expected]
     rules: tuple[WeightRule, ...]
     tied: Mapping[str, str] | None
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Source(os.PathLike[str]):
-    """The directory of a model's checkpoint; use it as a path.
-
-    A model's static attributes are part of its graph definition, and so of the key of every
-    compiled program. All sources are equal, so that the same model from two places compiles once.
-    """
-
-    path: str
-
-    def __fspath__(self) -> str:
-        return self.path
-
-    def __str__(self) -> str:
-        return self.path
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Source)
-
-    def __hash__(self) -> int:
-        return hash(Source)
 
 
 def read_blueprint(

@@ -46,7 +46,7 @@ class CheckpointConfig:
 
     Attributes:
         every: steps between saves; the last step is saved in any case, and so is the step at
-            which SIGTERM is heeded.
+            which SIGTERM or Ctrl-C is heeded.
         keep: complete checkpoints that are kept; older ones are removed.
         resume: "auto": from the newest good one of `output_dir`, or from the beginning; "none":
             from the beginning, and `output_dir` must hold none; else the path of a checkpoint
