@@ -14,7 +14,7 @@ from swaa_jax.infer.decoding import (
 from swaa_jax.infer.options import GenerateOptions
 from swaa_jax.infer.prompts import Prompts, check_context, encode_prompts
 from swaa_jax.infer.sampling import SamplingParams
-from swaa_jax.infer.stopping import AnswerRow, FinishReason, StopRules, make_stop_rules
+from swaa_jax.infer.stopping import AnswerRow, FinishReason, StopRules, TokenText, make_stop_rules
 from swaa_jax.infer.timings import Timings
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import SplitModel, split_model
@@ -247,7 +247,7 @@ class _Session:
         tok: "PreTrainedTokenizerBase | None",
         options: GenerateOptions,
     ):
-        self._tok, self._options = tok, options
+        self._text, self._options = TokenText(tok), options
         self._params = options.sampling_params
         if options.sampling == "checkpoint":
             config = generation_config(model)
@@ -258,7 +258,7 @@ class _Session:
                 )
             self._params = SamplingParams.from_generation_config(config)
         self._rules: StopRules = make_stop_rules(
-            tok,
+            None if tok is None else self._text,
             eos_ids=() if options.ignore_eos else eos_token_ids(model, tok),
             stop=options.stop,
             stop_token_ids=options.stop_token_ids,
@@ -280,7 +280,7 @@ class _Session:
                 f"made room for, got {limit}"
             )
         rows = [
-            AnswerRow(self._tok, self._rules, max_new_tokens=limit, streaming=streaming)
+            AnswerRow(self._text, self._rules, max_new_tokens=limit, streaming=streaming)
             for _ in prefilled.prompt_lengths
         ]
         clock = DecodeClock()
