@@ -82,7 +82,7 @@ class Target:
 
     @classmethod
     def of(cls, device: Any) -> "Target":
-        """The target that a device is; a topology's will do, attached or not."""
+        """The target of a device; one of a topology, which is not attached, will do."""
         return cls(platform=device.platform, device_kind=device.device_kind)
 
     @classmethod
@@ -202,7 +202,9 @@ def check_backend(choice: str, *, platform: str | None = None) -> None:
 
 
 def _named(choice: str, op: str) -> str | None:
-    """The backend that the choice, else the environment, names for ``op``; None: it is auto's."""
+    """The backend that the choice, else the environment, names for ``op``; None leaves it to
+    ``auto``.
+    """
     chosen = _parse(choice, source="backend").get(op, "auto")
     if chosen != "auto":
         return _check_name(chosen, op, source="backend")
@@ -214,7 +216,7 @@ def _named(choice: str, op: str) -> str | None:
 
 
 def _parse(choice: str, *, source: str) -> Mapping[str, str]:
-    """Backend by op. Names are not checked: of another op they do not matter here."""
+    """Reads a backend for each op. Names are not checked: those of other ops do not matter here."""
     if "=" not in choice:
         return dict.fromkeys(BACKENDS, choice.strip())
     named: dict[str, str] = {}

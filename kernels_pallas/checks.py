@@ -28,7 +28,9 @@ def static_int(value: Any) -> Any:
 
 
 def check_floats(name: str, x: Any, axes: str, *, like: tuple[str, Any] | None = None) -> None:
-    """``x`` has the axes, such as ``"[M, D]"``, and a float dtype: that of ``like``, if given."""
+    """Checks that ``x`` has the axes, such as ``"[M, D]"``, and a float dtype, that of ``like`` if
+    given.
+    """
     if x.ndim != axes.count(",") + 1:
         raise ValueError(f"{name}: expected axes {axes}, got shape {x.shape}")
     if x.dtype not in _FLOATS:
@@ -40,7 +42,7 @@ def check_floats(name: str, x: Any, axes: str, *, like: tuple[str, Any] | None =
 
 
 def check_heads(q: Any, k: Any, v: Any, *, names: tuple[str, str, str]) -> None:
-    """Shapes and dtypes of q ``[B, T, N, H]`` against k and v ``[B, S, K, H]``."""
+    """Checks shapes and dtypes of q ``[B, T, N, H]`` against k and v ``[B, S, K, H]``."""
     q_name, k_name, v_name = names
     check_floats(q_name, q, "[B, T, N, H]")
     check_floats(k_name, k, "[B, S, K, H]", like=(q_name, q))
@@ -62,7 +64,9 @@ def check_heads(q: Any, k: Any, v: Any, *, names: tuple[str, str, str]) -> None:
 def check_integers(
     name: str, value: Any, *shapes: tuple[int, ...], at_least: int | None = None
 ) -> None:
-    """``value`` is None, an int where ``()`` is allowed, or an integer array of such a shape."""
+    """Checks that ``value`` is None, an int where ``()`` is allowed, or an integer array of such a
+    shape.
+    """
     if value is None:
         return
     wanted = " or ".join("an int" if shape == () else f"shape {list(shape)}" for shape in shapes)
@@ -80,7 +84,7 @@ def check_integers(
 
 
 def check_booleans(name: str, value: Any, shape: tuple[int, ...]) -> None:
-    """``value`` is None or a bool array of that shape."""
+    """Checks that ``value`` is None or a bool array of that shape."""
     if value is not None and (tuple(value.shape) != shape or value.dtype != jnp.bool_):
         raise ValueError(
             f"{name}: expected bool of shape {list(shape)}, got {value.dtype} of shape "
@@ -89,7 +93,7 @@ def check_booleans(name: str, value: Any, shape: tuple[int, ...]) -> None:
 
 
 def check_mask(num_batch: int, *, window: Any, num_sink_tokens: Any, softcap: float | None) -> None:
-    """What says which keys a row sees, one for all rows or one a row; and the cap on scores."""
+    """Checks what says which keys a row sees, for all rows or for each, and the cap on scores."""
     check_integers("window", window, (), (num_batch,), at_least=1)
     check_integers("num_sink_tokens", num_sink_tokens, (), (num_batch,), at_least=0)
     if softcap is not None and not softcap > 0:

@@ -23,7 +23,9 @@ def pad_end(x: Array, count: int, *, axis: int, value: Any = 0) -> Array:
 
 
 def precision_of(x: Array) -> lax.Precision | None:
-    """Products of float32 are whole: some devices' default rounds their operands to bfloat16."""
+    """The precision that keeps float32 operands whole; some devices' default rounds them to
+    bfloat16.
+    """
     return lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 

@@ -208,7 +208,7 @@ def block_map(
     """The block map of ``rows``, in O(T) reductions and O(T / block_q) arithmetic, inside jit.
 
     Row r reads the keys ``low(r) .. r`` without a gap, where ``low(r)`` is its segment's start if
-    it is full and else ``max(r - window + 1, start)``; beside them its segment's sinks. Neither
+    it is full and else ``max(r - window + 1, start)``; besides, its segment's sinks. Neither
     ``r`` nor the starts ever fall along the rows, so
 
     * the union over a block's rows is ``min low .. last row``: no gap, hence ``[first, end)`` is

@@ -80,7 +80,7 @@ class Runs:
     def of_batch(
         cls, segment_ids: Int[np.ndarray, "B T"], stage_ids: Int[np.ndarray, "B T"]
     ) -> "Runs":
-        """The runs of a batch's rows; padding, whose segment is negative, is none."""
+        """The runs of a batch's rows; padding, whose segment is negative, is left out."""
         texts = _begins(segment_ids)
         first = np.flatnonzero(texts | _begins(stage_ids))
         last = np.append(first[1:], segment_ids.size)
@@ -235,7 +235,7 @@ class ModelFlops:
 
     @classmethod
     def of(cls, model: CausalLM) -> "ModelFlops":
-        """Of a model; one of shapes alone will do."""
+        """The operations of this model; a model of shapes alone will do."""
         config = model.config
         return cls(
             matrices=active_parameters(model),

@@ -7,7 +7,7 @@ Training, evaluation, distillation and the selection of layers read the same fil
               instruction, and perhaps input, which follows after a blank line
               question, and perhaps context, which stands before it
               system: what stands above all of these
-    answer    response (or completion; output beside an instruction): what the model is to say,
+    answer    response (or completion; output with an instruction): what the model is to say,
               text or messages
               answer (or answers, references): what is right, a text, a number or a list of them
     more      tools; id (or _id, question_id); type (or kind, question_type)
@@ -133,7 +133,7 @@ class Example:
 
     @property
     def question(self) -> str:
-        """A short form of what is asked, where the record has one beside it."""
+        """A short form of what is asked, where the record has one in addition."""
         return self.record.text(self.columns["question"]) if "question" in self.columns else ""
 
     @property
@@ -203,7 +203,7 @@ class Example:
 def read_example(
     record: Record, *, columns: Mapping[str, str] | None = None, shape: str = "auto"
 ) -> Example:
-    """Sees what a record has.
+    """Finds what a record asks and answers.
 
     Args:
         record: of any of the shapes above.
@@ -227,7 +227,7 @@ def read_example(
 
 
 def _given(record: Record, named: Mapping[str, str]) -> dict[str, str]:
-    """Our name to the record's column, of what is there and not empty."""
+    """The record's columns that are there and not empty, by our names."""
     given = {}
     for name, usual in COLUMNS.items():
         column = named.get(name)

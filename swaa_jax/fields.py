@@ -30,6 +30,7 @@ __all__ = [
     "check_fields",
     "check_keys",
     "describe",
+    "first_of",
     "flag",
     "from_mapping",
     "integer",
@@ -77,7 +78,7 @@ def show(value: object) -> str:
 
 
 def describe(value: object) -> str:
-    """The same with its type, in at most 200 characters.
+    """A value with its type, for messages, in at most 200 characters.
 
     >>> describe("ful")
     "'ful' (str)"
@@ -99,6 +100,16 @@ def nearest(word: object, known: Iterable[str]) -> str:
     shown = word[:80] if isinstance(word, str) else show(word)
     near = difflib.get_close_matches(shown, list(known), n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def first_of(entries: Sequence[str], limit: int = 20) -> str:
+    """The entries, or the first of them and how many more there are.
+
+    >>> first_of(["a", "b", "c"], limit=2)
+    'a, b, and 1 more'
+    """
+    more = [f"and {len(entries) - limit} more"] if len(entries) > limit else []
+    return ", ".join([*entries[:limit], *more])
 
 
 def plural(noun: str, count: int) -> str:
@@ -404,7 +415,7 @@ def parse_yaml(document: str) -> Any:
 
 
 def parse_json(document: str) -> Any:
-    """The same of JSON.
+    """The content of a JSON document.
 
     Raises:
         ValueError: something is wrong with it.

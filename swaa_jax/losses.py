@@ -80,8 +80,8 @@ class LossConfig:
         set_field(self, "others", tuple(sorted(others.items())))
         if not self.factors:
             raise ValueError(
-                "loss: expected sft or self_distill above 0, got 0 for both; nothing would be "
-                "trained"
+                "loss: expected a factor above 0 among sft, self_distill and others, got none; "
+                "nothing would be trained"
             )
 
     @property
@@ -196,8 +196,8 @@ def _kl(logits, targets, teacher, *, vocabulary, config):
     kept = scores >= vocabulary.kth_largest(scores, config.top_k)[:, None]
     kl = vocabulary.sum(jnp.where(kept, p * (log_p - log_s), 0.0))
     rest_p = vocabulary.sum(jnp.where(kept, 0.0, p))
-    # Where there is no rest its logarithms are those of something: they count for nothing, and
-    # their gradient, which counts for nothing too, has to be finite.
+    # Where there is no rest, the logarithms of 1 stand in for its own: they are not counted, but
+    # their gradient, which is not counted either, has to be finite.
     has_rest = rest_p > 0
     log_rest_p = jnp.log(jnp.where(has_rest, rest_p, 1.0))
     log_rest_s = vocabulary.logsumexp(jnp.where(kept & has_rest[:, None], -jnp.inf, log_s))
@@ -240,7 +240,7 @@ class LossSums:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TargetLosses:
-    """What became of each target, whatever its weight; without a gradient.
+    """The losses of each target, whatever its weight, without a gradient.
 
     Attributes:
         nll: cross entropy.
@@ -344,7 +344,7 @@ def target_losses(
     *,
     mesh: Mesh | None = None,
 ) -> TargetLosses:
-    """What becomes of each target; see `chunked_loss`."""
+    """The losses of each target; see `chunked_loss`."""
     weights = jnp.ones(targets.shape, jnp.float32)
     _, each = chunked_loss(
         hidden, head, targets, weights, config=LossConfig(), each_target=True, mesh=mesh
@@ -473,7 +473,7 @@ def _chunk_tokens(loss: LossConfig, num_tokens: int, vocab: int) -> int:
 
 
 def _nothing(static: _Static, run: Callable[..., Any], *chunk: Any) -> Any:
-    """What `run` gives of a chunk in which no target weighs anything, without a look at it."""
+    """What `run` gives for a chunk in which no target has a weight, without computing it."""
     return jax.tree.map(
         lambda x: _varying(jnp.zeros(x.shape, x.dtype), static.row_names),
         jax.eval_shape(run, *chunk),
@@ -543,7 +543,7 @@ def _scattered(static: _Static, gradient: Array) -> Array:
 
 
 def _varying(x: Array, names: tuple[str, ...]) -> Array:
-    """The same value, to JAX one that may differ between devices along these mesh axes."""
+    """The same value, which JAX then takes to differ between devices along these mesh axes."""
     return jax.lax.pcast(x, names, to="varying") if names else x
 
 

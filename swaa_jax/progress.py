@@ -40,11 +40,11 @@ class Progress:
         self.text, self.total, self.unit, self.done = text, total, unit, done
 
     def advance(self, amount: float = 1) -> None:
-        """So much more is done."""
+        """Adds what has been done since."""
         self.show(self.text, self.done + amount)
 
     def show(self, text: str, done: float) -> None:
-        """So much is done in all, and this is being done."""
+        """Sets how much is done in all, and tells what is being done."""
         self.text, self.done = text, done
 
     def __str__(self) -> str:
@@ -57,7 +57,7 @@ class Progress:
 
 
 class _Bar(Progress):
-    """On a screen."""
+    """Progress on a screen."""
 
     def __init__(self, text: str, *, total: float, unit: str, done: float):
         super().__init__(text, total=total, unit=unit, done=done)
@@ -82,7 +82,7 @@ class _Bar(Progress):
 
 
 class _Lines(Progress):
-    """In a file or a pipe."""
+    """Progress in a file or a pipe."""
 
     def __init__(self, text: str, *, total: float, unit: str, done: float):
         super().__init__(text, total=total, unit=unit, done=done)

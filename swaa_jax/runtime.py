@@ -275,7 +275,12 @@ def enable_compilation_cache(directory: epath.PathLike | None = None) -> str | N
                 f"directory: expected a directory for the compilation cache that can be written, "
                 f"got {path} ({error}); choose another one"
             ) from error
-        logger.warning("no compilation cache: %s (%s)", path, error)
+        logger.warning(
+            "compilation cache: expected a directory that can be written, got %s (%s); programs "
+            "are compiled anew",
+            path,
+            error,
+        )
         return None
     jax.config.update("jax_compilation_cache_dir", os.fspath(path))
     return os.fspath(path)

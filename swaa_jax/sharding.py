@@ -26,6 +26,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kernels_pallas import Target
+from swaa_jax.fields import wrong
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
 
@@ -59,7 +60,7 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
     if math.prod(shape) != len(devices):
         raise ValueError(
-            f"mesh: expected sizes whose product is the number of devices, {len(devices)}; "
+            f"mesh: expected sizes whose product is the number of devices, {len(devices)}, "
             f"got {sizes}, product {math.prod(shape)}"
         )
     return Mesh(
@@ -77,13 +78,13 @@ def resolve_mesh(mesh: Mesh | str | None) -> Mesh | None:
         return None
     if isinstance(mesh, str):
         if mesh != "auto":
-            raise ValueError(f'mesh: expected None, "auto" or a jax.sharding.Mesh, got {mesh!r}')
+            raise wrong("mesh", 'None, "auto" or a jax.sharding.Mesh', mesh)
         return make_mesh(fsdp=len(jax.devices()))
     unknown = [axis for axis in mesh.axis_names if axis not in MESH_AXES]
     if unknown:
         raise ValueError(
-            f"mesh: expected axes among {MESH_AXES}, got {mesh.axis_names}; "
-            "swaa_jax.sharding.make_mesh(fsdp=4, tensor=2) builds one"
+            f"mesh: expected axes among {MESH_AXES}, got {mesh.axis_names}; build one with "
+            "swaa_jax.sharding.make_mesh(fsdp=4, tensor=2), say"
         )
     return mesh
 
@@ -111,7 +112,10 @@ def spec_for(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Pa
         )
         clash = taken.intersection(wanted)
         if clash:
-            raise ValueError(f"axes {tuple(axes)}: two of them want mesh axis {sorted(clash)[0]!r}")
+            raise ValueError(
+                f"axes: expected each mesh axis once, got {sorted(clash)[0]!r} twice from "
+                f"{tuple(axes)}"
+            )
         parts = math.prod(mesh.shape[name] for name in wanted)
         if not wanted or size % parts:
             entries.append(None)

@@ -22,12 +22,13 @@ from typing import Any
 
 from etils import epath
 
-from swaa_jax.fields import show
+from swaa_jax.fields import first_of, show
 
 COMMIT_MARK = "config.json"
 """The file that is written last, and without which a directory is not taken for a checkpoint."""
 
 _SHOWN = 20
+_LONGEST_PATH = 500
 
 
 class CheckpointError(ValueError):
@@ -70,14 +71,15 @@ def unreadable(path: epath.PathLike, error: BaseException) -> CheckpointError:
             "`gcloud auth application-default login`)"
         )
     return CheckpointError(
-        f"{text!r}: expected a path that can be opened or read, got an error ({reason}); {advice}"
+        f"{text[:_LONGEST_PATH]!r}: expected a path that can be opened or read, got an error "
+        f"({reason}); {advice}"
     )
 
 
 @contextlib.contextmanager
 def reading(path: epath.PathLike) -> Iterator[None]:
-    """Whatever fails in the block is that `path` cannot be read: a bucket's library raises what it
-    likes.
+    """Makes whatever fails in the block the error of a path that cannot be read: a bucket's library
+    raises what it likes.
     """
     try:
         yield
@@ -127,10 +129,7 @@ def listing(names: Iterable[str], *, limit: int = _SHOWN) -> str:
     names = sorted(set(names))
     if len(names) > limit:
         names = _fold_layers(names)
-    shown = [repr(name) for name in names[:limit]]
-    if len(names) > limit:
-        shown.append(f"and {len(names) - limit} more")
-    return ", ".join(shown)
+    return first_of([show(name) for name in names], limit)
 
 
 def _fold_layers(names: list[str]) -> list[str]:

@@ -28,7 +28,7 @@ limits = no_limits
 
 
 def compute(arguments: GroupedMatmulArguments) -> Float[Array, "M F"]:
-    """Only tiles with rows of a group are visited, each once a group that has rows in it."""
+    """Visits only tiles with rows of a group, each once for every group that has rows in it."""
     x, w, group_sizes = arguments.x, arguments.w, arguments.group_sizes
     tile = row_tile(arguments.rows_per_group, largest=_LARGEST_TILE)
     if x.dtype == jnp.float16:  # the kernel takes none; float32 holds all of float16
@@ -44,7 +44,7 @@ def forward_blocks(inner: int, outer: int, *, itemsize: int) -> tuple[int, int]:
 
 
 def gradient_blocks(inner: int, outer: int) -> tuple[int, int]:
-    """The same for ``x^T dy``, whose sum is kept in float32 beside the result."""
+    """The tiles of ``x^T dy``; its float32 sum takes memory in addition to the result."""
     tile_n = _part(outer, 1024)
     return _part(inner, max(128, _BLOCK_BYTES // (8 * tile_n))), tile_n
 

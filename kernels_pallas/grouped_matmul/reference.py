@@ -11,7 +11,7 @@ limits = no_limits
 
 
 def compute(arguments: GroupedMatmulArguments) -> Float[Array, "M F"]:
-    """E times the work; for tests and small inputs."""
+    """Does E times the work; for tests and small inputs."""
     x, w = arguments.x.astype(jnp.float32), arguments.w.astype(jnp.float32)
     ends = jnp.cumsum(arguments.group_sizes)
     row = jnp.arange(x.shape[0])[:, None]

@@ -27,7 +27,7 @@ limits = no_limits
 
 
 def compute(arguments: GroupedMatmulArguments) -> Float[Array, "M F"]:
-    """Work in proportion to the rows of all groups, rounded up to tiles."""
+    """Does work in proportion to the rows of all groups, rounded up to tiles."""
     tile = row_tile(arguments.rows_per_group, largest=_LARGEST_TILE)
     return _grouped(arguments.x, arguments.w, arguments.group_sizes, tile)
 
@@ -53,7 +53,7 @@ class _Tiles:
         self.count = self._counts[-1]
 
     def pad(self, x: Float[Array, "M D"]) -> Float[Array, "rows D"]:
-        """The last tile may reach beyond the rows, where a slice would move back."""
+        """Pads the rows: the last tile may reach beyond them, where a slice would move back."""
         return pad_end(x, self.size, axis=0)
 
     def locate(self, index: Int[Array, ""]) -> tuple[Array, Array, Array]:

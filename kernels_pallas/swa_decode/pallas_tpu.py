@@ -132,7 +132,7 @@ def limits(arguments: DecodeArguments) -> tuple[str, ...]:
 
 
 def _vector_bytes(arguments: DecodeArguments, blocks: DecodeBlocks) -> int:
-    """Of queries, keys and values, each there twice, and of the running sum."""
+    """Bytes of queries, keys and values, each held twice, and of the running sum."""
     num_new, item_bytes = arguments.q.shape[1], arguments.q.dtype.itemsize
     keys_of_a_slot, width = _key_shape(arguments)
     num_keys = blocks.slots * keys_of_a_slot + round_up(num_new * keys_of_a_slot, LANES)

@@ -259,7 +259,7 @@ def _kernel(
 
 
 def _product(x: Array, y: Array, *, contract: tuple[int, int]) -> Array:
-    """Float32 sums. Mosaic rounds float32 operands to bfloat16 unless told not to."""
+    """A product with float32 sums; Mosaic rounds float32 operands unless told not to."""
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(
@@ -278,7 +278,8 @@ def _own_head(sum_RW: Array, head_R1: Array, num_kv_heads: int) -> Array:
 
 
 def _hide(v: Array, seen_RC: Array, *, slots_in_lanes: bool) -> Array:
-    """Zero in keys of v that no query row sees, empty slots and what lies past the cache's end.
+    """Puts zero in keys of v that no query row sees, empty slots and what lies past the cache's
+    end.
 
     Keys lie along lanes in ``seen``. Where they lie along sublanes in v it takes a transpose, of
     eight equal rows since that is the smallest tile. In float32, where every TPU selects.

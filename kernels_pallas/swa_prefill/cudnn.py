@@ -2,13 +2,13 @@
 
 It knows causal rows, a window and lengths. Two more things are made from these:
 
-* sinks beside a window: chunks of queries become rows of a batch, each with the keys it can see::
+* sinks besides a window: chunks of queries become rows of a batch, each with the keys it can see::
 
       queries          . . . . [ chunk ] . .
       keys    [sinks] . [ window ][ chunk ]        one softmax over [sinks | window | chunk]
 
   under a mask, which is small since a chunk's keys are few.
-* full rows in a windowed layer: a causal pass beside the windowed one, and each
+* full rows in a windowed layer: a causal pass besides the windowed one, and each
   row takes its own of the two.
 """
 
@@ -26,7 +26,7 @@ from kernels_pallas.swa_prefill.arguments import AttentionOutput, PrefillArgumen
 Implementation: TypeAlias = Literal["cudnn", "xla"]
 
 _MULTIPLE = 64
-"""Of queries in a chunk and of sink keys beside it."""
+"""Queries in a chunk, and sink keys that are put before its own, are padded to multiples of it."""
 
 
 def limits(arguments: PrefillArguments) -> tuple[str, ...]:
@@ -105,7 +105,7 @@ def _fused(arguments: PrefillArguments, implementation: Implementation) -> Float
 
 
 def _folded(arguments: PrefillArguments, implementation: Implementation) -> Float[Array, "B T N H"]:
-    """Window and sinks. No row sees padding, which comes after all that is real."""
+    """Attention with window and sinks; no row sees padding, which comes after all that is real."""
     num_batch, num_queries, _ = arguments.shape
     window, num_sinks = arguments.window, arguments.num_sink_tokens
     assert isinstance(window, int) and isinstance(num_sinks, int)

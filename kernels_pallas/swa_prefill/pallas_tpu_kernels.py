@@ -101,7 +101,7 @@ def _dot(x: Array, y: Array, dimensions: Any) -> Array:
 
 
 def _scores(static: KernelStatic, x: Array, y: Array) -> tuple[Array, Array | None]:
-    """``x y^T`` scaled and capped, in base 2; beside it the cap's derivative."""
+    """``x y^T`` scaled and capped, in base 2, and the cap's derivative."""
     s = _dot(x, y, _NT)
     if static.softcap is None:
         return s * (static.scale * _LOG2_E), None

@@ -1,7 +1,7 @@
 """Block sizes of the TPU kernels: what each generation's steps cost, and the cheapest that fit.
 
 A window of W keys makes a block of query rows visit ``W + block_q`` keys and a part of a block at
-each end, so small blocks waste least; a grid step costs some 100 to 200 cycles beside its products,
+each end, so small blocks waste least; a grid step costs 100 to 200 cycles besides its products,
 so large steps cost least. Steps are made large without large blocks by stacking heads: the G query
 heads of a KV head, and ``kv_heads`` KV heads. Eight of them, four query heads each, in blocks of
 128 x 128, with a window of 2,048: 1.06 times the visible pairs, in steps of 4,096 rows.
@@ -35,8 +35,9 @@ class Tiles:
     kv_heads: int = 1
 
 
-# Of a step, all heads. Its bodies are unrolled, and the compiler takes as long as they are. Of full
-# layers larger ones save some 5% of the cycles; small blocks are worth more to windowed ones.
+# Limits of a step, over all its heads. Its bodies are unrolled, so the compiler takes longer the
+# larger it is. Large steps save some 5% of the cycles of full layers; windowed layers gain more
+# from small blocks.
 _MOST_ROWS = 4096
 _MOST_SCORES_OF_WINDOWED, _MOST_SCORES_OF_FULL = 1 << 19, 1 << 20
 # Where the compiler needs no telling: its own limit is 16 MiB on v5e, of which it spills some.
@@ -104,7 +105,7 @@ def _cycles(arguments: PrefillArguments, tiles: Tiles, chip: Tpu) -> float:
     body = masked * masked_body + (1 - masked) * unmasked_body
     body *= rows / 512 * tiles.block_kv / 128 * max(head_dim, LANES) / LANES
     loaded = 2 * tiles.block_kv * round_up(head_dim, LANES) * itemsize / chip.bytes_per_cycle
-    # Of tiles that take as long, those that load less.
+    # Among tiles that take as long, those that load less win.
     step = chip.step + tiles.kv_heads * (max(body, loaded) + loaded / 16)
     return items * step * -(-arguments.k.shape[2] // tiles.kv_heads // chip.cores)
 

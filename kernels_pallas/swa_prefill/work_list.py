@@ -31,7 +31,7 @@ from kernels_pallas.mask import BlockMap
 MASKED, FIRST, LAST = 1, 2, 4
 _FLAG_BITS = 3
 
-# Of scalar memory, which holds the list; the rest is left to the compiler.
+# The scalar memory that the list may take; the rest is left to the compiler.
 SMEM_BYTES = min(chip.smem_bytes for chip in TPUS.values()) - (32 << 10)
 
 

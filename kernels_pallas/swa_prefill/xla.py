@@ -71,7 +71,7 @@ class Static:
     softcap: float | None
     is_full: bool  # no window at all: every row is full
     has_sinks: bool
-    one_chunk: bool  # a block of rows never reads more than one chunk beside its sinks
+    one_chunk: bool  # a block of rows never reads more than one chunk besides its sinks
     precision: lax.Precision | None
 
 

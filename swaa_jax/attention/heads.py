@@ -63,7 +63,7 @@ def take_heads(
 ) -> Float[Array, "B T taken H"]:
     """The heads of x that belong to these KV heads: themselves, or their groups' query heads."""
     size = x.shape[2] // num_kv_heads
-    # Slices, not a gather: the compiler fuses them, and their gradient is no scatter.
+    # Slices, not a gather: the compiler fuses them, and their gradient needs no scatter.
     return jnp.concatenate(
         [x[:, :, first * size : stop * size] for first, stop in _runs(heads)], axis=2
     )

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from swaa_jax.fields import first_of, show
 from swaa_jax.storage import CheckpointError, listing, reading
 
 DTYPES: dict[str, np.dtype] = {
@@ -38,7 +39,7 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
     "C64": np.dtype(np.complex64),
 }
-"""Every dtype that a header may name. Which of them can be weights is the reader's matter."""
+"""Every dtype that a header may name. The reader decides which of them can be weights."""
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -71,7 +72,7 @@ def read_header(path: epath.Path) -> dict[str, TensorInfo]:
         _refuse_other_formats(path, start)
         length = int.from_bytes(start, "little")
         if length > _MAX_HEADER_BYTES:
-            raise _corrupt(path, f"it claims a header of {length} bytes")
+            raise _corrupt(path, f"a header of {length} bytes")
         if size < 8 + length:
             raise _truncated(path, 8 + length, size)
         text = file.read(length)
@@ -80,7 +81,7 @@ def read_header(path: epath.Path) -> dict[str, TensorInfo]:
         raise _truncated(path, 8 + length + data_bytes, size)
     if size > 8 + length + data_bytes:
         raise _corrupt(
-            path, f"its tensors end at byte {8 + length + data_bytes} but the file has {size} bytes"
+            path, f"tensors that end at byte {8 + length + data_bytes} of a file of {size} bytes"
         )
     return tensors
 
@@ -92,14 +93,14 @@ def _refuse_other_formats(path: epath.Path, start: bytes) -> None:
     pickled = pickled and int.from_bytes(start, "little") > _MAX_HEADER_BYTES
     if pickled or start.startswith(b"PK\x03\x04"):
         raise CheckpointError(
-            f"{path} is a pickle (a PyTorch file), not a safetensors file, whatever its name "
-            "says. Pickles can run code and are never opened; convert the checkpoint with "
-            "Transformers: AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)."
+            f"{path}: expected a safetensors file, got a pickle (a PyTorch file), whatever its "
+            "name says; pickles can run code and are never opened: convert the checkpoint with "
+            "Transformers, AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)"
         )
     if start == b"version ":
         raise CheckpointError(
-            f"{path} is a Git LFS pointer, not the weights themselves. Run `git lfs pull` in the "
-            "checkpoint's repository."
+            f"{path}: expected the weights themselves, got a Git LFS pointer to them; run "
+            "`git lfs pull` in the checkpoint's repository"
         )
 
 
@@ -113,12 +114,12 @@ def _parse(path: epath.Path, text: bytes, *, start: int) -> tuple[dict[str, Tens
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise _corrupt(path, f"its header is not JSON: {error}") from error
+        raise _corrupt(path, f"a header that is not JSON ({error})") from error
     if not isinstance(header, dict):
-        raise _corrupt(path, "its header is not a JSON object")
+        raise _corrupt(path, "a header that is not a JSON object")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _corrupt(path, "its __metadata__ is not a map of strings")
+        raise _corrupt(path, "a __metadata__ that is not a map of strings")
 
     tensors: dict[str, TensorInfo] = {}
     spans: list[tuple[int, int, str]] = []
@@ -126,7 +127,7 @@ def _parse(path: epath.Path, text: bytes, *, start: int) -> tuple[dict[str, Tens
     for name, entry in header.items():
         fault = _entry_fault(entry)
         if fault:
-            faults.append(f"{name!r} {fault}")
+            faults.append(f"{show(name)} with {fault}")
             continue
         begin, end = entry["data_offsets"]
         tensors[name] = TensorInfo(
@@ -134,43 +135,44 @@ def _parse(path: epath.Path, text: bytes, *, start: int) -> tuple[dict[str, Tens
         )
         if end - begin != tensors[name].nbytes:
             faults.append(
-                f"{name!r} has {end - begin} bytes of data but {entry['dtype']}"
-                f"{entry['shape']} needs {tensors[name].nbytes}"
+                f"{show(name)} with {end - begin} bytes of data where {entry['dtype']}"
+                f"{show(entry['shape'])} needs {tensors[name].nbytes}"
             )
         spans.append((begin, end, name))
     if faults:
-        raise _corrupt(path, "; ".join(faults))
+        raise _corrupt(path, first_of(faults))
     end_of_data = 0
     for begin, end, name in sorted(spans):  # the format has neither holes nor overlaps
         if begin != end_of_data:
-            raise _corrupt(path, f"{name!r} begins at byte {begin} of the data, not {end_of_data}")
+            raise _corrupt(
+                path, f"{show(name)} at byte {begin} of the data, where byte {end_of_data} is next"
+            )
         end_of_data = end
     return tensors, end_of_data
 
 
 def _entry_fault(entry: Any) -> str | None:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        return "lacks one of dtype, shape, data_offsets, or has something else"
+        return "fields other than dtype, shape and data_offsets"
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        return f"has the unknown dtype {entry['dtype']!r}"
+        return f"the unknown dtype {show(entry['dtype'])}"
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
-        return f"has the impossible shape {shape!r}"
-    if not isinstance(offsets, list) or len(offsets) != 2:
-        return f"has the impossible data_offsets {offsets!r}"
-    if not all(type(n) is int for n in offsets) or not 0 <= offsets[0] <= offsets[1]:
-        return f"has the impossible data_offsets {offsets!r}"
+        return f"the impossible shape {show(shape)}"
+    whole = isinstance(offsets, list) and all(type(n) is int for n in offsets)
+    if not whole or len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1]:
+        return f"the impossible data_offsets {show(offsets)}"
     return None
 
 
 def _truncated(path: epath.Path, expected: int, size: int) -> CheckpointError:
     return CheckpointError(
-        f"{path} is truncated: its header says {expected} bytes, the file has {size}. The download "
-        "or copy was cut short; fetch the file again."
+        f"{path}: expected {expected} bytes, as its header says, got a truncated file of {size}; "
+        "the download or copy was cut short: fetch the file again"
     )
 
 
-def _corrupt(path: epath.Path, what: str) -> CheckpointError:
+def _corrupt(path: epath.Path, got: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} is not a sound safetensors file: {what}. Fetch or write the file again."
+        f"{path}: expected a sound safetensors file, got {got}; fetch or write the file again"
     )

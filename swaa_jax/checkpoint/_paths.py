@@ -1,4 +1,4 @@
-"""From what a caller passes to a directory, from a file to JSON; an error for each fault."""
+"""Finds the directory that a caller means, and reads JSON files; each fault has its own error."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from swaa_jax.fields import describe, show
 from swaa_jax.storage import (
     CheckpointError,
     forget_listings,
@@ -48,21 +49,21 @@ def check_directory(directory: epath.PathLike) -> epath.Path:
         raise unreadable(directory, error) from error
     if exists:
         raise CheckpointError(
-            f"{path} is a file; expected the directory of a checkpoint (config.json and "
-            f"safetensors weights). Did you mean {path.parent}?"
+            f"{path}: expected the directory of a checkpoint (config.json and safetensors "
+            f"weights), got a file; did you mean {path.parent}?"
         )
-    hint = " Check the path."
+    advice = "check the path"
     if not is_local(path):
-        hint = " Check the bucket and the path, and that this account may list it."
+        advice = "check the bucket and the path, and that this account may list it"
     elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(directory)):
-        hint = (
-            " It has the form of a Hugging Face hub id: load_model, load_tokenizer and "
-            "checkpoint.open_checkpoint download those."
+        advice = (
+            "it has the form of a Hugging Face hub id: load_model, load_tokenizer and "
+            "checkpoint.open_checkpoint download those"
         )
     raise CheckpointError(
-        f"{str(directory)!r} does not exist; expected the directory of a checkpoint (config.json "
-        f"and safetensors weights), or a model that this package ships ({', '.join(SHIPPED)})."
-        f"{hint}"
+        f"{show(str(directory))}: expected the directory of a checkpoint (config.json and "
+        f"safetensors weights), or a model that this package ships ({', '.join(SHIPPED)}), got a "
+        f"path that does not exist; {advice}"
     )
 
 
@@ -108,15 +109,19 @@ def read_json_object(path: epath.Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist. Is {path.parent} the right path?") from error
+        raise CheckpointError(
+            f"{path}: expected a JSON file, got a path that does not exist; is {path.parent} the "
+            "right path?"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is not valid JSON: {error}. Fetch or write the file again."
+            f"{path}: expected valid JSON, got an error ({error}); fetch or write the file again"
         ) from error
     except Exception as error:  # a bucket's library raises what it likes
         raise unreadable(path, error) from error
     if not isinstance(value, dict):
         raise CheckpointError(
-            f"{path} holds a JSON {type(value).__name__}; expected an object ({{...}})."
+            f"{path}: expected a JSON object ({{...}}), got {describe(value)}; fetch or write the "
+            "file again"
         )
     return value

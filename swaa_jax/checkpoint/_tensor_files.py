@@ -32,7 +32,8 @@ class MappedFile:
             self._handle: Any = safetensors.safe_open(os.fspath(path), framework="numpy")
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(
-                f"{path} is not a sound safetensors file: {error}. Fetch or write the file again."
+                f"{path}: expected a sound safetensors file, got an error ({error}); fetch or "
+                "write the file again"
             ) from error
 
     def read(self, name: str, info: TensorInfo, bounds: Bounds) -> np.ndarray:
@@ -82,8 +83,8 @@ class RangeFile:
         self.bytes_read += len(data)
         if len(data) != count:
             raise CheckpointError(
-                f"{self._path}: bytes {start} to {start + count} were asked for, {len(data)} came. "
-                "The file was changed while it was read, or the connection broke; try again."
+                f"{self._path}: expected bytes {start} to {start + count}, got {len(data)} of "
+                "them; the file was changed while it was read, or the connection broke: try again"
             )
         # A copy: an array over `bytes` cannot be written to.
         return np.frombuffer(data, DTYPES[info.dtype]).copy()

@@ -9,6 +9,7 @@ from etils import epath
 
 import swaa_jax
 from swaa_jax.checkpoint._paths import check_directory, checkpoint_origin, read_json_object
+from swaa_jax.fields import describe, show
 from swaa_jax.storage import (
     CheckpointError,
     is_local,
@@ -52,23 +53,21 @@ def read_config(directory: epath.PathLike) -> dict[str, Any]:
     directory = check_directory(directory)
     path = directory / CONFIG_FILE
     if not _exists(path):
-        advice = "Check the path, or fetch the file."
+        advice = "check the path, or fetch the file"
         if not is_local(directory):
-            advice = (
-                "A save writes it last, so one may not have ended, or failed; or check the path."
-            )
+            advice = "a save writes it last: one has not ended, or failed; or check the path"
         raise CheckpointError(
-            f"{directory} has no {CONFIG_FILE}; expected a checkpoint in Hugging Face layout "
-            f"({CONFIG_FILE} and safetensors weights). {advice}"
+            f"{directory}: expected a checkpoint in Hugging Face layout ({CONFIG_FILE} and "
+            f"safetensors weights), got no {CONFIG_FILE}; {advice}"
         )
     config = read_json_object(path)
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise CheckpointError(
-            f"{path} has a quantization_config (method {method or 'not named'}): the weights are "
-            "quantised, which is not supported. Use the bfloat16, float16 or float32 checkpoint "
-            "that it was made from."
+            f"{path}: expected weights that are not quantised, got a quantization_config (method "
+            f"{'not named' if not method else show(method)}); use the bfloat16, float16 or float32 "
+            "checkpoint that it was made from"
         )
     return config
 
@@ -124,20 +123,21 @@ def read_attention_policy(
     version = record.get("schema_version")
     if type(version) is not int or version != POLICY_SCHEMA_VERSION:
         raise CheckpointError(
-            f"{path}: expected schema_version {POLICY_SCHEMA_VERSION}, got {version!r}. A newer "
-            "swaa_jax may have written it: upgrade, or pass a policy yourself and it is not read."
+            f"{path}: expected schema_version {POLICY_SCHEMA_VERSION}, got {describe(version)}; a "
+            "newer swaa_jax may have written it: upgrade, or pass a policy yourself and it is not "
+            "read"
         )
     policy, layers = record.get("policy"), record.get("num_layers")
     if not isinstance(policy, dict) or type(layers) is not int or layers < 1:
         raise CheckpointError(
             f"{path}: expected an object 'policy' and a positive integer 'num_layers', got "
-            f"{policy!r} and {layers!r}. Write the file again, or remove it to load the model "
-            "without its policy."
+            f"{show(policy)} and {show(layers)}; write the file again, or remove it to load the "
+            "model without its policy"
         )
     if num_layers is not None and layers != num_layers:
         raise CheckpointError(
-            f"{path} is for a model of {layers} layers, but the model has {num_layers}. It belongs "
-            "to another checkpoint: pass a policy yourself, or remove the file."
+            f"{path}: expected the policy of a model of {num_layers} layers, got one for {layers}; "
+            "it belongs to another checkpoint: pass a policy yourself, or remove the file"
         )
     return policy
 
@@ -195,7 +195,12 @@ def _provenance_of_base(base: epath.PathLike) -> dict[str, Any] | None:
     try:
         return read_json_object(path) if path.exists() else None
     except Exception as error:  # unreadable, which is no reason to fail a save
-        logger.warning("%s is left out of the new %s: %s", path, PROVENANCE_FILE, error)
+        logger.warning(
+            "%s: expected a file that can be read, got an error (%s); the new %s leaves it out",
+            path,
+            error,
+            PROVENANCE_FILE,
+        )
         return None
 
 

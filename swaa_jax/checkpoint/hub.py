@@ -28,6 +28,7 @@ from swaa_jax.checkpoint.hf import (
     read_config,
 )
 from swaa_jax.checkpoint.safetensors_io import INDEX_FILE, find_weights
+from swaa_jax.fields import describe
 from swaa_jax.runtime import is_main_process
 from swaa_jax.storage import CheckpointError, check_space, is_disk_full, listing
 
@@ -73,7 +74,7 @@ def open_checkpoint(
         if _HUB_ID.fullmatch(str(path_or_hub_id)):
             hint = f"; pass 'hf://{path_or_hub_id}' for the hub's model of that name"
         raise ValueError(
-            f"revision: {revision!r} was given for the directory {directory}; "
+            f"revision: expected none for the directory {directory}, got {describe(revision)}; "
             f"only a hub id has revisions{hint}"
         )
     return directory
@@ -87,8 +88,8 @@ def _hub_id(path_or_hub_id: epath.PathLike) -> str | None:
         repo_id = path_or_hub_id.removeprefix(_HUB_PREFIX)
         if not _HUB_ID.fullmatch(repo_id):
             raise CheckpointError(
-                f"{path_or_hub_id!r} is not a hub id; expected hf://organisation/name. A revision "
-                "is an argument of its own."
+                f"hub id: expected hf://organisation/name, got {describe(path_or_hub_id)}; a "
+                "revision is an argument of its own"
             )
         return repo_id
     if not _HUB_ID.fullmatch(path_or_hub_id) or os.path.exists(path_or_hub_id):
@@ -131,7 +132,8 @@ class _Repository:
                 raise CheckpointError(self._explain(error)) from error
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             logger.warning(
-                "%s: the hub cannot be asked (%s); using the copy in the cache, %s",
+                "%s: expected an answer of the hub, got an error (%s); using the copy in the "
+                "cache, %s",
                 self,
                 reason,
                 cached,
@@ -142,9 +144,9 @@ class _Repository:
             return self._download(commit, files, [n for n in _TOKENIZER_ONLY if n in files])
         if CONFIG_FILE not in files:
             raise CheckpointError(
-                f"{self} on the hub has no {CONFIG_FILE}; expected a checkpoint in Hugging Face "
-                f"layout, found {listing(files, limit=8)}. It may be an adapter, a GGUF or a "
-                "dataset: check the id."
+                f"{self} on the hub: expected a checkpoint in Hugging Face layout, with a "
+                f"{CONFIG_FILE}, got {listing(files, limit=8)}; it may be an adapter, a GGUF or a "
+                "dataset: check the id"
             )
         directory = self._download(commit, files, [n for n in _SMALL_FILES if n in files])
         read_config(directory)  # refuses a quantised checkpoint before its weights travel
@@ -208,8 +210,8 @@ class _Repository:
         absent = [name for name in names if not (directory / name).exists()]
         if absent:
             raise CheckpointError(
-                f"{self}: the download ended without {listing(absent)}, although the hub lists "
-                f"them. Try again; if it stays so, remove {directory} and try once more."
+                f"{self}: expected all files that the hub lists, got a download without "
+                f"{listing(absent)}; try again, and if it stays so, remove {directory} first"
             )
         self._note_branch(commit)
         return epath.Path(directory)
@@ -282,8 +284,8 @@ class _Repository:
     def _warn_if_policy_unknown(self, directory: epath.Path) -> None:
         if not self._complete(directory):
             logger.warning(
-                "%s: the cache does not tell whether this model has an %s; without the hub it is "
-                "taken to have none",
+                "%s: expected a cache that tells whether this model has an %s, got one that does "
+                "not; without the hub it is taken to have none",
                 self,
                 POLICY_FILE,
             )
@@ -292,10 +294,10 @@ class _Repository:
 
     def _offline(self) -> str:
         return (
-            f"{self} is not complete in the cache {_cache_folder(self.repo_id).parent}, and the "
-            "hub may not be asked (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set). There is no "
-            "local directory of that name either. Unset the variable to download it, copy the "
-            "cache from a machine that has it, or pass a directory."
+            f"{self}: expected a local directory of that name, or a complete copy in the cache "
+            f"{_cache_folder(self.repo_id).parent}, got neither, and the hub may not be asked "
+            "(HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set); unset the variable to download it, "
+            "copy the cache from a machine that has it, or pass a directory"
         )
 
     def _explain(self, error: Exception) -> str:
@@ -307,31 +309,33 @@ class _Repository:
             number = getattr(cause, "errno", None) if isinstance(cause, OSError) else None
             if is_disk_full(cause):
                 return (
-                    f"{self}: the disk is full: the download to {_cache_folder(self.repo_id)} "
-                    "ended early. Free some space, or set HF_HOME to a directory on a larger disk; "
-                    "files that are complete are not fetched again."
+                    f"{self}: expected room for the download to {_cache_folder(self.repo_id)}, got "
+                    "a disk that is full; free some space, or set HF_HOME to a directory on a "
+                    "larger disk (files that are complete are not fetched again)"
                 )
             if number in (errno.EACCES, errno.EROFS, errno.EPERM):
                 return (
-                    f"{self}: the cache cannot be written ({cause}). Set HF_HOME to a directory "
-                    "that you may write in."
+                    f"{self}: expected a cache that can be written, got an error ({cause}); set "
+                    "HF_HOME to a directory that you may write in"
                 )
             if isinstance(cause, errors.GatedRepoError):
                 return (
-                    f"{self} is gated: its owners let only accounts in that have accepted their "
-                    f"terms. Ask for access at {page}, then log in with `hf auth login` or set "
-                    f"HF_TOKEN ({_token()})."
+                    f"{self}: expected an account that has accepted its owners' terms, got a "
+                    f"refusal (the model is gated); ask for access at {page}, then log in with "
+                    f"`hf auth login` or set HF_TOKEN ({_token()})"
                 )
             if isinstance(cause, errors.RepositoryNotFoundError):
                 return (
-                    f"{self}: there is neither a local directory of that name nor, as far as this "
-                    f"account can see, a model on the hub ({page}). Check the spelling; if the "
-                    f"model is private, log in with `hf auth login` or set HF_TOKEN ({_token()})."
+                    f"{self}: expected a local directory of that name, or a model on the hub "
+                    f"({page}), got neither that this account can see; check the spelling, and if "
+                    "the model is private, log in with `hf auth login` or set HF_TOKEN "
+                    f"({_token()})"
                 )
             if isinstance(cause, errors.RevisionNotFoundError):
                 return (
-                    f"{self.repo_id!r} has no revision {self.revision!r}; expected a branch, a tag "
-                    f"or a full commit hash. See {page}/commits/main for what there is."
+                    f"{self.repo_id!r}: expected a revision that is a branch, a tag or a full "
+                    f"commit hash, got {describe(self.revision)}; see {page}/commits/main for what "
+                    "there is"
                 )
             if isinstance(cause, errors.OfflineModeIsEnabled):
                 return self._offline()
@@ -339,44 +343,46 @@ class _Repository:
                 return self._explain_status(cause, page)
             if _is_transport(cause):
                 return (
-                    f"{self}: the hub at {constants.ENDPOINT} cannot be reached, or the connection "
-                    f"broke ({_reason(cause)}); there is no complete copy in the cache, no local "
-                    "directory of that name. Check the network and the proxy (HTTPS_PROXY), set "
-                    "HF_ENDPOINT to a mirror, or pass a directory."
+                    f"{self}: expected an answer of the hub at {constants.ENDPOINT}, a complete "
+                    "copy in the cache or a local directory of that name, got none of them "
+                    f"({_reason(cause)}); check the network and the proxy (HTTPS_PROXY), set "
+                    "HF_ENDPOINT to a mirror, or pass a directory"
                 )
         return (
-            f"{self}: the download from {constants.ENDPOINT} failed: {_reason(error)}. Try again; "
-            "files that are complete are not fetched again."
+            f"{self}: expected a download from {constants.ENDPOINT}, got an error "
+            f"({_reason(error)}); try again (files that are complete are not fetched again)"
         )
 
     def _explain_status(self, error: Any, page: str) -> str:
         status = error.response.status_code
         if status == 401:
             return (
-                f"{self}: the hub does not accept the token ({_token()}): status 401. Log in again "
-                "with `hf auth login`, or set HF_TOKEN to a valid token or to nothing."
+                f"{self}: expected a token that the hub accepts, got status 401 ({_token()}); log "
+                "in again with `hf auth login`, or set HF_TOKEN to a valid token or to nothing"
             )
         if status == 403:
             return (
-                f"{self}: the hub refuses access ({_token()}): status 403. Give the token the "
-                f"permission to read this model, or ask for access at {page}."
+                f"{self}: expected access to the model, got status 403 ({_token()}); give the "
+                f"token the permission to read it, or ask for access at {page}"
             )
         if status == 429:
             after = error.response.headers.get("retry-after")
             wait = f"in {after} seconds" if after else "in a few minutes"
             return (
-                f"{self}: the hub limits the rate of requests from here: status 429. Try again "
-                f"{wait}; log in (`hf auth login`) for a higher limit; and where many hosts start "
-                "at once, pass a commit hash as revision, so that a filled cache needs no request."
+                f"{self}: expected an answer of the hub, got status 429 (it limits the rate of "
+                f"requests from here); try again {wait}, log in (`hf auth login`) for a higher "
+                "limit, and where many hosts start at once, pass a commit hash as revision, so "
+                "that a filled cache needs no request"
             )
         if status >= 500:
             return (
-                f"{self}: the hub fails with status {status}, and there is no complete copy in the "
-                "cache. Try again later; https://status.huggingface.co tells how the hub is."
+                f"{self}: expected an answer of the hub, or a complete copy in the cache, got "
+                f"status {status} and no copy; try again later (https://status.huggingface.co "
+                "tells how the hub is)"
             )
         return (
-            f"{self}: the hub answers with status {status} ({_reason(error)}). Check the id and "
-            f"the revision at {page}."
+            f"{self}: expected an answer of the hub, got status {status} ({_reason(error)}); check "
+            f"the id and the revision at {page}"
         )
 
 

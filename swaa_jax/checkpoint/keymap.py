@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from swaa_jax.checkpoint.safetensors_io import WEIGHT_DTYPES, Index, WeightReader
+from swaa_jax.fields import first_of, show
 from swaa_jax.runtime import to_host
 from swaa_jax.storage import CheckpointError, listing
 
@@ -81,9 +82,11 @@ class WeightRule:
             for placeholder in known:
                 rest = rest.replace(placeholder, "", 1)
             if "{" in rest:
-                raise ValueError(f"WeightRule: expected each of {known} once at most, got {name!r}")
+                raise ValueError(
+                    f"WeightRule: expected each of {known} once at most, got {show(name)}"
+                )
         if ("{layer}" in self.hf) != ("{layer}" in self.ours):
-            raise ValueError(f"WeightRule: {{layer}} must be in both or neither, got {self}")
+            raise ValueError(f"WeightRule: expected {{layer}} in both or neither, got {self}")
         if self.part is not None and (self.stacked or not 0 <= self.part[0] < self.part[1]):
             raise ValueError(
                 f"WeightRule: expected part=(start, stop) with start < stop, and no {{expert}}, "
@@ -156,7 +159,7 @@ def load_weights(
     """Reads the parameters of a model, checking every name, shape and dtype first.
 
     Each device's slice is read from the memory map a few rows at a time, turned and cast into its
-    place, so host memory beside the devices' is one tensor and some 30 MB, whatever the model's
+    place, so the host needs memory for one tensor and some 30 MB, whatever the model's
     size. On the CPU, where the devices' memory is the host's, JAX keeps that tensor as it is.
 
     Args:
@@ -166,7 +169,7 @@ def load_weights(
         expected: every parameter of the model: (shape, dtype, sharding or None).
         optional: parameters that may be missing; they are then missing from the result.
         ignored: patterns (`fnmatch`) of checkpoint names that may be there and are not read,
-            beside `IGNORED`.
+            in addition to `IGNORED`.
         tied: checkpoint names that are copies of others, such as
             {"lm_head.weight": "model.embed_tokens.weight"} for tied embeddings. A copy may be
             missing or present; if present it must be equal; alone it stands in for the other.
@@ -275,7 +278,7 @@ def _check(
         if reader.stored_dtype(name) not in WEIGHT_DTYPES:
             mistyped.append(f"{name} ({reader.stored_dtype(name)})")
     if misshaped:
-        faults.append(f"{len(misshaped)} of the wrong shape: {_some(misshaped)}")
+        faults.append(f"{len(misshaped)} of the wrong shape: {first_of(misshaped)}")
     if mistyped:
         faults.append(
             f"{len(mistyped)} of a dtype other than {', '.join(WEIGHT_DTYPES)}: "
@@ -283,9 +286,9 @@ def _check(
         )
     if faults:
         raise CheckpointError(
-            f"{reader.directory}: the weights do not fit the model that config.json describes: "
-            f"{'; '.join(faults)}. Check that config.json and the weights belong together, and "
-            "that the model family is the right one."
+            f"{reader.directory}: expected the weights of the model that config.json describes, "
+            f"got {'; '.join(faults)}; check that config.json and the weights belong together, and "
+            "that the model family is the right one"
         )
 
 
@@ -300,16 +303,13 @@ def _stored_shapes(
         if row.part is not None:  # as many rows as the parts seen so far reach
             height = row.part[1] - row.part[0]
             if stored[0] != height:
-                raise ValueError(f"rules: {row} has {height} rows, {path!r} needs {stored[0]}")
+                raise ValueError(
+                    f"rules: expected {stored[0]} rows for {path!r}, got {height} in {row}"
+                )
             reached = shapes.get(row.hf, (0,))[0]
             stored = (max(row.part[1], reached), *stored[1:])
         shapes.update(dict.fromkeys(row.tensors(shape), stored))
     return shapes
-
-
-def _some(entries: list[str], limit: int = 20) -> str:
-    more = [f"and {len(entries) - limit} more"] if len(entries) > limit else []
-    return ", ".join(entries[:limit] + more)
 
 
 def _check_copies(reader: WeightReader, copies: Mapping[str, str]) -> None:
@@ -322,9 +322,9 @@ def _check_copies(reader: WeightReader, copies: Mapping[str, str]) -> None:
             continue
         if reader.shape(copy) != reader.shape(original):
             raise CheckpointError(
-                f"{reader.directory}: config.json ties {copy!r} to {original!r}, but their shapes "
-                f"are {reader.shape(copy)} and {reader.shape(original)}. Set tie_word_embeddings "
-                "to false in config.json if they are two weights."
+                f"{reader.directory}: expected {copy!r} and {original!r} of one shape, as "
+                f"config.json ties them, got {reader.shape(copy)} and {reader.shape(original)}; "
+                "set tie_word_embeddings to false in config.json if they are two weights"
             )
         rows = reader.shape(copy)[0]
         step = max(1, (1 << 24) * rows // max(1, np.prod(reader.shape(copy), dtype=int)))
@@ -333,9 +333,9 @@ def _check_copies(reader: WeightReader, copies: Mapping[str, str]) -> None:
             a, b = reader.read(copy, part), reader.read(original, part)
             if not np.array_equal(a.view(np.uint8), b.view(np.uint8)):
                 raise CheckpointError(
-                    f"{reader.directory}: config.json ties {copy!r} to {original!r}, but both are "
-                    "stored and their values differ. Set tie_word_embeddings to false in "
-                    f"config.json to use both, or remove {copy!r} from the weights."
+                    f"{reader.directory}: expected {copy!r} and {original!r} to be equal, as "
+                    "config.json ties them, got values that differ; set tie_word_embeddings to "
+                    f"false in config.json to use both, or remove {copy!r} from the weights"
                 )
 
 
@@ -373,7 +373,7 @@ def _read_into(
 ) -> None:
     """Fill `out` with the part at `index` of the tensor `name`, which is of `shape` on our side.
 
-    A few rows at a time: a whole tensor beside its turned or cast copy would be twice its memory.
+    It goes by a few rows: a whole tensor and its turned or cast copy would take twice the memory.
     """
     if out.size == 0:
         return
@@ -429,8 +429,8 @@ def cast_weight(reader: WeightReader, name: str, value: np.ndarray, dtype: np.dt
         result = value.astype(dtype)
     if dtype == np.float16 and not np.array_equal(_finite(result), _finite(value)):
         raise CheckpointError(
-            f"{reader.file(name)}: {name!r} has values beyond float16's range (65504). Load the "
-            "model in bfloat16 or float32."
+            f"{reader.file(name)}: expected values of {name!r} within float16's range (65504), got "
+            "larger ones; load the model in bfloat16 or float32"
         )
     return result
 

@@ -1,4 +1,4 @@
-"""What results must say of where they come from: checkpoint, device, versions."""
+"""Results say where they come from: this describes checkpoint, device and versions."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers")
 
 
 def describe_model(model: Any) -> dict[str, Any]:
-    """What is known of a loaded model's checkpoint.
+    """What is known about a loaded model's checkpoint.
 
     Its path, provenance and shape; and the SHA-256 of its weight files, unless they are large.
     """
@@ -44,9 +44,9 @@ def describe_model(model: Any) -> dict[str, Any]:
 
 
 def weight_marks(directory: PathLike | None) -> dict[str, Any]:
-    """What changes when a checkpoint's or an adapter's weight files do, by name.
+    """A mark of each weight file of a checkpoint or an adapter, by name, that changes when it does.
 
-    Their SHA-256; of large ones size and time of the last change. Empty for None.
+    The mark is the SHA-256; for large files it is size and time of the last change. Empty for None.
     """
     if directory is None:
         return {}
@@ -74,7 +74,7 @@ def describe_device() -> dict[str, Any]:
 
 
 def describe_versions() -> dict[str, str]:
-    """Of this package, Python, and what computes."""
+    """Versions of this package, of Python, and of the packages that compute."""
     return {
         "swaa_jax": swaa_jax.__version__,
         "python": platform.python_version(),

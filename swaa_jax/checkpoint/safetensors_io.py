@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from swaa_jax.checkpoint._header import DTYPES, TensorInfo, read_header
 from swaa_jax.checkpoint._paths import check_directory, read_json_object
 from swaa_jax.checkpoint._tensor_files import MappedFile, RangeFile, open_tensors
+from swaa_jax.fields import describe, first_of, show, wrong
 from swaa_jax.storage import (
     COMMIT_MARK,
     CheckpointError,
@@ -70,8 +71,8 @@ class WeightReader:
             names = [path.name for path in self.directory.iterdir()]
         if not is_local(self.directory) and COMMIT_MARK not in names:
             raise CheckpointError(
-                f"{self.directory} has no {COMMIT_MARK}, which a save writes last: it has not "
-                "ended, or it failed. Wait for it, or save the checkpoint again."
+                f"{self.directory}: expected {COMMIT_MARK}, which a save writes last, got none: it "
+                "has not ended, or it failed; wait for it, or save the checkpoint again"
             )
         found = find_weights(self.directory, names)
         self._open(found.files)
@@ -98,12 +99,12 @@ class WeightReader:
             self._info.update(tensors)
             self._file_of.update(dict.fromkeys(tensors, file))
         if faults:
-            raise CheckpointError(" ".join(faults))
+            raise CheckpointError(first_of(faults))
         twice = [name for name, count in found.items() if count > 1]
         if twice:
             raise CheckpointError(
-                f"{self.directory}: these tensors are in more than one shard: {listing(twice)}. "
-                "Expected each tensor once; save the checkpoint again."
+                f"{self.directory}: expected each tensor in one shard, got several with "
+                f"{listing(twice)}; save the checkpoint again"
             )
 
     def names(self) -> set[str]:
@@ -142,9 +143,9 @@ class WeightReader:
         info = self._tensor(name)
         if info.dtype not in WEIGHT_DTYPES:
             raise CheckpointError(
-                f"{self.file(name)}: {name!r} is stored as {info.dtype}; expected one of "
-                f"{', '.join(WEIGHT_DTYPES)}. Quantised and integer weights are not supported: use "
-                "a checkpoint in bfloat16, float16 or float32."
+                f"{self.file(name)}: expected {name!r} to be stored as one of "
+                f"{', '.join(WEIGHT_DTYPES)}, got {info.dtype}; quantised and integer weights are "
+                "not supported: use a checkpoint in bfloat16, float16 or float32"
             )
         bounds = _bounds(name, info.shape, index)
         shape = tuple(stop - start for start, stop in bounds)
@@ -154,7 +155,7 @@ class WeightReader:
 
     def _tensor(self, name: str) -> TensorInfo:
         if name not in self._info:
-            raise KeyError(f"{self.directory} has no tensor {name!r}")
+            raise KeyError(f"{self.directory}: expected the name of a tensor, got {show(name)}")
         return self._info[name]
 
 
@@ -184,8 +185,8 @@ def find_weights(
         weight_map = _read_index(directory, names, where)
         if SINGLE_FILE in names and SINGLE_FILE not in weight_map.values():
             raise CheckpointError(
-                f"{where} has both {SINGLE_FILE} and {INDEX_FILE}, whose shards are other "
-                "files, so it is not clear which weights are meant. Remove one of the two."
+                f"{where}: expected either {SINGLE_FILE} or {INDEX_FILE}, got both, and the index "
+                "names other files; remove the one that is not meant"
             )
         return WeightFiles(files=tuple(sorted(set(weight_map.values()))), weight_map=weight_map)
     if SINGLE_FILE in names:
@@ -193,21 +194,21 @@ def find_weights(
     shards = [name for name in names if name.endswith(".safetensors")]
     if shards:
         raise CheckpointError(
-            f"{where} has {listing(shards)} but neither {SINGLE_FILE} nor {INDEX_FILE}. "
-            f"Expected one of them; fetch the index, or rename a single file to {SINGLE_FILE}."
+            f"{where}: expected {SINGLE_FILE} or {INDEX_FILE}, got neither but {listing(shards)}; "
+            f"fetch the index, or rename a single file to {SINGLE_FILE}"
         )
     pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
     others = [name for name in names if name.endswith(_OTHER_SUFFIXES)]
     if pickles or others:
         raise CheckpointError(
-            f"{where} has weights only as {listing(pickles + others)}; expected {SINGLE_FILE} "
-            f"or {INDEX_FILE}. Pickled weights can run code and are never opened; convert the "
-            "checkpoint with Transformers: "
-            "AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)."
+            f"{where}: expected {SINGLE_FILE} or {INDEX_FILE}, got weights only as "
+            f"{listing(pickles + others)}; pickled weights can run code and are never opened: "
+            "convert the checkpoint with Transformers, "
+            "AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)"
         )
     raise CheckpointError(
-        f"{where} has no weights: expected {SINGLE_FILE}, or {INDEX_FILE} and its shards. "
-        "Check the path, or fetch the weights."
+        f"{where}: expected {SINGLE_FILE}, or {INDEX_FILE} and its shards, got no weights; check "
+        "the path, or fetch the weights"
     )
 
 
@@ -216,12 +217,14 @@ def _read_index(directory: epath.Path, names: Collection[str], where: str) -> di
     weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
-            f"{path} has no 'weight_map' object of tensor names to files. Fetch the index again."
+            f"{path}: expected a 'weight_map' of tensor names to files, got "
+            f"{describe(weight_map)}; fetch the index again"
         )
     bad = [name for name, file in weight_map.items() if not isinstance(file, str)]
     if bad:
         raise CheckpointError(
-            f"{path}: 'weight_map' gives no file name for {listing(bad)}. Fetch the index again."
+            f"{path}: expected file names in 'weight_map', got none for {listing(bad)}; fetch the "
+            "index again"
         )
     files = set(weight_map.values())
     for file in files:
@@ -229,8 +232,8 @@ def _read_index(directory: epath.Path, names: Collection[str], where: str) -> di
     absent = files.difference(names)
     if absent:
         raise CheckpointError(
-            f"{path} names files that are not in {where}: {listing(absent)} "
-            f"({len(absent)} of {len(files)}). The download or copy is incomplete; fetch them."
+            f"{path}: expected files that are in {where}, got {listing(absent)}, which are not "
+            f"({len(absent)} of {len(files)}); the download or copy is incomplete: fetch them"
         )
     return weight_map
 
@@ -241,16 +244,16 @@ def _check_index(
     faults = []
     absent = [n for n, file in weight_map.items() if file_of.get(n) != file]
     if absent:
-        where = ", ".join(sorted({weight_map[n] for n in absent}))
+        where = listing(weight_map[n] for n in absent)
         faults.append(f"the index places {listing(absent)} in {where}, which does not hold them")
     extra = [n for n in file_of if n not in weight_map]
     if extra:
-        where = ", ".join(sorted({file_of[n] for n in extra}))
+        where = listing(file_of[n] for n in extra)
         faults.append(f"{where} holds {listing(extra)}, which the index does not name")
     if faults:
         raise CheckpointError(
-            f"{directory / INDEX_FILE} disagrees with its shards: {'; '.join(faults)}. Expected "
-            "the same tensors in both; fetch or save the checkpoint again."
+            f"{directory / INDEX_FILE}: expected the tensors of its shards, got others "
+            f"({'; '.join(faults)}); fetch or save the checkpoint again"
         )
 
 
@@ -259,7 +262,7 @@ def _bounds(name: str, shape: tuple[int, ...], index: Index | None) -> tuple[tup
     if len(index) > len(shape) or any(not isinstance(s, slice) for s in index):
         raise ValueError(
             f"index: expected at most {len(shape)} slices for {name!r} of shape {shape}, "
-            f"got {index}"
+            f"got {show(index)}"
         )
     bounds = []
     for size, part in zip(shape, index + (slice(None),) * (len(shape) - len(index)), strict=True):
@@ -292,9 +295,7 @@ def write_safetensors(
         ValueError: `max_shard_size` is not positive.
     """
     if max_shard_size <= 0:
-        raise ValueError(
-            f"max_shard_size: expected a positive number of bytes, got {max_shard_size}"
-        )
+        raise wrong("max_shard_size", "a positive number of bytes", max_shard_size)
     directory = epath.Path(directory)
     shards: list[list[str]] = []
     seen: set[str] = set()
@@ -310,11 +311,10 @@ def write_safetensors(
     for name, value in tensors:
         value = np.asarray(value)
         if name in seen:
-            raise CheckpointError(f"{directory}: the tensor {name!r} was given twice.")
+            raise CheckpointError(f"{directory}: expected each tensor once, got {name!r} twice")
         if value.dtype not in [DTYPES[d] for d in WEIGHT_DTYPES]:
             raise CheckpointError(
-                f"{directory}: {name!r} has dtype {value.dtype}; expected float32, float16 or "
-                "bfloat16."
+                f"{directory}: expected {name!r} in float32, float16 or bfloat16, got {value.dtype}"
             )
         if pending and pending_bytes + value.nbytes > max_shard_size:
             flush()
@@ -324,7 +324,7 @@ def write_safetensors(
         total += value.nbytes
         pending[name] = np.ascontiguousarray(value).reshape(value.shape)
     if not seen:
-        raise CheckpointError(f"{directory}: there are no tensors to write.")
+        raise CheckpointError(f"{directory}: expected at least one tensor to write, got none")
     flush()
     return _name_shards(directory, shards, total)
 

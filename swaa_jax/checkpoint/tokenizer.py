@@ -76,9 +76,9 @@ def _load(directory: epath.Path, source: epath.Path) -> "PreTrainedTokenizerBase
     present = [name for name in TOKENIZER_FILES if (directory / name).exists()]
     if not set(VOCABULARY_FILES) & set(present):
         raise CheckpointError(
-            f"{source} has no tokenizer: expected tokenizer.json (or tokenizer.model, or "
-            f"vocab.json and merges.txt), found {', '.join(present) or 'none of them'}. Copy the "
-            "tokenizer files from the model's repository into the directory."
+            f"{source}: expected a tokenizer (tokenizer.json, or tokenizer.model, or vocab.json "
+            f"and merges.txt), got {', '.join(present) or 'none of them'}; copy the tokenizer "
+            "files from the model's repository into the directory"
         )
     for name in present:
         resolve_inside(directory, name)
@@ -95,14 +95,14 @@ def _load(directory: epath.Path, source: epath.Path) -> "PreTrainedTokenizerBase
         reason = " ".join(str(error).split()) or type(error).__name__
         if "trust_remote_code" in reason:
             raise CheckpointError(
-                f"{source}: tokenizer_config.json or config.json asks for the checkpoint's own "
-                "Python code, which is never run. If tokenizer.json is complete, set "
-                '"tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json and remove '
-                '"auto_map".'
+                f"{source}: expected a tokenizer without code, got a tokenizer_config.json or "
+                "config.json that asks for the checkpoint's own Python code, which is never run; "
+                'if tokenizer.json is complete, set "tokenizer_class": "PreTrainedTokenizerFast" '
+                'in tokenizer_config.json and remove "auto_map"'
             ) from error
         raise CheckpointError(
-            f"{source}: the tokenizer cannot be loaded from {', '.join(present)}: "
-            f"{reason[:600]}. Check that the files are whole and belong together."
+            f"{source}: expected a tokenizer in {', '.join(present)}, got an error "
+            f"({reason[:600]}); check that the files are whole and belong together"
         ) from error
 
 

@@ -47,7 +47,7 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def policy_from_args(args: argparse.Namespace) -> "AttentionPolicy | None":
-    """The policy that the arguments ask for; None where they do not speak of it.
+    """The policy that the arguments ask for; None where none of them names one.
 
     Raises:
         ValueError: an unknown name, a malformed value, or fields that do not go together.

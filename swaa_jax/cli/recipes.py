@@ -147,7 +147,7 @@ def _nothing_fits(recipes: "list[Recipe]", needs: "Needs", args: argparse.Namesp
 
 
 def _plain(recipe: "Recipe") -> dict[str, Any]:
-    """For JSON."""
+    """A recipe as JSON's types."""
     file = recipe.file
     return {
         "name": file.name,
@@ -163,7 +163,7 @@ def _plain(recipe: "Recipe") -> dict[str, Any]:
 
 
 def _table(recipes: "list[Recipe]", size: "ModelSize", args: argparse.Namespace) -> None:
-    """All of them, a row each."""
+    """Prints the recipes, a line each."""
     from rich import box
     from rich.table import Table
 
@@ -202,7 +202,7 @@ def _words(needs: "Needs") -> str:
 
 
 def _show(recipe: "Recipe", size: "ModelSize", args: argparse.Namespace) -> None:
-    """One of them."""
+    """Prints one recipe."""
     from rich import box
     from rich.table import Table
 
@@ -223,7 +223,7 @@ def _show(recipe: "Recipe", size: "ModelSize", args: argparse.Namespace) -> None
 
 
 def _console() -> Any:
-    """A file or a pipe is as wide as the table."""
+    """A console that is as wide as the table where it writes to a file or a pipe."""
     from rich.console import Console
 
     console = Console()

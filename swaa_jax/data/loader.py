@@ -165,7 +165,7 @@ class BatchIterator(Iterator[Batch]):
 
     @property
     def epoch(self) -> float:
-        """Epochs that are behind, with their fraction."""
+        """How many epochs are done, with the fraction of the one under way."""
         return self.next_batch / self._source.plan.num_batches
 
     def get_state(self) -> dict[str, Any]:
@@ -177,7 +177,7 @@ class BatchIterator(Iterator[Batch]):
 
         Raises:
             PlanMismatchError: the state belongs to other data or settings; nothing has changed.
-            ValueError: it is no state.
+            ValueError: `state` is not what `get_state` gives.
         """
         self._restart(self._source.plan.position(state))
 
@@ -190,7 +190,7 @@ class BatchIterator(Iterator[Batch]):
 
 
 class _From:
-    """The batches from one on, as a source of Grain's."""
+    """A source for Grain of the batches from a given one on."""
 
     def __init__(self, source: BatchSource, start: int):
         self._source, self._start = source, start

@@ -172,7 +172,7 @@ class Plan:
 
         Raises:
             PlanMismatchError: it was saved under another plan; what differs is named.
-            ValueError: it is no position.
+            ValueError: it is not a saved position.
         """
         try:
             version, index = int(state["version"]), int(state["next_batch"])

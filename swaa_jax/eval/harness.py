@@ -159,7 +159,7 @@ class SwaaLM(TemplateLM):
         del kwargs
         asked = [
             Continuation(
-                # Of a context of blanks the harness leaves none: they go to the continuation.
+                # The harness moves a context of blanks to the continuation, and leaves none here.
                 context=self._fit(context or [self.prefix_token_id], len(tokens), number),
                 tokens=tokens,
             )
@@ -290,7 +290,7 @@ def _policy(name: str | None, fields: dict[str, Any]) -> AttentionPolicy | None:
 
 
 def _text(value: Any) -> str:
-    """What was written, from what the harness made of it: it reads -1 as -1.0."""
+    """The text that a user wrote; the harness reads -1 as -1.0."""
     is_whole = isinstance(value, float) and value.is_integer()
     return "none" if value is None else str(int(value) if is_whole else value)
 
@@ -317,5 +317,5 @@ def _prompt(request: Instance) -> str:
 
 
 def _arguments(request: Instance) -> Any:
-    """Which they are depends on the request's type."""
+    """The arguments of a request; which they are depends on its type."""
     return request.args

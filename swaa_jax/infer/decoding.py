@@ -145,7 +145,7 @@ def decode_rows(
 ) -> Iterator[None]:
     """Answer prefilled prompts, filling `rows`; yields after the first token and after each call.
 
-    Rows that are done keep decoding beside the others, without effect; a call ends early when all
+    Rows that are done keep decoding with the others, without effect; a call ends early when all
     rows have met a stop id.
 
     Args:

@@ -253,8 +253,8 @@ class _Session:
             config = generation_config(model)
             if not config:
                 raise ValueError(
-                    'sampling: "checkpoint" needs a generation_config.json, and the model has '
-                    "none; give temperature, top_k and top_p instead"
+                    'sampling: expected a model with a generation_config.json for "checkpoint", '
+                    "got none; give temperature, top_k and top_p instead"
                 )
             self._params = SamplingParams.from_generation_config(config)
         self._rules: StopRules = make_stop_rules(

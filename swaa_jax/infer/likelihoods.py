@@ -51,7 +51,7 @@ class Continuation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Likelihood:
-    """Of one continuation.
+    """How likely a model finds one continuation.
 
     Attributes:
         logprob: the sum of its tokens' natural log-probabilities.
@@ -157,7 +157,7 @@ def score_policies(
 
 
 def _check(model: CausalLM, continuations: Sequence[Continuation], batch_size: int) -> int | None:
-    """See that they can be scored; the model's context."""
+    """Checks that the continuations can be scored, and gives the model's context."""
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     for number, one in enumerate(continuations):
@@ -173,7 +173,7 @@ def _check(model: CausalLM, continuations: Sequence[Continuation], batch_size: i
 
 
 def _longest_first(continuations: Sequence[Continuation]) -> list[int]:
-    """Their indices, so that those of similar length share a batch."""
+    """The indices by falling length, so that those of similar length share a batch."""
     lengths = [len(one.context) + len(one.tokens) for one in continuations]
     return sorted(range(len(lengths)), key=lambda index: -lengths[index])
 
@@ -186,7 +186,7 @@ def _score(
     layers: Sequence[Sequence[LayerAttention]] | None = None,
     num_sink_tokens: int = 0,
 ) -> list[Likelihood]:
-    """One batch; with `layers`, every row under its own, which share their sinks."""
+    """The likelihoods of one batch; with `layers`, each row's under its own; these share sinks."""
     rows = [[*one.context, *one.tokens] for one in group]
     count = next_power_of_two(len(rows))
     width = length_bucket(max(len(row) for row in rows), limit=context)
@@ -269,7 +269,7 @@ def losses_at(
     targets: Int[Array, "B n"],
     layers: Sequence[LayerKind] | None = None,
 ) -> TargetLosses:
-    """What becomes of targets that are predicted at rows `at`; logits of other rows are not made.
+    """The losses of targets that are predicted at rows `at`; logits of other rows are not made.
 
     Args:
         model: inside jit.

@@ -86,8 +86,9 @@ class GenerateOptions:
         own = self.sampling_params  # checks them
         if self.sampling and own != SamplingParams():
             raise ValueError(
-                'sampling: "checkpoint" takes temperature, top_k and top_p from the generation '
-                "config; leave these out, or leave sampling out"
+                'sampling: expected no temperature, top_k or top_p with "checkpoint", which takes '
+                f"them from the generation config, got {own}; leave these out, or leave sampling "
+                "out"
             )
 
     @classmethod
@@ -97,7 +98,7 @@ class GenerateOptions:
         """The options, or the defaults, with some fields replaced.
 
         Raises:
-            ValueError: an override that is no field; the nearest one is named.
+            ValueError: an override that is not a field; the nearest one is named.
         """
         check_keys("options", overrides, [field.name for field in dataclasses.fields(cls)])
         return dataclasses.replace(options or cls(), **overrides)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
 
 import numpy as np
 
+from swaa_jax.fields import describe
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +18,8 @@ Prompt: TypeAlias = str | Messages | Sequence[int] | np.ndarray
 """A text, a chat, or token ids."""
 Prompts: TypeAlias = Prompt | Sequence[Prompt]
 """One prompt or several."""
+
+_LONGEST_REASON = 300
 
 COT_INSTRUCTION = (
     "Think step by step: first write down what in the text bears on the question, "
@@ -33,7 +37,7 @@ def as_batch(prompts: Prompts) -> list[Prompt]:
     [[{'role': 'user', 'content': 'hi'}]]
 
     Raises:
-        ValueError: no prompt at all, or something that is no prompt.
+        ValueError: no prompt at all, or something that is not a prompt.
     """
     if isinstance(prompts, str):
         return [prompts]
@@ -42,7 +46,7 @@ def as_batch(prompts: Prompts) -> list[Prompt]:
     if not isinstance(prompts, Sequence):
         raise ValueError(
             "prompts: expected a string, a list of messages, token ids, or a list of these, "
-            f"got {type(prompts).__name__}"
+            f"got {describe(prompts)}"
         )
     if not prompts:
         raise ValueError("prompts: expected at least one prompt, got an empty list")
@@ -73,8 +77,8 @@ def encode_prompts(
             `COT_INSTRUCTION`, or a text of your own.
 
     Raises:
-        ValueError: an empty prompt, a template option for a prompt that is no message list, or a
-            template that fails.
+        ValueError: an empty prompt, a template option for a prompt that is not a message list, or
+            a template that fails.
     """
     for_chat = {
         "tools": tools is not None,
@@ -101,8 +105,9 @@ def encode_prompts(
             )
         elif given:
             raise ValueError(
-                f"{given[0]}: applies to chat messages, but prompt {index} is not a message list "
-                'and is never templated; pass [{"role": "user", "content": ...}] instead'
+                f"{given[0]}: expected chat messages, which alone are templated, got prompt "
+                f"{index}, {describe(prompt)}; pass "
+                '[{"role": "user", "content": ...}] instead'
             )
         elif isinstance(prompt, str):
             ids = _encode_text(tok, prompt, index=index)
@@ -141,10 +146,10 @@ def check_context(
             )
         if context is not None and len(ids) + max_new_tokens > context:
             raise ValueError(
-                f"prompt {index}: {len(ids)} prompt tokens and max_new_tokens={max_new_tokens} "
-                f"make {len(ids) + max_new_tokens}, beyond the model's context of {context} tokens "
-                "(max_position_embeddings); shorten the prompt, lower max_new_tokens, or load the "
-                "model with config_overrides that extend it"
+                f"prompt {index}: expected at most the model's context of {context} tokens "
+                f"(max_position_embeddings), got {len(ids) + max_new_tokens}: {len(ids)} prompt "
+                f"tokens and max_new_tokens={max_new_tokens}; shorten the prompt, lower "
+                "max_new_tokens, or load the model with config_overrides that extend it"
             )
 
 
@@ -165,7 +170,7 @@ def _check_ids(prompt: Any, *, index: int) -> list[int]:
     if not isinstance(prompt, Sequence) or not all(_is_id(token) for token in prompt):
         raise ValueError(
             f"prompt {index}: expected a string, a list of messages or a list of token ids, "
-            f"got {type(prompt).__name__} {str(prompt)[:60]!r}"
+            f"got {describe(prompt)}"
         )
     return [int(token) for token in prompt]
 
@@ -190,24 +195,29 @@ def _encode_chat(
     tok = _needed(tok, index)
     if not getattr(tok, "chat_template", None):
         raise ValueError(
-            f"prompt {index}: the tokenizer has no chat template, so messages cannot be rendered; "
-            "pass a plain string"
+            f"prompt {index}: expected a tokenizer with a chat template, to render messages, got "
+            "one without; pass a plain string"
         )
     for position, message in enumerate(messages):
         if not isinstance(message, Mapping) or "role" not in message:
             raise ValueError(
                 f'prompt {index}, message {position}: expected {{"role": ..., "content": ...}}, '
-                f"got {str(message)[:60]!r}"
+                f"got {describe(message)}"
             )
     users = [message for message in messages if message["role"] == "user"]
     if not any(_has_text(message) for message in messages):
         raise ValueError(f"prompt {index}: expected some text, got an empty prompt")
     if cot:
         if not users:
-            raise ValueError(f"cot: prompt {index} has no user message to append to")
+            raise ValueError(
+                f"cot: expected a user message to append to, got none in prompt {index}"
+            )
         messages = _with_cot(messages, COT_INSTRUCTION if cot is True else cot)
     if "enable_thinking" in variables and "enable_thinking" not in str(tok.chat_template):
-        log.warning("the chat template has no enable_thinking variable: it has no effect")
+        log.warning(
+            "enable_thinking: expected a chat template with this variable, got one without; it has "
+            "no effect"
+        )
     # The assistant's own last message is continued, not answered.
     continued = messages[-1]["role"] == "assistant"
     options = {"add_generation_prompt": not continued, "continue_final_message": continued}
@@ -216,7 +226,10 @@ def _encode_chat(
             cast(Any, list(messages)), tokenize=False, **(options | dict(variables))
         )
     except _template_errors() as error:
-        raise ValueError(f"prompt {index}: the chat template failed: {error}") from error
+        raise ValueError(
+            f"prompt {index}: expected messages that the chat template takes, got an error "
+            f"({str(error)[:_LONGEST_REASON]})"
+        ) from error
     return list(tok(cast(str, text), add_special_tokens=False)["input_ids"])
 
 
@@ -246,5 +259,5 @@ def _has_text(message: Mapping[str, Any]) -> bool:
 
 def _needed(tok: "PreTrainedTokenizerBase | None", index: int) -> "PreTrainedTokenizerBase":
     if tok is None:
-        raise ValueError(f"prompt {index}: text needs a tokenizer, got None; pass token ids")
+        raise ValueError(f"prompt {index}: expected a tokenizer for text, got None; pass token ids")
     return tok

@@ -98,10 +98,7 @@ def make_stop_rules(
     if any(not one for one in strings):
         raise ValueError("stop: expected texts of at least one character, got an empty string")
     if strings and text is None:
-        raise ValueError(
-            "stop: expected no texts without a tokenizer, got some; give a tokenizer, or use "
-            "stop_token_ids"
-        )
+        raise ValueError("stop: expected a tokenizer for texts, got None; use stop_token_ids")
     special = {} if text is None else text.special
     names = set(special.values())
     texts = [one for one in strings if one not in names]

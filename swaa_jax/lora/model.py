@@ -56,8 +56,8 @@ def add_lora(model: Model, config: LoraConfig, *, rngs: nnx.Rngs) -> Model:
     """
     if adapted_sites(model):
         raise ValueError(
-            "model: expected one without adapters, got one with them. Take without_lora(model) to "
-            "begin anew, merge_lora(model) to train on top of them."
+            "model: expected one without adapters, got one with them; take without_lora(model) to "
+            "begin anew, merge_lora(model) to train on top of them"
         )
     return place_adapters(model, config, target_sites(model, config), rngs=rngs)
 
@@ -168,10 +168,10 @@ def set_adapter(model: Model, state: "nnx.State[Any, Any]") -> Model:
             faults.append(f"{len(names)} {what}: {listing(sorted(map(_dotted, names)))}")
     if faults or not old:
         raise ValueError(
-            f"state: expected the adapters of a model like this one, got {'; '.join(faults)}. "
-            "Begin with load_adapter(model, directory), or add_lora with the state's own config."
+            f"state: expected the adapters of a model like this one, got {'; '.join(faults)}; "
+            "begin with load_adapter(model, directory), or add_lora with the state's own config"
             if old
-            else "model: expected one with adapters to replace, got none. add_lora makes them."
+            else "model: expected one with adapters to replace, got none; add_lora makes them"
         )
     edits: dict[Path, dict[Any, Any]] = {}
     for path, variable in new.items():
@@ -209,8 +209,8 @@ def without_lora(model: Model) -> Model:
 def merge_lora(model: Model) -> Model:
     """A model without adapters whose kernels are `W + scale A B`.
 
-    Computed in float32 and rounded once, to the kernel's dtype. There is no unmerge: `model`
-    itself, which is left as it is, still has W and the adapters apart.
+    Computed in float32 and rounded once, to the kernel's dtype. `model` is left as it is: it
+    still has W and the adapters apart.
 
     Raises:
         ValueError: the model has no adapters.
@@ -218,7 +218,7 @@ def merge_lora(model: Model) -> Model:
     sites = adapted_sites(model)
     if not sites:
         raise ValueError(
-            "model: expected one with adapters, got none. add_lora or load_adapter makes them."
+            "model: expected one with adapters, got none; add_lora or load_adapter makes them"
         )
     edits: dict[Path, dict[str, Any]] = {}
     for site in sites:

@@ -3,14 +3,14 @@
 import dataclasses
 import logging
 import re
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
-from flax import nnx
 
 from swaa_jax import checkpoint
 from swaa_jax.checkpoint import WeightReader
+from swaa_jax.fields import first_of, show
 from swaa_jax.lora import peft_config, peft_layout
 from swaa_jax.lora.config import LoraConfig
 from swaa_jax.lora.model import place_adapters, without_lora
@@ -21,16 +21,17 @@ from swaa_jax.runtime import is_main_process, to_host, wait_for_all
 from swaa_jax.storage import CheckpointError, atomic_directory, listing, write_json_atomic
 from swaa_jax.typing import PathLike
 
+if TYPE_CHECKING:
+    from swaa_jax.models import CausalLM
+
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-Model = TypeVar("Model", bound=nnx.Module)
-
 
 def save_adapter(
-    model: Any,
+    model: "CausalLM",
     directory: PathLike,
     *,
     base_model_name_or_path: str | None = None,
@@ -57,10 +58,10 @@ def save_adapter(
         CheckpointError: the directory exists and `overwrite` is false, or it holds no adapter.
     """
     sites = adapted_sites(model)
-    if not sites:
+    if not sites or model.lora_config is None:
         raise ValueError(
-            "model: expected one with adapters, got none. add_lora makes them; save_model saves a "
-            "model without."
+            "model: expected one with adapters, got none; add_lora makes them, and save_model "
+            "saves a model without"
         )
     factors: dict[tuple[Path, str], Factors] = {}
     for site in sites:
@@ -73,7 +74,7 @@ def save_adapter(
         wait_for_all("save_adapter")
         return epath.Path(directory)
     scales = {(site.path, site.slot): site.adapter.scale for site in sites}
-    config, tensors = _to_tensors(model, factors, scales)
+    config, tensors = _to_tensors(model, model.lora_config, factors, scales)
     origin = None if model.source is None else checkpoint.checkpoint_origin(model.source)
     base = base_model_name_or_path or (origin and origin.name)
     revision = origin.commit if origin and origin.name == base else None
@@ -92,12 +93,12 @@ def save_adapter(
 
 
 def _to_tensors(
-    model: Any,
+    model: "CausalLM",
+    config: LoraConfig,
     factors: dict[tuple[Path, str], Factors],
     scales: dict[tuple[Path, str], float],
 ) -> tuple[LoraConfig, dict[str, np.ndarray]]:
     """What PEFT stores, and the config in terms of Transformers' modules."""
-    config: LoraConfig = model.lora_config
     sites = adapted_sites(model)
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
@@ -121,7 +122,9 @@ def _to_tensors(
     return config, tensors
 
 
-def load_adapter(model: Model, directory: PathLike, *, with_policy: bool = False) -> Model:
+def load_adapter(
+    model: "CausalLM", directory: PathLike, *, with_policy: bool = False
+) -> "CausalLM":
     """The model with the adapters of a directory that `save_adapter` or PEFT wrote.
 
     Adapters that the model has are replaced. Where only their values differ, ranks and config
@@ -145,7 +148,7 @@ def load_adapter(model: Model, directory: PathLike, *, with_policy: bool = False
     try:
         sites = target_sites(model, config, strict=False)
     except (ValueError, NotImplementedError) as error:
-        raise CheckpointError(f"{_belongs(path, record)}: {error}") from error
+        raise _of_another_model(path, record, model, str(error)) from error
     layout = peft_layout.entries(sites, find_sites(model))
     reader = WeightReader(path, files=[WEIGHTS_FILE])
     _check(reader, record, model, layout, config)
@@ -163,17 +166,17 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
     names = {file.name for file in path.iterdir()}
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if name not in names]
     if missing:
-        advice = "Check the path; a save may not have ended."
+        advice = "check the path; a save may not have ended"
         if "adapter_model.bin" in names:
             advice = (
                 "adapter_model.bin is pickled and can run code, so it is never opened: load it "
-                "with PEFT and save it again."
+                "with PEFT and save it again"
             )
         elif "config.json" in names:
-            advice = "It looks like a model: load_model reads those."
+            advice = "it looks like a model: load_model reads those"
         raise CheckpointError(
-            f"{path} has no {' and no '.join(missing)}; expected an adapter in PEFT's format "
-            f"({CONFIG_FILE} and {WEIGHTS_FILE}). {advice}"
+            f"{path}: expected an adapter in PEFT's format ({CONFIG_FILE} and {WEIGHTS_FILE}), got "
+            f"no {' and no '.join(missing)}; {advice}"
         )
     return checkpoint.read_json_object(path / CONFIG_FILE)
 
@@ -181,7 +184,7 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
 def _check(
     reader: WeightReader,
     record: dict[str, Any],
-    model: Any,
+    model: "CausalLM",
     layout: list[Entry],
     config: LoraConfig,
 ) -> None:
@@ -198,24 +201,25 @@ def _check(
         if name in names and reader.shape(name) != shape
     ]
     if misshaped:
-        shown = ", ".join(misshaped[:6]) + (", ..." if len(misshaped) > 6 else "")
-        faults.append(f"{len(misshaped)} of the wrong shape: {shown}")
+        faults.append(f"{len(misshaped)} of the wrong shape: {first_of(misshaped, 6)}")
     if faults:
-        source = "" if model.source is None else f", loaded from {model.source}"
-        raise CheckpointError(
-            f"{_belongs(reader.directory, record)}, and its tensors do not fit this model "
-            f"({model.config.model_type}, {model.config.num_layers} layers of width "
-            f"{model.config.hidden_size}{source}): {'; '.join(faults)}. Load it into the model "
-            "that it was trained on."
-        )
+        raise _of_another_model(reader.directory, record, model, f"tensors {'; '.join(faults)}")
 
 
-def _belongs(path: epath.Path, record: dict[str, Any]) -> str:
+def _of_another_model(
+    path: epath.Path, record: dict[str, Any], model: "CausalLM", fault: str
+) -> CheckpointError:
     base = record.get("base_model_name_or_path")
-    return f"{path} is an adapter for {base or 'a model that it does not name'}"
+    source = "" if model.source is None else f", loaded from {model.source}"
+    return CheckpointError(
+        f"{path}: expected an adapter for this model ({model.config.model_type}, "
+        f"{model.config.num_layers} layers of width {model.config.hidden_size}{source}), got an "
+        f"adapter for {show(base) if base else 'a model that it does not name'} ({fault}); load it "
+        "into the model that it was trained on"
+    )
 
 
-def _under_policy(model: Any, path: epath.Path, *, with_policy: bool) -> Any:
+def _under_policy(model: "CausalLM", path: epath.Path, *, with_policy: bool) -> "CausalLM":
     saved = checkpoint.read_attention_policy(path, num_layers=model.config.num_layers)
     if saved is None:
         return model
@@ -224,10 +228,11 @@ def _under_policy(model: Any, path: epath.Path, *, with_policy: bool) -> Any:
         return model.with_policy(policy)
     if policy != model.policy:
         logger.warning(
-            "%s was trained under another attention policy (%s) than the model's (%s); "
-            "load_adapter(..., with_policy=True) takes the adapter's",
+            "%s: expected the model's attention policy (%s), got an adapter that was trained "
+            "under another attention policy (%s); load_adapter(..., with_policy=True) takes the "
+            "adapter's",
             path,
-            policy,
             model.policy,
+            policy,
         )
     return model

@@ -7,13 +7,13 @@ here after `model.`; several that Transformers fuses (Phi-3's q, k and v) also s
 
 import copy
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
 
+from swaa_jax.fields import first_of, nearest
 from swaa_jax.lora.config import LoraConfig
 from swaa_jax.storage import listing
 
@@ -135,7 +135,7 @@ def target_sites(model: nnx.Module, config: LoraConfig, *, strict: bool = True) 
         if absent and (strict or not chosen):
             faults.append(_not_found(field, absent, candidates))
     if faults:
-        raise ValueError(" ".join(faults))
+        raise ValueError("; ".join(faults))
     order = {(site.path, site.slot): number for number, site in enumerate(sites)}
     return sorted(chosen, key=lambda site: order[site.path, site.slot])
 
@@ -147,8 +147,8 @@ def _refuse(
         (kernel, *_) = site.kernels
         for axis in _READ_DIRECTLY.keys() & set(kernel.get_metadata().get("axes", ())):
             raise NotImplementedError(
-                f"target_modules: {site.name!r} is {_READ_DIRECTLY[axis]}, which cannot have an "
-                "adapter here. Name projections of attention or of feed-forward blocks."
+                "target_modules: expected projections of attention or of feed-forward blocks, got "
+                f"{site.name!r}, which is {_READ_DIRECTLY[axis]}; leave it out"
             )
     embeddings = [
         _hf_name(path)
@@ -157,18 +157,18 @@ def _refuse(
     ]
     if embeddings:
         raise NotImplementedError(
-            f"target_modules: {listing(embeddings)} is an embedding, which cannot have an adapter "
-            "here. Name projections of attention or of feed-forward blocks."
+            "target_modules: expected projections of attention or of feed-forward blocks, got "
+            f"{listing(embeddings)}, which is an embedding; leave it out"
         )
     for site in stacks:
         parts = [_hf_name(part) for part in site.parts]
         if any(_matches(config.target_modules, (part,)) for part in parts):
             name = ".".join(site.name.split(".")[-3:])
             raise NotImplementedError(
-                f"target_modules: names {listing(parts)}, which are stacks of experts. "
-                f"Transformers 5 and PEFT adapt these through target_parameters, such as {name!r}: "
-                "name them there. (An older adapter with a tensor for every expert: load it with "
-                "PEFT on Transformers 5, save it from there, and load that.)"
+                f"target_modules: expected modules, got {listing(parts)}, which are stacks of "
+                "experts; name them in target_parameters, as Transformers 5 and PEFT do, such as "
+                f"{name!r} (an older adapter with a tensor for every expert: load it with PEFT on "
+                "Transformers 5, save it from there, and load that)"
             )
 
 
@@ -185,11 +185,9 @@ def _not_found(field: str, absent: Sequence[str], candidates: Sequence[Site]) ->
         if not _READ_DIRECTLY.keys() & set(site.kernels[0].get_metadata().get("axes", ())):
             parts = 3 if site.stacked else 1
             available |= {".".join(name.split(".")[-parts:]): None for name in site.names}
-    near = difflib.get_close_matches(absent[0], available, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
     return (
-        f"{field}: expected names that the model has, among {list(available)}; got "
-        f"{listing(absent)}.{hint}"
+        f"{field}: expected names that the model has, among {first_of(list(available))}, got "
+        f"{listing(absent)}{nearest(absent[0], available)}"
     )
 
 

@@ -245,8 +245,8 @@ def save_model(
     if model.lora_config is not None:
         raise ValueError(
             "model: expected one without adapters, got one with LoRA adapters, which a checkpoint "
-            "in Hugging Face layout does not hold. Save merge_lora(model), or the adapters alone "
-            "with save_adapter(model, directory)."
+            "in Hugging Face layout does not hold; save merge_lora(model), or the adapters alone "
+            "with save_adapter(model, directory)"
         )
     config = model.config
     family = FAMILIES[config.model_type]
@@ -285,9 +285,10 @@ def hf_config_under(config: DecoderConfig, policy: AttentionPolicy) -> dict[str,
         return config.to_hf(policy)
     except NotImplementedError as error:
         logger.warning(
-            "config.json keeps %s, under which other programs will run the model: %s",
-            config.own,
+            "config.json: expected the model's policy, got one that it cannot express (%s); it "
+            "keeps %s, under which other programs will run the model",
             error,
+            config.own,
         )
         return config.to_hf()
 
@@ -301,7 +302,8 @@ def _family(hf_config: Mapping[str, Any]) -> ModelFamily:
     model_type = str(hf_config.get("model_type"))
     if model_type not in FAMILIES:
         raise NotImplementedError(
-            f"config: model_type {show(model_type)} is not supported; supported: {sorted(FAMILIES)}"
+            f"config.model_type: expected one of {', '.join(sorted(FAMILIES))}, got "
+            f"{show(model_type)}; docs/add-a-model.md says how to add a family"
         )
     return FAMILIES[model_type]
 
@@ -337,10 +339,10 @@ def _warn_of_wider_windows(config: DecoderConfig, chosen: AttentionPolicy) -> No
     ]
     if wider:
         logger.warning(
-            "attention policy: layers %s see more than the window of %d that the checkpoint's "
-            "config gives them",
-            wider,
+            "attention policy: expected at most the window of %d that the checkpoint's config "
+            "gives layers %s, got a policy under which they see more",
             config.own.window,
+            show(wider),
         )
 
 

@@ -62,18 +62,18 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"config: num_attention_heads expected a multiple of num_key_value_heads="
+                f"config.num_attention_heads: expected a multiple of num_key_value_heads="
                 f"{self.num_kv_heads}, got {self.num_heads}; correct config.json or the override"
             )
         if self.head_dim % 2:
             raise ValueError(
-                f"config: head_dim expected an even number, for rotary pairs, got {self.head_dim}; "
-                "correct config.json or the override"
+                "config.head_dim: expected an even number, for rotary pairs, got "
+                f"{self.head_dim}; correct config.json or the override"
             )
         if self.hidden_act not in ACTIVATIONS:
             raise NotImplementedError(
-                f"config: hidden_act={show(self.hidden_act)} is not supported; "
-                f"supported: {list(ACTIVATIONS)}"
+                f"config.{self.activation_field}: expected one of {', '.join(ACTIVATIONS)}, got "
+                f"{show(self.hidden_act)}; correct config.json or the override"
             )
 
     @property
@@ -200,7 +200,7 @@ def layer_kinds_policy(
     unknown = sorted(set(named) - {FULL, WINDOWED})
     if len(named) != num_layers or unknown:
         raise ValueError(
-            f"config: layer_types expected {num_layers} entries of {FULL!r} or {WINDOWED!r}, got "
+            f"config.layer_types: expected {num_layers} entries of {FULL!r} or {WINDOWED!r}, got "
             f"{len(named)}{f' with {show(unknown)}' if unknown else ''}; correct config.json"
         )
     full = tuple(index for index, kind in enumerate(named) if kind == FULL)

@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from swaa_jax.fields import describe
+
 _MAX_LAYERS = 10_000  # more would be built before the weights could tell that there are fewer
 
 
@@ -20,15 +22,15 @@ def check_config_types(config: Mapping[str, Any]) -> None:
     Examples:
         >>> check_config_types({"vocab_size": "32k", "head_dim": None, "rms_norm_eps": 1e-6})
         Traceback (most recent call last):
-        ValueError: config: vocab_size expected a positive integer, got '32k'; ...
+        ValueError: config.vocab_size: expected a positive integer, got '32k' (str); ...
     """
     faults = [
-        f"{field} expected {_KINDS[kind][0]}, got {value!r:.100}"
+        f"config.{field}: expected {_KINDS[kind][0]}, got {describe(value)}"
         for field, kind, value in _typed(config)
         if value is not None and not _KINDS[kind][1](value)
     ]
     if faults:
-        raise ValueError(f"config: {'; '.join(faults)}; correct config.json or the override")
+        raise ValueError(f"{'; '.join(faults)}; correct config.json or the override")
 
 
 def _typed(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:

@@ -14,6 +14,7 @@ from etils import epath
 
 from swaa_jax import checkpoint
 from swaa_jax.checkpoint import WeightReader
+from swaa_jax.fields import wrong
 from swaa_jax.models.auto import check_dtype, hf_config_under, read_blueprint
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.progress import show_progress
@@ -70,9 +71,7 @@ def convert_checkpoint(
     """
     wanted = None if dtype is None else check_dtype(dtype)
     if max_shard_size <= 0:
-        raise ValueError(
-            f"max_shard_size: expected a positive number of bytes, got {max_shard_size}"
-        )
+        raise wrong("max_shard_size", "a positive number of bytes", max_shard_size)
     directory = checkpoint.open_checkpoint(source, revision)
     plan = read_blueprint(
         directory,

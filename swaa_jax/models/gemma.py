@@ -27,8 +27,8 @@ class GemmaConfig(DecoderConfig):
         """Norms around one, scaled embeddings, soft caps, and the window of the local layers."""
         if hf.get("use_bidirectional_attention"):
             raise NotImplementedError(
-                "config: use_bidirectional_attention is not supported: an attention policy is "
-                "causal. Set it to false if the model generates text."
+                "config.use_bidirectional_attention: expected false, since an attention policy is "
+                "causal, got true; set it to false if the model generates text"
             )
         cls.require(hf, ("head_dim", "query_pre_attn_scalar"))
         return {

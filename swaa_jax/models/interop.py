@@ -42,8 +42,8 @@ def attention_fields(config: Any, policy: AttentionPolicy) -> dict[str, Any]:
         refused.append(str(error))
     if refused:
         raise NotImplementedError(
-            f"policy ({policy}): Transformers' {config.architecture} cannot express "
-            f"{'; '.join(refused)}. Run it with this package, or choose a policy without that."
+            f"policy ({policy}): expected what Transformers' {config.architecture} can express, "
+            f"got {'; '.join(refused)}; run it with this package, or choose a policy without that"
         )
     return fields
 

@@ -127,32 +127,33 @@ def parse_rope(hf: Mapping[str, Any], supported: Collection[str] = tuple(SCALING
     for key, value in (hf.get("rope_scaling") or {}).items():
         if scaling.setdefault(key, value) != value:
             raise ValueError(
-                f"config: rope_scaling[{show(key)}] expected {show(scaling[key])}, as in "
+                f"config.rope_scaling[{show(key)}]: expected {show(scaling[key])}, as in "
                 f"rope_parameters, got {show(value)}; keep one of them"
             )
     theta = scaling.get("rope_theta")
     theta = hf.get("rope_theta") if theta is None else theta
     if theta is None:
         raise ValueError(
-            "config: expected rope_theta (at the top or in rope_parameters), got neither; "
+            "config.rope_theta: expected a number (here or in rope_parameters), got neither; "
             "there is no default, so pass config_overrides={'rope_theta': ...} if you know it"
         )
     if hf.get("rope_theta") not in (None, theta):
         raise ValueError(
-            f"config: rope_theta expected {show(theta)}, as in rope_parameters, got "
+            f"config.rope_theta: expected {show(theta)}, as in rope_parameters, got "
             f"{show(hf['rope_theta'])}; keep one of them"
         )
     partial = scaling.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise NotImplementedError(
-            f"config: partial_rotary_factor={partial} is not supported; only whole heads rotate"
+            f"config.partial_rotary_factor: expected 1, since only whole heads rotate, got "
+            f"{show(partial)}; take another model"
         )
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     if rope_type not in supported:
-        reason = f": {_REFUSED[rope_type]}" if rope_type in _REFUSED else ""
+        reason = f", but {_REFUSED[rope_type]}" if rope_type in _REFUSED else ""
         raise NotImplementedError(
-            f"config: rope type {show(rope_type)} is not supported{reason}; "
-            f"supported here: {list(supported)}"
+            f"config rope type: expected one of {', '.join(supported)}, got "
+            f"{show(rope_type)}{reason}; correct config.json or the override"
         )
     scaling_class = SCALINGS[rope_type]
     if scaling_class is YarnScaling:  # as Transformers does where a file leaves it out
@@ -164,7 +165,7 @@ def parse_rope(hf: Mapping[str, Any], supported: Collection[str] = tuple(SCALING
     unknown = sorted(set(scaling) - {field.name for field in fields} - _IGNORED_KEYS)
     if missing or unknown:
         raise ValueError(
-            f"config: rope type {rope_type!r} expected {wanted} of {[f.name for f in fields]}, got "
+            f"config rope type {rope_type!r}: expected {wanted} of {[f.name for f in fields]}, got "
             f"{show(sorted(set(scaling) - _IGNORED_KEYS))}; correct config.json or the override"
         )
     given = {f.name: scaling[f.name] for f in fields if scaling.get(f.name) is not None}

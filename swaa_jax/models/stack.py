@@ -96,7 +96,7 @@ def run_layers(
         x, (after, router, kept) = run(x, cache)
         if tap is not None:
             # The next layer waits for what is kept of this one: left to itself the compiler may
-            # make all of it (caches, say) at the end, with all keys and values beside it.
+            # make all of it (caches, say) at the end, while all keys and values are held too.
             x, kept = jax.lax.optimization_barrier((x, kept))
         grown.append(after)
         routers.append(router)

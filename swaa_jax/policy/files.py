@@ -40,7 +40,7 @@ __all__ = ["Evidence", "Needs", "PolicyFile", "load_policy", "load_policy_file"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Needs:
-    """For whom a policy is; None: it does not matter. All None: for comparison, no recipe.
+    """Whom a policy serves; None is anybody. With all None it is for comparison, and not a recipe.
 
     Attributes:
         training: whether the model is fine-tuned under it.

@@ -53,7 +53,7 @@ from swaa_jax.typing import PathLike
 
 __all__ = ["AttentionPolicy", "HfExpressible", "LayerAttention"]
 
-# Keys of a policy file beside the policy's own fields; see `swaa_jax.policy.files`.
+# Keys of a policy file besides the policy's own fields; see `swaa_jax.policy.files`.
 _FILE_NOTES = ("description", "source", "needs", "evidence")
 
 
@@ -309,8 +309,8 @@ class AttentionPolicy:
         """The inverse of `to_dict`; fields that are left out keep their defaults.
 
         Raises:
-            ValueError: a key is no field of a policy (the nearest one is suggested), or a value is
-                malformed.
+            ValueError: a key is not a field of a policy (the nearest one is suggested), or a value
+                is malformed.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         advice = ""

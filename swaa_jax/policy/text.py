@@ -92,7 +92,7 @@ def parse_fields(values: Mapping[str, str]) -> dict[str, Any]:
 def split_policies(text: str) -> list[str]:
     """The policies of a list: names, files and texts, with commas between and within them.
 
-    Whatever has no ``=`` and is no number begins another one, and so does ``window=``.
+    An item without ``=`` that is not a number begins another policy, and so does ``window=``.
 
     >>> split_policies("full,window=64,sinks=4,full_layers=1,3,window=64+decode=full")
     ['full', 'window=64,sinks=4,full_layers=1,3', 'window=64+decode=full']

@@ -58,7 +58,7 @@ def read_calibration(
 
 
 def check_samples(model: CausalLM, samples: Sequence[Sample], policy: AttentionPolicy) -> None:
-    """See that layers can be compared on these samples.
+    """Checks that layers can be compared on these samples.
 
     Raises:
         ValueError: no sample, one without an answer to a prompt, a token id that the model does not

@@ -50,7 +50,7 @@ class GatesConfig:
         steps: of the optimizer, one batch each.
         rows: samples of a batch, at most; all of one width.
         learning_rate: Adam's.
-        sparsity: weight of the gates' mean beside the distance.
+        sparsity: weight of the gates' mean, which is added to the distance.
         per_head: a gate for every KV head, not for every layer.
         save_every: steps between two saves.
         seed: of the order of the samples.
@@ -239,7 +239,7 @@ class _Kept:
         }
 
     def load(self) -> tuple[int, GatesState]:
-        """The step to go on from, and the state there; the start where nothing fits is kept.
+        """The step to go on from, with its state; the start where no state that fits was kept.
 
         The end of a longer training does not fit: fewer steps begin anew.
         """

@@ -47,7 +47,7 @@ class _Asked:
 
     @property
     def is_spent(self) -> bool:
-        """No further candidate may be looked at."""
+        """Whether no further candidate may be looked at."""
         return self._most is not None and len(self.nll) >= self._most
 
 

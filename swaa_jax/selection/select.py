@@ -209,7 +209,7 @@ def _with_chosen(policy: AttentionPolicy, ranking: Ranking) -> AttentionPolicy:
 
 
 def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, once they are seen to be the method's and their values to be possible.
+    """The options, after a check that the method has them and that their values are possible.
 
     What depends on the model, such as which layers there are, is checked by `select_layers`.
 

@@ -1,6 +1,6 @@
 """What candidates scored, kept so that none is ever evaluated twice.
 
-Of a directory of its own::
+A selection has a directory of its own::
 
     out/selection_run.json   what the scores depend on: model, samples, base policy
     out/scores.jsonl         a candidate a line: its full layers, and the mean NLL of each sample

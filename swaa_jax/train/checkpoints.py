@@ -317,7 +317,7 @@ def _steps_in(folder: epath.Path) -> list[int]:
 
 
 def _remove(path: epath.Path) -> None:
-    """The commit mark goes first, so that a reader never takes a part for the whole."""
+    """Removes a checkpoint, its commit mark first: no reader takes a part for the whole."""
     (path / COMMIT_FILE).unlink(missing_ok=True)
     if is_local(path):
         shutil.rmtree(path, ignore_errors=True)
@@ -391,7 +391,7 @@ def _agreed(choose: Callable[[], int | None]) -> int | None:
 
 
 def all_processes(good: bool) -> bool:
-    """Whether it is so on every process."""
+    """Whether the condition holds on every process."""
     if jax.process_count() == 1:
         return good
     from jax.experimental import multihost_utils

@@ -41,7 +41,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The bytes of all parts."""
         return self.weights + self.trained + self.activations + self.logits
 
 

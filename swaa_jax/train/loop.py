@@ -70,7 +70,7 @@ class Batches(Protocol):
     """Local batches, one after the other."""
 
     def __next__(self) -> Any:
-        """The next one."""
+        """The next batch."""
         ...
 
     def get_state(self) -> Any:
@@ -79,7 +79,7 @@ class Batches(Protocol):
 
 
 class NonFiniteLossError(ValueError):
-    """The loss or the gradient is no number any more."""
+    """The loss or the gradient is NaN or infinite."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -228,7 +228,7 @@ class _Loop:
             self._read(pending)
 
     def forget_time(self) -> None:
-        """What happened since the last step was no training."""
+        """Leaves the time since the last step out of the speeds: it was not training."""
         self._settled_at = None
 
     def _read(self, pending: _Pending) -> None:

@@ -93,7 +93,7 @@ def _place(
 
 
 def _check_answers(weights: Any) -> None:
-    """Of several processes one may have none; alone, there is nothing to learn from then."""
+    """Refuses a batch without answers, unless other processes may have some."""
     if isinstance(weights, jax.ShapeDtypeStruct) or jax.process_count() > 1:
         return
     if not np.any(np.asarray(weights) > 0):

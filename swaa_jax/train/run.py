@@ -71,13 +71,13 @@ def train(
     Args:
         config: the run.
         evaluate: called with the model every `eval_every` steps and at the end; what it gives is
-            reported beside the loss of `eval_files`.
+            reported in addition to the loss of `eval_files`.
         progress: draw bars for reading the data and loading.
 
     Raises:
         CheckpointError: files of the model, or a checkpoint of another run in `output_dir`.
         DataError: data that cannot be used; file and row are named.
-        NonFiniteLossError: the loss is no number any more.
+        NonFiniteLossError: the loss or the gradient is NaN or infinite.
         ValueError: settings that do not fit each other, the model or the devices.
     """
     check_wandb(config.metrics.wandb)

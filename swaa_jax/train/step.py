@@ -196,7 +196,9 @@ class Trainer:
         )
 
     def _state_shardings(self) -> TrainState | None:
-        """Each array's; the optimizer's arrays lie as their parameters do. None: only shapes."""
+        """The sharding of each array; the optimizer's arrays lie as their parameters do. None: only
+        shapes.
+        """
         if self._mesh is not None:
             whole = NamedSharding(self._mesh, PartitionSpec())
             trainable = {name: self._weights.shardings[name] for name in self._weights.trainable}
@@ -351,7 +353,7 @@ def _router_factor(model: CausalLM, config: StepConfig) -> float:
 
 
 def _num_tokens(batch: Mapping[str, Array]) -> Float[Array, ""]:
-    """Tokens that are no padding."""
+    """The number of tokens that are not padding."""
     if "lengths" in batch:
         return jnp.sum(batch["lengths"]).astype(jnp.float32)
     return jnp.float32(batch["tokens"].size)

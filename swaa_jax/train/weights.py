@@ -61,7 +61,7 @@ class Weights:
         return arrays | {name: each.astype(self._dtypes[name]) for name, each in trained.items()}
 
     def _freeze(self, *, stacked: frozenset[str], consume: bool) -> dict[str, Any]:
-        """Kind by kind, so that little is held twice at a time."""
+        """Freezes kind by kind, so that little is held twice at a time."""
         trainable, groups = set(self.trainable), {}
         for name in self._values:
             if name not in trainable:

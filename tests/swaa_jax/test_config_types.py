@@ -68,18 +68,20 @@ def test_every_field_that_is_wrong_is_named():
         check_config_types(config)
     message = str(caught.value)
     for field in (
-        "vocab_size expected a positive integer, got '32k'",
-        "num_hidden_layers expected an integer from 1 to 10000",
-        "rope_theta expected a positive number, got -1.0",
-        "tie_word_embeddings expected true or false, got 'false'",
-        "layer_types expected a list of texts",
-        "eos_token_id expected a token id or a list of them",
-        "rope_parameters.full_attention.factor expected a positive number, got '8'",
+        "vocab_size: expected a positive integer, got '32k'",
+        "num_hidden_layers: expected an integer from 1 to 10000",
+        "rope_theta: expected a positive number, got -1.0",
+        "tie_word_embeddings: expected true or false, got 'false'",
+        "layer_types: expected a list of texts",
+        "eos_token_id: expected a token id or a list of them",
+        "rope_parameters.full_attention.factor: expected a positive number, got '8'",
     ):
         assert field in message
     assert "hidden_size" not in message and "something_else" not in message
 
 
 def test_overrides_are_checked_too(directory):
-    with pytest.raises(ValueError, match=r"vocab_size expected a positive integer, got '61'"):
+    with pytest.raises(
+        ValueError, match=r"config.vocab_size: expected a positive integer, got '61'"
+    ):
         swaa.load_model(directory, config_overrides={"vocab_size": "61"})

@@ -50,21 +50,19 @@ def packed_rows(draw):
 def counted(layer, segments, stages):
     """Pairs of a layer's mean head, by a loop over all of them."""
     shape = (*segments.shape, segments.shape[1])
-    window, sinks = layer.window, layer.num_sink_tokens
     seen = bruteforce.visible_pairs(
         shape=shape,
-        window=window,
-        sinks=sinks,
-        stage_ids=stages,
+        window=layer.window,
+        sinks=layer.num_sink_tokens,
+        q_full=bruteforce.full_rows(
+            stages,
+            segment_ids=segments,
+            tail=layer.full_attention_tail,
+            full_decode=layer.full_decode,
+        ),
         segment_ids=segments,
-        tail=layer.full_attention_tail,
-    )
-    windowed = bruteforce.visible_pairs(
-        shape=shape, window=window, sinks=sinks, segment_ids=segments
     )
     full = bruteforce.visible_pairs(shape=shape, window=None, segment_ids=segments)
-    if not layer.full_decode:  # the oracle's answer rows are full
-        seen = np.where((stages == 1)[..., None], windowed, seen)
     heads = [full if head in layer.full_heads else seen for head in range(NUM_KV_HEADS)]
     return np.mean([of_head.sum(-1)[segments >= 0].sum() for of_head in heads])
 

@@ -123,7 +123,7 @@ def test_a_process_that_never_comes_is_one_paragraph():
     assert end.code == 2
     assert "Traceback" not in end.err
     (line,) = [line for line in end.err.splitlines() if line.startswith("swaa generate")]
-    assert "for all processes to meet at 127.0.0.1" in line
+    assert "expected all processes to meet at 127.0.0.1" in line
 
 
 @pytest.fixture

@@ -130,5 +130,5 @@ def test_without_a_tokenizer_only_tokens_matter():
 def test_mistakes():
     with pytest.raises(ValueError, match="stop: expected texts of at least one character"):
         make_stop_rules(TEXT, stop=["a", ""])
-    with pytest.raises(ValueError, match="without a tokenizer"):
+    with pytest.raises(ValueError, match="stop: expected a tokenizer"):
         make_stop_rules(None, stop=["a"])

@@ -54,12 +54,12 @@ def test_a_generation_config_is_optional(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        (None, "has no config.json"),
-        ('{"a": ', "config.json is not valid JSON"),
-        ("[1]", "holds a JSON list; expected an object"),
-        ("[" * 100_000, "not valid JSON"),
-        (b"\xff\xfe", "not valid JSON"),
-        ('{"quantization_config": {"quant_method": "gptq", "bits": 4}}', "method gptq.*bfloat16"),
+        (None, "got no config.json"),
+        ('{"a": ', "config.json: expected valid JSON"),
+        ("[1]", r"expected a JSON object .* got \[1\] \(list\)"),
+        ("[" * 100_000, "expected valid JSON"),
+        (b"\xff\xfe", "expected valid JSON"),
+        ('{"quantization_config": {"quant_method": "gptq", "bits": 4}}', "method 'gptq'.*bfloat16"),
         ('{"quantization_config": "x"}', "method not named"),
     ],
 )
@@ -97,7 +97,7 @@ def test_the_policy_round_trips(tmp_path):
         ({"schema_version": 2}, "expected schema_version 1, got 2"),
         ({"schema_version": None}, "expected schema_version 1, got None"),
         ({"schema_version": True}, "expected schema_version 1, got True"),
-        ({"num_layers": 9}, "for a model of 9 layers, but the model has 8"),
+        ({"num_layers": 9}, "of a model of 8 layers, got one for 9"),
         ({"num_layers": "8"}, "a positive integer 'num_layers'"),
         ({"num_layers": 0}, "a positive integer 'num_layers'"),
         ({"policy": [1]}, re.escape("an object 'policy'")),

@@ -127,7 +127,7 @@ def test_branches_tags_and_commits(hub, files, tmp_path):
     for revision in ("v1.0", old):
         assert swaa.load_model(REPO, revision=revision).config.vocab_size == 71
     message = failure(REPO, "v9")
-    assert "no revision 'v9'" in message and "branch, a tag" in message
+    assert "got 'v9'" in message and "branch, a tag" in message
 
 
 def test_a_download_goes_on_where_it_broke(hub, files):
@@ -177,7 +177,7 @@ def test_a_cache_of_another_program_does_not_hide_the_policy(hub, files, monkeyp
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with caplog.at_level(logging.WARNING):
         assert read_attention_policy(open_checkpoint(REPO)) is None
-    assert "does not tell whether" in caplog.text
+    assert "a cache that tells whether" in caplog.text
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert read_attention_policy(open_checkpoint(REPO, commit)) == POLICY.to_dict()
 
@@ -207,7 +207,9 @@ def test_offline_with_half_the_weights(hub, files, monkeypatch):
     directory = open_checkpoint(REPO)
     (directory / "model-00002-of-00003.safetensors").unlink()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "is not complete in the cache" in failure(REPO)
+    assert "expected a local directory of that name, or a complete copy in the cache" in failure(
+        REPO
+    )
     swaa.load_tokenizer(REPO)  # is complete
 
 
@@ -220,18 +222,18 @@ def test_offline_with_half_the_weights(hub, files, monkeypatch):
         ),
         (
             [(r"(GET|HEAD) /org/tiny/resolve", 403, {"X-Error-Code": "GatedRepo"})],
-            ["is gated", "Ask for access at http://127.0.0.1"],
+            ["is gated", "ask for access at http://127.0.0.1"],
         ),
         ([("/api/models", 403, {"X-Error-Code": "GatedRepo"})], ["is gated"]),
         ([("/api/models", 403, {})], ["status 403", "permission"]),
         (
             [("/", 401, {"X-Error-Message": "Invalid credentials in Authorization header"})],
-            ["does not accept the token", "status 401"],
+            ["a token that the hub accepts", "status 401"],
         ),
         ([("/api/models", 429, {})], ["status 429", "rate of requests", "a few minutes"]),
         ([("/api/models", 429, {"Retry-After": "77"})], ["in 77 seconds"]),
         ([("resolve", 429, {})], ["status 429"]),
-        ([("/api/models", 500, {})], ["status 500", "Try again later"]),
+        ([("/api/models", 500, {})], ["status 500", "try again later"]),
         ([("/api/models", 503, {})], ["status 503"]),
         ([("GET /cdn", 503, {})], ["status 503"]),
         ([("GET /cdn", 403, {})], ["status 403"]),
@@ -267,7 +269,7 @@ def test_an_unknown_model(hub, monkeypatch, token):
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
     message = failure("org/typo")
-    assert "neither a local directory" in message and "'org/typo'" in message
+    assert "expected a local directory" in message and "'org/typo'" in message
     assert ("a token is set" if token else "no token is set") in message
     assert "hf_secret" not in message
     assert hub.tokens[-1] == (f"Bearer {token}" if token else None)
@@ -279,9 +281,9 @@ def test_an_unreachable_hub(tmp_path, monkeypatch):
         port = free.getsockname()[1]
     point_at(f"http://127.0.0.1:{port}", tmp_path, monkeypatch)
     message = failure(REPO)
-    assert f"http://127.0.0.1:{port} cannot be reached" in message
+    assert f"expected an answer of the hub at http://127.0.0.1:{port}" in message
     assert "Connection refused" in message and "HTTPS_PROXY" in message
-    with pytest.raises(CheckpointError, match="cannot be reached"):
+    with pytest.raises(CheckpointError, match="expected an answer of the hub"):
         swaa.load_tokenizer(REPO)
 
 
@@ -289,7 +291,7 @@ def test_a_connection_that_breaks(hub, files, monkeypatch):
     hub.add(REPO, files)
     hub.faults = [("GET /cdn", 0, {})]
     message = failure(REPO)
-    assert "cannot be reached" in message
+    assert "expected an answer of the hub" in message
 
 
 def test_space_is_checked_before_the_download(hub, files, monkeypatch):
@@ -306,7 +308,8 @@ def test_space_is_checked_before_the_download(hub, files, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "number, expected", [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "cannot be written")]
+    "number, expected",
+    [(errno.ENOSPC, "a disk that is full"), (errno.EROFS, "a cache that can be written")],
 )
 def test_a_disk_that_fills_up(hub, files, monkeypatch, number, expected):
     hub.add(REPO, files)
@@ -322,7 +325,7 @@ def test_a_disk_that_fills_up(hub, files, monkeypatch, number, expected):
 def test_a_quantised_model_is_refused_before_its_weights_travel(hub, files):
     config = json.loads(files["config.json"]) | {"quantization_config": {"quant_method": "awq"}}
     hub.add(REPO, {**files, "config.json": json.dumps(config).encode()})
-    assert "method awq" in failure(REPO)
+    assert "method 'awq'" in failure(REPO)
     assert not any(name.startswith("model-") for name in hub.fetched())
     swaa.load_tokenizer(REPO)  # is not
 
@@ -330,9 +333,9 @@ def test_a_quantised_model_is_refused_before_its_weights_travel(hub, files):
 @pytest.mark.parametrize(
     "change, expected",
     [
-        ({"config.json": None}, "has no config.json"),
+        ({"config.json": None}, "with a config.json, got"),
         ({"model.safetensors.index.json": None}, "fetch the index"),
-        ({"model-00002-of-00003.safetensors": None}, "names files that are not in 'org/tiny' on"),
+        ({"model-00002-of-00003.safetensors": None}, "expected files that are in 'org/tiny' on"),
         ({"model.safetensors.index.json": b"{}"}, "'weight_map'"),
         (
             {"model.safetensors.index.json": b'{"weight_map": {"w": "../../../../etc/passwd"}}'},
@@ -357,9 +360,9 @@ def test_only_pickles(hub, files):
 @pytest.mark.parametrize(
     "words, expected",
     [
-        (["generate", "org/typo", "hi"], "neither a local directory"),
-        (["generate", REPO, "hi", "--revision", "v9"], "no revision 'v9'"),
-        (["convert", REPO, "out", "--revision", "v9"], "no revision 'v9'"),
+        (["generate", "org/typo", "hi"], "expected a local directory"),
+        (["generate", REPO, "hi", "--revision", "v9"], "got 'v9'"),
+        (["convert", REPO, "out", "--revision", "v9"], "got 'v9'"),
     ],
 )
 def test_commands_tell_it_in_one_paragraph(

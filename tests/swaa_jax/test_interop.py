@@ -59,7 +59,7 @@ def test_transformers_runs_what_was_expressed(family, policy, tmp_path, caplog):
     ours = _ours(family, tmp_path / "own", policy)
     with caplog.at_level(logging.WARNING, "swaa_jax"):
         swaa.save_model(ours, tmp_path / "out")
-    assert "config.json keeps" not in caplog.text
+    assert "config.json: expected" not in caplog.text
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype=torch.float32, attn_implementation="eager"
     ).eval()
@@ -96,7 +96,7 @@ def test_what_a_family_cannot_express_is_named(family, policy, message, tmp_path
     assert ours.config.architecture in str(error.value)
     with caplog.at_level(logging.WARNING, "swaa_jax"):
         swaa.save_model(ours, tmp_path / "out")
-    assert "config.json keeps" in caplog.text
+    assert "config.json: expected the model's policy" in caplog.text
     stored = json.loads((tmp_path / "out" / "config.json").read_text())
     before = json.loads((tmp_path / "own" / "config.json").read_text())
     assert stored.get("sliding_window") == before.get("sliding_window")
@@ -126,4 +126,4 @@ def test_a_policy_that_widens_the_checkpoints_own_windows_is_warned_of(tmp_path,
         swaa.load_model(tmp_path, policy=swaa.AttentionPolicy(window=3))
         assert not caplog.records
         swaa.load_model(tmp_path, policy=ALL_FULL)
-    assert "layers [0, 2] see more than the window of 7" in caplog.text
+    assert "at most the window of 7 that the checkpoint's config gives layers [0, 2]" in caplog.text

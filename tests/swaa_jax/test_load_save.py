@@ -159,7 +159,7 @@ def test_an_unknown_family_is_refused_by_name(tmp_path):
     swaa.save_model(random_model(), tmp_path / "model")
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "mamba"}))
-    with pytest.raises(NotImplementedError, match=r"'mamba'.*llama.*qwen3"):
+    with pytest.raises(NotImplementedError, match=r"llama.*qwen3.*'mamba'"):
         swaa.load_model(tmp_path / "model")
 
 

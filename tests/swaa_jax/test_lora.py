@@ -119,8 +119,8 @@ def test_a_file_that_is_malformed_is_named(tmp_path):
 @pytest.mark.parametrize(
     "fields, error, message",
     [
-        ({"target_modules": ["q_porj"]}, ValueError, "'q_porj'. Did you mean 'q_proj'"),
-        ({"target_modules": "q_proj"}, ValueError, "among .*'down_proj'"),
+        ({"target_modules": ["q_porj"]}, ValueError, "'q_porj' .did you mean 'q_proj'"),
+        ({"target_modules": "q_proj"}, ValueError, "among .*down_proj"),
         ({"target_modules": ["lm_head"]}, NotImplementedError, "the head"),
         ({"target_modules": ["embed_tokens"]}, NotImplementedError, "an embedding"),
         ({"target_parameters": EXPERTS}, ValueError, "target_parameters: expected names"),

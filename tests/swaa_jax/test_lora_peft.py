@@ -211,12 +211,12 @@ def test_an_adapter_of_another_model_is_named(base, tmp_path):
     with pytest.raises(CheckpointError) as caught:
         swaa.load_adapter(swaa.load_model(tmp_path / "other"), tmp_path / "adapter")
     message = str(caught.value)
-    assert f"adapter for {directory}" in message
+    assert f"adapter for {str(directory)!r}" in message
     assert "14 unexpected: 'base_model.model.model.layers.2." in message
     assert "layers.0.self_attn.q_proj.lora_B.weight expected (64, 4), got (128, 4)" in message
     assert "llama, 2 layers of width 64" in message
     assert "\n" not in message
-    with pytest.raises(CheckpointError, match="It looks like a model"):
+    with pytest.raises(CheckpointError, match="it looks like a model"):
         swaa.load_adapter(swaa.load_model(tmp_path / "other"), directory)
 
 

@@ -44,7 +44,7 @@ def test_remote_code_is_never_run(tmp_path):
 
 def test_missing_files_are_named(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"has no tokenizer.*found tokenizer_config\.json"):
+    with pytest.raises(CheckpointError, match=r"expected a tokenizer .*got tokenizer_config\.json"):
         load_tokenizer(tmp_path)
     with pytest.raises(CheckpointError, match="does not exist"):
         load_tokenizer(tmp_path / "absent")

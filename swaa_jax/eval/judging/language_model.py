@@ -92,10 +92,10 @@ class LlmJudgeConfig:
 class LlmJudge:
     """A judge that asks a model; safe to call from several threads.
 
-    Replies are read strictly, see :func:`read_verdict`. What is no verdict is asked for again, at
-    temperature 1 in place of 0; so are HTTP 408, 409, 429 and 5xx, broken or silent connections and
-    bodies that are no chat completion, each time after twice the pause (or what `Retry-After` says,
-    ten minutes at most).
+    Replies are read strictly, see :func:`read_verdict`. A reply that is not a verdict is asked for
+    again, at temperature 1 in place of 0. A request is also repeated after HTTP 408, 409, 429 and
+    5xx, a broken or silent connection, and a body that is not a chat completion, each time after
+    twice the pause (or what `Retry-After` says, ten minutes at most).
 
     Raises (when called):
         ValueError: the server refuses the request, or gave no verdict in all attempts.

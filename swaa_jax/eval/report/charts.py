@@ -203,7 +203,7 @@ def png(charts: Sequence[Chart]) -> bytes:
 
 
 def _plain(text: str) -> str:
-    """Not mathematics to matplotlib, whatever signs are in it."""
+    """The text, escaped so that matplotlib does not read its signs as mathematics."""
     return text.replace("$", r"\$")
 
 

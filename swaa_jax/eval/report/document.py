@@ -244,6 +244,6 @@ def _answer_view(policy: str, answer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _clipped(text: str, limit: int) -> str:
-    """Cut short; control characters, which HTML does not have, as a sign in their place."""
+    """The text, cut short; a sign stands for control characters, which HTML does not have."""
     text = "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
     return text if len(text) <= limit else f"{text[:limit]} ..."

@@ -96,7 +96,7 @@ class Asking:
         self._skipped = len(samples) - len(fits)
         self._samples = [samples[index] for index in fits]
         self._prompts = [prompts[index] for index in fits]
-        # Some models' templates open a thought in either mode; it is no answer then either.
+        # Some models' templates open a thought in either mode; a thought alone is not an answer.
         self._opened = [opens_thinking(tokenizer, ids) for ids in self._prompts]
         # A row is an attempt at a sample; its number seeds its draws.
         attempts = config.attempts

@@ -343,7 +343,7 @@ def _model(name: str, entry: Any) -> ModelEntry:
 
 
 def _several(item: Check[T]) -> Check[tuple[T, ...]]:
-    """A list of at least one; what is no list is one of its items."""
+    """A list of at least one item; a value that is not a list becomes a list of it alone."""
 
     def check(name: str, value: Any) -> tuple[T, ...]:
         found = list_of(item)(name, value if isinstance(value, list | tuple) else [value])

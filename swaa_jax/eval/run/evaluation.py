@@ -131,7 +131,7 @@ def _check_output(directory: str) -> None:
     """See that answers can be kept, without making anything yet.
 
     Raises:
-        ValueError: it is no directory and cannot become one, or cannot be written.
+        ValueError: the path is not a directory and cannot become one, or cannot be written.
     """
     if not storage.is_local(directory):
         return

@@ -52,5 +52,5 @@ def identity_of(model: CausalLM, entry: ModelEntry, config: EvalConfig) -> dict[
 
 
 def dtype_of(config: EvalConfig) -> str:
-    """The config's, else float32 on a CPU, where it is faster, and bfloat16 elsewhere."""
+    """The config's dtype, else float32 on a CPU, where it is faster, and bfloat16 elsewhere."""
     return config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")

@@ -50,7 +50,8 @@ class SearchSpace:
     decode: tuple[LayerSelection, ...] = ("window", "full")
 
     def policies(self, num_layers: int) -> list[AttentionPolicy]:
-        """All of them that differ on a model of that depth; full attention is not among them.
+        """All policies of the space that differ on a model of that depth; full attention is not
+        among them.
 
         Nor is what is full attention by another name: a window, and all layers full.
         """
@@ -324,7 +325,7 @@ def _survivors(
 
 
 def _beats(one: Candidate, other: Candidate) -> bool:
-    """At least as good in score and in every cost, and better in one of them."""
+    """Whether one is at least as good in score and in every cost, and better in one of them."""
     ours = (-one.score.mean, *one.costs)
     theirs = (-other.score.mean, *other.costs)
     return ours != theirs and all(a <= b for a, b in zip(ours, theirs, strict=True))

@@ -87,7 +87,7 @@ class LongBenchV2Task(FileTask):
 
     @property
     def label(self) -> str:
-        """With what is left out."""
+        """The name, with what is left out."""
         parts = [value for name in _KINDS for value in getattr(self, name) or ()]
         if self.max_tokens is not None:
             parts.append(f"up to {self.max_tokens}")
@@ -154,7 +154,7 @@ class LongBenchV2Task(FileTask):
     def _fits(self, text: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
         if self.max_tokens is None:
             return True
-        # Of a book of a million words the beginning tells.
+        # The beginning is enough to tell that a book of a million words is too long.
         for part in (text[: _CHARS_PER_TOKEN * self.max_tokens], text):
             if len(tokenizer(part, add_special_tokens=False)["input_ids"]) > self.max_tokens:
                 return False
@@ -164,7 +164,7 @@ class LongBenchV2Task(FileTask):
 
 
 def _some(*known: str) -> Check[tuple[str, ...] | None]:
-    """None, or one text or several: some of the known ones, if there are such."""
+    """A check of None, or of one text or several, which are among the known ones if there are."""
 
     def check(name: str, value: Any) -> tuple[str, ...] | None:
         if value is None:

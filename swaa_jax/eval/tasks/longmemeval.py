@@ -109,7 +109,7 @@ class LongMemEvalTask(FileTask):
 
     @property
     def label(self) -> str:
-        """With the range of lengths."""
+        """The name, with the range of lengths."""
         return f"{self.name} {self.min_tokens}-{self.max_tokens}"
 
     def samples(self, tokenizer: "PreTrainedTokenizerBase", *, thinking: bool) -> list[Sample]:

@@ -2,8 +2,8 @@
 
 What a record asks and what is right is read as `swaa_jax.examples` says: `prompt`, or `context` and
 `question`, or a chat that ends with the user's message; and `answer`. `type` (or `kind`,
-`question_type`), if it is there, is what results are broken down by; `question` beside `prompt` or
-messages is what reports and judges show in their place.
+`question_type`), if it is there, is what results are broken down by; `question` in addition to
+`prompt` or messages is what reports and judges show in their place.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ class QaTask(FileTask):
 
     @property
     def label(self) -> str:
-        """With the first file's name."""
+        """The name, with the first file's."""
         return f"{self.name} {epath.Path(self.paths[0]).stem}"
 
     def check(self) -> None:

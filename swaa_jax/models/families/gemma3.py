@@ -17,7 +17,7 @@ class Gemma3Config(GemmaConfig):
 
     @classmethod
     def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """Both Gemmas', and q/k norms and a rope of the local layers."""
+        """The fields of both Gemmas, with q/k norms and a rope of the local layers."""
         return {
             **super().family_fields(hf),
             "qk_norm": True,
@@ -53,7 +53,7 @@ class Gemma3Config(GemmaConfig):
 
     @classmethod
     def hf_fields(cls) -> frozenset[str]:
-        """Both Gemmas' and this family's own."""
+        """The fields of both Gemmas and this family's own."""
         return super().hf_fields() | {"rope_local_base_freq", "sliding_window_pattern"}
 
     def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class MinistralConfig(MistralConfig):
 
     @classmethod
     def hf_fields(cls) -> frozenset[str]:
-        """Mistral's, and the layers' kinds."""
+        """Mistral's fields, and the layers' kinds."""
         return super().hf_fields() | {"layer_types"}
 
     def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:

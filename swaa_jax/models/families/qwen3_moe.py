@@ -47,12 +47,12 @@ class Qwen3MoeConfig(DecoderConfig):
         super().__post_init__()
         if self.decoder_sparse_step < 1:
             raise ValueError(
-                f"config: decoder_sparse_step expected at least 1, got {self.decoder_sparse_step}; "
-                "correct config.json or the override"
+                "config.decoder_sparse_step: expected at least 1, got "
+                f"{self.decoder_sparse_step}; correct config.json or the override"
             )
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
-                f"config: num_experts_per_tok expected 1 to num_experts={self.num_experts}, got "
+                f"config.num_experts_per_tok: expected 1 to num_experts={self.num_experts}, got "
                 f"{self.num_experts_per_tok}; correct config.json or the override"
             )
 
@@ -71,7 +71,7 @@ class Qwen3MoeConfig(DecoderConfig):
 
     @classmethod
     def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """Qwen3's, the experts', and the window that all layers share where there is one."""
+        """Qwen3's fields, the experts', and the window that all layers share where there is one."""
         # Transformers 5 writes `num_local_experts`, files of version 4 have `num_experts`.
         hf = {"num_experts": hf.get("num_local_experts"), **hf}
         cls.require(hf, _EXPERTS)

@@ -65,7 +65,7 @@ class RulerTask(Task):
 
     @property
     def label(self) -> str:
-        """With the variant and the length."""
+        """The name, with the variant and the length."""
         haystack = f" {self.haystack}" if self.haystack else ""
         return f"{self.name} {self.variant}{haystack} {self.length}"
 
