@@ -37,12 +37,15 @@ class Generation:
         tokens: new ids only, up to and including the one that ended the answer.
         finish_reasons: "eos", "stop" (a stop string or stop token) or "length".
         timings: what it cost.
+        logprobs: of each of `tokens`, where they were asked for: the natural logarithm of its
+            probability under the model, before temperature, filters and penalties.
     """
 
     texts: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
     finish_reasons: tuple[FinishReason, ...]
     timings: Timings
+    logprobs: tuple[tuple[float, ...], ...] | None = None
 
 
 def generate(
@@ -100,7 +103,9 @@ def generate(
                 bar.show(bar.text, start * limit + run.progress)
             rows.update(zip(group, run.rows, strict=True))
             timings.append(run.timings())
-    return _generation([rows[index] for index in range(len(encoded))], Timings.total(timings))
+    return _generation(
+        [rows[index] for index in range(len(encoded))], Timings.total(timings), options
+    )
 
 
 def decode_from(
@@ -139,7 +144,7 @@ def decode_from(
     for _ in run.calls:
         if on_progress is not None:
             on_progress(run.progress)
-    return _generation(run.rows, run.timings())
+    return _generation(run.rows, run.timings(), options)
 
 
 class Stream(Iterator[str]):
@@ -158,7 +163,7 @@ class Stream(Iterator[str]):
             piece = run.rows[0].take_text()
             if piece:
                 yield piece
-        self.generation = _generation(run.rows, run.timings())
+        self.generation = _generation(run.rows, run.timings(), run.options)
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -216,12 +221,13 @@ class _Run:
     rows: list[AnswerRow]
     calls: Iterator[None]
     clock: DecodeClock
-    max_new_tokens: int
+    options: GenerateOptions
 
     @property
     def progress(self) -> int:
         """Tokens so far, a row that has ended counting as full."""
-        return sum(self.max_new_tokens if row.is_done else len(row.tokens) for row in self.rows)
+        limit = self.options.max_new_tokens
+        return sum(limit if row.is_done else len(row.tokens) for row in self.rows)
 
     def timings(self) -> Timings:
         return Timings(
@@ -296,7 +302,7 @@ class _Session:
             keep_caches=keep_caches,
             clock=clock,
         )
-        return _Run(prefilled=prefilled, rows=rows, calls=calls, clock=clock, max_new_tokens=limit)
+        return _Run(prefilled=prefilled, rows=rows, calls=calls, clock=clock, options=options)
 
 
 def generation_config(model: CausalLM) -> dict[str, Any]:
@@ -321,7 +327,9 @@ def pad_token_id(tok: "PreTrainedTokenizerBase | None") -> int:
     return 0 if pad is None else int(pad)
 
 
-def _generation(rows: Sequence[AnswerRow], timings: Timings) -> Generation:
+def _generation(
+    rows: Sequence[AnswerRow], timings: Timings, options: GenerateOptions
+) -> Generation:
     reasons = [row.finish_reason for row in rows]
     assert all(reason is not None for reason in reasons), "a row was left unfinished"
     return Generation(
@@ -329,4 +337,5 @@ def _generation(rows: Sequence[AnswerRow], timings: Timings) -> Generation:
         tokens=tuple(tuple(row.tokens) for row in rows),
         finish_reasons=tuple(reasons),  # pyright: ignore[reportArgumentType]
         timings=timings,
+        logprobs=tuple(tuple(row.logprobs) for row in rows) if options.logprobs else None,
     )

@@ -233,6 +233,7 @@ class AnswerRow:
         opened: bool = False,
     ):
         self.tokens: list[int] = []
+        self.logprobs: list[float] = []
         self.finish_reason: FinishReason | None = None
         self._token_text = text
         self._rules = rules
@@ -253,12 +254,14 @@ class AnswerRow:
         """Whether the row has ended."""
         return self.finish_reason is not None
 
-    def push(self, ids: Iterable[int]) -> None:
+    def push(self, ids: Sequence[int], logprobs: Sequence[float] | None = None) -> None:
         """Add new tokens, up to the one that ends the row; the rest is dropped."""
-        for token in map(int, ids):
+        for at, token in enumerate(map(int, ids)):
             if self.is_done:
                 return
             self.tokens.append(token)
+            if logprobs is not None:
+                self.logprobs.append(float(logprobs[at]))
             self._extend_raw(token)
             ends = token in self._rules.eos_ids or token in self._rules.stop_ids
             if self._detokenizer is not None and not ends:

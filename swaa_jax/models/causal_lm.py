@@ -83,6 +83,9 @@ class CausalLM(nnx.Module):
     fused_projections: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """HF's projections that are several here, by name, with their parts from top to bottom."""
 
+    overflows_float16: ClassVar[bool] = False
+    """The family's activations exceed float16's 65,504, so that logits become NaN."""
+
     def __init__(
         self,
         config: DecoderConfig,
