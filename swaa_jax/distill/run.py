@@ -22,7 +22,6 @@ from etils import epath
 
 from swaa_jax import runtime, storage
 from swaa_jax.eval.judging import Judge, Judged
-from swaa_jax.eval.tasks import opens_thinking
 from swaa_jax.eval.tasks.question_answering import Question
 from swaa_jax.fields import check_fields, flag, integer, number, one_of, or_none
 from swaa_jax.infer import generate

@@ -12,7 +12,7 @@ from swaa_jax.infer.decoding import (
     prefill_prompts,
 )
 from swaa_jax.infer.options import GenerateOptions
-from swaa_jax.infer.prompts import Prompts, check_context, encode_prompts
+from swaa_jax.infer.prompts import Prompts, check_context, encode_prompts, opens_thinking
 from swaa_jax.infer.sampling import SamplingParams
 from swaa_jax.infer.stopping import AnswerRow, FinishReason, StopRules, TokenText, make_stop_rules
 from swaa_jax.infer.timings import Timings
@@ -253,7 +253,7 @@ class _Session:
         tok: "PreTrainedTokenizerBase | None",
         options: GenerateOptions,
     ):
-        self._text, self._options = TokenText(tok), options
+        self._tok, self._text, self._options = tok, TokenText(tok), options
         self._params = options.sampling_params
         if options.sampling == "checkpoint":
             config = generation_config(model)
@@ -268,6 +268,7 @@ class _Session:
             eos_ids=() if options.ignore_eos else eos_token_ids(model, tok),
             stop=options.stop,
             stop_token_ids=options.stop_token_ids,
+            stop_in_thought=options.stop_in_thought,
         )
 
     def start(
@@ -286,8 +287,14 @@ class _Session:
                 f"made room for, got {limit}"
             )
         rows = [
-            AnswerRow(self._text, self._rules, max_new_tokens=limit, streaming=streaming)
-            for _ in prefilled.prompt_lengths
+            AnswerRow(
+                self._text,
+                self._rules,
+                max_new_tokens=limit,
+                streaming=streaming,
+                opened=self._opens_thinking(ids),
+            )
+            for ids in prefilled.prompts
         ]
         clock = DecodeClock()
         steps = min(STREAM_STEPS, options.chunk_size) if streaming else options.chunk_size
@@ -303,6 +310,12 @@ class _Session:
             clock=clock,
         )
         return _Run(prefilled=prefilled, rows=rows, calls=calls, clock=clock, options=options)
+
+    def _opens_thinking(self, ids: Sequence[int]) -> bool:
+        """Whether a prompt ends within a thought, where that makes a difference."""
+        if self._tok is None or self._rules.stop_in_thought:
+            return False
+        return opens_thinking(self._tok, ids)
 
 
 def generation_config(model: CausalLM) -> dict[str, Any]:

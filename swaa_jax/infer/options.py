@@ -31,6 +31,8 @@ class GenerateOptions:
         seed: draws depend on it, on the prompt's index and on the position, on nothing else.
         sampling: "checkpoint" takes all of these from the model's generation config.
         stop: texts that end an answer; it is cut before them.
+        stop_in_thought: these texts also count between `<think>` and `</think>`, where a prompt or
+            an answer opens a thought. False: they apply to the answer alone.
         stop_token_ids: tokens that end an answer.
         ignore_eos: go on past the model's end tokens (generation config, else config, and the
             tokenizer's).
@@ -65,6 +67,7 @@ class GenerateOptions:
     seed: int = 0
     sampling: Literal["checkpoint"] | None = None
     stop: str | Sequence[str] = ()
+    stop_in_thought: bool = True
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     tools: Sequence[Any] | None = None
@@ -84,6 +87,7 @@ class GenerateOptions:
             seed=integer(least=0, most=2**32 - 1),
             sampling=or_none(one_of("checkpoint")),
             stop=texts,
+            stop_in_thought=flag,
             stop_token_ids=list_of(integer(least=0)),
             ignore_eos=flag,
             enable_thinking=or_none(flag),

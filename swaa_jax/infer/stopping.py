@@ -175,7 +175,8 @@ class _StopSearch:
 
     Args:
         strings: what is sought.
-        in_thought: also between `<think>` and `</think>`.
+        in_thought: also between `<think>` and `</think>`; else neither there, nor in the blanks
+            that follow a thought, which are no part of the answer.
         opened: the text begins within a thought.
     """
 
@@ -184,6 +185,7 @@ class _StopSearch:
         self.found: int | None = None
         self._strings = strings
         self._in_thought, self._inside = in_thought, opened and not in_thought
+        self._skips = False  # the blanks behind a thought
         self._from = 0  # nothing before it is looked at again
         self._longest = max(map(len, [*strings, "" if in_thought else THINK_END]), default=1)
 
@@ -194,7 +196,10 @@ class _StopSearch:
                 end = self.text.find(THINK_END, self._from)
                 if end < 0:
                     break
-                self._inside, self._from = False, end + len(THINK_END)
+                self._inside, self._skips, self._from = False, True, end + len(THINK_END)
+            if self._skips:
+                rest = self.text[self._from :].lstrip()
+                self._skips, self._from = not rest, len(self.text) - len(rest)
             starts = [self.text.find(one, self._from) for one in self._strings]
             first = min((start for start in starts if start >= 0), default=-1)
             opening = -1 if self._in_thought else self.text.find(THINK_START, self._from)

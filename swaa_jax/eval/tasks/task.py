@@ -2,13 +2,15 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from swaa_jax.infer import opens_thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Sample", "Task", "encode_sample", "opens_thinking"]
+__all__ = ["Sample", "Task", "encode_sample"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +101,8 @@ def encode_sample(
     Args:
         sample: what to ask.
         tokenizer: a Transformers tokenizer.
-        thinking: the template's `enable_thinking`; without it the answer's prefix is added.
+        thinking: the template's `enable_thinking`; without it the answer's prefix is added, unless
+            the template opens a thought all the same.
         chat_template_kwargs: more variables for the template.
 
     Raises:
@@ -114,6 +117,8 @@ def encode_sample(
             enable_thinking=thinking,
             **(chat_template_kwargs or {}),
         )
+        if prefix and opens_thinking(tokenizer, text):
+            prefix = ""  # it would be the thought's
         # The template brings its own BOS.
         return list(tokenizer(text + prefix, add_special_tokens=False)["input_ids"])
     if len(sample.messages) != 1:
@@ -122,9 +127,3 @@ def encode_sample(
             f"got {len(sample.messages)}"
         )
     return list(tokenizer(sample.messages[0]["content"] + prefix)["input_ids"])
-
-
-def opens_thinking(tokenizer: "PreTrainedTokenizerBase", prompt_ids: Sequence[int]) -> bool:
-    """Whether the prompt ends within `<think>`, as thinking templates' do."""
-    end = str(tokenizer.decode(list(prompt_ids[-16:])))
-    return end.rfind("<think>") > end.rfind("</think>")
