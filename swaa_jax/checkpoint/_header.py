@@ -105,7 +105,7 @@ def _refuse_other_formats(path: epath.Path, start: bytes) -> None:
 
 
 def _parse(path: epath.Path, text: bytes, *, start: int) -> tuple[dict[str, TensorInfo], int]:
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, object]:
         keys = [key for key, _ in pairs]
         if len(set(keys)) != len(keys):
             raise ValueError(f"repeated {listing(k for k in keys if keys.count(k) > 1)}")
@@ -151,7 +151,7 @@ def _parse(path: epath.Path, text: bytes, *, start: int) -> tuple[dict[str, Tens
     return tensors, end_of_data
 
 
-def _entry_fault(entry: Any) -> str | None:
+def _entry_fault(entry: object) -> str | None:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return "fields other than dtype, shape and data_offsets"
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:

@@ -14,7 +14,6 @@ import enum
 import fnmatch
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 import ml_dtypes
@@ -24,8 +23,9 @@ from swaa_jax.checkpoint.safetensors_io import WEIGHT_DTYPES, Index, WeightReade
 from swaa_jax.fields import first_of, show
 from swaa_jax.runtime import to_host
 from swaa_jax.storage import CheckpointError, listing
+from swaa_jax.typing import DTypeLike
 
-Expected = tuple[tuple[int, ...], Any, jax.sharding.Sharding | None]
+Expected = tuple[tuple[int, ...], DTypeLike, jax.sharding.Sharding | None]
 """What a parameter must be: shape, dtype to hold it in, sharding (None: the default device)."""
 
 IGNORED = ("*.rotary_emb.inv_freq", "*.attn.masked_bias")

@@ -135,7 +135,7 @@ class SwaaLM(TemplateLM):
         return self._name.replace("/", "__")
 
     def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: object
     ) -> list[int]:
         """Token ids; BOS is added where the tokenizer adds one and the text has none yet."""
         del kwargs
@@ -161,7 +161,7 @@ class SwaaLM(TemplateLM):
         self,
         requests: Sequence[tuple[Any, list[int], list[int]]],
         disable_tqdm: bool = False,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> list[tuple[float, bool]]:
         """The stage-aware likelihood of each (text pair, context ids, continuation ids)."""
         del kwargs
@@ -247,7 +247,7 @@ class SwaaLM(TemplateLM):
             )
         return [texts[number] for number in range(len(requests))]
 
-    def _options(self, given: Mapping[str, Any]) -> GenerateOptions:
+    def _options(self, given: Mapping[str, object]) -> GenerateOptions:
         """A request's settings; a warning names those that are ignored, once each."""
         read = dict(given)
         if read.get("temperature") is None:

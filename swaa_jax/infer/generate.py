@@ -54,7 +54,7 @@ def generate(
     prompts: Prompts,
     *,
     options: GenerateOptions | None = None,
-    **overrides: Any,
+    **overrides: object,
 ) -> Generation:
     """Answer prompts under the model's attention policy.
 
@@ -175,7 +175,7 @@ def stream(
     prompt: Prompts,
     *,
     options: GenerateOptions | None = None,
-    **overrides: Any,
+    **overrides: object,
 ) -> Stream:
     """Answer one prompt piece by piece; the arguments are those of `generate`.
 

@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,20 @@ from jax.sharding import Mesh
 from swaa_jax import checkpoint
 from swaa_jax.attention import check_backend
 from swaa_jax.checkpoint import WeightReader, WeightRule
+from swaa_jax.checkpoint.keymap import Expected
 from swaa_jax.fields import show, wrong
 from swaa_jax.models.causal_lm import CausalLM
 from swaa_jax.models.config import DecoderConfig
-from swaa_jax.models.config_types import check_config_types
+from swaa_jax.models.config_types import HfConfig, check_config_types
 from swaa_jax.models.families import FAMILIES, ModelFamily
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.runtime import is_main_process, wait_for_all
 from swaa_jax.sharding import resolve_mesh, sharding_for, target_of
 from swaa_jax.storage import atomic_directory
 from swaa_jax.typing import PathLike
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +45,7 @@ def load_model(
     dtype: jnp.dtype | str = "bfloat16",
     mesh: Mesh | str | None = None,
     revision: str | None = None,
-    config_overrides: Mapping[str, Any] | None = None,
+    config_overrides: Mapping[str, object] | None = None,
     backend: str = "auto",
 ) -> CausalLM:
     """Load a pretrained model from a directory in Hugging Face layout, or from the hub.
@@ -116,7 +120,7 @@ class Blueprint:
 
     model: CausalLM
     params: dict[Any, Any]
-    expected: dict[str, Any]
+    expected: dict[str, Expected]
     rules: tuple[WeightRule, ...]
     tied: Mapping[str, str] | None
 
@@ -150,7 +154,7 @@ def read_blueprint(
     policy: AttentionPolicy | None,
     dtype: jnp.dtype,
     mesh: Mesh | None = None,
-    config_overrides: Mapping[str, Any] | None = None,
+    config_overrides: Mapping[str, object] | None = None,
     backend: str = "auto",
 ) -> Blueprint:
     """Reads a checkpoint's config and policy; no weights, and no memory for them.
@@ -183,7 +187,7 @@ def read_blueprint(
 
 
 def model_from_config(
-    hf_config: Mapping[str, Any],
+    hf_config: HfConfig,
     *,
     policy: AttentionPolicy | None = None,
     dtype: jnp.dtype | str = "float32",
@@ -221,7 +225,7 @@ def save_model(
     model: CausalLM,
     directory: PathLike,
     *,
-    tokenizer: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     max_shard_size: int = 5 * 10**9,
     overwrite: bool = False,
 ) -> epath.Path:
@@ -300,7 +304,7 @@ def _check_backend(backend: str, mesh: Mesh | None) -> None:
     check_backend(backend, platform=None if target is None else target.platform)
 
 
-def _family(hf_config: Mapping[str, Any]) -> ModelFamily:
+def _family(hf_config: HfConfig) -> ModelFamily:
     model_type = str(hf_config.get("model_type"))
     if model_type not in FAMILIES:
         raise NotImplementedError(
@@ -366,5 +370,5 @@ def check_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def _join(path: Sequence[Any]) -> str:
+def _join(path: Sequence[object]) -> str:
     return ".".join(str(part) for part in path)

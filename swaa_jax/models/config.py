@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from swaa_jax.fields import check_keys, show
+from swaa_jax.models.config_types import HfConfig
 from swaa_jax.models.interop import FULL, WINDOWED, attention_fields
 from swaa_jax.models.rope import SCALINGS, RopeConfig, YarnScaling, parse_rope
 from swaa_jax.policy import AttentionPolicy
@@ -89,7 +90,7 @@ class DecoderConfig:
 
     @classmethod
     def from_hf(
-        cls, hf: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+        cls, hf: HfConfig, overrides: Mapping[str, object] | None = None
     ) -> "DecoderConfig":
         """Read a `config.json`, old form or new.
 
@@ -134,7 +135,7 @@ class DecoderConfig:
         )
 
     @classmethod
-    def require(cls, hf: Mapping[str, Any], names: Sequence[str]) -> None:
+    def require(cls, hf: HfConfig, names: Sequence[str]) -> None:
         """Raises ValueError unless the file has all of these fields."""
         missing = [name for name in names if hf.get(name) is None]
         if missing:
@@ -144,7 +145,7 @@ class DecoderConfig:
             )
 
     @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
         """Fields whose value is not what the common decoder reads or has by default."""
         del hf
         return {}
@@ -155,11 +156,11 @@ class DecoderConfig:
         return _COMMON_FIELDS | {cls.activation_field}
 
     @classmethod
-    def rope_settings(cls, hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    def rope_settings(cls, hf: HfConfig) -> HfConfig:
         """Where `parse_rope` finds the settings of the (full-attention) layers' rope."""
         return hf
 
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """The fields that give layers these kinds, and the windowed ones this window.
 
         Args:
@@ -174,7 +175,7 @@ class DecoderConfig:
             raise NotImplementedError(f"window={window}: it has no window")
         return {}
 
-    def to_hf(self, policy: AttentionPolicy | None = None) -> dict[str, Any]:
+    def to_hf(self, policy: AttentionPolicy | None = None) -> dict[str, object]:
         """The HF `config.json` of this model, every unread field included.
 
         Args:
@@ -189,7 +190,7 @@ class DecoderConfig:
 
 
 def layer_kinds_policy(
-    hf: Mapping[str, Any], kinds: Sequence[str] | None, window: int | None
+    hf: HfConfig, kinds: Sequence[str] | None, window: int | None
 ) -> AttentionPolicy:
     """The policy of a config that names each layer's kind; None: all layers are windowed.
 
@@ -209,7 +210,7 @@ def layer_kinds_policy(
     return AttentionPolicy(window=window, full_attention_layers=full)
 
 
-def windowed_layers_policy(hf: Mapping[str, Any]) -> AttentionPolicy:
+def windowed_layers_policy(hf: HfConfig) -> AttentionPolicy:
     """The policy of a config with `use_sliding_window`, `sliding_window` and, per layer,
     `layer_types` or the older `max_window_layers` (layers from that index on are windowed).
     """
@@ -253,7 +254,7 @@ _COMMON_FIELDS = (
 
 
 def _override(
-    hf: Mapping[str, Any], overrides: Mapping[str, Any], *, known: frozenset[str]
+    hf: HfConfig, overrides: Mapping[str, Any], *, known: frozenset[str]
 ) -> dict[str, Any]:
     """The overrides with their consequences: both forms of the rope settings stay in step."""
     check_keys("config_overrides", overrides, sorted(known))
@@ -275,7 +276,7 @@ def _override(
     return {**changed, "rope_parameters": rope, "rope_scaling": None, "rope_theta": None}
 
 
-def _context(hf: Mapping[str, Any], rope: RopeConfig, overrides: Mapping[str, Any]) -> int:
+def _context(hf: HfConfig, rope: RopeConfig, overrides: Mapping[str, object]) -> int:
     """The longest context: longer than the file says if YaRN was asked for in an override."""
     stated = hf["max_position_embeddings"]
     asked = _ROPE_FIELDS.intersection(overrides) and "max_position_embeddings" not in overrides

@@ -6,7 +6,6 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,7 +41,7 @@ def convert_checkpoint(
     max_shard_size: int = 5 * 10**9,
     revision: str | None = None,
     policy: AttentionPolicy | None = None,
-    config_overrides: Mapping[str, Any] | None = None,
+    config_overrides: Mapping[str, object] | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Converted:

@@ -1,6 +1,6 @@
 """The blocks that Gemma 2 and 3 share: norms around one and after each block too, soft caps."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from swaa_jax.models import weight_rules as weights
 from swaa_jax.models.blocks import DecoderLayer, LayerOutput, Rows, make_norm
 from swaa_jax.models.causal_lm import CausalLM
 from swaa_jax.models.config import DecoderConfig, layer_kinds_policy
+from swaa_jax.models.config_types import HfConfig
 from swaa_jax.sharding import constrain_batch
 
 
@@ -23,7 +24,7 @@ class GemmaConfig(DecoderConfig):
     tied_by_default: ClassVar[bool] = True
 
     @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
         """Norms around one, scaled embeddings, soft caps, and the window of the local layers."""
         if hf.get("use_bidirectional_attention"):
             raise NotImplementedError(
@@ -41,7 +42,7 @@ class GemmaConfig(DecoderConfig):
         }
 
     @classmethod
-    def layer_kinds(cls, hf: Mapping[str, Any]) -> Sequence[str]:
+    def layer_kinds(cls, hf: HfConfig) -> Sequence[str]:
         """The kind of each layer, also in files without `layer_types`."""
         raise NotImplementedError
 

@@ -2,14 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from swaa_jax.fields import show
+from swaa_jax.models.config_types import HfConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ _REFUSED = dict.fromkeys(
 _IGNORED_KEYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 
 
-def parse_rope(hf: Mapping[str, Any], supported: Collection[str] = tuple(SCALINGS)) -> RopeConfig:
+def parse_rope(hf: HfConfig, supported: Collection[str] = tuple(SCALINGS)) -> RopeConfig:
     """The rope settings of an HF config, old form or new; `supported` are the family's types.
 
     Old: `rope_theta` and `rope_scaling` (whose type is under `rope_type` or `type`) at the top.

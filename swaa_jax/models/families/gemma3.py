@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from swaa_jax.models.config import DecoderConfig
+from swaa_jax.models.config_types import HfConfig
 from swaa_jax.models.gemma import GemmaConfig
 from swaa_jax.models.interop import FULL, WINDOWED
 from swaa_jax.models.rope import parse_rope
@@ -16,7 +17,7 @@ class Gemma3Config(GemmaConfig):
     architecture: ClassVar[str] = "Gemma3ForCausalLM"
 
     @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
         """The fields of both Gemmas, with q/k norms and a rope of the local layers."""
         return {
             **super().family_fields(hf),
@@ -25,7 +26,7 @@ class Gemma3Config(GemmaConfig):
         }
 
     @classmethod
-    def layer_kinds(cls, hf: Mapping[str, Any]) -> Sequence[str]:
+    def layer_kinds(cls, hf: HfConfig) -> Sequence[str]:
         """`layer_types`, or every so many-th layer global."""
         if hf.get("layer_types") is not None:
             return hf["layer_types"]
@@ -39,15 +40,13 @@ class Gemma3Config(GemmaConfig):
         return [WINDOWED if layer % pattern else FULL for layer in layers]
 
     @classmethod
-    def from_hf(
-        cls, hf: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
-    ) -> "DecoderConfig":
+    def from_hf(cls, hf: HfConfig, overrides: Mapping[str, Any] | None = None) -> "DecoderConfig":
         """As `DecoderConfig.from_hf`; of the ropes the newer form is kept, one for each kind."""
         local_theta = (overrides or {}).get("rope_local_base_freq")
         return super().from_hf({**hf, "rope_parameters": _ropes(hf, local_theta)}, overrides)
 
     @classmethod
-    def rope_settings(cls, hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    def rope_settings(cls, hf: HfConfig) -> HfConfig:
         """The global layers' rope."""
         return {**hf, "rope_parameters": hf["rope_parameters"][FULL]}
 
@@ -56,7 +55,7 @@ class Gemma3Config(GemmaConfig):
         """The fields of both Gemmas and this family's own."""
         return super().hf_fields() | {"rope_local_base_freq", "sliding_window_pattern"}
 
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """Another window for the local layers: a layer's kind chooses its rope too, so it stays.
 
         No window is one that is as long as the context.
@@ -75,7 +74,7 @@ class Gemma3Config(GemmaConfig):
         return {"sliding_window": window}
 
 
-def _ropes(hf: Mapping[str, Any], local_theta: float | None) -> dict[str, dict[str, Any]]:
+def _ropes(hf: HfConfig, local_theta: float | None) -> dict[str, dict[str, Any]]:
     """Each kind's settings. Older files say them as `rope_theta`, `rope_scaling` (of the global
     layers only) and `rope_local_base_freq`.
     """

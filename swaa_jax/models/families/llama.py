@@ -1,9 +1,9 @@
 """Llama (2 to 3.3): the common decoder, with biases where asked and no window of its own."""
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from swaa_jax.models.config import DecoderConfig
+from swaa_jax.models.config_types import HfConfig
 
 
 class LlamaConfig(DecoderConfig):
@@ -13,7 +13,7 @@ class LlamaConfig(DecoderConfig):
     architecture: ClassVar[str] = "LlamaForCausalLM"
 
     @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
         """Optional biases of the feed-forward blocks too."""
         return {"mlp_bias": bool(hf.get("mlp_bias", False))}
 

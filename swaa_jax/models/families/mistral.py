@@ -1,9 +1,10 @@
 """Mistral: the common decoder with one window for all layers. Ministral: a kind for each layer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from swaa_jax.models.config import DecoderConfig, layer_kinds_policy
+from swaa_jax.models.config_types import HfConfig
 
 
 class MistralConfig(DecoderConfig):
@@ -13,12 +14,12 @@ class MistralConfig(DecoderConfig):
     architecture: ClassVar[str] = "MistralForCausalLM"
 
     @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
         """The window of all layers."""
         return {"own": layer_kinds_policy(hf, cls.layer_kinds(hf), hf.get("sliding_window"))}
 
     @classmethod
-    def layer_kinds(cls, hf: Mapping[str, Any]) -> list[str] | None:
+    def layer_kinds(cls, hf: HfConfig) -> list[str] | None:
         """Each layer's kind; None: all are windowed."""
         del hf
         return None
@@ -28,7 +29,7 @@ class MistralConfig(DecoderConfig):
         """The common fields, less the bias that there never is, and the window."""
         return super().hf_fields() - {"attention_bias"} | {"sliding_window"}
 
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """One window for all layers; where they differ the model is a Ministral, same weights."""
         if len(set(kinds)) == 1:
             return {"sliding_window": window}
@@ -47,7 +48,7 @@ class MinistralConfig(MistralConfig):
     architecture: ClassVar[str] = "MinistralForCausalLM"
 
     @classmethod
-    def layer_kinds(cls, hf: Mapping[str, Any]) -> list[str] | None:
+    def layer_kinds(cls, hf: HfConfig) -> list[str] | None:
         """What `layer_types` says."""
         return hf.get("layer_types")
 
@@ -56,7 +57,7 @@ class MinistralConfig(MistralConfig):
         """Mistral's fields, and the layers' kinds."""
         return super().hf_fields() | {"layer_types"}
 
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """A kind for each layer. Transformers wants a window there even where no layer has it."""
         return {
             "sliding_window": window or self.max_position_embeddings,

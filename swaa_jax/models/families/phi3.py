@@ -12,6 +12,7 @@ from swaa_jax.checkpoint.keymap import WeightRule
 from swaa_jax.models import weight_rules as weights
 from swaa_jax.models.causal_lm import CausalLM
 from swaa_jax.models.config import DecoderConfig, layer_kinds_policy
+from swaa_jax.models.config_types import HfConfig
 from swaa_jax.models.interop import one_window
 
 
@@ -24,7 +25,7 @@ class Phi3Config(DecoderConfig):
     rope_types: ClassVar[tuple[str, ...]] = ("default",)
 
     @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
         """Head size from the width, no biases, and the window of all layers."""
         return {
             "head_dim": hf["hidden_size"] // hf["num_attention_heads"],
@@ -36,7 +37,7 @@ class Phi3Config(DecoderConfig):
         """The common fields, less biases and a head size that there never are, and the window."""
         return super().hf_fields() - {"attention_bias", "head_dim"} | {"sliding_window"}
 
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """One window for all layers."""
         return {"sliding_window": one_window(kinds, window)}
 

@@ -1,9 +1,10 @@
 """Qwen2 (and 2.5): the common decoder with biases on q, k and v, and its own window if any."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from swaa_jax.models.config import DecoderConfig, windowed_layers_policy
+from swaa_jax.models.config_types import HfConfig
 from swaa_jax.models.interop import kinds_fields
 
 
@@ -14,7 +15,7 @@ class Qwen2Config(DecoderConfig):
     architecture: ClassVar[str] = "Qwen2ForCausalLM"
 
     @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
         """Fixed biases, and the window of files that use one."""
         return {"attention_bias": True, "own": windowed_layers_policy(hf)}
 
@@ -24,6 +25,6 @@ class Qwen2Config(DecoderConfig):
         window = {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
         return super().hf_fields() - {"attention_bias"} | window
 
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """A kind for each layer."""
         return kinds_fields(kinds, window)

@@ -1,7 +1,7 @@
 """Qwen3-MoE: Qwen3 with experts in some or all layers, and one window for all layers."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from swaa_jax.models import weight_rules as weights
 from swaa_jax.models.blocks import DecoderLayer, FeedForward, RouterStatistics, Rows
 from swaa_jax.models.causal_lm import CausalLM
 from swaa_jax.models.config import DecoderConfig
+from swaa_jax.models.config_types import HfConfig
 from swaa_jax.models.interop import one_window
 from swaa_jax.models.moe import SparseMLP, load_balancing_loss
 from swaa_jax.policy import AttentionPolicy
@@ -70,7 +71,7 @@ class Qwen3MoeConfig(DecoderConfig):
         )
 
     @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
         """Qwen3's fields, the experts', and the window that all layers share where there is one."""
         # Transformers 5 writes `num_local_experts`, files of version 4 have `num_experts`.
         hf = {"num_experts": hf.get("num_local_experts"), **hf}
@@ -92,7 +93,7 @@ class Qwen3MoeConfig(DecoderConfig):
         window = {"use_sliding_window", "sliding_window"}
         return super().hf_fields() | frozenset(_EXPERTS) | layers | window
 
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """One window for all layers."""
         window = one_window(kinds, window)
         return {"use_sliding_window": window is not None, "sliding_window": window}
