@@ -116,6 +116,12 @@ def add_parser(subparsers: Commands) -> None:
         help="temperature, top-k, penalties, ... from the checkpoint's generation config",
     )
     answer.add_argument(
+        "--positions",
+        choices=["text", "cache"],
+        default="text",
+        help="cache: go on past the model's context, under a policy of windows and sinks alone",
+    )
+    answer.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this; repeatable"
     )
 

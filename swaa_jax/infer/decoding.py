@@ -54,6 +54,7 @@ class Prefilled:
         prompts: token ids of the real rows, which come first.
         row_ids: the prompts' indices in the caller's order; they seed the sampling.
         max_new_tokens: the longest answer that the caches have room for.
+        positions: where new tokens will stand; see `GenerateOptions`.
         prefill_s, compile_s: seconds that the run and its compilation took.
     """
 
@@ -66,6 +67,7 @@ class Prefilled:
     max_new_tokens: int
     prefill_s: float
     compile_s: float
+    positions: str = "text"
 
     @property
     def num_rows(self) -> int:
@@ -98,6 +100,7 @@ def prefill_prompts(
     row_ids: Sequence[int] | None = None,
     pad_id: int = 0,
     warmup: bool = False,
+    positions: str = "text",
 ) -> Prefilled:
     """Run prompts through the model, as one batch padded on the right to its bucket.
 
@@ -111,18 +114,19 @@ def prefill_prompts(
         row_ids: the prompts' indices in the caller's order, by default 0, 1, ...
         pad_id: what padding holds; it is never seen.
         warmup: run once before the run that is timed.
+        positions: where new tokens will stand, as in `GenerateOptions`.
     """
     model = split_model(model)
     context = getattr(model.config, "max_position_embeddings", None)
     width = length_bucket(max(len(ids) for ids in token_lists), limit=context)
     cache_size = width + length_bucket(max_new_tokens)
-    if context is not None:
+    if context is not None and positions == "text":
         cache_size = min(cache_size, context)
     tokens, lengths = pad_right(
         token_lists, num_rows=next_power_of_two(len(token_lists)), width=width, pad_id=pad_id
     )
     args = (model.arrays, tokens, lengths)
-    static = {"structure": model.structure, "cache_size": cache_size}
+    static = {"structure": model.structure, "cache_size": cache_size, "positions": positions}
     compile_s = _compile(_prefill, *args, **static)
     if warmup:
         jax.block_until_ready(_prefill(*args, **static))
@@ -138,6 +142,7 @@ def prefill_prompts(
         max_new_tokens=max_new_tokens,
         prefill_s=time.perf_counter() - start,
         compile_s=compile_s,
+        positions=positions,
     )
 
 
@@ -300,7 +305,7 @@ def _adopt(
     return jax.tree.map(jnp.copy, caches) if copy else caches
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "cache_size"))
+@functools.partial(jax.jit, static_argnames=("structure", "cache_size", "positions"))
 def _prefill(
     arrays: dict[str, Array],
     tokens: Int[Array, "B T"],
@@ -308,9 +313,12 @@ def _prefill(
     *,
     structure: Structure[CausalLM],
     cache_size: int,
+    positions: str,
 ) -> tuple[Float[Array, "B V"], Caches]:
     _TRACES["prefill"] += 1
-    out = structure.build(arrays).prefill(tokens, lengths=lengths, cache_size=cache_size)
+    out = structure.build(arrays).prefill(
+        tokens, lengths=lengths, cache_size=cache_size, positions=positions
+    )
     return out.logits, out.caches
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from swaa_jax.attention import check_stream
 from swaa_jax.checkpoint.hf import read_generation_config
 from swaa_jax.infer.decoding import (
     DecodeClock,
@@ -78,7 +79,7 @@ def generate(
     options = GenerateOptions.of(options, overrides)
     encoded = encode_prompts(tok, prompts, **options.template_options)
     limit = options.max_new_tokens
-    check_prompts(model, encoded, max_new_tokens=limit)
+    check_prompts(model, encoded, max_new_tokens=limit, positions=options.positions)
     session = _Session(model, tok, options)
     split = split_model(model)
 
@@ -97,6 +98,7 @@ def generate(
                 row_ids=group,
                 pad_id=pad_token_id(tok),
                 warmup=options.warmup,
+                positions=options.positions,
             )
             run = session.start(split, prefilled)
             for _ in run.calls:
@@ -188,7 +190,9 @@ def stream(
     encoded = encode_prompts(tok, prompt, **options.template_options)
     if len(encoded) != 1:
         raise ValueError(f"prompt: expected one prompt to stream, got {len(encoded)}")
-    check_prompts(model, encoded, max_new_tokens=options.max_new_tokens)
+    check_prompts(
+        model, encoded, max_new_tokens=options.max_new_tokens, positions=options.positions
+    )
     session = _Session(model, tok, options)
     split = split_model(model)
     prefilled = prefill_prompts(
@@ -197,19 +201,31 @@ def stream(
         max_new_tokens=options.max_new_tokens,
         pad_id=pad_token_id(tok),
         warmup=options.warmup,
+        positions=options.positions,
     )
     return Stream(session.start(split, prefilled, streaming=True))
 
 
 def check_prompts(
-    model: CausalLM, token_lists: Sequence[Sequence[int]], *, max_new_tokens: int
+    model: CausalLM,
+    token_lists: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    positions: str = "text",
 ) -> None:
-    """Refuse prompts that this model cannot take; see `prompts.check_context`."""
+    """Refuse prompts that this model cannot take; see `prompts.check_context`.
+
+    With positions inside the cache only the prompt, and window and sinks, must fit the context.
+    """
+    context = getattr(model.config, "max_position_embeddings", None)
+    if positions == "cache":
+        check_stream(model.layer_attention, context=context)
+        max_new_tokens = 0
     check_context(
         token_lists,
         max_new_tokens=max_new_tokens,
         vocab_size=model.config.vocab_size,
-        context=getattr(model.config, "max_position_embeddings", None),
+        context=context,
     )
 
 
@@ -285,6 +301,11 @@ class _Session:
             raise ValueError(
                 f"max_new_tokens: expected at most {prefilled.max_new_tokens}, which the prefill "
                 f"made room for, got {limit}"
+            )
+        if options.positions != prefilled.positions:
+            raise ValueError(
+                f'positions: expected "{prefilled.positions}", as the prefill had it, got '
+                f'"{options.positions}"; prefill again with these options'
             )
         rows = [
             AnswerRow(

@@ -28,6 +28,9 @@ class GenerateOptions:
         max_new_tokens: the longest answer.
         temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty,
             no_repeat_ngram_size, suppress_tokens: how tokens are drawn; see `SamplingParams`.
+        positions: where new tokens stand. "text": behind all tokens before them. "cache": behind
+            those that they see, so that answers may go on past the model's context (StreamingLLM);
+            for policies whose every layer is windowed, answers too.
         seed: draws depend on it, on the prompt's index and on the position, on nothing else.
         sampling: "checkpoint" takes all of these from the model's generation config.
         stop: texts that end an answer; it is cut before them.
@@ -64,6 +67,7 @@ class GenerateOptions:
     frequency_penalty: float = 0.0
     no_repeat_ngram_size: int | None = None
     suppress_tokens: Sequence[int] = ()
+    positions: Literal["text", "cache"] = "text"
     seed: int = 0
     sampling: Literal["checkpoint"] | None = None
     stop: str | Sequence[str] = ()
@@ -84,6 +88,7 @@ class GenerateOptions:
         check_fields(
             self,
             max_new_tokens=integer(least=1),
+            positions=one_of("text", "cache"),
             seed=integer(least=0, most=2**32 - 1),
             sampling=or_none(one_of("checkpoint")),
             stop=texts,
