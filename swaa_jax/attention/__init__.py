@@ -7,6 +7,7 @@ from swaa_jax.attention.attend import (
     LayerKind,
     attend,
     attend_cached,
+    attend_stream,
 )
 from swaa_jax.attention.caches import (
     EMPTY,
@@ -16,7 +17,10 @@ from swaa_jax.attention.caches import (
     LayerCache,
     RingCache,
     SplitCache,
+    StreamCache,
+    as_stream,
     build_cache,
+    check_stream,
     recast_caches,
 )
 from swaa_jax.attention.heads import HeadPart, split_heads
@@ -37,11 +41,15 @@ __all__ = [
     "RingCache",
     "RowWindows",
     "SplitCache",
+    "StreamCache",
+    "as_stream",
     "attend",
     "attend_cached",
+    "attend_stream",
     "available_backends",
     "build_cache",
     "check_backend",
+    "check_stream",
     "full_rows",
     "recast_caches",
     "resolve_backend",

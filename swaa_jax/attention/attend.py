@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas import swa_decode, swa_prefill
-from swaa_jax.attention.caches import FullCache, LayerCache, RingCache, SplitCache
+from swaa_jax.attention.caches import FullCache, LayerCache, RingCache, SplitCache, StreamCache
 from swaa_jax.attention.heads import join_heads, split_heads, take_heads
 from swaa_jax.attention.stages import full_rows
 from swaa_jax.attention.traced import GatedLayer, RowWindows
@@ -240,9 +240,60 @@ def attend_cached(
 
     run = _sharded(on_shard, options.mesh, num_kv_heads=k.shape[2])
     out = run(q, cache.k, cache.v, k, v, per_row)
+    return out, _written(cache, k, v, pos_B, options.mesh)
+
+
+def attend_stream(
+    q: Float[Array, "B 1 N H"],
+    k: Float[Array, "B 1 K H"],
+    v: Float[Array, "B 1 K H"],
+    cache: StreamCache,
+    *,
+    layer: LayerAttention,
+    pos_B: Int[Array, " B"],
+    rotate: Callable[[Array, Array], Array],
+    options: AttentionOptions = DEFAULT_OPTIONS,
+) -> tuple[Float[Array, "B 1 N H"], StreamCache]:
+    """Attention of a new token a row at positions inside the cache; then the cache with it.
+
+    What the token sees is numbered from 0 as if it were all of the text, so that no position ever
+    exceeds window + sinks (StreamingLLM, arXiv 2309.17453).
+
+    Args:
+        q, k, v: the new token, RoPE not applied.
+        cache: what this layer kept of the tokens before.
+        layer: what this layer sees: a window, perhaps with sinks, also of answers.
+        pos_B: tokens that each row has seen before this one.
+        rotate: applies RoPE to heads `[B, S, heads, H]` at positions `[B, S]`.
+        options: how it is computed.
+
+    Raises:
+        NotImplementedError: more than one new token a row.
+    """
+    if q.shape[1] != 1:
+        raise NotImplementedError(
+            f"tokens: expected one new token a row with positions inside the cache, got "
+            f"{q.shape[1]}; decode one at a time"
+        )
+    assert layer.window is not None, "a full layer has no stream"
+    sinks = layer.num_sink_tokens
+    # Tokens between the sinks and the window; what comes behind them moves up by so many.
+    left_out_B1 = jnp.maximum(pos_B - layer.window + 1 - sinks, 0)[:, None]
+    at = cache.positions(pos_B)
+    turned = rotate(cache.k, jnp.where(at < sinks, at, at - left_out_B1))
+    new_at = pos_B[:, None] - left_out_B1
+    out, _ = attend_cached(
+        rotate(q, new_at),
+        rotate(k, new_at),
+        v,
+        dataclasses.replace(cache, k=turned),
+        layer=layer,
+        pos_B=pos_B,
+        options=options,
+    )
     grown = _written(cache, k, v, pos_B, options.mesh)
-    grown_k, grown_v = (constrain_heads(x, options.mesh) for x in (grown.k, grown.v))
-    return out, dataclasses.replace(grown, k=grown_k, v=grown_v)
+    assert isinstance(grown, StreamCache)
+    return out, grown
 
 
 def _written(
@@ -265,7 +316,9 @@ def _written(
         out_specs=specs,
         check_vma=False,
     )
-    return mapped(cache, k, v, pos_B)
+    grown = mapped(cache, k, v, pos_B)
+    grown_k, grown_v = (constrain_heads(x, mesh) for x in (grown.k, grown.v))
+    return dataclasses.replace(grown, k=grown_k, v=grown_v)
 
 
 def _sharded(kernel: Callable[..., Any], mesh: Mesh | None, *, num_kv_heads: int):

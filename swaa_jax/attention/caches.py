@@ -1,7 +1,8 @@
 """Key/value caches: a full cache for layers that see everything, a ring for windowed layers.
 
-Keys are stored after RoPE. All rows of a batch share one layout and differ only in `pos_B`, the
-number of tokens that each row has seen; padding never enters a cache as a visible token.
+Keys are stored after RoPE, but for `StreamCache`. All rows of a batch share one layout and differ
+only in `pos_B`, the number of tokens that each row has seen; padding never enters a cache as a
+visible token.
 
     full cache, S slots          slot = position
         [ 0 1 2 3 4 5 6 . . . ]          '.' not written yet
@@ -15,6 +16,7 @@ A layer with full heads keeps a full cache of those and another cache, mostly a 
 import abc
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import TypeAlias, TypeVar
 
 import jax
@@ -194,6 +196,16 @@ class RingCache(Cache):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamCache(RingCache):
+    """A ring whose keys are stored before RoPE, for positions inside the cache (`attend_stream`).
+
+    They are rotated anew for each token, which costs a copy of the ring's keys: the price of
+    answers without end.
+    """
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitCache(Cache):
     """The caches of a layer with full heads: memory that grows with the text for those alone.
 
@@ -335,6 +347,37 @@ def build_cache(
     return dataclasses.replace(
         cache, k=constrain_heads(cache.k, mesh), v=constrain_heads(cache.v, mesh)
     )
+
+
+def check_stream(layers: Sequence[LayerAttention], *, context: int | None = None) -> None:
+    """Refuses layers that positions inside the cache are not for.
+
+    Args:
+        layers: of the policy.
+        context: positions that the model was trained on, which window and sinks must not exceed.
+
+    Raises:
+        ValueError: a layer that needs a full cache, or too wide a window.
+    """
+    for index, layer in enumerate(layers):
+        if layer.needs_full_cache or layer.full_heads or layer.window is None:
+            raise ValueError(
+                "positions: expected a policy whose every layer and head is windowed, answers too, "
+                f'for "cache", got layer {index} with {layer}; use "text", or another policy'
+            )
+        width = layer.window + layer.num_sink_tokens
+        if context is not None and width > context:
+            raise ValueError(
+                f"positions: expected window and sinks of at most the model's context of {context} "
+                f'tokens for "cache", got {width} in layer {index}; make the window smaller'
+            )
+
+
+def as_stream(ring: LayerCache) -> StreamCache:
+    """A ring of keys before RoPE as what it is."""
+    assert isinstance(ring, RingCache)
+    fields = {field.name: getattr(ring, field.name) for field in dataclasses.fields(ring)}
+    return StreamCache(**fields)
 
 
 def recast_caches(

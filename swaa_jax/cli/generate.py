@@ -98,11 +98,28 @@ def add_parser(subparsers: Commands) -> None:
     answer.add_argument(
         "--top-p", type=float, metavar="P", help="draw among the likeliest tokens of mass P"
     )
+    answer.add_argument(
+        "--min-p", type=float, metavar="P", help="draw among tokens P times as likely as the first"
+    )
+    for name in ("repetition", "presence", "frequency"):
+        answer.add_argument(
+            f"--{name}-penalty",
+            type=float,
+            metavar="X",
+            default=argparse.SUPPRESS,
+            help=f"default {1 if name == 'repetition' else 0}, none",
+        )
     answer.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws, default 0")
     answer.add_argument(
         "--sampling",
         choices=["checkpoint"],
-        help="temperature, top-k and top-p from the checkpoint's generation config",
+        help="temperature, top-k, penalties, ... from the checkpoint's generation config",
+    )
+    answer.add_argument(
+        "--positions",
+        choices=["text", "cache"],
+        default="text",
+        help="cache: go on past the model's context, under a policy of windows and sinks alone",
     )
     answer.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this; repeatable"
@@ -130,6 +147,9 @@ def add_parser(subparsers: Commands) -> None:
     )
     output.add_argument("--json", action="store_true", help="a line of JSON for each prompt")
     output.add_argument(
+        "--logprobs", action="store_true", help="log-probabilities of the new tokens, in --json"
+    )
+    output.add_argument(
         "--stats", action="store_true", help="speed and memory on stderr, compilation apart"
     )
     output.add_argument("--verbose", action="store_true", help="log what is chosen and why")
@@ -137,6 +157,8 @@ def add_parser(subparsers: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    if args.logprobs and not args.json:
+        raise ValueError("--logprobs: expected --json, which has a place for them; add it")
     texts = _read_prompts(args)
     policy = policy_from_args(args)
 
@@ -214,6 +236,7 @@ def _print_all(generation: "Generation", texts: list[str], *, as_json: bool) -> 
     answers = zip(
         texts, generation.texts, generation.tokens, generation.finish_reasons, strict=True
     )
+    logprobs = generation.logprobs
     for index, (prompt, text, tokens, reason) in enumerate(answers):
         if as_json:
             record = {
@@ -221,6 +244,7 @@ def _print_all(generation: "Generation", texts: list[str], *, as_json: bool) -> 
                 "text": text,
                 "tokens": list(tokens),
                 "finish_reason": reason,
+                **({} if logprobs is None else {"logprobs": list(logprobs[index])}),
                 "timings": generation.timings.to_dict(),
             }
             print(json.dumps(record, ensure_ascii=False))

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from swaa_jax.chats import (
     render_chat,
     unused_variables,
 )
+from swaa_jax.checkpoint.tokenizer import special_tokens
 from swaa_jax.data.config import DataConfig
 from swaa_jax.examples import Example, read_example
 from swaa_jax.policy import Stage
@@ -83,7 +84,7 @@ class Encoder:
                 "chat_template: expected a tokenizer that has one, got one without; give another "
                 "tokenizer, or set chat_template: false to train on the records' texts"
             )
-        self._special = dict(_special_tokens(tok))
+        self._special = special_tokens(tok)
         self._blank: dict[int, bool] = {}
         self._ids("a")  # a tokenizer saved with truncation drops it now, before threads share it
         if config.chat_template:
@@ -321,14 +322,6 @@ def _verbatim(record: Record, message: Message, prompt: str) -> str:
             given = opening[len(opening.rstrip()) :]
             return blanks.removeprefix(given) + rest if blanks.startswith(given) else rest
     return content
-
-
-def _special_tokens(tok: "PreTrainedTokenizerBase") -> Iterator[tuple[int, str]]:
-    for token, added in getattr(tok, "added_tokens_decoder", {}).items():
-        if added.special:
-            yield int(token), added.content
-    for token, name in zip(tok.all_special_ids, tok.all_special_tokens, strict=True):
-        yield int(token), str(name)
 
 
 def _token_id(tok: "PreTrainedTokenizerBase", name: str) -> int:

@@ -148,6 +148,7 @@ def read_blueprint(
     hf_config = checkpoint.read_config(directory)
     check_config_types({**hf_config, **(config_overrides or {})})
     family = _family(hf_config)
+    _check_range(family, dtype)
     config = family.config_class.from_hf(hf_config, config_overrides)
     policy = _choose_policy(directory, config, policy)
     model = nnx.eval_shape(
@@ -183,6 +184,7 @@ def model_from_config(
     one, biases zero.
     """
     family = _family(hf_config)
+    _check_range(family, check_dtype(dtype))
     mesh = resolve_mesh(mesh)
     _check_backend(backend, mesh)
     model = family.model_class(
@@ -332,6 +334,16 @@ def _warn_of_wider_windows(config: DecoderConfig, chosen: AttentionPolicy) -> No
             "gives layers %s, got a policy under which they see more",
             config.own.window,
             show(wider),
+        )
+
+
+def _check_range(family: ModelFamily, dtype: jnp.dtype) -> None:
+    """Warns of activations that the dtype cannot hold."""
+    if family.model_class.overflows_float16 and dtype == jnp.float16:
+        logger.warning(
+            "dtype: expected bfloat16 or float32 for %s, got float16, whose range this family's "
+            "activations exceed; logits may be NaN",
+            family.config_class.model_type,
         )
 
 

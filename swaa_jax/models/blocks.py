@@ -18,12 +18,14 @@ from swaa_jax.attention import (
     LayerCache,
     LayerChoice,
     LayerKind,
+    StreamCache,
     attend,
     attend_cached,
+    attend_stream,
 )
 from swaa_jax.lora.adapters import LoraAdapter
 from swaa_jax.models.config import DecoderConfig
-from swaa_jax.models.rope import RopeConfig, rotate
+from swaa_jax.models.rope import RopeConfig, rotate, rotation
 from swaa_jax.products import lookup, product
 from swaa_jax.sharding import constrain_batch, kv_head_copies
 
@@ -157,6 +159,7 @@ class Attended:
     Attributes:
         out: its output.
         q, k, v: the tokens' own heads, normed and rotated; keys and values are what a cache holds.
+        plain_k: the keys before they are rotated, which a `StreamCache` holds.
         cache: the one that was given, with these tokens; None without.
     """
 
@@ -164,6 +167,7 @@ class Attended:
     q: Float[Array, "B T N H"]
     k: Float[Array, "B T K H"]
     v: Float[Array, "B T K H"]
+    plain_k: Float[Array, "B T K H"]
     cache: LayerCache | None
 
 
@@ -230,12 +234,13 @@ class Attention(nnx.Module):
         cache: LayerCache | None = None,
     ) -> Attended:
         """Attention of these tokens to one another, and with a cache to those before."""
-        q, k, v = self.heads(x, rows)
+        plain_q, plain_k, v = self.heads(x)
+        q, k = (rotate(part, rows.rotations[self.rope]) for part in (plain_q, plain_k))
         kinds = layer.kinds if isinstance(layer, LayerChoice) else (layer,)
         is_split = any(kind.full_heads for kind in kinds)  # which counts heads without copies
         copies = kv_head_copies(rows.mesh, num_heads=q.shape[2], num_kv_heads=k.shape[2])
         if copies > 1 and not is_split:
-            k, v = jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)
+            k, v, plain_k = (jnp.repeat(part, copies, axis=2) for part in (k, v, plain_k))
         options = AttentionOptions(
             scale=self.scale, softcap=self.softcap, mesh=rows.mesh, backend=rows.backend
         )
@@ -250,6 +255,17 @@ class Attention(nnx.Module):
                 segment_ids=rows.segment_ids,
                 options=options,
             )
+        elif isinstance(cache, StreamCache):
+            out, cache = attend_stream(
+                plain_q,
+                plain_k,
+                v,
+                cache,
+                layer=layer,  # pyright: ignore[reportArgumentType]  (a choice has no caches)
+                pos_B=rows.pos_B,  # pyright: ignore[reportArgumentType]  (set with caches)
+                rotate=self._rotated,
+                options=options,
+            )
         else:
             out, cache = attend_cached(
                 q,
@@ -262,16 +278,20 @@ class Attention(nnx.Module):
                 options=options,
             )
         out = self.o_proj(out.reshape(*x.shape[:2], -1))
-        return Attended(out=out, q=q, k=k, v=v, cache=cache)
+        return Attended(out=out, q=q, k=k, v=v, plain_k=plain_k, cache=cache)
 
-    def heads(self, x: Float[Array, "B T D"], rows: Rows) -> tuple[Array, Array, Array]:
-        """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, normed and rotated."""
+    def heads(self, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
+        """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, normed, not rotated."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        cos_sin = rows.rotations[self.rope]
-        return rotate(q, cos_sin), rotate(k, cos_sin), v
+        return q, k, v
+
+    def _rotated(
+        self, x: Float[Array, "B S heads H"], positions: Int[Array, "B S"]
+    ) -> Float[Array, "B S heads H"]:
+        return rotate(x, rotation(positions, self.rope, self.head_dim))
 
 
 class GatedMLP(nnx.Module):

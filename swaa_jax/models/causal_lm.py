@@ -15,7 +15,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.mask import segment_positions
-from swaa_jax.attention import Caches, LayerCache, LayerKind, build_cache
+from swaa_jax.attention import (
+    Caches,
+    LayerCache,
+    LayerKind,
+    as_stream,
+    build_cache,
+    check_stream,
+)
 from swaa_jax.fields import wrong
 from swaa_jax.lora import LoraConfig
 from swaa_jax.models.blocks import (
@@ -82,6 +89,9 @@ class CausalLM(nnx.Module):
     layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer
     fused_projections: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """HF's projections that are several here, by name, with their parts from top to bottom."""
+
+    overflows_float16: ClassVar[bool] = False
+    """The family's activations exceed float16's 65,504, so that logits become NaN."""
 
     def __init__(
         self,
@@ -228,6 +238,7 @@ class CausalLM(nnx.Module):
         *,
         lengths: Int[Array, " B"] | None = None,
         cache_size: int | None = None,
+        positions: str = "text",
     ) -> Prefill:
         """Read prompts: the logits after each row's last real token, and caches to decode from.
 
@@ -238,7 +249,15 @@ class CausalLM(nnx.Module):
                 each full cache, and the most that a ring gets. Rows must not grow beyond it.
                 Default: T + 128 slots in full caches, and window + sinks in the rings of windowed
                 layers without full-attention decoding, which then hold rows of any length.
+            positions: where the tokens that `decode` adds stand: "text", behind all tokens before
+                them, or "cache", behind those that they see, one token a row at a time. The prompt
+                is read at its own positions either way.
+
+        Raises:
+            ValueError: "cache" under a policy with other than windowed layers.
         """
+        if positions == "cache":
+            check_stream(self.layer_attention)
         batch, width = tokens.shape
         if lengths is None:
             lengths = jnp.full((batch,), width, jnp.int32)
@@ -246,14 +265,16 @@ class CausalLM(nnx.Module):
         def cache(out: LayerOutput, block: DecoderLayer, layer: LayerKind) -> LayerCache:
             del block
             assert isinstance(layer, LayerAttention)  # the policy's
-            return build_cache(
-                out.attended.k,
+            in_cache = positions == "cache"
+            built = build_cache(
+                out.attended.plain_k if in_cache else out.attended.k,
                 out.attended.v,
                 lengths=lengths,
                 layer=layer,
                 cache_size=cache_size,
                 mesh=self.mesh,
             )
+            return as_stream(built) if in_cache else built
 
         states = self.hidden_states(tokens, lengths=lengths, tap=cache)
         return Prefill(

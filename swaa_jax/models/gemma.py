@@ -89,6 +89,7 @@ class GemmaForCausalLM(CausalLM):
     """A `CausalLM` of Gemma's layers."""
 
     layer_class: ClassVar[type[DecoderLayer]] = GemmaLayer
+    overflows_float16: ClassVar[bool] = True
 
 
 def weight_rules(config: GemmaConfig) -> tuple[WeightRule, ...]:

@@ -44,7 +44,7 @@ class StandIn(CausalLM):
         terms = ((tokens_BS + 1) * weights[None, :]) % PRIME
         return self.table[...][jnp.where(seen, terms, 0).sum(axis=1) % PRIME]
 
-    def prefill(self, tokens, *, lengths, cache_size):
+    def prefill(self, tokens, *, lengths, cache_size, positions="text"):
         tokens_BS = jnp.pad(tokens, ((0, 0), (0, cache_size - tokens.shape[1])))
         caches = Caches(layers=(tokens_BS,), pos_B=lengths)
         return StandInPrefill(self._logits(tokens_BS, lengths), caches)

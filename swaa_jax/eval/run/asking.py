@@ -7,6 +7,7 @@ read a prompt alike share its prefill), and judged. What is filed already is not
 import concurrent.futures
 import dataclasses
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,9 +17,9 @@ from swaa_jax.eval.run.answering import answer_prompts, even_batches
 from swaa_jax.eval.run.config import EvalConfig, ModelEntry, PolicyEntry, TaskEntry
 from swaa_jax.eval.run.costs import CellCost, cell_cost
 from swaa_jax.eval.run.store import AnswerBatch, AnswerRecord, CellStore, fingerprint
-from swaa_jax.eval.tasks import Sample, encode_sample, opens_thinking
+from swaa_jax.eval.tasks import Sample, encode_sample
 from swaa_jax.fields import show
-from swaa_jax.infer import GenerateOptions, Timings
+from swaa_jax.infer import GenerateOptions, Timings, opens_thinking
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.progress import ShowProgress
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Asking", "Cell"]
+
+log = logging.getLogger(__name__)
 
 _OPTIONS = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "seed", "sampling"),
@@ -92,13 +95,22 @@ class Asking:
         samples = task.task.samples(tokenizer, thinking=thinking)[config.skip_samples :]
         samples = samples[: config.limit]
         prompts = [encode_sample(one, tokenizer, thinking=thinking) for one in samples]
-        self._options = _options(config, task, thinking)
+        opened = [opens_thinking(tokenizer, ids) for ids in prompts]
+        if any(opened) and not thinking:
+            log.warning(
+                "task %s: expected a chat template that asks %s for an answer without thinking, "
+                "got one that opens <think> all the same; answers get max_thinking_tokens (%d) "
+                "more, and no prefix; set thinking: true",
+                task.name,
+                entry.label,
+                config.max_thinking_tokens,
+            )
+        self._options = _options(config, task, thinking or any(opened))
         fits = self._fitting(samples, prompts)
         self._skipped = len(samples) - len(fits)
         self._samples = [samples[index] for index in fits]
         self._prompts = [prompts[index] for index in fits]
-        # Some models' templates open a thought in either mode; a thought alone is not an answer.
-        self._opened = [opens_thinking(tokenizer, ids) for ids in self._prompts]
+        self._opened = [opened[index] for index in fits]
         # A row is an attempt at a sample; its number seeds its draws.
         attempts = config.attempts
         by_length = sorted(

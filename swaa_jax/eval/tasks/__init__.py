@@ -6,7 +6,7 @@ from swaa_jax.eval.tasks.longbench_v2 import LongBenchV2Task
 from swaa_jax.eval.tasks.longmemeval import LongMemEvalTask
 from swaa_jax.eval.tasks.question_answering import QaTask
 from swaa_jax.eval.tasks.ruler.task import RulerTask
-from swaa_jax.eval.tasks.task import Sample, Task, encode_sample, opens_thinking
+from swaa_jax.eval.tasks.task import Sample, Task, encode_sample
 from swaa_jax.fields import from_mapping, one_of
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "RulerTask",
     "encode_sample",
     "make_task",
-    "opens_thinking",
 ]
 
 TASKS: Mapping[str, type[Task]] = {

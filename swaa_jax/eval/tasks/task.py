@@ -2,15 +2,16 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from swaa_jax.chats import ChatError, Tools, render_chat
+from swaa_jax.infer import opens_thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Sample", "Task", "encode_sample", "opens_thinking"]
+__all__ = ["Sample", "Task", "encode_sample"]
 
 _LONGEST_ID = 80  # characters of an id in a message
 
@@ -105,7 +106,8 @@ def encode_sample(
     Args:
         sample: what to ask.
         tokenizer: a Transformers tokenizer.
-        thinking: the template's `enable_thinking`; without it the answer's prefix is added.
+        thinking: the template's `enable_thinking`; without it the answer's prefix is added, unless
+            the template opens a thought all the same.
         chat_template_kwargs: more variables for the template.
 
     Raises:
@@ -121,6 +123,8 @@ def encode_sample(
             ).text
         except ChatError as error:
             raise ValueError(f"sample {sample.id[:_LONGEST_ID]}: {error}") from error
+        if prefix and opens_thinking(tokenizer, text):
+            prefix = ""  # it would be the thought's
         # The template brings its own BOS.
         return list(tokenizer(text + prefix, add_special_tokens=False)["input_ids"])
     if len(sample.messages) != 1 or sample.tools:
@@ -130,9 +134,3 @@ def encode_sample(
             f"{len(sample.tools or ())}"
         )
     return list(tokenizer(sample.messages[0]["content"] + prefix)["input_ids"])
-
-
-def opens_thinking(tokenizer: "PreTrainedTokenizerBase", prompt_ids: Sequence[int]) -> bool:
-    """Whether the prompt ends within `<think>`, as thinking templates' do."""
-    end = str(tokenizer.decode(list(prompt_ids[-16:])))
-    return end.rfind("<think>") > end.rfind("</think>")

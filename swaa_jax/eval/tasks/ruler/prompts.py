@@ -2,12 +2,13 @@
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from swaa_jax.chats import render_chat
 from swaa_jax.eval.tasks.ruler import text
 from swaa_jax.eval.tasks.ruler.essay import essay_sentences
+from swaa_jax.infer import opens_thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,13 +81,16 @@ class Renderer:
 
     Attributes:
         tokenizer: a Transformers tokenizer.
-        enable_thinking: passed to the template; the answer's prefix is then left out.
+        enable_thinking: passed to the template.
         template_kwargs: more arguments for the template; None: no template.
+        thinks: the answer's prefix is left out, since the model thinks first: it is asked to, or
+            the template opens a thought in either mode.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
     enable_thinking: bool
     template_kwargs: dict[str, Any] | None
+    thinks: bool
 
     @classmethod
     def of(
@@ -108,16 +112,20 @@ class Renderer:
         """
         if use_chat_template is None:
             use_chat_template = bool(getattr(tokenizer, "chat_template", None))
-        return cls(
+        renderer = cls(
             tokenizer=tokenizer,
             enable_thinking=enable_thinking,
             template_kwargs=dict(chat_template_kwargs or {}) if use_chat_template else None,
+            thinks=enable_thinking,
         )
+        if enable_thinking or not use_chat_template:
+            return renderer
+        return replace(renderer, thinks=opens_thinking(tokenizer, renderer.render("Q", "").prompt))
 
     def render(self, content: str, answer_prefix: str) -> Rendered:
         """The prompt of a user's text."""
         messages = [{"role": "user", "content": content}]
-        prefix = "" if self.enable_thinking else answer_prefix
+        prefix = "" if self.thinks else answer_prefix
         if self.template_kwargs is None:
             prompt = content + prefix
         else:
