@@ -104,13 +104,18 @@ class Example:
 
     @property
     def unused(self) -> tuple[str, ...]:
-        """Columns that hold something and are not looked at."""
+        """Columns that hold something and are not looked at, or not to their end."""
         used = {self.columns[name] for name in _USED[self.format] if name in self.columns}
-        return tuple(
+        names = [
             name
             for name, value in self.record.fields.items()
             if name not in used and not _is_empty(value)
-        )
+        ]
+        if self.format == "chat" and self._chat[1]:
+            column = self.columns["messages"]
+            if _messages(self.record, column)[-1]["role"] != "assistant":
+                names.append(f"{column} after the last answer")
+        return tuple(names)
 
     @functools.cached_property
     def text(self) -> str | None:
@@ -149,7 +154,8 @@ class Example:
         """
         if self.references:
             return self.references
-        said = self._said[-1]["content"] if self._said else None
+        own = [message for message in self._said if message["role"] == "assistant"]
+        said = own[-1]["content"] if own else None
         if isinstance(said, str) and said.strip():
             return (said,)
         raise self.record.missing("an answer that is not empty")
@@ -198,10 +204,13 @@ class Example:
 
     @functools.cached_property
     def _said(self) -> tuple[Message, ...]:
-        if self.format == "chat" and self._chat[1]:
-            return self._chat[1]
         name = "output" if self.format == "instruction" else "response"
         value = self._value(name)
+        if self.format == "chat" and self._chat[1]:
+            if value not in (None, self._chat[1][0]["content"]):
+                expected = "one answer, here or as the last message of the assistant"
+                raise self.record.wrong(self.columns[name], expected, value)
+            return self._chat[1]
         if value is None:
             return ()
         if _is_messages(value):

@@ -11,6 +11,8 @@ import pytest
 
 from swaa_jax.data import DataConfig, DataError, load_data, prepare_samples
 from swaa_jax.data import samples as samples_module
+from swaa_jax.examples import read_example
+from swaa_jax.records import Record
 from tests.support import byte_tokenizer, chat_templates
 
 USER, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
@@ -259,6 +261,25 @@ def test_columns_that_are_not_used_are_named_once(caplog):
     samples_of(build("qwen2.5"), record, record)
     (said,) = [one.getMessage() for one in caplog.records]
     assert said == "columns that are not used: 'context', 'source'"
+
+
+def test_messages_after_the_last_answer_are_named(caplog):
+    turns = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
+    samples_of(build("qwen2.5"), {"messages": turns})
+    (said,) = [one.getMessage() for one in caplog.records]
+    assert said == "columns that are not used: 'messages after the last answer'"
+
+
+def test_two_answers_in_one_record_are_refused():
+    turns = [{"role": role, "content": role} for role in ("user", "assistant")]
+    with pytest.raises(DataError, match="response: expected one answer, here or as the last"):
+        samples_of(build("qwen2.5"), {"messages": turns, "response": "another"})
+
+
+def test_a_right_answer_is_the_assistants():
+    response = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "hmm"}]
+    example = read_example(Record("f", 0, {"prompt": "p", "response": response}))
+    assert example.right_answers == ("a",)
 
 
 def cached(tmp_path, **settings):
