@@ -134,10 +134,11 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     # Slow to import, hence not above: `swaa --help` stays fast.
     from swaa_jax import runtime
-    from swaa_jax.cli.eval import print_results, typed_command
+    from swaa_jax.cli.eval import print_results
     from swaa_jax.eval.report import summarize, write_evaluation
     from swaa_jax.eval.run import EvalConfig, evaluate
     from swaa_jax.progress import show_progress
+    from swaa_jax.redact import typed_command
     from swaa_jax.storage import write_text_atomic
 
     process_args.start(args)
@@ -183,6 +184,7 @@ def _policies(args: argparse.Namespace, preset: list[object]) -> "list[PolicyEnt
     from swaa_jax.configs import find_config
     from swaa_jax.eval.run.config import PolicyEntry, policy_entry, read_document
     from swaa_jax.fields import list_of, naming, wrong
+    from swaa_jax.storage import read_text
 
     def read(name: str, entry: object) -> PolicyEntry:
         entry = policy_entry(name, entry)
@@ -199,7 +201,7 @@ def _policies(args: argparse.Namespace, preset: list[object]) -> "list[PolicyEnt
         return [read("policies", entry) for entry in preset]
     path = epath.Path(find_config("demo", args.policies))
     with naming(path):
-        document = read_document(path.read_text())
+        document = read_document(read_text(path))
         (setting, *_) = document.get("settings") or [document]
         found = list_of(read)("policies", setting.get("policies"))
         if not found:

@@ -86,12 +86,13 @@ def run(args: argparse.Namespace) -> int:
     from swaa_jax.distill import DistillConfig, distill, read_questions
     from swaa_jax.eval.judging import make_judge
     from swaa_jax.fields import key_value
+    from swaa_jax.redact import without_secrets
 
     settings = dict(key_value("--judge-set", one) for one in args.judge_set)
     secret = {}
     if args.judge == "llm" and os.environ.get("SWAA_JUDGE_API_KEY"):
         secret["api_key"] = os.environ["SWAA_JUDGE_API_KEY"]
-    judge = make_judge(args.judge, **settings, **secret)
+    judge = make_judge(args.judge, **{**secret, **settings})
     config = DistillConfig(
         attempts=args.attempts,
         temperature=args.temperature,
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
             "model": args.model,
             "dtype": args.dtype,
             "policy": policy.to_dict(),
-            "judge": {"name": args.judge, **settings},
+            "judge": {"name": args.judge, **without_secrets(settings)},
         },
         progress=not args.quiet,
     )

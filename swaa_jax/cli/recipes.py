@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import functools
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from swaa_jax.cli import Commands
@@ -55,7 +57,6 @@ def add_parser(subparsers: Commands) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
     add = parser.add_argument
     add("name", nargs="?", metavar="NAME", help="one recipe: show all of it")
     needs = parser.add_argument_group("needs; any of them makes a recommendation")
@@ -77,10 +78,11 @@ def add_parser(subparsers: Commands) -> None:
     add("--context", type=int, default=32768, metavar="TOKENS", help="default: %(default)s")
     add("--rows", type=int, default=1, help="in memory at once; default: %(default)s")
     add("--json", action="store_true", help="for programs")
-    add_search_arguments(parser)
+    of_search = add_search_arguments(parser)
+    parser.set_defaults(run=functools.partial(run, of_search=of_search))
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, *, of_search: Sequence[argparse.Action]) -> int:
     """Run the command."""
     from swaa_jax.configs import config_path
     from swaa_jax.eval.search.recipes import QWEN3_4B, list_recipes, recommend
@@ -90,6 +92,10 @@ def run(args: argparse.Namespace) -> int:
         if args.model is None:
             raise ValueError("--search: expected --model, and --data or --task, got no --model")
         return run_search(args, num_layers=_size_of(args.model).num_layers)
+    alone = [flag for flag in of_search if getattr(args, flag.dest) != flag.default]
+    if alone:
+        name = alone[0].option_strings[0]
+        raise ValueError(f"{name}: expected --search with it, got none; add it or leave {name} out")
     if args.name is not None:
         config_path("policies", args.name)  # an unknown name is told with the nearest
     size = QWEN3_4B if args.model is None else _size_of(args.model)

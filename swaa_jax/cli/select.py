@@ -138,11 +138,9 @@ def run(args: argparse.Namespace) -> int:
     options = _options(args)
     process_args.start(args)
 
-    import shlex
-    import sys
-
     from swaa_jax import AttentionPolicy, load_model, load_tokenizer, runtime
     from swaa_jax.progress import show_progress
+    from swaa_jax.redact import typed_command
     from swaa_jax.selection import check_options, read_calibration, select_layers
     from swaa_jax.selection.report import write_selection
 
@@ -177,9 +175,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if not runtime.is_main_process():
         return 0
-    paths = write_selection(
-        found, args.output, model=args.model, command=shlex.join(["swaa", *sys.argv[1:]])
-    )
+    paths = write_selection(found, args.output, model=args.model, command=typed_command())
     if not args.quiet:
         _print(found)
         for path in paths.values():

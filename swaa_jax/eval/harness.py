@@ -20,9 +20,11 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
     make_disjoint_window,
 )
 
+from swaa_jax.chats import render_chat
 from swaa_jax.checkpoint import load_tokenizer
 from swaa_jax.eval.judging import strip_thinking
-from swaa_jax.fields import show
+from swaa_jax.eval.run.loading import default_dtype, tell_default_dtype
+from swaa_jax.fields import problem_within, show
 from swaa_jax.infer import GenerateOptions, generate, opens_thinking
 from swaa_jax.infer.likelihoods import Continuation, score_continuations
 from swaa_jax.infer.stopping import THINK_END, THINK_START
@@ -96,16 +98,14 @@ class SwaaLM(TemplateLM):
     ):
         super().__init__()
         del max_batch_size, device  # the harness passes them to every model
-        import jax
-
         chosen = _policy(policy, policy_fields)
         longest = None if max_length is None else _integer("max_length", max_length, minimum=2)
         self.batch_size = _rows_at_once(batch_size)
-        on_cpu = jax.default_backend() == "cpu"
+        tell_default_dtype(dtype)
         model = load_model(
             pretrained,
             policy=chosen,
-            dtype=dtype or ("float32" if on_cpu else "bfloat16"),
+            dtype=dtype or default_dtype(),
             revision=revision,
             backend=backend,
         )
@@ -139,6 +139,8 @@ class SwaaLM(TemplateLM):
     ) -> list[int]:
         """Token ids; BOS is added where the tokenizer adds one and the text has none yet."""
         del kwargs
+        if problem := problem_within(string):
+            raise ValueError(f"request: {problem}")
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))
@@ -149,13 +151,9 @@ class SwaaLM(TemplateLM):
     ) -> str:
         """The chat as text, by the tokenizer's template."""
         thinking = {} if self._thinking is None else {"enable_thinking": self._thinking}
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-            **thinking,
-        )
+        return render_chat(
+            self.tokenizer, chat_history, variables=thinking, continued=not add_generation_prompt
+        ).text
 
     def _loglikelihood_tokens(
         self,

@@ -7,7 +7,6 @@ here after `model.`; several that Transformers fuses (Phi-3's q, k and v) also s
 
 import copy
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from flax import nnx
 
 from swaa_jax.fields import first_of, nearest
 from swaa_jax.lora.config import LoraConfig
+from swaa_jax.patterns import is_fullmatch
 from swaa_jax.storage import listing
 
 Path = tuple[Any, ...]
@@ -175,7 +175,7 @@ def _refuse(
 def _matches(targets: tuple[str, ...] | str, names: Sequence[str]) -> bool:
     """PEFT's rule for either kind of `target_modules`."""
     if isinstance(targets, str):
-        return any(re.fullmatch(targets, name) for name in names)
+        return is_fullmatch("target_modules", targets, names)
     return any(f".{name}".endswith(f".{target}") for target in targets for name in names)
 
 

@@ -23,7 +23,8 @@ from swaa_jax.models.causal_lm import CausalLM
 from swaa_jax.models.config import DecoderConfig
 from swaa_jax.models.config_types import HfConfig, check_config_types
 from swaa_jax.models.families import FAMILIES, ModelFamily
-from swaa_jax.policy import AttentionPolicy
+from swaa_jax.models.source import file_stamps, note_source
+from swaa_jax.policy import AttentionPolicy, PolicyLike, load_policy
 from swaa_jax.runtime import is_main_process, wait_for_all
 from swaa_jax.sharding import resolve_mesh, sharding_for, target_of
 from swaa_jax.storage import atomic_directory
@@ -41,7 +42,7 @@ _DTYPES = ("bfloat16", "float16", "float32")
 
 def load_model(
     path: PathLike,
-    policy: AttentionPolicy | None = None,
+    policy: PolicyLike | None = None,
     dtype: jnp.dtype | str = "bfloat16",
     mesh: Mesh | str | None = None,
     revision: str | None = None,
@@ -55,8 +56,10 @@ def load_model(
             (`gs://...`); a Hugging Face hub id such as `Qwen/Qwen3-4B`, of which what is needed is
             downloaded to the hub's cache; or `"tiny-retriever"`, the small model that this
             package ships.
-        policy: what each token may see. None takes `attention_policy.json` if the directory has
-            one, else the checkpoint's own window, else full attention; the choice is logged.
+        policy: what each token may see, in any form that `swaa_jax.policy.load_policy` reads, such
+            as "window=64,sinks=4" or the name of a shipped one. None takes `attention_policy.json`
+            if the directory has one, else the checkpoint's own window, else full attention; the
+            choice is logged.
         dtype: of parameters and activations: bfloat16, float16 or float32.
         mesh: None (one device), `"auto"` (all devices along fsdp), or a mesh with the axes of
             `swaa_jax.sharding.MESH_AXES`. Each device then reads only its own slices.
@@ -92,6 +95,7 @@ def load_model(
         config_overrides=config_overrides,
         backend=backend,
     )
+    stamps = file_stamps(directory)
     arrays = checkpoint.load_weights(
         WeightReader(directory),
         plan.rules,
@@ -102,7 +106,9 @@ def load_model(
     for name, param in plan.params.items():
         param.set_value(arrays[_join(name)])
     nnx.update(plan.model, nnx.from_flat_state(plan.params))
-    plan.model.source = Source(os.fspath(directory))
+    note_source(
+        plan.model, directory, stamps={os.fspath(directory): stamps}, overrides=config_overrides
+    )
     return plan.model
 
 
@@ -125,33 +131,10 @@ class Blueprint:
     tied: Mapping[str, str] | None
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Source(os.PathLike[str]):
-    """The directory of a model's checkpoint; use it as a path.
-
-    A model's static attributes are part of its graph definition, and so of the key of every
-    compiled program. All sources are equal, so that the same model from two places compiles once.
-    """
-
-    path: str
-
-    def __fspath__(self) -> str:
-        return self.path
-
-    def __str__(self) -> str:
-        return self.path
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Source)
-
-    def __hash__(self) -> int:
-        return hash(Source)
-
-
 def read_blueprint(
     directory: epath.Path,
     *,
-    policy: AttentionPolicy | None,
+    policy: PolicyLike | None,
     dtype: jnp.dtype,
     mesh: Mesh | None = None,
     config_overrides: Mapping[str, object] | None = None,
@@ -315,10 +298,12 @@ def _family(hf_config: HfConfig) -> ModelFamily:
 
 
 def _choose_policy(
-    directory: epath.Path, config: DecoderConfig, policy: AttentionPolicy | None
+    directory: epath.Path,
+    config: DecoderConfig,
+    policy: PolicyLike | None,
 ) -> AttentionPolicy:
     if policy is not None:
-        chosen, why = policy, "the caller's"
+        chosen, why = load_policy(policy), "the caller's"
     elif (
         saved := checkpoint.read_attention_policy(directory, num_layers=config.num_layers)
     ) is not None:

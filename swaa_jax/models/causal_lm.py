@@ -38,7 +38,7 @@ from swaa_jax.models.config import DecoderConfig
 from swaa_jax.models.head import VocabHead
 from swaa_jax.models.rope import rotation
 from swaa_jax.models.stack import Blocks, Ran, Tap, run_layers
-from swaa_jax.policy import AttentionPolicy, LayerAttention
+from swaa_jax.policy import AttentionPolicy, LayerAttention, PolicyLike, load_policy
 from swaa_jax.sharding import constrain_batch
 from swaa_jax.typing import PathLike
 
@@ -137,12 +137,16 @@ class CausalLM(nnx.Module):
         """The parameters' dtype."""
         return self.embed_tokens.embedding.dtype
 
-    def with_policy(self, policy: AttentionPolicy) -> "CausalLM":
+    def with_policy(self, policy: PolicyLike) -> "CausalLM":
         """The same model, with the same Param objects, under another policy.
+
+        Args:
+            policy: in any form that `load_policy` reads, such as "window=64,sinks=4".
 
         Raises:
             ValueError: the policy names a layer or a KV head that the model does not have.
         """
+        policy = load_policy(policy)
         other = copy.copy(self)
         other.policy = policy
         other.layer_attention = policy.resolve(

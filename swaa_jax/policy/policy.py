@@ -48,7 +48,7 @@ from swaa_jax.policy.layers import (
 )
 from swaa_jax.policy.swaa_config import SWAA_CONFIG_KEYS, from_swaa_config, to_swaa_config
 from swaa_jax.policy.text import policy_fields, policy_text
-from swaa_jax.storage import write_text_atomic
+from swaa_jax.storage import read_text, write_text_atomic
 from swaa_jax.typing import PathLike
 
 __all__ = ["AttentionPolicy", "HfExpressible", "LayerAttention"]
@@ -377,7 +377,7 @@ class AttentionPolicy:
         path = epath.Path(path)
         try:
             read = cls.from_json if path.suffix == ".json" else cls.from_yaml
-            return read(path.read_text())
+            return read(read_text(path))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
 

@@ -14,6 +14,7 @@ from etils import epath
 
 from swaa_jax.fields import check_keys, describe, integer, naming, parse_json, wrong
 from swaa_jax.policy.layers import LayerSelection, format_layers, layer_selection, resolve_layers
+from swaa_jax.storage import read_text
 from swaa_jax.typing import PathLike
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def from_swaa_config(
     if not isinstance(config, Mapping):
         path = epath.Path(config)
         with naming(path):
-            document = _one_setting(parse_json(path.read_text()))
+            document = _one_setting(parse_json(read_text(path)))
             return from_swaa_config(document, num_layers=num_layers)
     if "swaa_config" in config:
         check_keys("SWAA setting", config, ("swaa_config", "model_list"))

@@ -12,6 +12,7 @@ from swaa_jax.checkpoint.provenance import weight_marks
 from swaa_jax.data import Sample
 from swaa_jax.fields import Check, check_keys, from_mapping, integer, number, one_of, wrong
 from swaa_jax.models import CausalLM
+from swaa_jax.models.source import running_backend, since_loading
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.progress import ShowProgress
 from swaa_jax.runs import claim
@@ -171,8 +172,8 @@ def select_layers(
         directory: keeps what was evaluated. The same call again goes on there, and other methods
             read it too.
         identity: what else makes the model what it is (its name and revision), as JSON's types, so
-            that another one does not read these scores. What changes with its weight files always
-            belongs to it.
+            that another one does not read these scores. What changes with its weight files, and
+            with its arrays in memory, always belongs to it.
         rows_at_once: samples times candidates that run at once; None: what fits into memory by a
             rough count.
         progress: told what is being done, and which part of it is done.
@@ -272,6 +273,8 @@ def _identity(
         "config": config[:16],
         "weights": weight_marks(model.source),
         "dtype": str(model.dtype),
+        "backend": None if (backend := running_backend(model)) == "auto" else backend,
+        "changed": since_loading(model),
         "samples": digest(samples)[:16],
         "num_samples": len(samples),
         "policy": policy.to_dict(),

@@ -42,7 +42,7 @@ class TrainResult:
     Attributes:
         step: optimizer steps done.
         total_steps: of the run.
-        finished: False where SIGTERM ended it; the same command goes on.
+        finished: False where SIGTERM or Ctrl-C ended it; the same command goes on.
         metrics: of the last step that was run.
         model: with what was trained.
         exports: directories that were written: adapter or model, and merged.

@@ -35,6 +35,7 @@ _DASHES = ("-", "--", ":", "-.")
 _PREFILL = "query-key pairs in the prefill, % of full attention"
 _CACHE = "KV cache per sample, MiB"
 _GRID = "#E2E2E2"
+_LONGEST = 300  # characters of a name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,8 +198,9 @@ def png(charts: Sequence[Chart]) -> bytes:
 
 
 def _plain(text: str) -> str:
-    """The text, escaped so that matplotlib does not read its signs as mathematics."""
-    return text.replace("$", r"\$")
+    """A text as it is, of what can be printed: no mathematics between dollars, not too long."""
+    shown = "".join(c if c == "\n" or c.isprintable() else " " for c in text[:_LONGEST])
+    return shown.replace("$", r"\$")
 
 
 def _render(draw: "Callable[[ModuleType], Figure]") -> Chart:

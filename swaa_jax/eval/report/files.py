@@ -20,6 +20,7 @@ from swaa_jax.eval.report.document import html_report, markdown_report
 from swaa_jax.eval.report.summary import CellSummary, group_summaries
 from swaa_jax.eval.run import Evaluation, PolicyEntry
 from swaa_jax.eval.run.store import AnswerRecord
+from swaa_jax.redact import without_secrets
 
 __all__ = ["SCHEMA_VERSION", "write_evaluation"]
 
@@ -117,7 +118,7 @@ def _plain_config(evaluation: Evaluation) -> dict[str, object]:
                 "name": entry.name,
                 "task": entry.task.name,
                 **dataclasses.asdict(entry.task),
-                "judge": {k: v for k, v in entry.judge_settings.items() if k != "api_key"},
+                "judge": without_secrets(entry.judge_settings),
                 "max_new_tokens": entry.max_new_tokens or entry.task.answer_tokens,
             }
             for entry in config.tasks
@@ -153,6 +154,8 @@ def _parquet(answers: Sequence[AnswerRecord]) -> bytes:
             ("reason", text),
         ]
     )
+    if any("judge_failed" in one for one in answers):
+        schema = schema.append(pyarrow.field("judge_failed", flag))
     plain = [{**one, "info": json.dumps(one["info"], ensure_ascii=False)} for one in answers]
     buffer = io.BytesIO()
     table = pyarrow.Table.from_pylist(plain, schema=schema)

@@ -18,6 +18,7 @@ from swaa_jax.eval.run.config import EvalConfig, ModelEntry, PolicyEntry, TaskEn
 from swaa_jax.eval.run.costs import CellCost, cell_cost
 from swaa_jax.eval.run.store import AnswerBatch, AnswerRecord, CellStore, fingerprint
 from swaa_jax.eval.tasks import Sample, encode_sample
+from swaa_jax.fields import show
 from swaa_jax.infer import GenerateOptions, Timings, opens_thinking
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy
@@ -170,7 +171,13 @@ class Asking:
         return count
 
     def judge(self, policies: Sequence[PolicyEntry], judge: tuple[str, Judge]) -> list[Cell]:
-        """Judge what is not judged yet, on process 0, and give a cell for each policy."""
+        """Judge what is not judged yet, on process 0, and give a cell for each policy.
+
+        Where the judge failed before, it is asked again.
+
+        Raises:
+            ValueError: a judge cannot be reached, or failed on all answers.
+        """
         name, judging = judge
         # What a verdict depends on besides the answer.
         asked = [[one.question, list(one.references), one.grading] for one in self._samples]
@@ -183,11 +190,20 @@ class Asking:
 
     def _judge_batches(self, store: CellStore, key: str, judge: Judge) -> None:
         verdict = functools.partial(self._verdict, judge=judge)
+        failed = 0
         for number in range(len(self._batches)):
             if not store.has_verdicts(key, number):
                 rows = store.read_answers(number).rows
                 with concurrent.futures.ThreadPoolExecutor(_JUDGE_THREADS) as pool:
                     store.write_verdicts(key, number, list(pool.map(verdict, rows)))
+            verdicts = store.read_verdicts(key, number)
+            failed += sum(one.get("judge_failed", False) for one in verdicts)
+        if failed and failed == self._num_rows:
+            raise ValueError(
+                f"task {self._task.name}: expected verdicts, got none that can be read on any of "
+                f"{failed} answers (the last: {show(verdicts[-1]['reason'])}); look at the judging "
+                "model, its prompt and max_tokens"
+            )
 
     @property
     def _num_rows(self) -> int:
@@ -217,11 +233,11 @@ class Asking:
         if len(fits) < len(samples) and self._config.too_long == "error":
             longest = max(len(ids) for ids in prompts)
             raise ValueError(
-                f"task {self._task.name}: {len(samples) - len(fits)} of {len(samples)} prompts do "
-                f"not fit {self._entry.label}'s context of {context} tokens beside answers of "
-                f"up to {self._options.max_new_tokens} (the longest prompt has {longest}). Set "
-                "too_long=skip to leave them out, lower max_new_tokens or max_thinking_tokens, or "
-                "extend the model's context by config_overrides"
+                f"task {self._task.name}: expected prompts that fit {self._entry.label}'s context "
+                f"of {context} tokens with answers of up to {self._options.max_new_tokens}, got "
+                f"{len(samples) - len(fits)} of {len(samples)} that do not (the longest has "
+                f"{longest} tokens); set too_long=skip to leave them out, lower max_new_tokens or "
+                "max_thinking_tokens, or extend the model's context by config_overrides"
             )
         return fits
 
@@ -269,6 +285,7 @@ class Asking:
             "score": float(verdict.score),
             "accepted": bool(verdict.accepted),
             "reason": verdict.reason,
+            **({"judge_failed": True} if verdict.failed else {}),
         }
 
     def _record(

@@ -25,6 +25,7 @@ from swaa_jax.fields import (
     wrong,
 )
 from swaa_jax.policy import AttentionPolicy, load_policy
+from swaa_jax.storage import read_text
 from swaa_jax.typing import PathLike
 
 __all__ = [
@@ -253,7 +254,7 @@ class EvalConfig:
             ValueError: the file is malformed, which the message names, or an override is.
             FileNotFoundError: there is no such file.
         """
-        text = epath.Path(path).read_text()
+        text = read_text(path)
         with naming(path):
             return cls.from_dict(with_overrides(read_document(text), overrides))
 

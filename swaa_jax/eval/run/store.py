@@ -72,8 +72,12 @@ class CellStore:
         return AnswerBatch(rows=document["answers"], timings=Timings(**document["timings"]))
 
     def has_verdicts(self, key: str, batch: int) -> bool:
-        """Whether the batch has been judged; the key is the fingerprint of judge and references."""
-        return self._verdicts(key, batch).exists()
+        """Whether the batch has been judged, without failures of the judge; the key is the
+        fingerprint of judge and references.
+        """
+        if not self._verdicts(key, batch).exists():
+            return False
+        return not any(one.get("judge_failed") for one in self.read_verdicts(key, batch))
 
     def write_verdicts(self, key: str, batch: int, verdicts: Sequence[AnswerRecord]) -> None:
         """Keep a batch's verdicts."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from swaa_jax.chats import render_chat
 from swaa_jax.eval.tasks.ruler import text
 from swaa_jax.eval.tasks.ruler.essay import essay_sentences
 from swaa_jax.infer import opens_thinking
@@ -105,7 +106,8 @@ class Renderer:
         Args:
             tokenizer: a Transformers tokenizer.
             enable_thinking: passed to the chat template. When true nothing is put after the
-                template's generation prompt; when false RULER's answer prefix is.
+                template's generation prompt; when false RULER's answer prefix is, unless the
+                template opens a thought all the same.
             chat_template_kwargs: more arguments for the template.
             use_chat_template: None: if the tokenizer has one.
         """
@@ -128,14 +130,8 @@ class Renderer:
         if self.template_kwargs is None:
             prompt = content + prefix
         else:
-            rendered: Any = self.tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=self.enable_thinking,
-                **self.template_kwargs,
-            )
-            prompt = rendered + prefix
+            variables = {"enable_thinking": self.enable_thinking, **self.template_kwargs}
+            prompt = render_chat(self.tokenizer, messages, variables=variables).text + prefix
         # A rendered template brings its own BOS; bare text gets whatever the tokenizer adds.
         ids = self.tokenizer.encode(prompt, add_special_tokens=self.template_kwargs is None)
         return Rendered(
