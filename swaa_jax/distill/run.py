@@ -25,8 +25,7 @@ from swaa_jax.checkpoint.provenance import weight_marks
 from swaa_jax.eval.judging import Judge, Judged
 from swaa_jax.eval.tasks.question_answering import Question
 from swaa_jax.fields import check_fields, flag, integer, number, one_of, or_none
-from swaa_jax.infer import generate, opens_thinking
-from swaa_jax.infer.prompts import encode_prompts
+from swaa_jax.infer import encode_prompts, generate, opens_thinking
 from swaa_jax.models import CausalLM
 from swaa_jax.models.source import running_backend, since_loading
 from swaa_jax.progress import show_progress

@@ -99,13 +99,12 @@ class Asking:
         if any(opened) and not thinking:
             log.warning(
                 "task %s: expected a chat template that asks %s for an answer without thinking, "
-                "got one that opens <think> all the same; answers get max_thinking_tokens (%d) "
-                "more, and no prefix; set thinking: true",
+                "got one that opens <think> all the same; answers get no prefix, and those whose "
+                "thought does not end within max_new_tokens are wrong; set thinking: true",
                 task.name,
                 entry.label,
-                config.max_thinking_tokens,
             )
-        self._options = _options(config, task, thinking or any(opened))
+        self._options = _options(config, task, thinking)
         fits = self._fitting(samples, prompts)
         self._skipped = len(samples) - len(fits)
         self._samples = [samples[index] for index in fits]

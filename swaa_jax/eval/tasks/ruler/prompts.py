@@ -106,7 +106,8 @@ class Renderer:
         Args:
             tokenizer: a Transformers tokenizer.
             enable_thinking: passed to the chat template. When true nothing is put after the
-                template's generation prompt; when false RULER's answer prefix is.
+                template's generation prompt; when false RULER's answer prefix is, unless the
+                template opens a thought all the same.
             chat_template_kwargs: more arguments for the template.
             use_chat_template: None: if the tokenizer has one.
         """
