@@ -94,8 +94,7 @@ def render_chat(
     )
     if "error" in plain:
         raise ChatError(
-            f"expected messages that the template takes, but the chat template failed: "
-            f"{plain['error']}"
+            f"expected messages that the chat template takes, got an error ({plain['error']})"
         )
     last = len(messages) - 1
     for mark in marks.lost(marked.get("text"), plain["text"]):

@@ -278,7 +278,7 @@ def test_two_answers_in_one_record_are_refused():
 
 def test_a_right_answer_is_the_assistants():
     response = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "hmm"}]
-    example = read_example(Record("f", 0, {"prompt": "p", "response": response}))
+    example = read_example(Record(file="f", index=0, fields={"prompt": "p", "response": response}))
     assert example.right_answers == ("a",)
 
 
