@@ -1,5 +1,6 @@
 """When a row ends, and with which text: EOS, stop ids, stop strings, partial characters."""
 
+import copy
 import dataclasses
 import re
 from collections.abc import Iterable, Sequence
@@ -159,6 +160,17 @@ class Detokenizer:
             self._shown = len(self._decode().removesuffix(_REPLACEMENT))
         return piece
 
+    @property
+    def pending(self) -> str:
+        """What a last byte token would show if nothing followed it: a line break, say.
+
+        Of runs so long that to decode them at each of their bytes would take long, it is empty.
+        """
+        window = self._window
+        if not window or len(window) > _LONGEST_WINDOW or not self._text.is_byte(window[-1]):
+            return ""
+        return self._decode().removesuffix(_REPLACEMENT)[self._shown :]
+
     def finish(self) -> str:
         """What was held back: bytes that never became a character."""
         text = self._decode()
@@ -210,6 +222,15 @@ class _StopSearch:
             else:
                 break
         self._from = max(self._from, len(self.text) - self._longest + 1)
+
+    def finds_in(self, pending: str) -> bool:
+        """Whether a string begins here once this piece is added, which it is not."""
+        if not pending or not self._strings:
+            return False
+        ahead = copy.copy(self)
+        ahead.text, ahead._from = self.text[self._from :], 0
+        ahead.extend(pending)
+        return ahead.found is not None
 
     @property
     def held_back(self) -> int:
@@ -271,7 +292,7 @@ class AnswerRow:
             ends = token in self._rules.eos_ids or token in self._rules.stop_ids
             if self._detokenizer is not None and not ends:
                 self._search.extend(self._detokenizer.push([token]))
-            if self._search.found is not None or self._raw_search.found is not None:
+            if self._meets_stop():
                 self._finish("stop")
             elif ends:
                 self._finish("eos" if token in self._rules.eos_ids else "stop")
@@ -300,6 +321,14 @@ class AnswerRow:
         piece = text[self._taken : end]
         self._taken = max(self._taken, end)
         return piece
+
+    def _meets_stop(self) -> bool:
+        """Whether a stop string is in the text, or would be if the row ended here."""
+        read = ((self._search, self._detokenizer), (self._raw_search, self._raw))
+        return any(
+            search.found is not None or (tokens is not None and search.finds_in(tokens.pending))
+            for search, tokens in read
+        )
 
     def _extend_raw(self, token: int) -> None:
         if self._raw is not None:

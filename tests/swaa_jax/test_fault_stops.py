@@ -172,3 +172,17 @@ def test_fault_14_streaming_takes_linear_time(kind):
     row, shown = run(Counting(), ids * 2000, max_new_tokens=2000)
     assert shown == row.text == real(ids * 2000)
     assert decoded < 200 * 2000
+
+
+@pytest.mark.parametrize("stop", ["\n", "\n\n", "a\n", "é\n", "\n<|tool|>", "<|tool|>\n"])
+def test_fault_01_byte_tokens_stop_at_once(stop):
+    """Llama 2's line break is a byte token; holding bytes back is for the stream alone."""
+    tok = PIECES["strip"]
+    lines = ["the", "<0x0A>", "a", "<0x0A>", "é", "<0x0A>", "<0x0A>", "<|tool|>", "<0x0A>", "the"]
+    ids = tok.convert_tokens_to_ids(lines)
+    row, shown = run(tok, ids, stop=[stop])
+    hides = "<|tool|>" not in stop
+    texts = [tok.decode(ids[:n], skip_special_tokens=hides) for n in range(len(ids))]
+    end = next(n for n, text in enumerate(texts) if stop in text)
+    assert (row.finish_reason, row.tokens) == ("stop", ids[:end])
+    assert row.text == shown == texts[end].partition(stop)[0].replace("<|tool|>", "")
