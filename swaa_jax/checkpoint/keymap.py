@@ -12,6 +12,7 @@ Parameters are flat: {"layers.3.self_attn.q_proj.kernel": array}.
 import dataclasses
 import enum
 import fnmatch
+import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -155,6 +156,7 @@ def load_weights(
     optional: Collection[str] = frozenset(),
     ignored: Collection[str] = (),
     tied: Mapping[str, str] | None = None,
+    sizes: Mapping[str, object] | None = None,
 ) -> dict[str, jax.Array]:
     """Reads the parameters of a model, checking every name, shape and dtype first.
 
@@ -173,6 +175,7 @@ def load_weights(
         tied: checkpoint names that are copies of others, such as
             {"lm_head.weight": "model.embed_tokens.weight"} for tied embeddings. A copy may be
             missing or present; if present it must be equal; alone it stands in for the other.
+        sizes: the config's fields that the shapes follow from, which the error names.
 
     Returns:
         {parameter path: array}, in the order of `expected`.
@@ -190,6 +193,7 @@ def load_weights(
         optional=optional,
         ignored=ignored,
         tied=tied,
+        sizes=sizes,
     )
     names = reader.names()
     params: dict[str, jax.Array] = {}
@@ -215,6 +219,7 @@ def check_weights(
     optional: Collection[str] = frozenset(),
     ignored: Collection[str] = (),
     tied: Mapping[str, str] | None = None,
+    sizes: Mapping[str, object] | None = None,
 ) -> dict[str, WeightRule]:
     """The checks of `load_weights` alone; the row of each parameter, in terms of what is stored.
 
@@ -234,7 +239,7 @@ def check_weights(
                 path: dataclasses.replace(row, hf=copy) if row.hf == original else row
                 for path, row in rows.items()
             }
-    _check(reader, rows, expected, optional, [*IGNORED, *ignored, *tied])
+    _check(reader, rows, expected, optional, [*IGNORED, *ignored, *tied], sizes or {})
     _check_copies(reader, copies)
     return rows
 
@@ -249,6 +254,7 @@ def _check(
     expected: Mapping[str, Expected],
     optional: Collection[str],
     ignored: Collection[str],
+    sizes: Mapping[str, object],
 ) -> None:
     names = reader.names()
     wanted = _stored_shapes(rows, expected)
@@ -285,11 +291,16 @@ def _check(
             f"{listing(mistyped)} (quantised and integer weights are not supported)"
         )
     if faults:
-        raise CheckpointError(
-            f"{reader.directory}: expected the weights of the model that config.json describes, "
-            f"got {'; '.join(faults)}; check that config.json and the weights belong together, and "
-            "that the model family is the right one"
-        )
+        raise _unfit(reader, "; ".join(faults), sizes)
+
+
+def _unfit(reader: WeightReader, got: str, sizes: Mapping[str, object]) -> CheckpointError:
+    said = ", ".join(f"{name}={json.dumps(value)}" for name, value in sizes.items())
+    return CheckpointError(
+        f"{reader.directory}: expected the weights of the model that config.json describes"
+        f"{said and f' ({said})'}, got {got}; check that config.json and the weights belong "
+        "together, and that the model family is the right one"
+    )
 
 
 def _stored_shapes(

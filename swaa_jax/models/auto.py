@@ -94,6 +94,7 @@ def load_model(
         num_layers=plan.model.config.num_layers,
         expected=plan.expected,
         tied=plan.tied,
+        sizes=plan.model.config.sizes,
     )
     for name, param in plan.params.items():
         param.set_value(arrays[_join(name)])

@@ -82,7 +82,12 @@ def convert_checkpoint(
     config = plan.model.config
     reader = WeightReader(directory)
     checkpoint.check_weights(
-        reader, plan.rules, num_layers=config.num_layers, expected=plan.expected, tied=plan.tied
+        reader,
+        plan.rules,
+        num_layers=config.num_layers,
+        expected=plan.expected,
+        tied=plan.tied,
+        sizes=config.sizes,
     )
     names = _names(reader)
     dtypes = {name: reader.dtype(name) if wanted is None else np.dtype(wanted) for name in names}
