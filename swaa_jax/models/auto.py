@@ -164,10 +164,8 @@ def read_blueprint(
     family = _family(hf_config)
     config = family.config_class.from_hf(hf_config, config_overrides)
     policy = _choose_policy(directory, config, policy)
-    model = nnx.eval_shape(
-        lambda: family.model_class(
-            config, policy=policy, dtype=dtype, mesh=mesh, backend=backend, rngs=nnx.Rngs(0)
-        )
+    model = family.model_class(
+        config, policy=policy, dtype=dtype, mesh=mesh, backend=backend, rngs=None
     )
     params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     return Blueprint(

@@ -3,14 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
 
 from swaa_jax.attention import LayerCache, LayerKind
 from swaa_jax.checkpoint.keymap import WeightRule
 from swaa_jax.models import weight_rules as weights
-from swaa_jax.models.blocks import DecoderLayer, LayerOutput, Rows, make_norm
+from swaa_jax.models.blocks import DecoderLayer, Initial, LayerOutput, Rows, make_norm
 from swaa_jax.models.causal_lm import CausalLM
 from swaa_jax.models.config import DecoderConfig, local_fields
 from swaa_jax.sharding import constrain_batch
@@ -59,12 +57,10 @@ class GemmaConfig(DecoderConfig):
 class GemmaLayer(DecoderLayer):
     """Each block between two norms; `post_attention_layernorm` is the one after attention here."""
 
-    def __init__(
-        self, config: DecoderConfig, *, index: int, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
-        super().__init__(config, index=index, std=std, dtype=dtype, rngs=rngs)
-        self.pre_feedforward_layernorm = make_norm(config, config.hidden_size, dtype=dtype)
-        self.post_feedforward_layernorm = make_norm(config, config.hidden_size, dtype=dtype)
+    def __init__(self, config: DecoderConfig, *, index: int, initial: Initial):
+        super().__init__(config, index=index, initial=initial)
+        self.pre_feedforward_layernorm = make_norm(config, config.hidden_size, initial=initial)
+        self.post_feedforward_layernorm = make_norm(config, config.hidden_size, initial=initial)
 
     def __call__(
         self,

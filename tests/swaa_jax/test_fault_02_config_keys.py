@@ -227,7 +227,9 @@ def test_fault_02_logits_of_every_key_and_state_equal_transformers(family, tmp_p
                     got, expected, rtol=0, atol=5e-5, err_msg=f"{key} {state}"
                 )
             else:
-                assert state == "null" and key in ("sliding_window", "head_dim"), (key, expected)
+                # Phi-3's padding token by default is beyond the tiny vocabulary.
+                no_oracle = {("sliding_window", "null"), ("head_dim", "null")}
+                assert (key, state) in no_oracle | {("pad_token_id", "absent")}, expected
 
 
 def test_fault_03_a_local_layer_without_a_window_keeps_its_rope(tmp_path):

@@ -4,14 +4,12 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
 
 from swaa_jax.checkpoint.keymap import Transform, WeightRule
 from swaa_jax.fields import show
 from swaa_jax.models import weight_rules as weights
-from swaa_jax.models.blocks import DecoderLayer, FeedForward, RouterStatistics, Rows
+from swaa_jax.models.blocks import DecoderLayer, FeedForward, Initial, RouterStatistics, Rows
 from swaa_jax.models.causal_lm import CausalLM
 from swaa_jax.models.config import COMMON_DEFAULTS, DecoderConfig, local_fields
 from swaa_jax.models.interop import one_window
@@ -124,12 +122,11 @@ class Qwen3MoeLayer(DecoderLayer):
     """A decoder layer with experts where the config says so."""
 
     def make_mlp(
-        self, config: Qwen3MoeConfig, *, index: int, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
+        self, config: Qwen3MoeConfig, *, index: int, initial: Initial
     ) -> Callable[[Array, Rows], FeedForward]:
         """Experts, or one dense block."""
-        weights = {"std": std, "dtype": dtype, "rngs": rngs}
         if not config.is_sparse(index):
-            return super().make_mlp(config, index=index, **weights)
+            return super().make_mlp(config, index=index, initial=initial)
         return SparseMLP(
             num_experts=config.num_experts,
             num_per_token=config.num_experts_per_tok,
@@ -137,7 +134,7 @@ class Qwen3MoeLayer(DecoderLayer):
             width=config.hidden_size,
             inner=config.moe_intermediate_size,
             hidden_act=config.hidden_act,
-            **weights,
+            initial=initial,
         )
 
 
