@@ -11,6 +11,7 @@ A frozen dataclass checks its fields with `check_fields` and is read from a mapp
 `from_mapping`. Whatever a message echoes is cut short: see `describe`.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -20,7 +21,7 @@ import operator
 import os
 import re
 import reprlib
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import yaml
@@ -37,6 +38,7 @@ __all__ = [
     "key_value",
     "list_of",
     "mapping",
+    "naming",
     "nearest",
     "number",
     "one_of",
@@ -89,6 +91,15 @@ def describe(value: object) -> str:
 def wrong(name: str, expected: str, got: object, advice: str = "") -> ValueError:
     """The error of a value that is not what was expected; `advice` says what to do."""
     return ValueError(f"{name}: expected {expected}, got {describe(got)}{advice and f'; {advice}'}")
+
+
+@contextlib.contextmanager
+def naming(name: object) -> Iterator[None]:
+    """Puts a name, such as a file's, before the message of a ValueError that the block raises."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def nearest(word: object, known: Iterable[str]) -> str:

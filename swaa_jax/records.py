@@ -14,7 +14,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from etils import epath
@@ -27,6 +27,8 @@ __all__ = ["DataError", "Record", "Records", "find_files", "open_records", "reco
 # What a directory or a pattern means; a file that is named may also be .json, or have no ending.
 _USUAL = (".parquet", ".jsonl", ".ndjson")
 _ENDINGS = (*_USUAL, ".json", "")
+
+T = TypeVar("T")
 
 
 class DataError(ValueError):
@@ -87,7 +89,7 @@ class Record:
             raise self.wrong(column, "a text that is not empty", value)
         return value
 
-    def items(self, column: str, kind: type, expected: str) -> list[Any]:
+    def items(self, column: str, kind: type[T], expected: str) -> list[T]:
         """A list of that type's values; `expected` names them, in the plural."""
         value = self.value(column)
         if not isinstance(value, list):
@@ -238,7 +240,7 @@ def _checked(name: str, index: int, fields: Any, line: int | None = None) -> Rec
 
 
 class _InMemory:
-    def __init__(self, name: str, records: Sequence[Any]):
+    def __init__(self, name: str, records: Sequence[object]):
         self.name, self._records = name, records
 
     def __len__(self) -> int:
@@ -259,7 +261,7 @@ class _File:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_lock": None, "_handle": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
 

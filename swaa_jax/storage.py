@@ -18,7 +18,6 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from etils import epath
 
@@ -232,7 +231,7 @@ def write_bytes_atomic(path: epath.PathLike, data: bytes) -> None:
         raise
 
 
-def write_json_atomic(path: epath.PathLike, obj: Any) -> None:
+def write_json_atomic(path: epath.PathLike, obj: object) -> None:
     """Writes `obj` as indented JSON; see `write_text_atomic`.
 
     Raises:

@@ -15,7 +15,7 @@ A layer with full heads keeps a full cache of those and another cache, mostly a 
 import abc
 import dataclasses
 import functools
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -113,8 +113,8 @@ class FullCache(Cache):
     """
 
     # Leaves of a pytree may be anything (shapes, shardings, None), hence no array types here.
-    k: Any
-    v: Any
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K H"]
 
     @property
     def num_slots(self) -> int:
@@ -154,9 +154,9 @@ class RingCache(Cache):
         num_sink_tokens: the first slots, which are never overwritten.
     """
 
-    k: Any
-    v: Any
-    slot_positions: Any
+    k: Float[Array, "B R K H"]
+    v: Float[Array, "B R K H"]
+    slot_positions: Int[Array, "B R"]
     num_sink_tokens: int = dataclasses.field(metadata={"static": True})
 
     @property
@@ -203,8 +203,8 @@ class SplitCache(Cache):
         full_heads: which KV heads are full.
     """
 
-    full: Any
-    windowed: Any
+    full: "LayerCache"
+    windowed: "LayerCache"
     full_heads: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     @property
@@ -277,8 +277,8 @@ def _put(
 class Caches:
     """One cache a layer, and `pos_B` `[B]`: how many tokens each row has seen. A pytree."""
 
-    layers: tuple[Any, ...]
-    pos_B: Any
+    layers: tuple[LayerCache, ...]
+    pos_B: Int[Array, " B"]
 
     @property
     def nbytes(self) -> int:

@@ -43,7 +43,7 @@ VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """One of these makes a tokenizer; the first that is there names it."""
 
 
-def read_config(directory: epath.PathLike) -> dict[str, Any]:
+def read_config(directory: epath.PathLike) -> dict[str, object]:
     """The model's `config.json`.
 
     Raises:
@@ -82,12 +82,12 @@ def read_generation_config(directory: epath.PathLike) -> dict[str, Any]:
     return read_json_object(path) if _exists(path) else {}
 
 
-def write_config(directory: epath.PathLike, config: dict[str, Any]) -> None:
+def write_config(directory: epath.PathLike, config: dict[str, object]) -> None:
     """Writes `config.json`; the last file of a save, being the commit mark."""
     write_json_atomic(epath.Path(directory) / CONFIG_FILE, config)
 
 
-def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+def with_dtype(config: dict[str, object], dtype: str) -> dict[str, object]:
     """The config of a checkpoint whose weights are of this dtype; the key's old name goes.
 
     >>> with_dtype({"model_type": "qwen3", "torch_dtype": "bfloat16"}, "float32")
@@ -96,14 +96,14 @@ def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
 
 
-def write_generation_config(directory: epath.PathLike, config: dict[str, Any]) -> None:
+def write_generation_config(directory: epath.PathLike, config: dict[str, object]) -> None:
     """Writes `generation_config.json`."""
     write_json_atomic(epath.Path(directory) / GENERATION_CONFIG_FILE, config)
 
 
 def read_attention_policy(
     directory: epath.PathLike, *, num_layers: int | None = None
-) -> dict[str, Any] | None:
+) -> dict[str, object] | None:
     """The policy (as `AttentionPolicy.to_dict` gave it) that the model was saved under.
 
     Args:
@@ -143,7 +143,7 @@ def read_attention_policy(
 
 
 def write_attention_policy(
-    directory: epath.PathLike, policy: dict[str, Any], *, num_layers: int
+    directory: epath.PathLike, policy: dict[str, object], *, num_layers: int
 ) -> None:
     """Writes `attention_policy.json`: the schema version, the policy, the number of layers."""
     record = {
@@ -190,7 +190,7 @@ def write_provenance(
     write_json_atomic(directory / PROVENANCE_FILE, record)
 
 
-def _provenance_of_base(base: epath.PathLike) -> dict[str, Any] | None:
+def _provenance_of_base(base: epath.PathLike) -> dict[str, object] | None:
     path = epath.Path(base) / PROVENANCE_FILE
     try:
         return read_json_object(path) if path.exists() else None
@@ -204,7 +204,7 @@ def _provenance_of_base(base: epath.PathLike) -> dict[str, Any] | None:
         return None
 
 
-def read_provenance(directory: epath.PathLike) -> dict[str, Any] | None:
+def read_provenance(directory: epath.PathLike) -> dict[str, object] | None:
     """`provenance.json`, or None where there is none."""
     path = check_directory(directory) / PROVENANCE_FILE
     return read_json_object(path) if _exists(path) else None

@@ -186,7 +186,7 @@ class _Repository:
         from huggingface_hub.utils import tqdm
 
         class Silent(tqdm):
-            def __init__(self, *args: Any, **kwargs: Any):
+            def __init__(self, *args: object, **kwargs: object):
                 super().__init__(*args, **{**kwargs, "disable": True})
 
         show = show and is_main_process() and (sys.stderr.isatty() or "ipykernel" in sys.modules)

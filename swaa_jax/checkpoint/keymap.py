@@ -14,19 +14,20 @@ import enum
 import fnmatch
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
 
 from swaa_jax.checkpoint.safetensors_io import WEIGHT_DTYPES, Index, WeightReader
-from swaa_jax.fields import first_of, show
+from swaa_jax.fields import first_of, plural, show
 from swaa_jax.runtime import to_host
 from swaa_jax.storage import CheckpointError, listing
+from swaa_jax.typing import DTypeLike
 
-Expected = tuple[tuple[int, ...], Any, jax.sharding.Sharding | None]
+Expected = tuple[tuple[int, ...], DTypeLike, jax.sharding.Sharding | None]
 """What a parameter must be: shape, dtype to hold it in, sharding (None: the default device)."""
 
 IGNORED = ("*.rotary_emb.inv_freq", "*.attn.masked_bias")
@@ -126,7 +127,7 @@ def expand(rules: Iterable[WeightRule], num_layers: int) -> list[WeightRule]:
     for side in ("hf", "ours"):
         names = [getattr(row, side) for row in rows if side == "ours" or row.part is None]
         if len(set(names)) != len(names):
-            twice = listing(n for n in names if names.count(n) > 1)
+            twice = listing(name for name, count in Counter(names).items() if count > 1)
             raise ValueError(f"rules: expected each {side} name once, got more of {twice}")
     for hf, parts in _parts(rows).items():
         ends = [0, *(row.part[1] for row in parts if row.part)]
@@ -242,6 +243,38 @@ def check_weights(
     _check(reader, rows, expected, optional, [*IGNORED, *ignored, *tied], sizes or {})
     _check_copies(reader, copies)
     return rows
+
+
+def check_counts(
+    reader: WeightReader,
+    rules: Iterable[WeightRule],
+    *,
+    num_layers: int,
+    num_experts: int = 0,
+    sizes: Mapping[str, object] | None = None,
+) -> None:
+    """Refuses a config with more layers or experts than the headers have tensors of, before
+    anything is made of them: a few digits there could ask for any amount of memory.
+
+    Raises:
+        CheckpointError: the config says more.
+    """
+    for placeholder, wanted in (("{layer}", num_layers), ("{expert}", num_experts)):
+        before = {
+            rule.hf.partition(placeholder)[0].rpartition("}")[2]
+            for rule in rules
+            if placeholder in rule.hf
+        }
+        found = {
+            rest.partition(".")[0]
+            for name in reader.names()
+            for part in before
+            for _, there, rest in [name.partition(part)]
+            if there
+        }
+        if len(found) < wanted:
+            what = placeholder.strip("{}")
+            raise _unfit(reader, f"tensors of {len(found)} {plural(what, len(found))}", sizes or {})
 
 
 def _no_row(paths: Iterable[str]) -> ValueError:

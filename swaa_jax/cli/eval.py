@@ -5,9 +5,9 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from swaa_jax.cli import process_args
+from swaa_jax.cli import Commands, process_args
 from swaa_jax.cli.task_args import add_task_arguments, tasks_from_args, with_judge
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _POLICIES = ("full", "naive", "instruct-no-train")
 _EPILOG = """\
 examples:
   swaa eval --model ./my-model --data mine.jsonl --policies full,naive,instruct-no-train
-      your checkpoint, your questions, three recipes of `swaa recipes`; a row of the data has
+      your checkpoint, your questions, three recipes of `swaa recipes`; a record of the data has
       `prompt`, or `context` and `question`; and `answer`. Then open eval_output/report.html
 
   swaa eval --model tiny-retriever --task ruler,variant=niah_multiquery,length=1024 \\
@@ -61,7 +61,7 @@ SWAA_JUDGE_API_KEY is a judging model's key.
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Commands) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "eval",

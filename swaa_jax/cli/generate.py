@@ -5,10 +5,13 @@ import dataclasses
 import json
 import pathlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
-from swaa_jax.cli import process_args
+from swaa_jax.cli import Commands, process_args
 from swaa_jax.cli.policy_args import add_policy_arguments, policy_from_args
+
+if TYPE_CHECKING:
+    from swaa_jax.infer import Generation
 
 _EPILOG = """\
 examples:
@@ -41,7 +44,7 @@ examples:
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Commands) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "generate",
@@ -207,7 +210,7 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
     return texts
 
 
-def _print_all(generation: Any, texts: list[str], *, as_json: bool) -> None:
+def _print_all(generation: "Generation", texts: list[str], *, as_json: bool) -> None:
     answers = zip(
         texts, generation.texts, generation.tokens, generation.finish_reasons, strict=True
     )

@@ -47,6 +47,17 @@ def add_process_arguments(parser: argparse.ArgumentParser, *, mesh: bool) -> Non
     )
 
 
+def add_model_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of process start, and how to load the model and what to print."""
+    add_process_arguments(parser, mesh=True)
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16", help="bfloat16"
+    )
+    parser.add_argument("--revision", metavar="REV", help="of a hub id")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+    parser.add_argument("--verbose", action="store_true", help="log what is chosen and why")
+
+
 def start(args: argparse.Namespace) -> None:
     """Set up logging, join the other processes if any, and set the compilation cache.
 

@@ -3,11 +3,14 @@
 import argparse
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from swaa_jax.cli import Commands
 from swaa_jax.cli.recipes_search import add_search_arguments, run_search
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from swaa_jax.eval.search.recipes import ModelSize, Recipe
     from swaa_jax.policy import Needs
 
@@ -43,7 +46,7 @@ policy=NAME.
 _GIB = 1 << 30
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Commands) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "recipes",
@@ -146,7 +149,7 @@ def _nothing_fits(recipes: "list[Recipe]", needs: "Needs", args: argparse.Namesp
     )
 
 
-def _plain(recipe: "Recipe") -> dict[str, Any]:
+def _plain(recipe: "Recipe") -> dict[str, object]:
     """A recipe as JSON's types."""
     file = recipe.file
     return {
@@ -222,7 +225,7 @@ def _show(recipe: "Recipe", size: "ModelSize", args: argparse.Namespace) -> None
     _console().print(table)
 
 
-def _console() -> Any:
+def _console() -> "Console":
     """A console that is as wide as the table where it writes to a file or a pipe."""
     from rich.console import Console
 

@@ -130,13 +130,7 @@ def add_parser(subparsers: Commands) -> None:
         metavar="N",
         help="samples times sets in one batch; default: by a rough count of memory",
     )
-    process_args.add_process_arguments(parser, mesh=True)
-    parser.add_argument(
-        "--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16", help="bfloat16"
-    )
-    parser.add_argument("--revision", metavar="REV", help="of a hub id")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
-    parser.add_argument("--verbose", action="store_true", help="log what is chosen and why")
+    process_args.add_model_run_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

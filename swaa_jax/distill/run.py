@@ -16,7 +16,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from etils import epath
 
@@ -167,7 +167,7 @@ def _answer(
     judge: Judge,
     config: DistillConfig,
     number: int,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """A record for each answer to each question of a part."""
     templated = bool(getattr(tok, "chat_template", None))
     prompts = [
@@ -237,7 +237,7 @@ def _seed(seed: int, part: int) -> int:
 
 def _identity(
     questions: Sequence[Question], config: DistillConfig, settings: Mapping[str, object]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     digest = hashlib.sha256()
     for question in questions:
         given = {name: value for name, value in dataclasses.asdict(question).items() if value}

@@ -127,7 +127,7 @@ class SwaaLM(TemplateLM):
         return self._name.replace("/", "__")
 
     def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: object
     ) -> list[int]:
         """Token ids; BOS is added where the tokenizer adds one and the text has none yet."""
         del kwargs
@@ -153,7 +153,7 @@ class SwaaLM(TemplateLM):
         self,
         requests: Sequence[tuple[Any, list[int], list[int]]],
         disable_tqdm: bool = False,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> list[tuple[float, bool]]:
         """The stage-aware likelihood of each (text pair, context ids, continuation ids)."""
         del kwargs
@@ -220,7 +220,7 @@ class SwaaLM(TemplateLM):
                 self.cache_hook.add_partial("generate_until", requests[number].args, text)
         return [texts[number] for number in range(len(requests))]
 
-    def _options(self, given: Mapping[str, Any]) -> GenerateOptions:
+    def _options(self, given: Mapping[str, object]) -> GenerateOptions:
         """A request's settings; a warning names those that are ignored, once each."""
         read = dict(given)
         if read.get("temperature") is None:

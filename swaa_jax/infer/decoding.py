@@ -3,7 +3,7 @@
     prompts --prefill--> logits, caches --first--> token --decode (up to chunk_size steps)--> tokens
                                                      ^------------- host: stops? --------------'
 
-The three jitted functions live at module level and take the model's graph definition as a static
+The three jitted functions live at module level and take the model's `Structure` as a static
 argument, so a second call of the same shapes compiles nothing: `compile_counts` tells.
 
 A model is split once per `generate`, into arrays by name and a `Structure` (`models/function.py`).
@@ -21,12 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from swaa_jax.attention import recast_caches
+from swaa_jax.attention import Caches, recast_caches
 from swaa_jax.infer.buckets import length_bucket, next_power_of_two, pad_right
 from swaa_jax.infer.options import GenerateOptions
 from swaa_jax.infer.sampling import SamplingParams, sample
 from swaa_jax.infer.stopping import AnswerRow
+from swaa_jax.models import CausalLM
 from swaa_jax.models.function import SplitModel, Structure, split_model
+from swaa_jax.policy import LayerAttention
 from swaa_jax.runtime import to_host
 
 _TRACES: collections.Counter[str] = collections.Counter()
@@ -53,9 +55,9 @@ class Prefilled:
     """
 
     logits: Array
-    caches: Any
+    caches: Caches
     cache_size: int
-    layers: tuple[Any, ...] | None
+    layers: tuple[LayerAttention, ...] | None
     prompt_lengths: tuple[int, ...]
     row_ids: tuple[int, ...]
     max_new_tokens: int
@@ -81,7 +83,7 @@ class DecodeClock:
 
 
 def prefill_prompts(
-    model: Any,
+    model: CausalLM | SplitModel,
     token_lists: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -132,7 +134,7 @@ def prefill_prompts(
 
 
 def decode_rows(
-    model: Any,
+    model: CausalLM | SplitModel,
     prefilled: Prefilled,
     rows: Sequence[AnswerRow],
     *,
@@ -216,7 +218,7 @@ def decode_rows(
         produced += num_steps
 
 
-def _compile(function: Any, *args: Any, **static: Any) -> float:
+def _compile(function: jax.stages.Wrapped, *args: object, **static: object) -> float:
     """Compile for these arguments, which the next call then finds done; seconds it took."""
     start = time.perf_counter()
     function.lower(*args, **static).compile()
@@ -233,7 +235,7 @@ def _warm_up(args: tuple[Any, ...], static: dict[str, Any]) -> None:
     )
 
 
-def _caches_for(model: SplitModel, prefilled: Prefilled, *, copy: bool) -> Any:
+def _caches_for(model: SplitModel, prefilled: Prefilled, *, copy: bool) -> Caches:
     """The prefill's caches in the form that the model's policy asks for.
 
     Raises:
@@ -253,7 +255,13 @@ def _caches_for(model: SplitModel, prefilled: Prefilled, *, copy: bool) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=("layers", "cache_size", "copy"))
-def _adopt(caches: Any, *, layers: Any, cache_size: int | None = None, copy: bool) -> Any:
+def _adopt(
+    caches: Caches,
+    *,
+    layers: tuple[LayerAttention, ...] | None,
+    cache_size: int | None = None,
+    copy: bool,
+) -> Caches:
     _TRACES["adopt"] += 1
     if layers is not None:
         caches = recast_caches(caches, layers, cache_size=cache_size)
@@ -266,9 +274,9 @@ def _prefill(
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     *,
-    structure: Structure,
+    structure: Structure[CausalLM],
     cache_size: int,
-) -> tuple[Float[Array, "B V"], Any]:
+) -> tuple[Float[Array, "B V"], Caches]:
     _TRACES["prefill"] += 1
     out = structure.build(arrays).prefill(tokens, lengths=lengths, cache_size=cache_size)
     return out.logits, out.caches
@@ -293,7 +301,7 @@ def _first(
 )
 def _decode(
     arrays: dict[str, Array],
-    caches: Any,
+    caches: Caches,
     token: Int[Array, " B"],
     done: Array,
     positions: Int[Array, " B"],
@@ -301,10 +309,10 @@ def _decode(
     ends: Int[Array, " E"],
     draws: dict[str, Any],
     *,
-    structure: Structure,
+    structure: Structure[CausalLM],
     num_candidates: int | None,
     chunk_size: int,
-) -> tuple[Int[Array, "n B"], Int[Array, ""], Int[Array, " B"], Any]:
+) -> tuple[Int[Array, "n B"], Int[Array, ""], Int[Array, " B"], Caches]:
     """Up to `limit` (<= chunk_size) steps; fewer when every row is done.
 
     A loop with a traced end, not a scan: the last call of an answer runs the steps that are left

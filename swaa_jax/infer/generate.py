@@ -51,7 +51,7 @@ def generate(
     prompts: Prompts,
     *,
     options: GenerateOptions | None = None,
-    **overrides: Any,
+    **overrides: object,
 ) -> Generation:
     """Answer prompts under the model's attention policy.
 
@@ -170,7 +170,7 @@ def stream(
     prompt: Prompts,
     *,
     options: GenerateOptions | None = None,
-    **overrides: Any,
+    **overrides: object,
 ) -> Stream:
     """Answer one prompt piece by piece; the arguments are those of `generate`.
 

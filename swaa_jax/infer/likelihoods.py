@@ -179,7 +179,7 @@ def _longest_first(continuations: Sequence[Continuation]) -> list[int]:
 
 
 def _score(
-    split: SplitModel[CausalLM],
+    split: SplitModel,
     group: Sequence[Continuation],
     context: int | None,
     *,

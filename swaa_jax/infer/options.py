@@ -59,8 +59,8 @@ class GenerateOptions:
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
-    tools: Sequence[Any] | None = None
-    chat_template_kwargs: Mapping[str, Any] | None = None
+    tools: Sequence[object] | None = None
+    chat_template_kwargs: Mapping[str, object] | None = None
     enable_thinking: bool | None = None
     cot: bool | str = False
     batch_size: int | None = None
@@ -93,7 +93,7 @@ class GenerateOptions:
 
     @classmethod
     def of(
-        cls, options: "GenerateOptions | None", overrides: Mapping[str, Any]
+        cls, options: "GenerateOptions | None", overrides: Mapping[str, object]
     ) -> "GenerateOptions":
         """The options, or the defaults, with some fields replaced.
 

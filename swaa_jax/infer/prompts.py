@@ -58,8 +58,8 @@ def encode_prompts(
     tok: "PreTrainedTokenizerBase | None",
     prompts: Prompts,
     *,
-    tools: Sequence[Any] | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
+    tools: Sequence[object] | None = None,
+    chat_template_kwargs: Mapping[str, object] | None = None,
     enable_thinking: bool | None = None,
     cot: bool | str = False,
 ) -> list[list[int]]:
@@ -252,7 +252,7 @@ def _with_cot(messages: Messages, instruction: str) -> list[Mapping[str, Any]]:
     return messages
 
 
-def _has_text(message: Mapping[str, Any]) -> bool:
+def _has_text(message: Mapping[str, object]) -> bool:
     content = message.get("content")
     return bool(content.strip()) if isinstance(content, str) else bool(content)
 

@@ -16,6 +16,7 @@ from swaa_jax.fields import (
     from_mapping,
     integer,
     list_of,
+    naming,
     number,
     parse_yaml,
     plain,
@@ -107,7 +108,7 @@ class LoraConfig:
         alpha = _first_match(self.alpha_pattern, names, self.alpha)
         return _scale(alpha, self.rank_of(*names), rslora=self.rslora)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The fields as JSON has them: lists and objects."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         patterns = {name: dict(fields[name]) for name in ("rank_pattern", "alpha_pattern")}
@@ -151,10 +152,8 @@ class LoraConfig:
             FileNotFoundError: there is no such file.
         """
         path = epath.Path(path)
-        try:
+        with naming(path):
             return cls.from_yaml(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
 
 def _scale(alpha: int | float, rank: int, *, rslora: bool) -> float:

@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,20 @@ from jax.sharding import Mesh
 from swaa_jax import checkpoint
 from swaa_jax.attention import check_backend
 from swaa_jax.checkpoint import WeightReader, WeightRule
+from swaa_jax.checkpoint.keymap import Expected
 from swaa_jax.fields import show, wrong
 from swaa_jax.models.causal_lm import CausalLM
 from swaa_jax.models.config import DecoderConfig
-from swaa_jax.models.config_types import check_config_types
+from swaa_jax.models.config_types import HfConfig, check_config_types
 from swaa_jax.models.families import FAMILIES, ModelFamily
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.runtime import is_main_process, wait_for_all
 from swaa_jax.sharding import resolve_mesh, sharding_for, target_of
 from swaa_jax.storage import atomic_directory
 from swaa_jax.typing import PathLike
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +45,7 @@ def load_model(
     dtype: jnp.dtype | str = "bfloat16",
     mesh: Mesh | str | None = None,
     revision: str | None = None,
-    config_overrides: Mapping[str, Any] | None = None,
+    config_overrides: Mapping[str, object] | None = None,
     backend: str = "auto",
 ) -> CausalLM:
     """Load a pretrained model from a directory in Hugging Face layout, or from the hub.
@@ -80,6 +84,7 @@ def load_model(
     directory = checkpoint.open_checkpoint(path, revision)
     mesh = resolve_mesh(mesh)
     _check_backend(backend, mesh)
+    reader = WeightReader(directory)
     plan = read_blueprint(
         directory,
         policy=policy,
@@ -87,9 +92,10 @@ def load_model(
         mesh=mesh,
         config_overrides=config_overrides,
         backend=backend,
+        reader=reader,
     )
     arrays = checkpoint.load_weights(
-        WeightReader(directory),
+        reader,
         plan.rules,
         num_layers=plan.model.config.num_layers,
         expected=plan.expected,
@@ -117,7 +123,7 @@ class Blueprint:
 
     model: CausalLM
     params: dict[Any, Any]
-    expected: dict[str, Any]
+    expected: dict[str, Expected]
     rules: tuple[WeightRule, ...]
     tied: Mapping[str, str] | None
 
@@ -151,10 +157,17 @@ def read_blueprint(
     policy: AttentionPolicy | None,
     dtype: jnp.dtype,
     mesh: Mesh | None = None,
-    config_overrides: Mapping[str, Any] | None = None,
+    config_overrides: Mapping[str, object] | None = None,
     backend: str = "auto",
+    reader: WeightReader | None = None,
 ) -> Blueprint:
     """Reads a checkpoint's config and policy; no weights, and no memory for them.
+
+    Args:
+        directory: the checkpoint.
+        policy, dtype, mesh, config_overrides, backend: as in `load_model`.
+        reader: of the weights, whose headers must have as many layers and experts as the config;
+            None: they are not looked at.
 
     Raises:
         CheckpointError, ValueError, NotImplementedError: as `load_model`.
@@ -163,6 +176,15 @@ def read_blueprint(
     check_config_types({**hf_config, **(config_overrides or {})})
     family = _family(hf_config)
     config = family.config_class.from_hf(hf_config, config_overrides)
+    rules = family.weight_rules(config)
+    if reader is not None:
+        checkpoint.check_counts(
+            reader,
+            rules,
+            num_layers=config.num_layers,
+            num_experts=getattr(config, "num_experts", 0),
+            sizes=config.sizes,
+        )
     policy = _choose_policy(directory, config, policy)
     model = family.model_class(
         config, policy=policy, dtype=dtype, mesh=mesh, backend=backend, rngs=None
@@ -175,13 +197,13 @@ def read_blueprint(
             _join(name): (tuple(param.shape), param.dtype, sharding_for(param, mesh))
             for name, param in params.items()
         },
-        rules=family.weight_rules(config),
+        rules=rules,
         tied=_TIED if config.tie_word_embeddings else None,
     )
 
 
 def model_from_config(
-    hf_config: Mapping[str, Any],
+    hf_config: HfConfig,
     *,
     policy: AttentionPolicy | None = None,
     dtype: jnp.dtype | str = "float32",
@@ -218,7 +240,7 @@ def save_model(
     model: CausalLM,
     directory: PathLike,
     *,
-    tokenizer: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     max_shard_size: int = 5 * 10**9,
     overwrite: bool = False,
 ) -> epath.Path:
@@ -297,7 +319,7 @@ def _check_backend(backend: str, mesh: Mesh | None) -> None:
     check_backend(backend, platform=None if target is None else target.platform)
 
 
-def _family(hf_config: Mapping[str, Any]) -> ModelFamily:
+def _family(hf_config: HfConfig) -> ModelFamily:
     model_type = str(hf_config.get("model_type"))
     if model_type not in FAMILIES:
         raise NotImplementedError(
@@ -353,5 +375,5 @@ def check_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def _join(path: Sequence[Any]) -> str:
+def _join(path: Sequence[object]) -> str:
     return ".".join(str(part) for part in path)

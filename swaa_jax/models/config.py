@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from swaa_jax.fields import check_keys, show
+from swaa_jax.models.config_types import HfConfig
 from swaa_jax.models.interop import FULL, WINDOWED, attention_fields
 from swaa_jax.models.rope import SCALINGS, RopeConfig, YarnScaling, parse_rope
 from swaa_jax.models.unread import warn_of_unread
@@ -125,7 +126,7 @@ class DecoderConfig:
 
     @classmethod
     def from_hf(
-        cls, hf: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+        cls, hf: HfConfig, overrides: Mapping[str, object] | None = None
     ) -> "DecoderConfig":
         """Read a `config.json`, old form or new.
 
@@ -179,7 +180,7 @@ class DecoderConfig:
         )
 
     @classmethod
-    def require(cls, hf: Mapping[str, Any], names: Sequence[str]) -> None:
+    def require(cls, hf: HfConfig, names: Sequence[str]) -> None:
         """Raises ValueError unless the file has all of these fields."""
         missing = [name for name in names if hf.get(name) is None]
         if missing:
@@ -189,7 +190,7 @@ class DecoderConfig:
             )
 
     @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
         """Fields whose value is not what the common decoder reads or has by default."""
         del hf
         return {}
@@ -201,11 +202,11 @@ class DecoderConfig:
         return _ROPE_FIELDS.union(required, cls.defaults)
 
     @classmethod
-    def rope_settings(cls, hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    def rope_settings(cls, hf: HfConfig) -> HfConfig:
         """Where `parse_rope` finds the settings of the (full-attention) layers' rope."""
         return hf
 
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """The fields that give layers these kinds, and the windowed ones this window.
 
         Args:
@@ -220,7 +221,7 @@ class DecoderConfig:
             raise NotImplementedError(f"window={window}: it has no window")
         return {}
 
-    def to_hf(self, policy: AttentionPolicy | None = None) -> dict[str, Any]:
+    def to_hf(self, policy: AttentionPolicy | None = None) -> dict[str, object]:
         """The HF `config.json` of this model, every unread field included.
 
         Args:
@@ -237,9 +238,7 @@ class DecoderConfig:
         return {**json.loads(self.hf_json), "architectures": [self.architecture], **fields}
 
 
-def local_fields(
-    hf: Mapping[str, Any], kinds: Sequence[str] | None, window: int | None
-) -> dict[str, Any]:
+def local_fields(hf: HfConfig, kinds: Sequence[str] | None, window: int | None) -> dict[str, Any]:
     """The fields of a config that names each layer's kind: its local layers and its policy.
 
     HF's window counts the query itself, as ours does.
@@ -265,7 +264,7 @@ def local_fields(
     return {"own": own, "local_layers": local}
 
 
-def switched_local_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+def switched_local_fields(hf: HfConfig) -> dict[str, Any]:
     """The same of a config with `use_sliding_window`, `sliding_window` and, per layer,
     `layer_types` or the older `max_window_layers` (layers from that index on are windowed).
     """
@@ -306,7 +305,7 @@ _NULL_IS_OFF = (
 )
 
 
-def _refuse_nulls(read: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+def _refuse_nulls(read: HfConfig, defaults: Mapping[str, Any]) -> None:
     """Null says nothing where a field has a value in every model, and Transformers refuses it."""
     nulls = [
         name
@@ -321,7 +320,7 @@ def _refuse_nulls(read: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
 
 
 def _overridden(
-    hf: Mapping[str, Any], overrides: Mapping[str, Any], *, known: frozenset[str]
+    hf: HfConfig, overrides: Mapping[str, Any], *, known: frozenset[str]
 ) -> dict[str, Any]:
     """The file with the overrides and their consequences: of the rope settings one form stays, so
     that no stale field contradicts it.
@@ -350,7 +349,7 @@ def _overridden(
     return {**rest, "rope_parameters": rope}
 
 
-def _context(hf: Mapping[str, Any], rope: RopeConfig, overrides: Mapping[str, Any]) -> int:
+def _context(hf: HfConfig, rope: RopeConfig, overrides: Mapping[str, object]) -> int:
     """The longest context: longer than the file says if YaRN was asked for in an override."""
     stated = hf["max_position_embeddings"]
     asked = _ROPE_FIELDS.intersection(overrides) and "max_position_embeddings" not in overrides

@@ -11,6 +11,7 @@ from swaa_jax.models import weight_rules as weights
 from swaa_jax.models.blocks import DecoderLayer, Initial, LayerOutput, Rows, make_norm
 from swaa_jax.models.causal_lm import CausalLM
 from swaa_jax.models.config import DecoderConfig, local_fields
+from swaa_jax.models.config_types import HfConfig
 from swaa_jax.sharding import constrain_batch
 
 
@@ -32,7 +33,7 @@ class GemmaConfig(DecoderConfig):
     }
 
     @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
         """Norms around one, scaled embeddings, soft caps, and the window of the local layers."""
         if hf["use_bidirectional_attention"]:
             raise NotImplementedError(
@@ -49,7 +50,7 @@ class GemmaConfig(DecoderConfig):
         }
 
     @classmethod
-    def layer_kinds(cls, hf: Mapping[str, Any]) -> Sequence[str]:
+    def layer_kinds(cls, hf: HfConfig) -> Sequence[str]:
         """The kind of each layer, also in files without `layer_types`."""
         raise NotImplementedError
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from swaa_jax.fields import show
+from swaa_jax.models.config_types import HfConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,7 @@ _IGNORED_KEYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_fa
 
 
 def parse_rope(
-    hf: Mapping[str, Any],
+    hf: HfConfig,
     *,
     supported: Collection[str] = tuple(SCALINGS),
     default_theta: float = 10_000.0,
@@ -184,7 +185,7 @@ def parse_rope(
     return RopeConfig(theta=float(theta), scaling=scaling_class(**given) if scaling_class else None)
 
 
-def _original_context(hf: Mapping[str, Any], scaling: Mapping[str, Any]) -> dict[str, Any]:
+def _original_context(hf: HfConfig, scaling: Mapping[str, Any]) -> dict[str, Any]:
     """The context that the model was first trained on: as Transformers reads it, at the top too,
     and by default the context of today.
     """

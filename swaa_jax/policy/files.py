@@ -14,7 +14,7 @@ Slices of layers are quoted: ``full_attention_layers: "1::2"``.
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from etils import epath
 
@@ -23,6 +23,7 @@ from swaa_jax.fields import (
     check_fields,
     flag,
     list_of,
+    naming,
     number,
     one_of,
     or_none,
@@ -148,7 +149,7 @@ def load_policy_file(name_or_path: PathLike) -> PolicyFile:
     path = epath.Path(find_config("policies", name_or_path))
     policy = AttentionPolicy.load(path)
     document = (parse_json if path.suffix == ".json" else parse_yaml)(path.read_text())
-    try:
+    with naming(path):
         return PolicyFile(
             name=os.fspath(name_or_path),
             policy=policy,
@@ -157,10 +158,8 @@ def load_policy_file(name_or_path: PathLike) -> PolicyFile:
             needs=section(Needs)("needs", document.get("needs", {})),
             evidence=list_of(section(Evidence))("evidence", document.get("evidence", [])),
         )
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
-def _note(document: dict[str, Any], key: str) -> str:
+def _note(document: dict[str, object], key: str) -> str:
     note = document.get(key, "")
     return " ".join(text(key, note).split()) if note != "" else ""

@@ -124,7 +124,7 @@ class LayerAttention:
 class HfExpressible(Protocol):
     """A model's config: it knows how its family's `config.json` says an attention policy."""
 
-    def to_hf(self, policy: "AttentionPolicy | None" = None) -> dict[str, Any]:
+    def to_hf(self, policy: "AttentionPolicy | None" = None) -> dict[str, object]:
         """The `config.json` that says the policy."""
         ...
 
@@ -286,7 +286,7 @@ class AttentionPolicy:
             for layer in range(num_layers)
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """All fields, as JSON's types: tuples become lists, and full heads a mapping.
 
         Without full heads their field is left out, so that versions that do not know it can read
@@ -419,7 +419,7 @@ class AttentionPolicy:
         """
         return cls(**from_swaa_config(config, num_layers=num_layers))
 
-    def to_hf_config(self, config: HfExpressible) -> dict[str, Any]:
+    def to_hf_config(self, config: HfExpressible) -> dict[str, object]:
         """The HF `config.json` under which stock Transformers runs this policy.
 
         Args:
@@ -430,7 +430,7 @@ class AttentionPolicy:
         """
         return config.to_hf(self)
 
-    def to_swaa_config(self, *, num_layers: int | None = None) -> dict[str, Any]:
+    def to_swaa_config(self, *, num_layers: int | None = None) -> dict[str, object]:
         """The configuration of the paper's reference code, ``{"swaa_config": {...}}``.
 
         Args:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -203,7 +203,7 @@ def check_lengths(data: BatchSource, longest: int) -> None:
 
 def run_identity(
     config: TrainConfig, model: CausalLM, data: BatchSource, total_steps: int
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """What a checkpoint must agree with: all that decides the result, and no more.
 
     The mesh, the number of processes, rows_per_device and where things are may change.

@@ -18,6 +18,7 @@ from swaa_jax.fields import (
     from_mapping,
     integer,
     mapping,
+    naming,
     or_none,
     parse_yaml,
     plain,
@@ -240,12 +241,10 @@ class TrainConfig:
         """
         path = epath.Path(path)
         document = path.read_text()
-        try:
+        with naming(path):
             fields = mapping("training config", parse_yaml(document))
             named = {"policy": lambda name: load_policy(name).to_dict()}
             return cls.from_dict(with_overrides(fields, overrides, named=named))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
 
 def _mesh_sizes(name: str, value: object) -> Mapping[str, int] | str | None:

@@ -12,6 +12,7 @@ import pytest
 
 from swaa_jax.eval.judging import Judged, LlmJudge, LlmJudgeConfig
 from swaa_jax.eval.judging.language_model import read_verdict, retry_after
+from tests.support.serving import serving
 
 
 def judged(response, **fields):
@@ -81,16 +82,10 @@ def server():
     owner = types.SimpleNamespace(
         requests=[], times=[], replies=[], released=threading.Event(), lock=threading.Lock()
     )
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    httpd.owner = owner
-    owner.url = f"http://127.0.0.1:{httpd.server_port}/v1/"
-    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield owner
-    owner.released.set()
-    httpd.shutdown()
-    thread.join()
-    httpd.server_close()
+    with serving(Handler) as port:
+        owner.url = f"http://127.0.0.1:{port}/v1/"
+        yield owner
+        owner.released.set()
 
 
 def judge_at(server, *, pause_s=0.0, **fields):

@@ -22,6 +22,7 @@ from swaa_jax.eval.judging.judge import Judged, Verdict, answer_of, strip_thinki
 from swaa_jax.fields import check_fields, integer, number, or_none, text, wrong
 from swaa_jax.typing import PathLike
 
+_EXCERPT = 200
 _PROMPT = """\
 You grade an answer to a question. It is right if it says the same as the reference answer, in \
 whatever words; it is wrong if it says something else, something less, or that it does not know. \
@@ -283,6 +284,6 @@ def _word(accepted: bool) -> str:
     return "CORRECT" if accepted else "INCORRECT"
 
 
-def _excerpt(text: str, limit: int = 200) -> str:
+def _excerpt(text: str) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= limit else text[:limit] + "..."
+    return text if len(text) <= _EXCERPT else text[:_EXCERPT] + "..."

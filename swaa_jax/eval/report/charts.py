@@ -139,12 +139,6 @@ def policy_chart(
     return _render(draw)
 
 
-def _legend_line(dot: Dot) -> str:
-    """Label and name, in lines short enough to leave the panels room."""
-    name = dot.name.replace(",", ", ")  # a policy's text has no blanks to break it at
-    return _plain(textwrap.fill(f"{dot.label}  {name}", 48))
-
-
 def _set_scales(axis: "Axes", label: str, *, most: float) -> None:
     """Room around the dots, for badges."""
     axis.set_ylim(-30, 130)

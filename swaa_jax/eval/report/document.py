@@ -5,13 +5,13 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any
 
 from swaa_jax.eval.report.charts import Chart, length_chart
 from swaa_jax.eval.report.findings import findings, remarks
 from swaa_jax.eval.report.summary import CellSummary, Group, Part
 from swaa_jax.eval.report.table import COLUMNS, LEGEND, markdown_table
 from swaa_jax.eval.run import Evaluation
+from swaa_jax.eval.run.store import AnswerRecord
 
 __all__ = ["html_report", "markdown_report"]
 
@@ -28,7 +28,7 @@ def html_report(
     charts: Sequence[Chart],
     title: str,
     command: str,
-    provenance: Mapping[str, Any],
+    provenance: Mapping[str, object],
 ) -> str:
     """The whole report as one HTML file, without links to anything.
 
@@ -116,7 +116,7 @@ def _setting(evaluation: Evaluation) -> str:
     )
 
 
-def _group_view(group: Group, chart: Chart, *, seed: int) -> dict[str, Any]:
+def _group_view(group: Group, chart: Chart, *, seed: int) -> dict[str, object]:
     several = len(_part_names(group, "by_length")) > 1
     return {
         "title": group.title,
@@ -205,7 +205,7 @@ def _shade(share: float, *, hover: str, note: str = "") -> _Shade:
     return _Shade(text=text, long_text=text + note, color=color, hover=hover)
 
 
-def _examples(group: Group, seed: int) -> list[dict[str, Any]]:
+def _examples(group: Group, seed: int) -> list[dict[str, object]]:
     """A few questions with every policy's first answer; those on which they differ come first."""
     first = [
         {answer["sample"]: answer for answer in summary.cell.answers if answer["attempt"] == 0}
@@ -230,7 +230,7 @@ def _examples(group: Group, seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def _answer_view(policy: str, answer: Mapping[str, Any]) -> dict[str, Any]:
+def _answer_view(policy: str, answer: AnswerRecord) -> dict[str, object]:
     return {
         "policy": policy,
         "accepted": answer["accepted"],

@@ -3,10 +3,10 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from swaa_jax.eval.report.statistics import Interval, bootstrap_interval, paired_p_value, pass_at_k
 from swaa_jax.eval.run import Cell, EvalConfig, Evaluation
+from swaa_jax.eval.run.store import AnswerRecord
 
 __all__ = ["CellSummary", "Group", "Part", "group_summaries", "length_bin", "summarize"]
 
@@ -55,7 +55,7 @@ class CellSummary:
     difference: float | None
     p_value: float | None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Everything but times, as JSON's types: equal for equal answers."""
         cell = self.cell
         return {
@@ -185,12 +185,12 @@ def length_bin(num_tokens: int) -> str:
     return f"{low:>9,}-{2 * low - 1:,}"
 
 
-Samples = Sequence[Sequence[Mapping[str, Any]]]
+Samples = Sequence[Sequence[AnswerRecord]]
 
 
 def _by_sample(cell: Cell) -> Samples:
     """The attempts at each sample, in the samples' order."""
-    samples: dict[str, list[Mapping[str, Any]]] = {}
+    samples: dict[str, list[AnswerRecord]] = {}
     for answer in cell.answers:
         samples.setdefault(answer["sample"], []).append(answer)
     return list(samples.values())
@@ -200,7 +200,7 @@ def _means(samples: Samples, field: str) -> list[float]:
     return [_mean([answer[field] for answer in attempts]) for attempts in samples]
 
 
-def _mean(values: Sequence[Any]) -> float:
+def _mean(values: Sequence[float]) -> float:
     return sum(float(value) for value in values) / len(values)
 
 
@@ -222,7 +222,7 @@ def _pass_at(samples: Samples) -> dict[int, float]:
 def _parts(
     samples: Samples,
     scores: Sequence[float],
-    key: Callable[[Mapping[str, Any]], str],
+    key: Callable[[AnswerRecord], str],
     interval: Callable[[Sequence[float]], Interval],
 ) -> dict[str, Part]:
     groups: dict[str, list[float]] = {}

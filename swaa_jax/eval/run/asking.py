@@ -8,14 +8,14 @@ import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from swaa_jax import runtime
 from swaa_jax.eval.judging import Judge, Judged, strip_thinking
 from swaa_jax.eval.run.answering import answer_prompts, even_batches
 from swaa_jax.eval.run.config import EvalConfig, ModelEntry, PolicyEntry, TaskEntry
 from swaa_jax.eval.run.costs import CellCost, cell_cost
-from swaa_jax.eval.run.store import AnswerBatch, CellStore, fingerprint
+from swaa_jax.eval.run.store import AnswerBatch, AnswerRecord, CellStore, fingerprint
 from swaa_jax.eval.tasks import Sample, encode_sample, opens_thinking
 from swaa_jax.infer import GenerateOptions, Timings
 from swaa_jax.models import CausalLM
@@ -56,7 +56,7 @@ class Cell:
     policy: AttentionPolicy
     task: str
     thinking: bool
-    answers: tuple[Mapping[str, Any], ...]
+    answers: tuple[AnswerRecord, ...]
     skipped: int
     cost: CellCost
 
@@ -82,7 +82,7 @@ class Asking:
         entry: ModelEntry,
         model: CausalLM,
         tokenizer: "PreTrainedTokenizerBase",
-        identity: Mapping[str, Any],
+        identity: Mapping[str, object],
         task: TaskEntry,
         thinking: bool,
     ):
@@ -216,7 +216,7 @@ class Asking:
 
     def _cell(self, entry: PolicyEntry, judge_key: str) -> Cell:
         store = self._store(entry.policy)
-        records: dict[int, Mapping[str, Any]] = {}
+        records: dict[int, AnswerRecord] = {}
         timings = []
         for number in range(len(self._batches)):
             batch = store.read_answers(number)
@@ -242,7 +242,7 @@ class Asking:
             ),
         )
 
-    def _verdict(self, answer: Mapping[str, Any], *, judge: Judge) -> dict[str, Any]:
+    def _verdict(self, answer: AnswerRecord, *, judge: Judge) -> dict[str, object]:
         index = answer["row"] // self._config.attempts
         sample = self._samples[index]
         verdict = judge(
@@ -261,8 +261,8 @@ class Asking:
         }
 
     def _record(
-        self, entry: PolicyEntry, answer: Mapping[str, Any], verdict: Mapping[str, Any]
-    ) -> dict[str, Any]:
+        self, entry: PolicyEntry, answer: AnswerRecord, verdict: AnswerRecord
+    ) -> dict[str, object]:
         index, attempt = divmod(answer["row"], self._config.attempts)
         sample = self._samples[index]
         said = strip_thinking(answer["response"], thinking=self._opened[index])

@@ -10,7 +10,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from etils import epath
 from jax.sharding import Mesh
@@ -52,9 +52,9 @@ class Evaluation:
 
     config: EvalConfig
     cells: tuple[Cell, ...]
-    models: Mapping[str, Mapping[str, Any]]
+    models: Mapping[str, Mapping[str, object]]
     dtype: str
-    device: Mapping[str, Any]
+    device: Mapping[str, object]
     versions: Mapping[str, str]
     seconds: float
     answered: int
@@ -90,7 +90,7 @@ def evaluate(
     steps = _Steps(progress, len(entries) * len(config.tasks) * len(config.thinking))
     cells: list[Cell] = []
     asked: set[tuple[str, AttentionPolicy]] = set()
-    models: dict[str, Mapping[str, Any]] = {}
+    models: dict[str, Mapping[str, object]] = {}
     answered = 0
     for setting, entry in entries:
         steps.show(f"loading {entry.label}", 0.0)
@@ -160,7 +160,7 @@ class _Steps:
 
 
 def _policies(
-    entries: Sequence[PolicyEntry | Mapping[str, Any]], model: CausalLM, *, baseline: str | None
+    entries: Sequence[PolicyEntry | Mapping[str, object]], model: CausalLM, *, baseline: str | None
 ) -> list[PolicyEntry]:
     """The policies of a setting, for this model.
 

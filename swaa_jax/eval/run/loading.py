@@ -1,6 +1,6 @@
 """The models of an evaluation: loaded with their adapters, and what their answers depend on."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import Mesh
@@ -38,7 +38,7 @@ def load_entry(
     return model, tokenizer
 
 
-def identity_of(model: CausalLM, entry: ModelEntry, config: EvalConfig) -> dict[str, Any]:
+def identity_of(model: CausalLM, entry: ModelEntry, config: EvalConfig) -> dict[str, object]:
     """All of a loaded model that its answers depend on, as JSON's types."""
     return {
         **describe_model(model),

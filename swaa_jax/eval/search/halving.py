@@ -165,7 +165,7 @@ def search_policies(
     output_dir: str,
     *,
     config: SearchConfig | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
     progress: ShowProgress | None = None,
 ) -> SearchResult:
     """Search a space of policies.

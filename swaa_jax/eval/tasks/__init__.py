@@ -1,7 +1,6 @@
 """What models are asked. Each task is a small file; `docs/add-a-task.md` says how to add one."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from swaa_jax.eval.tasks.longbench_v2 import LongBenchV2Task
 from swaa_jax.eval.tasks.longmemeval import LongMemEvalTask
@@ -32,7 +31,7 @@ TASKS: Mapping[str, type[Task]] = {
 """Every task by its name."""
 
 
-def make_task(name: str, **settings: Any) -> Task:
+def make_task(name: str, **settings: object) -> Task:
     """The task of that name.
 
     Args:

@@ -9,7 +9,7 @@ What a record asks and what is right is read as `swaa_jax.examples` says: `promp
 import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from etils import epath
 
@@ -72,7 +72,7 @@ class QaTask(FileTask):
     """
 
     name: ClassVar[str] = "qa"
-    judge: ClassVar[Mapping[str, Any]] = {"name": "includes"}
+    judge: ClassVar[Mapping[str, object]] = {"name": "includes"}
     max_new_tokens: ClassVar[int] = 512
 
     @property

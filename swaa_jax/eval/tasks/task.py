@@ -50,7 +50,7 @@ class Task(abc.ABC):
     """
 
     name: ClassVar[str]
-    judge: ClassVar[Mapping[str, Any]]
+    judge: ClassVar[Mapping[str, object]]
     max_new_tokens: ClassVar[int]
 
     @property

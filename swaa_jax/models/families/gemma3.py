@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from swaa_jax.fields import check_keys, mapping, show
 from swaa_jax.models.config import DecoderConfig
+from swaa_jax.models.config_types import HfConfig
 from swaa_jax.models.gemma import GemmaConfig
 from swaa_jax.models.interop import FULL, WINDOWED
 from swaa_jax.models.rope import parse_rope
@@ -27,7 +28,7 @@ class Gemma3Config(GemmaConfig):
     default_theta: ClassVar[float] = 1_000_000.0
 
     @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
         """The fields of both Gemmas, with q/k norms and a rope of the local layers."""
         if hf["attn_logit_softcapping"] is not None:
             raise NotImplementedError(
@@ -42,7 +43,7 @@ class Gemma3Config(GemmaConfig):
         }
 
     @classmethod
-    def layer_kinds(cls, hf: Mapping[str, Any]) -> Sequence[str]:
+    def layer_kinds(cls, hf: HfConfig) -> Sequence[str]:
         """`layer_types`, or every so many-th layer global."""
         if hf["layer_types"] is not None:
             return hf["layer_types"]
@@ -50,9 +51,7 @@ class Gemma3Config(GemmaConfig):
         return [WINDOWED if layer % hf["sliding_window_pattern"] else FULL for layer in layers]
 
     @classmethod
-    def from_hf(
-        cls, hf: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
-    ) -> "DecoderConfig":
+    def from_hf(cls, hf: HfConfig, overrides: Mapping[str, Any] | None = None) -> "DecoderConfig":
         """As `DecoderConfig.from_hf`; of the ropes the newer form is kept, one for each kind."""
         ropes = _ropes(hf, default_theta=cls.default_theta)
         local_theta = (overrides or {}).get("rope_local_base_freq")
@@ -61,11 +60,11 @@ class Gemma3Config(GemmaConfig):
         return super().from_hf({**hf, "rope_parameters": ropes}, overrides)
 
     @classmethod
-    def rope_settings(cls, hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    def rope_settings(cls, hf: HfConfig) -> HfConfig:
         """The global layers' rope."""
         return {**hf, "rope_parameters": hf["rope_parameters"][FULL]}
 
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """Another window for the local layers: a layer's kind chooses its rope too, so it stays.
 
         No window is one that is as long as the context.
@@ -82,7 +81,7 @@ class Gemma3Config(GemmaConfig):
         return {"sliding_window": window}
 
 
-def _ropes(hf: Mapping[str, Any], *, default_theta: float) -> dict[str, dict[str, Any]]:
+def _ropes(hf: HfConfig, *, default_theta: float) -> dict[str, dict[str, Any]]:
     """The settings of each kind of layer. Older files say them as `rope_theta`, `rope_scaling` (of
     the global layers only) and `rope_local_base_freq`.
     """

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from swaa_jax.models.config import COMMON_DEFAULTS, DecoderConfig
+from swaa_jax.models.config_types import HfConfig
 
 
 class LlamaConfig(DecoderConfig):
@@ -21,6 +22,6 @@ class LlamaConfig(DecoderConfig):
     }
 
     @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
         """Optional biases of the feed-forward blocks too."""
         return {"mlp_bias": hf["mlp_bias"]}

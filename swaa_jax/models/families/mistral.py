@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from swaa_jax.models.config import COMMON_DEFAULTS, DecoderConfig, local_fields
+from swaa_jax.models.config_types import HfConfig
 
 
 class MistralConfig(DecoderConfig):
@@ -21,17 +22,17 @@ class MistralConfig(DecoderConfig):
     }
 
     @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
         """The window of all layers."""
         return local_fields(hf, cls.layer_kinds(hf), hf["sliding_window"])
 
     @classmethod
-    def layer_kinds(cls, hf: Mapping[str, Any]) -> list[str] | None:
+    def layer_kinds(cls, hf: HfConfig) -> list[str] | None:
         """Each layer's kind; None: all are windowed."""
         del hf
         return None
 
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """One window for all layers; where they differ the model is a Ministral, same weights."""
         if len(set(kinds)) == 1:
             return {"sliding_window": window}
@@ -51,11 +52,11 @@ class MinistralConfig(MistralConfig):
     defaults: ClassVar[Mapping[str, Any]] = {**MistralConfig.defaults, "layer_types": None}
 
     @classmethod
-    def layer_kinds(cls, hf: Mapping[str, Any]) -> list[str] | None:
+    def layer_kinds(cls, hf: HfConfig) -> list[str] | None:
         """What `layer_types` says."""
         return hf["layer_types"]
 
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """A kind for each layer. Transformers wants a window there even where no layer has it."""
         return {
             "sliding_window": window or self.max_position_embeddings,

@@ -12,6 +12,7 @@ from swaa_jax.checkpoint.keymap import WeightRule
 from swaa_jax.models import weight_rules as weights
 from swaa_jax.models.causal_lm import CausalLM
 from swaa_jax.models.config import COMMON_DEFAULTS, DecoderConfig, local_fields
+from swaa_jax.models.config_types import HfConfig
 from swaa_jax.models.interop import one_window
 
 
@@ -32,11 +33,11 @@ class Phi3Config(DecoderConfig):
     }
 
     @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
         """The window of all layers."""
         return local_fields(hf, None, hf["sliding_window"])
 
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """One window for all layers."""
         return {"sliding_window": one_window(kinds, window)}
 

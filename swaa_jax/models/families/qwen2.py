@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from swaa_jax.models.config import COMMON_DEFAULTS, DecoderConfig, switched_local_fields
+from swaa_jax.models.config_types import HfConfig
 from swaa_jax.models.interop import kinds_fields
 
 
@@ -23,10 +24,10 @@ class Qwen2Config(DecoderConfig):
     }
 
     @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
         """Fixed biases, and the window of files that use one."""
         return {"attention_bias": True, "output_bias": False, **switched_local_fields(hf)}
 
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """A kind for each layer."""
         return kinds_fields(kinds, window)

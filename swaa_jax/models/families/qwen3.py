@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from swaa_jax.models.config import COMMON_DEFAULTS, DecoderConfig, switched_local_fields
+from swaa_jax.models.config_types import HfConfig
 from swaa_jax.models.interop import kinds_fields
 
 
@@ -25,10 +26,10 @@ class Qwen3Config(DecoderConfig):
     }
 
     @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
         """q/k norms, and the window of files that use one."""
         return {"qk_norm": True, **switched_local_fields(hf)}
 
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """A kind for each layer."""
         return kinds_fields(kinds, window)

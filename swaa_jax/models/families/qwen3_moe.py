@@ -12,6 +12,7 @@ from swaa_jax.models import weight_rules as weights
 from swaa_jax.models.blocks import DecoderLayer, FeedForward, Initial, RouterStatistics, Rows
 from swaa_jax.models.causal_lm import CausalLM
 from swaa_jax.models.config import COMMON_DEFAULTS, DecoderConfig, local_fields
+from swaa_jax.models.config_types import HfConfig
 from swaa_jax.models.interop import one_window
 from swaa_jax.models.moe import SparseMLP, load_balancing_loss
 
@@ -86,7 +87,7 @@ class Qwen3MoeConfig(DecoderConfig):
         )
 
     @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
         """Qwen3's fields, the experts', and the window that all layers share where there is one."""
         window = hf["sliding_window"] if hf["use_sliding_window"] else None
         return {
@@ -97,9 +98,7 @@ class Qwen3MoeConfig(DecoderConfig):
         }
 
     @classmethod
-    def from_hf(
-        cls, hf: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
-    ) -> "DecoderConfig":
+    def from_hf(cls, hf: HfConfig, overrides: Mapping[str, Any] | None = None) -> "DecoderConfig":
         """As `DecoderConfig.from_hf`. Transformers 5 writes `num_local_experts`, files of version 4
         have `num_experts`, which stays.
         """
@@ -112,7 +111,7 @@ class Qwen3MoeConfig(DecoderConfig):
             )
         return super().from_hf({**rest, "num_experts": count}, overrides)
 
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """One window for all layers."""
         window = one_window(kinds, window)
         return {"use_sliding_window": window is not None, "sliding_window": window}

@@ -92,11 +92,19 @@ class Renderer:
         cls,
         tokenizer: "PreTrainedTokenizerBase",
         *,
-        enable_thinking: bool,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        enable_thinking: bool = False,
+        chat_template_kwargs: Mapping[str, object] | None = None,
         use_chat_template: bool | None = None,
     ) -> "Renderer":
-        """With the tokenizer's template if it has one, unless `use_chat_template` says."""
+        """A renderer for a tokenizer.
+
+        Args:
+            tokenizer: a Transformers tokenizer.
+            enable_thinking: passed to the chat template. When true nothing is put after the
+                template's generation prompt; when false RULER's answer prefix is.
+            chat_template_kwargs: more arguments for the template.
+            use_chat_template: None: if the tokenizer has one.
+        """
         if use_chat_template is None:
             use_chat_template = bool(getattr(tokenizer, "chat_template", None))
         return cls(
