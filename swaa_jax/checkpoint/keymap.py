@@ -273,8 +273,10 @@ def check_counts(
             if there
         }
         if len(found) < wanted:
-            what = placeholder.strip("{}")
-            raise _unfit(reader, f"tensors of {len(found)} {plural(what, len(found))}", sizes or {})
+            what = plural(placeholder.strip("{}"), len(found))
+            first = f"{min(before)}{len(found)}.*"
+            got = f"tensors of {len(found)} {what}, the others missing: {first!r} and all after it"
+            raise _unfit(reader, got, sizes or {})
 
 
 def _no_row(paths: Iterable[str]) -> ValueError:
