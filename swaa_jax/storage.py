@@ -154,8 +154,8 @@ def _runs(numbers: list[int]) -> str:
     return text if len(numbers) == 1 else f"{{{text}}}"
 
 
-def resolve_inside(directory: epath.PathLike, name: str) -> epath.Path:
-    """`directory / name`, which must not lead out of `directory`.
+def resolve_inside(directory: epath.PathLike, name: str, *, under: str = "") -> epath.Path:
+    """`directory / name`, which must not lead out of `directory`; `under` is a directory between.
 
     A checkpoint is data from elsewhere: an index that names `../../secrets`, or a symlink to a file
     outside, is refused. The Hugging Face cache is the one layout that links outward by design
@@ -172,7 +172,7 @@ def resolve_inside(directory: epath.PathLike, name: str) -> epath.Path:
             f"{directory}: expected the plain name of a file in this directory, such as "
             f"'model-00001-of-00002.safetensors', got {show(name)}; fix or rebuild the index"
         )
-    path = directory / name
+    path = directory / under / name
     if not is_local(directory):
         return path
     root = pathlib.Path(directory).resolve()

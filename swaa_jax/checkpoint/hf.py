@@ -37,7 +37,10 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
-"""What `copy_tokenizer_files` copies, where present."""
+"""What `copy_tokenizer_files` copies, where present, with the named templates."""
+
+NAMED_TEMPLATES = "additional_chat_templates"
+"""The directory of the chat templates besides the default one, a `.jinja` file each."""
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """One of these makes a tokenizer; the first that is there names it."""
@@ -223,11 +226,13 @@ def copy_tokenizer_files(source: epath.PathLike, destination: epath.PathLike) ->
     """
     source, destination = check_directory(source), epath.Path(destination)
     copied = []
-    for name in TOKENIZER_FILES:
+    for name in (*TOKENIZER_FILES, *named_templates(source)):
         path = source / name
         if not _exists(path):
             continue
-        resolve_inside(source, name)
+        under, _, file = name.rpartition("/")
+        resolve_inside(source, file, under=under)
+        (destination / name).parent.mkdir(parents=True, exist_ok=True)
         if is_local(path) and is_local(destination):
             shutil.copyfile(path, destination / name)  # the target of a link, not the link
         else:
@@ -236,3 +241,13 @@ def copy_tokenizer_files(source: epath.PathLike, destination: epath.PathLike) ->
             (destination / name).write_bytes(content)
         copied.append(name)
     return copied
+
+
+def named_templates(source: epath.Path) -> list[str]:
+    """The files of a checkpoint's named chat templates."""
+    directory = source / NAMED_TEMPLATES
+    if not _exists(directory):
+        return []
+    with reading(directory):
+        names = sorted(path.name for path in directory.iterdir())
+    return [f"{NAMED_TEMPLATES}/{name}" for name in names if name.endswith(".jinja")]

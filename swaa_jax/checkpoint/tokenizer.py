@@ -16,6 +16,7 @@ from swaa_jax.checkpoint.hf import (
     TOKENIZER_FILES,
     VOCABULARY_FILES,
     copy_tokenizer_files,
+    named_templates,
 )
 from swaa_jax.checkpoint.hub import open_checkpoint
 from swaa_jax.storage import CheckpointError, is_local, reading, resolve_inside
@@ -84,6 +85,9 @@ def _load(directory: epath.Path, source: epath.Path) -> "PreTrainedTokenizerBase
         resolve_inside(directory, name)
         if name.endswith(".json"):
             read_json_object(directory / name)
+    for name in named_templates(directory):
+        under, _, file = name.rpartition("/")
+        resolve_inside(directory, file, under=under)
     with _without_torch_advice():
         from transformers import AutoTokenizer  # slow to import, so only where it is needed
 

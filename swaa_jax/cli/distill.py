@@ -106,12 +106,14 @@ def run(args: argparse.Namespace) -> int:
     )
     questions = read_questions(args.questions, limit=args.limit)
     policy = AttentionPolicy() if policy is None else policy
+    overrides = process_args.config_overrides_from_args(args)
     model = load_model(
         args.model,
         policy=policy,
         dtype=args.dtype,
         mesh=process_args.mesh_from_args(args),
         revision=args.revision,
+        config_overrides=overrides,
     )
     done = distill(
         model,
@@ -124,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
             "model": args.model,
             "dtype": args.dtype,
             "policy": policy.to_dict(),
+            **({"config_overrides": overrides} if overrides else {}),
             "judge": {"name": args.judge, **without_secrets(settings)},
         },
         progress=not args.quiet,

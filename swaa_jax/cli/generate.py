@@ -138,6 +138,7 @@ def add_parser(subparsers: Commands) -> None:
     output.add_argument(
         "--revision", metavar="REV", help="of a hub id: a branch, a tag or a commit"
     )
+    process_args.add_config_override(output)
     output.add_argument(
         "--backend",
         metavar="NAME",
@@ -176,6 +177,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         mesh=mesh,
         revision=args.revision,
+        config_overrides=process_args.config_overrides_from_args(args),
         backend=args.backend,
     )
 

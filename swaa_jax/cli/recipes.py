@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from swaa_jax.cli import Commands
+from swaa_jax.cli import Commands, process_args
 from swaa_jax.cli.recipes_search import add_search_arguments, run_search
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ def add_parser(subparsers: Commands) -> None:
         "--memory", type=float, metavar="GIB", help="of weights and caches together, at most"
     )
     add("--model", help="directory, bucket, hub id or shipped model; no weights are read")
-    add("--context", type=int, default=32768, metavar="TOKENS", help="default: %(default)s")
+    process_args.add_config_override(parser)
+    add("--context", type=int, metavar="TOKENS", help="default: 32768, or less if the model has it")
     add("--rows", type=int, default=1, help="in memory at once; default: %(default)s")
     add("--json", action="store_true", help="for programs")
     of_search = add_search_arguments(parser)
@@ -91,14 +92,16 @@ def run(args: argparse.Namespace, *, of_search: Sequence[argparse.Action]) -> in
     if args.search:
         if args.model is None:
             raise ValueError("--search: expected --model, and --data or --task, got no --model")
-        return run_search(args, num_layers=_size_of(args.model).num_layers)
+        return run_search(args, num_layers=_size_of(args).num_layers)
     alone = [flag for flag in of_search if getattr(args, flag.dest) != flag.default]
     if alone:
         name = alone[0].option_strings[0]
         raise ValueError(f"{name}: expected --search with it, got none; add it or leave {name} out")
     if args.name is not None:
         config_path("policies", args.name)  # an unknown name is told with the nearest
-    size = QWEN3_4B if args.model is None else _size_of(args.model)
+    size = QWEN3_4B if args.model is None else _size_of(args)
+    if args.context is None:
+        args.context = min(32768, size.context)
     recipes = list_recipes(size, context=args.context, rows=args.rows)
     needs = Needs(training=args.training, thinking=args.thinking, prefer=args.prefer)
     asked = needs != Needs() or args.memory is not None
@@ -121,7 +124,7 @@ def run(args: argparse.Namespace, *, of_search: Sequence[argparse.Action]) -> in
     return 0
 
 
-def _size_of(name: str) -> "ModelSize":
+def _size_of(args: argparse.Namespace) -> "ModelSize":
     import math
 
     import jax.numpy as jnp
@@ -131,10 +134,13 @@ def _size_of(name: str) -> "ModelSize":
     from swaa_jax.models import read_blueprint
 
     blueprint = read_blueprint(
-        open_checkpoint(name, weights=False), policy=None, dtype=jnp.dtype("bfloat16")
+        open_checkpoint(args.model, weights=False),
+        policy=None,
+        dtype=jnp.dtype("bfloat16"),
+        config_overrides=process_args.config_overrides_from_args(args),
     )
     numbers = sum(math.prod(param.shape) for param in blueprint.params.values())
-    return ModelSize.of(blueprint.model, name=name, weight_bytes=2 * numbers)
+    return ModelSize.of(blueprint.model, name=args.model, weight_bytes=2 * numbers)
 
 
 def _nothing_fits(recipes: "list[Recipe]", needs: "Needs", args: argparse.Namespace) -> str:

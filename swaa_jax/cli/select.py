@@ -159,6 +159,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         mesh=process_args.mesh_from_args(args),
         revision=args.revision,
+        config_overrides=process_args.config_overrides_from_args(args),
     )
     with show_progress("starting", total=1, enabled=not args.quiet) as bar:
         found = select_layers(

@@ -87,6 +87,7 @@ def load_model(
     directory = checkpoint.open_checkpoint(path, revision)
     mesh = resolve_mesh(mesh)
     _check_backend(backend, mesh)
+    reader = WeightReader(directory)
     plan = read_blueprint(
         directory,
         policy=policy,
@@ -94,14 +95,16 @@ def load_model(
         mesh=mesh,
         config_overrides=config_overrides,
         backend=backend,
+        reader=reader,
     )
     stamps = file_stamps(directory)
     arrays = checkpoint.load_weights(
-        WeightReader(directory),
+        reader,
         plan.rules,
         num_layers=plan.model.config.num_layers,
         expected=plan.expected,
         tied=plan.tied,
+        sizes=plan.model.config.sizes,
     )
     for name, param in plan.params.items():
         param.set_value(arrays[_join(name)])
@@ -139,8 +142,15 @@ def read_blueprint(
     mesh: Mesh | None = None,
     config_overrides: Mapping[str, object] | None = None,
     backend: str = "auto",
+    reader: WeightReader | None = None,
 ) -> Blueprint:
     """Reads a checkpoint's config and policy; no weights, and no memory for them.
+
+    Args:
+        directory: the checkpoint.
+        policy, dtype, mesh, config_overrides, backend: as in `load_model`.
+        reader: of the weights, whose headers must have as many layers and experts as the config;
+            None: they are not looked at.
 
     Raises:
         CheckpointError, ValueError, NotImplementedError: as `load_model`.
@@ -150,11 +160,18 @@ def read_blueprint(
     family = _family(hf_config)
     _check_range(family, dtype)
     config = family.config_class.from_hf(hf_config, config_overrides)
-    policy = _choose_policy(directory, config, policy)
-    model = nnx.eval_shape(
-        lambda: family.model_class(
-            config, policy=policy, dtype=dtype, mesh=mesh, backend=backend, rngs=nnx.Rngs(0)
+    rules = family.weight_rules(config)
+    if reader is not None:
+        checkpoint.check_counts(
+            reader,
+            rules,
+            num_layers=config.num_layers,
+            num_experts=getattr(config, "num_experts", 0),
+            sizes=config.sizes,
         )
+    policy = _choose_policy(directory, config, policy)
+    model = family.model_class(
+        config, policy=policy, dtype=dtype, mesh=mesh, backend=backend, rngs=None
     )
     params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     return Blueprint(
@@ -164,7 +181,7 @@ def read_blueprint(
             _join(name): (tuple(param.shape), param.dtype, sharding_for(param, mesh))
             for name, param in params.items()
         },
-        rules=family.weight_rules(config),
+        rules=rules,
         tied=_TIED if config.tie_word_embeddings else None,
     )
 

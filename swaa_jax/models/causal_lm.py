@@ -28,6 +28,7 @@ from swaa_jax.lora import LoraConfig
 from swaa_jax.models.blocks import (
     DecoderLayer,
     Embedding,
+    Initial,
     LayerOutput,
     Linear,
     RouterStatistics,
@@ -77,6 +78,8 @@ class CausalLM(nnx.Module):
 
     Call it for logits of whole rows (training, scoring); `prefill` and `decode` generate.
 
+    Without `rngs` its parameters are shapes, and nothing is allocated.
+
     Attributes:
         config: shapes and constants.
         policy: what each token may see; `layer_attention` is it, layer by layer.
@@ -102,11 +105,11 @@ class CausalLM(nnx.Module):
         mesh: Mesh | None = None,
         backend: str = "auto",
         initializer_range: float = 0.02,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ):
         policy = config.own if policy is None else policy
         dtype = jnp.dtype(dtype)
-        shared = {"std": initializer_range, "dtype": dtype, "rngs": rngs}
+        initial = Initial(dtype=dtype, std=initializer_range, rngs=rngs)
         self.config = config
         self.policy = policy
         self.layer_attention = policy.resolve(config.num_layers, num_kv_heads=config.num_kv_heads)
@@ -115,12 +118,12 @@ class CausalLM(nnx.Module):
         self.source: PathLike | None = None
         self.lora_config: LoraConfig | None = None
         self.embed_tokens = Embedding(
-            config.vocab_size, config.hidden_size, scale=config.embedding_scale, **shared
+            config.vocab_size, config.hidden_size, scale=config.embedding_scale, initial=initial
         )
         self.layers = nnx.List(
-            [self.layer_class(config, index=i, **shared) for i in range(config.num_layers)]
+            [self.layer_class(config, index=i, initial=initial) for i in range(config.num_layers)]
         )
-        self.norm = make_norm(config, config.hidden_size, dtype=dtype)
+        self.norm = make_norm(config, config.hidden_size, initial=initial)
         self.lm_head = (
             None
             if config.tie_word_embeddings
@@ -128,7 +131,7 @@ class CausalLM(nnx.Module):
                 (config.hidden_size, config.vocab_size),
                 ("embed", "vocab"),
                 use_bias=False,
-                **shared,
+                initial=initial,
             )
         )
 

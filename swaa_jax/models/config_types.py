@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias, TypeGuard
 
 from swaa_jax.fields import describe
+from swaa_jax.limits import MAX_LAYERS
 
 HfConfig: TypeAlias = Mapping[str, Any]
 """The content of a `config.json`; `check_config_types` has seen the types of its values."""
-
-_MAX_LAYERS = 10_000  # more would be built before the weights could tell that there are fewer
 
 
 def check_config_types(config: Mapping[str, object]) -> None:
@@ -73,8 +72,8 @@ def _is_list(kind: type) -> Callable[[Any], bool]:
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "size": ("a positive integer", lambda value: _is_integer(value) and value > 0),
     "layers": (
-        f"an integer from 1 to {_MAX_LAYERS}",
-        lambda value: _is_integer(value) and 0 < value <= _MAX_LAYERS,
+        f"an integer from 1 to {MAX_LAYERS}",
+        lambda value: _is_integer(value) and 0 < value <= MAX_LAYERS,
     ),
     "count": ("an integer of at least 0", lambda value: _is_integer(value) and value >= 0),
     "number": ("a positive number", _is_number),

@@ -1,7 +1,7 @@
 """Gemma 2: every second layer has a window; soft caps on scores and logits."""
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from swaa_jax.models.config_types import HfConfig
 from swaa_jax.models.gemma import GemmaConfig
@@ -14,10 +14,17 @@ class Gemma2Config(GemmaConfig):
     model_type: ClassVar[str] = "gemma2"
     architecture: ClassVar[str] = "Gemma2ForCausalLM"
 
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **GemmaConfig.defaults,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "use_bidirectional_attention": None,
+    }
+
     @classmethod
     def layer_kinds(cls, hf: HfConfig) -> Sequence[str]:
         """`layer_types`; older files have none, and the even layers are local."""
-        if hf.get("layer_types") is not None:
+        if hf["layer_types"] is not None:
             return hf["layer_types"]
         return [FULL if layer % 2 else WINDOWED for layer in range(hf["num_hidden_layers"])]
 
