@@ -51,16 +51,19 @@ bench: $(CORE) $(TORCH)  ## attention time and memory against context length, on
 
 install: $(DEV) $(TORCH)  ## everything that development needs
 
+# A line of a lock has the hashes of its files: what is installed is what was locked, whatever an
+# index says. Without hashes stays torch.txt alone, whose files differ by index (CPU or CUDA).
 lock:  ## make requirements/lock-*.txt again (needs uv; UPGRADE=1 moves to newer versions)
 	@for version in 3.11 3.12 3.13; do \
 	  name=requirements/lock-py$${version%.*}$${version#*.}; \
 	  compile="$(UV) pip compile --quiet --python-version $$version \
 	    --python-platform x86_64-manylinux_2_28 --no-emit-index-url --no-header --no-annotate \
+	    --generate-hashes \
 	    $(if $(UPGRADE),--upgrade) pyproject.toml requirements/build.in"; \
 	  $$compile -o $$name.txt && \
 	  $$compile --extra test -c $$name.txt -o $$name-test.txt && \
 	  $$compile --extra test --extra dev -c $$name-test.txt -o $$name-dev.txt || exit 1; \
-	  echo "$$name: $$(grep -E '^(jax|flax)==' $$name.txt | tr '\n' ' ')"; \
+	  echo "$$name: $$(grep -oE '^(jax|flax)==[^ ]+' $$name.txt | tr '\n' ' ')"; \
 	done
 
 clean:  ## remove environments, caches and outputs
@@ -76,13 +79,13 @@ $(CORE): $(LOCK).txt pyproject.toml
 	  echo "Making $(VENV) with Python $(VERSION)"; $(PYTHON) -m venv --clear $(VENV); \
 	fi
 	@echo "Installing $(LOCK).txt in $(VENV)"
-	@$(PIP) -r $(LOCK).txt
+	@$(PIP) --require-hashes -r $(LOCK).txt
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(TEST): $(LOCK)-test.txt $(CORE)
 	@echo "Installing $(LOCK)-test.txt in $(VENV)"
-	@$(PIP) -r $(LOCK)-test.txt
+	@$(PIP) --require-hashes -r $(LOCK)-test.txt
 	@touch $@
 
 # torch and the TPU compiler are the oracles of the tests. torch is no part of the lock, where its CUDA
@@ -93,7 +96,8 @@ ifeq ($(VERSION),3.11)
 	@echo "Installing requirements/torch.txt in $(VENV)"
 	@$(PIP) -r requirements/torch.txt
 	@$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),\
-	  echo "Installing requirements/libtpu.txt in $(VENV)"; $(PIP) -r requirements/libtpu.txt)
+	  echo "Installing requirements/libtpu.txt in $(VENV)"; \
+	  $(PIP) --no-deps --require-hashes -r requirements/libtpu.txt)
 else
 	@echo "Without torch and the TPU compiler: the tests against Transformers and those that compile" \
 	  "for TPUs are skipped on Python $(VERSION). To run them:" \
@@ -103,7 +107,7 @@ endif
 
 $(DEV): $(LOCK)-dev.txt $(TEST)
 	@echo "Installing $(LOCK)-dev.txt in $(VENV)"
-	@$(PIP) -r $(LOCK)-dev.txt
+	@$(PIP) --require-hashes -r $(LOCK)-dev.txt
 	@touch $@
 
 requirements/lock-%.txt:

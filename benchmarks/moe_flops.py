@@ -30,7 +30,7 @@ from machine import version
 
 from kernels_pallas import Target, grouped_matmul
 from swaa_jax import sharding
-from swaa_jax.models.blocks import Rows
+from swaa_jax.models.blocks import Initial, Rows
 from swaa_jax.models.families.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from swaa_jax.models.moe import SparseMLP
 from swaa_jax.policy import AttentionPolicy
@@ -146,18 +146,14 @@ def block(
 ) -> tuple[int, int]:
     """Router and experts of one layer, on one chip or over a mesh; per chip."""
     mesh = mesh_of(devices, sizes)
-    made = nnx.eval_shape(
-        lambda: SparseMLP(
-            num_experts=EXPERTS,
-            num_per_token=PER_TOKEN,
-            normalise=True,
-            width=WIDTH,
-            inner=INNER,
-            hidden_act="silu",
-            std=0.02,
-            dtype=jnp.dtype(DTYPE),
-            rngs=nnx.Rngs(0),
-        )
+    made = SparseMLP(
+        num_experts=EXPERTS,
+        num_per_token=PER_TOKEN,
+        normalise=True,
+        width=WIDTH,
+        inner=INNER,
+        hidden_act="silu",
+        initial=Initial(dtype=jnp.dtype(DTYPE)),
     )
     graph, params, rest = abstract(made, mesh)
 

@@ -104,7 +104,7 @@ class BackendModule(Protocol):
         ...
 
 
-def no_limits(arguments: Any) -> tuple[str, ...]:
+def no_limits(arguments: object) -> tuple[str, ...]:
     """The limits of a backend that computes whatever its operation takes."""
     del arguments
     return ()

@@ -11,13 +11,13 @@ import numpy as np
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
-def echo(value: Any) -> str:
+def echo(value: object) -> str:
     """``value`` as messages show it, cut to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def is_static(value: Any) -> bool:
+def is_static(value: object) -> bool:
     """True for a Python or numpy integer (bool excluded): a value known while tracing."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 

@@ -1,7 +1,5 @@
 """Sizes, padding, blocks and precision of arrays, as several backends lay them out."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -15,7 +13,7 @@ def round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def pad_end(x: Array, count: int, *, axis: int, value: Any = 0) -> Array:
+def pad_end(x: Array, count: int, *, axis: int, value: float = 0) -> Array:
     """``x`` with ``count`` entries of ``value`` behind it along ``axis``."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, count)

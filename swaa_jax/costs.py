@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Real
 
 from kernels_pallas.chips import find_chip
+from swaa_jax.fields import wrong
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import LayerAttention, Stage
 
@@ -73,6 +74,8 @@ class Runs:
     @classmethod
     def of_text(cls, prompt: int, answer: int = 0) -> "Runs":
         """A prompt of so many tokens, and an answer after it."""
+        if prompt < 0 or answer < 0:
+            raise wrong("prompt and answer", "lengths of at least 0", (prompt, answer))
         ends = np.array([0, prompt, prompt + answer], np.int64)
         return cls(start=ends[:-1], stop=ends[1:], answer=np.array([False, True]))
 
@@ -146,8 +149,8 @@ def _windowed_pairs(layer: LayerAttention, runs: Runs) -> float:
     Each run is cut in two: its windowed rows, then those that see everything.
     """
     assert layer.window is not None
-    reach = layer.window + layer.num_sink_tokens
-    in_prompt = np.minimum(layer.full_attention_tail, runs.stop - runs.start)
+    reach = float(layer.window + layer.num_sink_tokens)
+    in_prompt = np.minimum(float(layer.full_attention_tail), runs.stop - runs.start)
     in_answer = (runs.stop - runs.start) if layer.full_decode else 0
     cut = runs.stop - np.where(runs.answer, in_answer, in_prompt)
     capped = [
@@ -157,13 +160,14 @@ def _windowed_pairs(layer: LayerAttention, runs: Runs) -> float:
     return float(np.sum(capped[1] - capped[0])) + _full_pairs(cut, runs.stop)
 
 
-def _full_pairs(start: Int[np.ndarray, " R"], stop: Int[np.ndarray, " R"]) -> float:
+def _full_pairs(start: Real[np.ndarray, " R"], stop: Real[np.ndarray, " R"]) -> float:
     return float(np.sum(_triangle(stop) - _triangle(start)))
 
 
 def _triangle(count: Any) -> Any:
-    """1 + 2 + ... + count."""
-    return count * (count + 1) // 2
+    """1 + 2 + ... + count, in float64: integers end at 4e9 tokens."""
+    count = np.asarray(count, np.float64)
+    return count * (count + 1) / 2
 
 
 def prefill_attention_share(
@@ -174,11 +178,13 @@ def prefill_attention_share(
     It is the measure of prefill work that neither machine nor model size changes.
 
     Raises:
-        ValueError: as `visible_pairs`.
+        ValueError: as `visible_pairs`, or there are no layers or no tokens.
 
     >>> prefill_attention_share([LayerAttention(window=1), LayerAttention()], 3)
     0.75
     """
+    if not layers or length < 1:
+        raise wrong("layers and length", "at least one of each", (len(layers), length))
     pairs = visible_pairs(layers, Runs.of_text(length), num_kv_heads=num_kv_heads)
     return pairs / (len(layers) * _triangle(length))
 
@@ -206,6 +212,8 @@ def cache_bytes(
     >>> cache_bytes(layers, tokens=1000, num_kv_heads=8, head_dim=128)
     4132900
     """
+    if tokens < 0:
+        raise wrong("tokens", "a number of at least 0", tokens)
     head = 2 * head_dim * itemsize
     total = 0
     for layer, count in collections.Counter(layers).items():

@@ -7,10 +7,13 @@ Training, evaluation, distillation and the selection of layers read the same fil
               instruction, and perhaps input, which follows after a blank line
               question, and perhaps context, which stands before it
               system: what stands above all of these
+              history: turns before, [[asked, answered], ...] or messages
     answer    response (or completion; output with an instruction): what the model is to say,
               text or messages
               answer (or answers, references): what is right, a text, a number or a list of them
     more      tools; id (or _id, question_id); type (or kind, question_type)
+
+A message may say whether it is trained on: `train` (true or false), or OpenAI's `weight` (0 or 1).
 
 Who wants a response and finds none takes the first right answer, and who wants right answers and
 finds none takes the response. A chat that ends with the assistant's message has its response there.
@@ -18,16 +21,19 @@ finds none takes the response. A chat that ends with the assistant's message has
 
 import dataclasses
 import functools
-import json
-from collections.abc import Mapping
-from typing import Any, TypeAlias
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+from swaa_jax.chats import ChatError, Message, Tools, normal_messages, normal_tools
+from swaa_jax.fields import parse_json
 from swaa_jax.records import DataError, Record
 
-__all__ = ["COLUMNS", "FORMATS", "Example", "Message", "Tools", "read_example"]
+__all__ = ["COLUMNS", "FORMATS", "Example", "read_example", "warn_unused"]
 
-Message: TypeAlias = Mapping[str, Any]
-Tools: TypeAlias = tuple[object, ...] | None
+log = logging.getLogger(__name__)
+
+_SHOWN, _LONGEST_WARNING = 20, 400
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "messages": ("messages", "conversations"),
@@ -37,6 +43,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "question": ("question",),
     "context": ("context",),
     "system": ("system",),
+    "history": ("history",),
     "response": ("response", "completion"),
     "output": ("output",),
     "answer": ("answer", "answers", "references"),
@@ -54,7 +61,14 @@ FORMATS: Mapping[str, str] = {
 }
 """How a record can ask, and the column that it needs for that; the first that is there counts."""
 
-_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+_ALWAYS_USED = ("system", "history", "response", "answer", "tools", "id", "kind", "question")
+_USED = {
+    "chat": (*_ALWAYS_USED, "messages"),
+    "prompt": (*_ALWAYS_USED, "prompt"),
+    "instruction": (*_ALWAYS_USED, "instruction", "input", "output"),
+    "question": (*_ALWAYS_USED, "context"),
+}
+"""What is looked at, by how a record asks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +94,28 @@ class Example:
             asked = _messages(self.record, self.columns["prompt"])
         else:
             asked = ({"role": "user", "content": self.text},)
-        return (*self._system, *asked)
+        if self._system and asked[0]["role"] == "system":
+            raise self.record.wrong(
+                self.columns["system"],
+                "one system's message, here or as the first of the messages",
+                self._system[0]["content"],
+            )
+        return (*self._system, *self._history, *asked)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Columns that hold something and are not looked at, or not to their end."""
+        used = {self.columns[name] for name in _USED[self.format] if name in self.columns}
+        names = [
+            name
+            for name, value in self.record.fields.items()
+            if name not in used and not _is_empty(value)
+        ]
+        if self.format == "chat" and self._chat[1]:
+            column = self.columns["messages"]
+            if _messages(self.record, column)[-1]["role"] != "assistant":
+                names.append(f"{column} after the last answer")
+        return tuple(names)
 
     @functools.cached_property
     def text(self) -> str | None:
@@ -119,7 +154,8 @@ class Example:
         """
         if self.references:
             return self.references
-        said = self._said[-1]["content"] if self._said else None
+        own = [message for message in self._said if message["role"] == "assistant"]
+        said = own[-1]["content"] if own else None
         if isinstance(said, str) and said.strip():
             return (said,)
         raise self.record.missing("an answer that is not empty")
@@ -149,12 +185,10 @@ class Example:
     @functools.cached_property
     def tools(self) -> Tools:
         """What the chat template is told of."""
-        value = self._value("tools")
-        if isinstance(value, str):
-            value = _parsed(value)
-        if value is not None and not isinstance(value, list | tuple):
-            raise self.record.wrong(self.columns["tools"], "a list, or its JSON", value)
-        return tuple(value) if value else None
+        try:
+            return normal_tools(self._value("tools"), self.columns.get("tools", "tools"))
+        except ChatError as error:
+            raise DataError(f"{self.record.place}: {error}") from error
 
     @functools.cached_property
     def _chat(self) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
@@ -170,10 +204,13 @@ class Example:
 
     @functools.cached_property
     def _said(self) -> tuple[Message, ...]:
-        if self.format == "chat" and self._chat[1]:
-            return self._chat[1]
         name = "output" if self.format == "instruction" else "response"
         value = self._value(name)
+        if self.format == "chat" and self._chat[1]:
+            if value not in (None, self._chat[1][0]["content"]):
+                expected = "one answer, here or as the last message of the assistant"
+                raise self.record.wrong(self.columns[name], expected, value)
+            return self._chat[1]
         if value is None:
             return ()
         if _is_messages(value):
@@ -189,6 +226,26 @@ class Example:
         if "system" not in self.columns:
             return ()
         return ({"role": "system", "content": self.record.text(self.columns["system"])},)
+
+    @property
+    def _history(self) -> tuple[Message, ...]:
+        if "history" not in self.columns:
+            return ()
+        column = self.columns["history"]
+        value = self._value("history")
+        turns = _parsed(value) if isinstance(value, str) else value
+        if _is_messages(turns):
+            return _messages(self.record, column)
+        messages = []
+        for at, turn in enumerate(turns if isinstance(turns, list | tuple) else [turns]):
+            is_pair = isinstance(turn, list | tuple) and len(turn) == 2
+            if not is_pair or not all(isinstance(text, str) for text in turn):
+                raise self.record.wrong(f"{column}[{at}]", "a pair of texts, or messages", turn)
+            messages += [
+                {"role": role, "content": text}
+                for role, text in zip(("user", "assistant"), turn, strict=True)
+            ]
+        return tuple(messages)
 
     def _value(self, name: str) -> Any:
         return self.record.fields[self.columns[name]] if name in self.columns else None
@@ -226,6 +283,13 @@ def read_example(
     return Example(record, given, shape)
 
 
+def warn_unused(columns: Iterable[str]) -> None:
+    """Says once which columns of the data are not looked at."""
+    if names := [repr(name) for name in columns]:
+        shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+        log.warning("columns that are not used: %s", shown[:_LONGEST_WARNING])
+
+
 def _given(record: Record, named: Mapping[str, str]) -> dict[str, str]:
     """The record's columns that are there and not empty, by our names."""
     given = {}
@@ -238,10 +302,13 @@ def _given(record: Record, named: Mapping[str, str]) -> dict[str, str]:
             )
         for one in usual if column is None else (column,):
             value = record.fields.get(one)
-            is_empty = not value.strip() if isinstance(value, str) else value in (None, [])
-            if not is_empty:
+            if not _is_empty(value):
                 given.setdefault(name, one)
     return given
+
+
+def _is_empty(value: object) -> bool:
+    return not value.strip() if isinstance(value, str) else value is None or value == []
 
 
 def _answer(record: Record, column: str, value: object) -> str:
@@ -257,7 +324,7 @@ def _is_messages(value: object) -> bool:
 
 
 def _has_text(message: Message) -> bool:
-    return any(value for key, value in message.items() if key != "role")
+    return any(message.get(key) for key in ("content", "tool_calls", "reasoning_content"))
 
 
 def _messages(record: Record, column: str) -> tuple[Message, ...]:
@@ -267,27 +334,15 @@ def _messages(record: Record, column: str) -> tuple[Message, ...]:
     if not _is_messages(value):
         expected = "a list of messages, [{role: ..., content: ...}]"
         raise record.wrong(column, expected, record.fields[column])
-    messages = []
-    for at, one in enumerate(value):
-        place = f"{column}[{at}]"
-        if not isinstance(one, Mapping):
-            raise record.wrong(place, "a mapping of role and content", one)
-        # parquet fills the keys that other messages have with nulls
-        message = {key: item for key, item in one.items() if item is not None}
-        if "from" in message and "role" not in message:
-            message["role"] = message.pop("from")
-            message.setdefault("content", message.pop("value", ""))
-        if not isinstance(message.get("role"), str):
-            raise record.wrong(place, "role and content, or from and value", one)
-        message["role"] = _ROLES.get(message["role"], message["role"])
-        message.setdefault("content", "")
-        messages.append(message)
-    return tuple(messages)
+    try:
+        return normal_messages(value, f"{column}[{{}}]")
+    except ChatError as error:
+        raise DataError(f"{record.place}: {error}") from error
 
 
 def _parsed(text: str) -> Any:
     """What JSON text holds (parquet files often keep messages and tools so), or the text itself."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except ValueError:
         return text

@@ -11,6 +11,7 @@ A frozen dataclass checks its fields with `check_fields` and is read from a mapp
 `from_mapping`. Whatever a message echoes is cut short: see `describe`.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -20,10 +21,12 @@ import operator
 import os
 import re
 import reprlib
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import yaml
+
+from swaa_jax.limits import DEEPEST_NESTING
 
 __all__ = [
     "Check",
@@ -37,14 +40,17 @@ __all__ = [
     "key_value",
     "list_of",
     "mapping",
+    "naming",
     "nearest",
     "number",
+    "one_line",
     "one_of",
     "or_none",
     "parse_json",
     "parse_yaml",
     "plain",
     "plural",
+    "problem_within",
     "section",
     "set_field",
     "show",
@@ -91,6 +97,15 @@ def wrong(name: str, expected: str, got: object, advice: str = "") -> ValueError
     return ValueError(f"{name}: expected {expected}, got {describe(got)}{advice and f'; {advice}'}")
 
 
+@contextlib.contextmanager
+def naming(name: object) -> Iterator[None]:
+    """Puts a name, such as a file's, before the message of a ValueError that the block raises."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 def nearest(word: object, known: Iterable[str]) -> str:
     """A hint at the known word that is most alike, or nothing.
 
@@ -110,6 +125,15 @@ def first_of(entries: Sequence[str], limit: int = 20) -> str:
     """
     more = [f"and {len(entries) - limit} more"] if len(entries) > limit else []
     return ", ".join([*entries[:limit], *more])
+
+
+def one_line(text: str) -> str:
+    r"""A text on one line, without what cannot be printed.
+
+    >>> one_line("two\n  lines\x00")
+    'two lines'
+    """
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def plural(noun: str, count: int) -> str:
@@ -344,7 +368,6 @@ def plain(value: Any) -> Any:
 
 # Text.
 
-_DEEPEST = 50
 _LONGEST_PROBLEM = 300
 
 
@@ -361,8 +384,8 @@ class _StrictLoader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise ValueError(f"line {line}: expected values written out, got an alias (*name)")
         self._depth += 1
-        if self._depth > _DEEPEST:
-            raise ValueError(f"line {line}: expected at most {_DEEPEST} levels of nesting")
+        if self._depth > DEEPEST_NESTING:
+            raise ValueError(f"line {line}: expected at most {DEEPEST_NESTING} levels of nesting")
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
@@ -409,21 +432,74 @@ def parse_yaml(document: str) -> Any:
         ValueError: something is wrong with it.
     """
     try:
-        return yaml.load(document, Loader=_StrictLoader)
-    except (yaml.YAMLError, ValueError) as error:
+        return _sound(yaml.load(document, Loader=_StrictLoader))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"YAML: {_problem(error)}") from error
 
 
-def parse_json(document: str) -> Any:
+def parse_json(document: str | bytes) -> Any:
     """The content of a JSON document.
 
     Raises:
         ValueError: something is wrong with it.
     """
     try:
-        return json.loads(document)
-    except (ValueError, RecursionError) as error:
+        return _sound(json.loads(document))
+    except RecursionError as error:
+        raise ValueError(f"JSON: expected {_NOT_DEEPER}, got many more") from error
+    except ValueError as error:
         raise ValueError(f"JSON: {_problem(error)}") from error
+
+
+_NOT_DEEPER = f"at most {DEEPEST_NESTING} levels of nesting"
+
+
+def _sound(value: Any) -> Any:
+    if problem := problem_within(value):
+        raise ValueError(problem)
+    return value
+
+
+def problem_within(value: object) -> str | None:
+    r"""What is wrong with nested plain data: levels beyond fifty, or text that is not Unicode.
+
+    UTF-8 has no code for a lone surrogate, which JSON and Python's texts can hold, so no
+    tokenizer takes one.
+
+    >>> problem_within({"a": ["b", "c" + chr(0xD800)]})
+    "expected Unicode text, got a lone surrogate, '\\ud800', at character 1 of 'c\\ud800'"
+    """
+    level, depth = [value], 0
+    while level:
+        below: list[object] = []
+        for one in level:
+            if isinstance(one, str):
+                if problem := _not_unicode(one):
+                    return problem
+            elif isinstance(one, Mapping):
+                below += [*one.keys(), *one.values()]
+            elif isinstance(one, list | tuple):
+                below += one
+        depth += any(isinstance(one, Mapping | list | tuple) for one in level)
+        if depth > DEEPEST_NESTING:
+            return f"expected {_NOT_DEEPER}, got more"
+        level = below
+    return None
+
+
+def _not_unicode(text: str) -> str | None:
+    if text.isascii():
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        at = error.start
+        near = text[max(0, at - 20) : at + 20]
+        return (
+            f"expected Unicode text, got a lone surrogate, {text[at]!r}, at character {at} of "
+            f"{near!r}"
+        )
+    return None
 
 
 def _problem(error: Exception) -> str:
@@ -445,9 +521,12 @@ def key_value(name: str, setting: str) -> tuple[str, Any]:
     """
     key, value = _split(name, setting)
     try:
-        return key, json.loads(value)
+        parsed = json.loads(value)
     except (ValueError, RecursionError):
-        return key, value
+        parsed = value
+    if problem := problem_within(parsed):
+        raise ValueError(f"{name} {key[:80]}: {problem}")
+    return key, parsed
 
 
 def with_overrides(
@@ -477,6 +556,8 @@ def with_overrides(
     for override in overrides:
         key, value = _split(name, override)
         *parents, last = key.split(".")
+        if len(parents) > DEEPEST_NESTING:
+            raise wrong(name, f"a key of {_NOT_DEEPER}", key)
         place = result
         for depth, parent in enumerate(parents):
             below = place.get(parent)
@@ -491,7 +572,7 @@ def with_overrides(
         try:
             place[last] = parse_yaml(value) if value.strip() else None
         except ValueError as error:
-            raise ValueError(f"{name} {key}: {error}") from error
+            raise ValueError(f"{name} {key[:80]}: {error}") from error
     return result
 
 

@@ -30,7 +30,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from swaa_jax.fields import check_fields, check_keys, integer, number, or_none, set_field
+from swaa_jax.fields import (
+    check_fields,
+    check_keys,
+    first_of,
+    integer,
+    mapping,
+    number,
+    or_none,
+    set_field,
+    wrong,
+)
 from swaa_jax.models.head import VocabHead
 from swaa_jax.sharding import RULES, spec_for, split_over
 
@@ -49,7 +59,8 @@ class LossConfig:
             adapters off and full attention.
         others: factors on further losses of `LOSSES`, by name; kept as sorted pairs.
         temperature: both sides' logits are divided by it in a divergence.
-        top_k: compare the teacher's k largest logits and the rest as one bucket; None: all.
+        top_k: compare the teacher's k largest logits and the rest as one bucket; None: all, which
+            `reverse_kl` wants.
         chunk_tokens: tokens whose logits exist at a time, on a device; None: by the vocabulary,
             so that they take at most 320 MiB.
         router_loss: factor on the load-balancing loss; None: what the model's config says.
@@ -73,11 +84,17 @@ class LossConfig:
             chunk_tokens=or_none(integer(least=1)),
             router_loss=or_none(number(least=0)),
         )
-        others = dict(self.others)
+        pairs = isinstance(self.others, tuple)  # as they are kept
+        others = dict(self.others) if pairs else mapping("others", self.others)
         check_keys("others", others, [name for name in LOSSES if name not in ("nll", "kl")])
         for name, factor in others.items():
             number(least=0)(f"others.{name}", factor)
         set_field(self, "others", tuple(sorted(others.items())))
+        if self.top_k is not None:
+            whole = [name for name in self.factors if LOSSES[name].compares_all]
+            if whole:
+                advice = f"{first_of(whole)} compares all of the vocabulary"
+                raise wrong("top_k", "None", self.top_k, advice)
         if not self.factors:
             raise ValueError(
                 "loss: expected a factor above 0 among sft, self_distill and others, got none; "
@@ -95,7 +112,7 @@ class LossConfig:
         """Whether any of them compares with a teacher."""
         return any(LOSSES[name].needs_teacher for name in self.factors)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """All fields; `others` only where there are some, so that earlier versions read it."""
         fields = dataclasses.asdict(self) | {"others": dict(self.others)}
         return {name: value for name, value in fields.items() if value or name != "others"}
@@ -173,10 +190,17 @@ class PerToken(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loss:
-    """A line of the table: the function, and whether it has to be given a teacher's logits."""
+    """A line of the table.
+
+    Attributes:
+        per_token: the function.
+        needs_teacher: it has to be given a teacher's logits.
+        compares_all: it knows no `top_k`.
+    """
 
     per_token: PerToken
     needs_teacher: bool = False
+    compares_all: bool = False
 
 
 # The shapes of what these take and give are `PerToken`'s.
@@ -214,7 +238,7 @@ def _reverse_kl(logits, targets, teacher, *, vocabulary, config):
 LOSSES: dict[str, Loss] = {
     "nll": Loss(per_token=_nll),
     "kl": Loss(per_token=_kl, needs_teacher=True),
-    "reverse_kl": Loss(per_token=_reverse_kl, needs_teacher=True),
+    "reverse_kl": Loss(per_token=_reverse_kl, needs_teacher=True, compares_all=True),
 }
 """Losses by name: another is a function and a line here, and `LossConfig.others` names it."""
 
@@ -438,8 +462,8 @@ def _on_device(
             nothing = functools.partial(_nothing, static, run)
             sums, each, dhidden, slope = jax.lax.cond(jnp.any(one[3] > 0), run, nothing, *one)
         if with_matrix:
-            spec = "cv,cd->vd" if head.vocab_axis == 0 else "cv,cd->dv"
-            matrix_gradient += jnp.einsum(spec, slope, one[0], preferred_element_type=jnp.float32)
+            assert slope is not None
+            matrix_gradient += head.weight_gradient(slope, one[0])
         return matrix_gradient, (sums, each, dhidden)
 
     start = None

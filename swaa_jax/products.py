@@ -1,4 +1,4 @@
-"""The products of a model's matrices: the one place that reads a matrix as numbers.
+"""The products of a model's matrices: the one place where inference multiplies with them.
 
 Modules hand over a parameter, or its value where it has to travel alone (through `shard_map`, to a
 loss). A matrix in another format, int8 with scales say, is a value that these functions understand.

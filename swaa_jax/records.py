@@ -14,12 +14,12 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from etils import epath
 
-from swaa_jax.fields import describe
+from swaa_jax.fields import describe, problem_within, show
 from swaa_jax.storage import CheckpointError, reading
 
 __all__ = ["DataError", "Record", "Records", "find_files", "open_records", "records_of"]
@@ -27,6 +27,8 @@ __all__ = ["DataError", "Record", "Records", "find_files", "open_records", "reco
 # What a directory or a pattern means; a file that is named may also be .json, or have no ending.
 _USUAL = (".parquet", ".jsonl", ".ndjson")
 _ENDINGS = (*_USUAL, ".json", "")
+
+T = TypeVar("T")
 
 
 class DataError(ValueError):
@@ -87,7 +89,7 @@ class Record:
             raise self.wrong(column, "a text that is not empty", value)
         return value
 
-    def items(self, column: str, kind: type, expected: str) -> list[Any]:
+    def items(self, column: str, kind: type[T], expected: str) -> list[T]:
         """A list of that type's values; `expected` names them, in the plural."""
         value = self.value(column)
         if not isinstance(value, list):
@@ -234,11 +236,14 @@ def _checked(name: str, index: int, fields: Any, line: int | None = None) -> Rec
             f"{record.place}: expected a JSON object, got {describe(fields)}; a record looks like "
             '{"prompt": ..., "response": ...}'
         )
+    for column, value in record.fields.items():
+        if problem := problem_within((column, value)):
+            raise DataError(f"{record.place}: {show(column)}: {problem}; mend or remove the record")
     return record
 
 
 class _InMemory:
-    def __init__(self, name: str, records: Sequence[Any]):
+    def __init__(self, name: str, records: Sequence[object]):
         self.name, self._records = name, records
 
     def __len__(self) -> int:
@@ -259,7 +264,7 @@ class _File:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_lock": None, "_handle": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
 
@@ -356,5 +361,40 @@ class _Parquet(_File):
             self._decoded[group] = table  # the newest last
             while len(self._decoded) > 2:
                 self._decoded.pop(next(iter(self._decoded)))
-        (fields,) = table.slice(index - int(self._starts[group]), 1).to_pylist()
-        return Record(file=self.name, index=index, fields=fields)
+        row = table.slice(index - int(self._starts[group]), 1)
+        try:
+            (fields,) = row.to_pylist()
+        except UnicodeDecodeError as error:
+            place = Record(file=self.name, index=index, fields={}).place
+            raise DataError(
+                f"{place}: expected Unicode text, got bytes that are not UTF-8 ({_reason(error)}); "
+                "write the file again with the text decoded"
+            ) from error
+        fields = {
+            field.name: _without_invented_nulls(fields[field.name], field.type)
+            for field in row.schema
+        }
+        return _checked(self.name, index, fields)
+
+
+def _without_invented_nulls(value: Any, kind: Any) -> Any:
+    """A value without the nested keys that are null because other records have them.
+
+    A parquet file has every key in every record. What was absent cannot be told from a null, which
+    hardly anybody writes; but a key that is null in all records is there because it was written.
+    """
+    import pyarrow
+
+    types = pyarrow.types
+    if value is None:
+        return None
+    if types.is_struct(kind):
+        fields = [kind.field(number) for number in range(kind.num_fields)]
+        return {
+            field.name: _without_invented_nulls(value[field.name], field.type)
+            for field in fields
+            if value[field.name] is not None or types.is_null(field.type)
+        }
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return [_without_invented_nulls(item, kind.value_type) for item in value]
+    return value

@@ -6,7 +6,7 @@ nested plain data. The same command finds it there and goes on; another one is t
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from etils import epath
 
@@ -27,7 +27,7 @@ def fingerprint(content: object, *, digits: int = 16) -> str:
     True
     """
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:digits]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:digits]
 
 
 def differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
@@ -47,7 +47,12 @@ def differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
 
 
 def claim(
-    directory: epath.PathLike, identity: Mapping[str, object], *, file: str, what: str
+    directory: epath.PathLike,
+    identity: Mapping[str, object],
+    *,
+    file: str,
+    what: str,
+    optional: Sequence[str] = (),
 ) -> None:
     """Makes the directory this run's, or sees that it is.
 
@@ -58,6 +63,8 @@ def claim(
         identity: all that the results depend on, as JSON's types.
         file: its name in the directory.
         what: the results, for messages: ``"the answers"``.
+        optional: fields that an older version did not write; where they are absent they are not
+            compared.
 
     Raises:
         ValueError: it is another run's; the message names what differs.
@@ -65,8 +72,10 @@ def claim(
     directory = epath.Path(directory)
     path = directory / file
     if path.exists():
+        before = json.loads(path.read_text())
         now = json.loads(json.dumps(identity))  # as it was read
-        if differing := differences(json.loads(path.read_text()), now):
+        now = {name: now[name] for name in now if name in before or name not in optional}
+        if differing := differences(before, now):
             raise ValueError(
                 f"{directory}: expected a new directory or {what} of this run, got {what} of "
                 f"another run ({differing}); pass another directory, or what that run was started "

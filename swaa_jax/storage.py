@@ -11,6 +11,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -18,7 +19,6 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from etils import epath
 
@@ -29,6 +29,7 @@ COMMIT_MARK = "config.json"
 
 _SHOWN = 20
 _LONGEST_PATH = 500
+_SWAPS = 20  # attempts where several processes save at one path
 
 
 class CheckpointError(ValueError):
@@ -153,8 +154,8 @@ def _runs(numbers: list[int]) -> str:
     return text if len(numbers) == 1 else f"{{{text}}}"
 
 
-def resolve_inside(directory: epath.PathLike, name: str) -> epath.Path:
-    """`directory / name`, which must not lead out of `directory`.
+def resolve_inside(directory: epath.PathLike, name: str, *, under: str = "") -> epath.Path:
+    """`directory / name`, which must not lead out of `directory`; `under` is a directory between.
 
     A checkpoint is data from elsewhere: an index that names `../../secrets`, or a symlink to a file
     outside, is refused. The Hugging Face cache is the one layout that links outward by design
@@ -171,7 +172,7 @@ def resolve_inside(directory: epath.PathLike, name: str) -> epath.Path:
             f"{directory}: expected the plain name of a file in this directory, such as "
             f"'model-00001-of-00002.safetensors', got {show(name)}; fix or rebuild the index"
         )
-    path = directory / name
+    path = directory / under / name
     if not is_local(directory):
         return path
     root = pathlib.Path(directory).resolve()
@@ -208,6 +209,23 @@ def sha256(path: epath.PathLike) -> str:
     return digest.hexdigest()
 
 
+def read_text(path: epath.PathLike) -> str:
+    """A file's text.
+
+    Raises:
+        ValueError: it is not UTF-8; the file is named.
+        OSError: it cannot be read.
+    """
+    try:
+        return epath.Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        byte, at = error.object[error.start], error.start
+        raise ValueError(
+            f"{os.fspath(path)}: expected UTF-8 text, got the byte {byte:#04x} at {at}; save the "
+            "file as UTF-8"
+        ) from error
+
+
 def write_text_atomic(path: epath.PathLike, text: str) -> None:
     """Writes `text` (UTF-8) to `path`; a reader sees the old file or the new one, never a part."""
     write_bytes_atomic(path, text.encode("utf-8"))
@@ -221,7 +239,7 @@ def write_bytes_atomic(path: epath.PathLike, data: bytes) -> None:
         return
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
-        with open(temporary, "wb") as file:
+        with _told_when_full(path, len(data)), open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -232,15 +250,51 @@ def write_bytes_atomic(path: epath.PathLike, data: bytes) -> None:
         raise
 
 
-def write_json_atomic(path: epath.PathLike, obj: Any) -> None:
+@contextlib.contextmanager
+def _told_when_full(path: epath.PathLike, size: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise CheckpointError(
+            f"{os.fspath(path)}: expected room for {_size(size)}, got a disk that is full; the "
+            "file is as it was before; free some space and run the same again"
+        ) from error
+
+
+def write_json_atomic(path: epath.PathLike, obj: object) -> None:
     """Writes `obj` as indented JSON; see `write_text_atomic`.
 
     Raises:
-        TypeError, ValueError: `obj` has something that is not JSON (NaN included); nothing is
-            written.
+        CheckpointError: `obj` has a number that is not finite, which JSON has not; it is named, and
+            nothing is written.
+        TypeError: `obj` has something else that is not JSON.
     """
-    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        found = next(_not_finite(obj, ""), None)
+        if found is None:
+            raise
+        name, value = found
+        raise CheckpointError(
+            f"{os.fspath(path)}: {name[:200]}: expected a finite number, since JSON has no others, "
+            f"got {value}; nothing was written; set it to null, or leave it out"
+        ) from error
     write_text_atomic(path, text)
+
+
+def _not_finite(value: object, name: str) -> Iterator[tuple[str, float]]:
+    """Dotted names of the numbers that are not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _not_finite(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for at, item in enumerate(value):
+            yield from _not_finite(item, f"{name}[{at}]")
 
 
 @contextlib.contextmanager
@@ -373,16 +427,36 @@ def _sync_files(directory: epath.PathLike) -> None:
 
 
 def _swap_in(scratch: epath.Path, target: epath.Path) -> None:
+    """Moves the new directory to its place. Of several savers the last one's stays."""
+    for _ in range(_SWAPS):
+        try:
+            _swap_once(scratch, target)
+            return
+        except (FileNotFoundError, FileExistsError) as error:
+            problem = error  # another saver was between our two renames, or we between its two
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                raise
+            problem = error
+    raise CheckpointError(
+        f"{target}: expected to be the one that saves there, got others that do too "
+        f"({problem.strerror}); nothing was saved; choose another path, or wait for them"
+    )
+
+
+def _swap_once(scratch: epath.Path, target: epath.Path) -> None:
     if not os.path.isdir(target) or not os.listdir(target):
         os.rename(scratch, target)  # onto nothing, or onto an empty directory
         return
     old = target.parent / f".{target.name}.{secrets.token_hex(4)}.old"
+    os.rename(target, old)
     try:
-        os.rename(target, old)
         os.rename(scratch, target)
     except BaseException:
-        if os.path.isdir(old) and not os.path.exists(target):
+        if not os.path.exists(target):
             os.rename(old, target)
+        else:
+            shutil.rmtree(old, ignore_errors=True)  # another saver's is there
         raise
     shutil.rmtree(old, ignore_errors=True)
 

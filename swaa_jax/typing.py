@@ -26,7 +26,6 @@ __all__ = [
     "Int",
     "PRNGKeyArray",
     "PathLike",
-    "PyTree",
 ]
 
 PathLike: TypeAlias = str | os.PathLike[str]
@@ -34,6 +33,3 @@ PathLike: TypeAlias = str | os.PathLike[str]
 
 DTypeLike: TypeAlias = jax.typing.DTypeLike
 """What `jax.numpy` takes as a dtype: ``"bfloat16"``, `jnp.bfloat16`, `np.dtype`."""
-
-PyTree: TypeAlias = object
-"""Nested containers of arrays."""

@@ -15,6 +15,7 @@ import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 import tests.support.typecheck  # noqa: E402, F401  (the hook finds it by name)
+from tests.support.judge_server import judge_server  # noqa: E402, F401  (a fixture)
 
 # Every annotated function of the two packages checks its shapes and types at each call.
 jaxtyping.install_import_hook(["swaa_jax", "kernels_pallas"], "tests.support.typecheck.check")

@@ -224,8 +224,7 @@ class Scorer:
         """By policy, the answers to the prompts."""
         from swaa_jax.eval.judging import string_match_all, strip_thinking
         from swaa_jax.eval.run.answering import answer_prompts, even_batches
-        from swaa_jax.eval.tasks import opens_thinking
-        from swaa_jax.infer import GenerateOptions
+        from swaa_jax.infer import GenerateOptions, opens_thinking
 
         by_policy: dict[Any, list[Scored]] = {policy: [] for policy in policies}
         for done in answer_prompts(

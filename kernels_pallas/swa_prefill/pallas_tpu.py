@@ -135,12 +135,12 @@ def _attention(
     return pallas_tpu_kernels.forward(static, q, kv, q_info, k_info, _work_list(static, blocks))
 
 
-def _forward_saving(static: Any, q: Array, kv: Array, *rest: Any):
+def _forward_saving(static: "KernelStatic", q: Array, kv: Array, *rest: Any):
     out, lse = cast(tuple[Array, Array], _attention(static, q, kv, *rest))
     return (out, lse), (q, kv, *rest, out, lse)
 
 
-def _backward(static: Any, saved: tuple[Any, ...], cotangents: tuple[Array, Array]):
+def _backward(static: "KernelStatic", saved: tuple[Any, ...], cotangents: tuple[Array, Array]):
     """dq, dk, dv. With ``p = exp(s - lse)``: ``ds = p (do.v - delta)``, ``delta = do.o - dlse``."""
     from kernels_pallas.swa_prefill import pallas_tpu_kernels
 

@@ -62,7 +62,6 @@ from kernels_pallas.swa_prefill.work_list import (
     minor_of,
 )
 
-INFO_ROWS = 8  # a tile of int32 has 8 sublanes
 Q_POSITION, Q_WINDOW, Q_SINKS, Q_SEGMENT = range(4)
 K_POSITION, K_SEGMENT = range(2)
 
@@ -74,7 +73,6 @@ _MASK = float(np.finfo(np.float32).min)
 _LOW = _MASK / 2
 
 _NT = (((1,), (1,)), ((), ()))  # x y^T
-_TN = (((0,), (0,)), ((), ()))  # x^T y
 _NN = (((1,), (0,)), ((), ()))  # x y
 
 

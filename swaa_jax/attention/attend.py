@@ -16,6 +16,7 @@ from swaa_jax.attention.caches import (
     LayerCache,
     RingCache,
     SplitCache,
+    StreamCache,
     ring_in_order,
 )
 from swaa_jax.attention.heads import join_heads, split_heads, take_heads
@@ -236,12 +237,9 @@ def attend_cached(
     )
     new = _New(q=q, k=k, v=v, pos_B=pos_B, lengths=lengths, q_full=q_full)
     if q.shape[1] > MAX_DECODE_TOKENS:
-        out, grown = _attend_chunk(new, cache, layer, options)
-    else:
-        out = _attend_slots(new, cache, layer, options)
-        grown = _written(cache, new, options.mesh)
-    grown_k, grown_v = (constrain_heads(x, options.mesh) for x in (grown.k, grown.v))
-    return out, dataclasses.replace(grown, k=grown_k, v=grown_v)
+        return _attend_chunk(new, cache, layer, options)
+    out = _attend_slots(new, cache, layer, options)
+    return out, _written(cache, new, options.mesh)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -252,8 +250,8 @@ class _New:
     k: Float[Array, "B n K H"]
     v: Float[Array, "B n K H"]
     pos_B: Int[Array, " B"]
-    lengths: Int[Array, " B"] | None
-    q_full: Bool[Array, "B n"] | None
+    lengths: Int[Array, " B"] | None = None
+    q_full: Bool[Array, "B n"] | None = None
 
     def per_row(self) -> dict[str, Array]:
         """What is known of the rows besides their heads."""
@@ -291,6 +289,60 @@ def _attend_slots(
 
     run = _sharded(on_shard, options.mesh, num_kv_heads=new.k.shape[2])
     return run(new.q, cache.k, cache.v, new.k, new.v, per_row)
+
+
+def attend_stream(
+    q: Float[Array, "B 1 N H"],
+    k: Float[Array, "B 1 K H"],
+    v: Float[Array, "B 1 K H"],
+    cache: StreamCache,
+    *,
+    layer: LayerAttention,
+    pos_B: Int[Array, " B"],
+    rotate: Callable[[Array, Array], Array],
+    options: AttentionOptions = DEFAULT_OPTIONS,
+) -> tuple[Float[Array, "B 1 N H"], StreamCache]:
+    """Attention of a new token a row at positions inside the cache; then the cache with it.
+
+    What the token sees is numbered from 0 as if it were all of the text, so that no position ever
+    exceeds window + sinks (StreamingLLM, arXiv 2309.17453).
+
+    Args:
+        q, k, v: the new token, RoPE not applied.
+        cache: what this layer kept of the tokens before.
+        layer: what this layer sees: a window, perhaps with sinks, also of answers.
+        pos_B: tokens that each row has seen before this one.
+        rotate: applies RoPE to heads `[B, S, heads, H]` at positions `[B, S]`.
+        options: how it is computed.
+
+    Raises:
+        NotImplementedError: more than one new token a row.
+    """
+    if q.shape[1] != 1:
+        raise NotImplementedError(
+            f"tokens: expected one new token a row with positions inside the cache, got "
+            f"{q.shape[1]}; decode one at a time"
+        )
+    assert layer.window is not None, "a full layer has no stream"
+    sinks = layer.num_sink_tokens
+    # Tokens between the sinks and the window; what comes behind them moves up by so many.
+    left_out_B1 = jnp.maximum(pos_B - layer.window + 1 - sinks, 0)[:, None]
+    at = cache.positions(pos_B)
+    turned = rotate(cache.k, jnp.where(at < sinks, at, at - left_out_B1))
+    new_at = pos_B[:, None] - left_out_B1
+    out, _ = attend_cached(
+        rotate(q, new_at),
+        rotate(k, new_at),
+        v,
+        dataclasses.replace(cache, k=turned),
+        layer=layer,
+        pos_B=pos_B,
+        options=options,
+    )
+    new = _New(q=q, k=k, v=v, pos_B=pos_B)
+    grown = _written(cache, new, options.mesh)
+    assert isinstance(grown, StreamCache)
+    return out, grown
 
 
 def _attend_chunk(
@@ -352,7 +404,9 @@ def _written(cache: FullCache | RingCache, new: _New, mesh: Mesh | None) -> Full
         out_specs=specs,
         check_vma=False,
     )
-    return mapped(cache, new.k, new.v, *known)
+    grown = mapped(cache, new.k, new.v, *known)
+    grown_k, grown_v = (constrain_heads(x, mesh) for x in (grown.k, grown.v))
+    return dataclasses.replace(grown, k=grown_k, v=grown_v)
 
 
 def _sharded(kernel: Callable[..., Any], mesh: Mesh | None, *, num_kv_heads: int):

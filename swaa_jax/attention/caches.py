@@ -1,7 +1,8 @@
 """Key/value caches: a full cache for layers that see everything, a ring for windowed layers.
 
-Keys are stored after RoPE. All rows of a batch share one layout and differ only in `pos_B`, the
-number of tokens that each row has seen; padding never enters a cache as a visible token.
+Keys are stored after RoPE, but for `StreamCache`. All rows of a batch share one layout and differ
+only in `pos_B`, the number of tokens that each row has seen; padding never enters a cache as a
+visible token.
 
     full cache, S slots          slot = position
         [ 0 1 2 3 4 5 6 . . . ]          '.' not written yet
@@ -15,7 +16,8 @@ A layer with full heads keeps a full cache of those and another cache, mostly a 
 import abc
 import dataclasses
 import functools
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Sequence
+from typing import TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -114,8 +116,8 @@ class FullCache(Cache):
     """
 
     # Leaves of a pytree may be anything (shapes, shardings, None), hence no array types here.
-    k: Any
-    v: Any
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K H"]
 
     @property
     def num_slots(self) -> int:
@@ -155,9 +157,9 @@ class RingCache(Cache):
         num_sink_tokens: the first slots, which are never overwritten.
     """
 
-    k: Any
-    v: Any
-    slot_positions: Any
+    k: Float[Array, "B R K H"]
+    v: Float[Array, "B R K H"]
+    slot_positions: Int[Array, "B R"]
     num_sink_tokens: int = dataclasses.field(metadata={"static": True})
 
     @property
@@ -227,6 +229,16 @@ def ring_in_order(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamCache(RingCache):
+    """A ring whose keys are stored before RoPE, for positions inside the cache (`attend_stream`).
+
+    They are rotated anew for each token, which costs a copy of the ring's keys: the price of
+    answers without end.
+    """
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitCache(Cache):
     """The caches of a layer with full heads: memory that grows with the text for those alone.
 
@@ -236,8 +248,8 @@ class SplitCache(Cache):
         full_heads: which KV heads are full.
     """
 
-    full: Any
-    windowed: Any
+    full: "LayerCache"
+    windowed: "LayerCache"
     full_heads: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     @property
@@ -310,8 +322,8 @@ def _put(
 class Caches:
     """One cache a layer, and `pos_B` `[B]`: how many tokens each row has seen. A pytree."""
 
-    layers: tuple[Any, ...]
-    pos_B: Any
+    layers: tuple[LayerCache, ...]
+    pos_B: Int[Array, " B"]
 
     @property
     def nbytes(self) -> int:
@@ -399,6 +411,37 @@ def empty_cache(
     return build_cache(
         padding, padding, lengths=lengths, layer=while_read, cache_size=cache_size, mesh=mesh
     )
+
+
+def check_stream(layers: Sequence[LayerAttention], *, context: int | None = None) -> None:
+    """Refuses layers that positions inside the cache are not for.
+
+    Args:
+        layers: of the policy.
+        context: positions that the model was trained on, which window and sinks must not exceed.
+
+    Raises:
+        ValueError: a layer that needs a full cache, or too wide a window.
+    """
+    for index, layer in enumerate(layers):
+        if layer.needs_full_cache or layer.full_heads or layer.window is None:
+            raise ValueError(
+                "positions: expected a policy whose every layer and head is windowed, answers too, "
+                f'for "cache", got layer {index} with {layer}; use "text", or another policy'
+            )
+        width = layer.window + layer.num_sink_tokens
+        if context is not None and width > context:
+            raise ValueError(
+                f"positions: expected window and sinks of at most the model's context of {context} "
+                f'tokens for "cache", got {width} in layer {index}; make the window smaller'
+            )
+
+
+def as_stream(ring: LayerCache) -> StreamCache:
+    """A ring of keys before RoPE as what it is."""
+    assert isinstance(ring, RingCache)
+    fields = {field.name: getattr(ring, field.name) for field in dataclasses.fields(ring)}
+    return StreamCache(**fields)
 
 
 def recast_caches(

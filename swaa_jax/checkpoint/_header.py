@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+from collections import Counter
 from typing import Any
 
 import ml_dtypes
@@ -18,6 +19,7 @@ import numpy as np
 from etils import epath
 
 from swaa_jax.fields import first_of, show
+from swaa_jax.limits import MAX_AXES, MAX_HEADER_BYTES
 from swaa_jax.storage import CheckpointError, listing, reading
 
 DTYPES: dict[str, np.dtype] = {
@@ -40,8 +42,6 @@ DTYPES: dict[str, np.dtype] = {
     "C64": np.dtype(np.complex64),
 }
 """Every dtype that a header may name. The reader decides which of them can be weights."""
-
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def read_header(path: epath.Path) -> dict[str, TensorInfo]:
         start = file.read(8)
         _refuse_other_formats(path, start)
         length = int.from_bytes(start, "little")
-        if length > _MAX_HEADER_BYTES:
+        if length > MAX_HEADER_BYTES:
             raise _corrupt(path, f"a header of {length} bytes")
         if size < 8 + length:
             raise _truncated(path, 8 + length, size)
@@ -90,7 +90,7 @@ def _refuse_other_formats(path: epath.Path, start: bytes) -> None:
     # A pickle's opcode and protocol could also begin the length of a small header; then the rest
     # of the eight bytes is zero.
     pickled = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
-    pickled = pickled and int.from_bytes(start, "little") > _MAX_HEADER_BYTES
+    pickled = pickled and int.from_bytes(start, "little") > MAX_HEADER_BYTES
     if pickled or start.startswith(b"PK\x03\x04"):
         raise CheckpointError(
             f"{path}: expected a safetensors file, got a pickle (a PyTorch file), whatever its "
@@ -105,11 +105,11 @@ def _refuse_other_formats(path: epath.Path, start: bytes) -> None:
 
 
 def _parse(path: epath.Path, text: bytes, *, start: int) -> tuple[dict[str, TensorInfo], int]:
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) != len(keys):
-            raise ValueError(f"repeated {listing(k for k in keys if keys.count(k) > 1)}")
-        return dict(pairs)
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, object]:
+        if len(found := dict(pairs)) != len(pairs):
+            counts = Counter(key for key, _ in pairs)
+            raise ValueError(f"repeated {listing(key for key in counts if counts[key] > 1)}")
+        return found
 
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
@@ -151,13 +151,14 @@ def _parse(path: epath.Path, text: bytes, *, start: int) -> tuple[dict[str, Tens
     return tensors, end_of_data
 
 
-def _entry_fault(entry: Any) -> str | None:
+def _entry_fault(entry: object) -> str | None:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return "fields other than dtype, shape and data_offsets"
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
         return f"the unknown dtype {show(entry['dtype'])}"
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
+    whole = isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**48 for n in shape)
+    if not whole or len(shape) > MAX_AXES:
         return f"the impossible shape {show(shape)}"
     whole = isinstance(offsets, list) and all(type(n) is int for n in offsets)
     if not whole or len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1]:

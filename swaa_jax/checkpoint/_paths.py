@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-from typing import Any
 
 from etils import epath
 
@@ -99,7 +98,7 @@ def checkpoint_origin(directory: epath.PathLike) -> Origin:
     return Origin(name=os.path.abspath(path) if here else os.fspath(path))
 
 
-def read_json_object(path: epath.Path) -> dict[str, Any]:
+def read_json_object(path: epath.Path) -> dict[str, object]:
     """The JSON object in a file.
 
     Raises:

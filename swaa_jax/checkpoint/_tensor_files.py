@@ -1,14 +1,14 @@
-"""Bytes of tensors out of a safetensors file: mapped where it is local, by ranges where it is not.
+"""Bytes of tensors out of a safetensors file, of this machine or of a bucket.
 
 Both count the bytes that they read. Headers are checked before, by `_header.read_header`.
 """
 
 import math
 import os
+import weakref
 from typing import IO, Any
 
 import numpy as np
-import safetensors
 from etils import epath
 
 from swaa_jax.checkpoint._header import DTYPES, TensorInfo
@@ -18,32 +18,58 @@ Bounds = tuple[tuple[int, int], ...]
 """First and last-but-one index along each axis."""
 
 
-def open_tensors(path: epath.Path) -> "MappedFile | RangeFile":
+def open_tensors(path: epath.Path) -> "LocalFile | RangeFile":
     """A reader for the tensors of one file."""
-    return MappedFile(path) if is_local(path) else RangeFile(path)
+    return LocalFile(path) if is_local(path) else RangeFile(path)
 
 
-class MappedFile:
-    """A file of this machine; the operating system reads the pages that a slice touches."""
+class LocalFile:
+    """A file of this machine, of which just the bytes of a slice are read.
+
+    It is not mapped: reading a mapped file that somebody cuts short ends the process (SIGBUS).
+    """
 
     def __init__(self, path: epath.Path):
         self.bytes_read = 0
+        self._path = os.fspath(path)
         try:
-            self._handle: Any = safetensors.safe_open(os.fspath(path), framework="numpy")
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{path}: expected a sound safetensors file, got an error ({error}); fetch or "
-                "write the file again"
-            ) from error
+            self._file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise unreadable(path, error) from error
+        weakref.finalize(self, os.close, self._file)
 
     def read(self, name: str, info: TensorInfo, bounds: Bounds) -> np.ndarray:
         """The part of a tensor within `bounds`, as a fresh array."""
-        if _shape(bounds) == info.shape:
-            value = self._handle.get_tensor(name)
-        else:
-            value = self._handle.get_slice(name)[tuple(slice(*pair) for pair in bounds)]
-        self.bytes_read += value.nbytes
+        del name
+        value = np.empty(_shape(bounds), DTYPES[info.dtype])
+        if value.size:
+            self._fill(value, info.shape, bounds, info.offset)
+            self.bytes_read += value.nbytes
         return value
+
+    def _fill(self, value: np.ndarray, shape: tuple[int, ...], bounds: Bounds, offset: int) -> None:
+        """Reads the part of a tensor of that shape which begins at `offset` into the array."""
+        step = math.prod(shape[1:]) * value.itemsize
+        offset += step * bounds[0][0] if bounds else 0
+        if bounds[1:] == tuple((0, size) for size in shape[1:]):
+            self._into(value.reshape(-1).view(np.uint8), offset)
+            return
+        for number in range(len(value)):
+            self._fill(value[number], shape[1:], bounds[1:], offset + number * step)
+
+    def _into(self, data: np.ndarray, offset: int) -> None:
+        done = 0
+        while done < data.size:  # one call reads 2 GiB at most
+            try:
+                count = os.preadv(self._file, [data.data[done:]], offset + done)
+            except OSError as error:
+                raise unreadable(self._path, error) from error
+            if not count:
+                raise CheckpointError(
+                    f"{self._path}: expected {data.size} bytes from byte {offset} on, got {done}; "
+                    "the file was cut while it was read: fetch it again"
+                )
+            done += count
 
 
 class RangeFile:

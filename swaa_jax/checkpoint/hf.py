@@ -37,13 +37,16 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
-"""What `copy_tokenizer_files` copies, where present."""
+"""What `copy_tokenizer_files` copies, where present, with the named templates."""
+
+NAMED_TEMPLATES = "additional_chat_templates"
+"""The directory of the chat templates besides the default one, a `.jinja` file each."""
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """One of these makes a tokenizer; the first that is there names it."""
 
 
-def read_config(directory: epath.PathLike) -> dict[str, Any]:
+def read_config(directory: epath.PathLike) -> dict[str, object]:
     """The model's `config.json`.
 
     Raises:
@@ -82,12 +85,12 @@ def read_generation_config(directory: epath.PathLike) -> dict[str, Any]:
     return read_json_object(path) if _exists(path) else {}
 
 
-def write_config(directory: epath.PathLike, config: dict[str, Any]) -> None:
+def write_config(directory: epath.PathLike, config: dict[str, object]) -> None:
     """Writes `config.json`; the last file of a save, being the commit mark."""
     write_json_atomic(epath.Path(directory) / CONFIG_FILE, config)
 
 
-def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+def with_dtype(config: dict[str, object], dtype: str) -> dict[str, object]:
     """The config of a checkpoint whose weights are of this dtype; the key's old name goes.
 
     >>> with_dtype({"model_type": "qwen3", "torch_dtype": "bfloat16"}, "float32")
@@ -96,14 +99,14 @@ def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
 
 
-def write_generation_config(directory: epath.PathLike, config: dict[str, Any]) -> None:
+def write_generation_config(directory: epath.PathLike, config: dict[str, object]) -> None:
     """Writes `generation_config.json`."""
     write_json_atomic(epath.Path(directory) / GENERATION_CONFIG_FILE, config)
 
 
 def read_attention_policy(
     directory: epath.PathLike, *, num_layers: int | None = None
-) -> dict[str, Any] | None:
+) -> dict[str, object] | None:
     """The policy (as `AttentionPolicy.to_dict` gave it) that the model was saved under.
 
     Args:
@@ -143,7 +146,7 @@ def read_attention_policy(
 
 
 def write_attention_policy(
-    directory: epath.PathLike, policy: dict[str, Any], *, num_layers: int
+    directory: epath.PathLike, policy: dict[str, object], *, num_layers: int
 ) -> None:
     """Writes `attention_policy.json`: the schema version, the policy, the number of layers."""
     record = {
@@ -190,7 +193,7 @@ def write_provenance(
     write_json_atomic(directory / PROVENANCE_FILE, record)
 
 
-def _provenance_of_base(base: epath.PathLike) -> dict[str, Any] | None:
+def _provenance_of_base(base: epath.PathLike) -> dict[str, object] | None:
     path = epath.Path(base) / PROVENANCE_FILE
     try:
         return read_json_object(path) if path.exists() else None
@@ -204,7 +207,7 @@ def _provenance_of_base(base: epath.PathLike) -> dict[str, Any] | None:
         return None
 
 
-def read_provenance(directory: epath.PathLike) -> dict[str, Any] | None:
+def read_provenance(directory: epath.PathLike) -> dict[str, object] | None:
     """`provenance.json`, or None where there is none."""
     path = check_directory(directory) / PROVENANCE_FILE
     return read_json_object(path) if _exists(path) else None
@@ -223,11 +226,13 @@ def copy_tokenizer_files(source: epath.PathLike, destination: epath.PathLike) ->
     """
     source, destination = check_directory(source), epath.Path(destination)
     copied = []
-    for name in TOKENIZER_FILES:
+    for name in (*TOKENIZER_FILES, *named_templates(source)):
         path = source / name
         if not _exists(path):
             continue
-        resolve_inside(source, name)
+        under, _, file = name.rpartition("/")
+        resolve_inside(source, file, under=under)
+        (destination / name).parent.mkdir(parents=True, exist_ok=True)
         if is_local(path) and is_local(destination):
             shutil.copyfile(path, destination / name)  # the target of a link, not the link
         else:
@@ -236,3 +241,13 @@ def copy_tokenizer_files(source: epath.PathLike, destination: epath.PathLike) ->
             (destination / name).write_bytes(content)
         copied.append(name)
     return copied
+
+
+def named_templates(source: epath.Path) -> list[str]:
+    """The files of a checkpoint's named chat templates."""
+    directory = source / NAMED_TEMPLATES
+    if not _exists(directory):
+        return []
+    with reading(directory):
+        names = sorted(path.name for path in directory.iterdir())
+    return [f"{NAMED_TEMPLATES}/{name}" for name in names if name.endswith(".jinja")]

@@ -22,6 +22,7 @@ from swaa_jax.checkpoint._paths import check_directory
 from swaa_jax.checkpoint.hf import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
+    NAMED_TEMPLATES,
     POLICY_FILE,
     PROVENANCE_FILE,
     TOKENIZER_FILES,
@@ -141,14 +142,14 @@ class _Repository:
             self._warn_if_policy_unknown(cached)
             return cached
         if not weights:
-            return self._download(commit, files, [n for n in _TOKENIZER_ONLY if n in files])
+            return self._download(commit, files, _wanted(files, _TOKENIZER_ONLY))
         if CONFIG_FILE not in files:
             raise CheckpointError(
                 f"{self} on the hub: expected a checkpoint in Hugging Face layout, with a "
                 f"{CONFIG_FILE}, got {listing(files, limit=8)}; it may be an adapter, a GGUF or a "
                 "dataset: check the id"
             )
-        directory = self._download(commit, files, [n for n in _SMALL_FILES if n in files])
+        directory = self._download(commit, files, _wanted(files, _SMALL_FILES))
         read_config(directory)  # refuses a quantised checkpoint before its weights travel
         shards = find_weights(directory, files, where=f"{self} on the hub").files
         directory = self._download(commit, files, shards, show=True)
@@ -186,7 +187,7 @@ class _Repository:
         from huggingface_hub.utils import tqdm
 
         class Silent(tqdm):
-            def __init__(self, *args: Any, **kwargs: Any):
+            def __init__(self, *args: object, **kwargs: object):
                 super().__init__(*args, **{**kwargs, "disable": True})
 
         show = show and is_main_process() and (sys.stderr.isatty() or "ipykernel" in sys.modules)
@@ -414,6 +415,12 @@ def _retries_told_once() -> Iterator[None]:
     finally:
         for each in loggers:
             each.removeFilter(keep)
+
+
+def _wanted(files: Collection[str], names: Collection[str]) -> list[str]:
+    """Those names that the hub has, and the named chat templates."""
+    templates = re.compile(rf"{NAMED_TEMPLATES}/[^/]+\.jinja")
+    return [n for n in names if n in files] + sorted(n for n in files if templates.fullmatch(n))
 
 
 def _exactly(name: str) -> str:

@@ -12,20 +12,22 @@ Parameters are flat: {"layers.3.self_attn.q_proj.kernel": array}.
 import dataclasses
 import enum
 import fnmatch
+import json
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
 
 from swaa_jax.checkpoint.safetensors_io import WEIGHT_DTYPES, Index, WeightReader
-from swaa_jax.fields import first_of, show
+from swaa_jax.fields import first_of, plural, show
 from swaa_jax.runtime import to_host
 from swaa_jax.storage import CheckpointError, listing
+from swaa_jax.typing import DTypeLike
 
-Expected = tuple[tuple[int, ...], Any, jax.sharding.Sharding | None]
+Expected = tuple[tuple[int, ...], DTypeLike, jax.sharding.Sharding | None]
 """What a parameter must be: shape, dtype to hold it in, sharding (None: the default device)."""
 
 IGNORED = ("*.rotary_emb.inv_freq", "*.attn.masked_bias")
@@ -125,7 +127,7 @@ def expand(rules: Iterable[WeightRule], num_layers: int) -> list[WeightRule]:
     for side in ("hf", "ours"):
         names = [getattr(row, side) for row in rows if side == "ours" or row.part is None]
         if len(set(names)) != len(names):
-            twice = listing(n for n in names if names.count(n) > 1)
+            twice = listing(name for name, count in Counter(names).items() if count > 1)
             raise ValueError(f"rules: expected each {side} name once, got more of {twice}")
     for hf, parts in _parts(rows).items():
         ends = [0, *(row.part[1] for row in parts if row.part)]
@@ -155,6 +157,7 @@ def load_weights(
     optional: Collection[str] = frozenset(),
     ignored: Collection[str] = (),
     tied: Mapping[str, str] | None = None,
+    sizes: Mapping[str, object] | None = None,
 ) -> dict[str, jax.Array]:
     """Reads the parameters of a model, checking every name, shape and dtype first.
 
@@ -173,6 +176,7 @@ def load_weights(
         tied: checkpoint names that are copies of others, such as
             {"lm_head.weight": "model.embed_tokens.weight"} for tied embeddings. A copy may be
             missing or present; if present it must be equal; alone it stands in for the other.
+        sizes: the config's fields that the shapes follow from, which the error names.
 
     Returns:
         {parameter path: array}, in the order of `expected`.
@@ -190,6 +194,7 @@ def load_weights(
         optional=optional,
         ignored=ignored,
         tied=tied,
+        sizes=sizes,
     )
     names = reader.names()
     params: dict[str, jax.Array] = {}
@@ -215,6 +220,7 @@ def check_weights(
     optional: Collection[str] = frozenset(),
     ignored: Collection[str] = (),
     tied: Mapping[str, str] | None = None,
+    sizes: Mapping[str, object] | None = None,
 ) -> dict[str, WeightRule]:
     """The checks of `load_weights` alone; the row of each parameter, in terms of what is stored.
 
@@ -234,9 +240,43 @@ def check_weights(
                 path: dataclasses.replace(row, hf=copy) if row.hf == original else row
                 for path, row in rows.items()
             }
-    _check(reader, rows, expected, optional, [*IGNORED, *ignored, *tied])
+    _check(reader, rows, expected, optional, [*IGNORED, *ignored, *tied], sizes or {})
     _check_copies(reader, copies)
     return rows
+
+
+def check_counts(
+    reader: WeightReader,
+    rules: Iterable[WeightRule],
+    *,
+    num_layers: int,
+    num_experts: int = 0,
+    sizes: Mapping[str, object] | None = None,
+) -> None:
+    """Refuses a config with more layers or experts than the headers have tensors of, before
+    anything is made of them: a few digits there could ask for any amount of memory.
+
+    Raises:
+        CheckpointError: the config says more.
+    """
+    for placeholder, wanted in (("{layer}", num_layers), ("{expert}", num_experts)):
+        before = {
+            rule.hf.partition(placeholder)[0].rpartition("}")[2]
+            for rule in rules
+            if placeholder in rule.hf
+        }
+        found = {
+            rest.partition(".")[0]
+            for name in reader.names()
+            for part in before
+            for _, there, rest in [name.partition(part)]
+            if there
+        }
+        if len(found) < wanted:
+            what = plural(placeholder.strip("{}"), len(found))
+            first = f"{min(before)}{len(found)}.*"
+            got = f"tensors of {len(found)} {what}, the others missing: {first!r} and all after it"
+            raise _unfit(reader, got, sizes or {})
 
 
 def _no_row(paths: Iterable[str]) -> ValueError:
@@ -249,6 +289,7 @@ def _check(
     expected: Mapping[str, Expected],
     optional: Collection[str],
     ignored: Collection[str],
+    sizes: Mapping[str, object],
 ) -> None:
     names = reader.names()
     wanted = _stored_shapes(rows, expected)
@@ -285,11 +326,16 @@ def _check(
             f"{listing(mistyped)} (quantised and integer weights are not supported)"
         )
     if faults:
-        raise CheckpointError(
-            f"{reader.directory}: expected the weights of the model that config.json describes, "
-            f"got {'; '.join(faults)}; check that config.json and the weights belong together, and "
-            "that the model family is the right one"
-        )
+        raise _unfit(reader, "; ".join(faults), sizes)
+
+
+def _unfit(reader: WeightReader, got: str, sizes: Mapping[str, object]) -> CheckpointError:
+    said = ", ".join(f"{name}={json.dumps(value)}" for name, value in sizes.items())
+    return CheckpointError(
+        f"{reader.directory}: expected the weights of the model that config.json describes"
+        f"{said and f' ({said})'}, got {got}; check that config.json and the weights belong "
+        "together, and that the model family is the right one"
+    )
 
 
 def _stored_shapes(

@@ -3,7 +3,7 @@
 import os
 import platform
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 from etils import epath
@@ -13,20 +13,23 @@ from swaa_jax.checkpoint import checkpoint_origin, read_provenance
 from swaa_jax.storage import sha256
 from swaa_jax.typing import PathLike
 
+if TYPE_CHECKING:
+    from swaa_jax.models import CausalLM
+
 __all__ = ["describe_device", "describe_model", "describe_versions", "weight_marks"]
 
 _HASHED_BYTES = 100 * 2**20
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers")
 
 
-def describe_model(model: Any) -> dict[str, Any]:
+def describe_model(model: "CausalLM") -> dict[str, object]:
     """What is known about a loaded model's checkpoint.
 
     Its path, provenance and shape; and the SHA-256 of its weight files, unless they are large.
     """
     source = model.source
     config = model.config
-    out: dict[str, Any] = {
+    out: dict[str, object] = {
         "source": None,
         "revision": None,
         "model_type": config.model_type,
@@ -43,7 +46,7 @@ def describe_model(model: Any) -> dict[str, Any]:
     return out
 
 
-def weight_marks(directory: PathLike | None) -> dict[str, Any]:
+def weight_marks(directory: PathLike | None) -> dict[str, object]:
     """A mark of each weight file of a checkpoint or an adapter, by name, that changes when it does.
 
     The mark is the SHA-256; for large files it is size and time of the last change. Empty for None.
@@ -57,7 +60,7 @@ def weight_marks(directory: PathLike | None) -> dict[str, Any]:
     return {file.name: [stat.length, stat.mtime] for file, stat in found.items()}
 
 
-def describe_device() -> dict[str, Any]:
+def describe_device() -> dict[str, object]:
     """The devices that this process computes on, and its host."""
     devices = jax.devices()
     kind, name = devices[0].platform, devices[0].device_kind

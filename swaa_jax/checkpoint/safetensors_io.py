@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from swaa_jax.checkpoint._header import DTYPES, TensorInfo, read_header
 from swaa_jax.checkpoint._paths import check_directory, read_json_object
-from swaa_jax.checkpoint._tensor_files import MappedFile, RangeFile, open_tensors
+from swaa_jax.checkpoint._tensor_files import LocalFile, RangeFile, open_tensors
 from swaa_jax.fields import describe, first_of, show, wrong
 from swaa_jax.storage import (
     COMMIT_MARK,
@@ -63,7 +63,7 @@ class WeightReader:
         self.directory = check_directory(directory)
         self._info: dict[str, TensorInfo] = {}
         self._file_of: dict[str, str] = {}
-        self._files: dict[str, MappedFile | RangeFile] = {}
+        self._files: dict[str, LocalFile | RangeFile] = {}
         if files is not None:
             self._open(files)
             return

@@ -16,6 +16,7 @@ from swaa_jax.checkpoint.hf import (
     TOKENIZER_FILES,
     VOCABULARY_FILES,
     copy_tokenizer_files,
+    named_templates,
 )
 from swaa_jax.checkpoint.hub import open_checkpoint
 from swaa_jax.storage import CheckpointError, is_local, reading, resolve_inside
@@ -58,6 +59,19 @@ def load_tokenizer(
         return _load(epath.Path(scratch), directory)
 
 
+def special_tokens(tok: "PreTrainedTokenizerBase") -> dict[int, str]:
+    """Every token that is special, by id: the named ones and those of `tokenizer.json` alone.
+
+    `tok.all_special_tokens` has only those with a name (`eos_token`, ...), so not Llama 3's
+    `<|eot_id|>`.
+    """
+    added = getattr(tok, "added_tokens_decoder", {}).items()
+    found = {int(token): str(one.content) for token, one in added if one.special}
+    for token, name in zip(tok.all_special_ids, tok.all_special_tokens, strict=True):
+        found[int(token)] = str(name)
+    return found
+
+
 def _load(directory: epath.Path, source: epath.Path) -> "PreTrainedTokenizerBase":
     """The tokenizer in a local directory, which `source` is called in error messages."""
     present = [name for name in TOKENIZER_FILES if (directory / name).exists()]
@@ -71,6 +85,9 @@ def _load(directory: epath.Path, source: epath.Path) -> "PreTrainedTokenizerBase
         resolve_inside(directory, name)
         if name.endswith(".json"):
             read_json_object(directory / name)
+    for name in named_templates(directory):
+        under, _, file = name.rpartition("/")
+        resolve_inside(directory, file, under=under)
     with _without_torch_advice():
         from transformers import AutoTokenizer  # slow to import, so only where it is needed
 

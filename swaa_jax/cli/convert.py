@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from swaa_jax.cli import Commands
+from swaa_jax.cli import Commands, process_args
 from swaa_jax.cli.policy_args import add_policy_arguments, policy_from_args
 
 _EPILOG = """\
@@ -69,13 +69,7 @@ def add_parser(subparsers: Commands) -> None:
         metavar="SIZE",
         help="of a file of weights at most: 500MB, 5GB, 2GiB; default 5GB",
     )
-    parser.add_argument(
-        "--config-override",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a value of config.json, as JSON or plain text; repeatable",
-    )
+    process_args.add_config_override(parser)
     parser.add_argument(
         "--overwrite",
         action="store_true",
@@ -92,7 +86,6 @@ def run(args: argparse.Namespace) -> int:
 
     # Slow to import, hence not above: `swaa --help` stays fast.
     from swaa_jax import runtime
-    from swaa_jax.fields import key_value
     from swaa_jax.models import convert_checkpoint
 
     runtime.setup_logging("INFO" if args.verbose else "WARNING")
@@ -103,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         max_shard_size=args.max_shard_size,
         revision=args.revision,
         policy=policy,
-        config_overrides=dict(key_value("--config-override", one) for one in args.config_override),
+        config_overrides=process_args.config_overrides_from_args(args),
         overwrite=args.overwrite,
         progress=not args.quiet,
     )

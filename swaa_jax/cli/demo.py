@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from swaa_jax.cli import process_args
+from swaa_jax.cli import Commands, process_args
 
 if TYPE_CHECKING:
     from swaa_jax.eval.report import CellSummary
@@ -57,7 +57,7 @@ default length and haystack, which means that something is broken; 2 for a wrong
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Commands) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "demo",
@@ -134,10 +134,11 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     # Slow to import, hence not above: `swaa --help` stays fast.
     from swaa_jax import runtime
-    from swaa_jax.cli.eval import print_results, typed_command
+    from swaa_jax.cli.eval import print_results
     from swaa_jax.eval.report import summarize, write_evaluation
     from swaa_jax.eval.run import EvalConfig, evaluate
     from swaa_jax.progress import show_progress
+    from swaa_jax.redact import typed_command
     from swaa_jax.storage import write_text_atomic
 
     process_args.start(args)
@@ -155,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
     return _check(config, summaries)
 
 
-def _fields(args: argparse.Namespace) -> dict[str, Any]:
+def _fields(args: argparse.Namespace) -> dict[str, object]:
     """The preset, an evaluation as plain data, with what the flags change."""
     from swaa_jax.configs import config_path
     from swaa_jax.eval.run.config import read_document
@@ -176,15 +177,16 @@ def _fields(args: argparse.Namespace) -> dict[str, Any]:
     return fields | {name: given[name] for name in _EVALUATION if name in given}
 
 
-def _policies(args: argparse.Namespace, preset: list[Any]) -> "list[PolicyEntry]":
+def _policies(args: argparse.Namespace, preset: list[object]) -> "list[PolicyEntry]":
     """The policies of `--policies`, else the preset's, with `--window` and `--sinks`."""
     from etils import epath
 
     from swaa_jax.configs import find_config
     from swaa_jax.eval.run.config import PolicyEntry, policy_entry, read_document
-    from swaa_jax.fields import list_of, wrong
+    from swaa_jax.fields import list_of, naming, wrong
+    from swaa_jax.storage import read_text
 
-    def read(name: str, entry: Any) -> PolicyEntry:
+    def read(name: str, entry: object) -> PolicyEntry:
         entry = policy_entry(name, entry)
         if not isinstance(entry, PolicyEntry):
             raise wrong(name, "a policy's name, text or fields", entry)
@@ -198,18 +200,16 @@ def _policies(args: argparse.Namespace, preset: list[Any]) -> "list[PolicyEntry]
     if args.policies is None:
         return [read("policies", entry) for entry in preset]
     path = epath.Path(find_config("demo", args.policies))
-    try:
-        document = read_document(path.read_text())
+    with naming(path):
+        document = read_document(read_text(path))
         (setting, *_) = document.get("settings") or [document]
         found = list_of(read)("policies", setting.get("policies"))
         if not found:
             raise wrong("policies", "at least one", [])
         return list(found)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
-def _with_adapter(model: str, adapter: str) -> dict[str, Any]:
+def _with_adapter(model: str, adapter: str) -> dict[str, object]:
     """A setting: the model with adapters and without, under the policy that they are for."""
     from swaa_jax.checkpoint import read_attention_policy
 

@@ -72,13 +72,7 @@ def add_parser(subparsers: Commands) -> None:
     )
     judge.add_argument("--keep", choices=["all", "first"], default="all", help="default all")
     add_policy_arguments(parser)
-    process_args.add_process_arguments(parser, mesh=True)
-    parser.add_argument(
-        "--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16", help="bfloat16"
-    )
-    parser.add_argument("--revision", metavar="REV", help="of a hub id")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
-    parser.add_argument("--verbose", action="store_true", help="log what is chosen and why")
+    process_args.add_model_run_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,12 +86,13 @@ def run(args: argparse.Namespace) -> int:
     from swaa_jax.distill import DistillConfig, distill, read_questions
     from swaa_jax.eval.judging import make_judge
     from swaa_jax.fields import key_value
+    from swaa_jax.redact import without_secrets
 
     settings = dict(key_value("--judge-set", one) for one in args.judge_set)
     secret = {}
     if args.judge == "llm" and os.environ.get("SWAA_JUDGE_API_KEY"):
         secret["api_key"] = os.environ["SWAA_JUDGE_API_KEY"]
-    judge = make_judge(args.judge, **settings, **secret)
+    judge = make_judge(args.judge, **{**secret, **settings})
     config = DistillConfig(
         attempts=args.attempts,
         temperature=args.temperature,
@@ -111,12 +106,14 @@ def run(args: argparse.Namespace) -> int:
     )
     questions = read_questions(args.questions, limit=args.limit)
     policy = AttentionPolicy() if policy is None else policy
+    overrides = process_args.config_overrides_from_args(args)
     model = load_model(
         args.model,
         policy=policy,
         dtype=args.dtype,
         mesh=process_args.mesh_from_args(args),
         revision=args.revision,
+        config_overrides=overrides,
     )
     done = distill(
         model,
@@ -129,7 +126,8 @@ def run(args: argparse.Namespace) -> int:
             "model": args.model,
             "dtype": args.dtype,
             "policy": policy.to_dict(),
-            "judge": {"name": args.judge, **settings},
+            **({"config_overrides": overrides} if overrides else {}),
+            "judge": {"name": args.judge, **without_secrets(settings)},
         },
         progress=not args.quiet,
     )

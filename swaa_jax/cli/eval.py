@@ -1,13 +1,11 @@
 """`swaa eval`: models under attention policies, asked tasks: scores, costs, a report."""
 
 import argparse
-import shlex
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from swaa_jax.cli import process_args
+from swaa_jax.cli import Commands, process_args
 from swaa_jax.cli.task_args import add_task_arguments, tasks_from_args, with_judge
 
 if TYPE_CHECKING:
@@ -19,7 +17,7 @@ _POLICIES = ("full", "naive", "instruct-no-train")
 _EPILOG = """\
 examples:
   swaa eval --model ./my-model --data mine.jsonl --policies full,naive,instruct-no-train
-      your checkpoint, your questions, three recipes of `swaa recipes`; a row of the data has
+      your checkpoint, your questions, three recipes of `swaa recipes`; a record of the data has
       `prompt`, or `context` and `question`; and `answer`. Then open eval_output/report.html
 
   swaa eval --model tiny-retriever --task ruler,variant=niah_multiquery,length=1024 \\
@@ -61,7 +59,7 @@ SWAA_JUDGE_API_KEY is a judging model's key.
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Commands) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "eval",
@@ -102,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
     from swaa_jax.eval.report import summarize, write_evaluation
     from swaa_jax.eval.run import evaluate
     from swaa_jax.progress import show_progress
+    from swaa_jax.redact import typed_command
 
     config = _config(args)
     process_args.start(args)
@@ -142,14 +141,6 @@ def print_results(
         print(f"  {paths[name]}")
 
 
-def typed_command() -> str:
-    """What was typed, for the report, without a judge's key."""
-    import re
-
-    words = [re.sub(r"(api_key['\": =]+)[^,}\s]+", r"\1(hidden)", word) for word in sys.argv[1:]]
-    return shlex.join(["swaa", *words])
-
-
 def _config(args: argparse.Namespace) -> "EvalConfig":
     """From a file, from flags, or from both.
 
@@ -164,6 +155,7 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
     from swaa_jax.eval.run.config import read_document
     from swaa_jax.fields import with_overrides
     from swaa_jax.policy import split_policies
+    from swaa_jax.storage import read_text
 
     overrides = list(args.overrides)
     path = args.config
@@ -186,7 +178,7 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
     if path is not None:
         path = str(find_config("eval", path))
     try:
-        fields = {} if path is None else read_document(epath.Path(path).read_text())
+        fields = {} if path is None else read_document(read_text(path))
         if args.model:
             fields.pop("settings", None)
             fields["models"] = args.model

@@ -5,10 +5,13 @@ import dataclasses
 import json
 import pathlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
-from swaa_jax.cli import process_args
+from swaa_jax.cli import Commands, process_args
 from swaa_jax.cli.policy_args import add_policy_arguments, policy_from_args
+
+if TYPE_CHECKING:
+    from swaa_jax.infer import Generation
 
 _EPILOG = """\
 examples:
@@ -41,7 +44,7 @@ examples:
 """
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Commands) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "generate",
@@ -95,11 +98,28 @@ def add_parser(subparsers: Any) -> None:
     answer.add_argument(
         "--top-p", type=float, metavar="P", help="draw among the likeliest tokens of mass P"
     )
+    answer.add_argument(
+        "--min-p", type=float, metavar="P", help="draw among tokens P times as likely as the first"
+    )
+    for name in ("repetition", "presence", "frequency"):
+        answer.add_argument(
+            f"--{name}-penalty",
+            type=float,
+            metavar="X",
+            default=argparse.SUPPRESS,
+            help=f"default {1 if name == 'repetition' else 0}, none",
+        )
     answer.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws, default 0")
     answer.add_argument(
         "--sampling",
         choices=["checkpoint"],
-        help="temperature, top-k and top-p from the checkpoint's generation config",
+        help="temperature, top-k, penalties, ... from the checkpoint's generation config",
+    )
+    answer.add_argument(
+        "--positions",
+        choices=["text", "cache"],
+        default="text",
+        help="cache: go on past the model's context, under a policy of windows and sinks alone",
     )
     answer.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this; repeatable"
@@ -118,6 +138,7 @@ def add_parser(subparsers: Any) -> None:
     output.add_argument(
         "--revision", metavar="REV", help="of a hub id: a branch, a tag or a commit"
     )
+    process_args.add_config_override(output)
     output.add_argument(
         "--backend",
         metavar="NAME",
@@ -127,6 +148,9 @@ def add_parser(subparsers: Any) -> None:
     )
     output.add_argument("--json", action="store_true", help="a line of JSON for each prompt")
     output.add_argument(
+        "--logprobs", action="store_true", help="log-probabilities of the new tokens, in --json"
+    )
+    output.add_argument(
         "--stats", action="store_true", help="speed and memory on stderr, compilation apart"
     )
     output.add_argument("--verbose", action="store_true", help="log what is chosen and why")
@@ -134,6 +158,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    if args.logprobs and not args.json:
+        raise ValueError("--logprobs: expected --json, which has a place for them; add it")
     texts = _read_prompts(args)
     policy = policy_from_args(args)
 
@@ -151,6 +177,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         mesh=mesh,
         revision=args.revision,
+        config_overrides=process_args.config_overrides_from_args(args),
         backend=args.backend,
     )
 
@@ -207,10 +234,11 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
     return texts
 
 
-def _print_all(generation: Any, texts: list[str], *, as_json: bool) -> None:
+def _print_all(generation: "Generation", texts: list[str], *, as_json: bool) -> None:
     answers = zip(
         texts, generation.texts, generation.tokens, generation.finish_reasons, strict=True
     )
+    logprobs = generation.logprobs
     for index, (prompt, text, tokens, reason) in enumerate(answers):
         if as_json:
             record = {
@@ -218,6 +246,7 @@ def _print_all(generation: Any, texts: list[str], *, as_json: bool) -> None:
                 "text": text,
                 "tokens": list(tokens),
                 "finish_reason": reason,
+                **({} if logprobs is None else {"logprobs": list(logprobs[index])}),
                 "timings": generation.timings.to_dict(),
             }
             print(json.dumps(record, ensure_ascii=False))

@@ -47,6 +47,48 @@ def add_process_arguments(parser: argparse.ArgumentParser, *, mesh: bool) -> Non
     )
 
 
+def add_config_override(parser: "argparse._ActionsContainer") -> None:
+    """Add `--config-override`, for every command that reads a model's config."""
+    parser.add_argument(
+        "--config-override",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a value of config.json in place of the model's, as JSON or plain text; repeatable",
+    )
+
+
+def config_overrides_from_args(args: argparse.Namespace) -> dict[str, object]:
+    """What `load_model` takes as `config_overrides`.
+
+    Raises:
+        ValueError: malformed, or one key twice.
+    """
+    from swaa_jax.fields import key_value, show
+
+    found: dict[str, object] = {}
+    for setting in args.config_override:
+        key, value = key_value("--config-override", setting)
+        if key in found:
+            raise ValueError(
+                f"--config-override: expected each key once, got {show(key)} twice; leave one out"
+            )
+        found[key] = value
+    return found
+
+
+def add_model_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of process start, and how to load the model and what to print."""
+    add_process_arguments(parser, mesh=True)
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16", help="bfloat16"
+    )
+    parser.add_argument("--revision", metavar="REV", help="of a hub id")
+    add_config_override(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+    parser.add_argument("--verbose", action="store_true", help="log what is chosen and why")
+
+
 def start(args: argparse.Namespace) -> None:
     """Set up logging, join the other processes if any, and set the compilation cache.
 

@@ -2,12 +2,17 @@
 
 import argparse
 import dataclasses
+import functools
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from swaa_jax.cli import Commands, process_args
 from swaa_jax.cli.recipes_search import add_search_arguments, run_search
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from swaa_jax.eval.search.recipes import ModelSize, Recipe
     from swaa_jax.policy import Needs
 
@@ -43,7 +48,7 @@ policy=NAME.
 _GIB = 1 << 30
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Commands) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "recipes",
@@ -52,7 +57,6 @@ def add_parser(subparsers: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
     add = parser.add_argument
     add("name", nargs="?", metavar="NAME", help="one recipe: show all of it")
     needs = parser.add_argument_group("needs; any of them makes a recommendation")
@@ -71,13 +75,15 @@ def add_parser(subparsers: Any) -> None:
         "--memory", type=float, metavar="GIB", help="of weights and caches together, at most"
     )
     add("--model", help="directory, bucket, hub id or shipped model; no weights are read")
-    add("--context", type=int, default=32768, metavar="TOKENS", help="default: %(default)s")
+    process_args.add_config_override(parser)
+    add("--context", type=int, metavar="TOKENS", help="default: 32768, or less if the model has it")
     add("--rows", type=int, default=1, help="in memory at once; default: %(default)s")
     add("--json", action="store_true", help="for programs")
-    add_search_arguments(parser)
+    of_search = add_search_arguments(parser)
+    parser.set_defaults(run=functools.partial(run, of_search=of_search))
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, *, of_search: Sequence[argparse.Action]) -> int:
     """Run the command."""
     from swaa_jax.configs import config_path
     from swaa_jax.eval.search.recipes import QWEN3_4B, list_recipes, recommend
@@ -86,10 +92,16 @@ def run(args: argparse.Namespace) -> int:
     if args.search:
         if args.model is None:
             raise ValueError("--search: expected --model, and --data or --task, got no --model")
-        return run_search(args, num_layers=_size_of(args.model).num_layers)
+        return run_search(args, num_layers=_size_of(args).num_layers)
+    alone = [flag for flag in of_search if getattr(args, flag.dest) != flag.default]
+    if alone:
+        name = alone[0].option_strings[0]
+        raise ValueError(f"{name}: expected --search with it, got none; add it or leave {name} out")
     if args.name is not None:
         config_path("policies", args.name)  # an unknown name is told with the nearest
-    size = QWEN3_4B if args.model is None else _size_of(args.model)
+    size = QWEN3_4B if args.model is None else _size_of(args)
+    if args.context is None:
+        args.context = min(32768, size.context)
     recipes = list_recipes(size, context=args.context, rows=args.rows)
     needs = Needs(training=args.training, thinking=args.thinking, prefer=args.prefer)
     asked = needs != Needs() or args.memory is not None
@@ -112,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _size_of(name: str) -> "ModelSize":
+def _size_of(args: argparse.Namespace) -> "ModelSize":
     import math
 
     import jax.numpy as jnp
@@ -122,10 +134,13 @@ def _size_of(name: str) -> "ModelSize":
     from swaa_jax.models import read_blueprint
 
     blueprint = read_blueprint(
-        open_checkpoint(name, weights=False), policy=None, dtype=jnp.dtype("bfloat16")
+        open_checkpoint(args.model, weights=False),
+        policy=None,
+        dtype=jnp.dtype("bfloat16"),
+        config_overrides=process_args.config_overrides_from_args(args),
     )
     numbers = sum(math.prod(param.shape) for param in blueprint.params.values())
-    return ModelSize.of(blueprint.model, name=name, weight_bytes=2 * numbers)
+    return ModelSize.of(blueprint.model, name=args.model, weight_bytes=2 * numbers)
 
 
 def _nothing_fits(recipes: "list[Recipe]", needs: "Needs", args: argparse.Namespace) -> str:
@@ -146,7 +161,7 @@ def _nothing_fits(recipes: "list[Recipe]", needs: "Needs", args: argparse.Namesp
     )
 
 
-def _plain(recipe: "Recipe") -> dict[str, Any]:
+def _plain(recipe: "Recipe") -> dict[str, object]:
     """A recipe as JSON's types."""
     file = recipe.file
     return {
@@ -222,7 +237,7 @@ def _show(recipe: "Recipe", size: "ModelSize", args: argparse.Namespace) -> None
     _console().print(table)
 
 
-def _console() -> Any:
+def _console() -> "Console":
     """A console that is as wide as the table where it writes to a file or a pipe."""
     from rich.console import Console
 

@@ -7,8 +7,8 @@ from swaa_jax.cli.task_args import add_task_arguments, tasks_from_args, with_jud
 _GIB = 1 << 30
 
 
-def add_search_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--search` and what goes with it."""
+def add_search_arguments(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Add `--search` and what goes with it; gives the flags that mean nothing without it."""
     group = parser.add_argument_group(
         "search for a policy of your own (with --model, and --data or --task)",
         "Every combination of the values below answers a few samples; the better half goes on to "
@@ -33,13 +33,11 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=8, metavar="N", help="prompts at once, default 8")
     add("--output", default="search_output", metavar="DIR", help="default: %(default)s")
     add_task_arguments(group)
+    return [action for action in group._group_actions if action.dest != "search"]
 
 
 def run_search(args: argparse.Namespace, *, num_layers: int) -> int:
     """Run the search that the arguments ask for."""
-    import shlex
-    import sys
-
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -58,6 +56,7 @@ def run_search(args: argparse.Namespace, *, num_layers: int) -> int:
     from swaa_jax.eval.tasks import encode_sample
     from swaa_jax.policy import parse_fields
     from swaa_jax.progress import show_progress
+    from swaa_jax.redact import typed_command
 
     runtime.enable_compilation_cache()
     tasks = with_judge(tasks_from_args(args), args)
@@ -110,7 +109,7 @@ def run_search(args: argparse.Namespace, *, num_layers: int) -> int:
     paths = write_search(
         found,
         args.output,
-        command=shlex.join(["swaa", *sys.argv[1:]]),
+        command=typed_command(),
         asked={"model": args.model, "task": task.name, "floor": args.floor},
     )
     table = Table(title="Not beaten in score, prefill work and memory at once", box=box.SIMPLE_HEAD)

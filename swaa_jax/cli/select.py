@@ -130,13 +130,7 @@ def add_parser(subparsers: Commands) -> None:
         metavar="N",
         help="samples times sets in one batch; default: by a rough count of memory",
     )
-    process_args.add_process_arguments(parser, mesh=True)
-    parser.add_argument(
-        "--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16", help="bfloat16"
-    )
-    parser.add_argument("--revision", metavar="REV", help="of a hub id")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
-    parser.add_argument("--verbose", action="store_true", help="log what is chosen and why")
+    process_args.add_model_run_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -144,11 +138,9 @@ def run(args: argparse.Namespace) -> int:
     options = _options(args)
     process_args.start(args)
 
-    import shlex
-    import sys
-
     from swaa_jax import AttentionPolicy, load_model, load_tokenizer, runtime
     from swaa_jax.progress import show_progress
+    from swaa_jax.redact import typed_command
     from swaa_jax.selection import check_options, read_calibration, select_layers
     from swaa_jax.selection.report import write_selection
 
@@ -167,6 +159,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         mesh=process_args.mesh_from_args(args),
         revision=args.revision,
+        config_overrides=process_args.config_overrides_from_args(args),
     )
     with show_progress("starting", total=1, enabled=not args.quiet) as bar:
         found = select_layers(
@@ -183,9 +176,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if not runtime.is_main_process():
         return 0
-    paths = write_selection(
-        found, args.output, model=args.model, command=shlex.join(["swaa", *sys.argv[1:]])
-    )
+    paths = write_selection(found, args.output, model=args.model, command=typed_command())
     if not args.quiet:
         _print(found)
         for path in paths.values():

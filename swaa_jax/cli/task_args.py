@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -24,13 +25,13 @@ def add_task_arguments(group: Any) -> None:
     add("--max-new-tokens", type=int, metavar="N", help="of an answer to --data")
 
 
-def tasks_from_args(args: argparse.Namespace) -> list[dict[str, Any]]:
+def tasks_from_args(args: argparse.Namespace) -> list[dict[str, object]]:
     """Entries of an evaluation's `tasks`; none where the arguments name none."""
-    found: list[dict[str, Any]] = []
+    found: list[dict[str, object]] = []
     files = args.data or []
     stems = [os.path.splitext(os.path.basename(file))[0] for file in files]
     for file, stem in zip(files, stems, strict=True):
-        task: dict[str, Any] = {"task": "qa", "files": file}
+        task: dict[str, object] = {"task": "qa", "files": file}
         if stems.count(stem) > 1:
             task["name"] = f"qa {file}"
         if args.max_new_tokens is not None:
@@ -39,15 +40,17 @@ def tasks_from_args(args: argparse.Namespace) -> list[dict[str, Any]]:
     return found + [named(text, "task") for text in args.task or []]
 
 
-def with_judge(tasks: list[Any], args: argparse.Namespace) -> list[Any]:
+def with_judge(
+    tasks: Sequence[str | Mapping[str, object]], args: argparse.Namespace
+) -> list[str | Mapping[str, object]]:
     """The tasks with `--judge` in place of their own, where it was given."""
     if args.judge is None:
-        return tasks
+        return list(tasks)
     judge = named(args.judge, "name")
     return [{**({"task": one} if isinstance(one, str) else one), "judge": judge} for one in tasks]
 
 
-def named(text: str, key: str) -> dict[str, Any]:
+def named(text: str, key: str) -> dict[str, object]:
     """`NAME,KEY=VALUE,...` as a mapping; values are YAML.
 
     >>> named("regex,which=last", "name")
@@ -59,7 +62,7 @@ def named(text: str, key: str) -> dict[str, Any]:
     from swaa_jax.fields import parse_yaml, wrong
 
     name, *settings = text.split(",")
-    found: dict[str, Any] = {key: name.strip()}
+    found = {key: name.strip()}
     last = None
     for setting in settings:
         setting_key, equals, value = setting.partition("=")

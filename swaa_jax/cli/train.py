@@ -36,8 +36,9 @@ examples:
 output_dir then holds config.yaml, metrics.jsonl, tensorboard/, checkpoints/ and adapter/ (PEFT's
 layout; without LoRA model/).
 
-The same command goes on from the newest complete checkpoint there, after a kill too; SIGTERM on any
-process saves on all and exits 0. Then: swaa generate ..., or PEFT, with output_dir/adapter.
+The same command goes on from the newest complete checkpoint there, after a kill too; SIGTERM or
+Ctrl-C on any process saves on all and exits 0 (Ctrl-C twice saves nothing). Then: swaa generate
+..., or PEFT, with output_dir/adapter.
 
 exit codes: 0 done, or saved and stopped; 2 for a mistake in config, data or files.
 """

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any
 
 import yaml
 
@@ -54,7 +53,7 @@ class DataConfig:
             one, but must have one that is named. None: no filter.
         min_length: samples with fewer tokens are dropped.
         max_length: longer samples are too long; None: `seq_len`.
-        on_too_long: refuse the data and name the first row too long, or drop and count them.
+        on_too_long: refuse the data and name the first record too long, or drop and count them.
         seq_len: tokens of a row of a batch.
         batch_size: rows of a global batch, over all processes.
         packing: ``"pack"``: several whole samples a row, told apart by segment ids. ``"bucket"``:
@@ -175,7 +174,7 @@ class DataConfig:
         """The same from YAML or JSON text."""
         return cls.from_dict(parse_yaml(text))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain data that `from_dict` takes; every field is there."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return plain(fields)

@@ -2,14 +2,24 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Int
 
+from swaa_jax.chats import (
+    ChatError,
+    Message,
+    Rendered,
+    Tools,
+    render_chat,
+    unused_variables,
+)
+from swaa_jax.checkpoint.tokenizer import special_tokens
 from swaa_jax.data.config import DataConfig
-from swaa_jax.examples import Example, Message, Tools, read_example
+from swaa_jax.examples import Example, read_example
 from swaa_jax.policy import Stage
 from swaa_jax.records import DataError, Record
 
@@ -21,6 +31,8 @@ __all__ = ["Encoder", "Sample"]
 log = logging.getLogger(__name__)
 
 _PROBE = "ANSWER"
+_LONGEST_OPENING = 64
+"""Characters at the end of a generation prompt that may open a thought, or open and close it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,10 +84,13 @@ class Encoder:
                 "chat_template: expected a tokenizer that has one, got one without; give another "
                 "tokenizer, or set chat_template: false to train on the records' texts"
             )
-        self._special = dict(_special_tokens(tok))
+        self._special = special_tokens(tok)
         self._blank: dict[int, bool] = {}
         self._ids("a")  # a tokenizer saved with truncation drops it now, before threads share it
-        self._tail, self._ends = self._end_of_turn()
+        if config.chat_template:
+            for name in unused_variables(tok, config.chat_template_kwargs):
+                log.warning("chat_template_kwargs: the template has no %s: it has no effect", name)
+        self._tail, self._ends, self._behind = self._end_of_turn()
         if not self._ends:
             log.warning("no token ends an answer, so none teaches the model to stop: stop_tokens")
 
@@ -86,21 +101,46 @@ class Encoder:
             DataError: a record of no known shape or without an answer, a template that fails, or
                 one that renders an answer otherwise than its generation prompt begins it.
         """
+        return self.with_unused(record)[0]
+
+    def with_unused(self, record: Record) -> tuple[list[Sample], tuple[str, ...]]:
+        """The same, and the record's columns that were not looked at."""
         config = self._config
         example = read_example(record, columns=config.columns, shape=config.format)
+        return self._samples(example), example.unused
+
+    def _samples(self, example: Example) -> list[Sample]:
+        config, record = self._config, example.record
         if not config.chat_template:
             return [self._completion(example)]
         messages = (*example.asked, *example.response)
-        answers = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
-        if config.loss_on == "last" and (config.split_answers or config.answer_stage == "last"):
-            answers = answers[-1:]  # the rest is history, however the template renders that
-        turns = [self._turn(example, messages, n) for n in answers]
+        trained = self._trained(record, messages)
+        wanted = trained
+        if config.answer_stage == "all" and not config.split_answers:
+            spoken = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
+            wanted = [n for n in spoken if n <= trained[-1]]
+        # The rest is history, however the template renders that.
+        turns = [self._turn(example, messages, n) for n in wanted]
         if config.split_answers:
-            return [self._sample([turn]) for turn in turns]
-        self._check_history(record, turns, answers)
-        return [self._sample(turns)]
+            return [self._sample([turn], [turn]) for turn in turns]
+        self._check_history(record, turns, wanted)
+        targets = [turn for turn, n in zip(turns, wanted, strict=True) if n in trained]
+        return [self._sample(turns, targets)]
 
-    def _sample(self, turns: Sequence[_Turn]) -> Sample:
+    def _trained(self, record: Record, messages: Sequence[Message]) -> list[int]:
+        """Numbers of the answers that are trained on: `loss_on`, unless a message says."""
+        answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+        usual = answers if self._config.loss_on == "all" else answers[-1:]
+        told = {n: _flag(record, n, message) for n, message in enumerate(messages)}
+        trained = [n for n in answers if (n in usual if told[n] is None else told[n])]
+        if not trained:
+            raise DataError(
+                f"{record.place}: expected an answer to train on, got train: false (or weight: 0) "
+                "on all that loss_on names; remove the record"
+            )
+        return trained
+
+    def _sample(self, turns: Sequence[_Turn], targets: Sequence[_Turn]) -> Sample:
         tokens = np.array([*turns[-1].prompt, *turns[-1].answer], np.int32)
         stage_ids = np.full(len(tokens), Stage.PROMPT, np.int32)
         is_target = np.zeros(len(tokens), bool)
@@ -108,8 +148,7 @@ class Encoder:
             span = slice(len(turn.prompt), len(turn.prompt) + len(turn.answer))
             if turn is turns[-1] or self._config.answer_stage == "all":
                 stage_ids[span] = Stage.ANSWER
-            if turn is turns[-1] or self._config.loss_on == "all":
-                is_target[span] = True
+            is_target[span] = any(turn is one for one in targets)
         return Sample(tokens=tokens, stage_ids=stage_ids, is_target=is_target)
 
     def _completion(self, example: Example) -> Sample:
@@ -124,16 +163,18 @@ class Encoder:
         bos = self._tok.bos_token
         bare = bool(bos) and prompt.startswith(bos)
         prompt_ids = list(self._tok(prompt, add_special_tokens=not bare)["input_ids"])
-        return self._sample([_Turn(prompt_ids, [*self._ids(answer), *self._tail])])
+        turn = _Turn(prompt_ids, [*self._ids(answer), *self._tail])
+        return self._sample([turn], [turn])
 
     def _turn(self, example: Example, messages: Sequence[Message], index: int) -> _Turn:
         record, tools = example.record, example.tools
-        prompt = self._render(record, messages[:index], tools, prompt=True)
+        prompt = self._render(record, messages[:index], tools, prompt=True).text
         prompt_ids = self._ids(prompt)
         if self._config.answers == "verbatim":
             text = _verbatim(record, messages[index], prompt)
             return _Turn(prompt_ids, [*self._continue(prompt, prompt_ids, text), *self._tail])
-        whole = self._render(record, messages[: index + 1], tools, prompt=False)
+        rendered = self._render(record, messages[: index + 1], tools, prompt=False)
+        whole = rendered.text
         if not whole.startswith(prompt):
             at = next((n for n, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b), 0)
             raise DataError(
@@ -144,8 +185,11 @@ class Encoder:
                 "chat_template_kwargs (enable_thinking), or set answers: verbatim, which takes the "
                 "answer's text as it is"
             )
-        answer = self._continue(prompt, prompt_ids, whole[len(prompt) :])
-        return _Turn(prompt_ids, self._produced(answer, messages[: index + 1], tools))
+        end = max([len(prompt), *(stop for _, stop in rendered.generated or [(0, len(whole))])])
+        answer = self._produced(self._continue(prompt, prompt_ids, whole[len(prompt) :]))
+        if answer is None:  # no token ends it, but the template may mark what is generated
+            answer = self._continue(prompt, prompt_ids, whole[len(prompt) : end])
+        return _Turn(prompt_ids, answer)
 
     def _check_history(
         self, record: Record, turns: Sequence[_Turn], answers: Sequence[int]
@@ -164,25 +208,22 @@ class Encoder:
 
     def _render(
         self, record: Record, messages: Sequence[Message], tools: Tools, *, prompt: bool
-    ) -> str:
-        import jinja2
-
-        variables = dict(self._config.chat_template_kwargs)
-        if tools is not None:
-            variables["tools"] = list(tools)
+    ) -> Rendered:
         try:
-            return self._tok.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=prompt,
-                **variables,
+            return render_chat(
+                self._tok,
+                messages,
+                tools=tools,
+                variables=self._config.chat_template_kwargs,
+                generation_prompt=prompt,
             )
-        except (jinja2.TemplateError, TypeError, IndexError) as error:
-            raise DataError(
-                f"{record.place}: expected messages that the chat template takes, got an error on "
-                f"the first {len(messages)} ({' '.join(str(error).split())[:300]}); mend the "
-                "record's roles, or the template"
-            ) from error
+        except ChatError as error:
+            advice = (
+                ""
+                if self._config.answers == "verbatim"
+                else ("; or set answers: verbatim, which takes an answer's text as it is")
+            )
+            raise DataError(f"{record.place}: {error}{advice}") from error
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tok(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -203,23 +244,16 @@ class Encoder:
             return ids[cut:]
         return self._ids(text)
 
-    def _produced(self, ids: list[int], messages: Sequence[Message], tools: Tools) -> list[int]:
-        """The answer without what the template puts after the end of the turn."""
-        start = self._trailing(ids)
-        for end in range(start, len(ids)):
+    def _produced(self, ids: list[int]) -> list[int] | None:
+        """The answer without what the template puts after the end of the turn: blanks, or the next
+        turn's beginning, if it always adds one. None where no token ends the turn.
+        """
+        if self._behind and ids[-len(self._behind) :] == self._behind:
+            ids = ids[: -len(self._behind)]
+        for end in range(self._trailing(ids), len(ids)):
             if ids[end] in self._ends:
                 return ids[: end + 1]
-        if "{% generation" in str(self._tok.chat_template).replace("{%-", "{%"):
-            encoded = self._tok.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=None if tools is None else list(tools),
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-                **self._config.chat_template_kwargs,
-            )
-            after = list(encoded["assistant_masks"])[::-1].index(1)
-            return ids[: len(ids) - after]
-        return ids
+        return None
 
     def _trailing(self, ids: Sequence[int]) -> int:
         """Where the special tokens and blanks at the end of `ids` begin."""
@@ -233,8 +267,8 @@ class Encoder:
             self._blank[token] = not self._tok.decode([token]).strip()
         return self._blank[token]
 
-    def _end_of_turn(self) -> tuple[list[int], frozenset[int]]:
-        """What is appended to an answer's text, and the tokens that end a turn.
+    def _end_of_turn(self) -> tuple[list[int], frozenset[int], list[int]]:
+        """What is appended to an answer, the tokens that end a turn, and what is behind them.
 
         They are read off the template: the first special token that it puts behind an answer.
         """
@@ -242,42 +276,52 @@ class Encoder:
         eos = [] if tok.eos_token_id is None else [int(tok.eos_token_id)]
         named = [_token_id(tok, name) for name in config.stop_tokens]
         if not config.chat_template:
-            return (named[:1] or eos), frozenset(named or eos)
+            return (named[:1] or eos), frozenset(named or eos), []
         record = Record(file="chat template", index=0, fields={})
         probe = ({"role": "user", "content": "Q"}, {"role": "assistant", "content": _PROBE})
         try:
-            text = self._render(record, probe, None, prompt=False)
+            text = self._render(record, probe, None, prompt=False).text
         except DataError:
-            return (named[:1] or eos), frozenset(named or eos)
+            return (named[:1] or eos), frozenset(named or eos), []
         tail = self._ids(text.rpartition(_PROBE)[2])
         for end, token in enumerate(tail):
             if token in (named or self._special):
-                return tail[: end + 1], frozenset(named or [token])
-        return named[:1], frozenset(named)
+                return tail[: end + 1], frozenset(named or [token]), tail[end + 1 :]
+        return named[:1], frozenset(named), []
+
+
+def _flag(record: Record, at: int, message: Message) -> bool | None:
+    """Whether a message says that it is trained on; None where it does not say."""
+    for name in ("train", "weight"):
+        value = message.get(name)
+        if value is not None:
+            if value not in (0, 1):
+                raise record.wrong(f"messages[{at}].{name}", "0 or 1, or true or false", value)
+            if value and message["role"] != "assistant":
+                expected = "false on all but the assistant's messages, which alone are produced"
+                raise record.wrong(f"messages[{at}].{name}", expected, value)
+            return bool(value)
+    return None
 
 
 def _verbatim(record: Record, message: Message, prompt: str) -> str:
     """The answer's text, without what the generation prompt has of it already (``<think>``)."""
     content = message["content"]
-    if not isinstance(content, str) or set(message) - {"role", "content"}:
+    if not isinstance(content, str) or set(message) - {"role", "content", "train", "weight"}:
         raise DataError(
             f"{record.place}: expected an answer's content alone, as text, with answers: verbatim, "
             f"got {', '.join(map(repr, message))}; put all of it into content, or set answers: "
             "template"
         )
-    if content.startswith("<"):
-        for size in range(min(len(content), len(prompt), 64), 0, -1):
-            if prompt.endswith(content[:size]):
-                return content[size:]
+    end = prompt[-_LONGEST_OPENING:]
+    starts = [at for at, character in enumerate(end) if character in "<["]
+    for opening in (end[at:] for at in starts):  # the longest first
+        bare = r"\s*".join(map(re.escape, "".join(opening.split())))
+        if found := re.match(rf"\s*{bare}(\s*)", content):
+            blanks, rest = found[1], content[found.end() :]
+            given = opening[len(opening.rstrip()) :]
+            return blanks.removeprefix(given) + rest if blanks.startswith(given) else rest
     return content
-
-
-def _special_tokens(tok: "PreTrainedTokenizerBase") -> Iterator[tuple[int, str]]:
-    for token, added in getattr(tok, "added_tokens_decoder", {}).items():
-        if added.special:
-            yield int(token), added.content
-    for token, name in zip(tok.all_special_ids, tok.all_special_tokens, strict=True):
-        yield int(token), str(name)
 
 
 def _token_id(tok: "PreTrainedTokenizerBase", name: str) -> int:

@@ -168,7 +168,7 @@ class BatchIterator(Iterator[Batch]):
         """How many epochs are done, with the fraction of the one under way."""
         return self.next_batch / self._source.plan.num_batches
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> dict[str, object]:
         """Where the iterator is, as JSON takes it."""
         return self._source.plan.state(self.next_batch)
 

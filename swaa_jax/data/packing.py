@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int
@@ -20,6 +20,8 @@ from jaxtyping import Int
 from swaa_jax.data.config import DataConfig
 from swaa_jax.fields import describe
 from swaa_jax.runs import differences
+
+T = TypeVar("T")
 
 __all__ = ["Plan", "PlanMismatchError", "make_plan", "pack"]
 
@@ -158,7 +160,7 @@ class Plan:
         width = int(self.widths[rows[rows >= 0][0]])
         return [self.rows[row] if row >= 0 else () for row in rows], width
 
-    def state(self, index: int) -> dict[str, Any]:
+    def state(self, index: int) -> dict[str, object]:
         """A position as plain data, for a checkpoint: the next batch is global batch `index`."""
         return {
             "version": STATE_VERSION,
@@ -213,7 +215,7 @@ def make_plan(lengths: Int[np.ndarray, " samples"], digest: str, config: DataCon
         rows = [[sample] for sample in range(len(lengths))]
         row_widths = widths[np.searchsorted(widths, lengths)]
     names = ("seq_len", "batch_size", "packing", "seed", "remainder")
-    identity: dict[str, Any] = {name: getattr(config, name) for name in names}
+    identity: dict[str, object] = {name: getattr(config, name) for name in names}
     if config.packing == "pack":
         identity["pack_window"] = config.pack_window
     else:
@@ -238,7 +240,7 @@ def make_plan(lengths: Int[np.ndarray, " samples"], digest: str, config: DataCon
     return plan
 
 
-def process_rows(rows: Sequence[Any], *, process_index: int, process_count: int) -> Sequence[Any]:
+def process_rows(rows: Sequence[T], *, process_index: int, process_count: int) -> Sequence[T]:
     """A process's share of a global batch: a contiguous slice.
 
     >>> process_rows("abcd", process_index=1, process_count=2)

@@ -1,11 +1,12 @@
 """The first pass: every record becomes samples once, filtered, counted and kept on the disk.
 
 Packing is planned from the samples' lengths, so all records are tokenized before the first step.
-What that gives is kept under a key of the files (path, size, time), the tokenizer and the settings:
+What that gives is kept under a key of the files' contents, the tokenizer and the settings:
 
-    <cache>/<key>/lengths.npy  origins.npy    tokens of each sample; its record and its place there
+    <cache>/<key>/lengths.npy  origins.npy    tokens of each sample; its record, place and checksum
                   tokens.bin   marks.bin      int32 and uint8 of all samples, one after the other
-                  meta.json                   counts and the digest of the contents; written last
+                  meta.json                   counts, the digest of the contents and of each file;
+                                              written last
 """
 
 import contextlib
@@ -15,8 +16,9 @@ import json
 import logging
 import os
 import pathlib
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -25,11 +27,12 @@ from jaxtyping import Int
 from swaa_jax.data.config import DataConfig
 from swaa_jax.data.encode import Encoder, Sample
 from swaa_jax.data.reading import read_ahead
+from swaa_jax.examples import warn_unused
 from swaa_jax.policy import Stage
 from swaa_jax.progress import show_progress
 from swaa_jax.records import DataError, Record, Records, find_files, open_records, records_of
 from swaa_jax.runs import fingerprint
-from swaa_jax.storage import CheckpointError, atomic_directory, is_local, reading
+from swaa_jax.storage import CheckpointError, atomic_directory, is_local, reading, sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,8 +41,9 @@ __all__ = ["SampleReport", "Samples", "prepare_samples"]
 
 log = logging.getLogger(__name__)
 
-_VERSION = 2
+_VERSION = 3
 _META = "meta.json"
+_FILES = ("lengths.npy", "origins.npy", "tokens.bin", "marks.bin")
 _USUAL_JUDGE = "judge"  # looked for, not asked for
 _SETTINGS = (
     *("format", "columns", "chat_template", "chat_template_kwargs", "answers", "stop_tokens"),
@@ -120,11 +124,12 @@ def prepare_samples(
         report = _first_pass(records_of(records), encoder, config, writer, progress=progress)
         return writer.samples(report)
     files = find_files(config.files)
+    seen = _stats(files)
     key = _key(files, tok, config)
     place, remote = _cache_place(files, key, config)
     if remote is not None and not place.exists():
         _copy(remote, place)
-    stored = _open(place)
+    stored, made = _open(place), False
     if stored is None:
         try:
             with atomic_directory(place, overwrite=True, commit_mark=_META) as directory:
@@ -132,13 +137,15 @@ def prepare_samples(
                     every = open_records(files)
                     report = _first_pass(every, encoder, config, writer, progress=progress)
                 writer.finish(report)
+                _check_unchanged(files, seen)
         except (CheckpointError, OSError):
             if _open(place) is None:  # else another process of this machine was faster
                 raise
-        if remote is not None:
-            _copy(place, remote)
         stored = _open(place)
         assert stored is not None
+        made = True
+    if remote is not None and (made or not _is_there(remote)):
+        _copy(place, remote)
     log.info("%s (%s)", stored.report, place)
     if config.tokens == "lazy":
         return _Lazy(stored, open_records(files), encoder)
@@ -149,22 +156,30 @@ def prepare_samples(
 
 
 class _EncodeRecord:
-    """A record's samples, or None where it was judged wrong. Grain maps it over the records."""
+    """A record's samples. Grain maps it over the records."""
 
     def __init__(self, encoder: Encoder, judge_column: str | None):
         self._encoder, self._judge = encoder, judge_column
 
-    def __call__(self, record: Record) -> tuple[str, list[Sample] | None]:
-        if self._judge not in (None, _USUAL_JUDGE, *record.fields):
+    def __call__(self, record: Record) -> "_Encoded":
+        verdict = None if self._judge is None else record.fields.get(self._judge)
+        if verdict is None and self._judge not in (None, _USUAL_JUDGE):
             raise DataError(
                 f"{record.place}: judge_column: expected the verdict in {self._judge!r}, got the "
                 f"columns {record.columns}; correct it, or set it to null to train on all records"
             )
-        if self._judge is not None and self._judge in record.fields:
-            value = record.fields[self._judge]
-            if str(value).strip().lower() not in ("1", "1.0", "true"):
-                return record.place, None
-        return record.place, self._encoder(record)
+        if verdict is not None and str(verdict).strip().lower() not in ("1", "1.0", "true"):
+            return _Encoded(record.place, None)
+        samples, unused = self._encoder.with_unused(record)
+        return _Encoded(record.place, samples, tuple(n for n in unused if n != self._judge))
+
+
+class _Encoded(NamedTuple):
+    """A record's place, its samples or None where it was judged wrong, and unused columns."""
+
+    place: str
+    samples: list[Sample] | None
+    unused: tuple[str, ...] = ()
 
 
 def _first_pass(
@@ -180,7 +195,10 @@ def _first_pass(
         ("judged_wrong", "too_short", "too_long", "num_tokens", "num_targets"), 0
     )
     digest, num_samples = hashlib.sha256(), 0
-    for number, (place, samples) in enumerate(_encoded(records, encoder, config, progress)):
+    unused: dict[str, None] = {}
+    for number, encoded in enumerate(_encoded(records, encoder, config, progress)):
+        place, samples, columns = encoded
+        unused |= dict.fromkeys(columns)
         counts["judged_wrong"] += samples is None
         for part, sample in enumerate(samples or ()):
             if len(sample) > limit:
@@ -203,6 +221,7 @@ def _first_pass(
                 num_samples += 1
                 counts["num_tokens"] += len(sample)
                 counts["num_targets"] += int(sample.is_target.sum())
+    warn_unused(unused)
     writer.digest = digest.hexdigest()
     report = SampleReport(records=len(records), samples=num_samples, **counts)
     if not num_samples:
@@ -215,7 +234,7 @@ def _first_pass(
 
 def _encoded(
     records: Records, encoder: Encoder, config: DataConfig, progress: bool
-) -> Iterator[tuple[str, list[Sample] | None]]:
+) -> "Iterator[_Encoded]":
     import grain
 
     mapped = grain.MapDataset.source(records).map(_EncodeRecord(encoder, config.judge_column))
@@ -259,7 +278,7 @@ class _Disk:
     def __init__(self, directory: epath.Path, *, keep_tokens: bool):
         self._directory, self._keep = pathlib.Path(directory), keep_tokens
         self._lengths: list[int] = []
-        self._origins: list[tuple[int, int]] = []
+        self._origins: list[tuple[int, int, int]] = []
         self.digest = ""
 
     def __enter__(self) -> "_Disk":
@@ -274,7 +293,7 @@ class _Disk:
 
     def add(self, tokens: np.ndarray, marks: np.ndarray, origin: tuple[int, int]) -> None:
         self._lengths.append(len(tokens))
-        self._origins.append(origin)
+        self._origins.append((*origin, _checksum(tokens, marks)))
         if self._keep:
             self._files[0].write(tokens.astype("<i4").tobytes())
             self._files[1].write(marks.tobytes())
@@ -282,8 +301,14 @@ class _Disk:
     def finish(self, report: SampleReport) -> None:
         np.save(self._directory / "lengths.npy", np.array(self._lengths, np.int64))
         np.save(self._directory / "origins.npy", np.array(self._origins, np.int64))
-        meta = {"version": _VERSION, "digest": self.digest, "report": dataclasses.asdict(report)}
-        (self._directory / _META).write_text(json.dumps(meta | {"tokens": self._keep}))
+        meta = {
+            "version": _VERSION,
+            "digest": self.digest,
+            "report": dataclasses.asdict(report),
+            "tokens": self._keep,
+            "sha256": {name: sha256(self._directory / name) for name in _FILES},
+        }
+        (self._directory / _META).write_text(json.dumps(meta | {"check": fingerprint(meta)}))
 
 
 class _Stored(Samples):
@@ -333,15 +358,21 @@ class _Lazy(Samples):
         self._records, self._encoder = records, encoder
 
     def __getitem__(self, number: int) -> Sample:
-        at, part = map(int, self._origins[number])
+        at, part, checksum = map(int, self._origins[number])
         record = self._records[at]
-        sample = self._encoder(record)[part]
-        if len(sample) != self.lengths[number]:
+        samples = self._encoder(record)
+        sample = samples[part] if part < len(samples) else None
+        if sample is None or _checksum(sample.tokens, _marks(sample)) != checksum:
+            got = 0 if sample is None else len(sample)
             raise DataError(
                 f"{record.place}: expected the {self.lengths[number]} tokens that the plan was "
-                f"made for, got {len(sample)}: the file has changed; start again with the new one"
+                f"made for, got {got} others: the file has changed; start again with the new one"
             )
         return sample
+
+
+def _checksum(tokens: np.ndarray, marks: np.ndarray) -> int:
+    return zlib.crc32(marks.tobytes(), zlib.crc32(tokens.astype("<i4").tobytes()))
 
 
 # The cache.
@@ -350,13 +381,35 @@ class _Lazy(Samples):
 def _key(files: Sequence[epath.Path], tok: "PreTrainedTokenizerBase", config: DataConfig) -> str:
     described = []
     for file in files:
+        # Neither size nor time: a file may change within a second and keep both.
         with reading(file):
-            stat = file.stat()
-        described.append([os.fspath(file), stat.length, stat.mtime])
+            described.append([file.suffix, sha256(file)])
     settings = {name: getattr(config, name) for name in _SETTINGS}
     settings["limit"] = config.max_length or config.seq_len
     identity = [_VERSION, described, _tokenizer_identity(tok), settings]
     return fingerprint(identity, digits=32)
+
+
+def _stats(files: Sequence[epath.Path]) -> list[tuple[object, ...]]:
+    """What shows that a file was written while it was read."""
+    stats = []
+    for file in files:
+        with reading(file):
+            found = os.stat(file) if is_local(file) else file.stat()
+        if isinstance(found, os.stat_result):
+            stats.append((found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+        else:
+            stats.append((found.length, found.mtime))
+    return stats
+
+
+def _check_unchanged(files: Sequence[epath.Path], before: Sequence[tuple[object, ...]]) -> None:
+    for file, old, new in zip(files, before, _stats(files), strict=True):
+        if old != new:
+            raise DataError(
+                f"{os.fspath(file)}: expected a file that stays as it is while it is read, got one "
+                "that was written meanwhile; start again"
+            )
 
 
 def _tokenizer_identity(tok: "PreTrainedTokenizerBase") -> str:
@@ -388,23 +441,28 @@ def _open(place: epath.Path) -> _Stored | None:
         return None
     try:
         meta = json.loads((directory / _META).read_text())
+        check = meta.pop("check")
+        found = {name: sha256(directory / name) for name in _FILES}
+        differing = [name for name in _FILES if found[name] != meta["sha256"][name]]
+        if differing or check != fingerprint(meta):
+            raise ValueError(f"{', '.join(differing) or _META}: another digest")
         lengths = np.load(directory / "lengths.npy")
-        expected = int(lengths.sum()) if meta["tokens"] else 0
-        sizes = [(directory / name).stat().st_size for name in ("tokens.bin", "marks.bin")]
-        if sizes != [4 * expected, expected]:
-            raise ValueError(f"files of {sizes} bytes")
         report = SampleReport(**meta["report"])
         return _Stored(lengths=lengths, digest=meta["digest"], report=report, directory=directory)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         log.warning("%s is damaged (%s) and is made anew", place, error)
         return None
 
 
+def _is_there(place: epath.Path) -> bool:
+    with reading(place):
+        return (place / _META).exists()
+
+
 def _copy(source: epath.Path, target: epath.Path) -> None:
     """Copies a cache between a bucket and this machine, if it is whole."""
-    with reading(source):
-        if not (source / _META).exists():
-            return
+    if not _is_there(source):
+        return
     try:
         with atomic_directory(target, overwrite=True, commit_mark=_META) as directory:
             for path in source.iterdir():

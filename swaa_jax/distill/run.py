@@ -16,18 +16,18 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from etils import epath
 
 from swaa_jax import runtime, storage
+from swaa_jax.checkpoint.provenance import weight_marks
 from swaa_jax.eval.judging import Judge, Judged
-from swaa_jax.eval.tasks import opens_thinking
 from swaa_jax.eval.tasks.question_answering import Question
 from swaa_jax.fields import check_fields, flag, integer, number, one_of, or_none
-from swaa_jax.infer import generate
-from swaa_jax.infer.prompts import encode_prompts
+from swaa_jax.infer import encode_prompts, generate, opens_thinking
 from swaa_jax.models import CausalLM
+from swaa_jax.models.source import running_backend, since_loading
 from swaa_jax.progress import show_progress
 from swaa_jax.records import open_records
 from swaa_jax.runs import claim
@@ -111,7 +111,8 @@ def distill(
         directory: new, or that of the same run, which then goes on.
         config: how questions are answered.
         settings: what else makes this run what it is (the model's name, the judge's settings), so
-            that another one does not go on in its directory.
+            that another one does not go on in its directory. What the model computes with (arrays,
+            adapters, config, policy, dtype, backend) always belongs to it.
         progress: show a bar on stderr.
 
     Raises:
@@ -125,13 +126,18 @@ def distill(
                 f"question {question.id}: expected one prompt, got a chat of "
                 f"{len(question.messages)} messages; write them into the prompt"
             )
+        if question.tools:
+            raise ValueError(
+                f"question {question.id}: expected a prompt without tools, which training data has "
+                f"no column for, got {len(question.tools)}; write them into the prompt"
+            )
     directory = epath.Path(directory)
     parts = [
         questions[start : start + config.questions_per_part]
         for start in range(0, len(questions), config.questions_per_part)
     ]
-    identity = _identity(questions, config, settings or {})
-    claim(directory, identity, file="run.json", what="the answers")
+    identity = _identity(model, questions, config, settings or {})
+    claim(directory, identity, file="run.json", what="the answers", optional=("model",))
     if runtime.is_main_process():
         (directory / "attempts").mkdir(parents=True, exist_ok=True)
     runtime.wait_for_all("distill: the directory")
@@ -167,7 +173,7 @@ def _answer(
     judge: Judge,
     config: DistillConfig,
     number: int,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """A record for each answer to each question of a part."""
     templated = bool(getattr(tok, "chat_template", None))
     prompts = [
@@ -236,8 +242,11 @@ def _seed(seed: int, part: int) -> int:
 
 
 def _identity(
-    questions: Sequence[Question], config: DistillConfig, settings: Mapping[str, object]
-) -> dict[str, Any]:
+    model: CausalLM,
+    questions: Sequence[Question],
+    config: DistillConfig,
+    settings: Mapping[str, object],
+) -> dict[str, object]:
     digest = hashlib.sha256()
     for question in questions:
         given = {name: value for name, value in dataclasses.asdict(question).items() if value}
@@ -246,6 +255,14 @@ def _identity(
         "questions": {"count": len(questions), "sha256": digest.hexdigest()},
         "config": dataclasses.asdict(config),
         "settings": dict(settings),
+        "model": {
+            "config": hashlib.sha256(model.config.hf_json.encode()).hexdigest()[:16],
+            "weights": weight_marks(model.source),
+            "policy": model.policy.to_dict(),
+            "dtype": str(model.dtype),
+            "backend": running_backend(model),
+        },
+        "changed": since_loading(model),
     }
 
 

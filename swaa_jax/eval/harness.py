@@ -20,10 +20,14 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
     make_disjoint_window,
 )
 
+from swaa_jax.chats import render_chat
 from swaa_jax.checkpoint import load_tokenizer
 from swaa_jax.eval.judging import strip_thinking
-from swaa_jax.infer import GenerateOptions, generate
+from swaa_jax.eval.run.loading import default_dtype, tell_default_dtype
+from swaa_jax.fields import problem_within, show
+from swaa_jax.infer import GenerateOptions, generate, opens_thinking
 from swaa_jax.infer.likelihoods import Continuation, score_continuations
+from swaa_jax.infer.stopping import THINK_END, THINK_START
 from swaa_jax.lora import load_adapter, merge_lora
 from swaa_jax.models import load_model
 from swaa_jax.policy import AttentionPolicy, load_policy, parse_fields
@@ -35,7 +39,11 @@ log = logging.getLogger(__name__)
 
 _DEFAULT_NEW_TOKENS = 256
 _BATCH_SIZE = 8
-_GEN_KWARGS = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
+_FILTERS = ("top_k", "top_p", "min_p")
+_PENALTIES = (
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram_size"),
+)
+_GEN_KWARGS = ("until", "max_gen_toks", "do_sample", "temperature", *_FILTERS, *_PENALTIES)
 
 
 @register_model("swaa")
@@ -57,12 +65,14 @@ class SwaaLM(TemplateLM):
         max_length: tokens of context and answer, at most, from 2 up; None: the model's own
             context. Longer contexts lose their first tokens, as the harness's other models have it.
         max_gen_toks: of an answer, where the task does not say.
-        enable_thinking: for the chat template; with it only what follows `</think>` is the answer.
+        enable_thinking: for the chat template. Where a prompt or an answer opens a thought, only
+            what follows `</think>` is the answer, and `until` applies to it alone.
         batch_size: rows run at once; "auto" is 8, and so is "auto:N", since nothing is measured.
 
     Answers are greedy, unless `do_sample` or a temperature is among the generation kwargs:
-    `do_sample` without a temperature is temperature 1. Of other kwargs than `until`,
-    `max_gen_toks`, `top_k` and `top_p` a warning says that they are ignored.
+    `do_sample` without a temperature is temperature 1. Further kwargs are `until`, `max_gen_toks`,
+    `top_k`, `top_p`, `min_p` and the penalties of `SamplingParams`; of others a warning says that
+    they are ignored.
 
     Raises:
         ValueError: a policy by name and by fields at once, or one that does not fit; a malformed
@@ -88,16 +98,14 @@ class SwaaLM(TemplateLM):
     ):
         super().__init__()
         del max_batch_size, device  # the harness passes them to every model
-        import jax
-
         chosen = _policy(policy, policy_fields)
         longest = None if max_length is None else _integer("max_length", max_length, minimum=2)
         self.batch_size = _rows_at_once(batch_size)
-        on_cpu = jax.default_backend() == "cpu"
+        tell_default_dtype(dtype)
         model = load_model(
             pretrained,
             policy=chosen,
-            dtype=dtype or ("float32" if on_cpu else "bfloat16"),
+            dtype=dtype or default_dtype(),
             revision=revision,
             backend=backend,
         )
@@ -127,10 +135,12 @@ class SwaaLM(TemplateLM):
         return self._name.replace("/", "__")
 
     def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: object
     ) -> list[int]:
         """Token ids; BOS is added where the tokenizer adds one and the text has none yet."""
         del kwargs
+        if problem := problem_within(string):
+            raise ValueError(f"request: {problem}")
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))
@@ -141,22 +151,27 @@ class SwaaLM(TemplateLM):
     ) -> str:
         """The chat as text, by the tokenizer's template."""
         thinking = {} if self._thinking is None else {"enable_thinking": self._thinking}
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-            **thinking,
-        )
+        return render_chat(
+            self.tokenizer, chat_history, variables=thinking, continued=not add_generation_prompt
+        ).text
 
     def _loglikelihood_tokens(
         self,
         requests: Sequence[tuple[Any, list[int], list[int]]],
         disable_tqdm: bool = False,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> list[tuple[float, bool]]:
         """The stage-aware likelihood of each (text pair, context ids, continuation ids)."""
         del kwargs
+        for number, (pair, context, _) in enumerate(requests):
+            whole = context if pair is None else pair[0]
+            if (pair is None or THINK_START in whole) and opens_thinking(self.tokenizer, whole):
+                raise ValueError(
+                    f"request {number}: expected a context that does not end within {THINK_START}, "
+                    f"got one that does ({show(str(whole)[-60:])}), so that its continuation would "
+                    "be scored as a thought; give enable_thinking=False in --model_args, or leave "
+                    "out --apply_chat_template"
+                )
         asked = [
             Continuation(
                 # The harness moves a context of blanks to the continuation, and leaves none here.
@@ -200,6 +215,7 @@ class SwaaLM(TemplateLM):
         for number, request in enumerate(requests):
             groups.setdefault(self._options(_arguments(request)[1]), []).append(number)
         texts: dict[int, str] = {}
+        unfinished = 0
         for options, numbers in groups.items():
             prompts = [
                 self._fit(
@@ -213,14 +229,23 @@ class SwaaLM(TemplateLM):
                 self.model, self.tokenizer, prompts, options=options, progress=not disable_tqdm
             )
             for number, text in zip(numbers, out.texts, strict=True):
-                if self._thinking:
-                    opened = _prompt(requests[number]).rstrip().endswith("<think>")
-                    text = strip_thinking(text, thinking=opened).text
+                opened = opens_thinking(self.tokenizer, _prompt(requests[number]))
+                if opened or self._thinking or text.lstrip().startswith(THINK_START):
+                    answer = strip_thinking(text, thinking=opened)
+                    text, unfinished = answer.text, unfinished + (not answer.finished)
                 texts[number] = text
                 self.cache_hook.add_partial("generate_until", requests[number].args, text)
+        if unfinished:
+            log.warning(
+                "%d of %d answers: expected %s within max_gen_toks tokens, got none, so that they "
+                "are empty; raise max_gen_toks",
+                unfinished,
+                len(requests),
+                THINK_END,
+            )
         return [texts[number] for number in range(len(requests))]
 
-    def _options(self, given: Mapping[str, Any]) -> GenerateOptions:
+    def _options(self, given: Mapping[str, object]) -> GenerateOptions:
         """A request's settings; a warning names those that are ignored, once each."""
         read = dict(given)
         if read.get("temperature") is None:
@@ -241,8 +266,9 @@ class SwaaLM(TemplateLM):
             temperature=temperature,
             stop=[text for text in options["until"] if text],
             batch_size=self.batch_size,
-            top_k=options.get("top_k") if temperature else None,
-            top_p=options.get("top_p") if temperature else None,
+            stop_in_thought=False,
+            **{name: options.get(name) for name in _FILTERS if temperature},
+            **{name: options[name] for name in _PENALTIES if options.get(name) is not None},
         )
 
     def _score(self, asked: Sequence[Continuation], quiet: bool) -> list[tuple[float, bool]]:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from swaa_jax.attention import check_stream
 from swaa_jax.checkpoint.hf import read_generation_config
 from swaa_jax.infer.decoding import (
     DecodeClock,
@@ -12,9 +13,9 @@ from swaa_jax.infer.decoding import (
     prefill_prompts,
 )
 from swaa_jax.infer.options import GenerateOptions
-from swaa_jax.infer.prompts import Prompts, check_context, encode_prompts
+from swaa_jax.infer.prompts import Prompts, check_context, encode_prompts, opens_thinking
 from swaa_jax.infer.sampling import SamplingParams
-from swaa_jax.infer.stopping import AnswerRow, FinishReason, StopRules, make_stop_rules
+from swaa_jax.infer.stopping import AnswerRow, FinishReason, StopRules, TokenText, make_stop_rules
 from swaa_jax.infer.timings import Timings
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import SplitModel, split_model
@@ -37,12 +38,15 @@ class Generation:
         tokens: new ids only, up to and including the one that ended the answer.
         finish_reasons: "eos", "stop" (a stop string or stop token) or "length".
         timings: what it cost.
+        logprobs: of each of `tokens`, where they were asked for: the natural logarithm of its
+            probability under the model, before temperature, filters and penalties.
     """
 
     texts: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
     finish_reasons: tuple[FinishReason, ...]
     timings: Timings
+    logprobs: tuple[tuple[float, ...], ...] | None = None
 
 
 def generate(
@@ -51,7 +55,7 @@ def generate(
     prompts: Prompts,
     *,
     options: GenerateOptions | None = None,
-    **overrides: Any,
+    **overrides: object,
 ) -> Generation:
     """Answer prompts under the model's attention policy.
 
@@ -75,7 +79,7 @@ def generate(
     options = GenerateOptions.of(options, overrides)
     encoded = encode_prompts(tok, prompts, **options.template_options)
     limit = options.max_new_tokens
-    check_prompts(model, encoded, max_new_tokens=limit)
+    check_prompts(model, encoded, max_new_tokens=limit, positions=options.positions)
     session = _Session(model, tok, options)
     split = split_model(model)
 
@@ -94,13 +98,16 @@ def generate(
                 row_ids=group,
                 pad_id=pad_token_id(tok),
                 warmup=options.warmup,
+                positions=options.positions,
             )
             run = session.start(split, prefilled)
             for _ in run.calls:
                 bar.show(bar.text, start * limit + run.progress)
             rows.update(zip(group, run.rows, strict=True))
             timings.append(run.timings())
-    return _generation([rows[index] for index in range(len(encoded))], Timings.total(timings))
+    return _generation(
+        [rows[index] for index in range(len(encoded))], Timings.total(timings), options
+    )
 
 
 def decode_from(
@@ -139,7 +146,7 @@ def decode_from(
     for _ in run.calls:
         if on_progress is not None:
             on_progress(run.progress)
-    return _generation(run.rows, run.timings())
+    return _generation(run.rows, run.timings(), options)
 
 
 class Stream(Iterator[str]):
@@ -158,7 +165,7 @@ class Stream(Iterator[str]):
             piece = run.rows[0].take_text()
             if piece:
                 yield piece
-        self.generation = _generation(run.rows, run.timings())
+        self.generation = _generation(run.rows, run.timings(), run.options)
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -170,7 +177,7 @@ def stream(
     prompt: Prompts,
     *,
     options: GenerateOptions | None = None,
-    **overrides: Any,
+    **overrides: object,
 ) -> Stream:
     """Answer one prompt piece by piece; the arguments are those of `generate`.
 
@@ -183,7 +190,9 @@ def stream(
     encoded = encode_prompts(tok, prompt, **options.template_options)
     if len(encoded) != 1:
         raise ValueError(f"prompt: expected one prompt to stream, got {len(encoded)}")
-    check_prompts(model, encoded, max_new_tokens=options.max_new_tokens)
+    check_prompts(
+        model, encoded, max_new_tokens=options.max_new_tokens, positions=options.positions
+    )
     session = _Session(model, tok, options)
     split = split_model(model)
     prefilled = prefill_prompts(
@@ -192,19 +201,31 @@ def stream(
         max_new_tokens=options.max_new_tokens,
         pad_id=pad_token_id(tok),
         warmup=options.warmup,
+        positions=options.positions,
     )
     return Stream(session.start(split, prefilled, streaming=True))
 
 
 def check_prompts(
-    model: CausalLM, token_lists: Sequence[Sequence[int]], *, max_new_tokens: int
+    model: CausalLM,
+    token_lists: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    positions: str = "text",
 ) -> None:
-    """Refuse prompts that this model cannot take; see `prompts.check_context`."""
+    """Refuse prompts that this model cannot take; see `prompts.check_context`.
+
+    With positions inside the cache only the prompt, and window and sinks, must fit the context.
+    """
+    context = getattr(model.config, "max_position_embeddings", None)
+    if positions == "cache":
+        check_stream(model.layer_attention, context=context)
+        max_new_tokens = 0
     check_context(
         token_lists,
         max_new_tokens=max_new_tokens,
         vocab_size=model.config.vocab_size,
-        context=getattr(model.config, "max_position_embeddings", None),
+        context=context,
     )
 
 
@@ -216,12 +237,13 @@ class _Run:
     rows: list[AnswerRow]
     calls: Iterator[None]
     clock: DecodeClock
-    max_new_tokens: int
+    options: GenerateOptions
 
     @property
     def progress(self) -> int:
         """Tokens so far, a row that has ended counting as full."""
-        return sum(self.max_new_tokens if row.is_done else len(row.tokens) for row in self.rows)
+        limit = self.options.max_new_tokens
+        return sum(limit if row.is_done else len(row.tokens) for row in self.rows)
 
     def timings(self) -> Timings:
         return Timings(
@@ -247,7 +269,7 @@ class _Session:
         tok: "PreTrainedTokenizerBase | None",
         options: GenerateOptions,
     ):
-        self._tok, self._options = tok, options
+        self._tok, self._text, self._options = tok, TokenText(tok), options
         self._params = options.sampling_params
         if options.sampling == "checkpoint":
             config = generation_config(model)
@@ -258,10 +280,11 @@ class _Session:
                 )
             self._params = SamplingParams.from_generation_config(config)
         self._rules: StopRules = make_stop_rules(
-            tok,
+            None if tok is None else self._text,
             eos_ids=() if options.ignore_eos else eos_token_ids(model, tok),
             stop=options.stop,
             stop_token_ids=options.stop_token_ids,
+            stop_in_thought=options.stop_in_thought,
         )
 
     def start(
@@ -279,9 +302,20 @@ class _Session:
                 f"max_new_tokens: expected at most {prefilled.max_new_tokens}, which the prefill "
                 f"made room for, got {limit}"
             )
+        if options.positions != prefilled.positions:
+            raise ValueError(
+                f'positions: expected "{prefilled.positions}", as the prefill had it, got '
+                f'"{options.positions}"; prefill again with these options'
+            )
         rows = [
-            AnswerRow(self._tok, self._rules, max_new_tokens=limit, streaming=streaming)
-            for _ in prefilled.prompt_lengths
+            AnswerRow(
+                self._text,
+                self._rules,
+                max_new_tokens=limit,
+                streaming=streaming,
+                opened=self._opens_thinking(ids),
+            )
+            for ids in prefilled.prompts
         ]
         clock = DecodeClock()
         steps = min(STREAM_STEPS, options.chunk_size) if streaming else options.chunk_size
@@ -296,7 +330,13 @@ class _Session:
             keep_caches=keep_caches,
             clock=clock,
         )
-        return _Run(prefilled=prefilled, rows=rows, calls=calls, clock=clock, max_new_tokens=limit)
+        return _Run(prefilled=prefilled, rows=rows, calls=calls, clock=clock, options=options)
+
+    def _opens_thinking(self, ids: Sequence[int]) -> bool:
+        """Whether a prompt ends within a thought, where that makes a difference."""
+        if self._tok is None or self._rules.stop_in_thought:
+            return False
+        return opens_thinking(self._tok, ids)
 
 
 def generation_config(model: CausalLM) -> dict[str, Any]:
@@ -321,7 +361,9 @@ def pad_token_id(tok: "PreTrainedTokenizerBase | None") -> int:
     return 0 if pad is None else int(pad)
 
 
-def _generation(rows: Sequence[AnswerRow], timings: Timings) -> Generation:
+def _generation(
+    rows: Sequence[AnswerRow], timings: Timings, options: GenerateOptions
+) -> Generation:
     reasons = [row.finish_reason for row in rows]
     assert all(reason is not None for reason in reasons), "a row was left unfinished"
     return Generation(
@@ -329,4 +371,5 @@ def _generation(rows: Sequence[AnswerRow], timings: Timings) -> Generation:
         tokens=tuple(tuple(row.tokens) for row in rows),
         finish_reasons=tuple(reasons),  # pyright: ignore[reportArgumentType]
         timings=timings,
+        logprobs=tuple(tuple(row.logprobs) for row in rows) if options.logprobs else None,
     )

@@ -7,6 +7,7 @@ continuation's first token is predicted from a windowed row, as in generation.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -80,8 +81,8 @@ def score_continuations(
         on_progress: called now and then with how many are done.
 
     Raises:
-        ValueError: an empty context or continuation, a token id out of the vocabulary, or a row
-            beyond the model's context.
+        ValueError: an empty context or continuation, a token id out of the vocabulary, a row
+            beyond the model's context, or logits that are not numbers.
     """
     context = _check(model, continuations, batch_size)
     split = split_model(model)
@@ -89,7 +90,9 @@ def score_continuations(
     found: dict[int, Likelihood] = {}
     for start in range(0, len(by_length), batch_size):
         group = by_length[start : start + batch_size]
-        found |= zip(group, _score(split, [continuations[i] for i in group], context), strict=True)
+        scored = _score(split, [continuations[i] for i in group], context)
+        _check_numbers(scored, group)
+        found |= zip(group, scored, strict=True)
         if on_progress is not None:
             on_progress(len(found))
     return [found[index] for index in range(len(continuations))]
@@ -149,6 +152,7 @@ def score_policies(
             ]
             layers = [resolved[number] for number, _ in part]
             likelihoods = _score(split, group, context, layers=layers, num_sink_tokens=sinks)
+            _check_numbers(likelihoods, [row for _, row in part])
             for (number, row), likelihood in zip(part, likelihoods, strict=True):
                 scores[number][row] = likelihood
         for number in numbers:
@@ -172,6 +176,17 @@ def _check(model: CausalLM, continuations: Sequence[Continuation], batch_size: i
     return context
 
 
+def _check_numbers(likelihoods: Sequence[Likelihood], numbers: Sequence[int]) -> None:
+    """Refuses what NaN or infinite logits give; `numbers` are the continuations'."""
+    for number, one in zip(numbers, likelihoods, strict=True):
+        if not math.isfinite(one.logprob):
+            raise ValueError(
+                f"continuation {number}: expected a log-probability, got NaN or infinity; see "
+                "whether the weights are whole, and load the model in bfloat16 or float32 if it is "
+                "in float16"
+            )
+
+
 def _longest_first(continuations: Sequence[Continuation]) -> list[int]:
     """The indices by falling length, so that those of similar length share a batch."""
     lengths = [len(one.context) + len(one.tokens) for one in continuations]
@@ -179,7 +194,7 @@ def _longest_first(continuations: Sequence[Continuation]) -> list[int]:
 
 
 def _score(
-    split: SplitModel[CausalLM],
+    split: SplitModel,
     group: Sequence[Continuation],
     context: int | None,
     *,

@@ -12,6 +12,7 @@ from swaa_jax.fields import (
     list_of,
     one_of,
     or_none,
+    set_field,
     texts,
 )
 from swaa_jax.infer.sampling import SamplingParams
@@ -25,11 +26,16 @@ class GenerateOptions:
 
     Attributes:
         max_new_tokens: the longest answer.
-        temperature: 0 is greedy.
-        top_k, top_p: draw among the most likely tokens only (Transformers' order and meaning).
+        temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty,
+            no_repeat_ngram_size, suppress_tokens: how tokens are drawn; see `SamplingParams`.
+        positions: where new tokens stand. "text": behind all tokens before them. "cache": behind
+            those that they see, so that answers may go on past the model's context (StreamingLLM);
+            for policies whose every layer is windowed, answers too.
         seed: draws depend on it, on the prompt's index and on the position, on nothing else.
-        sampling: "checkpoint" takes temperature, top_k and top_p from the generation config.
+        sampling: "checkpoint" takes all of these from the model's generation config.
         stop: texts that end an answer; it is cut before them.
+        stop_in_thought: these texts also count between `<think>` and `</think>`, where a prompt or
+            an answer opens a thought. False: they apply to the answer alone.
         stop_token_ids: tokens that end an answer.
         ignore_eos: go on past the model's end tokens (generation config, else config, and the
             tokenizer's).
@@ -37,6 +43,7 @@ class GenerateOptions:
         cot: True or a text: an instruction to reason, appended to the last user message.
         batch_size: prompts run at once; None: at most 8. More are run in groups of similar length,
             the longest first.
+        logprobs: give the log-probability of each new token, too.
         progress: show a progress bar on stderr.
         warmup: run each prefill and a decode step once before the timed runs; see `Timings` for
             what is measured.
@@ -54,16 +61,25 @@ class GenerateOptions:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int | None = None
+    suppress_tokens: Sequence[int] = ()
+    positions: Literal["text", "cache"] = "text"
     seed: int = 0
     sampling: Literal["checkpoint"] | None = None
     stop: str | Sequence[str] = ()
+    stop_in_thought: bool = True
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
-    tools: Sequence[Any] | None = None
-    chat_template_kwargs: Mapping[str, Any] | None = None
+    tools: Sequence[object] | None = None
+    chat_template_kwargs: Mapping[str, object] | None = None
     enable_thinking: bool | None = None
     cot: bool | str = False
     batch_size: int | None = None
+    logprobs: bool = False
     progress: bool = False
     warmup: bool = False
     chunk_size: int = 32
@@ -72,28 +88,32 @@ class GenerateOptions:
         check_fields(
             self,
             max_new_tokens=integer(least=1),
+            positions=one_of("text", "cache"),
             seed=integer(least=0, most=2**32 - 1),
             sampling=or_none(one_of("checkpoint")),
             stop=texts,
+            stop_in_thought=flag,
             stop_token_ids=list_of(integer(least=0)),
             ignore_eos=flag,
             enable_thinking=or_none(flag),
             batch_size=or_none(integer(least=1)),
+            logprobs=flag,
             progress=flag,
             warmup=flag,
             chunk_size=integer(least=1),
         )
         own = self.sampling_params  # checks them
+        set_field(self, "suppress_tokens", own.suppress_tokens)
         if self.sampling and own != SamplingParams():
             raise ValueError(
-                'sampling: expected no temperature, top_k or top_p with "checkpoint", which takes '
+                'sampling: expected no temperature, top_k, ... with "checkpoint", which takes '
                 f"them from the generation config, got {own}; leave these out, or leave sampling "
                 "out"
             )
 
     @classmethod
     def of(
-        cls, options: "GenerateOptions | None", overrides: Mapping[str, Any]
+        cls, options: "GenerateOptions | None", overrides: Mapping[str, object]
     ) -> "GenerateOptions":
         """The options, or the defaults, with some fields replaced.
 
@@ -106,7 +126,8 @@ class GenerateOptions:
     @property
     def sampling_params(self) -> SamplingParams:
         """How tokens are drawn, where the checkpoint is not asked."""
-        return SamplingParams(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        names = [field.name for field in dataclasses.fields(SamplingParams)]
+        return SamplingParams(**{name: getattr(self, name) for name in names})
 
     @property
     def template_options(self) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import numpy as np
 
-from swaa_jax.fields import describe
+from swaa_jax.chats import ChatError, normal_messages, render_chat, unused_variables
+from swaa_jax.checkpoint.tokenizer import special_tokens
+from swaa_jax.fields import describe, problem_within
+from swaa_jax.infer.stopping import THINK_END, THINK_START
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,8 +61,8 @@ def encode_prompts(
     tok: "PreTrainedTokenizerBase | None",
     prompts: Prompts,
     *,
-    tools: Sequence[Any] | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
+    tools: Sequence[object] | None = None,
+    chat_template_kwargs: Mapping[str, object] | None = None,
     enable_thinking: bool | None = None,
     cot: bool | str = False,
 ) -> list[list[int]]:
@@ -88,6 +91,7 @@ def encode_prompts(
     }
     given = [name for name, is_given in for_chat.items() if is_given]
     encoded = []
+    _warn_of_unused(tok, {**(chat_template_kwargs or {}), **_given(enable_thinking)})
     for index, prompt in enumerate(as_batch(prompts)):
         if isinstance(prompt, np.ndarray):
             prompt = prompt.tolist()
@@ -97,9 +101,9 @@ def encode_prompts(
                 prompt,
                 index=index,
                 cot=cot,
+                tools=tools,
                 variables={
-                    **({} if tools is None else {"tools": list(tools)}),
-                    **({} if enable_thinking is None else {"enable_thinking": enable_thinking}),
+                    **_given(enable_thinking),
                     **(chat_template_kwargs or {}),
                 },
             )
@@ -117,6 +121,27 @@ def encode_prompts(
             raise ValueError(f"prompt {index}: expected at least one token, got an empty prompt")
         encoded.append(ids)
     return encoded
+
+
+def opens_thinking(tok: "PreTrainedTokenizerBase", prompt: str | Sequence[int]) -> bool:
+    """Whether a prompt ends within a thought, as some templates' generation prompts do.
+
+    What counts is all behind the last special token, which is as a rule the generation prompt:
+    what a user wrote about `<think>` does not.
+
+    Args:
+        tok: the tokenizer.
+        prompt: the whole prompt, as text with its special tokens or as token ids.
+    """
+    special = special_tokens(tok)
+    special = {i: name for i, name in special.items() if name not in (THINK_START, THINK_END)}
+    if isinstance(prompt, str):
+        end = max([prompt.rfind(name) for name in special.values()], default=0)
+        last = prompt[max(0, end) :]
+    else:
+        count = next((n for n, i in enumerate(reversed(prompt)) if i in special), len(prompt))
+        last = str(tok.decode(list(prompt[len(prompt) - count :])))
+    return last.rfind(THINK_START) > last.rfind(THINK_END)
 
 
 def check_context(
@@ -153,6 +178,15 @@ def check_context(
             )
 
 
+def _given(enable_thinking: bool | None) -> dict[str, bool]:
+    return {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+
+
+def _warn_of_unused(tok: "PreTrainedTokenizerBase | None", variables: Mapping[str, Any]) -> None:
+    for name in unused_variables(tok, variables):
+        log.warning("the chat template has no %s variable: it has no effect", name)
+
+
 def _is_id(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
@@ -178,6 +212,8 @@ def _check_ids(prompt: Any, *, index: int) -> list[int]:
 def _encode_text(tok: "PreTrainedTokenizerBase | None", text: str, *, index: int) -> list[int]:
     if not text.strip():
         raise ValueError(f"prompt {index}: expected some text, got an empty prompt")
+    if problem := problem_within(text):
+        raise ValueError(f"prompt {index}: {problem}")
     tok = _needed(tok, index)
     # A text that a template rendered begins with BOS already: do not add a second one.
     rendered = bool(tok.bos_token) and text.startswith(str(tok.bos_token))
@@ -190,6 +226,7 @@ def _encode_chat(
     *,
     index: int,
     cot: bool | str,
+    tools: Sequence[Any] | None,
     variables: Mapping[str, Any],
 ) -> list[int]:
     tok = _needed(tok, index)
@@ -198,63 +235,36 @@ def _encode_chat(
             f"prompt {index}: expected a tokenizer with a chat template, to render messages, got "
             "one without; pass a plain string"
         )
-    for position, message in enumerate(messages):
-        if not isinstance(message, Mapping) or "role" not in message:
-            raise ValueError(
-                f'prompt {index}, message {position}: expected {{"role": ..., "content": ...}}, '
-                f"got {describe(message)}"
-            )
-    users = [message for message in messages if message["role"] == "user"]
-    if not any(_has_text(message) for message in messages):
-        raise ValueError(f"prompt {index}: expected some text, got an empty prompt")
-    if cot:
-        if not users:
-            raise ValueError(
-                f"cot: expected a user message to append to, got none in prompt {index}"
-            )
-        messages = _with_cot(messages, COT_INSTRUCTION if cot is True else cot)
-    if "enable_thinking" in variables and "enable_thinking" not in str(tok.chat_template):
-        log.warning(
-            "enable_thinking: expected a chat template with this variable, got one without; it has "
-            "no effect"
-        )
-    # The assistant's own last message is continued, not answered.
-    continued = messages[-1]["role"] == "assistant"
-    options = {"add_generation_prompt": not continued, "continue_final_message": continued}
     try:
-        text = tok.apply_chat_template(
-            cast(Any, list(messages)), tokenize=False, **(options | dict(variables))
-        )
-    except _template_errors() as error:
-        raise ValueError(
-            f"prompt {index}: expected messages that the chat template takes, got an error "
-            f"({str(error)[:_LONGEST_REASON]})"
-        ) from error
-    return list(tok(cast(str, text), add_special_tokens=False)["input_ids"])
-
-
-def _template_errors() -> tuple[type[Exception], ...]:
-    import jinja2
-
-    return (jinja2.TemplateError,)
+        messages = normal_messages(messages)
+        if not any(_has_text(message) for message in messages):
+            raise ChatError("messages: expected some text, got an empty prompt")
+        if cot:
+            messages = _with_cot(messages, COT_INSTRUCTION if cot is True else cot)
+        # The assistant's own last message is continued, not answered.
+        continued = messages[-1]["role"] == "assistant"
+        text = render_chat(
+            tok, messages, tools=tools, variables=variables, continued=continued
+        ).text
+    except ChatError as error:
+        behind = ", " if str(error).startswith("message ") else ": "
+        raise ValueError(f"prompt {index}{behind}{error}") from error
+    return list(tok(text, add_special_tokens=False)["input_ids"])
 
 
 def _with_cot(messages: Messages, instruction: str) -> list[Mapping[str, Any]]:
     """A copy in which the last user message ends with the instruction."""
     messages = list(messages)
-    last = max(i for i, message in enumerate(messages) if message["role"] == "user")
-    content = messages[last].get("content") or ""
-    if isinstance(content, str):
-        content = f"{content}\n\n{instruction}"
-    else:  # a list of typed parts
-        content = [*content, {"type": "text", "text": f"\n\n{instruction}"}]
-    messages[last] = {**messages[last], "content": content}
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    if not users:
+        raise ChatError("cot: expected a user message to append to, got no user message")
+    last = messages[users[-1]]
+    messages[users[-1]] = {**last, "content": f"{last['content']}\n\n{instruction}"}
     return messages
 
 
 def _has_text(message: Mapping[str, Any]) -> bool:
-    content = message.get("content")
-    return bool(content.strip()) if isinstance(content, str) else bool(content)
+    return bool(message["content"].strip() or message.get("tool_calls"))
 
 
 def _needed(tok: "PreTrainedTokenizerBase | None", index: int) -> "PreTrainedTokenizerBase":

@@ -1,6 +1,7 @@
-"""From logits to the next token: greedy, temperature, top-k, top-p."""
+"""From logits to the next token: penalties, greedy, temperature, top-k, top-p, min-p."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,22 +10,75 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt
 
-from swaa_jax.fields import check_fields, integer, number, or_none
+from swaa_jax.fields import check_fields, first_of, flag, integer, list_of, number, or_none, show
 from swaa_jax.infer.buckets import next_power_of_two
+
+log = logging.getLogger(__name__)
 
 GREEDY = 0
 """`num_candidates` of greedy decoding."""
 
+NO_TOKEN = -1
+"""What `sample` gives where the logits are not numbers."""
+
+MIN_TEMPERATURE = 1e-5
+"""Below it decoding is greedy: it differs in ties alone, and a float32 quotient may overflow."""
+
+_CONFIG = "generation_config.json"
+_DEFAULT_TOP_K = 50  # Transformers' where a generation config with do_sample has none
+
+_NEUTRAL: dict[str, Any] = {
+    "begin_suppress_tokens": [],
+    "diversity_penalty": 0.0,
+    "early_stopping": False,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "guidance_scale": 1.0,
+    "length_penalty": 1.0,
+    "max_length": 20,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "penalty_alpha": 0.0,
+    "typical_p": 1.0,
+}
+"""Fields of a generation config that are not implemented, and the values that change nothing."""
+
+_NO_EFFECT = frozenset(
+    {
+        *("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id"),
+        *("transformers_version", "_from_model_config", "use_cache", "cache_implementation"),
+        *("cache_config", "return_legacy_cache", "return_dict_in_generate", "compile_config"),
+        *("disable_compile", "prefill_chunk_size", "is_assistant", "assistant_early_exit"),
+        *("num_assistant_tokens", "num_assistant_tokens_schedule", "target_lookbehind"),
+        *("assistant_confidence_threshold", "assistant_lookbehind", "max_matching_ngram_size"),
+    }
+)
+"""Fields that are read elsewhere (ids), or say how Transformers computes, not what."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the next token is drawn. The filters apply in Transformers' order.
+    """How the next token is drawn. Penalties and filters apply in Transformers' order.
 
     Args:
-        temperature: divides the logits; 0 takes the most likely token (and ignores the rest).
+        temperature: divides the logits; 0, or less than 1e-5, takes the most likely token, and the
+            filters have no effect.
         top_k: draw among the k most likely tokens only. None or 0: all.
         top_p: draw among the fewest most likely tokens whose probabilities, after temperature
             and top-k, reach this sum. None or 1: all.
+        min_p: draw among tokens at least this times as likely as the likeliest, after temperature.
+            None or 0: all.
+        repetition_penalty: logits of tokens in prompt or answer are divided by it where they are
+            positive, and else multiplied. 1: none.
+        presence_penalty, frequency_penalty: taken from the logits of tokens in the answer, once or
+            as often as they are there (OpenAI's). 0: none.
+        no_repeat_ngram_size: no n tokens of prompt and answer come twice. None or 0: they may.
+        suppress_tokens: ids that are never drawn.
 
     Raises:
         ValueError: a value out of range.
@@ -33,6 +87,12 @@ class SamplingParams:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int | None = None
+    suppress_tokens: tuple[int, ...] = ()
 
     def __post_init__(self):
         check_fields(
@@ -40,31 +100,76 @@ class SamplingParams:
             temperature=number(least=0),
             top_k=or_none(integer(least=0)),
             top_p=or_none(number(above=0, most=1)),
+            min_p=or_none(number(least=0, most=1)),
+            repetition_penalty=number(above=0),
+            presence_penalty=number(),
+            frequency_penalty=number(),
+            no_repeat_ngram_size=or_none(integer(least=0)),
+            suppress_tokens=list_of(integer(least=0)),
         )
 
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any]) -> "SamplingParams":
         """What a checkpoint's `generation_config.json` asks for; greedy unless `do_sample`.
 
-        >>> SamplingParams.from_generation_config({"do_sample": True, "top_k": 20})
-        SamplingParams(temperature=1.0, top_k=20, top_p=None)
+        As Transformers reads it: a field that is null is as good as absent, and `do_sample`
+        without `top_k` draws among 50 tokens. Fields that are not implemented here are warned of
+        by name, unless their value changes nothing.
+
+        >>> SamplingParams.from_generation_config({"do_sample": True, "top_k": 20}).top_k
+        20
+
+        Raises:
+            ValueError: a value that does not fit; the field is named.
         """
-        if not config.get("do_sample", False):
-            return cls()
-        temperature = config.get("temperature")
-        return cls(
-            temperature=1.0 if temperature is None else float(temperature),
-            top_k=config.get("top_k"),
-            top_p=config.get("top_p"),
-        )
+        given = {name: value for name, value in config.items() if value is not None}
+        names = [field.name for field in dataclasses.fields(cls)]
+        ignored = [
+            f"{show(name)[1:-1]}={show(value)}"
+            for name, value in given.items()
+            if name not in {*names, *_NO_EFFECT, "do_sample"}
+            and not name.startswith("output_")
+            and value != _NEUTRAL.get(name, False)
+        ]
+        if ignored:
+            log.warning(
+                "%s: expected %s only, which sampling here knows, got %s; without effect",
+                _CONFIG,
+                ", ".join(("do_sample", *names)),
+                first_of(ignored, limit=_NAMED),
+            )
+        values = {name: given[name] for name in names if name in given}
+        for name in ("top_k", "no_repeat_ngram_size"):
+            value = values.get(name)
+            if isinstance(value, float) and value.is_integer():
+                values[name] = int(value)
+        try:
+            if flag("do_sample", given.get("do_sample", False)):
+                values = {"temperature": 1.0, "top_k": _DEFAULT_TOP_K} | values
+            else:
+                values["temperature"] = 0.0
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{_CONFIG}: {error}") from error
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature < MIN_TEMPERATURE
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether the tokens so far matter: `sample` then takes a `History`."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1.0, 0.0, 0.0) or bool(self.no_repeat_ngram_size)
 
     def num_candidates(self, vocab_size: int) -> int | None:
         """How many of the most likely tokens the sampler must sort; part of the compiled shape.
 
-        `GREEDY` (0) for greedy decoding, None where nothing is filtered. A top-k is rounded up
+        `GREEDY` (0) for greedy decoding, None where nothing is sorted. A top-k is rounded up
         to a power of two, so that neighbouring values share one program.
         """
-        if self.temperature == 0:
+        if self.is_greedy:
             return GREEDY
         if self.top_k:
             return min(next_power_of_two(self.top_k), vocab_size)
@@ -72,13 +177,54 @@ class SamplingParams:
             return vocab_size
         return None
 
-    def as_scalars(self, vocab_size: int) -> dict[str, np.generic]:
-        """The values for `sample`, where they are traced: changing one recompiles nothing."""
+    def as_scalars(self, vocab_size: int) -> dict[str, Any]:
+        """The values for `sample`, where they are traced: changing one recompiles nothing.
+
+        Raises:
+            ValueError: a suppressed token outside the vocabulary.
+        """
+        outside = [token for token in self.suppress_tokens if token >= vocab_size]
+        if outside:
+            raise ValueError(
+                f"suppress_tokens: expected token ids from 0 to {vocab_size - 1} (the model's "
+                f"vocabulary), got {show(outside[0])}; leave it out"
+            )
+        count = len(self.suppress_tokens)
+        suppressed = np.full((next_power_of_two(max(8, count)) if count else 0,), vocab_size)
+        suppressed[:count] = self.suppress_tokens
         return {
-            "temperature": np.float32(self.temperature or 1.0),
+            "temperature": np.float32(0.0 if self.is_greedy else self.temperature),
             "top_k": np.int32(min(self.top_k or vocab_size, vocab_size)),
             "top_p": np.float32(1.0 if self.top_p is None else self.top_p),
+            "min_p": np.float32(self.min_p or 0.0),
+            "repetition_penalty": np.float32(self.repetition_penalty),
+            "presence_penalty": np.float32(self.presence_penalty),
+            "frequency_penalty": np.float32(self.frequency_penalty),
+            "no_repeat_ngram_size": np.int32(self.no_repeat_ngram_size or 0),
+            "suppress_tokens": suppressed.astype(np.int32),
         }
+
+
+_NAMED = 8  # fields that one warning names
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class History:
+    """The tokens so far, for penalties.
+
+    Attributes:
+        tokens: prompt and answer of each row, int32 `[B, S]`; what is behind them does not matter.
+        prompt_lengths: int32 `[B]`.
+    """
+
+    tokens: Any
+    prompt_lengths: Any
+
+    def write(self, token: Int[Array, " B"], at: Int[Array, " B"]) -> "History":
+        """The history with one more token a row; past the last slot it is dropped."""
+        rows = jnp.arange(token.shape[0])
+        return dataclasses.replace(self, tokens=self.tokens.at[rows, at].set(token, mode="drop"))
 
 
 def sample(
@@ -87,10 +233,17 @@ def sample(
     seed: UInt[Array, ""],
     rows: Int[Array, " B"],
     positions: Int[Array, " B"],
-    temperature: Float[Array, ""],
-    top_k: Int[Array, ""],
-    top_p: Float[Array, ""],
+    temperature: Float[Array, "*B"],
+    top_k: Int[Array, "*B"],
+    top_p: Float[Array, "*B"],
+    min_p: Float[Array, "*B"],
+    repetition_penalty: Float[Array, "*B"],
+    presence_penalty: Float[Array, "*B"],
+    frequency_penalty: Float[Array, "*B"],
+    no_repeat_ngram_size: Int[Array, "*B"],
+    suppress_tokens: Int[Array, "*B E"],
     num_candidates: int | None,
+    history: History | None = None,
 ) -> Int[Array, " B"]:
     """One token a row, in f32. Called inside jit; `num_candidates` is static.
 
@@ -102,27 +255,125 @@ def sample(
         seed: uint32.
         rows: the prompt's index in the caller's order.
         positions: where in the row's text the new token will stand.
-        temperature, top_k, top_p: see `SamplingParams.as_scalars`.
-        num_candidates: see `SamplingParams.num_candidates`.
+        temperature, ..., suppress_tokens: see `SamplingParams.as_scalars`; one value for all rows,
+            or one a row. Padding of `suppress_tokens` is V.
+        num_candidates: see `SamplingParams.num_candidates`; the most that any row needs.
+        history: the tokens before `positions`. None: there are no penalties.
+
+    Returns:
+        ids; `NO_TOKEN` where the largest logit is not a finite number.
     """
-    if num_candidates == GREEDY:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    root = jax.random.key(seed)
-    keys = jax.vmap(lambda row, at: jax.random.fold_in(jax.random.fold_in(root, row), at))(
-        rows, positions
-    )
-    draw = jax.vmap(jax.random.categorical)
     logits = logits.astype(jnp.float32)
-    if num_candidates is None:
-        return draw(keys, logits / temperature).astype(jnp.int32)
+    is_number = jnp.isfinite(jnp.max(logits, axis=-1))
+    if history is not None:
+        logits = _penalised(
+            logits,
+            history,
+            positions,
+            repetition=_by_row(repetition_penalty),
+            presence=_by_row(presence_penalty),
+            frequency=_by_row(frequency_penalty),
+            ngram_size=_by_row(no_repeat_ngram_size),
+        )
+    if suppress_tokens.shape[-1]:
+        ids = jnp.broadcast_to(suppress_tokens, (logits.shape[0], suppress_tokens.shape[-1]))
+        logits = _forbid(logits, ids)
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if num_candidates != GREEDY:
+        root = jax.random.key(seed)
+        keys = jax.vmap(lambda row, at: jax.random.fold_in(jax.random.fold_in(root, row), at))(
+            rows, positions
+        )
+        drawn = _drawn(
+            keys,
+            logits,
+            temperature=_by_row(temperature),
+            top_k=_by_row(top_k),
+            top_p=_by_row(top_p),
+            min_p=_by_row(min_p),
+            num_candidates=num_candidates,
+        )
+        token = jnp.where(temperature == 0, token, drawn)
+    return jnp.where(is_number, token, NO_TOKEN)
 
-    # Most likely first, the lower id first among equals; the rank does both filters.
+
+def _by_row(setting: Array) -> Array:
+    """One setting for all rows, or one a row, as `[1, 1]` or `[B, 1]`."""
+    return jnp.reshape(setting, (-1, 1))
+
+
+def _forbid(logits: Float[Array, "B V"], ids: Int[Array, "B E"]) -> Float[Array, "B V"]:
+    """The logits, minus infinity at the ids; V and above stand for none."""
+    return logits.at[jnp.arange(logits.shape[0])[:, None], ids].set(-jnp.inf, mode="drop")
+
+
+def _penalised(
+    logits: Float[Array, "B V"],
+    history: History,
+    positions: Int[Array, " B"],
+    *,
+    repetition: Array,
+    presence: Array,
+    frequency: Array,
+    ngram_size: Array,
+) -> Float[Array, "B V"]:
+    """The logits after all penalties; each of these is `[1, 1]` or `[B, 1]`."""
+    (num_rows, vocab_size), tokens = logits.shape, history.tokens
+    at = jnp.arange(num_rows)[:, None]
+    slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    is_held = slots < positions[:, None]
+    held = jnp.where(is_held, tokens, vocab_size)  # V: out of range, dropped
+    seen = jnp.zeros(logits.shape, bool).at[at, held].set(True, mode="drop")
+    logits = jnp.where(
+        seen, jnp.where(logits < 0, logits * repetition, logits / repetition), logits
+    )
+    answered = jnp.where(slots >= history.prompt_lengths[:, None], held, vocab_size)
+    counts = jnp.zeros_like(logits).at[at, answered].add(1.0, mode="drop")
+    logits = logits - frequency * counts - presence * (counts > 0)
+
+    # A slot's token would end an n-gram that is there already, if the n - 1 tokens before it are
+    # the last n - 1 of the row:   ... a b [c] ... a b -> no c.
+    def still_alike(back: Array, alike: Array) -> Array:
+        last = jnp.take_along_axis(tokens, jnp.maximum(positions[:, None] - back, 0), axis=1)
+        return alike & ((back >= ngram_size) | (jnp.roll(tokens, back, axis=1) == last))
+
+    ends = is_held & (slots >= ngram_size - 1) & (ngram_size > 0)
+    ends = jax.lax.fori_loop(1, jnp.max(ngram_size), still_alike, ends)
+    return _forbid(logits, jnp.where(ends, tokens, vocab_size))
+
+
+def _drawn(
+    keys: Array,
+    logits: Float[Array, "B V"],
+    *,
+    temperature: Array,
+    top_k: Array,
+    top_p: Array,
+    min_p: Array,
+    num_candidates: int | None,
+) -> Int[Array, " B"]:
+    """A draw a row; the settings are `[1, 1]` or `[B, 1]`, and temperature 0 is any draw."""
+    draw = jax.vmap(jax.random.categorical)
+    temperature = jnp.where(temperature == 0, 1.0, temperature)
+    if num_candidates is None:
+        scores = logits / temperature
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        scores = jnp.where(jnp.exp(scores - top) < min_p, -jnp.inf, scores)
+        return draw(keys, scores).astype(jnp.int32)
+
+    # Most likely first, the lower id first among equals; the rank does all filters.
     values, ids = jax.lax.top_k(logits, num_candidates)
     values = values / temperature
     values = jnp.where(jnp.arange(num_candidates) < top_k, values, -jnp.inf)
     probs = jax.nn.softmax(values, axis=-1)
     mass_before = jnp.cumsum(probs, axis=-1) - probs  # 0 for the first: one token always stays
     values = jnp.where(mass_before < top_p, values, -jnp.inf)
+    values = jnp.where(jnp.exp(values - values[:, :1]) < min_p, -jnp.inf, values)
     choice = draw(keys, values)
     return jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+def token_logprobs(logits: Float[Array, "B V"], tokens: Int[Array, " B"]) -> Float[Array, " B"]:
+    """The natural log-probability of each row's token under the model itself."""
+    every = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    return jnp.take_along_axis(every, jnp.maximum(tokens, 0)[:, None], axis=-1)[:, 0]

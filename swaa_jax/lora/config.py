@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from swaa_jax.fields import (
     from_mapping,
     integer,
     list_of,
+    naming,
     number,
     parse_yaml,
     plain,
@@ -23,6 +23,8 @@ from swaa_jax.fields import (
     text,
     wrong,
 )
+from swaa_jax.patterns import check_pattern, is_fullmatch
+from swaa_jax.storage import read_text
 from swaa_jax.typing import PathLike
 
 
@@ -100,14 +102,14 @@ class LoraConfig:
 
     def rank_of(self, *names: str) -> int:
         """The rank of the module or parameter that Transformers and we call by these names."""
-        return int(_first_match(self.rank_pattern, names, self.rank))
+        return int(_first_match(self.rank_pattern, names, self.rank, field="rank_pattern"))
 
     def scale_of(self, *names: str) -> float:
         """The scale of the module or parameter of these names."""
-        alpha = _first_match(self.alpha_pattern, names, self.alpha)
+        alpha = _first_match(self.alpha_pattern, names, self.alpha, field="alpha_pattern")
         return _scale(alpha, self.rank_of(*names), rslora=self.rslora)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The fields as JSON has them: lists and objects."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         patterns = {name: dict(fields[name]) for name in ("rank_pattern", "alpha_pattern")}
@@ -151,10 +153,8 @@ class LoraConfig:
             FileNotFoundError: there is no such file.
         """
         path = epath.Path(path)
-        try:
-            return cls.from_yaml(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        with naming(path):
+            return cls.from_yaml(read_text(path))
 
 
 def _scale(alpha: int | float, rank: int, *, rslora: bool) -> float:
@@ -162,26 +162,22 @@ def _scale(alpha: int | float, rank: int, *, rslora: bool) -> float:
 
 
 def _first_match(
-    pattern: tuple[tuple[str, int | float], ...], names: tuple[str, ...], default: int | float
+    pattern: tuple[tuple[str, int | float], ...],
+    names: tuple[str, ...],
+    default: int | float,
+    *,
+    field: str,
 ) -> int | float:
     """PEFT's rule: the expression matches the whole name, or all that follows a dot."""
     for expression, value in pattern:
-        if any(re.match(rf"(.*\.)?({expression})$", name) for name in names):
+        if is_fullmatch(field, rf"(.*\.)?({expression})", names):
             return value
     return default
 
 
 def _pattern(name: str, value: object) -> str:
     """A regular expression."""
-    if not isinstance(value, str):
-        raise wrong(name, "a regular expression", value)
-    try:
-        re.compile(value)
-    except (re.error, RecursionError) as error:
-        raise wrong(name, f"a regular expression ({error})", value, "a name goes in a list") from (
-            error
-        )
-    return value
+    return check_pattern(name, value, advice="a name goes in a list")
 
 
 def _by_pattern(check: Check[object]) -> Check[tuple[tuple[str, Any], ...]]:

@@ -80,7 +80,7 @@ def place_adapters(
         values: (A, [B, ...]) of each site by its path and slot.
     """
     mesh = getattr(model, "mesh", None)
-    edits: dict[Path, dict[str, Any]] = {(): {"lora_config": config}}
+    edits: dict[Path, dict[Any, object]] = {(): {"lora_config": config}}
     for site in sites:
         rank, scale = config.rank_of(*site.names), config.scale_of(*site.names)
         if values is not None:
@@ -173,7 +173,7 @@ def set_adapter(model: Model, state: "nnx.State[Any, Any]") -> Model:
             if old
             else "model: expected one with adapters to replace, got none; add_lora makes them"
         )
-    edits: dict[Path, dict[Any, Any]] = {}
+    edits: dict[Path, dict[Any, object]] = {}
     for path, variable in new.items():
         param = LoraParam(variable.get_value(), **_kept(old[path]))
         _place(param, getattr(model, "mesh", None))
@@ -200,7 +200,7 @@ def without_lora(model: Model) -> Model:
 
     Self-distillation's teacher. `merge_lora` keeps what was learned.
     """
-    edits: dict[Path, dict[str, Any]] = {(): {"lora_config": None}}
+    edits: dict[Path, dict[Any, object]] = {(): {"lora_config": None}}
     for site in adapted_sites(model):
         edits.setdefault(site.path, {})[site.slot] = None
     return edited(model, edits)
@@ -220,7 +220,7 @@ def merge_lora(model: Model) -> Model:
         raise ValueError(
             "model: expected one with adapters, got none; add_lora or load_adapter makes them"
         )
-    edits: dict[Path, dict[str, Any]] = {}
+    edits: dict[Path, dict[Any, object]] = {}
     for site in sites:
         adapter = site.adapter
         b_parts = adapter.lora_B if site.stacked else [adapter.lora_B]
@@ -255,7 +255,7 @@ def with_dropout(model: Model, key: PRNGKeyArray) -> Model:
     with `with_dropout(layer, jax.random.fold_in(key, number))`. A model without dropout in its
     config is given back with nothing to draw.
     """
-    edits: dict[Path, dict[str, Any]] = {}
+    edits: dict[Path, dict[Any, object]] = {}
     for path, module in nnx.iter_modules(model):
         if isinstance(module, LoraAdapter) and module.dropout:
             edits[path] = {"dropout_key": DropoutKey(_fold_path(key, path[:-1]))}

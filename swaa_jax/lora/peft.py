@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from etils import epath
@@ -162,7 +162,7 @@ def load_adapter(
     return _under_policy(adapted, path, with_policy=with_policy)
 
 
-def _read_config(path: epath.Path) -> dict[str, Any]:
+def _read_config(path: epath.Path) -> dict[str, object]:
     names = {file.name for file in path.iterdir()}
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if name not in names]
     if missing:
@@ -183,7 +183,7 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
 
 def _check(
     reader: WeightReader,
-    record: dict[str, Any],
+    record: dict[str, object],
     model: "CausalLM",
     layout: list[Entry],
     config: LoraConfig,
@@ -207,7 +207,7 @@ def _check(
 
 
 def _of_another_model(
-    path: epath.Path, record: dict[str, Any], model: "CausalLM", fault: str
+    path: epath.Path, record: dict[str, object], model: "CausalLM", fault: str
 ) -> CheckpointError:
     base = record.get("base_model_name_or_path")
     source = "" if model.source is None else f", loaded from {model.source}"

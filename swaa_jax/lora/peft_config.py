@@ -1,7 +1,6 @@
 """`adapter_config.json`, PEFT's, to and from `LoraConfig`."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from etils import epath
 
@@ -44,7 +43,7 @@ _PLAIN_INITIAL = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 def to_peft(
     config: LoraConfig, *, base_model_name_or_path: str | None, revision: str | None = None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The content of `adapter_config.json`."""
     fields = config.to_dict()
     return {

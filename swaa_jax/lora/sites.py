@@ -7,7 +7,6 @@ here after `model.`; several that Transformers fuses (Phi-3's q, k and v) also s
 
 import copy
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from flax import nnx
 
 from swaa_jax.fields import first_of, nearest
 from swaa_jax.lora.config import LoraConfig
+from swaa_jax.patterns import is_fullmatch
 from swaa_jax.storage import listing
 
 Path = tuple[Any, ...]
@@ -122,7 +122,7 @@ def target_sites(model: nnx.Module, config: LoraConfig, *, strict: bool = True) 
     _refuse(model, config, chosen, stacks)
     faults = []
     for field, candidates in (("target_modules", modules), ("target_parameters", stacks)):
-        targets: Any = getattr(config, field)
+        targets: tuple[str, ...] | str = getattr(config, field)
         ends = [targets] if isinstance(targets, str) else targets
         absent = [
             end
@@ -175,7 +175,7 @@ def _refuse(
 def _matches(targets: tuple[str, ...] | str, names: Sequence[str]) -> bool:
     """PEFT's rule for either kind of `target_modules`."""
     if isinstance(targets, str):
-        return any(re.fullmatch(targets, name) for name in names)
+        return is_fullmatch("target_modules", targets, names)
     return any(f".{name}".endswith(f".{target}") for target in targets for name in names)
 
 
@@ -196,13 +196,13 @@ def _hf_name(path: Path) -> str:
     return name if name == "lm_head" else f"model.{name}"
 
 
-def edited(node: Any, edits: Mapping[Path, Mapping[Any, Any]]) -> Any:
+def edited(node: Any, edits: Mapping[Path, Mapping[Any, object]]) -> Any:
     """A copy of the modules on the way to each path, with these attributes (or items) set there.
 
     Everything else, parameters above all, is shared with `node`.
     """
     node = copy.copy(node)
-    below: dict[Any, dict[Path, Mapping[Any, Any]]] = {}
+    below: dict[Any, dict[Path, Mapping[Any, object]]] = {}
     for path, values in edits.items():
         if path:
             below.setdefault(path[0], {})[path[1:]] = values
@@ -213,11 +213,11 @@ def edited(node: Any, edits: Mapping[Path, Mapping[Any, Any]]) -> Any:
     return node
 
 
-def _get(node: Any, name: Any) -> Any:
+def _get(node: Any, name: str | int) -> Any:
     return node[name] if isinstance(name, int) else getattr(node, name)
 
 
-def _set(node: Any, name: Any, value: Any) -> None:
+def _set(node: Any, name: str | int, value: object) -> None:
     if isinstance(name, int):
         node[name] = value
     else:

@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,21 @@ from jax.sharding import Mesh
 from swaa_jax import checkpoint
 from swaa_jax.attention import check_backend
 from swaa_jax.checkpoint import WeightReader, WeightRule
+from swaa_jax.checkpoint.keymap import Expected
 from swaa_jax.fields import show, wrong
 from swaa_jax.models.causal_lm import CausalLM
 from swaa_jax.models.config import DecoderConfig
-from swaa_jax.models.config_types import check_config_types
+from swaa_jax.models.config_types import HfConfig, check_config_types
 from swaa_jax.models.families import FAMILIES, ModelFamily
-from swaa_jax.policy import AttentionPolicy
+from swaa_jax.models.source import file_stamps, note_source
+from swaa_jax.policy import AttentionPolicy, PolicyLike, load_policy
 from swaa_jax.runtime import is_main_process, wait_for_all
 from swaa_jax.sharding import resolve_mesh, sharding_for, target_of
 from swaa_jax.storage import atomic_directory
 from swaa_jax.typing import PathLike
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +42,11 @@ _DTYPES = ("bfloat16", "float16", "float32")
 
 def load_model(
     path: PathLike,
-    policy: AttentionPolicy | None = None,
+    policy: PolicyLike | None = None,
     dtype: jnp.dtype | str = "bfloat16",
     mesh: Mesh | str | None = None,
     revision: str | None = None,
-    config_overrides: Mapping[str, Any] | None = None,
+    config_overrides: Mapping[str, object] | None = None,
     backend: str = "auto",
 ) -> CausalLM:
     """Load a pretrained model from a directory in Hugging Face layout, or from the hub.
@@ -51,8 +56,10 @@ def load_model(
             (`gs://...`); a Hugging Face hub id such as `Qwen/Qwen3-4B`, of which what is needed is
             downloaded to the hub's cache; or `"tiny-retriever"`, the small model that this
             package ships.
-        policy: what each token may see. None takes `attention_policy.json` if the directory has
-            one, else the checkpoint's own window, else full attention; the choice is logged.
+        policy: what each token may see, in any form that `swaa_jax.policy.load_policy` reads, such
+            as "window=64,sinks=4" or the name of a shipped one. None takes `attention_policy.json`
+            if the directory has one, else the checkpoint's own window, else full attention; the
+            choice is logged.
         dtype: of parameters and activations: bfloat16, float16 or float32.
         mesh: None (one device), `"auto"` (all devices along fsdp), or a mesh with the axes of
             `swaa_jax.sharding.MESH_AXES`. Each device then reads only its own slices.
@@ -80,6 +87,7 @@ def load_model(
     directory = checkpoint.open_checkpoint(path, revision)
     mesh = resolve_mesh(mesh)
     _check_backend(backend, mesh)
+    reader = WeightReader(directory)
     plan = read_blueprint(
         directory,
         policy=policy,
@@ -87,18 +95,23 @@ def load_model(
         mesh=mesh,
         config_overrides=config_overrides,
         backend=backend,
+        reader=reader,
     )
+    stamps = file_stamps(directory)
     arrays = checkpoint.load_weights(
-        WeightReader(directory),
+        reader,
         plan.rules,
         num_layers=plan.model.config.num_layers,
         expected=plan.expected,
         tied=plan.tied,
+        sizes=plan.model.config.sizes,
     )
     for name, param in plan.params.items():
         param.set_value(arrays[_join(name)])
     nnx.update(plan.model, nnx.from_flat_state(plan.params))
-    plan.model.source = Source(os.fspath(directory))
+    note_source(
+        plan.model, directory, stamps={os.fspath(directory): stamps}, overrides=config_overrides
+    )
     return plan.model
 
 
@@ -116,44 +129,28 @@ class Blueprint:
 
     model: CausalLM
     params: dict[Any, Any]
-    expected: dict[str, Any]
+    expected: dict[str, Expected]
     rules: tuple[WeightRule, ...]
     tied: Mapping[str, str] | None
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Source(os.PathLike[str]):
-    """The directory of a model's checkpoint; use it as a path.
-
-    A model's static attributes are part of its graph definition, and so of the key of every
-    compiled program. All sources are equal, so that the same model from two places compiles once.
-    """
-
-    path: str
-
-    def __fspath__(self) -> str:
-        return self.path
-
-    def __str__(self) -> str:
-        return self.path
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Source)
-
-    def __hash__(self) -> int:
-        return hash(Source)
 
 
 def read_blueprint(
     directory: epath.Path,
     *,
-    policy: AttentionPolicy | None,
+    policy: PolicyLike | None,
     dtype: jnp.dtype,
     mesh: Mesh | None = None,
-    config_overrides: Mapping[str, Any] | None = None,
+    config_overrides: Mapping[str, object] | None = None,
     backend: str = "auto",
+    reader: WeightReader | None = None,
 ) -> Blueprint:
     """Reads a checkpoint's config and policy; no weights, and no memory for them.
+
+    Args:
+        directory: the checkpoint.
+        policy, dtype, mesh, config_overrides, backend: as in `load_model`.
+        reader: of the weights, whose headers must have as many layers and experts as the config;
+            None: they are not looked at.
 
     Raises:
         CheckpointError, ValueError, NotImplementedError: as `load_model`.
@@ -161,12 +158,20 @@ def read_blueprint(
     hf_config = checkpoint.read_config(directory)
     check_config_types({**hf_config, **(config_overrides or {})})
     family = _family(hf_config)
+    _check_range(family, dtype)
     config = family.config_class.from_hf(hf_config, config_overrides)
-    policy = _choose_policy(directory, config, policy)
-    model = nnx.eval_shape(
-        lambda: family.model_class(
-            config, policy=policy, dtype=dtype, mesh=mesh, backend=backend, rngs=nnx.Rngs(0)
+    rules = family.weight_rules(config)
+    if reader is not None:
+        checkpoint.check_counts(
+            reader,
+            rules,
+            num_layers=config.num_layers,
+            num_experts=getattr(config, "num_experts", 0),
+            sizes=config.sizes,
         )
+    policy = _choose_policy(directory, config, policy)
+    model = family.model_class(
+        config, policy=policy, dtype=dtype, mesh=mesh, backend=backend, rngs=None
     )
     params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     return Blueprint(
@@ -176,13 +181,13 @@ def read_blueprint(
             _join(name): (tuple(param.shape), param.dtype, sharding_for(param, mesh))
             for name, param in params.items()
         },
-        rules=family.weight_rules(config),
+        rules=rules,
         tied=_TIED if config.tie_word_embeddings else None,
     )
 
 
 def model_from_config(
-    hf_config: Mapping[str, Any],
+    hf_config: HfConfig,
     *,
     policy: AttentionPolicy | None = None,
     dtype: jnp.dtype | str = "float32",
@@ -196,6 +201,7 @@ def model_from_config(
     one, biases zero.
     """
     family = _family(hf_config)
+    _check_range(family, check_dtype(dtype))
     mesh = resolve_mesh(mesh)
     _check_backend(backend, mesh)
     model = family.model_class(
@@ -219,7 +225,7 @@ def save_model(
     model: CausalLM,
     directory: PathLike,
     *,
-    tokenizer: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     max_shard_size: int = 5 * 10**9,
     overwrite: bool = False,
 ) -> epath.Path:
@@ -298,7 +304,7 @@ def _check_backend(backend: str, mesh: Mesh | None) -> None:
     check_backend(backend, platform=None if target is None else target.platform)
 
 
-def _family(hf_config: Mapping[str, Any]) -> ModelFamily:
+def _family(hf_config: HfConfig) -> ModelFamily:
     model_type = str(hf_config.get("model_type"))
     if model_type not in FAMILIES:
         raise NotImplementedError(
@@ -309,10 +315,12 @@ def _family(hf_config: Mapping[str, Any]) -> ModelFamily:
 
 
 def _choose_policy(
-    directory: epath.Path, config: DecoderConfig, policy: AttentionPolicy | None
+    directory: epath.Path,
+    config: DecoderConfig,
+    policy: PolicyLike | None,
 ) -> AttentionPolicy:
     if policy is not None:
-        chosen, why = policy, "the caller's"
+        chosen, why = load_policy(policy), "the caller's"
     elif (
         saved := checkpoint.read_attention_policy(directory, num_layers=config.num_layers)
     ) is not None:
@@ -346,6 +354,16 @@ def _warn_of_wider_windows(config: DecoderConfig, chosen: AttentionPolicy) -> No
         )
 
 
+def _check_range(family: ModelFamily, dtype: jnp.dtype) -> None:
+    """Warns of activations that the dtype cannot hold."""
+    if family.model_class.overflows_float16 and dtype == jnp.float16:
+        logger.warning(
+            "dtype: expected bfloat16 or float32 for %s, got float16, whose range this family's "
+            "activations exceed; logits may be NaN",
+            family.config_class.model_type,
+        )
+
+
 def check_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
     """A dtype that models can have, by name or as it is."""
     name = str(np.dtype(dtype)) if not isinstance(dtype, str) else dtype
@@ -354,5 +372,5 @@ def check_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def _join(path: Sequence[Any]) -> str:
+def _join(path: Sequence[object]) -> str:
     return ".".join(str(part) for part in path)

@@ -6,6 +6,7 @@ A family that differs in a block subclasses `DecoderLayer` and overrides what ma
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,14 @@ from swaa_jax.attention import (
     LayerCache,
     LayerChoice,
     LayerKind,
+    StreamCache,
     attend,
     attend_cached,
+    attend_stream,
 )
 from swaa_jax.lora.adapters import LoraAdapter
 from swaa_jax.models.config import DecoderConfig
-from swaa_jax.models.rope import RopeConfig, rotate
+from swaa_jax.models.rope import RopeConfig, rotate, rotation
 from swaa_jax.products import lookup, product
 from swaa_jax.sharding import constrain_batch, kv_head_copies
 
@@ -40,6 +43,34 @@ def activation(name: str) -> Callable[[Array], Array]:
     return _ACTIVATIONS[name]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Initial:
+    """How new parameters begin.
+
+    Attributes:
+        dtype: of all of them.
+        std: of the normal ones.
+        rngs: draws those; None: parameters are shapes, and nothing is computed or allocated.
+    """
+
+    dtype: jnp.dtype
+    std: float = 0.02
+    rngs: nnx.Rngs | None = None
+
+    def normal(self, shape: tuple[int, ...]) -> Any:
+        """Values around zero."""
+        if self.rngs is None:
+            return jax.ShapeDtypeStruct(shape, self.dtype)
+        drawn = self.std * jax.random.normal(self.rngs.params(), shape, jnp.float32)
+        return drawn.astype(self.dtype)
+
+    def full(self, shape: tuple[int, ...], value: float) -> Any:
+        """One value everywhere."""
+        if self.rngs is None:
+            return jax.ShapeDtypeStruct(shape, self.dtype)
+        return jnp.full(shape, value, self.dtype)
+
+
 class Linear(nnx.Module):
     """`x @ kernel + bias`, kernel `[in, out]`; a mesh splits it between `units` (see sharding).
 
@@ -53,14 +84,11 @@ class Linear(nnx.Module):
         axes: tuple[str, str],
         *,
         use_bias: bool,
-        std: float,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
+        initial: Initial,
         units: tuple[int, int] = (1, 1),
     ):
-        kernel = std * jax.random.normal(rngs.params(), shape, jnp.float32)
-        self.kernel = nnx.Param(kernel.astype(dtype), axes=axes, units=units)
-        bias = nnx.Param(jnp.zeros(shape[1:], dtype), axes=axes[1:], units=units[1:])
+        self.kernel = nnx.Param(initial.normal(shape), axes=axes, units=units)
+        bias = nnx.Param(initial.full(shape[1:], 0), axes=axes[1:], units=units[1:])
         self.bias = bias if use_bias else None
         self.adapter: LoraAdapter | None = nnx.data(None)
 
@@ -78,9 +106,8 @@ class RMSNorm(nnx.Module):
     `one_centred`: the parameter is the scale less one, and the product too is in float32 (Gemma).
     """
 
-    def __init__(self, size: int, *, eps: float, dtype: jnp.dtype, one_centred: bool = False):
-        initial = jnp.zeros if one_centred else jnp.ones
-        self.scale = nnx.Param(initial((size,), dtype), axes=("norm",))
+    def __init__(self, size: int, *, eps: float, initial: Initial, one_centred: bool = False):
+        self.scale = nnx.Param(initial.full((size,), 0 if one_centred else 1), axes=("norm",))
         self.eps = eps
         self.one_centred = one_centred
 
@@ -93,26 +120,17 @@ class RMSNorm(nnx.Module):
         return normed.astype(x.dtype) * self.scale[...]
 
 
-def make_norm(config: DecoderConfig, size: int, *, dtype: jnp.dtype) -> RMSNorm:
+def make_norm(config: DecoderConfig, size: int, *, initial: Initial) -> RMSNorm:
     """A norm of the kind that the config's family has."""
-    return RMSNorm(size, eps=config.rms_norm_eps, dtype=dtype, one_centred=config.one_centred_norms)
+    centred = config.one_centred_norms
+    return RMSNorm(size, eps=config.rms_norm_eps, initial=initial, one_centred=centred)
 
 
 class Embedding(nnx.Module):
     """A table of token vectors, `[V, D]`, times `scale` when looked up (not in a tied head)."""
 
-    def __init__(
-        self,
-        vocab: int,
-        size: int,
-        *,
-        std: float,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-        scale: float = 1.0,
-    ):
-        table = std * jax.random.normal(rngs.params(), (vocab, size), jnp.float32)
-        self.embedding = nnx.Param(table.astype(dtype), axes=("vocab", "embed"))
+    def __init__(self, vocab: int, size: int, *, initial: Initial, scale: float = 1.0):
+        self.embedding = nnx.Param(initial.normal((vocab, size)), axes=("vocab", "embed"))
         self.scale = scale
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
@@ -159,6 +177,7 @@ class Attended:
     Attributes:
         out: its output.
         q, k, v: the tokens' own heads, normed and rotated; keys and values are what a cache holds.
+        plain_k: the keys before they are rotated, which a `StreamCache` holds.
         cache: the one that was given, with these tokens; None without.
     """
 
@@ -166,6 +185,7 @@ class Attended:
     q: Float[Array, "B T N H"]
     k: Float[Array, "B T K H"]
     v: Float[Array, "B T K H"]
+    plain_k: Float[Array, "B T K H"]
     cache: LayerCache | None
 
 
@@ -205,20 +225,18 @@ class LayerOutput:
 class Attention(nnx.Module):
     """Grouped-query attention under a layer's policy, with per-head q/k norms where asked."""
 
-    def __init__(
-        self, config: DecoderConfig, *, index: int, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: DecoderConfig, *, index: int, initial: Initial):
         width, head_dim = config.hidden_size, config.head_dim
         q_width, kv_width = config.num_heads * head_dim, config.num_kv_heads * head_dim
-        shared = {"std": std, "dtype": dtype, "rngs": rngs}
-        inward = {"use_bias": config.attention_bias, "units": (1, head_dim), **shared}
-        outward = {"use_bias": config.output_bias, "units": (head_dim, 1), **shared}
+        inward: dict[str, Any] = {"use_bias": config.attention_bias, "units": (1, head_dim)}
+        outward: dict[str, Any] = {"use_bias": config.output_bias, "units": (head_dim, 1)}
+        inward["initial"] = outward["initial"] = initial
         self.q_proj = Linear((width, q_width), ("embed", "heads"), **inward)
         self.k_proj = Linear((width, kv_width), ("embed", "kv_heads"), **inward)
         self.v_proj = Linear((width, kv_width), ("embed", "kv_heads"), **inward)
         self.o_proj = Linear((q_width, width), ("heads", "embed"), **outward)
-        self.q_norm = make_norm(config, head_dim, dtype=dtype) if config.qk_norm else None
-        self.k_norm = make_norm(config, head_dim, dtype=dtype) if config.qk_norm else None
+        self.q_norm = make_norm(config, head_dim, initial=initial) if config.qk_norm else None
+        self.k_norm = make_norm(config, head_dim, initial=initial) if config.qk_norm else None
         self.head_dim = head_dim
         self.rope = config.layer_rope(index)
         self.scale, self.softcap = config.attention_scale, config.attention_softcap
@@ -232,12 +250,13 @@ class Attention(nnx.Module):
         cache: LayerCache | None = None,
     ) -> Attended:
         """Attention of these tokens to one another, and with a cache to those before."""
-        q, k, v = self.heads(x, rows)
+        plain_q, plain_k, v = self.heads(x)
+        q, k = (rotate(part, rows.rotations[self.rope]) for part in (plain_q, plain_k))
         kinds = layer.kinds if isinstance(layer, LayerChoice) else (layer,)
         is_split = any(kind.full_heads for kind in kinds)  # which counts heads without copies
         copies = kv_head_copies(rows.mesh, num_heads=q.shape[2], num_kv_heads=k.shape[2])
         if copies > 1 and not is_split:
-            k, v = jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)
+            k, v, plain_k = (jnp.repeat(part, copies, axis=2) for part in (k, v, plain_k))
         options = AttentionOptions(
             scale=self.scale, softcap=self.softcap, mesh=rows.mesh, backend=rows.backend
         )
@@ -250,6 +269,17 @@ class Attention(nnx.Module):
                 lengths=rows.lengths,
                 stage_ids=rows.stage_ids,
                 segment_ids=rows.segment_ids,
+                options=options,
+            )
+        elif isinstance(cache, StreamCache):
+            out, cache = attend_stream(
+                plain_q,
+                plain_k,
+                v,
+                cache,
+                layer=layer,  # pyright: ignore[reportArgumentType]  (a choice has no caches)
+                pos_B=rows.pos_B,  # pyright: ignore[reportArgumentType]  (set with caches)
+                rotate=self._rotated,
                 options=options,
             )
         else:
@@ -266,24 +296,28 @@ class Attention(nnx.Module):
                 options=options,
             )
         out = self.o_proj(out.reshape(*x.shape[:2], -1))
-        return Attended(out=out, q=q, k=k, v=v, cache=cache)
+        return Attended(out=out, q=q, k=k, v=v, plain_k=plain_k, cache=cache)
 
-    def heads(self, x: Float[Array, "B T D"], rows: Rows) -> tuple[Array, Array, Array]:
-        """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, normed and rotated."""
+    def heads(self, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
+        """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, normed, not rotated."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        cos_sin = rows.rotations[self.rope]
-        return rotate(q, cos_sin), rotate(k, cos_sin), v
+        return q, k, v
+
+    def _rotated(
+        self, x: Float[Array, "B S heads H"], positions: Int[Array, "B S"]
+    ) -> Float[Array, "B S heads H"]:
+        return rotate(x, rotation(positions, self.rope, self.head_dim))
 
 
 class GatedMLP(nnx.Module):
     """`down(act(gate(x)) * up(x))`."""
 
-    def __init__(self, config: DecoderConfig, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, initial: Initial):
         width, inner = config.hidden_size, config.intermediate_size
-        shared = {"use_bias": config.mlp_bias, "std": std, "dtype": dtype, "rngs": rngs}
+        shared: dict[str, Any] = {"use_bias": config.mlp_bias, "initial": initial}
         self.gate_proj = Linear((width, inner), ("embed", "mlp"), **shared)
         self.up_proj = Linear((width, inner), ("embed", "mlp"), **shared)
         self.down_proj = Linear((inner, width), ("mlp", "embed"), **shared)
@@ -298,21 +332,18 @@ class GatedMLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
 
-    def __init__(
-        self, config: DecoderConfig, *, index: int, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
-        weights = {"std": std, "dtype": dtype, "rngs": rngs}
-        self.input_layernorm = make_norm(config, config.hidden_size, dtype=dtype)
-        self.self_attn = Attention(config, index=index, **weights)
-        self.post_attention_layernorm = make_norm(config, config.hidden_size, dtype=dtype)
-        self.mlp = self.make_mlp(config, index=index, **weights)
+    def __init__(self, config: DecoderConfig, *, index: int, initial: Initial):
+        self.input_layernorm = make_norm(config, config.hidden_size, initial=initial)
+        self.self_attn = Attention(config, index=index, initial=initial)
+        self.post_attention_layernorm = make_norm(config, config.hidden_size, initial=initial)
+        self.mlp = self.make_mlp(config, index=index, initial=initial)
 
     def make_mlp(
-        self, config: DecoderConfig, *, index: int, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
+        self, config: DecoderConfig, *, index: int, initial: Initial
     ) -> Callable[[Array, Rows], FeedForward]:
         """The feed-forward block of layer `index`, a module."""
         del index
-        return GatedMLP(config, std=std, dtype=dtype, rngs=rngs)
+        return GatedMLP(config, initial=initial)
 
     def __call__(
         self,

@@ -15,12 +15,21 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.mask import segment_positions
-from swaa_jax.attention import Caches, LayerCache, LayerKind, build_cache, empty_cache
+from swaa_jax.attention import (
+    Caches,
+    LayerCache,
+    LayerKind,
+    as_stream,
+    build_cache,
+    check_stream,
+    empty_cache,
+)
 from swaa_jax.fields import wrong
 from swaa_jax.lora import LoraConfig
 from swaa_jax.models.blocks import (
     DecoderLayer,
     Embedding,
+    Initial,
     LayerOutput,
     Linear,
     RouterStatistics,
@@ -31,7 +40,7 @@ from swaa_jax.models.config import DecoderConfig
 from swaa_jax.models.head import VocabHead
 from swaa_jax.models.rope import rotation
 from swaa_jax.models.stack import Blocks, Ran, Tap, run_layers
-from swaa_jax.policy import AttentionPolicy, LayerAttention, Stage
+from swaa_jax.policy import AttentionPolicy, LayerAttention, PolicyLike, Stage, load_policy
 from swaa_jax.sharding import constrain_batch
 from swaa_jax.typing import PathLike
 
@@ -70,6 +79,8 @@ class CausalLM(nnx.Module):
 
     Call it for logits of whole rows (training, scoring); `prefill` and `decode` generate.
 
+    Without `rngs` its parameters are shapes, and nothing is allocated.
+
     Attributes:
         config: shapes and constants.
         policy: what each token may see; `layer_attention` is it, layer by layer.
@@ -83,6 +94,9 @@ class CausalLM(nnx.Module):
     fused_projections: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """HF's projections that are several here, by name, with their parts from top to bottom."""
 
+    overflows_float16: ClassVar[bool] = False
+    """The family's activations exceed float16's 65,504, so that logits become NaN."""
+
     def __init__(
         self,
         config: DecoderConfig,
@@ -92,11 +106,11 @@ class CausalLM(nnx.Module):
         mesh: Mesh | None = None,
         backend: str = "auto",
         initializer_range: float = 0.02,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ):
         policy = config.own if policy is None else policy
         dtype = jnp.dtype(dtype)
-        shared = {"std": initializer_range, "dtype": dtype, "rngs": rngs}
+        initial = Initial(dtype=dtype, std=initializer_range, rngs=rngs)
         self.config = config
         self.policy = policy
         self.layer_attention = policy.resolve(config.num_layers, num_kv_heads=config.num_kv_heads)
@@ -105,12 +119,12 @@ class CausalLM(nnx.Module):
         self.source: PathLike | None = None
         self.lora_config: LoraConfig | None = None
         self.embed_tokens = Embedding(
-            config.vocab_size, config.hidden_size, scale=config.embedding_scale, **shared
+            config.vocab_size, config.hidden_size, scale=config.embedding_scale, initial=initial
         )
         self.layers = nnx.List(
-            [self.layer_class(config, index=i, **shared) for i in range(config.num_layers)]
+            [self.layer_class(config, index=i, initial=initial) for i in range(config.num_layers)]
         )
-        self.norm = make_norm(config, config.hidden_size, dtype=dtype)
+        self.norm = make_norm(config, config.hidden_size, initial=initial)
         self.lm_head = (
             None
             if config.tie_word_embeddings
@@ -118,7 +132,7 @@ class CausalLM(nnx.Module):
                 (config.hidden_size, config.vocab_size),
                 ("embed", "vocab"),
                 use_bias=False,
-                **shared,
+                initial=initial,
             )
         )
 
@@ -127,12 +141,16 @@ class CausalLM(nnx.Module):
         """The parameters' dtype."""
         return self.embed_tokens.embedding.dtype
 
-    def with_policy(self, policy: AttentionPolicy) -> "CausalLM":
+    def with_policy(self, policy: PolicyLike) -> "CausalLM":
         """The same model, with the same Param objects, under another policy.
+
+        Args:
+            policy: in any form that `load_policy` reads, such as "window=64,sinks=4".
 
         Raises:
             ValueError: the policy names a layer or a KV head that the model does not have.
         """
+        policy = load_policy(policy)
         other = copy.copy(self)
         other.policy = policy
         other.layer_attention = policy.resolve(
@@ -224,6 +242,7 @@ class CausalLM(nnx.Module):
         *,
         lengths: Int[Array, " B"] | None = None,
         cache_size: int | None = None,
+        positions: str = "text",
     ) -> Prefill:
         """Read prompts: the logits after each row's last real token, and caches to decode from.
 
@@ -234,7 +253,15 @@ class CausalLM(nnx.Module):
                 each full cache, and the most that a ring gets. Rows must not grow beyond it.
                 Default: T + 128 slots in full caches, and window + sinks in the rings of windowed
                 layers without full-attention decoding, which then hold rows of any length.
+            positions: where the tokens that `decode` adds stand: "text", behind all tokens before
+                them, or "cache", behind those that they see, one token a row at a time. The prompt
+                is read at its own positions either way.
+
+        Raises:
+            ValueError: "cache" under a policy with other than windowed layers.
         """
+        if positions == "cache":
+            check_stream(self.layer_attention)
         batch, width = tokens.shape
         if lengths is None:
             lengths = jnp.full((batch,), width, jnp.int32)
@@ -242,14 +269,16 @@ class CausalLM(nnx.Module):
         def cache(out: LayerOutput, block: DecoderLayer, layer: LayerKind) -> LayerCache:
             del block
             assert isinstance(layer, LayerAttention)  # the policy's
-            return build_cache(
-                out.attended.k,
+            in_cache = positions == "cache"
+            built = build_cache(
+                out.attended.plain_k if in_cache else out.attended.k,
                 out.attended.v,
                 lengths=lengths,
                 layer=layer,
                 cache_size=cache_size,
                 mesh=self.mesh,
             )
+            return as_stream(built) if in_cache else built
 
         states = self.hidden_states(tokens, lengths=lengths, tap=cache)
         return Prefill(

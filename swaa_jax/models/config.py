@@ -1,16 +1,29 @@
 """What all decoder families' configs share, read from an HF `config.json`."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from swaa_jax.fields import check_keys, show
+from swaa_jax.models.config_types import HfConfig
 from swaa_jax.models.interop import FULL, WINDOWED, attention_fields
 from swaa_jax.models.rope import SCALINGS, RopeConfig, YarnScaling, parse_rope
+from swaa_jax.models.unread import warn_of_unread
 from swaa_jax.policy import AttentionPolicy
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+
+COMMON_DEFAULTS: Mapping[str, Any] = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+"""What most families take where their `config.json` has no such field."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +38,11 @@ class DecoderConfig:
     model_type: ClassVar[str]
     architecture: ClassVar[str]
     activation_field: ClassVar[str] = "hidden_act"
-    tied_by_default: ClassVar[bool] = False
+    defaults: ClassVar[Mapping[str, Any]] = COMMON_DEFAULTS
+    """The fields that a file may leave out, with what Transformers takes then. A field that is
+    absent is not off: its default may be a window or a soft cap. Null is off, where it may be."""
+    also_required: ClassVar[tuple[str, ...]] = ()
+    default_theta: ClassVar[float] = 10_000.0
     rope_types: ClassVar[tuple[str, ...]] = tuple(SCALINGS)
 
     vocab_size: int
@@ -53,8 +70,10 @@ class DecoderConfig:
     """Factor on the attention scores; None: head_dim ** -0.5."""
     attention_softcap: float | None = None
     logits_softcap: float | None = None
+    local_layers: tuple[int, ...] = ()
+    """The layers that the checkpoint calls local, whether they have a window or not."""
     local_rope: RopeConfig | None = None
-    """The rope of the layers that `own` windows, where it is not the others'."""
+    """The rope of the local layers, where it is not the others'."""
     own: AttentionPolicy = AttentionPolicy()
     """The policy that the checkpoint itself asks for: full attention unless it has a window."""
     hf_json: str = dataclasses.field(repr=False)
@@ -81,15 +100,33 @@ class DecoderConfig:
         """The part of a layer's experts that a token goes to; 1 without experts."""
         return 1.0
 
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What the shapes of the weights follow from, under HF's names."""
+        return {
+            "num_hidden_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "vocab_size": self.vocab_size,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "attention_bias": self.attention_bias,
+            "mlp_bias": self.mlp_bias,
+            "tie_word_embeddings": self.tie_word_embeddings,
+        }
+
     def layer_rope(self, index: int) -> RopeConfig:
         """The rope of a layer: a matter of how it was trained, whatever policy it runs under."""
-        if self.local_rope is None or self.own.resolve(self.num_layers)[index].is_full:
-            return self.rope
-        return self.local_rope
+        return self.rope if self.local_rope is None or index not in self._local else self.local_rope
+
+    @functools.cached_property
+    def _local(self) -> frozenset[int]:
+        return frozenset(self.local_layers)
 
     @classmethod
     def from_hf(
-        cls, hf: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+        cls, hf: HfConfig, overrides: Mapping[str, object] | None = None
     ) -> "DecoderConfig":
         """Read a `config.json`, old form or new.
 
@@ -103,38 +140,47 @@ class DecoderConfig:
                 does not read, by name.
             NotImplementedError: a value that this library does not support.
         """
-        hf = {**hf, **_override(hf, overrides or {}, known=cls.hf_fields())}
-        cls.require(hf, (*_REQUIRED, cls.activation_field))
-        num_heads = hf["num_attention_heads"]
-        has_bias = "attention_bias" in cls.hf_fields() and bool(hf.get("attention_bias"))
-        eos = hf.get("eos_token_id")
-        rope = parse_rope(cls.rope_settings(hf), cls.rope_types)
+        stated = _overridden(hf, overrides or {}, known=cls.hf_fields())
+        read = {**cls.defaults, **stated}
+        cls.require(read, (*_REQUIRED, cls.activation_field, *cls.also_required))
+        _refuse_nulls(read, cls.defaults)
+        warn_of_unread(stated, known=cls.hf_fields(), model_type=cls.model_type)
+        rope = parse_rope(
+            cls.rope_settings(read), supported=cls.rope_types, default_theta=cls.default_theta
+        )
+        context = _context(read, rope, overrides or {})
+        num_heads = read["num_attention_heads"]
+        eos = read["eos_token_id"]
+        has_bias = "attention_bias" in cls.defaults and read["attention_bias"]
         return cls(
-            vocab_size=hf["vocab_size"],
-            num_layers=hf["num_hidden_layers"],
-            hidden_size=hf["hidden_size"],
-            intermediate_size=hf["intermediate_size"],
+            vocab_size=read["vocab_size"],
+            num_layers=read["num_hidden_layers"],
+            hidden_size=read["hidden_size"],
+            intermediate_size=read["intermediate_size"],
             num_heads=num_heads,
-            num_kv_heads=hf.get("num_key_value_heads") or num_heads,
-            max_position_embeddings=_context(hf, rope, overrides or {}),
-            rms_norm_eps=hf["rms_norm_eps"],
+            num_kv_heads=read["num_key_value_heads"] or num_heads,
+            max_position_embeddings=context,
+            rms_norm_eps=read["rms_norm_eps"],
             rope=rope,
-            hidden_act=hf[cls.activation_field],
-            tie_word_embeddings=bool(hf.get("tie_word_embeddings", cls.tied_by_default)),
-            bos_token_id=hf.get("bos_token_id"),
+            hidden_act=read[cls.activation_field],
+            tie_word_embeddings=read["tie_word_embeddings"],
+            bos_token_id=read["bos_token_id"],
             eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
-            pad_token_id=hf.get("pad_token_id"),
-            hf_json=json.dumps({**hf, "model_type": cls.model_type}, sort_keys=True),
+            pad_token_id=read["pad_token_id"],
+            hf_json=json.dumps(
+                {**_with_context(stated, rope, context), "model_type": cls.model_type},
+                sort_keys=True,
+            ),
             **{
-                "head_dim": hf.get("head_dim") or hf["hidden_size"] // num_heads,
+                "head_dim": read["head_dim"] or read["hidden_size"] // num_heads,
                 "attention_bias": has_bias,
                 "output_bias": has_bias,
-                **cls.family_fields(hf),
+                **cls.family_fields(read),
             },
         )
 
     @classmethod
-    def require(cls, hf: Mapping[str, Any], names: Sequence[str]) -> None:
+    def require(cls, hf: HfConfig, names: Sequence[str]) -> None:
         """Raises ValueError unless the file has all of these fields."""
         missing = [name for name in names if hf.get(name) is None]
         if missing:
@@ -144,7 +190,7 @@ class DecoderConfig:
             )
 
     @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
         """Fields whose value is not what the common decoder reads or has by default."""
         del hf
         return {}
@@ -152,14 +198,15 @@ class DecoderConfig:
     @classmethod
     def hf_fields(cls) -> frozenset[str]:
         """HF names of the fields that this family reads, hence those that can be overridden."""
-        return _COMMON_FIELDS | {cls.activation_field}
+        required = (*_REQUIRED, cls.activation_field, *cls.also_required)
+        return _ROPE_FIELDS.union(required, cls.defaults)
 
     @classmethod
-    def rope_settings(cls, hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    def rope_settings(cls, hf: HfConfig) -> HfConfig:
         """Where `parse_rope` finds the settings of the (full-attention) layers' rope."""
         return hf
 
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """The fields that give layers these kinds, and the windowed ones this window.
 
         Args:
@@ -174,7 +221,7 @@ class DecoderConfig:
             raise NotImplementedError(f"window={window}: it has no window")
         return {}
 
-    def to_hf(self, policy: AttentionPolicy | None = None) -> dict[str, Any]:
+    def to_hf(self, policy: AttentionPolicy | None = None) -> dict[str, object]:
         """The HF `config.json` of this model, every unread field included.
 
         Args:
@@ -184,16 +231,22 @@ class DecoderConfig:
         Raises:
             NotImplementedError: Transformers cannot express the policy; every part is named.
         """
-        fields = {} if policy in (None, self.own) else attention_fields(self, policy)
+        policy = self.own if policy is None else policy
+        # Transformers wants a window where there are local layers, one that none reaches as well.
+        is_said = policy == self.own and not (self.own.is_full and self.local_layers)
+        fields = {} if is_said else attention_fields(self, policy)
         return {**json.loads(self.hf_json), "architectures": [self.architecture], **fields}
 
 
-def layer_kinds_policy(
-    hf: Mapping[str, Any], kinds: Sequence[str] | None, window: int | None
-) -> AttentionPolicy:
-    """The policy of a config that names each layer's kind; None: all layers are windowed.
+def local_fields(hf: HfConfig, kinds: Sequence[str] | None, window: int | None) -> dict[str, Any]:
+    """The fields of a config that names each layer's kind: its local layers and its policy.
 
     HF's window counts the query itself, as ours does.
+
+    Args:
+        hf: the config.
+        kinds: of each layer; None: all are windowed.
+        window: of the windowed ones; None: they see everything, and are local all the same.
     """
     num_layers = hf["num_hidden_layers"]
     named = [WINDOWED] * num_layers if kinds is None else list(kinds)
@@ -203,28 +256,31 @@ def layer_kinds_policy(
             f"config.layer_types: expected {num_layers} entries of {FULL!r} or {WINDOWED!r}, got "
             f"{len(named)}{f' with {show(unknown)}' if unknown else ''}; correct config.json"
         )
+    local = tuple(index for index, kind in enumerate(named) if kind == WINDOWED)
     full = tuple(index for index, kind in enumerate(named) if kind == FULL)
-    if window is None or len(full) == num_layers:
-        return AttentionPolicy()
-    return AttentionPolicy(window=window, full_attention_layers=full)
+    own = AttentionPolicy()
+    if window is not None and local:
+        own = AttentionPolicy(window=window, full_attention_layers=full)
+    return {"own": own, "local_layers": local}
 
 
-def windowed_layers_policy(hf: Mapping[str, Any]) -> AttentionPolicy:
-    """The policy of a config with `use_sliding_window`, `sliding_window` and, per layer,
+def switched_local_fields(hf: HfConfig) -> dict[str, Any]:
+    """The same of a config with `use_sliding_window`, `sliding_window` and, per layer,
     `layer_types` or the older `max_window_layers` (layers from that index on are windowed).
     """
-    if not hf.get("use_sliding_window") or hf.get("sliding_window") is None:
-        return AttentionPolicy()
-    kinds = hf.get("layer_types")
-    if kinds is None:
-        if hf.get("max_window_layers") is None:
+    kinds = hf["layer_types"]
+    window = hf["sliding_window"] if hf["use_sliding_window"] else None
+    if window is None:
+        if kinds is not None and set(kinds) != {FULL}:
             raise ValueError(
-                "config: expected layer_types or max_window_layers with use_sliding_window, got "
-                "neither; complete config.json, or pass one in config_overrides"
+                f"config.layer_types: expected {FULL!r} alone where use_sliding_window is false or "
+                f"sliding_window null, got {show(sorted(set(kinds)))}; correct one of the three"
             )
+        return local_fields(hf, [FULL] * hf["num_hidden_layers"] if kinds is None else kinds, None)
+    if kinds is None:
         num_full = min(hf["max_window_layers"], hf["num_hidden_layers"])
         kinds = [FULL] * num_full + [WINDOWED] * (hf["num_hidden_layers"] - num_full)
-    return layer_kinds_policy(hf, kinds, hf["sliding_window"])
+    return local_fields(hf, kinds, window)
 
 
 _REQUIRED = (
@@ -237,48 +293,79 @@ _REQUIRED = (
     "rms_norm_eps",
 )
 _ROPE_FIELDS = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
-_COMMON_FIELDS = (
-    frozenset(_REQUIRED)
-    | _ROPE_FIELDS
-    | {
-        "num_key_value_heads",
-        "head_dim",
-        "tie_word_embeddings",
-        "attention_bias",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-    }
+_NULL_IS_OFF = (
+    "attn_logit_softcapping",
+    "bos_token_id",
+    "eos_token_id",
+    "final_logit_softcapping",
+    "num_key_value_heads",
+    "pad_token_id",
+    "sliding_window",
+    "use_bidirectional_attention",
 )
 
 
-def _override(
-    hf: Mapping[str, Any], overrides: Mapping[str, Any], *, known: frozenset[str]
+def _refuse_nulls(read: HfConfig, defaults: Mapping[str, Any]) -> None:
+    """Null says nothing where a field has a value in every model, and Transformers refuses it."""
+    nulls = [
+        name
+        for name, default in defaults.items()
+        if read[name] is None and default is not None and name not in _NULL_IS_OFF
+    ]
+    if nulls:
+        shown = " and ".join(f"{name} ({show(defaults[name])} if left out)" for name in nulls)
+        raise ValueError(
+            f"config: expected a value for {shown}, got null; correct config.json or the override"
+        )
+
+
+def _overridden(
+    hf: HfConfig, overrides: Mapping[str, Any], *, known: frozenset[str]
 ) -> dict[str, Any]:
-    """The overrides with their consequences: both forms of the rope settings stay in step."""
+    """The file with the overrides and their consequences: of the rope settings one form stays, so
+    that no stale field contradicts it.
+    """
     check_keys("config_overrides", overrides, sorted(known))
-    changed = dict(overrides)
-    if not _ROPE_FIELDS.intersection(overrides):
+    changed = {**hf, **overrides}
+    given = _ROPE_FIELDS.intersection(overrides)
+    if not given:
         return changed
     stored = hf.get("rope_parameters") or {}
     by_kind = FULL in stored  # one dict for each kind of layer
-    if "rope_parameters" in overrides:
+    current = dict(stored[FULL] if by_kind else stored)
+    if "rope_theta" in hf:
+        current.setdefault("rope_theta", hf["rope_theta"])
+    if "rope_parameters" in given:
         rope = dict(overrides["rope_parameters"] or {})
     else:
-        current = stored[FULL] if by_kind else stored
-        theta = current.get("rope_theta", hf.get("rope_theta"))
         scaling = overrides.get("rope_scaling", hf.get("rope_scaling") or current)
-        rope = {**(scaling or {}), "rope_theta": overrides.get("rope_theta", theta)}
+        theta = {"rope_theta": current["rope_theta"]} if "rope_theta" in current else {}
+        rope = {**theta, **(scaling or {})}
+    if "rope_theta" in given:
+        rope["rope_theta"] = overrides["rope_theta"]
     if by_kind and FULL not in rope:
         rope = {**stored, FULL: rope}
-    # One form only in the result, so that no stale field contradicts it.
-    return {**changed, "rope_parameters": rope, "rope_scaling": None, "rope_theta": None}
+    rest = {name: value for name, value in changed.items() if name not in _ROPE_FIELDS}
+    return {**rest, "rope_parameters": rope}
 
 
-def _context(hf: Mapping[str, Any], rope: RopeConfig, overrides: Mapping[str, Any]) -> int:
+def _context(hf: HfConfig, rope: RopeConfig, overrides: Mapping[str, object]) -> int:
     """The longest context: longer than the file says if YaRN was asked for in an override."""
     stated = hf["max_position_embeddings"]
     asked = _ROPE_FIELDS.intersection(overrides) and "max_position_embeddings" not in overrides
     if asked and isinstance(rope.scaling, YarnScaling):
         return max(stated, int(rope.scaling.factor * rope.scaling.original_max_position_embeddings))
     return stated
+
+
+def _with_context(stated: Mapping[str, Any], rope: RopeConfig, context: int) -> dict[str, Any]:
+    """The file's content with a context that was derived. YaRN's original context, which follows
+    from the context where it is not stated, is stated then.
+    """
+    if context == stated["max_position_embeddings"]:
+        return dict(stated)
+    assert isinstance(rope.scaling, YarnScaling), "nothing else lengthens a context"
+    original = {"original_max_position_embeddings": rope.scaling.original_max_position_embeddings}
+    ropes = stated["rope_parameters"]
+    ropes = {**ropes, FULL: ropes[FULL] | original} if FULL in ropes else {**ropes, **original}
+    return {**stated, "max_position_embeddings": context, "rope_parameters": ropes}

@@ -6,14 +6,16 @@ its value is the families' matter.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 from swaa_jax.fields import describe
+from swaa_jax.limits import MAX_LAYERS
 
-_MAX_LAYERS = 10_000  # more would be built before the weights could tell that there are fewer
+HfConfig: TypeAlias = Mapping[str, Any]
+"""The content of a `config.json`; `check_config_types` has seen the types of its values."""
 
 
-def check_config_types(config: Mapping[str, Any]) -> None:
+def check_config_types(config: Mapping[str, object]) -> None:
     """Refuses values that no model could have; null and unknown fields pass.
 
     Raises:
@@ -33,7 +35,7 @@ def check_config_types(config: Mapping[str, Any]) -> None:
         raise ValueError(f"{'; '.join(faults)}; correct config.json or the override")
 
 
-def _typed(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+def _typed(config: Mapping[str, object]) -> Iterator[tuple[str, str, object]]:
     for kind, fields in _FIELDS.items():
         for field in fields:
             yield field, kind, config.get(field)
@@ -42,7 +44,7 @@ def _typed(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
         yield from _rope(config.get(field), field)
 
 
-def _rope(settings: Any, where: str) -> Iterator[tuple[str, str, Any]]:
+def _rope(settings: object, where: str) -> Iterator[tuple[str, str, object]]:
     """The settings of a rope, or of one rope for each kind of layer."""
     if not isinstance(settings, Mapping):
         return
@@ -55,7 +57,7 @@ def _rope(settings: Any, where: str) -> Iterator[tuple[str, str, Any]]:
             yield from _rope(value, f"{where}.{field}")
 
 
-def _is_integer(value: Any) -> bool:
+def _is_integer(value: object) -> TypeGuard[int]:
     return type(value) is int and abs(value) < 2**31
 
 
@@ -70,8 +72,8 @@ def _is_list(kind: type) -> Callable[[Any], bool]:
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "size": ("a positive integer", lambda value: _is_integer(value) and value > 0),
     "layers": (
-        f"an integer from 1 to {_MAX_LAYERS}",
-        lambda value: _is_integer(value) and 0 < value <= _MAX_LAYERS,
+        f"an integer from 1 to {MAX_LAYERS}",
+        lambda value: _is_integer(value) and 0 < value <= MAX_LAYERS,
     ),
     "count": ("an integer of at least 0", lambda value: _is_integer(value) and value >= 0),
     "number": ("a positive number", _is_number),

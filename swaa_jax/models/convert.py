@@ -6,7 +6,6 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,7 +41,7 @@ def convert_checkpoint(
     max_shard_size: int = 5 * 10**9,
     revision: str | None = None,
     policy: AttentionPolicy | None = None,
-    config_overrides: Mapping[str, Any] | None = None,
+    config_overrides: Mapping[str, object] | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Converted:
@@ -73,16 +72,22 @@ def convert_checkpoint(
     if max_shard_size <= 0:
         raise wrong("max_shard_size", "a positive number of bytes", max_shard_size)
     directory = checkpoint.open_checkpoint(source, revision)
+    reader = WeightReader(directory)
     plan = read_blueprint(
         directory,
         policy=policy,
         dtype=jnp.dtype("float32") if wanted is None else wanted,
         config_overrides=config_overrides,
+        reader=reader,
     )
     config = plan.model.config
-    reader = WeightReader(directory)
     checkpoint.check_weights(
-        reader, plan.rules, num_layers=config.num_layers, expected=plan.expected, tied=plan.tied
+        reader,
+        plan.rules,
+        num_layers=config.num_layers,
+        expected=plan.expected,
+        tied=plan.tied,
+        sizes=config.sizes,
     )
     names = _names(reader)
     dtypes = {name: reader.dtype(name) if wanted is None else np.dtype(wanted) for name in names}

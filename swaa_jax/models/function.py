@@ -21,6 +21,7 @@ from jaxtyping import Array, Int
 from swaa_jax.lora import with_dropout
 from swaa_jax.models.blocks import DecoderLayer
 from swaa_jax.models.causal_lm import CausalLM, HiddenStates
+from swaa_jax.models.config import DecoderConfig
 from swaa_jax.models.stack import ScannedLayers
 from swaa_jax.policy import LayerAttention
 from swaa_jax.typing import PRNGKeyArray
@@ -75,7 +76,7 @@ class Structure(Generic[Module]):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SplitModel(Generic[Module]):
+class SplitModel:
     """A model taken apart for jit, once for many calls.
 
     Attributes:
@@ -85,13 +86,13 @@ class SplitModel(Generic[Module]):
         layers: each layer's policy, where the model has one.
     """
 
-    structure: Structure[Module]
+    structure: Structure[CausalLM]
     arrays: dict[str, Array]
-    config: Any
+    config: DecoderConfig
     layers: tuple[LayerAttention, ...] | None
 
 
-def split_model(model: Any) -> SplitModel[Any]:
+def split_model(model: CausalLM | SplitModel) -> SplitModel:
     """Take a model apart; one that was taken apart already is returned as it is."""
     if isinstance(model, SplitModel):
         return model

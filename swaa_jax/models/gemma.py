@@ -3,16 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
 
 from swaa_jax.attention import LayerCache, LayerKind
 from swaa_jax.checkpoint.keymap import WeightRule
 from swaa_jax.models import weight_rules as weights
-from swaa_jax.models.blocks import DecoderLayer, LayerOutput, Rows, make_norm
+from swaa_jax.models.blocks import DecoderLayer, Initial, LayerOutput, Rows, make_norm
 from swaa_jax.models.causal_lm import CausalLM
-from swaa_jax.models.config import DecoderConfig, layer_kinds_policy
+from swaa_jax.models.config import DecoderConfig, local_fields
+from swaa_jax.models.config_types import HfConfig
 from swaa_jax.sharding import constrain_batch
 
 
@@ -20,53 +19,49 @@ class GemmaConfig(DecoderConfig):
     """See `swaa_jax.models.config.DecoderConfig`."""
 
     activation_field: ClassVar[str] = "hidden_activation"
-    tied_by_default: ClassVar[bool] = True
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "layer_types": None,
+    }
 
     @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
         """Norms around one, scaled embeddings, soft caps, and the window of the local layers."""
-        if hf.get("use_bidirectional_attention"):
+        if hf["use_bidirectional_attention"]:
             raise NotImplementedError(
                 "config.use_bidirectional_attention: expected false, since an attention policy is "
                 "causal, got true; set it to false if the model generates text"
             )
-        cls.require(hf, ("head_dim", "query_pre_attn_scalar"))
         return {
             "one_centred_norms": True,
             "embedding_scale": hf["hidden_size"] ** 0.5,
             "attention_scale": hf["query_pre_attn_scalar"] ** -0.5,
-            "attention_softcap": hf.get("attn_logit_softcapping"),
-            "logits_softcap": hf.get("final_logit_softcapping"),
-            "own": layer_kinds_policy(hf, cls.layer_kinds(hf), hf.get("sliding_window")),
+            "attention_softcap": hf["attn_logit_softcapping"],
+            "logits_softcap": hf["final_logit_softcapping"],
+            **local_fields(hf, cls.layer_kinds(hf), hf["sliding_window"]),
         }
 
     @classmethod
-    def layer_kinds(cls, hf: Mapping[str, Any]) -> Sequence[str]:
+    def layer_kinds(cls, hf: HfConfig) -> Sequence[str]:
         """The kind of each layer, also in files without `layer_types`."""
         raise NotImplementedError
-
-    @classmethod
-    def hf_fields(cls) -> frozenset[str]:
-        """The common fields and those of both Gemmas."""
-        return super().hf_fields() | {
-            "query_pre_attn_scalar",
-            "attn_logit_softcapping",
-            "final_logit_softcapping",
-            "sliding_window",
-            "layer_types",
-            "use_bidirectional_attention",
-        }
 
 
 class GemmaLayer(DecoderLayer):
     """Each block between two norms; `post_attention_layernorm` is the one after attention here."""
 
-    def __init__(
-        self, config: DecoderConfig, *, index: int, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
-        super().__init__(config, index=index, std=std, dtype=dtype, rngs=rngs)
-        self.pre_feedforward_layernorm = make_norm(config, config.hidden_size, dtype=dtype)
-        self.post_feedforward_layernorm = make_norm(config, config.hidden_size, dtype=dtype)
+    def __init__(self, config: DecoderConfig, *, index: int, initial: Initial):
+        super().__init__(config, index=index, initial=initial)
+        self.pre_feedforward_layernorm = make_norm(config, config.hidden_size, initial=initial)
+        self.post_feedforward_layernorm = make_norm(config, config.hidden_size, initial=initial)
 
     def __call__(
         self,
@@ -88,6 +83,7 @@ class GemmaForCausalLM(CausalLM):
     """A `CausalLM` of Gemma's layers."""
 
     layer_class: ClassVar[type[DecoderLayer]] = GemmaLayer
+    overflows_float16: ClassVar[bool] = True
 
 
 def weight_rules(config: GemmaConfig) -> tuple[WeightRule, ...]:

@@ -40,6 +40,13 @@ class VocabHead:
         spec = "...v,vd->...d" if self.vocab_axis == 0 else "...v,dv->...d"
         return product(slope, self.weight, spec, dtype=jnp.float32)
 
+    def weight_gradient(
+        self, slope: Float[Array, "C V"], hidden: Float[Array, "C D"]
+    ) -> Float[Array, "_ _"]:
+        """The gradient in the weight of one in the scores of these states, in float32."""
+        spec = "cv,cd->vd" if self.vocab_axis == 0 else "cv,cd->dv"
+        return jnp.einsum(spec, slope, hidden, preferred_element_type=jnp.float32)
+
     def capped(self, scores: Float[Array, "*batch V"]) -> Float[Array, "*batch V"]:
         """The scores as logits."""
         cap = self.softcap

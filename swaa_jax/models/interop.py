@@ -5,15 +5,18 @@ A family says in `hf_windows` how it stores windows, or why it cannot; what no f
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from swaa_jax.policy import AttentionPolicy
+
+if TYPE_CHECKING:
+    from swaa_jax.models.config import DecoderConfig
 
 FULL, WINDOWED = "full_attention", "sliding_attention"
 """What Transformers calls the two kinds of layers."""
 
 
-def attention_fields(config: Any, policy: AttentionPolicy) -> dict[str, Any]:
+def attention_fields(config: "DecoderConfig", policy: AttentionPolicy) -> dict[str, object]:
     """The fields of `config.json` under which stock Transformers runs `policy`.
 
     Args:
@@ -34,7 +37,7 @@ def attention_fields(config: Any, policy: AttentionPolicy) -> dict[str, Any]:
         refused.append("full_attention_tail: its mask does not know where the prompt ends")
     if any(layer.full_heads for layer in windowed):
         refused.append("full_attention_heads: it windows all heads of a layer or none")
-    fields: dict[str, Any] = {}
+    fields: dict[str, object] = {}
     try:
         kinds = tuple(FULL if layer.is_full else WINDOWED for layer in layers)
         fields = config.hf_windows(kinds, windowed[0].window if windowed else None)
@@ -48,7 +51,7 @@ def attention_fields(config: Any, policy: AttentionPolicy) -> dict[str, Any]:
     return fields
 
 
-def kinds_fields(kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+def kinds_fields(kinds: Sequence[str], window: int | None) -> dict[str, object]:
     """Qwen2's and Qwen3's way: a kind for each layer, and a switch."""
     num_full = kinds.index(WINDOWED) if WINDOWED in kinds else len(kinds)
     prefix = all(kind == WINDOWED for kind in kinds[num_full:])

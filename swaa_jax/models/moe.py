@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import Target
 from swaa_jax.lora.adapters import StackedLoraAdapter
-from swaa_jax.models.blocks import FeedForward, Linear, RouterStatistics, Rows, activation
+from swaa_jax.models.blocks import FeedForward, Initial, Linear, RouterStatistics, Rows, activation
 from swaa_jax.products import grouped_product, product
 from swaa_jax.sharding import spec_for, split_over, target_of
 
@@ -75,12 +75,9 @@ class StackedLinear(nnx.Module):
         shape: tuple[int, int, int],
         axes: tuple[str, str, str],
         *,
-        std: float,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
+        initial: Initial,
     ):
-        kernel = std * jax.random.normal(rngs.params(), shape, jnp.float32)
-        self.kernel = nnx.Param(kernel.astype(dtype), axes=axes)
+        self.kernel = nnx.Param(initial.normal(shape), axes=axes)
 
 
 class Experts(nnx.Module):
@@ -96,22 +93,12 @@ class Experts(nnx.Module):
     }
     """HF's stacks of experts, with their parts here from top to bottom."""
 
-    def __init__(
-        self,
-        num_experts: int,
-        width: int,
-        inner: int,
-        *,
-        std: float,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ):
-        shared = {"std": std, "dtype": dtype, "rngs": rngs}
+    def __init__(self, num_experts: int, width: int, inner: int, *, initial: Initial):
         up = ((num_experts, width, inner), ("experts", "embed", "mlp"))
-        self.gate_proj = StackedLinear(*up, **shared)
-        self.up_proj = StackedLinear(*up, **shared)
+        self.gate_proj = StackedLinear(*up, initial=initial)
+        self.up_proj = StackedLinear(*up, initial=initial)
         self.down_proj = StackedLinear(
-            (num_experts, inner, width), ("experts", "mlp", "embed"), **shared
+            (num_experts, inner, width), ("experts", "mlp", "embed"), initial=initial
         )
         self.gate_up_proj_adapter: StackedLoraAdapter | None = nnx.data(None)
         self.down_proj_adapter: StackedLoraAdapter | None = nnx.data(None)
@@ -129,13 +116,12 @@ class SparseMLP(nnx.Module):
         width: int,
         inner: int,
         hidden_act: str,
-        std: float,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
+        initial: Initial,
     ):
-        shared = {"std": std, "dtype": dtype, "rngs": rngs}
-        self.gate = Linear((width, num_experts), ("embed", "router"), use_bias=False, **shared)
-        self.experts = Experts(num_experts, width, inner, **shared)
+        self.gate = Linear(
+            (width, num_experts), ("embed", "router"), use_bias=False, initial=initial
+        )
+        self.experts = Experts(num_experts, width, inner, initial=initial)
         self.num_per_token = num_per_token
         self.normalise = normalise
         self.activation = hidden_act

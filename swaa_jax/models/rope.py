@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from swaa_jax.fields import show
+from swaa_jax.models.config_types import HfConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,15 +113,25 @@ _REFUSED = dict.fromkeys(
 _IGNORED_KEYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 
 
-def parse_rope(hf: Mapping[str, Any], supported: Collection[str] = tuple(SCALINGS)) -> RopeConfig:
-    """The rope settings of an HF config, old form or new; `supported` are the family's types.
+def parse_rope(
+    hf: HfConfig,
+    *,
+    supported: Collection[str] = tuple(SCALINGS),
+    default_theta: float = 10_000.0,
+) -> RopeConfig:
+    """The rope settings of an HF config, old form or new.
 
     Old: `rope_theta` and `rope_scaling` (whose type is under `rope_type` or `type`) at the top.
     New (Transformers 5): `rope_parameters`, one dict that holds both.
 
+    Args:
+        hf: the config.
+        supported: the family's types.
+        default_theta: where no form has a `rope_theta` (Llama 2's files have none).
+
     Raises:
-        ValueError: no `rope_theta` (there is no default), or a scaling key that is missing,
-            unknown, or contradicts the other form.
+        ValueError: a `rope_theta` that is null, or a scaling key that is missing, unknown, or
+            contradicts the other form.
         NotImplementedError: a scaling type, or a partial rotation, that is not supported.
     """
     scaling = dict(hf.get("rope_parameters") or {})
@@ -130,12 +141,14 @@ def parse_rope(hf: Mapping[str, Any], supported: Collection[str] = tuple(SCALING
                 f"config.rope_scaling[{show(key)}]: expected {show(scaling[key])}, as in "
                 f"rope_parameters, got {show(value)}; keep one of them"
             )
+    is_stated = "rope_theta" in scaling or "rope_theta" in hf
     theta = scaling.get("rope_theta")
     theta = hf.get("rope_theta") if theta is None else theta
+    theta = theta if is_stated else default_theta
     if theta is None:
         raise ValueError(
-            "config.rope_theta: expected a number (here or in rope_parameters), got neither; "
-            "there is no default, so pass config_overrides={'rope_theta': ...} if you know it"
+            f"config.rope_theta: expected a number, got null; leave it out ({default_theta:g} "
+            "then), or pass config_overrides={'rope_theta': ...} if you know it"
         )
     if hf.get("rope_theta") not in (None, theta):
         raise ValueError(
@@ -152,13 +165,13 @@ def parse_rope(hf: Mapping[str, Any], supported: Collection[str] = tuple(SCALING
     if rope_type not in supported:
         reason = f", but {_REFUSED[rope_type]}" if rope_type in _REFUSED else ""
         raise NotImplementedError(
-            f"config rope type: expected one of {', '.join(supported)}, got "
-            f"{show(rope_type)}{reason}; correct config.json or the override"
+            "config.rope_scaling or rope_parameters, type: expected one of "
+            f"{', '.join(supported)}, got {show(rope_type)}{reason}; correct config.json or the "
+            "override"
         )
     scaling_class = SCALINGS[rope_type]
-    if scaling_class is YarnScaling:  # as Transformers does where a file leaves it out
-        context = hf.get("max_position_embeddings")
-        scaling.setdefault("original_max_position_embeddings", context)
+    if scaling_class in (YarnScaling, Llama3Scaling):
+        scaling |= _original_context(hf, scaling)
     fields = dataclasses.fields(scaling_class) if scaling_class else ()
     wanted = [field.name for field in fields if field.default is dataclasses.MISSING]
     missing = [key for key in wanted if scaling.get(key) is None]
@@ -170,6 +183,21 @@ def parse_rope(hf: Mapping[str, Any], supported: Collection[str] = tuple(SCALING
         )
     given = {f.name: scaling[f.name] for f in fields if scaling.get(f.name) is not None}
     return RopeConfig(theta=float(theta), scaling=scaling_class(**given) if scaling_class else None)
+
+
+def _original_context(hf: HfConfig, scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """The context that the model was first trained on: as Transformers reads it, at the top too,
+    and by default the context of today.
+    """
+    name = "original_max_position_embeddings"
+    top, inner = hf.get(name), scaling.get(name)
+    if None not in (top, inner) and top != inner:
+        raise ValueError(
+            f"config.{name}: expected {show(inner)}, as in the rope's settings, got {show(top)}; "
+            "keep one of them"
+        )
+    stated = inner if top is None else top
+    return {name: hf.get("max_position_embeddings") if stated is None else stated}
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:

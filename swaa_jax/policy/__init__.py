@@ -4,6 +4,7 @@ from swaa_jax.policy.files import (
     Evidence,
     Needs,
     PolicyFile,
+    PolicyLike,
     load_policy,
     load_policy_file,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "LayerSelection",
     "Needs",
     "PolicyFile",
+    "PolicyLike",
     "Stage",
     "load_policy",
     "load_policy_file",

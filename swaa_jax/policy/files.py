@@ -14,7 +14,7 @@ Slices of layers are quoted: ``full_attention_layers: "1::2"``.
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 from etils import epath
 
@@ -23,6 +23,7 @@ from swaa_jax.fields import (
     check_fields,
     flag,
     list_of,
+    naming,
     number,
     one_of,
     or_none,
@@ -33,9 +34,10 @@ from swaa_jax.fields import (
     wrong,
 )
 from swaa_jax.policy.policy import AttentionPolicy
+from swaa_jax.storage import read_text
 from swaa_jax.typing import PathLike
 
-__all__ = ["Evidence", "Needs", "PolicyFile", "load_policy", "load_policy_file"]
+__all__ = ["Evidence", "Needs", "PolicyFile", "PolicyLike", "load_policy", "load_policy_file"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,11 @@ class PolicyFile:
         return tuple(dict.fromkeys(one.model for one in self.evidence))
 
 
-def load_policy(policy: AttentionPolicy | Mapping[str, object] | PathLike) -> AttentionPolicy:
+PolicyLike: TypeAlias = AttentionPolicy | Mapping[str, object] | PathLike
+"""A policy, however it is given: see `load_policy`."""
+
+
+def load_policy(policy: PolicyLike) -> AttentionPolicy:
     """A policy, however it is given: everything that takes a policy reads it here.
 
     Args:
@@ -147,8 +153,8 @@ def load_policy_file(name_or_path: PathLike) -> PolicyFile:
     """
     path = epath.Path(find_config("policies", name_or_path))
     policy = AttentionPolicy.load(path)
-    document = (parse_json if path.suffix == ".json" else parse_yaml)(path.read_text())
-    try:
+    document = (parse_json if path.suffix == ".json" else parse_yaml)(read_text(path))
+    with naming(path):
         return PolicyFile(
             name=os.fspath(name_or_path),
             policy=policy,
@@ -157,10 +163,8 @@ def load_policy_file(name_or_path: PathLike) -> PolicyFile:
             needs=section(Needs)("needs", document.get("needs", {})),
             evidence=list_of(section(Evidence))("evidence", document.get("evidence", [])),
         )
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
-def _note(document: dict[str, Any], key: str) -> str:
+def _note(document: dict[str, object], key: str) -> str:
     note = document.get(key, "")
     return " ".join(text(key, note).split()) if note != "" else ""

@@ -23,6 +23,7 @@ HeadPairs: TypeAlias = tuple[tuple[int, tuple[int, ...]], ...]
 
 _SLICE = re.compile(r"\s*([+-]?\d+)?\s*:\s*([+-]?\d+)?\s*(?::\s*([+-]?\d+)?\s*)?")
 _LAYERS = 'a list of layers or a slice in a string such as "1::2"'
+_WHOLE, _FROM_ZERO = integer(), integer(least=0)
 _HEADS = "layers and their lists of KV heads, as in {3: [0, 2], 5: [1]}"
 
 
@@ -57,7 +58,7 @@ def layer_selection(name: str, value: object) -> str | tuple[int, ...]:
     for item in value:
         if isinstance(item, str):
             raise wrong(name, "integers", item, "a slice stands alone, not in a list")
-        layers.append(integer()(f"{name}: a layer", item))
+        layers.append(_WHOLE(f"{name}: a layer", item))
     if repeated := _repeated(layers):
         raise ValueError(
             f"{name}: expected each layer once, got {format_layers(repeated)} more than once"
@@ -70,7 +71,7 @@ def distinct_heads(name: str, value: object) -> tuple[int, ...]:
     if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
         advice = f"for that one head write [{value}]" if isinstance(value, int) else ""
         raise wrong(name, "a list of KV heads", value, advice)
-    heads = [integer(least=0)(f"{name}: a KV head", head) for head in value]
+    heads = [_FROM_ZERO(f"{name}: a KV head", head) for head in value]
     if repeated := _repeated(heads):
         raise ValueError(
             f"{name}: expected each KV head once, got {format_layers(repeated)} more than once"
@@ -89,7 +90,7 @@ def head_selection(name: str, value: object) -> HeadPairs:
     for key, heads in pairs:
         # JSON has no other keys than strings.
         is_text = isinstance(key, str) and re.fullmatch(r"[+-]?\d{1,9}", key)
-        layer = integer()(f"{name}: a layer", int(key) if is_text else key)
+        layer = _WHOLE(f"{name}: a layer", int(key) if is_text else key)
         if layer in found:
             raise ValueError(f"{name}: expected each layer once, got {layer} more than once")
         found[layer] = distinct_heads(f"{name}, layer {layer}", heads)

@@ -48,7 +48,7 @@ from swaa_jax.policy.layers import (
 )
 from swaa_jax.policy.swaa_config import SWAA_CONFIG_KEYS, from_swaa_config, to_swaa_config
 from swaa_jax.policy.text import policy_fields, policy_text
-from swaa_jax.storage import write_text_atomic
+from swaa_jax.storage import read_text, write_text_atomic
 from swaa_jax.typing import PathLike
 
 __all__ = ["AttentionPolicy", "HfExpressible", "LayerAttention"]
@@ -124,7 +124,7 @@ class LayerAttention:
 class HfExpressible(Protocol):
     """A model's config: it knows how its family's `config.json` says an attention policy."""
 
-    def to_hf(self, policy: "AttentionPolicy | None" = None) -> dict[str, Any]:
+    def to_hf(self, policy: "AttentionPolicy | None" = None) -> dict[str, object]:
         """The `config.json` that says the policy."""
         ...
 
@@ -286,7 +286,7 @@ class AttentionPolicy:
             for layer in range(num_layers)
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """All fields, as JSON's types: tuples become lists, and full heads a mapping.
 
         Without full heads their field is left out, so that versions that do not know it can read
@@ -377,7 +377,7 @@ class AttentionPolicy:
         path = epath.Path(path)
         try:
             read = cls.from_json if path.suffix == ".json" else cls.from_yaml
-            return read(path.read_text())
+            return read(read_text(path))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -419,7 +419,7 @@ class AttentionPolicy:
         """
         return cls(**from_swaa_config(config, num_layers=num_layers))
 
-    def to_hf_config(self, config: HfExpressible) -> dict[str, Any]:
+    def to_hf_config(self, config: HfExpressible) -> dict[str, object]:
         """The HF `config.json` under which stock Transformers runs this policy.
 
         Args:
@@ -430,7 +430,7 @@ class AttentionPolicy:
         """
         return config.to_hf(self)
 
-    def to_swaa_config(self, *, num_layers: int | None = None) -> dict[str, Any]:
+    def to_swaa_config(self, *, num_layers: int | None = None) -> dict[str, object]:
         """The configuration of the paper's reference code, ``{"swaa_config": {...}}``.
 
         Args:

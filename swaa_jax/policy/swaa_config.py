@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from swaa_jax.fields import check_keys, describe, integer, parse_json, wrong
+from swaa_jax.fields import check_keys, describe, integer, naming, parse_json, wrong
 from swaa_jax.policy.layers import LayerSelection, format_layers, layer_selection, resolve_layers
+from swaa_jax.storage import read_text
 from swaa_jax.typing import PathLike
 
 if TYPE_CHECKING:
@@ -25,16 +26,14 @@ SWAA_CONFIG_KEYS = ("sliding_window_size", "keep_first", "force_fa_decode", "non
 
 
 def from_swaa_config(
-    config: Mapping[str, Any] | PathLike, *, num_layers: int | None
+    config: Mapping[str, object] | PathLike, *, num_layers: int | None
 ) -> dict[str, Any]:
     """A policy's fields; see `AttentionPolicy.from_swaa_config`."""
     if not isinstance(config, Mapping):
         path = epath.Path(config)
-        try:
-            document = _one_setting(parse_json(path.read_text()))
+        with naming(path):
+            document = _one_setting(parse_json(read_text(path)))
             return from_swaa_config(document, num_layers=num_layers)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
     if "swaa_config" in config:
         check_keys("SWAA setting", config, ("swaa_config", "model_list"))
         return from_swaa_config(_one_setting(config["swaa_config"]), num_layers=num_layers)
@@ -67,7 +66,7 @@ def from_swaa_config(
     }
 
 
-def to_swaa_config(policy: "AttentionPolicy", *, num_layers: int | None) -> dict[str, Any]:
+def to_swaa_config(policy: "AttentionPolicy", *, num_layers: int | None) -> dict[str, object]:
     """See `AttentionPolicy.to_swaa_config`."""
     for name in ("full_attention_heads", "full_attention_tail"):
         if getattr(policy, name):

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -29,7 +29,7 @@ def read_calibration(
     limit: int | None = 64,
     max_length: int = 32768,
     answers: str = "verbatim",
-    **data: Any,
+    **data: object,
 ) -> list[Sample]:
     """Samples from files that `swaa train` reads and `swaa distill` writes.
 

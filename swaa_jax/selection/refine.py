@@ -8,10 +8,9 @@
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from swaa_jax.fields import integer, list_of, number, or_none, wrong
-from swaa_jax.selection.nll import add_one, remove_one
+from swaa_jax.selection.one_layer import add_one, remove_one
 from swaa_jax.selection.store import Layers, Ranking, ScoreStore
 
 __all__ = ["backward", "greedy", "pairwise"]
@@ -197,7 +196,7 @@ def _exchanges(chosen: Layers, num_layers: int) -> list[Layers]:
     return [_with(_without(chosen, out), into) for out in chosen for into in rest]
 
 
-def check_layers(name: str, value: Any) -> Layers:
+def check_layers(name: str, value: object) -> Layers:
     """Distinct layers from 0 up, sorted."""
     return tuple(sorted(list_of(integer(least=0), distinct=True)(name, value)))
 

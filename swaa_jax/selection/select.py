@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,14 @@ from swaa_jax.checkpoint.provenance import weight_marks
 from swaa_jax.data import Sample
 from swaa_jax.fields import Check, check_keys, from_mapping, integer, number, one_of, wrong
 from swaa_jax.models import CausalLM
+from swaa_jax.models.source import running_backend, since_loading
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.progress import ShowProgress
 from swaa_jax.runs import claim
 from swaa_jax.selection.calibration import check_samples, digest
 from swaa_jax.selection.gates import GatesConfig, gates
 from swaa_jax.selection.lazy_ratio import LazyRatioConfig, lazy_ratio
-from swaa_jax.selection.nll import add_one, remove_one
+from swaa_jax.selection.one_layer import add_one, remove_one
 from swaa_jax.selection.per_row import RowScorer
 from swaa_jax.selection.periodic import periodic
 from swaa_jax.selection.refine import backward, check_layers, greedy, pairwise
@@ -27,26 +28,75 @@ from swaa_jax.typing import PathLike
 
 __all__ = ["METHODS", "Selection", "check_options", "select_layers"]
 
-METHODS = (
-    "periodic",
-    "lazy_ratio",
-    "add_one",
-    "remove_one",
-    "greedy",
-    "backward",
-    "pairwise",
-    "gates",
-)
 
-_CONFIGS: Mapping[str, type[Any]] = {"lazy_ratio": LazyRatioConfig, "gates": GatesConfig}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What methods select from: a model, samples, and the scores of candidates on them."""
+
+    model: CausalLM
+    samples: Sequence[Sample]
+    policy: AttentionPolicy
+    store: ScoreStore
+    directory: PathLike | None
+    progress: ShowProgress | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to select.
+
+    Attributes:
+        run: gives the ranking for a number of full layers; options are keywords.
+        options: checks of the options, or the dataclass whose fields they are.
+    """
+
+    run: Callable[..., Ranking]
+    options: Mapping[str, Check[Any]] | type[Any]
+
+
+def _by_scores(rank: Callable[..., Ranking], **options: Check[Any]) -> Method:
+    """A method that needs nothing but the scores of candidates."""
+    return Method(
+        run=lambda work, num_full_layers, **given: rank(work.store, num_full_layers, **given),
+        options=options,
+    )
+
+
+def _lazy_ratio(work: Work, num_full_layers: int, **options: Any) -> Ranking:
+    return lazy_ratio(
+        work.model,
+        work.samples,
+        num_full_layers,
+        config=LazyRatioConfig(**options),
+        progress=work.progress,
+    )
+
+
+def _gates(work: Work, num_full_layers: int, **options: Any) -> Ranking:
+    return gates(
+        work.model,
+        work.samples,
+        num_full_layers,
+        policy=work.policy,
+        config=GatesConfig(**options),
+        directory=work.directory,
+        progress=work.progress,
+    )
+
+
 _BUDGET = {"max_evaluations": integer(least=1)}
-_OPTIONS: Mapping[str, Mapping[str, Check[Any]]] = {
-    "periodic": {"offset": integer(least=0)},
-    "greedy": _BUDGET,
-    "backward": _BUDGET,
-    "pairwise": {**_BUDGET, "start": check_layers, "least_gain": number(least=0)},
+
+METHODS: Mapping[str, Method] = {
+    "periodic": _by_scores(periodic, offset=integer(least=0)),
+    "lazy_ratio": Method(run=_lazy_ratio, options=LazyRatioConfig),
+    "add_one": _by_scores(add_one),
+    "remove_one": _by_scores(remove_one),
+    "greedy": _by_scores(greedy, **_BUDGET),
+    "backward": _by_scores(backward, **_BUDGET),
+    "pairwise": _by_scores(pairwise, start=check_layers, least_gain=number(least=0), **_BUDGET),
+    "gates": Method(run=_gates, options=GatesConfig),
 }
-"""What methods without a config of their own take."""
+"""Methods by name: another is a function in a file beside this one, and a line here."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +134,7 @@ class Selection:
     seconds: float
     details: Mapping[str, Any]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """All of it as JSON's types."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {
@@ -105,10 +155,10 @@ def select_layers(
     num_full_layers: int,
     policy: AttentionPolicy,
     directory: PathLike | None = None,
-    identity: Mapping[str, Any] | None = None,
+    identity: Mapping[str, object] | None = None,
     rows_at_once: int | None = None,
     progress: ShowProgress | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> Selection:
     """Choose the layers that keep full attention.
 
@@ -122,8 +172,8 @@ def select_layers(
         directory: keeps what was evaluated. The same call again goes on there, and other methods
             read it too.
         identity: what else makes the model what it is (its name and revision), as JSON's types, so
-            that another one does not read these scores. What changes with its weight files always
-            belongs to it.
+            that another one does not read these scores. What changes with its weight files, and
+            with its arrays in memory, always belongs to it.
         rows_at_once: samples times candidates that run at once; None: what fits into memory by a
             rough count.
         progress: told what is being done, and which part of it is done.
@@ -150,21 +200,15 @@ def select_layers(
         claim(directory, about, file="selection_run.json", what="the scores")
     scorer = RowScorer(model, samples, policy=policy, rows_at_once=rows_at_once)
     store = ScoreStore(scorer, directory=directory, progress=progress)
-    if method == "lazy_ratio":
-        config = LazyRatioConfig(**options)
-        ranking = lazy_ratio(model, samples, num_full_layers, config=config, progress=progress)
-    elif method == "gates":
-        ranking = gates(
-            model,
-            samples,
-            num_full_layers,
-            policy=policy,
-            config=GatesConfig(**options),
-            directory=directory,
-            progress=progress,
-        )
-    else:
-        ranking = _BY_NLL[method](store, num_full_layers, **options)
+    work = Work(
+        model=model,
+        samples=samples,
+        policy=policy,
+        store=store,
+        directory=directory,
+        progress=progress,
+    )
+    ranking = METHODS[method].run(work, num_full_layers, **options)
     chosen_policy = _with_chosen(policy, ranking)
     none, every = (), tuple(range(count))
     compared = [none, every] if ranking.heads is not None else [none, every, ranking.chosen]
@@ -191,16 +235,6 @@ def select_layers(
     )
 
 
-_BY_NLL: Mapping[str, Any] = {
-    "periodic": periodic,
-    "add_one": add_one,
-    "remove_one": remove_one,
-    "greedy": greedy,
-    "backward": backward,
-    "pairwise": pairwise,
-}
-
-
 def _with_chosen(policy: AttentionPolicy, ranking: Ranking) -> AttentionPolicy:
     if ranking.heads is None:
         return dataclasses.replace(policy, full_attention_layers=ranking.chosen)
@@ -208,7 +242,7 @@ def _with_chosen(policy: AttentionPolicy, ranking: Ranking) -> AttentionPolicy:
     return dataclasses.replace(policy, full_attention_heads=heads)
 
 
-def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def check_options(method: str, options: Mapping[str, object]) -> dict[str, Any]:
     """The options, after a check that the method has them and that their values are possible.
 
     What depends on the model, such as which layers there are, is checked by `select_layers`.
@@ -218,10 +252,10 @@ def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """
     one_of(*METHODS)("method", method)
     name = f"options of {method}"
-    if method in _CONFIGS:
-        from_mapping(_CONFIGS[method], options, name)
+    checks = METHODS[method].options
+    if isinstance(checks, type):
+        from_mapping(checks, options, name)
         return dict(options)
-    checks = _OPTIONS.get(method, {})
     check_keys(name, options, list(checks))
     given = {option: value for option, value in options.items() if value is not None}
     return {option: checks[option](option, value) for option, value in given.items()}
@@ -231,14 +265,16 @@ def _identity(
     model: CausalLM,
     samples: Sequence[Sample],
     policy: AttentionPolicy,
-    more: Mapping[str, Any],
-) -> dict[str, Any]:
+    more: Mapping[str, object],
+) -> dict[str, object]:
     config = hashlib.sha256(model.config.hf_json.encode()).hexdigest()
     return {
         "model": None if model.source is None else str(model.source),
         "config": config[:16],
         "weights": weight_marks(model.source),
         "dtype": str(model.dtype),
+        "backend": None if (backend := running_backend(model)) == "auto" else backend,
+        "changed": since_loading(model),
         "samples": digest(samples)[:16],
         "num_samples": len(samples),
         "policy": policy.to_dict(),

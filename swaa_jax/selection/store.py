@@ -11,7 +11,6 @@ Methods share it: what one has evaluated, another one reads.
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -61,11 +60,6 @@ class ScoreStore:
         """L."""
         return self._scorer.num_layers
 
-    @property
-    def num_known(self) -> int:
-        """Candidates that have a score."""
-        return len(self._known)
-
     def nll(
         self, candidates: Iterable[Iterable[int]], *, what: str, total: int | None = None
     ) -> dict[Layers, float]:
@@ -89,10 +83,6 @@ class ScoreStore:
                 done = len(self._known) if total else start + len(part)
                 self._progress(what, min(1.0, done / (total or len(todo))))
         return {key: float(np.mean(self._known[key])) for key in keys}
-
-    def of_samples(self, layers: Iterable[int]) -> Float[np.ndarray, " samples"]:
-        """The NLL of each sample under a candidate that was evaluated."""
-        return self._known[tuple(sorted(set(layers)))]
 
     def _save(self) -> None:
         if self._path is None or not runtime.is_main_process():
@@ -119,7 +109,7 @@ class Ranking:
     scores: tuple[float, ...]
     chosen: Layers
     num_evaluations: int = 0
-    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    details: Mapping[str, object] = dataclasses.field(default_factory=dict)
     heads: Mapping[int, tuple[int, ...]] | None = None
 
 

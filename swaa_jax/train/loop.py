@@ -89,7 +89,8 @@ class LoopResult:
     Attributes:
         state: the last one.
         step: optimizer steps done.
-        finished: all of them; False where SIGTERM ended it, and a checkpoint is there to go on.
+        finished: all of them; False where SIGTERM or Ctrl-C ended it, and a checkpoint is there to
+            go on.
         metrics: of the last step that this process ran; empty if there was none.
     """
 
@@ -120,7 +121,7 @@ def run_loop(
     evaluate: Evaluation | None = None,
     should_stop: Callable[[int], bool] | None = None,
 ) -> LoopResult:
-    """Trains to the schedule's end, or until SIGTERM.
+    """Trains to the schedule's end, or until SIGTERM or Ctrl-C.
 
     A step's numbers are read while the next one runs, and always before anything is saved, so a
     state that has gone wrong is never kept.
@@ -134,15 +135,17 @@ def run_loop(
         outputs: where to write.
         flops: operations of a step on a local batch, for MFU.
         evaluate: gives numbers of a state.
-        should_stop: in place of SIGTERM.
+        should_stop: in place of SIGTERM and Ctrl-C.
 
     Raises:
         NonFiniteLossError: a loss or gradient that is NaN or infinite; nothing is saved of it.
         CheckpointError: a save failed.
+        KeyboardInterrupt: Ctrl-C came twice; the log says which step is saved.
     """
     total, sample_lines = schedule.total, outputs.sample_lines
-    done = schedule.start
+    done = saved = schedule.start
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_told_when_interrupted(lambda: (done, total, saved)))
         bar = show_progress("compiling", total=total, unit="steps", done=done)
         bar = stack.enter_context(bar)
         loop = _Loop(flops=flops, feed=feed, writer=outputs.writer, bar=bar)
@@ -173,11 +176,23 @@ def run_loop(
                 if sample_lines is not None:
                     sample_lines.flush()
                 outputs.checkpoints.save(step, state, batches.get_state())
+                saved = step
             if stopped and not finished:
                 logger.warning("asked to stop: saved at step %d of %d", step, total)
                 break
         loop.settle()
     return LoopResult(state=state, step=done, finished=finished, metrics=loop.last)
+
+
+@contextlib.contextmanager
+def _told_when_interrupted(where: Callable[[], tuple[int, int, int]]) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        done, total, saved = where()
+        kept = f"saved is step {saved}" if saved else "nothing is saved"
+        logger.warning("interrupted at step %d of %d: %s", done, total, kept)
+        raise
 
 
 def _sample_ids(batch: Any) -> list[int]:

@@ -1,22 +1,26 @@
 """Batches from the host onto their devices, cut into micro-batches; misfits are refused."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from swaa_jax.data import Batch
 from swaa_jax.losses import check_rows
 from swaa_jax.sharding import spec_for
 
 NEEDED = ("tokens", "targets", "loss_weights")
 OPTIONAL = ("stage_ids", "segment_ids", "positions", "lengths")
 
+StepBatch: TypeAlias = Batch | Mapping[str, Any]
+"""A batch of the data pipeline, or arrays by name (shapes, where programs are lowered)."""
+
 
 def place_batch(
-    batch: Any, *, accumulate: int, mesh: Mesh | None, num_rows: int | None = None
+    batch: StepBatch, *, accumulate: int, mesh: Mesh | None, num_rows: int | None = None
 ) -> dict[str, Any]:
     """The batch as a step takes it: arrays `[accumulate, B, T]`, rows over data and fsdp.
 
@@ -58,7 +62,7 @@ def place_batch(
     return placed
 
 
-def _arrays(batch: Any) -> dict[str, Any]:
+def _arrays(batch: StepBatch) -> dict[str, Any]:
     if not isinstance(batch, Mapping):
         batch = {name: getattr(batch, name, None) for name in (*NEEDED, *OPTIONAL)}
     missing = [name for name in NEEDED if batch.get(name) is None]

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ class TrainResult:
     Attributes:
         step: optimizer steps done.
         total_steps: of the run.
-        finished: False where SIGTERM ended it; the same command goes on.
+        finished: False where SIGTERM or Ctrl-C ended it; the same command goes on.
         metrics: of the last step that was run.
         model: with what was trained.
         exports: directories that were written: adapter or model, and merged.
@@ -203,7 +203,7 @@ def check_lengths(data: BatchSource, longest: int) -> None:
 
 def run_identity(
     config: TrainConfig, model: CausalLM, data: BatchSource, total_steps: int
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """What a checkpoint must agree with: all that decides the result, and no more.
 
     The mesh, the number of processes, rows_per_device and where things are may change.

@@ -18,6 +18,7 @@ from swaa_jax.fields import (
     from_mapping,
     integer,
     mapping,
+    naming,
     or_none,
     parse_yaml,
     plain,
@@ -30,6 +31,7 @@ from swaa_jax.fields import (
 from swaa_jax.lora import LoraConfig
 from swaa_jax.losses import LossConfig
 from swaa_jax.policy import AttentionPolicy, load_policy
+from swaa_jax.storage import read_text
 from swaa_jax.train.config import OptimizerConfig, StepConfig
 from swaa_jax.typing import PathLike
 
@@ -44,7 +46,7 @@ class CheckpointConfig:
 
     Attributes:
         every: steps between saves; the last step is saved in any case, and so is the step at
-            which SIGTERM is heeded.
+            which SIGTERM or Ctrl-C is heeded.
         keep: complete checkpoints that are kept; older ones are removed.
         resume: "auto": from the newest good one of `output_dir`, or from the beginning; "none":
             from the beginning, and `output_dir` must hold none; else the path of a checkpoint
@@ -239,13 +241,11 @@ class TrainConfig:
             FileNotFoundError: there is no such file.
         """
         path = epath.Path(path)
-        document = path.read_text()
-        try:
+        document = read_text(path)
+        with naming(path):
             fields = mapping("training config", parse_yaml(document))
             named = {"policy": lambda name: load_policy(name).to_dict()}
             return cls.from_dict(with_overrides(fields, overrides, named=named))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
 
 def _mesh_sizes(name: str, value: object) -> Mapping[str, int] | str | None:

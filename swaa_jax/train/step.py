@@ -19,14 +19,14 @@ from swaa_jax.models.causal_lm import EMBEDDING
 from swaa_jax.models.function import ModelFunction, Structure
 from swaa_jax.train.config import StepConfig
 from swaa_jax.train.optimizer import learning_rate, make_optimizer
-from swaa_jax.train.placement import place_batch
+from swaa_jax.train.placement import StepBatch, place_batch
 from swaa_jax.train.weights import Weights
 from swaa_jax.typing import PRNGKeyArray
 
 _ROUTER_LOSS = 0.001  # Transformers' router_aux_loss_coef, where a config has none
 _METRICS = {"nll": "sft_loss", "kl": "self_distill_loss"}  # named as their factors are
 
-Metrics = dict[str, Any]
+Metrics = dict[str, Array]
 
 
 @jax.tree_util.register_dataclass
@@ -42,7 +42,7 @@ class TrainState:
 
     step: Int[Array, ""]
     trainable: dict[str, Any]
-    opt_state: Any
+    opt_state: optax.OptState
 
 
 def make_step(model: CausalLM, config: StepConfig, *, consume: bool = False) -> "Trainer":
@@ -125,7 +125,7 @@ class Trainer:
     def init(self) -> TrainState:
         """The state before the first step, from the model's own values."""
 
-        def make(values: dict[str, Any]) -> TrainState:
+        def make(values: dict[str, Array]) -> TrainState:
             # Copies: a step gives its state's memory away.
             trainable = {
                 name: jnp.array(value, jnp.float32, copy=True) for name, value in values.items()
@@ -148,7 +148,7 @@ class Trainer:
             lambda x, on: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on), shapes, self._layout
         )
 
-    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def __call__(self, state: TrainState, batch: StepBatch) -> tuple[TrainState, Metrics]:
         """One optimizer step. The state given is gone afterwards: its memory is the new one's.
 
         Returns:
@@ -164,7 +164,7 @@ class Trainer:
         """
         return self._run(state, self.frozen, self.put(batch))
 
-    def evaluate(self, state: TrainState, batch: Any) -> Metrics:
+    def evaluate(self, state: TrainState, batch: StepBatch) -> Metrics:
         """The metrics of a batch without a step, and without dropout."""
         return self._run_evaluation(state, self.frozen, self.put(batch))
 
@@ -176,11 +176,11 @@ class Trainer:
         """Programs that steps were compiled to: one for each shape of batches."""
         return self._run._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
 
-    def lower(self, batch: Any) -> jax.stages.Lowered:
+    def lower(self, batch: StepBatch) -> jax.stages.Lowered:
         """The step's program for a batch of this shape; of a model of shapes too."""
         return self._run.lower(self.abstract_state(), self.frozen, self.put(batch))
 
-    def put(self, batch: Any) -> dict[str, Any]:
+    def put(self, batch: StepBatch) -> dict[str, Any]:
         """A batch on its devices, `[accumulate, B, T]`, ahead of its step; see `place_batch`."""
         return place_batch(batch, accumulate=self.config.accumulate, mesh=self._mesh)
 
@@ -218,7 +218,7 @@ class Trainer:
         return TrainState(step=cast(Any, whole), trainable=trainable, opt_state=opt_state)
 
     def _step(
-        self, state: TrainState, frozen: dict[str, Any], batch: dict[str, Array]
+        self, state: TrainState, frozen: dict[str, Array], batch: dict[str, Array]
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
         gradient, metrics = self._over_micro_batches(
@@ -231,13 +231,13 @@ class Trainer:
         }
         new = TrainState(
             step=state.step + 1,
-            trainable=cast(dict[str, Any], optax.apply_updates(state.trainable, updates)),
+            trainable=cast(dict[str, Array], optax.apply_updates(state.trainable, updates)),
             opt_state=opt_state,
         )
         return new, metrics
 
     def _evaluation(
-        self, state: TrainState, frozen: dict[str, Any], batch: dict[str, Array]
+        self, state: TrainState, frozen: dict[str, Array], batch: dict[str, Array]
     ) -> Metrics:
         def losses(*arguments: Any) -> tuple[None, Metrics, Metrics]:
             return None, *self._losses(state.trainable, frozen, *arguments)[1]
@@ -277,8 +277,8 @@ class Trainer:
         return gradient, metrics | targets
 
     def _gradient(
-        self, trainable: dict[str, Any], frozen: dict[str, Any], *arguments: Any
-    ) -> tuple[dict[str, Any], Metrics, Metrics]:
+        self, trainable: dict[str, Array], frozen: dict[str, Array], *arguments: Any
+    ) -> tuple[dict[str, Array], Metrics, Metrics]:
         teacher = self._teach(frozen, arguments[0])
         loss = functools.partial(self._losses, teacher=teacher)
         (_, others), gradient = jax.value_and_grad(loss, has_aux=True)(
@@ -287,7 +287,7 @@ class Trainer:
         return gradient, *others
 
     def _teach(
-        self, frozen: dict[str, Any], micro: dict[str, Array]
+        self, frozen: dict[str, Array], micro: dict[str, Array]
     ) -> Float[Array, "B T D"] | None:
         """The teacher's final hidden states, None where there is none."""
         if self._teacher is None:
@@ -296,8 +296,8 @@ class Trainer:
 
     def _losses(
         self,
-        trainable: dict[str, Any],
-        frozen: dict[str, Any],
+        trainable: dict[str, Array],
+        frozen: dict[str, Array],
         micro: dict[str, Array],
         whole: dict[str, Array],
         key: PRNGKeyArray | None,
@@ -332,7 +332,7 @@ class Trainer:
             targets = {"target_nll": each.nll, "target_correct": each.correct}
         return loss, (metrics | {"loss": loss}, targets)
 
-    def _compute(self, trainable: dict[str, Any]) -> dict[str, Any]:
+    def _compute(self, trainable: dict[str, Array]) -> dict[str, Array]:
         """Trained values as the forward pass reads them.
 
         Adapters stay in float32, and so does a trained embedding until rows are taken from it: the

@@ -1,6 +1,7 @@
 """The table of chips: a device kind finds its own line, and nothing else's."""
 
 import pytest
+from jax.experimental.pallas import tpu
 
 from kernels_pallas import Target
 from kernels_pallas.chips import GPUS, TPUS, find_chip, generation_of
@@ -32,6 +33,15 @@ def test_a_gpu_is_found_by_how_its_name_begins(kind, name):
 def test_a_chip_that_the_table_lacks(kind):
     assert find_chip(kind) is None
     assert generation_of(Target(platform="tpu", device_kind=kind)) == "v5e"
+
+
+@pytest.mark.parametrize(
+    "name, version", [("v4", "v4"), ("v5e", "v5e"), ("v5p", "v5p"), ("v6e", "v6e"), ("tpu7x", "7x")]
+)
+def test_memories_on_the_chip_are_those_that_jax_knows(name, version):
+    info = tpu.get_tpu_info_for_chip(tpu.ChipVersion(version), 1)
+    assert TPUS[name].vmem_bytes == info.vmem_capacity_bytes
+    assert TPUS[name].smem_bytes == info.smem_capacity_bytes
 
 
 def test_numbers_are_of_a_plausible_size():

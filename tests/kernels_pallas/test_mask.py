@@ -68,6 +68,5 @@ def test_row_info():
     rows = row_info(
         shape=(2, 3, 5), lengths=jnp.array([5, 3]), segment_ids=None, q_offset=2, q_full=None
     )
-    assert rows.q_full is None
     np.testing.assert_array_equal(rows.q_index, [[2, 3, 4], [2, 3, 4]])
     np.testing.assert_array_equal(rows.q_valid, [[True] * 3, [True, False, False]])

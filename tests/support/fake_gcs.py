@@ -8,10 +8,11 @@ import contextlib
 import http.server
 import json
 import re
-import threading
 import urllib.parse
 from collections.abc import Iterator
 from typing import Any
+
+from tests.support.serving import serving
 
 
 class FakeGcs:
@@ -151,14 +152,6 @@ def _handler(gcs: FakeGcs) -> type[http.server.BaseHTTPRequestHandler]:
 def running() -> Iterator[FakeGcs]:
     """The storage, at `gcs.url` until the block ends."""
     gcs = FakeGcs()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(gcs))
-    server.daemon_threads = True
-    gcs.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with serving(_handler(gcs)) as port:
+        gcs.url = f"http://127.0.0.1:{port}"
         yield gcs
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

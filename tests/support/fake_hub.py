@@ -10,10 +10,11 @@ import hashlib
 import http.server
 import json
 import re
-import threading
 import urllib.parse
 from collections.abc import Iterator
 from typing import Any
+
+from tests.support.serving import serving
 
 
 @dataclasses.dataclass
@@ -191,15 +192,7 @@ def _handler(hub: FakeHub) -> type[http.server.BaseHTTPRequestHandler]:
 def running() -> Iterator[FakeHub]:
     """The hub, at `hub.url` until the block ends."""
     hub = FakeHub()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
-    server.daemon_threads = True
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    hub.cdn = f"http://localhost:{server.server_address[1]}"  # another host, which gets no token
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with serving(_handler(hub)) as port:
+        hub.url = f"http://127.0.0.1:{port}"
+        hub.cdn = f"http://localhost:{port}"  # another host, which gets no token
         yield hub
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

@@ -11,20 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from swaa_jax.attention import Caches
 from swaa_jax.models import CausalLM
 
 PRIME = 8191
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StandInCaches:
-    tokens_BS: jax.Array
-    pos_B: jax.Array
-
-    @property
-    def nbytes(self) -> int:
-        return self.tokens_BS.size * self.tokens_BS.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +27,7 @@ class StandInConfig:
 @dataclasses.dataclass(frozen=True)
 class StandInPrefill:
     logits: jax.Array
-    caches: StandInCaches
+    caches: Caches  # its one layer holds the tokens themselves
 
 
 class StandIn(CausalLM):
@@ -54,18 +44,18 @@ class StandIn(CausalLM):
         terms = ((tokens_BS + 1) * weights[None, :]) % PRIME
         return self.table[...][jnp.where(seen, terms, 0).sum(axis=1) % PRIME]
 
-    def prefill(self, tokens, *, lengths, cache_size):
+    def prefill(self, tokens, *, lengths, cache_size, positions="text"):
         tokens_BS = jnp.pad(tokens, ((0, 0), (0, cache_size - tokens.shape[1])))
-        caches = StandInCaches(tokens_BS=tokens_BS, pos_B=lengths)
+        caches = Caches(layers=(tokens_BS,), pos_B=lengths)
         return StandInPrefill(self._logits(tokens_BS, lengths), caches)
 
     def decode(self, tokens, caches):
         (token,) = tokens.T
         rows = jnp.arange(token.shape[0])
-        tokens_BS = caches.tokens_BS.at[rows, caches.pos_B].set(token, mode="drop")
+        tokens_BS = caches.layers[0].at[rows, caches.pos_B].set(token, mode="drop")
         pos_B = caches.pos_B + 1
         logits = self._logits(tokens_BS, pos_B)[:, None]
-        return logits, StandInCaches(tokens_BS=tokens_BS, pos_B=pos_B)
+        return logits, Caches(layers=(tokens_BS,), pos_B=pos_B)
 
     def answer(self, prompt: list[int], steps: int) -> list[int]:
         """Greedy decoding by a plain loop in numpy."""

@@ -61,9 +61,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def build(family: str, *, seed: int = 0, **overrides: Any) -> Any:
-    """A random Transformers model in float32, biases and norm scales random too."""
-    config_class, model_class = {
+def _classes(family: str) -> tuple[Any, Any]:
+    return {
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
         "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
@@ -74,8 +73,19 @@ def build(family: str, *, seed: int = 0, **overrides: Any) -> Any:
         "gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
         "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
     }[family]
+
+
+def config_of(family: str, **overrides: Any) -> Any:
+    """The config of a tiny model."""
+    config_class, _ = _classes(family)
+    return config_class(**{**COMMON, **FAMILIES[family], **overrides})
+
+
+def build(family: str, *, seed: int = 0, **overrides: Any) -> Any:
+    """A random Transformers model in float32, biases and norm scales random too."""
+    _, model_class = _classes(family)
+    config = config_of(family, **overrides)
     torch.manual_seed(seed)
-    config = config_class(**{**COMMON, **FAMILIES[family], **overrides})
     config._attn_implementation = "eager"
     model = model_class(config).to(torch.float32).eval()
     with torch.no_grad():

@@ -177,7 +177,7 @@ def test_a_tail_takes_no_stages_in_decode():
     caches = model.prefill(jnp.asarray(prompts)).caches
     for stage in (PROMPT, ANSWER):
         stages = jnp.full((3, NEW), stage)
-        with pytest.raises(NotImplementedError, match=r"stage_ids: expected None .*tail=2, got"):
+        with pytest.raises(ValueError, match=r"prompt_lengths: expected .*tail=2, got None"):
             model.decode(jnp.asarray(answers), caches, stage_ids=stages)
 
 

@@ -144,6 +144,17 @@ def test_several_prompts_and_json(run, api, directory, tmp_path):
     assert out.startswith(f"==> prompt 1 <==\n{want.texts[0]}\n")
 
 
+def test_logprobs_and_penalties(run, api, directory):
+    args = (directory, "one", *COMMON, "--repetition-penalty", "1.4", "--presence-penalty", "0.5")
+    want = api(user("one"), repetition_penalty=1.4, presence_penalty=0.5, logprobs=True)
+    _, out, _ = run(*args, "--json", "--logprobs")
+    record = json.loads(out)
+    assert (tuple(record["tokens"]),) == want.tokens
+    assert (tuple(record["logprobs"]),) == want.logprobs
+    code, _, err = run(*args, "--logprobs")
+    assert code == 2 and "--logprobs: expected --json" in err
+
+
 def test_standard_input(run, api, directory, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
     _, out, _ = run(directory, *COMMON)

@@ -151,3 +151,21 @@ def test_a_token_is_multiplied_with_the_experts_that_it_goes_to():
     model = random_model(model_type="qwen3_moe", norm_topk_prob=True, **experts)
     attention = 2 * 32 * 64 + 2 * 32 * 32
     assert active_parameters(model) == 4 * (attention + 32 * 4 + 2 * 3 * 32 * 24)
+
+
+def test_counts_beyond_the_integers():
+    """5e9 tokens have more pairs than int64 has numbers."""
+    n, window = 5 * 10**9, 1000
+    assert prefill_attention_share([LayerAttention()], n) == pytest.approx(1.0)
+    want = (window * (window + 1) // 2 + (n - window) * window) / (n * (n + 1) // 2)
+    layers = [LayerAttention(window=window)]
+    assert prefill_attention_share(layers, n) == pytest.approx(want, rel=1e-12)
+
+
+def test_nothing_to_count_is_refused():
+    with pytest.raises(ValueError, match="layers and length: expected at least one of each"):
+        prefill_attention_share([], 5)
+    with pytest.raises(ValueError, match="layers and length"):
+        prefill_attention_share([LayerAttention()], 0)
+    with pytest.raises(ValueError, match="tokens: expected a number of at least 0, got -5"):
+        cache_bytes([LayerAttention()], tokens=-5, num_kv_heads=1, head_dim=8)

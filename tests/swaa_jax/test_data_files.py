@@ -114,7 +114,7 @@ def test_a_bucket(bucket, tok, tmp_path, monkeypatch, suffix):  # noqa: F811
 def test_filters(tok):
     rows = [{**PAIR, "judge": value} for value in (1, 0, 1.0, True, False, None, "1", 0.5)]
     report = prepare_samples(config(), tok, records=rows).report
-    assert (report.samples, report.judged_wrong) == (4, 4)
+    assert (report.samples, report.judged_wrong) == (5, 3)  # null is no verdict
     assert prepare_samples(config(judge_column=None), tok, records=rows).report.samples == 8
     with pytest.raises(DataError, match="record 0: judge_column: expected the verdict in 'jugde'"):
         prepare_samples(config(judge_column="jugde"), tok, records=rows)

@@ -212,7 +212,10 @@ def test_prompts_beyond_the_context(checkpoint, tmp_path):
             return [dataclasses.replace(first, messages=(message,)), *rest]
 
     config = config_of(checkpoint, tmp_path / "out", task=Long(), policies=["full"])
-    with pytest.raises(ValueError, match=r"counting: 1 of 6 prompts do not fit.*too_long=skip"):
+    with pytest.raises(
+        ValueError,
+        match=r"counting: expected prompts that fit .* got 1 of 6 that do not.*too_long=skip",
+    ):
         evaluate(config)
     done = evaluate(dataclasses.replace(config, too_long="skip"))
     assert done.cells[0].skipped == 1

@@ -242,15 +242,15 @@ def test_one_prefill_serves_many_decodings(model):
 def test_caches_are_donated(model):
     prefilled = prefill_prompts(model, [[1, 2]], max_new_tokens=20)
     decode_from(model, None, prefilled, keep_caches=True)
-    assert not prefilled.caches.tokens_BS.is_deleted()
+    assert not prefilled.caches.layers[0].is_deleted()
     decode_from(model, None, prefilled)
-    assert prefilled.caches.tokens_BS.is_deleted()
+    assert prefilled.caches.layers[0].is_deleted()
 
 
 def test_cache_size_is_that_of_the_buckets_within_the_context():
     model = StandIn(max_position_embeddings=100)
-    assert prefill_prompts(model, [[1] * 40], max_new_tokens=20).caches.tokens_BS.shape == (1, 80)
-    assert prefill_prompts(model, [[1] * 60], max_new_tokens=40).caches.tokens_BS.shape == (1, 100)
+    assert prefill_prompts(model, [[1] * 40], max_new_tokens=20).caches.layers[0].shape == (1, 80)
+    assert prefill_prompts(model, [[1] * 60], max_new_tokens=40).caches.layers[0].shape == (1, 100)
     out = generate(model, None, [[1] * 60], max_new_tokens=40)
     assert list(out.tokens[0]) == model.answer([1] * 60, 40)
 

@@ -4,20 +4,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swaa_jax.infer.stopping import AnswerRow, Detokenizer, StopRules, decode_text, make_stop_rules
+from swaa_jax.infer.stopping import AnswerRow, Detokenizer, StopRules, TokenText, make_stop_rules
 from tests.support import byte_tokenizer
 from tests.support.byte_tokenizer import EOS_ID, byte_ids
 
 pytest.importorskip("transformers")
 
 TOK = byte_tokenizer.build()
+TEXT = TokenText(TOK)
 
 
 def run_row(data, *, stop=(), stop_token_ids=(), max_new_tokens=10_000, chunk=3, streaming=True):
     """Push ids in chunks; the finished row and the pieces that a stream would have shown."""
     ids = byte_ids(TOK, data) if isinstance(data, bytes) else data
-    rules = make_stop_rules(TOK, eos_ids=[EOS_ID], stop=stop, stop_token_ids=stop_token_ids)
-    row = AnswerRow(TOK, rules, max_new_tokens=max_new_tokens, streaming=streaming)
+    rules = make_stop_rules(TEXT, eos_ids=[EOS_ID], stop=stop, stop_token_ids=stop_token_ids)
+    row = AnswerRow(TEXT, rules, max_new_tokens=max_new_tokens, streaming=streaming)
     pieces = []
     for start in range(0, len(ids), chunk):
         row.push(ids[start : start + chunk])
@@ -29,7 +30,7 @@ def run_row(data, *, stop=(), stop_token_ids=(), max_new_tokens=10_000, chunk=3,
 @given(st.text(max_size=40), st.integers(1, 9))
 def test_pieces_make_up_the_text(text, size):
     ids = byte_ids(TOK, text.encode())
-    detokenizer = Detokenizer(TOK)
+    detokenizer = Detokenizer(TEXT)
     pieces = [detokenizer.push(ids[i : i + size]) for i in range(0, len(ids), size)]
     assert "".join(pieces) + detokenizer.finish() == text
 
@@ -37,13 +38,13 @@ def test_pieces_make_up_the_text(text, size):
 @given(st.binary(max_size=40), st.integers(1, 9))
 def test_pieces_of_bytes_that_are_no_text(data, size):
     ids = byte_ids(TOK, data)
-    detokenizer = Detokenizer(TOK)
+    detokenizer = Detokenizer(TEXT)
     pieces = [detokenizer.push(ids[i : i + size]) for i in range(0, len(ids), size)]
     assert "".join(pieces) + detokenizer.finish() == data.decode(errors="replace")
 
 
 def test_a_character_waits_for_its_last_byte():
-    detokenizer = Detokenizer(TOK)
+    detokenizer = Detokenizer(TEXT)
     pieces = [detokenizer.push([token]) for token in byte_ids(TOK, "aé日🎉b".encode())]
     assert [piece for piece in pieces if piece] == ["a", "é", "日", "🎉", "b"]
 
@@ -111,23 +112,23 @@ def test_a_character_cut_by_the_length_shows_as_a_replacement():
 
 
 def test_a_special_token_as_a_stop_string_becomes_a_stop_id():
-    rules = make_stop_rules(TOK, stop=["<|im_end|>", "plain"])
+    rules = make_stop_rules(TEXT, stop=["<|im_end|>", "plain"])
     assert rules.stop_ids == {4}
     assert rules.strings == ("plain",)
-    assert make_stop_rules(TOK, stop="</think>").strings == ("</think>",)
+    assert make_stop_rules(TEXT, stop="</think>").strings == ("</think>",)
 
 
 def test_without_a_tokenizer_only_tokens_matter():
-    row = AnswerRow(None, StopRules(eos_ids=frozenset([9])), max_new_tokens=3)
+    row = AnswerRow(TokenText(None), StopRules(eos_ids=frozenset([9])), max_new_tokens=3)
     row.push([1, 2])
     assert not row.is_done
     row.push([3, 4])
     assert (row.tokens, row.text, row.finish_reason) == ([1, 2, 3], "", "length")
-    assert decode_text(None, [1]) == ""
+    assert TokenText(None).decode([1]) == ""
 
 
 def test_mistakes():
     with pytest.raises(ValueError, match="stop: expected texts of at least one character"):
-        make_stop_rules(TOK, stop=["a", ""])
+        make_stop_rules(TEXT, stop=["a", ""])
     with pytest.raises(ValueError, match="stop: expected a tokenizer"):
         make_stop_rules(None, stop=["a"])

@@ -243,12 +243,12 @@ def test_sampling_without_a_temperature_is_at_one(checkpoint, monkeypatch, kwarg
 @pytest.mark.filterwarnings("ignore")
 def test_ignored_generation_kwargs_are_named_once(checkpoint, caplog):
     lm = lm_for(checkpoint)
-    given = {"until": ["a"], "max_tokens": 4, "min_p": 0.1, "repetition_penalty": 1.2}
-    for extra in ({}, {}, {"min_p": 0.2, "num_beams": 2}, {"top_k": 3, "top_p": 0.5}):
+    given = {"until": ["a"], "max_tokens": 4, "typical_p": 0.1, "penalty_alpha": 1.2}
+    for extra in ({}, {}, {"typical_p": 0.2, "num_beams": 2}, {"top_k": 3, "top_p": 0.5}):
         lm._options({**given, **extra})
     said = [one.getMessage() for one in caplog.records if "ignored" in one.getMessage()]
     assert len(said) == 2
-    assert "min_p, repetition_penalty are ignored; expected only until, max_gen_toks" in said[0]
+    assert "penalty_alpha, typical_p are ignored; expected only until, max_gen_toks" in said[0]
     assert "num_beams is ignored" in said[1]
 
 

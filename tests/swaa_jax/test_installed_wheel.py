@@ -5,6 +5,7 @@ Slow, and it downloads what the locks name: `pytest -m slow tests/swaa_jax/test_
 
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def checked(*command: str | pathlib.Path, cwd: pathlib.Path) -> str:
 
 def locked(version: str) -> Mapping[str, str]:
     path = ROOT / f"requirements/lock-py{version.replace('.', '')}.txt"
-    return dict(line.split("==") for line in path.read_text().splitlines())
+    return dict(re.findall(r"(?m)^(\S+)==(\S+)", path.read_text()))
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,17 @@ def fresh(tmp_path):
 def test_it_installs_and_works(version, wheel, fresh, tmp_path):
     programs = fresh(version)
     lock = ROOT / f"requirements/lock-py{version.replace('.', '')}.txt"
-    checked(programs / "python", "-m", "pip", "install", "-q", "-r", lock, cwd=tmp_path)
+    checked(
+        programs / "python",
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--require-hashes",
+        "-r",
+        lock,
+        cwd=tmp_path,
+    )
     # With its dependencies: what the lock lacks would be fetched, and shows below.
     checked(programs / "python", "-m", "pip", "install", "-q", wheel, cwd=tmp_path)
     checked(programs / "python", "-m", "pip", "check", cwd=tmp_path)

@@ -1,96 +1,33 @@
 """The judge that asks a language model: a server on this machine that misbehaves as told."""
 
 import email.utils
-import http.server
-import json
 import pathlib
 import threading
 import time
-import types
 
 import pytest
 
 from swaa_jax.eval.judging import Judged, LlmJudge, LlmJudgeConfig
 from swaa_jax.eval.judging.language_model import read_verdict, retry_after
+from tests.support.judge_server import (
+    breaks_off,
+    completion,
+    hangs_up,
+    no_http,
+    plain,
+    says,
+    stalls,
+    status,
+)
 
 
 def judged(response, **fields):
     return Judged(question="How many?", references=("12",), response=response, **fields)
 
 
-def completion(content):
-    return json.dumps({"choices": [{"message": {"content": content}}]}).encode()
-
-
-def plain(body, *, status=200, **headers):
-    """Answers with these bytes."""
-
-    def reply(handler):
-        handler.send_response(status)
-        for name, value in headers.items():
-            handler.send_header(name.replace("_", "-"), value)
-        handler.end_headers()
-        handler.wfile.write(body)
-
-    return reply
-
-
-def says(text):
-    return plain(completion(text), Content_Type="application/json")
-
-
-def status(code, **headers):
-    return plain(b'{"error": "as told"}', status=code, **headers)
-
-
-def stalls(handler):
-    handler.server.owner.released.wait(20)
-
-
-def hangs_up(handler):
-    handler.close_connection = True
-
-
-def breaks_off(handler):
-    handler.send_response(200)
-    handler.send_header("Content-Length", "1000")
-    handler.end_headers()
-    handler.wfile.write(completion("CORRECT")[:20])
-
-
-def no_http(handler):
-    handler.wfile.write(b"what?\r\n\r\n")
-
-
 @pytest.fixture
-def server():
-    """A server that does what it is told to, in turn, and keeps the requests."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with owner.lock:
-                owner.requests.append((self.path, self.headers.get("Authorization"), body))
-                owner.times.append(time.monotonic())
-                reply = owner.replies.pop(0)
-            reply(self)
-
-        def log_message(self, *_):
-            pass
-
-    owner = types.SimpleNamespace(
-        requests=[], times=[], replies=[], released=threading.Event(), lock=threading.Lock()
-    )
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    httpd.owner = owner
-    owner.url = f"http://127.0.0.1:{httpd.server_port}/v1/"
-    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield owner
-    owner.released.set()
-    httpd.shutdown()
-    thread.join()
-    httpd.server_close()
+def server(judge_server):
+    return judge_server
 
 
 def judge_at(server, *, pause_s=0.0, **fields):
@@ -230,7 +167,6 @@ def test_refusals_end_it_at_once(server, code):
 @pytest.mark.parametrize(
     "reply, problem",
     [
-        (says("maybe"), "expected CORRECT or INCORRECT, got 'maybe'"),
         (plain(b"<html>hi</html>"), "expected a chat completion in JSON, got '<html>hi</html>'"),
         (status(503), "503 Service Unavailable"),
     ],

@@ -11,7 +11,7 @@ from flax import nnx
 
 import swaa_jax as swaa
 from swaa_jax import sharding
-from swaa_jax.models.blocks import RouterStatistics, Rows
+from swaa_jax.models.blocks import Initial, RouterStatistics, Rows
 from swaa_jax.models.moe import SparseMLP, load_balancing_loss
 from tests.support.random_models import random_model
 
@@ -38,9 +38,7 @@ def block(*, num_per_token=2, normalise=True, mesh=None) -> SparseMLP:
         width=D,
         inner=F,
         hidden_act="silu",
-        std=0.5,
-        dtype=jnp.dtype("float32"),
-        rngs=nnx.Rngs(0),
+        initial=Initial(std=0.5, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)),
     )
     if mesh is not None:
         for _, param in nnx.to_flat_state(nnx.state(made, nnx.Param)):

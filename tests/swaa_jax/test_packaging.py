@@ -92,14 +92,27 @@ def test_metadata(wheel):
 
 @pytest.mark.parametrize("python", ["py311", "py312", "py313"])
 def test_locks(python):
-    """Each lock pins everything, holds the smaller one, and names no index and no torch."""
+    """Each lock pins everything, with hashes (kind 31), holds the smaller one, and names no index
+    and no torch.
+    """
     pins = {}
     for part in ("", "-test", "-dev"):
-        lines = (ROOT / f"requirements/lock-{python}{part}.txt").read_text().splitlines()
-        assert all(re.fullmatch(r"[a-z0-9.-]+==[\w.+!]+", line) for line in lines)
-        pins[part] = dict(line.split("==") for line in lines)
+        text = (ROOT / f"requirements/lock-{python}{part}.txt").read_text()
+        lines = text.replace(" \\\n", "").splitlines()
+        line = re.compile(r"([a-z0-9.-]+)==([\w.+!]+)(    --hash=sha256:[0-9a-f]{64})+")
+        assert all(line.fullmatch(one) for one in lines)
+        pins[part] = {found[1]: found[2] for found in map(line.fullmatch, lines)}
         assert not {"torch", "pip"} & pins[part].keys()
     assert pins[""].items() <= pins["-test"].items() <= pins["-dev"].items()
     assert not {"pytest", "hypothesis", "ruff", "pyright"} & pins[""].keys()
     assert {"pytest", "hypothesis", "beartype", "hatchling"} <= pins["-test"].keys()
     assert {"jax", "flax", "jinja2", "hatchling", "editables"} <= pins[""].keys()
+
+
+def test_fault_31_installs_are_checked_against_hashes():
+    """`make` installs nothing without a hash but torch, of which each index has its own build."""
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    installs = [line for line in lines if "$(PIP) " in line]
+    unchecked = [one for one in installs if "-r " in one and "--require-hashes" not in one]
+    assert len(installs) >= 5
+    assert [one.split()[-1] for one in unchecked] == ["requirements/torch.txt"]

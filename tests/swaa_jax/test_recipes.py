@@ -126,3 +126,8 @@ def test_the_command(capsys):
 def test_mistakes_are_one_paragraph(arguments, message, capsys):
     assert main(["recipes", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_flags_of_a_search_want_a_search(capsys):
+    assert main(["recipes", "--floor", "0.9"]) == 2
+    assert "--floor: expected --search with it" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from swaa_jax.eval.tasks.ruler import (
     HAYSTACKS,
     NIAH_TASKS,
     NiahConfig,
+    Renderer,
     common_words,
     frequent_words,
     niah,
@@ -182,7 +183,12 @@ VT_TAIL = re.compile(
 @pytest.mark.parametrize("chains, hops", [(1, 4), (3, 2)])
 def test_variable_tracking(chains, hops):
     for sample in variable_tracking(
-        BYTES, num_samples=2, target_length=9000, seed=1, num_chains=chains, num_hops=hops
+        Renderer.of(BYTES),
+        num_samples=2,
+        target_length=9000,
+        seed=1,
+        num_chains=chains,
+        num_hops=hops,
     ):
         head = (
             "Memorize and track the chain(s) of variable assignment hidden in the following text."
@@ -331,7 +337,9 @@ def test_three_coded_words_stand_out_at_every_length():
     met = 0
     for length in range(200, 1600, 25):
         try:
-            (sample,) = frequent_words(TINY, num_samples=1, target_length=length, seed=length)
+            (sample,) = frequent_words(
+                Renderer.of(TINY), num_samples=1, target_length=length, seed=length
+            )
         except ValueError:
             continue  # the shortest: too few words for three to stand out
         met += 1
@@ -463,7 +471,9 @@ def test_too_short(variant, message):
 )
 def test_wrong_arguments_of_generators(generate, settings, message):
     with pytest.raises(ValueError, match=message):
-        generate(BYTES, **({"num_samples": 1, "target_length": 9000, "seed": 0} | settings))
+        generate(
+            Renderer.of(BYTES), **({"num_samples": 1, "target_length": 9000, "seed": 0} | settings)
+        )
 
 
 @pytest.mark.parametrize(
@@ -484,7 +494,7 @@ def test_wrong_needles(settings, message):
 def test_words_and_numbers_as_keys_and_values():
     """Kinds that none of RULER's tasks combines; RULER's generator takes them."""
     config = NiahConfig(key_kind="numbers", value_kind="words", num_values=2)
-    (sample,) = niah(BYTES, config, num_samples=1, target_length=4000, seed=0)
+    (sample,) = niah(Renderer.of(BYTES), config, num_samples=1, target_length=4000, seed=0)
     prompt = sample.messages[0]["content"]
     found = re.findall(rf"One of the special magic words for (\d{{7}}) is: ({WORDS})\.", prompt)
     assert sorted(found) == sorted((sample.keys[0], answer) for answer in sample.answers)

@@ -168,7 +168,7 @@ def test_values_out_of_range(values, message):
 def test_generation_config():
     read = SamplingParams.from_generation_config
     assert read({}) == read({"do_sample": False, "temperature": 0.6}) == SamplingParams()
-    assert read({"do_sample": True}) == SamplingParams(temperature=1.0)
+    assert read({"do_sample": True}) == SamplingParams(temperature=1.0, top_k=50)
     config = {
         "do_sample": True,
         "temperature": 0.6,

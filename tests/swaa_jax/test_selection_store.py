@@ -5,7 +5,7 @@ import json
 import pytest
 
 import swaa_jax as swaa
-from swaa_jax.models.auto import Source
+from swaa_jax.models.source import Source
 from swaa_jax.selection import select_layers
 from swaa_jax.selection.per_row import RowScorer
 from tests.support.retrieval_model import RETRIEVING, retrieval_model, retrieval_samples
@@ -95,7 +95,7 @@ def test_changed_weights_do_not_reuse_scores(case, tmp_path, monkeypatch):
     source = tmp_path / "model"
     source.mkdir()
     (source / "model.safetensors").write_bytes(b"one")
-    monkeypatch.setattr(model, "source", Source(str(source)))
+    monkeypatch.setattr(model, "source", Source(path=str(source)))
     # A caller's name of the model does not stand for its weights.
     select((model, samples), tmp_path / "out", identity={"model": "m"})
     assert select((model, samples), tmp_path / "out", identity={"model": "m"}).num_new == 0

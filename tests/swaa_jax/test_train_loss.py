@@ -266,6 +266,13 @@ def test_wrong_calls_are_refused():
         LossConfig(others={"kl": 1.0})
     with pytest.raises(ValueError, match=r"others.reverse_kl: expected a number of at least 0"):
         LossConfig(others={"reverse_kl": -1.0})
+    for value in (3, None, "reverse_kl"):
+        with pytest.raises(ValueError, match="others: expected a mapping, got"):
+            LossConfig(others=value)
+    with pytest.raises(
+        ValueError, match=r"top_k: expected None, got 8 \(int\); reverse_kl compares all"
+    ):
+        LossConfig(others={"reverse_kl": 1.0}, top_k=8)
 
 
 def tpu_memory(case):

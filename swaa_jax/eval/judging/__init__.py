@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from swaa_jax.eval.judging.judge import Answer, Judge, Judged, Verdict, strip_thinking
 from swaa_jax.eval.judging.language_model import LlmJudge, LlmJudgeConfig
@@ -26,7 +25,7 @@ __all__ = [
 ]
 
 
-def _llm_judge(**settings: Any) -> Judge:
+def _llm_judge(**settings: object) -> Judge:
     advice = "judge: {name: llm, url: ..., model: ...} names a model of an OpenAI-compatible API"
     return LlmJudge(from_mapping(LlmJudgeConfig, settings, "judge llm", advice=advice))
 
@@ -40,7 +39,7 @@ JUDGES: Mapping[str, Callable[..., Judge]] = {
 }
 
 
-def make_judge(name: str, **settings: Any) -> Judge:
+def make_judge(name: str, **settings: object) -> Judge:
     """The judge of that name.
 
     Args:

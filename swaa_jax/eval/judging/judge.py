@@ -42,11 +42,13 @@ class Verdict:
         reason: for people.
         score: 0 to 1, where being right has degrees (RULER's: the fraction found); else 1 if it is
             accepted and 0 if not.
+        failed: the judge came to no verdict; the answer is left out of scores, and counted.
     """
 
     accepted: bool
     reason: str
     score: float = math.nan
+    failed: bool = False
 
     def __post_init__(self):
         if math.isnan(self.score):

@@ -1,27 +1,34 @@
 """A language model that judges, behind an OpenAI-compatible URL."""
 
+import asyncio
+import base64
+import concurrent.futures
 import dataclasses
 import datetime
 import email.utils
 import hashlib
-import http.client
 import json
+import logging
 import math
 import os
 import re
 import string
 import threading
 import time
-import urllib.error
-import urllib.request
+import urllib.parse
+from typing import Any
 
+import httpx2
 from etils import epath
 
 from swaa_jax import storage
 from swaa_jax.eval.judging.judge import Judged, Verdict, answer_of, strip_thinking
-from swaa_jax.fields import check_fields, integer, number, or_none, text, wrong
+from swaa_jax.fields import check_fields, integer, number, or_none, parse_json, text, wrong
+from swaa_jax.limits import JUDGE_BYTES
+from swaa_jax.redact import redact, redact_url
 from swaa_jax.typing import PathLike
 
+_EXCERPT = 200
 _PROMPT = """\
 You grade an answer to a question. It is right if it says the same as the reference answer, in \
 whatever words; it is wrong if it says something else, something less, or that it does not know. \
@@ -36,31 +43,46 @@ Answer to grade: {answer}
 Reply with one word, CORRECT or INCORRECT."""
 
 
+def _without_secrets(record: logging.LogRecord) -> bool:
+    record.msg, record.args = redact(record.getMessage()), ()
+    return True
+
+
+# It logs every request with the whole URL.
+logging.getLogger("httpx2").addFilter(_without_secrets)
+
+_EXCERPT = 200  # characters of a reply in messages
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlmJudgeConfig:
     """A language model behind an OpenAI-compatible URL.
 
     Attributes:
-        url: of the API, as in `http://localhost:8000/v1`; `/chat/completions` is appended.
+        url: of the API, as in `http://localhost:8000/v1`; `/chat/completions` is appended to its
+            path. A password or a query in it is never shown.
         model: its name there.
-        api_key: sent as a bearer token; None: no such header.
+        api_key: sent as a bearer token, and never shown; None: no such header.
         prompt: with `{question}`, `{reference}` and `{answer}`; a note on grading, where a sample
             has one, follows the reference.
-        max_tokens: of a reply, its thinking included.
+        max_tokens: of a reply, its thinking included; None: not sent (some models refuse it).
+        temperature: of the first attempt; replies that are no verdict are drawn anew at 1. None:
+            never sent, for models that have one temperature only.
         requests_per_minute: at most; None: as fast as it answers.
         attempts: requests for one verdict before it is given up.
-        timeout_s: of one request.
+        timeout_s: of one request, from the connection to the reply's last byte.
         cache: a JSONL file of verdicts on this machine, so that nothing is asked twice.
 
     Raises:
         ValueError: a value out of range, or a prompt that lacks one of the three.
     """
 
-    url: str
+    url: str = dataclasses.field(repr=False)
     model: str
     api_key: str | None = dataclasses.field(default=None, repr=False)
     prompt: str = _PROMPT
-    max_tokens: int = 2048
+    max_tokens: int | None = 2048
+    temperature: float | None = 0.0
     requests_per_minute: float | None = None
     attempts: int = 5
     timeout_s: float = 120.0
@@ -72,13 +94,14 @@ class LlmJudgeConfig:
             url=text,
             model=text,
             prompt=text,
-            max_tokens=integer(least=1),
+            max_tokens=or_none(integer(least=1)),
+            temperature=or_none(number(least=0)),
             requests_per_minute=or_none(number(above=0)),
             attempts=integer(least=1),
             timeout_s=number(above=0),
         )
-        if not self.url.startswith(("http://", "https://")):
-            raise wrong("url", "http://... or https://...", self.url)
+        _check_url(self.url)
+        _check_key(self.api_key, self.url)
         missing = [n for n in ("question", "reference", "answer") if f"{{{n}}}" not in self.prompt]
         if missing:
             raise ValueError(
@@ -92,13 +115,14 @@ class LlmJudgeConfig:
 class LlmJudge:
     """A judge that asks a model; safe to call from several threads.
 
-    Replies are read strictly, see :func:`read_verdict`. A reply that is not a verdict is asked for
-    again, at temperature 1 in place of 0. A request is also repeated after HTTP 408, 409, 429 and
-    5xx, a broken or silent connection, and a body that is not a chat completion, each time after
-    twice the pause (or what `Retry-After` says, ten minutes at most).
+    Replies are read strictly, see :func:`read_verdict`. What is no verdict is asked for again, at
+    temperature 1; so are HTTP 408, 409, 429 and 5xx, broken or silent connections and bodies that
+    are no chat completion, each time after twice the pause (or what `Retry-After` says, ten minutes
+    at most). Where the replies to all attempts are no verdict, the verdict says that it failed.
+    Redirects are refused: they would take the key, and the verdict, elsewhere.
 
     Raises (when called):
-        ValueError: the server refuses the request, or gave no verdict in all attempts.
+        ValueError: the server refuses the request, or could not be talked to in all attempts.
     """
 
     def __init__(self, config: LlmJudgeConfig, *, pause_s: float = 1.0):
@@ -109,6 +133,9 @@ class LlmJudge:
         self._asking: dict[str, threading.Lock] = {}
         self._torn = False  # the cache's last line has no end
         self._verdicts = self._read_cache()
+        self._shown_url = redact_url(config.url)
+        self._secrets = _secrets(config)
+        self._ssl = httpx2.create_ssl_context()
 
     def __call__(self, judged: Judged) -> Verdict:
         """The model's verdict, from the cache where it has been asked before."""
@@ -130,58 +157,117 @@ class LlmJudge:
             known = self._verdicts.get(key)
             if known is None:
                 known = self._ask(prompt)
+                if isinstance(known, Verdict):
+                    return known
                 self._keep(key, known)
         return Verdict(accepted=known, reason=f"{self._config.model}: {_word(known)}")
 
-    def _ask(self, prompt: str) -> bool:
-        problem, temperature = "", 0.0
+    def _ask(self, prompt: str) -> bool | Verdict:
+        """Whether the answer is right; a verdict where no reply said so."""
+        problem, unreadable, temperature = "", False, self._config.temperature
         for attempt in range(self._config.attempts):
             self._wait_for_turn()
             pause = self._pause_s * 2**attempt
+            unreadable = False
             try:
-                reply = _content(self._request(prompt, temperature))
-            except urllib.error.HTTPError as error:
-                with error:
-                    said = _body_of(error)
-                if error.code not in (408, 409, 429) and error.code < 500:
-                    raise ValueError(
-                        f"judge: {self._config.url} refused the request: {error.code} "
-                        f"{error.reason}; {said}"
-                    ) from None
-                problem = f"{error.code} {error.reason}"
-                pause = retry_after(error.headers.get("Retry-After"), default=pause)
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                problem = f"{type(error).__name__}: {error}"
-            else:
-                verdict = read_verdict(reply)
-                if verdict is not None:
-                    return verdict
-                problem = f"expected CORRECT or INCORRECT, got {_excerpt(reply)!r}"
-                temperature = 1.0  # at 0 it would say the same again
+                reply = self._request(prompt, temperature)
+                if reply.status not in (408, 409, 429) and 300 <= reply.status < 500:
+                    raise self._refusal(reply)
+                if reply.status >= 300:
+                    problem = f"{reply.status} {reply.reason}"
+                    pause = retry_after(reply.retry_after, default=pause)
+                else:
+                    said = _content(reply.body)
+                    verdict = read_verdict(said)
+                    if verdict is not None:
+                        return verdict
+                    unreadable = True
+                    problem = f"expected CORRECT or INCORRECT, got {self._excerpt(said)!r}"
+                    if temperature is not None:
+                        temperature = 1.0  # at 0 it would say the same again
+            except _RefusedError:
+                raise
+            except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
+                problem = self._excerpt(f"{type(error).__name__}: {error}")
             if attempt + 1 < self._config.attempts:
                 time.sleep(pause)
+        if unreadable:
+            reason = f"{self._config.model}: no verdict in {self._config.attempts} attempts; the "
+            return Verdict(accepted=False, failed=True, reason=f"{reason}last: {problem}")
         raise ValueError(
-            f"judge: no verdict from {self._config.url} in {self._config.attempts} attempts; the "
+            f"judge: no verdict from {self._shown_url} in {self._config.attempts} attempts; the "
             f"last: {problem}. Start it, or pass another url; what was judged so far is kept"
         )
 
-    def _request(self, prompt: str, temperature: float) -> bytes:
-        body = {
+    def _refusal(self, reply: "_Reply") -> "_RefusedError":
+        advice = ""
+        if reply.status < 400:
+            advice = (
+                "; redirects are not followed, since they would take the key elsewhere: give the "
+                "url that it leads to, if you trust it"
+            )
+        return _RefusedError(
+            f"judge: {self._shown_url} refused the request: {reply.status} {reply.reason}; "
+            f"{self._excerpt(reply.body.decode(errors='replace'))}{advice}"
+        )
+
+    def _excerpt(self, text: str) -> str:
+        """A part of what a server said, or of an error, without our secrets."""
+        return _excerpt(redact(text[: 4 * _EXCERPT], self._secrets))
+
+    def _request(self, prompt: str, temperature: float | None) -> "_Reply":
+        body: dict[str, Any] = {
             "model": self._config.model,
             "messages": [{"role": "user", "content": prompt}],
-            "temperature": temperature,
-            "max_tokens": self._config.max_tokens,
         }
-        headers = {"Content-Type": "application/json"}
+        if temperature is not None:
+            body["temperature"] = temperature
+        if self._config.max_tokens is not None:
+            body["max_tokens"] = self._config.max_tokens
+        # In a thread of its own: a notebook's has an event loop already.
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            return pool.submit(asyncio.run, self._post(json.dumps(body))).result()
+
+    def _client(self) -> httpx2.AsyncClient:
+        return httpx2.AsyncClient(verify=self._ssl, timeout=None, follow_redirects=False)
+
+    async def _post(self, body: str) -> "_Reply":
+        """The reply, in full within the deadline and the limit of bytes.
+
+        Raises:
+            ValueError: beyond the limit, or the deadline.
+            httpx2.HTTPError: the connection broke.
+        """
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if self._config.api_key is not None:
             headers["Authorization"] = f"Bearer {self._config.api_key}"
-        request = urllib.request.Request(
-            self._config.url.rstrip("/") + "/chat/completions",
-            data=json.dumps(body).encode(),
-            headers=headers,
-        )
-        with urllib.request.urlopen(request, timeout=self._config.timeout_s) as response:
-            return response.read()
+        url = urllib.parse.urlsplit(self._config.url)
+        url = url._replace(path=url.path.rstrip("/") + "/chat/completions", fragment="")
+        try:
+            async with (
+                asyncio.timeout(self._config.timeout_s),
+                httpx2.AsyncClient(
+                    verify=self._ssl, timeout=None, follow_redirects=False
+                ) as client,
+                client.stream("POST", url.geturl(), content=body, headers=headers) as response,
+            ):
+                found = b""
+                async for chunk in response.aiter_raw():
+                    found += chunk
+                    if len(found) > JUDGE_BYTES:
+                        raise ValueError(
+                            f"expected a reply of at most {JUDGE_BYTES} bytes, got more"
+                        )
+                return _Reply(
+                    status=response.status_code,
+                    reason=self._excerpt(response.reason_phrase),
+                    retry_after=response.headers.get("Retry-After"),
+                    body=found,
+                )
+        except TimeoutError:
+            raise ValueError(
+                f"expected the whole reply within {self._config.timeout_s:g} s (timeout_s)"
+            ) from None
 
     def _wait_for_turn(self) -> None:
         rate = self._config.requests_per_minute
@@ -201,7 +287,7 @@ class LlmJudge:
         verdicts = {}
         for line in text.splitlines():
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 key, accepted = row["key"], row["accepted"]
             except (ValueError, KeyError, TypeError):
                 continue
@@ -217,6 +303,56 @@ class LlmJudge:
                 with open(self._config.cache, "a", encoding="utf-8") as file:
                     file.write("\n" + line if self._torn else line)
                 self._torn = False
+
+
+class _RefusedError(ValueError):
+    """The server will say the same again."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Reply:
+    """What a server said."""
+
+    status: int
+    reason: str
+    retry_after: str | None
+    body: bytes
+
+
+def _check_url(url: str) -> None:
+    """Refuses what is no URL of HTTP; what it holds is not echoed but for its host."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_url = False
+    if not is_url or not url.isprintable() or " " in url:
+        raise wrong("url", "http://... or https://...", redact_url(url))
+
+
+def _check_key(api_key: object, url: str) -> None:
+    if api_key is None:
+        return
+    if not isinstance(api_key, str) or not re.fullmatch(r"[!-~]+", api_key):
+        raise ValueError(
+            "api_key: expected visible ASCII characters without spaces, got others (the value is "
+            "not shown); a line end, perhaps: set it without"
+        )
+    if "@" in urllib.parse.urlsplit(url).netloc:
+        raise ValueError(
+            "api_key: expected none where the url has a user and a password, got both; leave out "
+            "one of them"
+        )
+
+
+def _secrets(config: LlmJudgeConfig) -> list[str]:
+    """All that must not be shown, in the forms in which a server may echo it."""
+    parts = urllib.parse.urlsplit(config.url)
+    user = parts.netloc.rpartition("@")[0]
+    found = [config.api_key or "", user, urllib.parse.unquote(parts.password or "")]
+    found += [parts.password or "", base64.b64encode(urllib.parse.unquote(user).encode()).decode()]
+    found += [value for _, value in urllib.parse.parse_qsl(parts.query)]
+    return [secret for secret in found if secret]
 
 
 def read_verdict(reply: str) -> bool | None:
@@ -249,10 +385,10 @@ def retry_after(header: str | None, *, default: float) -> float:
     except ValueError:
         try:
             until = email.utils.parsedate_to_datetime(header)
-        except ValueError:
+            until = until if until.tzinfo else until.replace(tzinfo=datetime.UTC)
+            seconds = (until - datetime.datetime.now(datetime.UTC)).total_seconds()
+        except (ValueError, OverflowError, TypeError):
             return default
-        until = until if until.tzinfo else until.replace(tzinfo=datetime.UTC)
-        seconds = (until - datetime.datetime.now(datetime.UTC)).total_seconds()
     return default if math.isnan(seconds) else min(max(seconds, 0.0), 600.0)
 
 
@@ -263,26 +399,19 @@ def _content(body: bytes) -> str:
         ValueError: it is something else.
     """
     try:
-        content = json.loads(body)["choices"][0]["message"]["content"]
+        content = parse_json(body.decode())["choices"][0]["message"]["content"]
     except (ValueError, KeyError, TypeError, IndexError):
         content = 0
     if content is not None and not isinstance(content, str):
-        got = _excerpt(body.decode(errors="replace"))
+        got = _excerpt(body[: 4 * _EXCERPT].decode(errors="replace"))
         raise ValueError(f"expected a chat completion in JSON, got {got!r}")
     return content or ""
-
-
-def _body_of(error: urllib.error.HTTPError) -> str:
-    try:
-        return _excerpt(error.read().decode(errors="replace"))
-    except (OSError, http.client.HTTPException):
-        return "and broke off"
 
 
 def _word(accepted: bool) -> str:
     return "CORRECT" if accepted else "INCORRECT"
 
 
-def _excerpt(text: str, limit: int = 200) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[:limit] + "..."
+def _excerpt(text: str) -> str:
+    text = " ".join(text[: 4 * _EXCERPT].split())
+    return text if len(text) <= _EXCERPT else text[:_EXCERPT] + "..."

@@ -1,16 +1,19 @@
 """Judges that are rules. They see an answer without its thinking; an empty one is wrong."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from swaa_jax.eval.judging.judge import Judge, Judged, Verdict, answer_of
 from swaa_jax.eval.judging.scores import includes, plain, string_match_all
-from swaa_jax.fields import one_of, wrong
+from swaa_jax.fields import list_of, one_of, show, text, wrong
+from swaa_jax.patterns import check_pattern, find_groups
 
-__all__ = ["exact_judge", "includes_judge", "regex_judge", "ruler_judge"]
+__all__ = ["CHOICES", "exact_judge", "includes_judge", "regex_judge", "ruler_judge"]
 
-CHOICE = r"The correct answer is \(?([A-D])"
-"""LongBench-v2's official pattern; asterisks are stripped before it is looked for."""
+CHOICES = (r"The correct answer is \(([A-D])\)", r"The correct answer is ([A-D])")
+"""LongBench v2's official patterns, in their order; asterisks are cut from the answer before."""
+
+_SHOWN = 3
 
 
 def exact_judge() -> Judge:
@@ -56,34 +59,42 @@ def includes_judge(*, need: str = "any") -> Judge:
     return _of_rule(rule)
 
 
-def regex_judge(pattern: str = CHOICE, *, which: str = "first") -> Judge:
+def regex_judge(pattern: str | Sequence[str] = CHOICES, *, which: str = "first") -> Judge:
     """The pattern's first group, where it matches, is a reference.
 
     Only `pattern` is a regular expression. References are plain text, compared as `exact_judge`
     does, so "C++" and "(7" are good ones.
 
     Args:
-        pattern: a regular expression with one group; asterisks (Markdown) are cut from the answer.
-        which: "first" match (LongBench-v2's own rule) or "last".
+        pattern: a regular expression with a group, or several in order: the first one that matches
+            anywhere decides. Asterisks (Markdown) are cut from the answer.
+        which: "first" match (LongBench-v2's own rule) or "last", of the pattern that decides.
 
     Raises:
-        ValueError: not a regular expression with a group, or `which` is another word.
+        ValueError: not a regular expression with a group, or `which` is another word. When called:
+            a pattern that takes too long on an answer (`swaa_jax.patterns`).
     """
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise wrong("pattern", "a regular expression", pattern, str(error)) from None
-    if compiled.groups < 1:
-        raise wrong("pattern", "a group, as in 'answer is (.*)'", pattern)
+    patterns = (pattern,) if isinstance(pattern, str) else list_of(text)("pattern", pattern)
+    names = [
+        "pattern" if isinstance(pattern, str) else f"pattern[{at}]" for at in range(len(patterns))
+    ]
+    if not patterns:
+        raise wrong("pattern", "a regular expression, or a list of them", pattern)
+    for name, one in zip(names, patterns, strict=True):
+        if re.compile(check_pattern(name, one)).groups < 1:
+            raise wrong(name, "a group, as in 'answer is (.*)'", one)
     one_of("first", "last")("which", which)
 
     def rule(answer: str, references: tuple[str, ...]) -> Verdict:
-        found = [match[1] for match in compiled.finditer(answer.replace("*", ""))]
-        if not found:
-            return Verdict(accepted=False, reason=f"the answer has no match of {pattern!r}")
-        said = found[0] if which == "first" else found[-1]
-        wanted = {plain(reference) for reference in references}
-        return Verdict(accepted=bool(said) and plain(said) in wanted, reason=f"said {said}")
+        plain_answer = answer.replace("*", "")
+        for name, one in zip(names, patterns, strict=True):
+            if found := find_groups(name, one, plain_answer):
+                said = found[0] if which == "first" else found[-1]
+                wanted = {plain(reference) for reference in references}
+                accepted = bool(said) and plain(said) in wanted
+                return Verdict(accepted=accepted, reason=f"said {said}")
+        shown = " or ".join(map(show, patterns[:_SHOWN]))
+        return Verdict(accepted=False, reason=f"the answer has no match of {shown}")
 
     return _of_rule(rule)
 

@@ -35,6 +35,7 @@ _DASHES = ("-", "--", ":", "-.")
 _PREFILL = "query-key pairs in the prefill, % of full attention"
 _CACHE = "KV cache per sample, MiB"
 _GRID = "#E2E2E2"
+_LONGEST = 300  # characters of a name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,12 +140,6 @@ def policy_chart(
     return _render(draw)
 
 
-def _legend_line(dot: Dot) -> str:
-    """Label and name, in lines short enough to leave the panels room."""
-    name = dot.name.replace(",", ", ")  # a policy's text has no blanks to break it at
-    return _plain(textwrap.fill(f"{dot.label}  {name}", 48))
-
-
 def _set_scales(axis: "Axes", label: str, *, most: float) -> None:
     """Room around the dots, for badges."""
     axis.set_ylim(-30, 130)
@@ -203,8 +198,9 @@ def png(charts: Sequence[Chart]) -> bytes:
 
 
 def _plain(text: str) -> str:
-    """The text, escaped so that matplotlib does not read its signs as mathematics."""
-    return text.replace("$", r"\$")
+    """A text as it is, of what can be printed: no mathematics between dollars, not too long."""
+    shown = "".join(c if c == "\n" or c.isprintable() else " " for c in text[:_LONGEST])
+    return shown.replace("$", r"\$")
 
 
 def _render(draw: "Callable[[ModuleType], Figure]") -> Chart:

@@ -5,13 +5,13 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any
 
 from swaa_jax.eval.report.charts import Chart, length_chart
 from swaa_jax.eval.report.findings import findings, remarks
 from swaa_jax.eval.report.summary import CellSummary, Group, Part
-from swaa_jax.eval.report.table import COLUMNS, LEGEND, markdown_table
+from swaa_jax.eval.report.table import COLUMNS, LEGEND, markdown_table, markdown_text
 from swaa_jax.eval.run import Evaluation
+from swaa_jax.eval.run.store import AnswerRecord
 
 __all__ = ["html_report", "markdown_report"]
 
@@ -28,7 +28,7 @@ def html_report(
     charts: Sequence[Chart],
     title: str,
     command: str,
-    provenance: Mapping[str, Any],
+    provenance: Mapping[str, object],
 ) -> str:
     """The whole report as one HTML file, without links to anything.
 
@@ -77,9 +77,10 @@ def markdown_report(
 ) -> str:
     """The table and the breakdowns, for a document."""
     summaries = _lines(groups)
-    lines = [f"# {title}", "", f"`{command}`", "", _setting(evaluation), ""]
-    lines += [line for finding in findings(groups) for line in (finding, "")]
-    lines += [line for remark in remarks(summaries, evaluation.cells) for line in (remark, "")]
+    shown = markdown_text
+    lines = [f"# {shown(title)}", "", f"`{_code(command)}`", "", shown(_setting(evaluation)), ""]
+    for said in (*findings(groups), *remarks(summaries, evaluation.cells)):
+        lines += [shown(said), ""]
     lines += markdown_table(
         [column.name for column in COLUMNS],
         [[column.cell(summary).text for column in COLUMNS] for summary in summaries],
@@ -87,14 +88,19 @@ def markdown_report(
     )
     lines += ["", LEGEND, ""]
     named = {s.cell.policy_name: s.cell.policy_text for s in summaries if s.cell.policy_text}
-    lines += [f"- {name}: {text}" for name, text in named.items()] + [""] * bool(named)
+    lines += [f"- {shown(f'{name}: {text}')}" for name, text in named.items()] + [""] * bool(named)
     for group in groups:
         for matrix in _matrices(group):
             texts = [[line.name, *(part.long_text for part in line.parts)] for line in matrix.lines]
-            lines += [f"## {group.title}: {matrix.title.lower()}", ""]
+            lines += [f"## {shown(f'{group.title}: {matrix.title.lower()}')}", ""]
             left = [True] + [False] * len(matrix.names)
             lines += [*markdown_table(["policy", *matrix.names], texts, left=left), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _code(text: str) -> str:
+    """A text between backticks, on one line."""
+    return " ".join(text.replace("`", "'").split())
 
 
 def _lines(groups: Sequence[Group]) -> list[CellSummary]:
@@ -116,7 +122,7 @@ def _setting(evaluation: Evaluation) -> str:
     )
 
 
-def _group_view(group: Group, chart: Chart, *, seed: int) -> dict[str, Any]:
+def _group_view(group: Group, chart: Chart, *, seed: int) -> dict[str, object]:
     several = len(_part_names(group, "by_length")) > 1
     return {
         "title": group.title,
@@ -205,7 +211,7 @@ def _shade(share: float, *, hover: str, note: str = "") -> _Shade:
     return _Shade(text=text, long_text=text + note, color=color, hover=hover)
 
 
-def _examples(group: Group, seed: int) -> list[dict[str, Any]]:
+def _examples(group: Group, seed: int) -> list[dict[str, object]]:
     """A few questions with every policy's first answer; those on which they differ come first."""
     first = [
         {answer["sample"]: answer for answer in summary.cell.answers if answer["attempt"] == 0}
@@ -230,7 +236,7 @@ def _examples(group: Group, seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def _answer_view(policy: str, answer: Mapping[str, Any]) -> dict[str, Any]:
+def _answer_view(policy: str, answer: AnswerRecord) -> dict[str, object]:
     return {
         "policy": policy,
         "accepted": answer["accepted"],

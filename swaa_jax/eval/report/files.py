@@ -11,7 +11,6 @@ import dataclasses
 import io
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from etils import epath
 
@@ -20,6 +19,8 @@ from swaa_jax.eval.report.charts import group_chart, png
 from swaa_jax.eval.report.document import html_report, markdown_report
 from swaa_jax.eval.report.summary import CellSummary, group_summaries
 from swaa_jax.eval.run import Evaluation, PolicyEntry
+from swaa_jax.eval.run.store import AnswerRecord
+from swaa_jax.redact import without_secrets
 
 __all__ = ["SCHEMA_VERSION", "write_evaluation"]
 
@@ -30,7 +31,7 @@ _TITLE = "Attention policies compared"
 
 
 def write_evaluation(
-    evaluation: Evaluation, summaries: Sequence[CellSummary], *, command: str, title: str = _TITLE
+    evaluation: Evaluation, summaries: Sequence[CellSummary], *, command: str
 ) -> dict[str, epath.Path]:
     """Write all files into the evaluation's directory; each is complete or as it was before.
 
@@ -38,7 +39,6 @@ def write_evaluation(
         evaluation: what was asked and answered.
         summaries: of its cells.
         command: what ran it.
-        title: of the report.
 
     Returns:
         The files' paths by name.
@@ -66,7 +66,7 @@ def write_evaluation(
     ]
     groups = group_summaries(summaries)
     charts = [group_chart(group) for group in groups]
-    about = {"title": title, "command": command}
+    about = {"title": _TITLE, "command": command}
     results = {"schema_version": SCHEMA_VERSION, "cells": [s.to_dict() for s in summaries]}
     run = {**provenance, "seconds": evaluation.seconds, "costs": costs}
     page = html_report(evaluation, groups, charts=charts, provenance=provenance, **about)
@@ -87,11 +87,11 @@ def write_evaluation(
     return {name: directory / name for name in contents}
 
 
-def _json(document: Mapping[str, Any]) -> str:
+def _json(document: Mapping[str, object]) -> str:
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
-def _plain_config(evaluation: Evaluation) -> dict[str, Any]:
+def _plain_config(evaluation: Evaluation) -> dict[str, object]:
     """The config as JSON's types."""
     config = evaluation.config
     fields = {
@@ -118,7 +118,7 @@ def _plain_config(evaluation: Evaluation) -> dict[str, Any]:
                 "name": entry.name,
                 "task": entry.task.name,
                 **dataclasses.asdict(entry.task),
-                "judge": {k: v for k, v in entry.judge_settings.items() if k != "api_key"},
+                "judge": without_secrets(entry.judge_settings),
                 "max_new_tokens": entry.max_new_tokens or entry.task.answer_tokens,
             }
             for entry in config.tasks
@@ -126,7 +126,7 @@ def _plain_config(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _parquet(answers: Sequence[Mapping[str, Any]]) -> bytes:
+def _parquet(answers: Sequence[AnswerRecord]) -> bytes:
     import pyarrow
     import pyarrow.parquet
 
@@ -154,6 +154,8 @@ def _parquet(answers: Sequence[Mapping[str, Any]]) -> bytes:
             ("reason", text),
         ]
     )
+    if any("judge_failed" in one for one in answers):
+        schema = schema.append(pyarrow.field("judge_failed", flag))
     plain = [{**one, "info": json.dumps(one["info"], ensure_ascii=False)} for one in answers]
     buffer = io.BytesIO()
     table = pyarrow.Table.from_pylist(plain, schema=schema)

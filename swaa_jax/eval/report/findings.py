@@ -113,6 +113,13 @@ def remarks(summaries: Sequence[CellSummary], cells: Sequence[Cell]) -> list[str
             f"Samples left out, because they are longer than the model's context: "
             f"{'; '.join(skipped)}."
         )
+    failed = [s for s in summaries if s.judge_failures]
+    if failed:
+        counts = ", ".join(f"{s.judge_failures} of {len(s.cell.answers)}" for s in failed)
+        found.append(
+            f"{_rows_of(failed)}: the judge came to no verdict on {counts} answers, which are left "
+            "out of scores; the same command asks it about them again."
+        )
     seen = [s for s in summaries if not s.cell.policy.is_full and s.cell.cost.prefill_share >= 1]
     if seen:
         found.append(

@@ -3,10 +3,10 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from swaa_jax.eval.report.statistics import Interval, bootstrap_interval, paired_p_value, pass_at_k
 from swaa_jax.eval.run import Cell, EvalConfig, Evaluation
+from swaa_jax.eval.run.store import AnswerRecord
 
 __all__ = ["CellSummary", "Group", "Part", "group_summaries", "length_bin", "summarize"]
 
@@ -28,6 +28,8 @@ class CellSummary:
         baseline: the line that it is compared with, perhaps itself.
         cell: the answers.
         num_samples: asked and answered.
+        judge_failures: answers on which the judge came to no verdict. They are left out of scores,
+            and so are samples that have no others, and of comparisons on either side.
         score: of the judge; RULER's fraction of references found, else that of right answers.
         accepted: answers that are right; RULER: those with every reference.
         pass_at: by k, the chance that one of k attempts is right; empty for single attempts.
@@ -44,6 +46,7 @@ class CellSummary:
     baseline: int
     cell: Cell
     num_samples: int
+    judge_failures: int
     score: Interval
     accepted: Interval
     pass_at: Mapping[int, float]
@@ -55,7 +58,7 @@ class CellSummary:
     difference: float | None
     p_value: float | None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Everything but times, as JSON's types: equal for equal answers."""
         cell = self.cell
         return {
@@ -65,6 +68,7 @@ class CellSummary:
             "task": cell.task,
             "thinking": cell.thinking,
             "num_samples": self.num_samples,
+            **({"judge_failures": self.judge_failures} if self.judge_failures else {}),
             "skipped": cell.skipped,
             "score": dataclasses.asdict(self.score),
             "accepted": dataclasses.asdict(self.accepted),
@@ -148,18 +152,25 @@ def _summary(
     cell: Cell, compared_with: Cell, *, number: int, baseline: int, seed: int
 ) -> CellSummary:
     interval = functools.partial(bootstrap_interval, seed=seed)
-    samples = _by_sample(cell)
+    by_sample = _by_sample(cell)
+    samples = list(by_sample.values())
     scores = _means(samples, "score")
     difference = p_value = None
     if compared_with is not cell:
-        theirs = _means(_by_sample(compared_with), "score")
-        difference = _mean(scores) - _mean(theirs)
-        p_value = paired_p_value(scores, theirs, seed=seed)
+        others = _by_sample(compared_with)
+        both = [name for name in by_sample if name in others]
+        ours, theirs = (
+            _means([found[name] for name in both], "score") for found in (by_sample, others)
+        )
+        if both:
+            difference = _mean(ours) - _mean(theirs)
+            p_value = paired_p_value(ours, theirs, seed=seed)
     return CellSummary(
         number=number,
         baseline=baseline,
         cell=cell,
-        num_samples=len(samples),
+        num_samples=len({answer["sample"] for answer in cell.answers}),
+        judge_failures=sum(map(_judge_failed, cell.answers)),
         score=interval(scores),
         accepted=interval(_means(samples, "accepted")),
         pass_at=_pass_at(samples),
@@ -185,30 +196,36 @@ def length_bin(num_tokens: int) -> str:
     return f"{low:>9,}-{2 * low - 1:,}"
 
 
-Samples = Sequence[Sequence[Mapping[str, Any]]]
+Samples = Sequence[Sequence[AnswerRecord]]
 
 
-def _by_sample(cell: Cell) -> Samples:
-    """The attempts at each sample, in the samples' order."""
-    samples: dict[str, list[Mapping[str, Any]]] = {}
+def _by_sample(cell: Cell) -> dict[str, list[AnswerRecord]]:
+    """The judged attempts at each sample that has any, in the samples' order."""
+    samples: dict[str, list[AnswerRecord]] = {}
     for answer in cell.answers:
-        samples.setdefault(answer["sample"], []).append(answer)
-    return list(samples.values())
+        if not _judge_failed(answer):
+            samples.setdefault(answer["sample"], []).append(answer)
+    return samples
+
+
+def _judge_failed(answer: Mapping[str, object]) -> bool:
+    return bool(answer.get("judge_failed"))
 
 
 def _means(samples: Samples, field: str) -> list[float]:
     return [_mean([answer[field] for answer in attempts]) for attempts in samples]
 
 
-def _mean(values: Sequence[Any]) -> float:
+def _mean(values: Sequence[float]) -> float:
     return sum(float(value) for value in values) / len(values)
 
 
 def _pass_at(samples: Samples) -> dict[int, float]:
     """By k = 1, 2, 4, ... up to the number of attempts."""
-    attempts = len(samples[0])
+    attempts = max(map(len, samples))
     if attempts < 2:
         return {}
+    samples = [one for one in samples if len(one) == attempts]
     counts = sorted({*(1 << n for n in range(attempts.bit_length())), attempts})
     return {
         k: _mean(
@@ -222,7 +239,7 @@ def _pass_at(samples: Samples) -> dict[int, float]:
 def _parts(
     samples: Samples,
     scores: Sequence[float],
-    key: Callable[[Mapping[str, Any]], str],
+    key: Callable[[AnswerRecord], str],
     interval: Callable[[Sequence[float]], Interval],
 ) -> dict[str, Part]:
     groups: dict[str, list[float]] = {}

@@ -1,15 +1,26 @@
 """The table of an evaluation, a line a cell: for HTML, for Markdown and for a terminal."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from swaa_jax.eval.report.statistics import format_p, format_score
 from swaa_jax.eval.report.summary import CellSummary, Group
+from swaa_jax.fields import one_line
 
-__all__ = ["COLUMNS", "LEGEND", "Column", "TableCell", "markdown_table", "terminal_table"]
+__all__ = [
+    "COLUMNS",
+    "LEGEND",
+    "Column",
+    "TableCell",
+    "markdown_table",
+    "markdown_text",
+    "terminal_table",
+]
 
 LEGEND = (
     "Scores in %, with 95% intervals: bootstrap over samples (Wilson's where all are right, or "
@@ -187,7 +198,7 @@ def terminal_table(group: Group, *, width: int) -> Table:
     """The lines of a group, in as many columns as the terminal has room for."""
     columns = [one for one in COLUMNS if one.width is not None and one.width <= width]
     table = Table(
-        title=group.title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0)
+        title=Text(group.title), box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0)
     )
     for column in columns:
         if column.name == "policy":
@@ -198,17 +209,40 @@ def terminal_table(group: Group, *, width: int) -> Table:
     for summary in group.summaries:
         texts = [column.cell(summary).text for column in columns]
         texts[1] = group.name(summary)
-        table.add_row(*texts)
+        table.add_row(*map(Text, texts))  # no markup of Rich's
     return table
 
 
 def markdown_table(
     heads: Sequence[str], lines: Sequence[Sequence[str]], *, left: Sequence[bool]
 ) -> list[str]:
-    """A table in Markdown, line by line."""
+    """A table in Markdown, line by line; its texts are shown as they are."""
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(markdown_text(cell) for cell in cells) + " |"
 
     rule = "|" + "|".join(":--" if one else "--:" for one in left) + "|"
     return [line(heads), rule, *(line(cells) for cells in lines)]
+
+
+_MARKS = re.compile(
+    r"[\\`*|~$]|!(?=\[)|\](?=[(\[:])|\b_|_\b|^[-+=#](?!\d)|^\d+(?=[.)](?:\s|$))|(?<=\W)@|://|www\."
+)
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+
+
+def markdown_text(text: str) -> str:
+    r"""A text that Markdown shows as it is, on one line: names and kinds come from data.
+
+    >>> markdown_text("a\n# <b> [x](y)")
+    'a # &lt;b&gt; [x\\](y)'
+    """
+    text = re.sub("[&<>]", lambda found: _ENTITIES[found[0]], one_line(text))
+    return _MARKS.sub(_escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    mark = found[0]
+    if mark[0].isdigit():
+        return f"{mark}\\"  # "1." begins a list
+    return {"://": ":\\//", "www.": "www\\."}.get(mark, f"\\{mark}")

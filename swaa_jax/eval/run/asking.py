@@ -7,17 +7,19 @@ read a prompt alike share its prefill), and judged. What is filed already is not
 import concurrent.futures
 import dataclasses
 import functools
+import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from swaa_jax import runtime
 from swaa_jax.eval.judging import Judge, Judged, strip_thinking
 from swaa_jax.eval.run.answering import answer_prompts, even_batches
 from swaa_jax.eval.run.config import EvalConfig, ModelEntry, PolicyEntry, TaskEntry
 from swaa_jax.eval.run.costs import CellCost, cell_cost
-from swaa_jax.eval.run.store import AnswerBatch, CellStore, fingerprint
-from swaa_jax.eval.tasks import Sample, encode_sample, opens_thinking
-from swaa_jax.infer import GenerateOptions, Timings
+from swaa_jax.eval.run.store import AnswerBatch, AnswerRecord, CellStore, fingerprint
+from swaa_jax.eval.tasks import Sample, encode_sample
+from swaa_jax.fields import show
+from swaa_jax.infer import GenerateOptions, Timings, opens_thinking
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.progress import ShowProgress
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Asking", "Cell"]
+
+log = logging.getLogger(__name__)
 
 _OPTIONS = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "seed", "sampling"),
@@ -56,7 +60,7 @@ class Cell:
     policy: AttentionPolicy
     task: str
     thinking: bool
-    answers: tuple[Mapping[str, Any], ...]
+    answers: tuple[AnswerRecord, ...]
     skipped: int
     cost: CellCost
 
@@ -82,7 +86,7 @@ class Asking:
         entry: ModelEntry,
         model: CausalLM,
         tokenizer: "PreTrainedTokenizerBase",
-        identity: Mapping[str, Any],
+        identity: Mapping[str, object],
         task: TaskEntry,
         thinking: bool,
     ):
@@ -91,13 +95,21 @@ class Asking:
         samples = task.task.samples(tokenizer, thinking=thinking)[config.skip_samples :]
         samples = samples[: config.limit]
         prompts = [encode_sample(one, tokenizer, thinking=thinking) for one in samples]
+        opened = [opens_thinking(tokenizer, ids) for ids in prompts]
+        if any(opened) and not thinking:
+            log.warning(
+                "task %s: expected a chat template that asks %s for an answer without thinking, "
+                "got one that opens <think> all the same; answers get no prefix, and those whose "
+                "thought does not end within max_new_tokens are wrong; set thinking: true",
+                task.name,
+                entry.label,
+            )
         self._options = _options(config, task, thinking)
         fits = self._fitting(samples, prompts)
         self._skipped = len(samples) - len(fits)
         self._samples = [samples[index] for index in fits]
         self._prompts = [prompts[index] for index in fits]
-        # Some models' templates open a thought in either mode; a thought alone is not an answer.
-        self._opened = [opens_thinking(tokenizer, ids) for ids in self._prompts]
+        self._opened = [opened[index] for index in fits]
         # A row is an attempt at a sample; its number seeds its draws.
         attempts = config.attempts
         by_length = sorted(
@@ -159,7 +171,13 @@ class Asking:
         return count
 
     def judge(self, policies: Sequence[PolicyEntry], judge: tuple[str, Judge]) -> list[Cell]:
-        """Judge what is not judged yet, on process 0, and give a cell for each policy."""
+        """Judge what is not judged yet, on process 0, and give a cell for each policy.
+
+        Where the judge failed before, it is asked again.
+
+        Raises:
+            ValueError: a judge cannot be reached, or failed on all answers.
+        """
         name, judging = judge
         # What a verdict depends on besides the answer.
         asked = [[one.question, list(one.references), one.grading] for one in self._samples]
@@ -172,11 +190,20 @@ class Asking:
 
     def _judge_batches(self, store: CellStore, key: str, judge: Judge) -> None:
         verdict = functools.partial(self._verdict, judge=judge)
+        failed = 0
         for number in range(len(self._batches)):
             if not store.has_verdicts(key, number):
                 rows = store.read_answers(number).rows
                 with concurrent.futures.ThreadPoolExecutor(_JUDGE_THREADS) as pool:
                     store.write_verdicts(key, number, list(pool.map(verdict, rows)))
+            verdicts = store.read_verdicts(key, number)
+            failed += sum(one.get("judge_failed", False) for one in verdicts)
+        if failed and failed == self._num_rows:
+            raise ValueError(
+                f"task {self._task.name}: expected verdicts, got none that can be read on any of "
+                f"{failed} answers (the last: {show(verdicts[-1]['reason'])}); look at the judging "
+                "model, its prompt and max_tokens"
+            )
 
     @property
     def _num_rows(self) -> int:
@@ -206,17 +233,17 @@ class Asking:
         if len(fits) < len(samples) and self._config.too_long == "error":
             longest = max(len(ids) for ids in prompts)
             raise ValueError(
-                f"task {self._task.name}: {len(samples) - len(fits)} of {len(samples)} prompts do "
-                f"not fit {self._entry.label}'s context of {context} tokens beside answers of "
-                f"up to {self._options.max_new_tokens} (the longest prompt has {longest}). Set "
-                "too_long=skip to leave them out, lower max_new_tokens or max_thinking_tokens, or "
-                "extend the model's context by config_overrides"
+                f"task {self._task.name}: expected prompts that fit {self._entry.label}'s context "
+                f"of {context} tokens with answers of up to {self._options.max_new_tokens}, got "
+                f"{len(samples) - len(fits)} of {len(samples)} that do not (the longest has "
+                f"{longest} tokens); set too_long=skip to leave them out, lower max_new_tokens or "
+                "max_thinking_tokens, or extend the model's context by config_overrides"
             )
         return fits
 
     def _cell(self, entry: PolicyEntry, judge_key: str) -> Cell:
         store = self._store(entry.policy)
-        records: dict[int, Mapping[str, Any]] = {}
+        records: dict[int, AnswerRecord] = {}
         timings = []
         for number in range(len(self._batches)):
             batch = store.read_answers(number)
@@ -242,7 +269,7 @@ class Asking:
             ),
         )
 
-    def _verdict(self, answer: Mapping[str, Any], *, judge: Judge) -> dict[str, Any]:
+    def _verdict(self, answer: AnswerRecord, *, judge: Judge) -> dict[str, object]:
         index = answer["row"] // self._config.attempts
         sample = self._samples[index]
         verdict = judge(
@@ -258,11 +285,12 @@ class Asking:
             "score": float(verdict.score),
             "accepted": bool(verdict.accepted),
             "reason": verdict.reason,
+            **({"judge_failed": True} if verdict.failed else {}),
         }
 
     def _record(
-        self, entry: PolicyEntry, answer: Mapping[str, Any], verdict: Mapping[str, Any]
-    ) -> dict[str, Any]:
+        self, entry: PolicyEntry, answer: AnswerRecord, verdict: AnswerRecord
+    ) -> dict[str, object]:
         index, attempt = divmod(answer["row"], self._config.attempts)
         sample = self._samples[index]
         said = strip_thinking(answer["response"], thinking=self._opened[index])

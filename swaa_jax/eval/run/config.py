@@ -15,6 +15,7 @@ from swaa_jax.fields import (
     integer,
     list_of,
     mapping,
+    naming,
     number,
     one_of,
     or_none,
@@ -24,6 +25,7 @@ from swaa_jax.fields import (
     wrong,
 )
 from swaa_jax.policy import AttentionPolicy, load_policy
+from swaa_jax.storage import read_text
 from swaa_jax.typing import PathLike
 
 __all__ = [
@@ -62,7 +64,7 @@ class ModelEntry:
     name: str | None = None
     adapter: str | None = None
     revision: str | None = None
-    config_overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    config_overrides: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_fields(self, path=text, name=_name, config_overrides=mapping)
@@ -97,7 +99,7 @@ class TaskEntry:
 
     name: str
     task: Task
-    judge: Mapping[str, Any] | None = None
+    judge: Mapping[str, object] | None = None
     max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -120,7 +122,7 @@ class Setting:
     """
 
     models: tuple[ModelEntry, ...]
-    policies: tuple[PolicyEntry | Mapping[str, Any], ...]
+    policies: tuple[PolicyEntry | Mapping[str, object], ...]
 
     def __post_init__(self) -> None:
         _distinct("models", [model.label for model in self.models])
@@ -214,7 +216,7 @@ class EvalConfig:
         return next(same, label)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "EvalConfig":
+    def from_dict(cls, fields: Mapping[str, object]) -> "EvalConfig":
         """A config from plain data.
 
         `models` and `policies` are lists, every model under every policy; or `settings` is a list
@@ -252,11 +254,9 @@ class EvalConfig:
             ValueError: the file is malformed, which the message names, or an override is.
             FileNotFoundError: there is no such file.
         """
-        text = epath.Path(path).read_text()
-        try:
+        text = read_text(path)
+        with naming(path):
             return cls.from_dict(with_overrides(read_document(text), overrides))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
 
 def read_document(document: str) -> dict[str, Any]:
@@ -270,10 +270,10 @@ def read_document(document: str) -> dict[str, Any]:
     return mapping("evaluation", found)
 
 
-def _of_reference(entries: Any) -> dict[str, Any]:
+def _of_reference(entries: Any) -> dict[str, object]:
     """The settings of the paper's reference code."""
 
-    def setting(name: str, entry: Any) -> dict[str, Any]:
+    def setting(name: str, entry: object) -> dict[str, object]:
         if not isinstance(entry, Mapping) or "swaa_config" not in entry:
             raise wrong(
                 name, "{swaa_config: ..., model_list: [...]} as in the reference code", entry
@@ -291,7 +291,7 @@ def _of_reference(entries: Any) -> dict[str, Any]:
     return {"settings": list(_several(setting)("settings", entries))}
 
 
-def policy_entry(name: str, entry: Any) -> PolicyEntry | Mapping[str, Any]:
+def policy_entry(name: str, entry: Any) -> PolicyEntry | Mapping[str, object]:
     """A policy in any form that `load_policy` reads; or the reference's configuration."""
     if isinstance(entry, PolicyEntry):
         return entry
@@ -300,16 +300,14 @@ def policy_entry(name: str, entry: Any) -> PolicyEntry | Mapping[str, Any]:
         return dict(entry)
     fields = dict(entry) if isinstance(entry, Mapping) else entry
     given = fields.pop("name", None) if isinstance(fields, dict) else None
-    try:
+    with naming(name):
         policy = load_policy(fields)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
     if isinstance(entry, str) and "=" not in entry:
         given = entry
     return PolicyEntry(name=str(given or policy), policy=policy)
 
 
-def task_entry(name: str, entry: Any) -> TaskEntry:
+def task_entry(name: str, entry: object) -> TaskEntry:
     """A task from its kind, or from a mapping of its kind and settings."""
     if isinstance(entry, TaskEntry):
         return entry
@@ -329,14 +327,14 @@ def task_entry(name: str, entry: Any) -> TaskEntry:
     )
 
 
-def _setting(name: str, entry: Any) -> Setting:
+def _setting(name: str, entry: object) -> Setting:
     if isinstance(entry, Setting):
         return entry
     readers = {"models": _several(_model), "policies": _several(policy_entry)}
     return from_mapping(Setting, entry, name, readers=readers)
 
 
-def _model(name: str, entry: Any) -> ModelEntry:
+def _model(name: str, entry: object) -> ModelEntry:
     if isinstance(entry, ModelEntry):
         return entry
     return from_mapping(ModelEntry, {"path": entry} if isinstance(entry, str) else entry, name)
@@ -345,7 +343,7 @@ def _model(name: str, entry: Any) -> ModelEntry:
 def _several(item: Check[T]) -> Check[tuple[T, ...]]:
     """A list of at least one item; a value that is not a list becomes a list of it alone."""
 
-    def check(name: str, value: Any) -> tuple[T, ...]:
+    def check(name: str, value: object) -> tuple[T, ...]:
         found = list_of(item)(name, value if isinstance(value, list | tuple) else [value])
         if not found:
             raise wrong(name, "at least one", value)
@@ -361,7 +359,7 @@ def _modes(name: str, value: Any) -> tuple[bool, ...]:
     return tuple(dict.fromkeys(modes))
 
 
-def _name(name: str, value: Any) -> str | None:
+def _name(name: str, value: object) -> str | None:
     """A text; numbers, as YAML has them, are written out."""
     return None if value is None else text(name, str(value))
 

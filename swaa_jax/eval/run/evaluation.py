@@ -10,18 +10,25 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from etils import epath
 from jax.sharding import Mesh
 
 from swaa_jax import storage
-from swaa_jax.checkpoint.provenance import describe_device, describe_model, describe_versions
+from swaa_jax.checkpoint.provenance import describe_device, describe_versions
 from swaa_jax.eval.judging import Judge, make_judge
+from swaa_jax.eval.judging.rules import CHOICES
 from swaa_jax.eval.run.answering import resolve_all
 from swaa_jax.eval.run.asking import Asking, Cell
 from swaa_jax.eval.run.config import EvalConfig, ModelEntry, PolicyEntry, TaskEntry
-from swaa_jax.eval.run.loading import dtype_of, identity_of, load_entry
+from swaa_jax.eval.run.loading import (
+    describe,
+    identity_of,
+    load_entry,
+    tell_default_dtype,
+    warn_of_difference,
+)
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.progress import ShowProgress
@@ -44,7 +51,7 @@ class Evaluation:
         config: what was asked.
         cells: in the order of the config: models, tasks, modes, policies.
         models: by label, what is known of each checkpoint.
-        dtype: of weights and activations.
+        dtype: of weights and activations, of all models.
         device, versions: what the last run computed on.
         seconds: of the last run.
         answered: answers that the last run made, the rest was there.
@@ -52,9 +59,9 @@ class Evaluation:
 
     config: EvalConfig
     cells: tuple[Cell, ...]
-    models: Mapping[str, Mapping[str, Any]]
+    models: Mapping[str, Mapping[str, object]]
     dtype: str
-    device: Mapping[str, Any]
+    device: Mapping[str, object]
     versions: Mapping[str, str]
     seconds: float
     answered: int
@@ -85,17 +92,23 @@ def evaluate(
     judges = {entry.name: _judge(entry, config) for entry in config.tasks}
     for task in config.tasks:
         task.task.check()
-    load = load or functools.partial(load_entry, config=config, mesh=mesh)
+    if load is None:
+        tell_default_dtype(config.dtype)
+        load = functools.partial(load_entry, config=config, mesh=mesh)
     entries = [(setting, model) for setting in config.settings for model in setting.models]
     steps = _Steps(progress, len(entries) * len(config.tasks) * len(config.thinking))
     cells: list[Cell] = []
     asked: set[tuple[str, AttentionPolicy]] = set()
-    models: dict[str, Mapping[str, Any]] = {}
+    models: dict[str, Mapping[str, object]] = {}
     answered = 0
+    dtypes: dict[str, None] = {}
     for setting, entry in entries:
         steps.show(f"loading {entry.label}", 0.0)
         model, tokenizer = load(entry)
-        models[entry.label] = describe_model(model)
+        identity = identity_of(model, entry)
+        models[entry.label] = describe(model, entry)
+        warn_of_difference(model, entry, config)
+        dtypes[str(model.dtype)] = None
         policies = _policies(setting.policies, model, baseline=config.baseline)
         # A pair that two settings have is asked once.
         policies = [one for one in policies if (entry.label, one.policy) not in asked]
@@ -107,7 +120,7 @@ def evaluate(
                     entry=entry,
                     model=model,
                     tokenizer=tokenizer,
-                    identity=identity_of(model, entry, config),
+                    identity=identity,
                     task=task,
                     thinking=thinking,
                 )
@@ -119,7 +132,7 @@ def evaluate(
         config=config,
         cells=tuple(cells),
         models=models,
-        dtype=dtype_of(config),
+        dtype=", ".join(dtypes),
         device=describe_device(),
         versions=describe_versions(),
         seconds=time.perf_counter() - start,
@@ -160,7 +173,7 @@ class _Steps:
 
 
 def _policies(
-    entries: Sequence[PolicyEntry | Mapping[str, Any]], model: CausalLM, *, baseline: str | None
+    entries: Sequence[PolicyEntry | Mapping[str, object]], model: CausalLM, *, baseline: str | None
 ) -> list[PolicyEntry]:
     """The policies of a setting, for this model.
 
@@ -184,6 +197,8 @@ def _policies(
 def _judge(task: TaskEntry, config: EvalConfig) -> tuple[str, Judge]:
     """A task's judge, with the fingerprint of its settings."""
     settings = task.judge_settings
+    if settings.get("name") == "regex":  # whose patterns by default were others once
+        settings.setdefault("pattern", list(CHOICES))
     name = fingerprint(settings)
     if settings.get("name") == "llm":
         if os.environ.get(API_KEY):

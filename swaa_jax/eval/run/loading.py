@@ -1,5 +1,7 @@
 """The models of an evaluation: loaded with their adapters, and what their answers depend on."""
 
+import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -10,12 +12,28 @@ from swaa_jax.checkpoint.provenance import describe_model, weight_marks
 from swaa_jax.eval.run.config import EvalConfig, ModelEntry
 from swaa_jax.lora import load_adapter, merge_lora
 from swaa_jax.models import CausalLM, load_model
+from swaa_jax.models.source import (
+    Source,
+    file_stamps,
+    note_source,
+    running_backend,
+    since_loading,
+)
 from swaa_jax.policy import AttentionPolicy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["dtype_of", "identity_of", "load_entry"]
+__all__ = [
+    "default_dtype",
+    "describe",
+    "identity_of",
+    "load_entry",
+    "tell_default_dtype",
+    "warn_of_difference",
+]
+
+logger = logging.getLogger(__name__)
 
 
 def load_entry(
@@ -26,31 +44,74 @@ def load_entry(
     model = load_model(
         entry.path,
         policy=AttentionPolicy(),
-        dtype=dtype_of(config),
+        dtype=config.dtype or default_dtype(),
         mesh=mesh,
         revision=entry.revision,
         config_overrides=dict(entry.config_overrides) or None,
         backend=config.backend,
     )
     if entry.adapter is not None:
+        source = model.source
+        assert isinstance(source, Source)  # it was just loaded
+        stamps = {**source.stamps, os.fspath(entry.adapter): file_stamps(entry.adapter)}
         adapted = load_adapter(model, entry.adapter, with_policy=True)
         model = merge_lora(adapted).with_policy(AttentionPolicy())
+        note_source(model, source, stamps=stamps, overrides=source.overrides)
     return model, tokenizer
 
 
-def identity_of(model: CausalLM, entry: ModelEntry, config: EvalConfig) -> dict[str, Any]:
-    """All of a loaded model that its answers depend on, as JSON's types."""
+def identity_of(model: CausalLM, entry: ModelEntry) -> dict[str, Any]:
+    """All of a loaded model that its answers depend on, as JSON's types.
+
+    What runs counts, not what the entry or the config say of it: a model that was changed after
+    loading is told by its arrays.
+    """
+    overrides = model.source.overrides if isinstance(model.source, Source) else {}
     return {
         **describe_model(model),
         "weights": weight_marks(model.source),
         "adapter": entry.adapter,
         "adapter_weights": weight_marks(entry.adapter),
-        "config_overrides": dict(entry.config_overrides),
-        "dtype": dtype_of(config),
-        "backend": config.backend,
+        "config_overrides": dict(overrides),
+        "dtype": str(model.dtype),
+        "backend": running_backend(model),
+        **_changed(model, entry),
     }
 
 
-def dtype_of(config: EvalConfig) -> str:
-    """The config's dtype, else float32 on a CPU, where it is faster, and bfloat16 elsewhere."""
-    return config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+def describe(model: CausalLM, entry: ModelEntry) -> dict[str, Any]:
+    """What results say of a model: its checkpoint, and what has changed since it was loaded."""
+    return {**describe_model(model), **_changed(model, entry)}
+
+
+def _changed(model: CausalLM, entry: ModelEntry) -> dict[str, Any]:
+    changed = since_loading(model, adapter=entry.adapter)
+    return {"changed": changed} if changed else {}
+
+
+def warn_of_difference(model: CausalLM, entry: ModelEntry, config: EvalConfig) -> None:
+    """Says where a model that was given is not what the config asks for."""
+    for field, asked, got, how in (
+        ("dtype", config.dtype or str(model.dtype), str(model.dtype), "in"),
+        ("backend", config.backend, model.backend, "with"),
+    ):
+        if asked not in (got, "auto"):
+            logger.warning(
+                "%s: expected %s as the config says, got %s %s %s, which is what answers",
+                *(field, asked, entry.label, how, got),
+            )
+
+
+def default_dtype() -> str:
+    """Of models that are scored: float32 on a CPU, where it is faster, and bfloat16 elsewhere."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def tell_default_dtype(given: str | None) -> None:
+    """Says that the default is not `load_model`'s, where that is so."""
+    if given is None and (chosen := default_dtype()) != "bfloat16":
+        logger.warning(
+            "dtype: %s, since this is a CPU, where it is faster; load_model and the other commands "
+            "take bfloat16 by default. Set dtype to have the same everywhere",
+            chosen,
+        )

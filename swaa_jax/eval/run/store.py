@@ -13,7 +13,7 @@ A file is there in full or not at all: a run that was killed loses the batch tha
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from etils import epath
 
@@ -22,7 +22,10 @@ from swaa_jax.infer import Timings
 from swaa_jax.runs import fingerprint
 from swaa_jax.typing import PathLike
 
-__all__ = ["AnswerBatch", "CellStore"]
+__all__ = ["AnswerBatch", "AnswerRecord", "CellStore"]
+
+AnswerRecord: TypeAlias = Mapping[str, Any]
+"""An answer with what is known about it, as JSON's types."""
 
 _TIMING_FIELDS = tuple(field.name for field in dataclasses.fields(Timings))
 
@@ -31,7 +34,7 @@ _TIMING_FIELDS = tuple(field.name for field in dataclasses.fields(Timings))
 class AnswerBatch:
     """The answers of one batch, one a row, as JSON's types, and what they cost."""
 
-    rows: Sequence[Mapping[str, Any]]
+    rows: Sequence[AnswerRecord]
     timings: Timings
 
 
@@ -43,7 +46,7 @@ class CellStore:
         identity: everything that the answers depend on, as JSON's types.
     """
 
-    def __init__(self, output_dir: PathLike, identity: Mapping[str, Any]):
+    def __init__(self, output_dir: PathLike, identity: Mapping[str, object]):
         self._directory = epath.Path(output_dir) / "work" / fingerprint(identity)
         self._identity = dict(identity)
 
@@ -69,15 +72,19 @@ class CellStore:
         return AnswerBatch(rows=document["answers"], timings=Timings(**document["timings"]))
 
     def has_verdicts(self, key: str, batch: int) -> bool:
-        """Whether the batch has been judged; the key is the fingerprint of judge and references."""
-        return self._verdicts(key, batch).exists()
+        """Whether the batch has been judged, without failures of the judge; the key is the
+        fingerprint of judge and references.
+        """
+        if not self._verdicts(key, batch).exists():
+            return False
+        return not any(one.get("judge_failed") for one in self.read_verdicts(key, batch))
 
-    def write_verdicts(self, key: str, batch: int, verdicts: Sequence[Mapping[str, Any]]) -> None:
+    def write_verdicts(self, key: str, batch: int, verdicts: Sequence[AnswerRecord]) -> None:
         """Keep a batch's verdicts."""
         document = {"verdicts": [dict(verdict) for verdict in verdicts]}
         storage.write_json_atomic(self._verdicts(key, batch), document)
 
-    def read_verdicts(self, key: str, batch: int) -> list[dict[str, Any]]:
+    def read_verdicts(self, key: str, batch: int) -> list[AnswerRecord]:
         """What `write_verdicts` kept."""
         return json.loads(self._verdicts(key, batch).read_text())["verdicts"]
 

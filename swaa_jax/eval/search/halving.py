@@ -165,7 +165,7 @@ def search_policies(
     output_dir: str,
     *,
     config: SearchConfig | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
     progress: ShowProgress | None = None,
 ) -> SearchResult:
     """Search a space of policies.
@@ -247,7 +247,8 @@ def _grown(before: Candidate | None, cell: Cell, rounds: int) -> Candidate:
     """A candidate with a further round's scores and costs, a sample's attempts as their mean."""
     by_sample: dict[str, list[float]] = {}
     for answer in cell.answers:
-        by_sample.setdefault(answer["sample"], []).append(answer["score"])
+        if not answer.get("judge_failed"):
+            by_sample.setdefault(answer["sample"], []).append(answer["score"])
     scores = tuple(sum(scores) / len(scores) for scores in by_sample.values())
     lengths = {answer["sample"]: answer["prompt_tokens"] for answer in cell.answers}
     full_pairs = sum(length * (length + 1) / 2 for length in lengths.values())

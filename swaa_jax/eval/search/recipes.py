@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from swaa_jax.configs import list_configs
 from swaa_jax.costs import cache_bytes, prefill_attention_share
 from swaa_jax.models import CausalLM
-from swaa_jax.policy import Evidence, Needs, PolicyFile, load_policy_file
+from swaa_jax.policy import Evidence, LayerAttention, Needs, PolicyFile, load_policy_file
 
 __all__ = ["ModelSize", "Recipe", "list_recipes", "recommend"]
 
@@ -27,6 +27,8 @@ class ModelSize:
         name: of the model.
         num_layers, num_kv_heads, head_dim: its shape.
         weight_bytes: of all parameters.
+        context: the longest that it was made for.
+        own: what its layers see by its own config; empty: everything.
         cache_itemsize: bytes of a number in the caches.
     """
 
@@ -35,6 +37,8 @@ class ModelSize:
     num_kv_heads: int
     head_dim: int
     weight_bytes: int
+    context: int
+    own: tuple[LayerAttention, ...] = ()
     cache_itemsize: int = 2
 
     @classmethod
@@ -47,11 +51,26 @@ class ModelSize:
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             weight_bytes=weight_bytes,
+            context=config.max_position_embeddings,
+            own=config.own.resolve(config.num_layers),
+        )
+
+    def can_run(self, layers: Sequence[LayerAttention]) -> bool:
+        """Whether no layer sees more than the window that the model was trained with there."""
+        return all(
+            own.window is None
+            or (one.window is not None and one.window <= own.window and not one.full_decode)
+            for own, one in zip(self.own, layers, strict=False)
         )
 
 
 QWEN3_4B = ModelSize(
-    name="Qwen3-4B", num_layers=36, num_kv_heads=8, head_dim=128, weight_bytes=8_044_936_192
+    name="Qwen3-4B",
+    num_layers=36,
+    num_kv_heads=8,
+    head_dim=128,
+    weight_bytes=8_044_936_192,
+    context=262_144,  # of the 2507 models, which the paper runs
 )
 """The paper's model, in bfloat16: what is counted for where no model is given."""
 
@@ -89,21 +108,32 @@ def list_recipes(
 ) -> list[Recipe]:
     """All shipped policies that fit the model's layers, full attention first.
 
+    None widens a window that the model was trained with: Gemma's local layers have learned none
+    of what is beyond.
+
     Args:
         size: the model.
         context: tokens of a row.
         rows: rows that are in memory at once.
 
     Raises:
-        ValueError: a context or a number of rows below 1.
+        ValueError: a context or a number of rows below 1, a context beyond the model's, or a
+            model whose own windows are smaller than every recipe's.
     """
     for name, value in (("context", context), ("rows", rows)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
+    if context > size.context:
+        raise ValueError(
+            f"context: expected at most {size.context}, which {size.name} was made for, got "
+            f"{context}; take a shorter one, or extend the model with --config-override (YaRN)"
+        )
     found = []
     for name in list_configs("policies"):
         file = load_policy_file(name)
         layers = file.policy.resolve(size.num_layers, num_kv_heads=size.num_kv_heads)
+        if not size.can_run(layers):
+            continue
         row = cache_bytes(
             layers,
             tokens=context,
@@ -120,6 +150,13 @@ def list_recipes(
                 cache_bytes=row,
                 memory=size.weight_bytes + rows * row,
             )
+        )
+    if not found:
+        least = min(own.window for own in size.own if own.window is not None)
+        raise ValueError(
+            f"model: expected one that recipes fit, got {size.name}, whose own local layers have a "
+            f"window of {least}, less than every recipe's; run it under its own config, or write a "
+            "policy with a smaller window"
         )
     return sorted(found, key=lambda recipe: (recipe.file.name != "full", recipe.file.name))
 

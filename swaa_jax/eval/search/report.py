@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from etils import epath
 
@@ -31,7 +30,7 @@ def candidate_cells(candidate: Candidate, result: SearchResult) -> list[str]:
 
 
 def write_search(
-    result: SearchResult, directory: PathLike, *, command: str, asked: Mapping[str, Any]
+    result: SearchResult, directory: PathLike, *, command: str, asked: Mapping[str, object]
 ) -> dict[str, epath.Path]:
     """Write `search.json`, `search.png`, and `policy.yaml` where a policy was chosen.
 
@@ -75,7 +74,7 @@ def write_search(
     return paths
 
 
-def _plain(candidate: Candidate) -> dict[str, Any]:
+def _plain(candidate: Candidate) -> dict[str, object]:
     return {
         "policy": candidate.policy.to_dict(),
         "summary": str(candidate.policy),

@@ -1,13 +1,12 @@
 """What models are asked. Each task is a small file; `docs/add-a-task.md` says how to add one."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from swaa_jax.eval.tasks.longbench_v2 import LongBenchV2Task
 from swaa_jax.eval.tasks.longmemeval import LongMemEvalTask
 from swaa_jax.eval.tasks.question_answering import QaTask
 from swaa_jax.eval.tasks.ruler.task import RulerTask
-from swaa_jax.eval.tasks.task import Sample, Task, encode_sample, opens_thinking
+from swaa_jax.eval.tasks.task import Sample, Task, encode_sample
 from swaa_jax.fields import from_mapping, one_of
 
 __all__ = [
@@ -20,7 +19,6 @@ __all__ = [
     "RulerTask",
     "encode_sample",
     "make_task",
-    "opens_thinking",
 ]
 
 TASKS: Mapping[str, type[Task]] = {
@@ -32,7 +30,7 @@ TASKS: Mapping[str, type[Task]] = {
 """Every task by its name."""
 
 
-def make_task(name: str, **settings: Any) -> Task:
+def make_task(name: str, **settings: object) -> Task:
     """The task of that name.
 
     Args:

@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from swaa_jax.eval.tasks.files import FileTask
 from swaa_jax.eval.tasks.task import Sample
@@ -63,7 +63,7 @@ class LongBenchV2Task(FileTask):
     """
 
     name: ClassVar[str] = "longbench_v2"
-    judge: ClassVar[Mapping[str, Any]] = {"name": "regex"}
+    judge: ClassVar[Mapping[str, object]] = {"name": "regex"}
     # The paper's. The benchmark's own is 128, within which instruct models that reason first say
     # nothing.
     max_new_tokens: ClassVar[int] = 2000
@@ -166,7 +166,7 @@ class LongBenchV2Task(FileTask):
 def _some(*known: str) -> Check[tuple[str, ...] | None]:
     """A check of None, or of one text or several, which are among the known ones if there are."""
 
-    def check(name: str, value: Any) -> tuple[str, ...] | None:
+    def check(name: str, value: object) -> tuple[str, ...] | None:
         if value is None:
             return None
         found = texts(name, value)

@@ -13,7 +13,7 @@ import logging
 import random
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from swaa_jax.eval.tasks.files import FileTask
 from swaa_jax.eval.tasks.task import Sample
@@ -90,7 +90,7 @@ class LongMemEvalTask(FileTask):
     """
 
     name: ClassVar[str] = "longmemeval"
-    judge: ClassVar[Mapping[str, Any]] = {"name": "llm"}
+    judge: ClassVar[Mapping[str, object]] = {"name": "llm"}
     max_new_tokens: ClassVar[int] = 2000  # the paper's
 
     min_tokens: int = 16_000

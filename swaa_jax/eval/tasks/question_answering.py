@@ -9,13 +9,14 @@ What a record asks and what is right is read as `swaa_jax.examples` says: `promp
 import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from etils import epath
 
+from swaa_jax.chats import Message, Tools
 from swaa_jax.eval.tasks.files import FileTask
 from swaa_jax.eval.tasks.task import Sample
-from swaa_jax.examples import Message, read_example
+from swaa_jax.examples import Example, read_example, warn_unused
 from swaa_jax.fields import integer, or_none
 from swaa_jax.records import Record, find_files, open_records
 from swaa_jax.typing import PathLike
@@ -37,6 +38,7 @@ class Question:
         question: the question without its context, where the record has it apart.
         kind: what results are broken down by.
         messages: the chat; empty where it is the prompt alone.
+        tools: what the chat template is told of.
     """
 
     id: str
@@ -45,6 +47,7 @@ class Question:
     question: str = ""
     kind: str = ""
     messages: tuple[Message, ...] = ()
+    tools: Tools = None
 
 
 def read_questions(path: PathLike, *, limit: int | None = None) -> list[Question]:
@@ -72,7 +75,7 @@ class QaTask(FileTask):
     """
 
     name: ClassVar[str] = "qa"
-    judge: ClassVar[Mapping[str, Any]] = {"name": "includes"}
+    judge: ClassVar[Mapping[str, object]] = {"name": "includes"}
     max_new_tokens: ClassVar[int] = 512
 
     @property
@@ -94,17 +97,24 @@ class QaTask(FileTask):
                 references=question.references,
                 question=question.question or question.prompt,
                 kind=question.kind,
+                tools=question.tools,
             )
             for question in _questions(itertools.islice(self.records(), self.limit))
         ]
 
 
 def _questions(records: Iterable[Record]) -> list[Question]:
-    return [_question(record, number) for number, record in enumerate(records)]
+    questions, unused = [], dict[str, None]()
+    for number, record in enumerate(records):
+        example = read_example(record)
+        questions.append(_question(example, number))
+        unused |= dict.fromkeys(example.unused)
+    warn_unused(unused)
+    return questions
 
 
-def _question(record: Record, number: int) -> Question:
-    example = read_example(record)
+def _question(example: Example, number: int) -> Question:
+    record = example.record
     messages = [_spoken(record, at, message) for at, message in enumerate(example.asked)]
     if messages[-1]["role"] != "user":
         raise record.wrong(
@@ -118,12 +128,13 @@ def _question(record: Record, number: int) -> Question:
         question=example.question,
         kind=example.kind,
         messages=tuple(messages) if is_chat else (),
+        tools=example.tools,
     )
 
 
 def _spoken(record: Record, at: int, message: Message) -> Message:
-    """Role and content of a message, which is a text."""
-    content = message["content"]
-    if not isinstance(content, str) or not content.strip():
-        raise record.wrong(f"messages[{at}].content", "a text that is not empty", content)
-    return {"role": message["role"], "content": content}
+    """A message that says something."""
+    if not message["content"].strip() and not message.get("tool_calls"):
+        expected = "a text that is not empty"
+        raise record.wrong(f"messages[{at}].content", expected, message["content"])
+    return message

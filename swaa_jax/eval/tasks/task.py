@@ -2,13 +2,18 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from swaa_jax.chats import ChatError, Tools, render_chat
+from swaa_jax.infer import opens_thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Sample", "Task", "encode_sample", "opens_thinking"]
+__all__ = ["Sample", "Task", "encode_sample"]
+
+_LONGEST_ID = 80  # characters of an id in a message
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,6 +23,7 @@ class Sample:
     Attributes:
         id: names it in the results; distinct within a task.
         messages: the chat, never templated: `{"role": ..., "content": ...}` each.
+        tools: what the chat template is told of.
         references: right answers; the task's judge says whether any of them will do or all are
             wanted.
         question: what is asked, short enough for a report and for a judge: without the context.
@@ -29,12 +35,13 @@ class Sample:
     """
 
     id: str
-    messages: tuple[Mapping[str, str], ...]
+    messages: tuple[Mapping[str, Any], ...]
     references: tuple[str, ...]
     question: str
     answer_prefix: str = ""
     kind: str = ""
     grading: str = ""
+    tools: Tools = None
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -50,7 +57,7 @@ class Task(abc.ABC):
     """
 
     name: ClassVar[str]
-    judge: ClassVar[Mapping[str, Any]]
+    judge: ClassVar[Mapping[str, object]]
     max_new_tokens: ClassVar[int]
 
     @property
@@ -99,32 +106,31 @@ def encode_sample(
     Args:
         sample: what to ask.
         tokenizer: a Transformers tokenizer.
-        thinking: the template's `enable_thinking`; without it the answer's prefix is added.
+        thinking: the template's `enable_thinking`; without it the answer's prefix is added, unless
+            the template opens a thought all the same.
         chat_template_kwargs: more variables for the template.
 
     Raises:
-        ValueError: a chat of several messages for a tokenizer without a template.
+        ValueError: a chat that the template does not take or leaves a part of out, or one of
+            several messages for a tokenizer without a template.
     """
     prefix = "" if thinking else sample.answer_prefix
     if getattr(tokenizer, "chat_template", None):
-        text: Any = tokenizer.apply_chat_template(
-            [dict(message) for message in sample.messages],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=thinking,
-            **(chat_template_kwargs or {}),
-        )
+        variables = {"enable_thinking": thinking, **(chat_template_kwargs or {})}
+        try:
+            text = render_chat(
+                tokenizer, sample.messages, tools=sample.tools, variables=variables
+            ).text
+        except ChatError as error:
+            raise ValueError(f"sample {sample.id[:_LONGEST_ID]}: {error}") from error
+        if prefix and opens_thinking(tokenizer, text):
+            prefix = ""  # it would be the thought's
         # The template brings its own BOS.
         return list(tokenizer(text + prefix, add_special_tokens=False)["input_ids"])
-    if len(sample.messages) != 1:
+    if len(sample.messages) != 1 or sample.tools:
         raise ValueError(
-            f"sample {sample.id}: expected one message, since the tokenizer has no chat template, "
-            f"got {len(sample.messages)}"
+            f"sample {sample.id[:_LONGEST_ID]}: expected one message and no tools, since the "
+            f"tokenizer has no chat template, got {len(sample.messages)} and "
+            f"{len(sample.tools or ())}"
         )
     return list(tokenizer(sample.messages[0]["content"] + prefix)["input_ids"])
-
-
-def opens_thinking(tokenizer: "PreTrainedTokenizerBase", prompt_ids: Sequence[int]) -> bool:
-    """Whether the prompt ends within `<think>`, as thinking templates' do."""
-    end = str(tokenizer.decode(list(prompt_ids[-16:])))
-    return end.rfind("<think>") > end.rfind("</think>")

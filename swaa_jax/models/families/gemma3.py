@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from swaa_jax.fields import check_keys, mapping, show
 from swaa_jax.models.config import DecoderConfig
+from swaa_jax.models.config_types import HfConfig
 from swaa_jax.models.gemma import GemmaConfig
 from swaa_jax.models.interop import FULL, WINDOWED
 from swaa_jax.models.rope import parse_rope
@@ -15,9 +17,25 @@ class Gemma3Config(GemmaConfig):
     model_type: ClassVar[str] = "gemma3_text"
     architecture: ClassVar[str] = "Gemma3ForCausalLM"
 
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **GemmaConfig.defaults,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "rope_local_base_freq": 10_000.0,
+        "sliding_window_pattern": 6,
+        "use_bidirectional_attention": False,
+    }
+    default_theta: ClassVar[float] = 1_000_000.0
+
     @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
         """The fields of both Gemmas, with q/k norms and a rope of the local layers."""
+        if hf["attn_logit_softcapping"] is not None:
+            raise NotImplementedError(
+                "config.attn_logit_softcapping: expected null, since Gemma 3's scores have no cap "
+                f"(Transformers drops the field), got {hf['attn_logit_softcapping']}; set it to "
+                "null"
+            )
         return {
             **super().family_fields(hf),
             "qk_norm": True,
@@ -25,45 +43,33 @@ class Gemma3Config(GemmaConfig):
         }
 
     @classmethod
-    def layer_kinds(cls, hf: Mapping[str, Any]) -> Sequence[str]:
+    def layer_kinds(cls, hf: HfConfig) -> Sequence[str]:
         """`layer_types`, or every so many-th layer global."""
-        if hf.get("layer_types") is not None:
+        if hf["layer_types"] is not None:
             return hf["layer_types"]
-        pattern = hf.get("sliding_window_pattern")
-        if pattern is None:
-            raise ValueError(
-                "config: expected layer_types or sliding_window_pattern, got neither; complete "
-                "config.json"
-            )
         layers = range(1, hf["num_hidden_layers"] + 1)
-        return [WINDOWED if layer % pattern else FULL for layer in layers]
+        return [WINDOWED if layer % hf["sliding_window_pattern"] else FULL for layer in layers]
 
     @classmethod
-    def from_hf(
-        cls, hf: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
-    ) -> "DecoderConfig":
+    def from_hf(cls, hf: HfConfig, overrides: Mapping[str, Any] | None = None) -> "DecoderConfig":
         """As `DecoderConfig.from_hf`; of the ropes the newer form is kept, one for each kind."""
+        ropes = _ropes(hf, default_theta=cls.default_theta)
         local_theta = (overrides or {}).get("rope_local_base_freq")
-        return super().from_hf({**hf, "rope_parameters": _ropes(hf, local_theta)}, overrides)
+        if local_theta is not None:
+            ropes[WINDOWED]["rope_theta"] = local_theta
+        return super().from_hf({**hf, "rope_parameters": ropes}, overrides)
 
     @classmethod
-    def rope_settings(cls, hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    def rope_settings(cls, hf: HfConfig) -> HfConfig:
         """The global layers' rope."""
         return {**hf, "rope_parameters": hf["rope_parameters"][FULL]}
 
-    @classmethod
-    def hf_fields(cls) -> frozenset[str]:
-        """The fields of both Gemmas and this family's own."""
-        return super().hf_fields() | {"rope_local_base_freq", "sliding_window_pattern"}
-
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """Another window for the local layers: a layer's kind chooses its rope too, so it stays.
 
         No window is one that is as long as the context.
         """
-        local = {
-            i for i, layer in enumerate(self.own.resolve(self.num_layers)) if not layer.is_full
-        }
+        local = set(self.local_layers)
         wanted = {index for index, kind in enumerate(kinds) if kind == WINDOWED}
         if window is None:
             return {"sliding_window": self.max_position_embeddings}
@@ -75,24 +81,26 @@ class Gemma3Config(GemmaConfig):
         return {"sliding_window": window}
 
 
-def _ropes(hf: Mapping[str, Any], local_theta: float | None) -> dict[str, dict[str, Any]]:
-    """Each kind's settings. Older files say them as `rope_theta`, `rope_scaling` (of the global
-    layers only) and `rope_local_base_freq`.
+def _ropes(hf: HfConfig, *, default_theta: float) -> dict[str, dict[str, Any]]:
+    """The settings of each kind of layer. Older files say them as `rope_theta`, `rope_scaling` (of
+    the global layers only) and `rope_local_base_freq`.
     """
-    by_kind = dict(hf.get("rope_parameters") or {})
-    if FULL not in by_kind:
-        local = hf.get("rope_local_base_freq") if local_theta is None else local_theta
-        if hf.get("rope_theta") is None or local is None:
-            raise ValueError(
-                "config: expected rope_theta and rope_local_base_freq, or rope_parameters with "
-                f"{FULL!r} and {WINDOWED!r}, got {sorted(k for k in hf if k.startswith('rope'))}; "
-                "there are no defaults"
-            )
-        scaling = hf.get("rope_scaling") or {"rope_type": "default"}
-        by_kind = {
-            FULL: {**scaling, "rope_theta": hf["rope_theta"]},
-            WINDOWED: {"rope_type": "default", "rope_theta": local},
-        }
-    elif local_theta is not None:
-        by_kind[WINDOWED] = {**by_kind[WINDOWED], "rope_theta": local_theta}
-    return by_kind
+    stated = hf.get("rope_parameters") or {}
+    check_keys("config.rope_parameters", stated, (FULL, WINDOWED), "one mapping for each kind")
+    ropes: dict[str, dict[str, Any]] = {}
+    for kind in (FULL, WINDOWED):
+        settings = stated.get(kind)
+        ropes[kind] = mapping(
+            f"config.rope_parameters.{kind}", {} if settings is None else settings
+        )
+    if not ropes[FULL]:
+        ropes[FULL] = dict(hf.get("rope_scaling") or {})
+    local_theta = hf.get("rope_local_base_freq", 10_000.0)
+    for kind, theta in ((FULL, hf.get("rope_theta", default_theta)), (WINDOWED, local_theta)):
+        ropes[kind] = {"rope_type": "default", "rope_theta": theta, **ropes[kind]}
+    if hf.get("rope_local_base_freq") not in (None, ropes[WINDOWED]["rope_theta"]):
+        raise ValueError(
+            f"config.rope_local_base_freq: expected {show(ropes[WINDOWED]['rope_theta'])}, as in "
+            f"rope_parameters, got {show(hf['rope_local_base_freq'])}; keep one of them"
+        )
+    return ropes

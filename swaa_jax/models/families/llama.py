@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from swaa_jax.models.config import DecoderConfig
+from swaa_jax.models.config import COMMON_DEFAULTS, DecoderConfig
+from swaa_jax.models.config_types import HfConfig
 
 
 class LlamaConfig(DecoderConfig):
@@ -12,12 +13,15 @@ class LlamaConfig(DecoderConfig):
     model_type: ClassVar[str] = "llama"
     architecture: ClassVar[str] = "LlamaForCausalLM"
 
-    @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """Optional biases of the feed-forward blocks too."""
-        return {"mlp_bias": bool(hf.get("mlp_bias", False))}
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **COMMON_DEFAULTS,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
 
     @classmethod
-    def hf_fields(cls) -> frozenset[str]:
-        """The common fields and this family's own."""
-        return super().hf_fields() | {"mlp_bias"}
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
+        """Optional biases of the feed-forward blocks too."""
+        return {"mlp_bias": hf["mlp_bias"]}

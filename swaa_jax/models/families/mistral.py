@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from swaa_jax.models.config import DecoderConfig, layer_kinds_policy
+from swaa_jax.models.config import COMMON_DEFAULTS, DecoderConfig, local_fields
+from swaa_jax.models.config_types import HfConfig
 
 
 class MistralConfig(DecoderConfig):
@@ -12,23 +13,26 @@ class MistralConfig(DecoderConfig):
     model_type: ClassVar[str] = "mistral"
     architecture: ClassVar[str] = "MistralForCausalLM"
 
-    @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """The window of all layers."""
-        return {"own": layer_kinds_policy(hf, cls.layer_kinds(hf), hf.get("sliding_window"))}
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **COMMON_DEFAULTS,
+        "num_key_value_heads": 8,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "sliding_window": 4096,
+    }
 
     @classmethod
-    def layer_kinds(cls, hf: Mapping[str, Any]) -> list[str] | None:
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
+        """The window of all layers."""
+        return local_fields(hf, cls.layer_kinds(hf), hf["sliding_window"])
+
+    @classmethod
+    def layer_kinds(cls, hf: HfConfig) -> list[str] | None:
         """Each layer's kind; None: all are windowed."""
         del hf
         return None
 
-    @classmethod
-    def hf_fields(cls) -> frozenset[str]:
-        """The common fields, less the bias that there never is, and the window."""
-        return super().hf_fields() - {"attention_bias"} | {"sliding_window"}
-
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """One window for all layers; where they differ the model is a Ministral, same weights."""
         if len(set(kinds)) == 1:
             return {"sliding_window": window}
@@ -45,18 +49,14 @@ class MinistralConfig(MistralConfig):
 
     model_type: ClassVar[str] = "ministral"
     architecture: ClassVar[str] = "MinistralForCausalLM"
+    defaults: ClassVar[Mapping[str, Any]] = {**MistralConfig.defaults, "layer_types": None}
 
     @classmethod
-    def layer_kinds(cls, hf: Mapping[str, Any]) -> list[str] | None:
+    def layer_kinds(cls, hf: HfConfig) -> list[str] | None:
         """What `layer_types` says."""
-        return hf.get("layer_types")
+        return hf["layer_types"]
 
-    @classmethod
-    def hf_fields(cls) -> frozenset[str]:
-        """Mistral's fields, and the layers' kinds."""
-        return super().hf_fields() | {"layer_types"}
-
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """A kind for each layer. Transformers wants a window there even where no layer has it."""
         return {
             "sliding_window": window or self.max_position_embeddings,

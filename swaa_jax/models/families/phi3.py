@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 from swaa_jax.checkpoint.keymap import WeightRule
 from swaa_jax.models import weight_rules as weights
 from swaa_jax.models.causal_lm import CausalLM
-from swaa_jax.models.config import DecoderConfig, layer_kinds_policy
+from swaa_jax.models.config import COMMON_DEFAULTS, DecoderConfig, local_fields
+from swaa_jax.models.config_types import HfConfig
 from swaa_jax.models.interop import one_window
 
 
@@ -23,20 +24,20 @@ class Phi3Config(DecoderConfig):
     # Transformers takes any other type for longrope, whose reason for refusal `parse_rope` gives.
     rope_types: ClassVar[tuple[str, ...]] = ("default",)
 
-    @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """Head size from the width, no biases, and the window of all layers."""
-        return {
-            "head_dim": hf["hidden_size"] // hf["num_attention_heads"],
-            "own": layer_kinds_policy(hf, None, hf.get("sliding_window")),
-        }
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **COMMON_DEFAULTS,
+        "bos_token_id": 1,
+        "eos_token_id": 32000,
+        "pad_token_id": 32000,
+        "sliding_window": None,
+    }
 
     @classmethod
-    def hf_fields(cls) -> frozenset[str]:
-        """The common fields, less biases and a head size that there never are, and the window."""
-        return super().hf_fields() - {"attention_bias", "head_dim"} | {"sliding_window"}
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
+        """The window of all layers."""
+        return local_fields(hf, None, hf["sliding_window"])
 
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """One window for all layers."""
         return {"sliding_window": one_window(kinds, window)}
 

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from swaa_jax.models.config import DecoderConfig, windowed_layers_policy
+from swaa_jax.models.config import COMMON_DEFAULTS, DecoderConfig, switched_local_fields
+from swaa_jax.models.config_types import HfConfig
 from swaa_jax.models.interop import kinds_fields
 
 
@@ -13,17 +14,20 @@ class Qwen2Config(DecoderConfig):
     model_type: ClassVar[str] = "qwen2"
     architecture: ClassVar[str] = "Qwen2ForCausalLM"
 
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **COMMON_DEFAULTS,
+        "num_key_value_heads": 32,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "layer_types": None,
+    }
+
     @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
         """Fixed biases, and the window of files that use one."""
-        return {"attention_bias": True, "own": windowed_layers_policy(hf)}
+        return {"attention_bias": True, "output_bias": False, **switched_local_fields(hf)}
 
-    @classmethod
-    def hf_fields(cls) -> frozenset[str]:
-        """The common fields, less the bias that is fixed, and this family's own."""
-        window = {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
-        return super().hf_fields() - {"attention_bias"} | window
-
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """A kind for each layer."""
         return kinds_fields(kinds, window)

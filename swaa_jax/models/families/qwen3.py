@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from swaa_jax.models.config import DecoderConfig, windowed_layers_policy
+from swaa_jax.models.config import COMMON_DEFAULTS, DecoderConfig, switched_local_fields
+from swaa_jax.models.config_types import HfConfig
 from swaa_jax.models.interop import kinds_fields
 
 
@@ -13,21 +14,22 @@ class Qwen3Config(DecoderConfig):
     model_type: ClassVar[str] = "qwen3"
     architecture: ClassVar[str] = "Qwen3ForCausalLM"
 
-    @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """Explicit head size, q/k norms, and the window of files that use one."""
-        return {
-            "head_dim": hf.get("head_dim") or 128,  # Transformers' Qwen3 default
-            "qk_norm": True,
-            "own": windowed_layers_policy(hf),
-        }
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **COMMON_DEFAULTS,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "layer_types": None,
+    }
 
     @classmethod
-    def hf_fields(cls) -> frozenset[str]:
-        """The common fields and this family's own."""
-        window = {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
-        return super().hf_fields() | window
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
+        """q/k norms, and the window of files that use one."""
+        return {"qk_norm": True, **switched_local_fields(hf)}
 
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """A kind for each layer."""
         return kinds_fields(kinds, window)

@@ -4,18 +4,17 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
 
 from swaa_jax.checkpoint.keymap import Transform, WeightRule
+from swaa_jax.fields import show
 from swaa_jax.models import weight_rules as weights
-from swaa_jax.models.blocks import DecoderLayer, FeedForward, RouterStatistics, Rows
+from swaa_jax.models.blocks import DecoderLayer, FeedForward, Initial, RouterStatistics, Rows
 from swaa_jax.models.causal_lm import CausalLM
-from swaa_jax.models.config import DecoderConfig
+from swaa_jax.models.config import COMMON_DEFAULTS, DecoderConfig, local_fields
+from swaa_jax.models.config_types import HfConfig
 from swaa_jax.models.interop import one_window
 from swaa_jax.models.moe import SparseMLP, load_balancing_loss
-from swaa_jax.policy import AttentionPolicy
 
 _EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
@@ -35,6 +34,18 @@ class Qwen3MoeConfig(DecoderConfig):
 
     model_type: ClassVar[str] = "qwen3_moe"
     architecture: ClassVar[str] = "Qwen3MoeForCausalLM"
+
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **COMMON_DEFAULTS,
+        "num_key_value_heads": 4,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": None,
+    }
+    also_required: ClassVar[tuple[str, ...]] = _EXPERTS
 
     num_experts: int
     num_experts_per_tok: int
@@ -57,6 +68,12 @@ class Qwen3MoeConfig(DecoderConfig):
             )
 
     @property
+    def sizes(self) -> dict[str, Any]:
+        """The common ones, and the experts'."""
+        names = (*_EXPERTS, "decoder_sparse_step", "mlp_only_layers")
+        return super().sizes | {name: getattr(self, name) for name in names}
+
+    @property
     def expert_share(self) -> float:
         """The part of a layer's experts that a token goes to."""
         return self.num_experts_per_tok / self.num_experts if self.num_experts else 1.0
@@ -70,29 +87,31 @@ class Qwen3MoeConfig(DecoderConfig):
         )
 
     @classmethod
-    def family_fields(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+    def family_fields(cls, hf: HfConfig) -> dict[str, Any]:
         """Qwen3's fields, the experts', and the window that all layers share where there is one."""
-        # Transformers 5 writes `num_local_experts`, files of version 4 have `num_experts`.
-        hf = {"num_experts": hf.get("num_local_experts"), **hf}
-        cls.require(hf, _EXPERTS)
-        window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
+        window = hf["sliding_window"] if hf["use_sliding_window"] else None
         return {
             "qk_norm": True,
-            "own": AttentionPolicy(window=window),
-            **{name: hf[name] for name in _EXPERTS},
-            "norm_topk_prob": bool(hf.get("norm_topk_prob", False)),
-            "decoder_sparse_step": hf.get("decoder_sparse_step", 1),
-            "mlp_only_layers": tuple(hf.get("mlp_only_layers") or ()),
+            **local_fields(hf, None, window),
+            **{name: hf[name] for name in (*_EXPERTS, "norm_topk_prob", "decoder_sparse_step")},
+            "mlp_only_layers": tuple(hf["mlp_only_layers"] or ()),
         }
 
     @classmethod
-    def hf_fields(cls) -> frozenset[str]:
-        """The common fields and this family's own."""
-        layers = {"norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"}
-        window = {"use_sliding_window", "sliding_window"}
-        return super().hf_fields() | frozenset(_EXPERTS) | layers | window
+    def from_hf(cls, hf: HfConfig, overrides: Mapping[str, Any] | None = None) -> "DecoderConfig":
+        """As `DecoderConfig.from_hf`. Transformers 5 writes `num_local_experts`, files of version 4
+        have `num_experts`, which stays.
+        """
+        rest = {name: value for name, value in hf.items() if name != "num_local_experts"}
+        count = hf.get("num_local_experts", hf.get("num_experts"))
+        if hf.get("num_experts", count) != count:
+            raise ValueError(
+                f"config.num_experts: expected {show(count)}, as in num_local_experts, got "
+                f"{show(hf['num_experts'])}; keep one of them"
+            )
+        return super().from_hf({**rest, "num_experts": count}, overrides)
 
-    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """One window for all layers."""
         window = one_window(kinds, window)
         return {"use_sliding_window": window is not None, "sliding_window": window}
@@ -102,12 +121,11 @@ class Qwen3MoeLayer(DecoderLayer):
     """A decoder layer with experts where the config says so."""
 
     def make_mlp(
-        self, config: Qwen3MoeConfig, *, index: int, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
+        self, config: Qwen3MoeConfig, *, index: int, initial: Initial
     ) -> Callable[[Array, Rows], FeedForward]:
         """Experts, or one dense block."""
-        weights = {"std": std, "dtype": dtype, "rngs": rngs}
         if not config.is_sparse(index):
-            return super().make_mlp(config, index=index, **weights)
+            return super().make_mlp(config, index=index, initial=initial)
         return SparseMLP(
             num_experts=config.num_experts,
             num_per_token=config.num_experts_per_tok,
@@ -115,7 +133,7 @@ class Qwen3MoeLayer(DecoderLayer):
             width=config.hidden_size,
             inner=config.moe_intermediate_size,
             hidden_act=config.hidden_act,
-            **weights,
+            initial=initial,
         )
 
 

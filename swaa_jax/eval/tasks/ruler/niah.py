@@ -6,7 +6,7 @@ Source: arXiv 2404.06654, NVIDIA/RULER `scripts/data/synthetic/niah.py`, `script
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from swaa_jax.eval.tasks.ruler import text
 from swaa_jax.eval.tasks.ruler.prompts import (
@@ -78,43 +78,30 @@ NIAH_TASKS: Mapping[str, NiahConfig] = {
 
 
 def niah(
-    tokenizer: "PreTrainedTokenizerBase",
+    renderer: Renderer,
     config: NiahConfig,
     *,
     num_samples: int,
     target_length: int,
     seed: int,
-    enable_thinking: bool = False,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    use_chat_template: bool | None = None,
     always_plural: bool = False,
 ) -> list[RulerSample]:
     """Samples of a needle task.
 
     Args:
-        tokenizer: a Transformers tokenizer.
+        renderer: makes the prompts; see `Renderer.of`.
         config: which task.
         num_samples: how many; sample i does not depend on it.
         target_length: tokens of the whole prompt: template, haystack, question and answer prefix.
             Met within 1% and never exceeded.
         seed: of keys, values, depths and filler. The same needles stand in every haystack type and
             length.
-        enable_thinking: passed to the chat template. When true nothing is put after the template's
-            generation prompt; when false RULER's answer prefix is.
-        chat_template_kwargs: more arguments for the template.
-        use_chat_template: None: if the tokenizer has one.
         always_plural: word a question for a single value as RULER words those for several.
 
     Raises:
         ValueError: fewer than 0 samples, or a target too short for the question or for its 1%.
     """
     integer(least=0)("num_samples", num_samples)
-    renderer = Renderer.of(
-        tokenizer,
-        enable_thinking=enable_thinking,
-        chat_template_kwargs=chat_template_kwargs,
-        use_chat_template=use_chat_template,
-    )
     several = always_plural or config.num_queries * config.num_values > 1
     wording = text.needle_wording(config.value_kind, several=several)
     return [
@@ -133,23 +120,26 @@ def niah_multiquery(
     num_keys: int = 4,
     num_queries: int = 4,
     enable_thinking: bool = False,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
+    chat_template_kwargs: Mapping[str, object] | None = None,
     use_chat_template: bool | None = None,
 ) -> list[RulerSample]:
     """Samples of RULER's multi-query task, worded for several values whatever `num_queries` is.
 
     The SWAA paper's setting (arXiv 2512.10411, section 4.1) is the default. Arguments and errors
-    are those of `NiahConfig` and `niah`.
+    are those of `NiahConfig`, `Renderer.of` and `niah`.
     """
-    return niah(
+    renderer = Renderer.of(
         tokenizer,
+        enable_thinking=enable_thinking,
+        chat_template_kwargs=chat_template_kwargs,
+        use_chat_template=use_chat_template,
+    )
+    return niah(
+        renderer,
         NiahConfig(haystack=haystack, num_keys=num_keys, num_queries=num_queries),
         num_samples=num_samples,
         target_length=target_length,
         seed=seed,
-        enable_thinking=enable_thinking,
-        chat_template_kwargs=chat_template_kwargs,
-        use_chat_template=use_chat_template,
         always_plural=True,
     )
 

@@ -2,11 +2,13 @@
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from swaa_jax.chats import render_chat
 from swaa_jax.eval.tasks.ruler import text
 from swaa_jax.eval.tasks.ruler.essay import essay_sentences
+from swaa_jax.infer import opens_thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,47 +81,57 @@ class Renderer:
 
     Attributes:
         tokenizer: a Transformers tokenizer.
-        enable_thinking: passed to the template; the answer's prefix is then left out.
+        enable_thinking: passed to the template.
         template_kwargs: more arguments for the template; None: no template.
+        thinks: the answer's prefix is left out, since the model thinks first: it is asked to, or
+            the template opens a thought in either mode.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
     enable_thinking: bool
     template_kwargs: dict[str, Any] | None
+    thinks: bool
 
     @classmethod
     def of(
         cls,
         tokenizer: "PreTrainedTokenizerBase",
         *,
-        enable_thinking: bool,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        enable_thinking: bool = False,
+        chat_template_kwargs: Mapping[str, object] | None = None,
         use_chat_template: bool | None = None,
     ) -> "Renderer":
-        """With the tokenizer's template if it has one, unless `use_chat_template` says."""
+        """A renderer for a tokenizer.
+
+        Args:
+            tokenizer: a Transformers tokenizer.
+            enable_thinking: passed to the chat template. When true nothing is put after the
+                template's generation prompt; when false RULER's answer prefix is, unless the
+                template opens a thought all the same.
+            chat_template_kwargs: more arguments for the template.
+            use_chat_template: None: if the tokenizer has one.
+        """
         if use_chat_template is None:
             use_chat_template = bool(getattr(tokenizer, "chat_template", None))
-        return cls(
+        renderer = cls(
             tokenizer=tokenizer,
             enable_thinking=enable_thinking,
             template_kwargs=dict(chat_template_kwargs or {}) if use_chat_template else None,
+            thinks=enable_thinking,
         )
+        if enable_thinking or not use_chat_template:
+            return renderer
+        return replace(renderer, thinks=opens_thinking(tokenizer, renderer.render("Q", "").prompt))
 
     def render(self, content: str, answer_prefix: str) -> Rendered:
         """The prompt of a user's text."""
         messages = [{"role": "user", "content": content}]
-        prefix = "" if self.enable_thinking else answer_prefix
+        prefix = "" if self.thinks else answer_prefix
         if self.template_kwargs is None:
             prompt = content + prefix
         else:
-            rendered: Any = self.tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=self.enable_thinking,
-                **self.template_kwargs,
-            )
-            prompt = rendered + prefix
+            variables = {"enable_thinking": self.enable_thinking, **self.template_kwargs}
+            prompt = render_chat(self.tokenizer, messages, variables=variables).text + prefix
         # A rendered template brings its own BOS; bare text gets whatever the tokenizer adds.
         ids = self.tokenizer.encode(prompt, add_special_tokens=self.template_kwargs is None)
         return Rendered(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from swaa_jax.eval.tasks.ruler import (
     HAYSTACKS,
     NIAH_TASKS,
+    Renderer,
     RulerSample,
     common_words,
     frequent_words,
@@ -42,7 +43,7 @@ class RulerTask(Task):
     """
 
     name: ClassVar[str] = "ruler"
-    judge: ClassVar[Mapping[str, Any]] = {"name": "ruler"}
+    judge: ClassVar[Mapping[str, object]] = {"name": "ruler"}
     max_new_tokens: ClassVar[int] = 128
 
     variant: str = "niah_multiquery"
@@ -98,12 +99,12 @@ class RulerTask(Task):
             "num_samples": self.num_samples,
             "target_length": self.length,
             "seed": self.seed,
-            "enable_thinking": thinking,
         }
+        renderer = Renderer.of(tokenizer, enable_thinking=thinking)
         if self.variant in NIAH_TASKS:
             config = NIAH_TASKS[self.variant]
             if self.haystack is not None:
                 config = dataclasses.replace(config, haystack=self.haystack)
-            return niah(tokenizer, config, **shared)
+            return niah(renderer, config, **shared)
         generate = {"vt": variable_tracking, "cwe": common_words, "fwe": frequent_words}
-        return generate[self.variant](tokenizer, **shared)
+        return generate[self.variant](renderer, **shared)

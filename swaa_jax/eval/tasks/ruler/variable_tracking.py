@@ -11,43 +11,39 @@ Source: NVIDIA/RULER `scripts/data/synthetic/variable_tracking.py`.
 import itertools
 import random
 import string
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from swaa_jax.eval.tasks.ruler import text
 from swaa_jax.eval.tasks.ruler.prompts import Filler, Rendered, Renderer, RulerSample, fit_units
 from swaa_jax.fields import integer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 _EXAMPLE_TOKENS, _EXAMPLE_UNITS = 500, 5
 """The example's question fills so many tokens with noise, but has so many units of it at least."""
 
 
 def variable_tracking(
-    tokenizer: "PreTrainedTokenizerBase",
+    renderer: Renderer,
     *,
     num_samples: int,
     target_length: int,
     seed: int,
     num_chains: int = 1,
     num_hops: int = 4,
-    enable_thinking: bool = False,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    use_chat_template: bool | None = None,
 ) -> list[RulerSample]:
     """Samples of variable tracking.
 
     Args:
-        tokenizer: a Transformers tokenizer.
+        renderer: makes the prompts; see `Renderer.of`.
         num_samples: how many; sample i does not depend on it.
         target_length: tokens of the whole prompt, the example included. Met within 1% and never
             exceeded.
         seed: of names, values, places and the example.
         num_chains: chains hidden; the first one is asked for.
         num_hops: assignments of a chain after the first: it has one variable more.
-        enable_thinking, chat_template_kwargs, use_chat_template: as in `niah`.
 
     Raises:
         ValueError: counts below 1, or a target too short for the example and the question.
@@ -55,12 +51,6 @@ def variable_tracking(
     integer(least=1)("num_chains", num_chains)
     integer(least=1)("num_hops", num_hops)
     integer(least=0)("num_samples", num_samples)
-    renderer = Renderer.of(
-        tokenizer,
-        enable_thinking=enable_thinking,
-        chat_template_kwargs=chat_template_kwargs,
-        use_chat_template=use_chat_template,
-    )
     return [
         _sample(
             renderer,

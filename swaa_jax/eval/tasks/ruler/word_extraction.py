@@ -6,8 +6,8 @@ Source: NVIDIA/RULER `scripts/data/synthetic/{common_words,freq_words}_extractio
 import math
 import random
 import string
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from swaa_jax.eval.tasks.ruler.words import ADJECTIVES, NOUNS
 from swaa_jax.fields import integer, number
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 _NUM_COMMON = 10
 _SHORT = 4096
@@ -28,28 +28,24 @@ _SYLLABLES = tuple(c + v for c in "bdfghjklmnprstvz" for v in "aeiou")
 
 
 def common_words(
-    tokenizer: "PreTrainedTokenizerBase",
+    renderer: Renderer,
     *,
     num_samples: int,
     target_length: int,
     seed: int,
     common_repeats: int = 30,
     uncommon_repeats: int = 3,
-    enable_thinking: bool = False,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    use_chat_template: bool | None = None,
 ) -> list[RulerSample]:
     """Samples of common words extraction: which ten words of a list appear most often?
 
     Args:
-        tokenizer: a Transformers tokenizer.
+        renderer: makes the prompts; see `Renderer.of`.
         num_samples: how many; sample i does not depend on it.
         target_length: tokens of the whole prompt, the example included. Met within 1% and never
             exceeded.
         seed: of words and their order.
         common_repeats, uncommon_repeats: how often the ten words and the others appear. Below 4,096
             tokens it is 6 times and once, as in RULER.
-        enable_thinking, chat_template_kwargs, use_chat_template: as in `niah`.
 
     Raises:
         ValueError: counts that do not tell the words apart, or a target too short.
@@ -60,12 +56,6 @@ def common_words(
             f"{uncommon_repeats}"
         )
     integer(least=0)("num_samples", num_samples)
-    renderer = Renderer.of(
-        tokenizer,
-        enable_thinking=enable_thinking,
-        chat_template_kwargs=chat_template_kwargs,
-        use_chat_template=use_chat_template,
-    )
     is_short = target_length < _SHORT
     repeats = (6, 1) if is_short else (common_repeats, uncommon_repeats)
     found = []
@@ -102,15 +92,12 @@ def common_words(
 
 
 def frequent_words(
-    tokenizer: "PreTrainedTokenizerBase",
+    renderer: Renderer,
     *,
     num_samples: int,
     target_length: int,
     seed: int,
     alpha: float = 2.0,
-    enable_thinking: bool = False,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    use_chat_template: bool | None = None,
 ) -> list[RulerSample]:
     """Samples of frequent words extraction: which three coded words appear most often?
 
@@ -118,24 +105,17 @@ def frequent_words(
     which short prompts hold a little more, so that their length is met.
 
     Args:
-        tokenizer: a Transformers tokenizer.
+        renderer: makes the prompts; see `Renderer.of`.
         num_samples: how many; sample i does not depend on it.
         target_length: tokens of the whole prompt. Met within 1% and never exceeded.
         seed: of words and their order.
         alpha: above 1; the larger, the more the first words stand out.
-        enable_thinking, chat_template_kwargs, use_chat_template: as in `niah`.
 
     Raises:
         ValueError: alpha not above 1, or a target too short.
     """
     number(above=1)("alpha", alpha)  # at 1 the series does not end
     integer(least=0)("num_samples", num_samples)
-    renderer = Renderer.of(
-        tokenizer,
-        enable_thinking=enable_thinking,
-        chat_template_kwargs=chat_template_kwargs,
-        use_chat_template=use_chat_template,
-    )
     found = []
     for index in range(num_samples):
         rng = random.Random(f"fwe/{seed}/{index}")

@@ -1,0 +1,355 @@
+"""A chat as text, by the tokenizer's template: once, or not at all where something would be lost.
+
+Templates leave out what they do not know: a role, a tool, a thought. So each chat is rendered a
+second time with a mark in every message, and a mark that does not come out again is an error:
+
+    {"role": "user", "content": "Hi"}             user: Hi|0
+    {"role": "observation", "content": "20 C"}    (nothing)         message 1 is lost
+    {"role": "assistant", "content": "Warm"}      assistant: Warm|2
+"""
+
+import dataclasses
+import datetime
+import functools
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from swaa_jax.chats.messages import ChatError, Message, Tools, normal_messages, normal_tools
+from swaa_jax.chats.process import render_apart
+from swaa_jax.fields import describe, problem_within, show
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["TEMPLATE_DATE", "Rendered", "render_chat", "unused_variables"]
+
+log = logging.getLogger(__name__)
+
+TEMPLATE_DATE = "2024-07-26"
+"""What templates are told that today is, unless the variable `strftime_now` says otherwise. It is
+Llama 3.2's own for want of a clock: one day, so that the same chat is the same tokens tomorrow."""
+
+_CONTINUED = "CONTINUED_HERE "
+_OPEN, _CLOSE = "<think>", "</think>"
+_FLAGS = ("train", "weight")  # for training, not for the template
+_KEYS = {"role", "content", "tool_calls", "reasoning_content", "thinking", *_FLAGS}
+_KEYS |= {"name", "id", "type", "tool_call_id"}  # that templates may leave out
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """A chat's text.
+
+    Attributes:
+        text: with all that the template adds.
+        generated: the spans that it marks as the model's, with ``{% generation %}``.
+    """
+
+    text: str
+    generated: tuple[tuple[int, int], ...]
+
+
+def render_chat(
+    tok: "PreTrainedTokenizerBase",
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Any] | None = None,
+    variables: Mapping[str, Any] | None = None,
+    generation_prompt: bool = True,
+    continued: bool = False,
+) -> Rendered:
+    """A chat by the tokenizer's template, in a process apart, with a pinned date.
+
+    Args:
+        tok: a tokenizer with a chat template.
+        messages: in any form that `normal_messages` takes.
+        tools: descriptions, or Python functions.
+        variables: further ones of the template; `strftime_now`, a date in ISO's form, is what its
+            function of that name tells.
+        generation_prompt: end with the cue for the assistant's turn.
+        continued: end within the last message, which is to be continued, without a cue.
+
+    Raises:
+        ChatError: messages that have no form, a template that fails or takes too long, or one
+            that leaves out a message's text, tool calls or thoughts, or the tools.
+    """
+    messages = normal_messages(messages)
+    described = normal_tools(tools)
+    given = dict(variables or {})
+    date = _date(given.pop("strftime_now", TEMPLATE_DATE))
+    template = _Template(_template(tok, described), _json(_known(tok) | given), date)
+    messages = template.prepared(messages)
+    if continued:
+        last = {**messages[-1], "content": messages[-1]["content"] + _CONTINUED}
+        messages = (*messages[:-1], last)
+    answered = messages[-1]["role"] == "assistant" and not (generation_prompt or continued)
+    marks = _Marks(messages, described, answered=answered)
+    plain, marked = template.render(
+        (messages, described, generation_prompt and not continued),
+        (marks.messages, marks.tools, generation_prompt and not continued),
+    )
+    if "error" in plain:
+        raise ChatError(
+            f"expected messages that the chat template takes, got an error ({plain['error']})"
+        )
+    last = len(messages) - 1
+    for mark in marks.lost(marked.get("text"), plain["text"]):
+        thinker = last if mark.thinks is None else mark.thinks
+        if thinker == last or not template.knows_thought(messages[thinker]):
+            raise ChatError(
+                f"{mark.name}: expected a chat template that renders {mark.what}, "
+                f"{show(mark.text)}, got one that leaves it out; write it in a form that the "
+                "template knows, or remove it"
+            )
+    if not continued:
+        return Rendered(plain["text"], tuple((a, b) for a, b in plain["spans"]))
+    return Rendered(_cut(plain["text"], len(messages) - 1), ())
+
+
+def unused_variables(
+    tok: "PreTrainedTokenizerBase | None", variables: Mapping[str, Any]
+) -> list[str]:
+    """Those that the tokenizer's template does not name, so that they have no effect."""
+    template = str(getattr(tok, "chat_template", None) or "")
+    return [name for name in variables if template and name not in template]
+
+
+class _Template:
+    """A template with its variables and its date."""
+
+    def __init__(self, source: str, variables: Mapping[str, Any], date: str):
+        self._source, self._variables, self._date = source, variables, date
+
+    def render(self, *chats: tuple[Sequence[Message], Any, bool]) -> list[dict[str, Any]]:
+        return render_apart(
+            self._source,
+            [
+                {
+                    "messages": [_for_template(message) for message in messages],
+                    "tools": tools,
+                    "documents": None,
+                    "add_generation_prompt": generation_prompt,
+                    **{
+                        key: self._variables[key]
+                        for key in ("documents",)
+                        if key in self._variables
+                    },
+                }
+                for messages, tools, generation_prompt in chats
+            ],
+            variables={"documents": None, **self._variables},
+            date=self._date,
+        )
+
+    def prepared(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        """Messages with what depends on the template: its name of a role, its form of calls."""
+        prepared = messages
+        for key in {key for message in messages for key in message} - _KEYS:
+            if key not in self._source:
+                _warn_of_key(key)
+        if "developer" not in self._source:
+            prepared = [
+                {**one, "role": "system"} if one["role"] == "developer" else one for one in prepared
+            ]
+        if any("tool_calls" in one for one in prepared) and _joins_arguments(self._source):
+            prepared = [_with_arguments(one, _as_json) for one in prepared]
+        return tuple(prepared)
+
+    def knows_thought(self, message: Message) -> bool:
+        """Whether a thought is rendered while its message is the last one."""
+        marks = _Marks(({"role": "user", "content": "Q"}, message), None, answered=True)
+        (found,) = self.render((marks.messages, None, False))
+        return "text" in found and all(one.thinks is None for one in marks.lost(found["text"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mark:
+    """A mark, and what it stands in: its name, what it is, its text; of a thought its message."""
+
+    mark: str
+    name: str
+    what: str
+    text: str
+    thinks: int | None
+
+
+class _Marks:
+    """A copy of a chat, `messages` and `tools`, with a mark in all that must be rendered."""
+
+    def __init__(self, messages: Sequence[Message], tools: Tools, *, answered: bool):
+        self._marks: list[_Mark] = []
+        self._stem = _unused(messages, tools)
+        last = len(messages) - 1
+        self.messages = tuple(
+            self._marked(at, message, answered=answered and at == last)
+            for at, message in enumerate(messages)
+        )
+        self.tools = tools and [
+            self._named(f"tools[{at}]", "a tool", tool) for at, tool in enumerate(tools)
+        ]
+
+    def lost(self, marked: str | None, plain: str = "") -> Iterator[_Mark]:
+        """What is missing in the rendering of the copy.
+
+        Where the template does not take the copy (`marked` is None), the texts themselves are
+        looked for in the rendering of the chat.
+        """
+        found = set(re.findall(rf"{self._stem}\d+Z", marked or ""))
+        for one in self._marks:
+            if one.mark not in found if marked is not None else one.text not in plain:
+                yield one
+
+    def _mark(self, name: str, what: str, text: str, thinks: int | None = None) -> str:
+        mark = f"{self._stem}{len(self._marks)}Z"
+        self._marks.append(_Mark(mark, name, what, text.strip(), thinks))
+        return mark
+
+    def _after(self, name: str, what: str, text: str, thinks: int | None = None) -> str:
+        """The text with a mark at its end, before the blanks there, which templates may trim."""
+        bare = text.rstrip()
+        return f"{bare}{self._mark(name, what, bare, thinks)}{text[len(bare) :]}" if bare else text
+
+    def _marked(self, at: int, message: Message, *, answered: bool) -> Message:
+        name, content = f"message {at}", message["content"]
+        marked = dict(message)
+        thought, closing, rest = content.partition(_CLOSE)
+        if answered and closing and thought.replace(_OPEN, "").strip():
+            thought = self._after(name, "the answer's thought", thought, at)
+            marked["content"] = thought + closing + self._after(name, "its text", rest)
+        else:
+            marked["content"] = self._after(name, "its text", content)
+        if "reasoning_content" in message:
+            marked["reasoning_content"] = self._after(
+                f"{name}, reasoning_content", "its thought", message["reasoning_content"], at
+            )
+        if "tool_calls" in message:
+            marked["tool_calls"] = [
+                self._named(f"{name}, tool_calls[{n}]", "the call", call)
+                for n, call in enumerate(message["tool_calls"])
+            ]
+        return marked
+
+    def _named(self, name: str, what: str, tool: Any) -> Any:
+        """A tool or a call with a mark in the function's name, if it has one."""
+        inner = tool.get("function") if isinstance(tool, Mapping) else None
+        if isinstance(inner, Mapping):
+            return {**tool, "function": self._named(name, what, inner)}
+        if not isinstance(tool, Mapping) or not isinstance(tool.get("name"), str):
+            return tool
+        return {**tool, "name": tool["name"] + self._mark(name, what, tool["name"])}
+
+
+def _unused(messages: Sequence[Message], tools: Tools) -> str:
+    """Letters that are nowhere in a chat."""
+    try:
+        text = json.dumps([messages, tools], ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ChatError(
+            f"expected messages and tools of JSON's types, got others ({reason})"
+        ) from error
+    return f"Mark{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:16]}X"
+
+
+def _for_template(message: Message) -> Message:
+    """As Transformers gives it: `thinking` too, for templates that read a thought from there."""
+    message = {key: value for key, value in message.items() if key not in _FLAGS}
+    if "reasoning_content" in message:
+        return {"thinking": message["reasoning_content"], **message}
+    return message
+
+
+def _cut(text: str, last: int) -> str:
+    """The rendering up to the end of the message that is to be continued."""
+    at = text.rfind(_CONTINUED.strip())
+    if at < 0:
+        raise ChatError(
+            f"message {last}: expected a chat template that renders the text to be continued, got "
+            "one that leaves it out; end with the user's message"
+        )
+    trimmed = not text.startswith(_CONTINUED, at)
+    return text[:at].rstrip() if trimmed else text[:at]
+
+
+def _template(tok: "PreTrainedTokenizerBase", tools: Tools) -> str:
+    try:
+        return tok.get_chat_template(tools=None if tools is None else [*tools])  # pyright: ignore[reportArgumentType]
+    except ValueError as error:
+        raise ChatError(f"chat template: {' '.join(str(error).split())[:300]}") from error
+
+
+def _known(tok: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """The special tokens, which templates name."""
+    return {
+        name: [str(one) for one in value] if isinstance(value, list | tuple) else str(value)
+        for name, value in tok.special_tokens_map.items()
+    }
+
+
+def _json(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    for name, value in variables.items():
+        if problem := problem_within((name, value)):
+            raise ChatError(f"chat_template_kwargs: {problem}")
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ChatError(
+                f"chat_template_kwargs.{name}: expected what JSON can hold, got {describe(value)}"
+            ) from error
+    return variables
+
+
+def _date(value: object) -> str:
+    if isinstance(value, datetime.date):
+        return value.isoformat()
+    try:
+        return datetime.datetime.fromisoformat(str(value)).isoformat()
+    except ValueError as error:
+        raise ChatError(
+            f"chat_template_kwargs.strftime_now: expected a date such as {TEMPLATE_DATE}, got "
+            f"{describe(value)}"
+        ) from error
+
+
+def _with_arguments(message: Message, form: Callable[[Any], Any]) -> Message:
+    """A message whose calls have their arguments in another form."""
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        {**call, "function": {**call["function"], "arguments": form(call["function"]["arguments"])}}
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
+
+
+def _as_json(arguments: Any) -> str:
+    return json.dumps(arguments, ensure_ascii=False)
+
+
+@functools.lru_cache(maxsize=256)  # once is enough
+def _warn_of_key(key: str) -> None:
+    log.warning("messages: the chat template knows no %s: it has no effect", show(key))
+
+
+@functools.lru_cache(maxsize=16)
+def _joins_arguments(source: str) -> bool:
+    """Whether a template joins arguments to its text as they are (DeepSeek's), so that they must be
+    JSON already; others write them as JSON themselves. A call of a probe tells.
+    """
+    function = {"name": "probe", "arguments": {"probe_key": "probe"}}
+    call = {"type": "function", "id": "abcdefghi", "function": function}
+    probe = {"role": "assistant", "content": "", "tool_calls": [call]}
+    template = _Template(source, {"bos_token": "", "eos_token": ""}, TEMPLATE_DATE)
+    user = {"role": "user", "content": "Q"}
+    texts = [
+        found.get("text", "")
+        for found in template.render(
+            ((user, probe), None, False), ((user, _with_arguments(probe, _as_json)), None, False)
+        )
+    ]
+    written = _as_json(function["arguments"])
+    return written in texts[1] and written not in texts[0]

@@ -1,0 +1,38 @@
+"""Limits on what is read from outside, each with its reason."""
+
+DEEPEST_NESTING = 50
+"""Levels of lists and mappings in YAML and JSON. Configs and records need about ten; Python's
+recursion, which walks over what was read, ends at a thousand."""
+
+TEMPLATE_SECONDS = 2.0
+"""Of rendering a chat by its template, which takes milliseconds; for each 10 MB of chat as much
+again."""
+
+TEMPLATE_BYTES = 640 << 20
+"""Of the process that renders, itself 30 MB. A chat may take 24 times its own size in addition."""
+
+TEMPLATE_CHARACTERS = 1 << 20
+"""Of a rendered chat beyond four times the chat's own: what templates say themselves is at most
+some thousands."""
+
+PATTERN_SECONDS = 3.0
+"""Of matching a regular expression from a config, an adapter or a task, which takes microseconds.
+Nested repeats, as in `(a+)+$`, would take years."""
+
+PATTERN_BYTES = 1 << 29
+"""Of the process that matches, itself 10 MB: backtracking may keep a state for each character."""
+
+PATTERN_CHARACTERS = 4096
+"""Of a regular expression. Those that adapters have for many modules are some hundreds long."""
+
+JUDGE_BYTES = 4 << 20
+"""Of a judging server's reply: a word, after thinking of some thousands of tokens at most."""
+
+MAX_HEADER_BYTES = 100_000_000
+"""Of a safetensors header: the format's own limit."""
+
+MAX_AXES = 16
+"""Of a tensor: no weight has more than four, and numpy holds 64 at most."""
+
+MAX_LAYERS = 10_000
+"""Of a model: ten times the deepest known; more would be built before anything could be checked."""

@@ -1,0 +1,355 @@
+"""Kinds 4, 6, 7, 11, 12 and 27 in training data, a message's own weight, and a record's columns."""
+
+import json
+import os
+import random
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from swaa_jax.data import DataConfig, DataError, load_data, prepare_samples
+from swaa_jax.data import samples as samples_module
+from swaa_jax.examples import read_example
+from swaa_jax.records import Record
+from tests.support import byte_tokenizer, chat_templates
+
+USER, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
+
+
+def build(name):
+    tok = byte_tokenizer.build(template=chat_templates.FAMILIES[name])
+    names = ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|end|>", "<end_of_turn>"]
+    tok.add_special_tokens({"extra_special_tokens": [*names, "<|end_of_sentence|>"]})
+    return tok
+
+
+def samples_of(tok, *records, **settings):
+    config = DataConfig(seq_len=2048, batch_size=1, **settings)
+    found = prepare_samples(config, tok, records=list(records))
+    return [found[n] for n in range(len(found))]
+
+
+def trained(tok, sample):
+    """The spans of text that count in the loss."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], sample.is_target, [0]])))
+    return [tok.decode(sample.tokens[a:b]) for a, b in edges.reshape(-1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": [USER, {"role": "critic", "content": "No"}, REPLY]}, "message 1: "),
+        ({"messages": [USER, REPLY], "tools": [{"name": "f"}]}, r"tools\[0\]: "),
+        ({"messages": [USER, {**REPLY, "reasoning_content": "Hm"}]}, "message 1, reasoning_conte"),
+        ({"messages": [USER, {"role": "assistant", "content": [{"type": "image"}]}]}, "text"),
+    ],
+)
+def test_fault_04_a_record_that_would_lose_something_is_refused(record, message):
+    with pytest.raises(DataError, match=f"record 1: .*{message}"):
+        samples_of(build("phi3"), {"messages": [USER, REPLY]}, record)
+
+
+ENDS = {
+    "qwen2.5": "<|im_end|>",
+    "llama3-first": "<|eot_id|>",
+    "llama3": "<|eot_id|>",
+    "gemma2": "<end_of_turn>",
+    "phi3": "<|end|>",
+    "mistral": "<|eos|>",
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_fault_07_targets_end_with_the_turn(name):
+    tok = build(name)
+    (sample,) = samples_of(tok, {"messages": [USER, REPLY]})
+    assert [text.strip() for text in trained(tok, sample)] == ["Yo" + ENDS[name]]
+    (both,) = samples_of(tok, {"messages": [USER, REPLY] * 2}, loss_on="all", answer_stage="all")
+    assert [text.strip() for text in trained(tok, both)] == ["Yo" + ENDS[name]] * 2
+    verbatim = samples_of(tok, {"messages": [USER, REPLY]}, answers="verbatim")
+    assert trained(tok, verbatim[0])[0].strip() == "Yo" + ENDS[name]
+
+
+def test_fault_11_the_date_is_pinned_and_part_of_what_the_data_is(tmp_path):
+    tok = build("llama3")
+    (tmp_path / "data.jsonl").write_text(json.dumps({"messages": [USER, REPLY]}))
+    plans, caches = {}, tmp_path / "caches"
+    for date in (None, "2024-07-26", "2026-11-27"):
+        variables = {} if date is None else {"strftime_now": date}
+        config = DataConfig(
+            files=str(tmp_path / "data.jsonl"),
+            seq_len=256,
+            batch_size=1,
+            chat_template_kwargs=variables,
+            cache_dir=str(caches),
+        )
+        data = load_data(config, tok)
+        told = "27 Nov 2026" if date == "2026-11-27" else "26 Jul 2024"
+        assert f"Today Date: {told}" in tok.decode(data.samples[0].tokens)
+        plans[date] = data.iterator().get_state()["identity"]
+    assert plans[None] == plans["2024-07-26"] != plans["2026-11-27"]
+    assert len(list(caches.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "answer"),
+    [
+        ("<think>\nHm\n</think>\n\nYo", "Hm\n</think>\n\nYo"),
+        ("<think>Hm</think>Yo", "Hm</think>Yo"),
+        ("<think> \nHm</think>Yo", "Hm</think>Yo"),
+        ("\n<think>\n\n Hm</think>Yo", "\n Hm</think>Yo"),
+        ("Hm\n</think>\n\nYo", "Hm\n</think>\n\nYo"),
+    ],
+)
+def test_fault_12_an_opened_thought_is_not_opened_again(content, answer):
+    tok = build("qwen3-thinking")
+    (sample,) = samples_of(
+        tok, {"messages": [USER, {**REPLY, "content": content}]}, answers="verbatim"
+    )
+    assert trained(tok, sample) == [answer + "<|im_end|>"]
+    assert tok.decode(sample.tokens).count("<think>") == 1
+
+
+def test_fault_12_nor_is_one_that_the_prompt_has_closed():
+    tok = build("qwen3")
+    for content in ("<think>\n\n</think>\n\nYo", "<think></think>\nYo", "<think>\n</think>Yo"):
+        record = {"messages": [USER, {**REPLY, "content": content}]}
+        off = {"enable_thinking": False}
+        (sample,) = samples_of(tok, record, answers="verbatim", chat_template_kwargs=off)
+        assert trained(tok, sample) == ["Yo<|im_end|>"]
+
+
+def generated(number):
+    """A record of one of several shapes, with keys that the others do not have."""
+    rng = random.Random(number)
+    tools = [
+        {
+            "type": "function",
+            "function": {
+                "name": name,
+                "description": f"Gives {name}.",
+                "parameters": {
+                    "type": "object",
+                    "properties": {
+                        key: {"type": "string", **({"enum": ["a", None]} if key == "unit" else {})}
+                    },
+                },
+            },
+        }
+        for name, key in (("weather", "city"), ("stock", "symbol"), ("scale", "unit"))
+    ]
+    name, key = rng.choice([("weather", "city"), ("stock", "symbol"), ("scale", "unit")])
+    call = {"type": "function", "function": {"name": name, "arguments": {key: f"v{number}"}}}
+    turns = [
+        [USER, REPLY],
+        [{"role": "system", "content": "Be brief."}, USER, {**REPLY, "content": f"A{number}"}],
+        [
+            USER,
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "name": name, "content": str(number)},
+            REPLY,
+        ],
+        [USER, {"role": "assistant", "content": "", "tool_calls": [call, call]}],
+    ]
+    record = {"messages": turns[number % 4]}
+    if number % 4 >= 2 or rng.random() < 0.3:
+        record["tools"] = rng.sample(tools, rng.randint(1, 3))
+    if number % 5 == 0:
+        record["judge"] = 1
+    elif number % 7 == 0:
+        record["judge"] = 0
+    return record
+
+
+def test_fault_06_jsonl_and_parquet_give_the_same_batches(tmp_path):
+    records = [generated(number) for number in range(200)]
+    lines = "\n".join(map(json.dumps, records))
+    (tmp_path / "data.jsonl").write_text(lines)
+    names = {name: None for record in records for name in record}
+    table = pyarrow.table({name: [record.get(name) for record in records] for name in names})
+    pyarrow.parquet.write_table(table, tmp_path / "data.parquet")
+    batches = []
+    for name in ("data.jsonl", "data.parquet"):
+        config = DataConfig(
+            files=str(tmp_path / name),
+            seq_len=2048,
+            batch_size=2,
+            cache_dir=str(tmp_path / "cache"),
+        )
+        data = load_data(config, build("qwen2.5"))
+        assert data.samples.report.records == 200
+        assert data.samples.report.judged_wrong == sum(r.get("judge") == 0 for r in records)
+        batches.append([data[n] for n in range(len(data))])
+    text = build("qwen2.5").decode(batches[0][0].tokens[0])
+    assert '"enum": ["a", null]' in text.replace("\n", "")
+    for jsonl, parquet in zip(*batches, strict=True):
+        np.testing.assert_array_equal(jsonl.tokens, parquet.tokens)
+        np.testing.assert_array_equal(jsonl.loss_weights, parquet.loss_weights)
+        np.testing.assert_array_equal(jsonl.stage_ids, parquet.stage_ids)
+
+
+def test_fault_06_nulls_that_were_written_stay(tmp_path):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"default": None}}}
+    records = [{"messages": [USER, REPLY], "tools": [tool]}]
+    as_text = [{**records[0], "tools": json.dumps([tool])}]
+    tok = build("qwen2.5")
+    (sample,) = samples_of(tok, *records)
+    assert '"default": null' in tok.decode(sample.tokens)
+    for number, rows in enumerate((records, as_text)):
+        path = tmp_path / f"{number}.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        config = DataConfig(files=str(path), seq_len=2048, batch_size=1)
+        found = prepare_samples(config, tok)[0]
+        np.testing.assert_array_equal(found.tokens, sample.tokens)
+
+
+@pytest.mark.parametrize("key", ["train", "weight"])
+def test_a_message_says_whether_it_is_trained_on(key):
+    tok = build("qwen2.5")
+    messages = [USER, {**REPLY, "content": "A"}, USER, {**REPLY, "content": "B"}, USER, REPLY]
+
+    def flagged(*flags):
+        told = iter(flags)
+        return {
+            "messages": [
+                {**one, key: next(told)} if one["role"] == "assistant" else one for one in messages
+            ]
+        }
+
+    def answers(record, **settings):
+        (sample,) = samples_of(tok, record, **settings)
+        return [text.removesuffix("<|im_end|>") for text in trained(tok, sample)]
+
+    assert answers(flagged(0, 1, 0)) == ["B"]
+    assert answers(flagged(True, False, True)) == ["A", "Yo"]
+    assert answers(flagged(1, None, None)) == ["A", "Yo"]
+    assert answers(flagged(0, None, None), loss_on="all") == ["B", "Yo"]
+    split = samples_of(tok, flagged(1, 0, 1), split_answers=True)
+    assert [trained(tok, one) for one in split] == [["A<|im_end|>"], ["Yo<|im_end|>"]]
+    with pytest.raises(DataError, match="expected an answer to train on"):
+        answers(flagged(0, 0, 0))
+    with pytest.raises(DataError, match=rf"messages\[1\].{key}: expected 0 or 1, .* got 0.5"):
+        answers(flagged(0.5, 0, 1))
+    with pytest.raises(DataError, match=rf"messages\[0\].{key}: expected false on all but"):
+        answers({"messages": [{**USER, key: 1}, REPLY]})
+
+
+def test_system_and_history_columns(caplog):
+    tok = build("qwen2.5")
+    turns = [{"role": "system", "content": "S"}, USER, REPLY, {**USER, "content": "Q"}, REPLY]
+    (expected,) = samples_of(tok, {"messages": turns})
+    pairs = {"system": "S", "history": [["Hi", "Yo"]], "response": "Yo"}
+    for record in (
+        {**pairs, "prompt": "Q"},
+        {**pairs, "instruction": "Q", "output": "Yo", "response": None},
+        {**pairs, "prompt": "Q", "history": json.dumps([["Hi", "Yo"]])},
+        {**pairs, "messages": turns[3:], "history": [USER, REPLY], "response": None},
+    ):
+        (sample,) = samples_of(tok, record)
+        np.testing.assert_array_equal(sample.tokens, expected.tokens)
+    assert not caplog.records
+    with pytest.raises(DataError, match=r"history\[0\]: expected a pair of texts"):
+        samples_of(tok, {**pairs, "prompt": "Q", "history": ["Hi"]})
+    with pytest.raises(DataError, match="system: expected one system's message"):
+        samples_of(tok, {"messages": turns, "system": "T"})
+
+
+def test_columns_that_are_not_used_are_named_once(caplog):
+    record = {"prompt": "Q", "context": "C", "response": "A", "source": "web", "empty": None}
+    samples_of(build("qwen2.5"), record, record)
+    (said,) = [one.getMessage() for one in caplog.records]
+    assert said == "columns that are not used: 'context', 'source'"
+
+
+def test_messages_after_the_last_answer_are_named(caplog):
+    turns = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
+    samples_of(build("qwen2.5"), {"messages": turns})
+    (said,) = [one.getMessage() for one in caplog.records]
+    assert said == "columns that are not used: 'messages after the last answer'"
+
+
+def test_two_answers_in_one_record_are_refused():
+    turns = [{"role": role, "content": role} for role in ("user", "assistant")]
+    with pytest.raises(DataError, match="response: expected one answer, here or as the last"):
+        samples_of(build("qwen2.5"), {"messages": turns, "response": "another"})
+
+
+def test_a_right_answer_is_the_assistants():
+    response = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "hmm"}]
+    example = read_example(Record(file="f", index=0, fields={"prompt": "p", "response": response}))
+    assert example.right_answers == ("a",)
+
+
+def cached(tmp_path, **settings):
+    config = DataConfig(
+        files=str(tmp_path / "data.jsonl"),
+        seq_len=256,
+        batch_size=1,
+        cache_dir=str(tmp_path / "cache"),
+        **settings,
+    )
+    return prepare_samples(config, byte_tokenizer.build())
+
+
+def test_fault_27_a_file_of_the_same_size_and_time_is_another_one(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"prompt": "Q", "response": "one"}))
+    before, stat = cached(tmp_path), path.stat()
+    path.write_text(json.dumps({"prompt": "Q", "response": "two"}))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == stat.st_size and path.stat().st_mtime == stat.st_mtime
+    after = cached(tmp_path)
+    assert "two" in byte_tokenizer.build().decode(after[0].tokens)
+    assert after.digest != before.digest
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "marks.bin", "lengths.npy", "origins.npy"])
+def test_fault_27_a_damaged_cache_is_made_anew(tmp_path, caplog, name):
+    rows = [{"prompt": f"Q{n}", "response": "A" * (n + 1)} for n in range(3)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    before = cached(tmp_path)
+    expected = [list(before[n].tokens) for n in range(3)]
+    (path,) = tmp_path.glob(f"cache/*/{name}")
+    data = bytearray(path.read_bytes())
+    data[-4:] = (2**31 - 1).to_bytes(4, "little") if name == "tokens.bin" else b"\1\1\1\1"
+    path.write_bytes(data)
+    after = cached(tmp_path)
+    assert [list(after[n].tokens) for n in range(3)] == expected
+    assert after.digest == before.digest and "is damaged" in caplog.text
+
+
+def test_fault_27_counts_are_checked_too(tmp_path, caplog):
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "Q", "response": "A"}))
+    before = cached(tmp_path, tokens="lazy")
+    (path,) = tmp_path.glob("cache/*/meta.json")
+    path.write_text(path.read_text().replace(before.digest, "0" * 64))
+    assert cached(tmp_path, tokens="lazy").digest == before.digest
+    assert "is damaged" in caplog.text
+
+
+def test_fault_27_a_file_that_is_written_while_it_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"prompt": "Q", "response": "A"}))
+    first_pass = samples_module._first_pass
+
+    def written_meanwhile(*args, **kwargs):
+        path.write_text(json.dumps({"prompt": "Q", "response": "B"}))
+        return first_pass(*args, **kwargs)
+
+    monkeypatch.setattr(samples_module, "_first_pass", written_meanwhile)
+    with pytest.raises(DataError, match=r"data.jsonl: expected a file that stays as it is"):
+        cached(tmp_path)
+    assert not list(tmp_path.glob("cache/*/meta.json"))
+
+
+def test_fault_27_a_lazy_record_of_the_same_length_is_noticed(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"prompt": "Q", "response": "one"}))
+    samples = cached(tmp_path, tokens="lazy")
+    assert len(samples[0])
+    samples = cached(tmp_path, tokens="lazy")
+    path.write_text(json.dumps({"prompt": "Q", "response": "two"}))
+    with pytest.raises(DataError, match=r"record 0 .*: the file has changed"):
+        samples[0]
