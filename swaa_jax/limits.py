@@ -36,3 +36,10 @@ MAX_AXES = 16
 
 MAX_LAYERS = 10_000
 """Of a model: ten times the deepest known; more would be built before anything could be checked."""
+
+MAX_POSITIONS = 2**24
+"""Of a row: beyond, float32 has no number of its own for every position, and positions would share
+rotary angles."""
+
+MAX_KEYS = 2**30
+"""Of a window, sinks or a tail: positions are int32, and so is one with any of these added."""

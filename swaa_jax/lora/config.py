@@ -11,6 +11,7 @@ from etils import epath
 from swaa_jax.fields import (
     Check,
     check_fields,
+    describe,
     flag,
     from_mapping,
     integer,
@@ -43,10 +44,15 @@ class LoraConfig:
         dropout: share of the inputs that are dropped in training (see `with_dropout`).
         target_modules: ends of module names (`"q_proj"`, `"self_attn.q_proj"`), in all layers; or
             one string, a regular expression over whole names, such as
-            `r"model\.layers\.[0-3]\..*q_proj"`. As in PEFT.
+            `r"model\.layers\.[0-3]\..*q_proj"`; or `"all-linear"`, every projection of attention
+            and of feed-forward blocks (no head, router or expert). As in PEFT.
         target_parameters: ends of names of stacked expert weights, as Transformers has them:
             `"mlp.experts.gate_up_proj"`, `"mlp.experts.down_proj"`. They take no dropout, as in
             PEFT.
+        exclude_modules: modules that stay without adapters whatever `target_modules` says, written
+            like it.
+        layers_to_transform: layers, from 0, whose modules get adapters; none given: all. With names
+            in `target_modules`, as in PEFT.
         rank_pattern, alpha_pattern: other ranks and alphas for the modules whose name's end is
             matched by a regular expression; the first match counts. A mapping, kept as pairs.
 
@@ -66,6 +72,8 @@ class LoraConfig:
     dropout: float = 0.0
     target_modules: tuple[str, ...] | str = ("q_proj", "k_proj", "v_proj")
     target_parameters: tuple[str, ...] = ()
+    exclude_modules: tuple[str, ...] | str = ()
+    layers_to_transform: tuple[int, ...] = ()
     rank_pattern: tuple[tuple[str, int], ...] = ()
     alpha_pattern: tuple[tuple[str, int | float], ...] = ()
 
@@ -79,6 +87,8 @@ class LoraConfig:
             dropout=number(least=0, below=1),
             target_modules=_pattern if isinstance(self.target_modules, str) else names,
             target_parameters=names,
+            exclude_modules=_pattern if isinstance(self.exclude_modules, str) else names,
+            layers_to_transform=_layers,
             rank_pattern=_by_pattern(integer(least=1)),
             alpha_pattern=_by_pattern(number(above=0)),
         )
@@ -88,6 +98,12 @@ class LoraConfig:
                 "target_modules: expected names, or some in target_parameters, got none in both, "
                 "so that nothing would be trained; name projections, such as "
                 'target_modules=["q_proj", "k_proj", "v_proj"]'
+            )
+        if self.layers_to_transform and isinstance(self.target_modules, str):
+            raise ValueError(
+                "layers_to_transform: expected names in target_modules beside it, got "
+                f"{describe(self.target_modules)}, an expression over whole names; list the names, "
+                "or put the layers into the expression (PEFT refuses it too)"
             )
         if self.dropout and self.target_parameters:
             raise ValueError(
@@ -113,7 +129,10 @@ class LoraConfig:
         """The fields as JSON has them: lists and objects."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         patterns = {name: dict(fields[name]) for name in ("rank_pattern", "alpha_pattern")}
-        return plain(fields | patterns)
+        fields |= patterns
+        # Left out where there are none, so that earlier versions read the rest.
+        new = ("exclude_modules", "layers_to_transform")
+        return plain({name: one for name, one in fields.items() if one or name not in new})
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, object]) -> "LoraConfig":
@@ -178,6 +197,12 @@ def _first_match(
 def _pattern(name: str, value: object) -> str:
     """A regular expression."""
     return check_pattern(name, value, advice="a name goes in a list")
+
+
+def _layers(name: str, value: object) -> tuple[int, ...]:
+    """Distinct layers, sorted; one alone may be written as it is."""
+    several = [value] if isinstance(value, int) and not isinstance(value, bool) else value
+    return tuple(sorted(list_of(integer(least=0), distinct=True)(name, several)))
 
 
 def _by_pattern(check: Check[object]) -> Check[tuple[tuple[str, Any], ...]]:

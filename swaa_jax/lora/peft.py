@@ -115,7 +115,7 @@ def _to_tensors(
             tensors[tensor] = np.ascontiguousarray(value, np.float32)
     config = dataclasses.replace(
         config,
-        target_modules=peft_layout.fused_targets(config, sites),
+        **peft_layout.explicit_targets(config, sites),
         rank_pattern=(*ranks.items(), *config.rank_pattern),
         alpha_pattern=(*alphas.items(), *config.alpha_pattern),
     )

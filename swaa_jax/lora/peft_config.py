@@ -15,6 +15,8 @@ _OURS = {
     "lora_dropout": "dropout",
     "target_modules": "target_modules",
     "target_parameters": "target_parameters",
+    "exclude_modules": "exclude_modules",
+    "layers_to_transform": "layers_to_transform",
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
 }
@@ -35,7 +37,10 @@ _HARMLESS = (
 )
 """Fields that do not change what an adapter computes, or only with another field."""
 
-_DEFAULTS: Mapping[str, object] = {"bias": "none"}
+_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "bias": ("none",),
+    "layers_pattern": ("layers", ["layers"]),  # what all models here call them
+}
 
 _PLAIN_INITIAL = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of `init_lora_weights` that leave the base's weights as they are."""
@@ -55,7 +60,7 @@ def to_peft(
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        **{theirs: fields[ours] for theirs, ours in _OURS.items()},
+        **{theirs: fields.get(ours) for theirs, ours in _OURS.items()},
         "target_parameters": fields["target_parameters"] or None,
     }
 
@@ -83,7 +88,7 @@ def from_peft(record: Mapping[str, object], path: epath.Path) -> LoraConfig:
         for name, value in sorted(record.items())
         if name not in (*_OURS, *_HARMLESS, "init_lora_weights")
         and value
-        and value != _DEFAULTS.get(name)
+        and value not in _NEUTRAL.get(name, ())
     ]
     initial = record.get("init_lora_weights", True)
     if initial not in _PLAIN_INITIAL:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from swaa_jax.lora.config import LoraConfig
-from swaa_jax.lora.sites import Path, Site, by_path
+from swaa_jax.lora.sites import ALL_LINEAR, Path, Site, by_path
 
 _PREFIX = "base_model.model."
 
@@ -167,12 +167,14 @@ def fuse(
     return Fusion(a=a, b=b, rank=rank, alpha=scale * (math.sqrt(rank) if rslora else rank))
 
 
-def fused_targets(config: LoraConfig, sites: Sequence[Site]) -> tuple[str, ...] | str:
-    """`target_modules` in Transformers' names, for adapters on parts of fused modules."""
-    if all(site.fused is None for site in sites):
-        return config.target_modules
+def explicit_targets(config: LoraConfig, sites: Sequence[Site]) -> dict[str, Any]:
+    """The fields that say what is targeted, in Transformers' names: whole ones for adapters on
+    parts of fused modules, and in place of "all-linear".
+    """
+    if all(site.fused is None for site in sites) and config.target_modules != ALL_LINEAR:
+        return {}
     names: dict[str, Any] = {}
     for site in sites:
         if not site.stacked:
             names[site.names[0]] = None
-    return tuple(names)
+    return {"target_modules": tuple(names), "exclude_modules": (), "layers_to_transform": ()}

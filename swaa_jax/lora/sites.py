@@ -12,13 +12,17 @@ from typing import Any
 
 from flax import nnx
 
-from swaa_jax.fields import first_of, nearest
+from swaa_jax.fields import first_of, nearest, show
 from swaa_jax.lora.config import LoraConfig
 from swaa_jax.patterns import is_fullmatch
 from swaa_jax.storage import listing
 
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every projection."""
+
 Path = tuple[Any, ...]
 
+_NO_LAYER = -1
 _READ_DIRECTLY = {"vocab": "the head", "router": "an experts' router"}
 
 
@@ -117,13 +121,15 @@ def target_sites(model: nnx.Module, config: LoraConfig, *, strict: bool = True) 
     sites = find_sites(model)
     modules = [site for site in sites if not site.stacked]
     stacks = [site for site in sites if site.stacked]
-    chosen = [site for site in modules if _matches(config.target_modules, site.names)]
+    chosen = [site for site in modules if _is_target(config, site)]
     chosen += [site for site in stacks if _matches(config.target_parameters, site.names)]
     _refuse(model, config, chosen, stacks)
     faults = []
     for field, candidates in (("target_modules", modules), ("target_parameters", stacks)):
         targets: tuple[str, ...] | str = getattr(config, field)
         ends = [targets] if isinstance(targets, str) else targets
+        if targets == ALL_LINEAR:
+            ends = []
         absent = [
             end
             for end in ends
@@ -134,6 +140,17 @@ def target_sites(model: nnx.Module, config: LoraConfig, *, strict: bool = True) 
         ]
         if absent and (strict or not chosen):
             faults.append(_not_found(field, absent, candidates))
+    layers = {_layer(site) for site in modules} - {_NO_LAYER}
+    if strict and (outside := sorted(set(config.layers_to_transform) - layers)):
+        faults.append(
+            f"layers_to_transform: expected layers of the model, {min(layers)} to {max(layers)}, "
+            f"got {show(outside)}"
+        )
+    if not faults and not chosen:
+        faults.append(
+            f"exclude_modules: expected to leave a module, got {show(config.exclude_modules)}, "
+            "which leaves none"
+        )
     if faults:
         raise ValueError("; ".join(faults))
     order = {(site.path, site.slot): number for number, site in enumerate(sites)}
@@ -170,6 +187,24 @@ def _refuse(
                 f"{name!r} (an older adapter with a tensor for every expert: load it with PEFT on "
                 "Transformers 5, save it from there, and load that)"
             )
+
+
+def _is_target(config: LoraConfig, site: Site) -> bool:
+    """PEFT's rules: a name given whole counts in every layer."""
+    targets = config.target_modules
+    if config.exclude_modules and _matches(config.exclude_modules, site.names):
+        return False
+    if targets == ALL_LINEAR:
+        return not _READ_DIRECTLY.keys() & set(site.kernels[0].get_metadata().get("axes", ()))
+    if not _matches(targets, site.names):
+        return False
+    wanted = config.layers_to_transform
+    return not wanted or _layer(site) in wanted or not set(site.names).isdisjoint(targets)
+
+
+def _layer(site: Site) -> int:
+    """The layer that a module is in, or `_NO_LAYER`."""
+    return next((part for part in site.path if isinstance(part, int)), _NO_LAYER)
 
 
 def _matches(targets: tuple[str, ...] | str, names: Sequence[str]) -> bool:

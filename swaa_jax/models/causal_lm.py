@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -25,6 +26,7 @@ from swaa_jax.attention import (
     empty_cache,
 )
 from swaa_jax.fields import wrong
+from swaa_jax.limits import MAX_POSITIONS
 from swaa_jax.lora import LoraConfig
 from swaa_jax.models.blocks import (
     DecoderLayer,
@@ -219,6 +221,7 @@ class CausalLM(nnx.Module):
             remat: what a backward pass computes again, as in `run_layers`.
             blocks: the layers in another form, scanned, in place of the model's.
         """
+        _check_positions(tokens, positions)
         if positions is None:
             if segment_ids is None:
                 positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
@@ -433,6 +436,18 @@ class CausalLM(nnx.Module):
 def _check_logits_at(logits_at: object) -> None:
     if isinstance(logits_at, str) and logits_at != "last":
         raise wrong("logits_at", "None, 'last' or indices [B, n]", logits_at)
+
+
+def _check_positions(tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None) -> None:
+    """Positions must be float32 numbers, each one its own; traced ones are the caller's care."""
+    last = tokens.shape[1] - 1
+    if positions is not None and not isinstance(positions, Tracer) and positions.size:
+        last = int(jnp.max(positions))
+    if last >= MAX_POSITIONS:
+        raise ValueError(
+            f"positions: expected less than {MAX_POSITIONS}, beyond which they share rotary angles "
+            f"in float32, got {last}; split the row"
+        )
 
 
 def _last_rows(

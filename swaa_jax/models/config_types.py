@@ -4,12 +4,11 @@ A file from elsewhere may have anything anywhere; what a field means and whether
 its value is the families' matter.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias, TypeGuard
 
 from swaa_jax.fields import describe
-from swaa_jax.limits import MAX_LAYERS
+from swaa_jax.limits import MAX_LAYERS, MAX_POSITIONS
 
 HfConfig: TypeAlias = Mapping[str, Any]
 """The content of a `config.json`; `check_config_types` has seen the types of its values."""
@@ -38,7 +37,7 @@ def check_config_types(config: Mapping[str, object]) -> None:
 def _typed(config: Mapping[str, object]) -> Iterator[tuple[str, str, object]]:
     for kind, fields in _FIELDS.items():
         for field in fields:
-            yield field, kind, config.get(field)
+            yield from _kinds(field, kind, config.get(field))
     for field in ("rope_scaling", "rope_parameters"):
         yield field, "object", config.get(field)
         yield from _rope(config.get(field), field)
@@ -50,11 +49,24 @@ def _rope(settings: object, where: str) -> Iterator[tuple[str, str, object]]:
         return
     for field, value in settings.items():
         if field in _ROPE_NUMBERS:
-            yield f"{where}.{field}", "number", value
+            yield from _kinds(f"{where}.{field}", "number", value)
+        elif field == "rope_theta":
+            yield from _kinds(f"{where}.{field}", "theta", value)
+        elif field == "truncate":
+            yield f"{where}.{field}", "flag", value
         elif field in ("rope_type", "type"):
             yield f"{where}.{field}", "text", value
         else:
             yield from _rope(value, f"{where}.{field}")
+
+
+def _kinds(field: str, kind: str, value: object) -> Iterator[tuple[str, str, object]]:
+    """The kind, with what follows from it: a theta is a number, and a number is float32's."""
+    yield field, kind, value
+    if kind == "theta":
+        yield field, "number", value
+    if kind in ("theta", "number"):
+        yield field, "computable", value
 
 
 def _is_integer(value: object) -> TypeGuard[int]:
@@ -62,7 +74,17 @@ def _is_integer(value: object) -> TypeGuard[int]:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value > 0
+    return type(value) in (int, float) and 0 < value < float("inf")
+
+
+def _is_computable(value: Any) -> bool:
+    """Neither zero nor infinite in float32. What is no number at all is told as such."""
+    return not _is_number(value) or 1e-37 <= value <= 1e37
+
+
+def _is_theta(value: Any) -> bool:
+    """Wavelengths run from 2 pi to 2 pi theta: at 1 all are one, and below there are none."""
+    return not _is_number(value) or value > 1
 
 
 def _is_list(kind: type) -> Callable[[Any], bool]:
@@ -77,6 +99,12 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "count": ("an integer of at least 0", lambda value: _is_integer(value) and value >= 0),
     "number": ("a positive number", _is_number),
+    "computable": ("a number from 1e-37 to 1e37, which float32 holds", _is_computable),
+    "theta": ("a number above 1", _is_theta),
+    "context": (
+        f"an integer from 1 to {MAX_POSITIONS}, beyond which positions share rotary angles",
+        lambda value: _is_integer(value) and 0 < value <= MAX_POSITIONS,
+    ),
     "flag": ("true or false", lambda value: type(value) is bool),
     "text": ("a text", lambda value: isinstance(value, str)),
     "object": ("an object", lambda value: isinstance(value, Mapping)),
@@ -86,6 +114,8 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 _FIELDS = {
     "layers": ("num_hidden_layers",),
+    "context": ("max_position_embeddings",),
+    "theta": ("rope_theta", "rope_local_base_freq"),
     "size": (
         "vocab_size",
         "hidden_size",
@@ -94,7 +124,6 @@ _FIELDS = {
         "num_attention_heads",
         "num_key_value_heads",
         "head_dim",
-        "max_position_embeddings",
         "original_max_position_embeddings",
         "sliding_window",
         "num_experts_per_tok",
@@ -103,8 +132,6 @@ _FIELDS = {
     "count": ("max_window_layers", "num_experts", "num_local_experts"),
     "number": (
         "rms_norm_eps",
-        "rope_theta",
-        "rope_local_base_freq",
         "partial_rotary_factor",
         "query_pre_attn_scalar",
         "attn_logit_softcapping",
@@ -124,7 +151,8 @@ _FIELDS = {
     "integers": ("mlp_only_layers",),
 }
 _ROPE_NUMBERS = (
-    "rope_theta",
+    "mscale",
+    "mscale_all_dim",
     "factor",
     "low_freq_factor",
     "high_freq_factor",

@@ -181,6 +181,12 @@ def parse_rope(
             f"config rope type {rope_type!r}: expected {wanted} of {[f.name for f in fields]}, got "
             f"{show(sorted(set(scaling) - _IGNORED_KEYS))}; correct config.json or the override"
         )
+    if scaling_class is Llama3Scaling and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise ValueError(
+            f"config rope: expected a high_freq_factor above low_freq_factor="
+            f"{show(scaling['low_freq_factor'])}, got {show(scaling['high_freq_factor'])}; correct "
+            "config.json or the override"
+        )
     given = {f.name: scaling[f.name] for f in fields if scaling.get(f.name) is not None}
     return RopeConfig(theta=float(theta), scaling=scaling_class(**given) if scaling_class else None)
 

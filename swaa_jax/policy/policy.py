@@ -21,6 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 from etils import epath
 
 from swaa_jax.fields import (
+    Check,
     check_fields,
     check_keys,
     flag,
@@ -33,6 +34,7 @@ from swaa_jax.fields import (
     set_field,
     show,
 )
+from swaa_jax.limits import MAX_KEYS
 from swaa_jax.policy.layers import (
     HeadPairs,
     HeadSelection,
@@ -57,9 +59,13 @@ __all__ = ["AttentionPolicy", "HfExpressible", "LayerAttention"]
 _FILE_NOTES = ("description", "source", "needs", "evidence")
 
 
+def _keys(*, least: int) -> Check[int]:
+    return lambda name, value: integer(most=MAX_KEYS)(name, integer(least=least)(name, value))
+
+
 def _window(name: str, value: object) -> int | None:
     try:
-        return or_none(integer(least=1))(name, value)
+        return or_none(_keys(least=1))(name, value)
     except ValueError as error:
         raise ValueError(f"{error}; None, or null, means full attention") from None
 
@@ -100,9 +106,9 @@ class LayerAttention:
             return
         check_fields(
             self,
-            num_sink_tokens=integer(least=0),
+            num_sink_tokens=_keys(least=0),
             full_decode=flag,
-            full_attention_tail=integer(least=0),
+            full_attention_tail=_keys(least=0),
             full_heads=distinct_heads,
         )
 
@@ -189,11 +195,11 @@ class AttentionPolicy:
         check_fields(
             self,
             window=_window,
-            num_sink_tokens=integer(least=0),
+            num_sink_tokens=_keys(least=0),
             full_attention_layers=layer_selection,
             full_attention_heads=head_selection,
             decode=decode_layers,
-            full_attention_tail=integer(least=0),
+            full_attention_tail=_keys(least=0),
         )
         check_idle_heads("full_attention_heads", dict(self._heads), self.full_attention_layers)
         if self.window is None:

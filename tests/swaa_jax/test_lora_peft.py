@@ -55,6 +55,21 @@ CASES = {
     "moe-gate-up": ("qwen3_moe", dict(target_modules=[], target_parameters=EXPERTS[:1])),
     "moe-down": ("qwen3_moe", dict(target_modules=["o_proj"], target_parameters=EXPERTS[1:])),
 }
+WISHES = {  # asked for by users of peers
+    "all-linear": ("qwen3", dict(target_modules="all-linear")),
+    "all-linear-fused": ("phi3", dict(target_modules="all-linear")),
+    "exclude": ("llama", dict(target_modules=EVERY, exclude_modules=["q_proj", "mlp.up_proj"])),
+    "exclude-regex": (
+        "qwen3",
+        dict(target_modules="all-linear", exclude_modules=r"model\.layers\.[12]\..*"),
+    ),
+    "layers": ("qwen2", dict(target_modules=EVERY, layers_to_transform=[0, 2])),
+    "one-layer": (
+        "llama",
+        dict(target_modules=EVERY, layers_to_transform=1, layers_pattern="layers"),
+    ),
+}
+CASES |= WISHES
 TOKENS = np.random.default_rng(0).integers(3, 131, (2, 12))
 
 
@@ -188,7 +203,6 @@ def test_what_is_not_supported_is_named(base, tmp_path):
     cases = {
         "dora": (dict(target_modules=QKV, use_dora=True), "use_dora=True"),
         "head": (dict(target_modules=["lm_head"]), "the head"),
-        "layers": (dict(target_modules=QKV, layers_to_transform=[1]), "layers_to_transform"),
         "saved": (dict(target_modules=QKV, modules_to_save=["norm"]), "modules_to_save"),
     }
     for name, (fields, message) in cases.items():
@@ -248,3 +262,49 @@ def test_the_directory_says_its_policy_and_base(base, tmp_path, caplog):
     assert "another attention policy" in caplog.text
     assert swaa.load_adapter(full, saved, with_policy=True).policy == policy
     assert swaa.load_adapter(full, saved).lora_config == model.lora_config
+
+
+@pytest.mark.parametrize("case", ["all-linear", "exclude-regex", "layers"])
+def test_our_own_config_targets_what_pefts_does(case, base):
+    family, fields = WISHES[case]
+    directory = base(family)
+    theirs = with_peft(directory, fields)
+    wanted = {
+        name.removeprefix("base_model.model.").partition(".lora_A")[0]
+        for name, _ in theirs.named_parameters()
+        if ".lora_A" in name
+    }
+    config = swaa.LoraConfig(rank=4, **fields)
+    assert swaa.LoraConfig.from_yaml(config.to_yaml()) == config
+    model = swaa.add_lora(swaa.load_model(directory), config, rngs=nnx.Rngs(0))
+    found = {site.names[0] for site in lora.sites.adapted_sites(model)}
+    assert found == wanted
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(target_modules=["q_proj"], exclude_modules=["q_proj"]), "exclude_modules"),
+        (
+            dict(layers_to_transform=[3]),
+            "layers_to_transform: expected layers of the model, 0 to 2",
+        ),
+        (dict(target_modules="all-linear", layers_to_transform=[1]), "layers_to_transform"),
+        (dict(layers_to_transform=[-1]), "layers_to_transform"),
+        (dict(exclude_modules="("), "exclude_modules"),
+    ],
+)
+def test_targets_that_mean_nothing_are_refused(fields, message, base):
+    model = swaa.load_model(base("llama"))
+    with pytest.raises(ValueError, match=message):
+        swaa.add_lora(model, swaa.LoraConfig(rank=2, **fields), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("field, value", [("layers_pattern", ["blocks"]), ("a_new_field", 0.5)])
+def test_fields_that_are_not_known_are_refused_by_name(field, value, base, tmp_path):
+    directory = base("llama")
+    with_peft(directory, dict(target_modules=QKV)).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(CheckpointError, match=field):
+        swaa.load_adapter(swaa.load_model(directory), tmp_path / "adapter")

@@ -75,7 +75,7 @@ def policies_of_any_depth(draw):
     full = draw(SELECTIONS)
     layers = st.integers(-48, 47).filter(lambda layer: isinstance(full, str) or layer not in full)
     return AttentionPolicy(
-        window=draw(st.integers(1, 2**40)),
+        window=draw(st.integers(1, 2**30)),
         num_sink_tokens=draw(st.integers(0, 200)),
         full_attention_layers=full,
         full_attention_heads=draw(
