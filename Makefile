@@ -101,7 +101,7 @@ ifeq ($(VERSION),3.11)
 else
 	@echo "Without torch and the TPU compiler: the tests against Transformers and those that compile" \
 	  "for TPUs are skipped on Python $(VERSION). To run them:" \
-	  "$(BIN)/pip install -r requirements/torch.txt -r requirements/libtpu.txt"
+	  "$(BIN)/pip install -r requirements/torch.txt, and then -r requirements/libtpu.txt"
 endif
 	@touch $@
 

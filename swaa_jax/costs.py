@@ -186,7 +186,7 @@ def prefill_attention_share(
     if not layers or length < 1:
         raise wrong("layers and length", "at least one of each", (len(layers), length))
     pairs = visible_pairs(layers, Runs.of_text(length), num_kv_heads=num_kv_heads)
-    return pairs / (len(layers) * _triangle(length))
+    return float(pairs / (len(layers) * _triangle(length)))
 
 
 def cache_bytes(

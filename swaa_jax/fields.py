@@ -21,6 +21,7 @@ import operator
 import os
 import re
 import reprlib
+import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -182,8 +183,12 @@ def number(
     expected = " ".join(["a number", " and ".join(limits)]).strip()
 
     def check(name: str, value: Any) -> Any:
-        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        is_finite = is_number and (isinstance(value, numbers.Integral) or math.isfinite(value))
+        given: Any = value
+        is_number = isinstance(given, numbers.Real) and not isinstance(given, bool)
+        if isinstance(given, numbers.Integral):
+            is_finite = is_number and abs(int(given)) <= int(sys.float_info.max)
+        else:
+            is_finite = is_number and math.isfinite(given)
         if not is_finite or not all(
             holds(value, limit) for _, limit, holds in bounds if limit is not None
         ):

@@ -103,7 +103,9 @@ def _normal(one: object, name: str) -> Message:
         raise _wrong(name, 'a mapping of role and content, {"role": ..., "content": ...}', one)
     message = {str(key): value for key, value in one.items() if value is not None}
     if "from" in message and "role" not in message:
-        message = {"role": message.pop("from"), "content": message.pop("value", ""), **message}
+        message["role"] = message.pop("from")
+        if "value" in message:
+            message = {"content": message.pop("value"), **message}
     if problem := problem_within(message):
         raise ChatError(f"{name}: {problem}")
     role = message.get("role")
@@ -117,6 +119,7 @@ def _normal(one: object, name: str) -> Message:
     elif "function_call" in message:
         calls = message.pop("function_call")
     message["role"] = _ROLES.get(told, role)
+    is_said = "content" in message
     content = message.get("content", "")
     message["content"] = _text(content, f"{name}, content", is_result=message["role"] == "tool")
     thoughts = [message.pop(key) for key in _THOUGHTS if key in message]
@@ -124,6 +127,8 @@ def _normal(one: object, name: str) -> Message:
         message["reasoning_content"] = _text(thoughts[0], f"{name}, reasoning_content")
     if calls := _calls(calls, f"{name}, tool_calls"):
         message["tool_calls"] = calls
+    if not (is_said or thoughts or calls):
+        raise _wrong(name, "content, tool_calls or reasoning_content", one)
     return message
 
 

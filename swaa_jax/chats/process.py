@@ -14,6 +14,8 @@ from swaa_jax.limits import TEMPLATE_BYTES, TEMPLATE_CHARACTERS, TEMPLATE_SECOND
 
 __all__ = ["render_apart"]
 
+_WALL = 10  # times the seconds of computing, on a machine that does much else
+
 
 def render_apart(
     template: str,
@@ -40,9 +42,10 @@ def render_apart(
         "variables": dict(variables),
         "date": date,
         "memory": TEMPLATE_BYTES,
+        "seconds": TEMPLATE_SECONDS * (1 + size / 10e6),
         "longest": TEMPLATE_CHARACTERS + 4 * size,
     }
-    seconds = TEMPLATE_SECONDS * (1 + size / 10e6)
+    seconds = request["seconds"]
     return _RENDERER.ask(request, seconds) or [
         {"error": f"it takes more than {seconds:.0f} seconds or too much memory"} for _ in chats
     ]
@@ -79,7 +82,7 @@ class _Renderer:
         with self._lock:
             process = self._started()
             assert process.stdin is not None and process.stdout is not None
-            timer = threading.Timer(seconds, process.kill)
+            timer = threading.Timer(_WALL * seconds, process.kill)
             timer.daemon = True
             try:
                 send(process.stdin, request)
@@ -92,6 +95,8 @@ class _Renderer:
                 raise
             finally:
                 timer.cancel()
+                if timer.is_alive():
+                    timer.join()
             if answer is None:
                 self.stop()
                 return None

@@ -1,17 +1,19 @@
 """The process that renders chat templates: requests on stdin, answers on stdout.
 
 Templates come with checkpoints, so they are not trusted. The sandbox keeps them from Python's
-internals, as Transformers does; here, memory is limited, and `process.py` ends what takes long.
+internals, as Transformers does; here, memory and time are limited.
 
-A request and an answer are JSON with their length before them (8 bytes, little endian). Nothing of
-the library's is imported, so that the process is small.
+A request and an answer are JSON with their length before them (8 bytes, little endian). Neither JAX
+nor Transformers is imported, so that the process is small.
 """
 
 import dataclasses
 import datetime
 import functools
 import json
+import math
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
@@ -148,11 +150,19 @@ def _answer(request: Mapping[str, Any]) -> list[dict[str, Any]]:
     return answers
 
 
-def _limit_memory(size: int) -> None:
+def _limit(size: int, seconds: float | None) -> None:
+    """Ends this process where it takes more memory or computes for longer.
+
+    Its parent would too, if it is still there.
+    """
     try:
         import resource
     except ImportError:  # Windows
         return
+    if seconds is not None:
+        _, most = resource.getrlimit(resource.RLIMIT_CPU)
+        until = math.ceil(time.process_time() + seconds)
+        resource.setrlimit(resource.RLIMIT_CPU, (until, most))
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     size = size if most == resource.RLIM_INFINITY else min(size, most)
     try:
@@ -182,7 +192,7 @@ def receive(stream: IO[bytes]) -> Iterator[tuple[Any, int]]:
 def main() -> None:
     """Answers until its parent is gone."""
     for request, size in receive(sys.stdin.buffer):
-        _limit_memory(request["memory"] + 24 * size)
+        _limit(request["memory"] + 24 * size, request.get("seconds"))
         send(sys.stdout.buffer, _answer(request))
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from swaa_jax.attention import check_stream
 from swaa_jax.checkpoint.hf import read_generation_config
+from swaa_jax.fields import integer, list_of
 from swaa_jax.infer.decoding import (
     DecodeClock,
     Prefilled,
@@ -346,13 +347,18 @@ def generation_config(model: CausalLM) -> dict[str, Any]:
 
 
 def eos_token_ids(model: CausalLM, tok: "PreTrainedTokenizerBase | None") -> tuple[int, ...]:
-    """Tokens that end an answer: the generation config's, else the config's; the tokenizer's."""
+    """Tokens that end an answer: the generation config's, else the config's; the tokenizer's.
+
+    Raises:
+        ValueError: one that is no token id.
+    """
     ids = generation_config(model).get("eos_token_id")
     for name in ("eos_token_id", "eos_token_ids"):
         ids = getattr(model.config, name, None) if ids is None else ids
     ids = () if ids is None else (ids,) if isinstance(ids, int) else ids
     own = getattr(tok, "eos_token_id", None)
-    return tuple(sorted({int(token) for token in ids} | ({int(own)} if own is not None else set())))
+    ids = list_of(integer(least=0))("eos_token_id", ids)
+    return tuple(sorted({*ids, *(() if own is None else (int(own),))}))
 
 
 def pad_token_id(tok: "PreTrainedTokenizerBase | None") -> int:

@@ -24,6 +24,7 @@ NO_TOKEN = -1
 MIN_TEMPERATURE = 1e-5
 """Below it decoding is greedy: it differs in ties alone, and a float32 quotient may overflow."""
 
+_LONGEST_NGRAM = 1024  # tokens; each is compared at each step
 _CONFIG = "generation_config.json"
 _DEFAULT_TOP_K = 50  # Transformers' where a generation config with do_sample has none
 
@@ -104,7 +105,7 @@ class SamplingParams:
             repetition_penalty=number(above=0),
             presence_penalty=number(),
             frequency_penalty=number(),
-            no_repeat_ngram_size=or_none(integer(least=0)),
+            no_repeat_ngram_size=or_none(integer(least=0, most=_LONGEST_NGRAM)),
             suppress_tokens=list_of(integer(least=0)),
         )
 

@@ -166,7 +166,7 @@ def read_blueprint(
             reader,
             rules,
             num_layers=config.num_layers,
-            num_experts=getattr(config, "num_experts", 0),
+            num_experts=config.num_stored_experts,
             sizes=config.sizes,
         )
     policy = _choose_policy(directory, config, policy)

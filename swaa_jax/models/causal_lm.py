@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.core import Tracer
 from jax.sharding import Mesh
@@ -442,7 +443,7 @@ def _check_positions(tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | N
     """Positions must be float32 numbers, each one its own; traced ones are the caller's care."""
     last = tokens.shape[1] - 1
     if positions is not None and not isinstance(positions, Tracer) and positions.size:
-        last = int(jnp.max(positions))
+        last = int(np.max(np.asarray(positions)))  # not jnp, which is traced within jit
     if last >= MAX_POSITIONS:
         raise ValueError(
             f"positions: expected less than {MAX_POSITIONS}, beyond which they share rotary angles "

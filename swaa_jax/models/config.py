@@ -101,6 +101,11 @@ class DecoderConfig:
         return 1.0
 
     @property
+    def num_stored_experts(self) -> int:
+        """The experts of a layer that has some; 0 where none has."""
+        return 0
+
+    @property
     def sizes(self) -> dict[str, Any]:
         """What the shapes of the weights follow from, under HF's names."""
         return {

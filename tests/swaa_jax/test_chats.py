@@ -87,6 +87,12 @@ def test_fault_04_other_forms_of_messages(given, normal):
     assert normal_messages(found) == found
 
 
+def test_fault_04_a_message_that_says_nothing_is_refused():
+    for message in ({"role": "user", "text": "Hi"}, {"from": "human", "text": "Hi"}):
+        with pytest.raises(ChatError, match="message 0: expected content, tool_calls or reason"):
+            normal_messages([message])
+
+
 def test_fault_04_a_developer_is_the_system_where_the_template_knows_none():
     told = [{"role": "developer", "content": "Be brief."}, USER]
     for name in ("phi3", "llama3", "qwen3"):

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 import swaa_jax as swaa
-from swaa_jax import runtime
+from swaa_jax import redact, runtime
 from swaa_jax.cli import eval as command
 from swaa_jax.cli.main import build_parser, main
 from swaa_jax.cli.task_args import named
@@ -183,8 +183,8 @@ def test_ones_own_checkpoint_and_questions_in_one_command(data, tmp_path, capsys
 def test_the_reports_command_has_no_key(monkeypatch):
     words = ["eval", "--judge", "llm,url=http://x,api_key=sk-1,model=m", 'judge={api_key: "sk-2"}']
     monkeypatch.setattr("sys.argv", ["swaa", *words])
-    assert "sk-" not in command.typed_command()
-    assert "model=m" in command.typed_command()
+    assert "sk-" not in redact.typed_command()
+    assert "model=m" in redact.typed_command()
 
 
 def test_a_search_writes_a_policy_that_can_be_used(tmp_path, capsys):

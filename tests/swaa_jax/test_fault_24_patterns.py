@@ -1,6 +1,8 @@
 """Kind 24: regular expressions from files end in time, in judges and in adapters' configs."""
 
 import re
+import signal
+import threading
 import time
 
 import pytest
@@ -20,7 +22,7 @@ def quick(monkeypatch):
     from swaa_jax import patterns
 
     monkeypatch.setattr(patterns, "PATTERN_SECONDS", 0.5)
-    patterns._slow.clear()
+    patterns._MATCHER._slow.clear()
 
 
 def ends_in_time(call, match):
@@ -98,3 +100,31 @@ def test_fault_24_the_language_is_pythons(pattern):
         assert patterns.is_fullmatch("p", pattern, [name]) == bool(re.fullmatch(pattern, name))
     text = "x = 1\nŷ = ２ 'a\ud800b'"
     assert patterns.find_groups("p", r"(\w+) =", text) == re.findall(r"(\w+) =", text)
+
+
+def test_fault_24_an_answer_after_an_interrupt_is_nobodys(monkeypatch):
+    """The next expression must not get it."""
+    from swaa_jax import patterns
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    matcher = patterns._MATCHER
+    assert patterns.is_fullmatch("p", "b", ["b"])
+    with monkeypatch.context() as patch:
+        patch.setattr(matcher._process.stdout, "readline", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            patterns.is_fullmatch("p", "a", ["a"])
+    assert not patterns.is_fullmatch("p", "a", ["b"])
+
+
+def test_fault_24_time_that_others_take_does_not_count():
+    """An expression that waits, on a machine that does much else, is not slow."""
+    from swaa_jax import patterns
+
+    assert patterns.is_fullmatch("p", "a", ["a"])
+    process = patterns._MATCHER._process
+    process.send_signal(signal.SIGSTOP)
+    threading.Timer(1.0, process.send_signal, [signal.SIGCONT]).start()
+    assert patterns.is_fullmatch("p", "[bc]", ["b"])
+    assert patterns.is_fullmatch("p", "[bc]", ["c"])

@@ -83,6 +83,15 @@ def test_fault_29_an_unreadable_verdict_that_echoes(judge_server):
     assert verdict.failed and KEY not in verdict.reason and "(hidden)" in verdict.reason
 
 
+@pytest.mark.parametrize("before", range(150, 220, 7))
+def test_fault_29_a_key_where_the_excerpt_is_cut(judge_server, before):
+    judge_server.replies = [says("x" * before + KEY + "y" * 900)]
+    verdict = judge_at(judge_server, api_key=KEY)(judged())
+    assert verdict.failed and KEY[:5] not in verdict.reason
+    judge_server.replies = [plain(b"x" * before + KEY.encode() + b"y" * 900, status=401)]
+    assert KEY[:5] not in refused(judge_at(judge_server, api_key=KEY), "judge: ")
+
+
 @pytest.mark.parametrize("url", [f"http://me:{KEY}@", f"ftp://me:{KEY}@h/", f"http://h:x/?k={KEY}"])
 def test_fault_29_urls_that_are_none(url):
     with pytest.raises(ValueError, match="url: expected http") as error:

@@ -28,7 +28,6 @@ from swaa_jax.limits import JUDGE_BYTES
 from swaa_jax.redact import redact, redact_url
 from swaa_jax.typing import PathLike
 
-_EXCERPT = 200
 _PROMPT = """\
 You grade an answer to a question. It is right if it says the same as the reference answer, in \
 whatever words; it is wrong if it says something else, something less, or that it does not know. \
@@ -213,7 +212,7 @@ class LlmJudge:
 
     def _excerpt(self, text: str) -> str:
         """A part of what a server said, or of an error, without our secrets."""
-        return _excerpt(redact(text[: 4 * _EXCERPT], self._secrets))
+        return _excerpt(redact(text, self._secrets))
 
     def _request(self, prompt: str, temperature: float | None) -> "_Reply":
         body: dict[str, Any] = {
@@ -227,9 +226,6 @@ class LlmJudge:
         # In a thread of its own: a notebook's has an event loop already.
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             return pool.submit(asyncio.run, self._post(json.dumps(body))).result()
-
-    def _client(self) -> httpx2.AsyncClient:
-        return httpx2.AsyncClient(verify=self._ssl, timeout=None, follow_redirects=False)
 
     async def _post(self, body: str) -> "_Reply":
         """The reply, in full within the deadline and the limit of bytes.
@@ -403,8 +399,8 @@ def _content(body: bytes) -> str:
     except (ValueError, KeyError, TypeError, IndexError):
         content = 0
     if content is not None and not isinstance(content, str):
-        got = _excerpt(body[: 4 * _EXCERPT].decode(errors="replace"))
-        raise ValueError(f"expected a chat completion in JSON, got {got!r}")
+        said = body.decode(errors="replace")  # cut by who shows it, behind secrets
+        raise ValueError(f"expected a chat completion in JSON, got {said!r}")
     return content or ""
 
 

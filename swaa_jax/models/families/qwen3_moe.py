@@ -1,6 +1,7 @@
 """Qwen3-MoE: Qwen3 with experts in some or all layers, and one window for all layers."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -74,6 +75,11 @@ class Qwen3MoeConfig(DecoderConfig):
         return super().sizes | {name: getattr(self, name) for name in names}
 
     @property
+    def num_stored_experts(self) -> int:
+        """The experts of a layer that has some; 0 where none has."""
+        return self.num_experts if any(map(self.is_sparse, range(self.num_layers))) else 0
+
+    @property
     def expert_share(self) -> float:
         """The part of a layer's experts that a token goes to."""
         return self.num_experts_per_tok / self.num_experts if self.num_experts else 1.0
@@ -100,7 +106,7 @@ class Qwen3MoeConfig(DecoderConfig):
     @classmethod
     def from_hf(cls, hf: HfConfig, overrides: Mapping[str, Any] | None = None) -> "DecoderConfig":
         """As `DecoderConfig.from_hf`. Transformers 5 writes `num_local_experts`, files of version 4
-        have `num_experts`, which stays.
+        have `num_experts`; the file's own name stays.
         """
         rest = {name: value for name, value in hf.items() if name != "num_local_experts"}
         count = hf.get("num_local_experts", hf.get("num_experts"))
@@ -109,7 +115,13 @@ class Qwen3MoeConfig(DecoderConfig):
                 f"config.num_experts: expected {show(count)}, as in num_local_experts, got "
                 f"{show(hf['num_experts'])}; keep one of them"
             )
-        return super().from_hf({**rest, "num_experts": count}, overrides)
+        config = super().from_hf({**rest, "num_experts": count}, overrides)
+        if "num_local_experts" not in hf:
+            return config
+        stated = json.loads(config.hf_json)  # under the name, or names, that the file has
+        count = stated["num_experts"] if "num_experts" in hf else stated.pop("num_experts")
+        stated["num_local_experts"] = count
+        return dataclasses.replace(config, hf_json=json.dumps(stated, sort_keys=True))
 
     def hf_windows(self, kinds: Sequence[str], window: int | None) -> dict[str, object]:
         """One window for all layers."""
