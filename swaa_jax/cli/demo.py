@@ -137,12 +137,14 @@ def run(args: argparse.Namespace) -> int:
     from swaa_jax.cli.eval import print_results
     from swaa_jax.eval.report import summarize, write_evaluation
     from swaa_jax.eval.run import EvalConfig, evaluate
+    from swaa_jax.eval.run.loading import default_dtype
     from swaa_jax.progress import show_progress
     from swaa_jax.redact import typed_command
     from swaa_jax.storage import write_text_atomic
 
     process_args.start(args)
     config = EvalConfig.from_dict(_fields(args))
+    config = dataclasses.replace(config, dtype=config.dtype or default_dtype())
     print(textwrap.fill(_introduction(config), 80))
     with show_progress("starting", total=1) as bar:
         done = evaluate(config, progress=bar.show)
