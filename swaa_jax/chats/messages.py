@@ -103,9 +103,8 @@ def _normal(one: object, name: str) -> Message:
         raise _wrong(name, 'a mapping of role and content, {"role": ..., "content": ...}', one)
     message = {str(key): value for key, value in one.items() if value is not None}
     if "from" in message and "role" not in message:
-        message["role"] = message.pop("from")
-        if "value" in message:
-            message = {"content": message.pop("value"), **message}
+        said = {"content": message.pop("value")} if "value" in message else {}
+        message = {"role": message.pop("from"), **said, **message}
     if problem := problem_within(message):
         raise ChatError(f"{name}: {problem}")
     role = message.get("role")

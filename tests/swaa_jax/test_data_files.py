@@ -145,7 +145,7 @@ def test_filters(tok):
             {"messages": MESSAGES[:1]},
             r"expected an answer, as .* the assistant's last message",
         ),
-        ({"messages": [*MESSAGES[:1], {"role": "assistant"}]}, "expected an answer"),
+        ({"messages": [*MESSAGES[:1], {"role": "assistant"}]}, r"messages\[1\]: expected content"),
         ({"text": "x"}, "expected prompt, or context .* got the columns 'text'"),
         ({"messages": "not json"}, "messages: expected a list of messages"),
         ({"messages": [{"content": "x"}]}, r"messages\[0\]: expected role and content"),

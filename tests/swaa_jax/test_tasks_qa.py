@@ -153,7 +153,7 @@ CHAT = '"messages": [{"role": "user", "content": "a"}, %s]'
         ('{"messages": ["A?"], "answer": "a"}', r"messages: expected a list of messages, .*'A\?'"),
         (
             f'{{{CHAT % """{"role": "user"}"""}, "answer": "a"}}',
-            r"messages\[1\].content: expected a text that is not empty, got ''",
+            r"messages\[1\]: expected content, tool_calls or reasoning_content, got",
         ),
         (
             f'{{{CHAT % """{"role": "system", "content": "b"}"""}, "answer": "a"}}',
