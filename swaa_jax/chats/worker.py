@@ -1,21 +1,17 @@
-"""The process that renders chat templates: requests on stdin, answers on stdout.
+"""The process that renders chat templates (`swaa_jax/apart.py` is how it is asked).
 
 Templates come with checkpoints, so they are not trusted. The sandbox keeps them from Python's
 internals, as Transformers does; here, memory and time are limited.
 
-A request and an answer are JSON with their length before them (8 bytes, little endian). Neither JAX
-nor Transformers is imported, so that the process is small.
+Neither JAX nor Transformers is imported, so that the process is small.
 """
 
 import dataclasses
 import datetime
 import functools
 import json
-import math
-import sys
-import time
-from collections.abc import Iterator, Mapping
-from typing import IO, Any
+from collections.abc import Mapping
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -23,7 +19,9 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-__all__ = ["main", "receive", "render", "send"]
+from swaa_jax.apart import serve
+
+__all__ = ["render"]
 
 _LONGEST_REASON = 300
 
@@ -150,51 +148,5 @@ def _answer(request: Mapping[str, Any]) -> list[dict[str, Any]]:
     return answers
 
 
-def _limit(size: int, seconds: float | None) -> None:
-    """Ends this process where it takes more memory or computes for longer.
-
-    Its parent would too, if it is still there.
-    """
-    try:
-        import resource
-    except ImportError:  # Windows
-        return
-    if seconds is not None:
-        _, most = resource.getrlimit(resource.RLIMIT_CPU)
-        until = math.ceil(time.process_time() + seconds)
-        resource.setrlimit(resource.RLIMIT_CPU, (until, most))
-    _, most = resource.getrlimit(resource.RLIMIT_AS)
-    size = size if most == resource.RLIM_INFINITY else min(size, most)
-    try:
-        resource.setrlimit(resource.RLIMIT_AS, (size, most))
-    except (OSError, ValueError):  # macOS: only the time is limited there
-        return
-
-
-def send(stream: IO[bytes], message: object) -> int:
-    """Writes a message of JSON's types; gives its size in bytes."""
-    data = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    stream.write(len(data).to_bytes(8, "little") + data)
-    stream.flush()
-    return len(data)
-
-
-def receive(stream: IO[bytes]) -> Iterator[tuple[Any, int]]:
-    """Messages, each with its size in bytes, to the stream's end."""
-    while len(head := stream.read(8)) == 8:
-        size = int.from_bytes(head, "little")
-        data = stream.read(size)
-        if len(data) < size:
-            return
-        yield json.loads(data.decode("utf-8", "surrogatepass")), size
-
-
-def main() -> None:
-    """Answers until its parent is gone."""
-    for request, size in receive(sys.stdin.buffer):
-        _limit(request["memory"] + 24 * size, request.get("seconds"))
-        send(sys.stdout.buffer, _answer(request))
-
-
 if __name__ == "__main__":
-    main()
+    serve(_answer)

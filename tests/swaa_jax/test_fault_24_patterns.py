@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import swaa_jax as swaa
+from swaa_jax import apart
 from swaa_jax.eval.judging import Judged, make_judge
 from tests.support.random_models import random_model
 
@@ -22,7 +23,7 @@ def quick(monkeypatch):
     from swaa_jax import patterns
 
     monkeypatch.setattr(patterns, "PATTERN_SECONDS", 0.5)
-    patterns._MATCHER._slow.clear()
+    patterns._slow.clear()
 
 
 def ends_in_time(call, match):
@@ -109,10 +110,9 @@ def test_fault_24_an_answer_after_an_interrupt_is_nobodys(monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    matcher = patterns._MATCHER
     assert patterns.is_fullmatch("p", "b", ["b"])
     with monkeypatch.context() as patch:
-        patch.setattr(matcher._process.stdout, "readline", interrupt)
+        patch.setattr(apart, "_receive", interrupt)
         with pytest.raises(KeyboardInterrupt):
             patterns.is_fullmatch("p", "a", ["a"])
     assert not patterns.is_fullmatch("p", "a", ["b"])
@@ -123,7 +123,7 @@ def test_fault_24_time_that_others_take_does_not_count():
     from swaa_jax import patterns
 
     assert patterns.is_fullmatch("p", "a", ["a"])
-    process = patterns._MATCHER._process
+    process = patterns._WORKER._child
     process.send_signal(signal.SIGSTOP)
     threading.Timer(1.0, process.send_signal, [signal.SIGCONT]).start()
     assert patterns.is_fullmatch("p", "[bc]", ["b"])

@@ -3,9 +3,10 @@
 A cell is one model under one policy, asked one task in one mode. Its directory is named after
 everything that its answers depend on, so a changed config finds what is still good::
 
-    out/work/3f1c.../cell.json              what the cell is
-    out/work/3f1c.../answers-00000.json     the answers of its first batch, and their timings
-    out/work/3f1c.../verdicts-9a0b-00000.json   what a judge made of them, with these references
+    3f1c.../                        one cell, below the directory of all of them
+      cell.json                     what the cell is
+      answers-00000.json            the answers of its first batch, and their timings
+      verdicts-9a0b-00000.json      what a judge made of them, with these references
 
 A file is there in full or not at all: a run that was killed loses the batch that it was at.
 """
