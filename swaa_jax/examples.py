@@ -61,12 +61,12 @@ FORMATS: Mapping[str, str] = {
 }
 """How a record can ask, and the column that it needs for that; the first that is there counts."""
 
-_ALWAYS_USED = ("system", "history", "response", "answer", "tools", "id", "kind", "question")
+_ALWAYS_USED = ("system", "history", "answer", "tools", "id", "kind", "question")
 _USED = {
-    "chat": (*_ALWAYS_USED, "messages"),
-    "prompt": (*_ALWAYS_USED, "prompt"),
+    "chat": (*_ALWAYS_USED, "messages", "response"),
+    "prompt": (*_ALWAYS_USED, "prompt", "response"),
     "instruction": (*_ALWAYS_USED, "instruction", "input", "output"),
-    "question": (*_ALWAYS_USED, "context"),
+    "question": (*_ALWAYS_USED, "context", "response"),
 }
 """What is looked at, by how a record asks."""
 

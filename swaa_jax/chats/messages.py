@@ -102,6 +102,10 @@ def _normal(one: object, name: str) -> Message:
     if not isinstance(one, Mapping):
         raise _wrong(name, 'a mapping of role and content, {"role": ..., "content": ...}', one)
     message = {str(key): value for key, value in one.items() if value is not None}
+    for names in (("content", "value"), ("tool_calls", "function_call"), _THOUGHTS):
+        said = [key for key in names if message.get(key) not in (None, "", [])]
+        if any(message[key] != message[said[0]] for key in said):
+            raise _wrong(name, f"one of {' and '.join(said)}", one)
     if "from" in message and "role" not in message:
         said = {"content": message.pop("value")} if "value" in message else {}
         message = {"role": message.pop("from"), **said, **message}

@@ -292,6 +292,7 @@ class Encoder:
 
 def _flag(record: Record, at: int, message: Message) -> bool | None:
     """Whether a message says that it is trained on; None where it does not say."""
+    told = None
     for name in ("train", "weight"):
         value = message.get(name)
         if value is not None:
@@ -300,8 +301,10 @@ def _flag(record: Record, at: int, message: Message) -> bool | None:
             if value and message["role"] != "assistant":
                 expected = "false on all but the assistant's messages, which alone are produced"
                 raise record.wrong(f"messages[{at}].{name}", expected, value)
-            return bool(value)
-    return None
+            if told not in (None, bool(value)):
+                raise record.wrong(f"messages[{at}].{name}", f"what train says, {told}", value)
+            told = bool(value)
+    return told
 
 
 def _verbatim(record: Record, message: Message, prompt: str) -> str:

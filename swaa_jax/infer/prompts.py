@@ -8,7 +8,7 @@ import numpy as np
 
 from swaa_jax.chats import ChatError, normal_messages, render_chat, unused_variables
 from swaa_jax.checkpoint.tokenizer import special_tokens
-from swaa_jax.fields import describe, problem_within
+from swaa_jax.fields import describe, problem_within, wrong
 from swaa_jax.infer.stopping import THINK_END, THINK_START
 
 if TYPE_CHECKING:
@@ -90,8 +90,16 @@ def encode_prompts(
         "cot": bool(cot),
     }
     given = [name for name, is_given in for_chat.items() if is_given]
+    variables = {**_given(enable_thinking), **(chat_template_kwargs or {})}
+    if enable_thinking not in (None, variables.get("enable_thinking")):
+        raise wrong(
+            "enable_thinking",
+            f"what chat_template_kwargs says, {variables['enable_thinking']}",
+            enable_thinking,
+            "give it once",
+        )
     encoded = []
-    _warn_of_unused(tok, {**(chat_template_kwargs or {}), **_given(enable_thinking)})
+    _warn_of_unused(tok, variables)
     for index, prompt in enumerate(as_batch(prompts)):
         if isinstance(prompt, np.ndarray):
             prompt = prompt.tolist()
@@ -102,10 +110,7 @@ def encode_prompts(
                 index=index,
                 cot=cot,
                 tools=tools,
-                variables={
-                    **_given(enable_thinking),
-                    **(chat_template_kwargs or {}),
-                },
+                variables=variables,
             )
         elif given:
             raise ValueError(

@@ -93,6 +93,22 @@ def test_fault_04_a_message_that_says_nothing_is_refused():
             normal_messages([message])
 
 
+@pytest.mark.parametrize(
+    "more",
+    [{"value": "Ho"}, {"reasoning_content": "a", "thinking": "b"}],
+    ids=str,
+)
+def test_fault_04_what_is_said_twice_is_refused(more):
+    with pytest.raises(ChatError, match=r"message 0: expected one of \w+ and \w+, got"):
+        normal_messages([{"role": "assistant", "content": "Hi", **more}])
+
+
+def test_fault_04_thinking_is_asked_for_once():
+    given = {"enable_thinking": True, "chat_template_kwargs": {"enable_thinking": False}}
+    with pytest.raises(ValueError, match="enable_thinking: expected what chat_template_kwargs"):
+        encode_prompts(build("qwen3"), [USER], **given)
+
+
 def test_fault_04_a_developer_is_the_system_where_the_template_knows_none():
     told = [{"role": "developer", "content": "Be brief."}, USER]
     for name in ("phi3", "llama3", "qwen3"):

@@ -270,6 +270,18 @@ def test_messages_after_the_last_answer_are_named(caplog):
     assert said == "columns that are not used: 'messages after the last answer'"
 
 
+def test_a_message_that_contradicts_itself_is_refused():
+    turns = [{"role": "user", "content": "q"}]
+    turns += [{"role": "assistant", "content": "a", "train": True, "weight": 0}]
+    with pytest.raises(DataError, match=r"messages\[1\].weight: expected what train says, True"):
+        samples_of(build("qwen2.5"), {"messages": turns})
+
+
+def test_a_response_besides_an_instruction_is_named(caplog):
+    samples_of(build("qwen2.5"), {"instruction": "Q", "response": "R", "answer": "A"})
+    assert "columns that are not used: 'response'" in caplog.text
+
+
 def test_two_answers_in_one_record_are_refused():
     turns = [{"role": role, "content": role} for role in ("user", "assistant")]
     with pytest.raises(DataError, match="response: expected one answer, here or as the last"):

@@ -83,6 +83,18 @@ def test_fault_29_an_unreadable_verdict_that_echoes(judge_server):
     assert verdict.failed and KEY not in verdict.reason and "(hidden)" in verdict.reason
 
 
+@pytest.mark.parametrize("code", [400, 413, 422])
+def test_fault_25_one_answer_that_is_refused_does_not_stop_the_others(judge_server, code):
+    judge = judge_at(judge_server)
+    judge_server.replies = [plain(b"no such model", status=code)]
+    refused(judge, "refused the request")  # of the first: it may refuse all
+    judge_server.replies = [says("CORRECT"), plain(b"too long", status=code), says("CORRECT")]
+    assert judge(judged()).accepted
+    verdict = judge(judged("a longer one"))
+    assert verdict.failed and "too long" in verdict.reason
+    assert judge(judged("another")).accepted
+
+
 @pytest.mark.parametrize("before", range(150, 220, 7))
 def test_fault_29_a_key_where_the_excerpt_is_cut(judge_server, before):
     judge_server.replies = [says("x" * before + KEY + "y" * 900)]

@@ -117,7 +117,9 @@ class LlmJudge:
     Replies are read strictly, see :func:`read_verdict`. What is no verdict is asked for again, at
     temperature 1; so are HTTP 408, 409, 429 and 5xx, broken or silent connections and bodies that
     are no chat completion, each time after twice the pause (or what `Retry-After` says, ten minutes
-    at most). Where the replies to all attempts are no verdict, the verdict says that it failed.
+    at most). Where the replies to all attempts are no verdict, the verdict says that it failed; so
+    it does where a server that has answered others refuses this one (HTTP 400, 413 and 422: too
+    long for it, filtered).
     Redirects are refused: they would take the key, and the verdict, elsewhere.
 
     Raises (when called):
@@ -130,6 +132,7 @@ class LlmJudge:
         self._lock = threading.Lock()
         self._next_at = 0.0
         self._asking: dict[str, threading.Lock] = {}
+        self._answered = False  # it takes our requests; what it refuses now, it refuses for itself
         self._torn = False  # the cache's last line has no end
         self._verdicts = self._read_cache()
         self._shown_url = redact_url(config.url)
@@ -170,6 +173,8 @@ class LlmJudge:
             unreadable = False
             try:
                 reply = self._request(prompt, temperature)
+                if reply.status in (400, 413, 422) and self._answered:
+                    return Verdict(accepted=False, failed=True, reason=str(self._refusal(reply)))
                 if reply.status not in (408, 409, 429) and 300 <= reply.status < 500:
                     raise self._refusal(reply)
                 if reply.status >= 300:
@@ -177,6 +182,7 @@ class LlmJudge:
                     pause = retry_after(reply.retry_after, default=pause)
                 else:
                     said = _content(reply.body)
+                    self._answered = True
                     verdict = read_verdict(said)
                     if verdict is not None:
                         return verdict
