@@ -26,7 +26,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from swaa_jax.chats import ChatError, Message, Tools, normal_messages, normal_tools
-from swaa_jax.fields import parse_json
+from swaa_jax.documents import parse_json
 from swaa_jax.records import DataError, Record
 
 __all__ = ["COLUMNS", "FORMATS", "Example", "read_example", "warn_unused"]

@@ -1,4 +1,4 @@
-"""Values that people write are checked here: a config's fields, arguments, YAML, overrides.
+"""Values that people write are checked here: a config's fields, arguments.
 
 A check is a function of a name and a value, which gives the value in its one form or says what is
 wrong with it, always in the same words: ``name: expected X, got Y; do Z``.
@@ -19,15 +19,10 @@ import math
 import numbers
 import operator
 import os
-import re
 import reprlib
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
-
-import yaml
-
-from swaa_jax.limits import DEEPEST_NESTING
 
 __all__ = [
     "Check",
@@ -38,7 +33,6 @@ __all__ = [
     "flag",
     "from_mapping",
     "integer",
-    "key_value",
     "list_of",
     "mapping",
     "naming",
@@ -47,17 +41,13 @@ __all__ = [
     "one_line",
     "one_of",
     "or_none",
-    "parse_json",
-    "parse_yaml",
     "plain",
     "plural",
-    "problem_within",
     "section",
     "set_field",
     "show",
     "text",
     "texts",
-    "with_overrides",
     "wrong",
 ]
 
@@ -369,220 +359,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-# Text.
-
-_LONGEST_PROBLEM = 300
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without aliases, deep nesting, base sixty and repeated keys; 1e-4 is a number."""
-
-    def __init__(self, stream: str):
-        super().__init__(stream)
-        self._depth = 0
-
-    def compose_node(self, parent, index):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """A node, unless it is an alias or too deep."""
-        line = self.peek_event().start_mark.line + 1
-        if self.check_event(yaml.AliasEvent):
-            raise ValueError(f"line {line}: expected values written out, got an alias (*name)")
-        self._depth += 1
-        if self._depth > DEEPEST_NESTING:
-            raise ValueError(f"line {line}: expected at most {DEEPEST_NESTING} levels of nesting")
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-    def construct_yaml_number(self, node):
-        """An int or a float, unless it is written with colons."""
-        if ":" in node.value:
-            raise ValueError(
-                f"line {node.start_mark.line + 1}: {node.value} without quotes is a number in base "
-                f'sixty in YAML 1.1; quote a slice of layers, "{node.value}"'
-            )
-        if node.tag.endswith(":int"):
-            return super().construct_yaml_int(node)
-        return super().construct_yaml_float(node)
-
-    def construct_mapping(self, node, deep=False):
-        """A dict, unless a key is repeated (plain YAML keeps the last one in silence)."""
-        seen: set[Hashable] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                break  # YAML's own error says so
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise ValueError(f"line {line}: expected each key once, got {describe(key)} twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_number)
-_StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader.construct_yaml_number)
-_StrictLoader.add_implicit_resolver(  # YAML 1.1 reads 1e-4, which has no point, as text
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def parse_yaml(document: str) -> Any:
-    """The document's content, in time linear in its length.
-
-    Aliases, more than 50 levels, repeated keys and numbers in base sixty, as YAML 1.1 reads a bare
-    ``1:36``, are errors. ``1e-4`` is a number, as in YAML 1.2.
-
-    Raises:
-        ValueError: something is wrong with it.
-    """
-    try:
-        return _sound(yaml.load(document, Loader=_StrictLoader))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"YAML: {_problem(error)}") from error
-
-
-def parse_json(document: str | bytes) -> Any:
-    """The content of a JSON document.
-
-    Raises:
-        ValueError: something is wrong with it.
-    """
-    try:
-        return _sound(json.loads(document))
-    except RecursionError as error:
-        raise ValueError(f"JSON: expected {_NOT_DEEPER}, got many more") from error
-    except ValueError as error:
-        raise ValueError(f"JSON: {_problem(error)}") from error
-
-
-_NOT_DEEPER = f"at most {DEEPEST_NESTING} levels of nesting"
-
-
-def _sound(value: Any) -> Any:
-    if problem := problem_within(value):
-        raise ValueError(problem)
-    return value
-
-
-def problem_within(value: object) -> str | None:
-    r"""What is wrong with nested plain data: levels beyond fifty, or text that is not Unicode.
-
-    UTF-8 has no code for a lone surrogate, which JSON and Python's texts can hold, so no
-    tokenizer takes one.
-
-    >>> problem_within({"a": ["b", "c" + chr(0xD800)]})
-    "expected Unicode text, got a lone surrogate, '\\ud800', at character 1 of 'c\\ud800'"
-    """
-    level, depth = [value], 0
-    while level:
-        below: list[object] = []
-        for one in level:
-            if isinstance(one, str):
-                if problem := _not_unicode(one):
-                    return problem
-            elif isinstance(one, Mapping):
-                below += [*one.keys(), *one.values()]
-            elif isinstance(one, list | tuple):
-                below += one
-        depth += any(isinstance(one, Mapping | list | tuple) for one in level)
-        if depth > DEEPEST_NESTING:
-            return f"expected {_NOT_DEEPER}, got more"
-        level = below
-    return None
-
-
-def _not_unicode(text: str) -> str | None:
-    if text.isascii():
-        return None
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        at = error.start
-        near = text[max(0, at - 20) : at + 20]
-        return (
-            f"expected Unicode text, got a lone surrogate, {text[at]!r}, at character {at} of "
-            f"{near!r}"
-        )
-    return None
-
-
-def _problem(error: Exception) -> str:
-    shown = " ".join(str(error).split())
-    return shown if len(shown) <= _LONGEST_PROBLEM else f"{shown[:_LONGEST_PROBLEM]}..."
-
-
-# Overrides.
-
-
-def key_value(name: str, setting: str) -> tuple[str, Any]:
-    """Key and value of KEY=VALUE; the value is JSON where it can be, else the text as it is.
-
-    >>> key_value("--set", "steps=300"), key_value("--set", "pattern=a: b")
-    (('steps', 300), ('pattern', 'a: b'))
-
-    Raises:
-        ValueError: no ``=``, or nothing before it.
-    """
-    key, value = _split(name, setting)
-    try:
-        parsed = json.loads(value)
-    except (ValueError, RecursionError):
-        parsed = value
-    if problem := problem_within(parsed):
-        raise ValueError(f"{name} {key[:80]}: {problem}")
-    return key, parsed
-
-
-def with_overrides(
-    fields: Mapping[str, object],
-    overrides: Sequence[str],
-    *,
-    name: str = "override",
-    named: Mapping[str, Callable[[str], Mapping[str, object]]] | None = None,
-) -> dict[str, Any]:
-    """The fields with KEY.SUB=VALUE overrides; values are YAML.
-
-    Args:
-        fields: a config as plain data.
-        overrides: in order.
-        name: what messages call them.
-        named: what gives the fields of a config that has only a name, by its key: so that one of
-            a recipe's fields can be changed.
-
-    Raises:
-        ValueError: no ``=``, malformed YAML, or a key below something that has no keys.
-
-    Examples:
-        >>> with_overrides({"optimizer": {"learning_rate": 1}}, ["optimizer.learning_rate=3e-4"])
-        {'optimizer': {'learning_rate': 0.0003}}
-    """
-    result: dict[str, Any] = dict(fields)
-    for override in overrides:
-        key, value = _split(name, override)
-        *parents, last = key.split(".")
-        if len(parents) > DEEPEST_NESTING:
-            raise wrong(name, f"a key of {_NOT_DEEPER}", key)
-        place = result
-        for depth, parent in enumerate(parents):
-            below = place.get(parent)
-            if depth == 0 and isinstance(below, str) and parent in (named or {}):
-                below = (named or {})[parent](below)
-            below = {} if below is None else below
-            if not isinstance(below, Mapping):
-                above = ".".join(parents[: depth + 1])
-                raise wrong(f"{name} {override!r}", f"keys in {above}", below, f"leave out .{last}")
-            place[parent] = dict(below)
-            place = place[parent]
-        try:
-            place[last] = parse_yaml(value) if value.strip() else None
-        except ValueError as error:
-            raise ValueError(f"{name} {key[:80]}: {error}") from error
-    return result
-
-
-def _split(name: str, setting: str) -> tuple[str, str]:
-    key, equals, value = setting.partition("=")
-    if not equals or not key.strip():
-        raise wrong(name, "KEY=VALUE", setting)
-    return key.strip(), value

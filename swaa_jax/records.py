@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 import numpy as np
 from etils import epath
 
-from swaa_jax.fields import describe, problem_within, show
+from swaa_jax.documents import problem_within
+from swaa_jax.fields import describe, show
 from swaa_jax.storage import CheckpointError, reading
 
 __all__ = ["DataError", "Record", "Records", "find_files", "open_records", "records_of"]

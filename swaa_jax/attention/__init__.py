@@ -9,6 +9,13 @@ from swaa_jax.attention.attend import (
     attend_cached,
     attend_stream,
 )
+from swaa_jax.attention.building import (
+    as_stream,
+    build_cache,
+    check_stream,
+    empty_cache,
+    recast_caches,
+)
 from swaa_jax.attention.caches import (
     EMPTY,
     Cache,
@@ -18,11 +25,6 @@ from swaa_jax.attention.caches import (
     RingCache,
     SplitCache,
     StreamCache,
-    as_stream,
-    build_cache,
-    check_stream,
-    empty_cache,
-    recast_caches,
 )
 from swaa_jax.attention.heads import HeadPart, split_heads
 from swaa_jax.attention.stages import full_rows, tail_rows

@@ -13,7 +13,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from swaa_jax.fields import describe, parse_json, problem_within, show
+from swaa_jax.documents import parse_json, problem_within
+from swaa_jax.fields import describe, show
 
 __all__ = ["ChatError", "Message", "Tools", "normal_messages", "normal_tools"]
 

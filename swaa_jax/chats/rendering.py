@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from swaa_jax.chats.messages import ChatError, Message, Tools, normal_messages, normal_tools
 from swaa_jax.chats.process import render_apart
-from swaa_jax.fields import describe, problem_within, show
+from swaa_jax.documents import problem_within
+from swaa_jax.fields import describe, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

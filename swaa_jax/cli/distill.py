@@ -84,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
 
     from swaa_jax import AttentionPolicy, load_model, load_tokenizer
     from swaa_jax.distill import DistillConfig, distill, read_questions
+    from swaa_jax.documents import key_value
     from swaa_jax.eval.judging import make_judge
-    from swaa_jax.fields import key_value
     from swaa_jax.redact import without_secrets
 
     settings = dict(key_value("--judge-set", one) for one in args.judge_set)

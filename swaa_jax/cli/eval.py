@@ -151,9 +151,9 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
     from etils import epath
 
     from swaa_jax.configs import find_config
+    from swaa_jax.documents import with_overrides
     from swaa_jax.eval.run import EvalConfig
     from swaa_jax.eval.run.config import read_document
-    from swaa_jax.fields import with_overrides
     from swaa_jax.policy import split_policies
     from swaa_jax.storage import read_text
 

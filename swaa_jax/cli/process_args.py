@@ -64,7 +64,8 @@ def config_overrides_from_args(args: argparse.Namespace) -> dict[str, object]:
     Raises:
         ValueError: malformed, or one key twice.
     """
-    from swaa_jax.fields import key_value, show
+    from swaa_jax.documents import key_value
+    from swaa_jax.fields import show
 
     found: dict[str, object] = {}
     for setting in args.config_override:

@@ -214,7 +214,7 @@ def _num_full_layers(args: argparse.Namespace, num_layers: int) -> int:
 
 def _data_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The data config's fields that were given."""
-    from swaa_jax.fields import with_overrides
+    from swaa_jax.documents import with_overrides
 
     fields = with_overrides({}, args.data_set, name="--data-set")
     if args.thinking is not None:
@@ -225,7 +225,7 @@ def _data_fields(args: argparse.Namespace) -> dict[str, Any]:
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """The method's options from the flags that were given."""
-    from swaa_jax.fields import key_value
+    from swaa_jax.documents import key_value
 
     if args.heads and args.method != "gates":
         raise ValueError(

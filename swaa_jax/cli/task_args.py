@@ -59,7 +59,8 @@ def named(text: str, key: str) -> dict[str, object]:
     Raises:
         ValueError: malformed.
     """
-    from swaa_jax.fields import parse_yaml, wrong
+    from swaa_jax.documents import parse_yaml
+    from swaa_jax.fields import wrong
 
     name, *settings = text.split(",")
     found = {key: name.strip()}

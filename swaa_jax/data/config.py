@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import yaml
 
+from swaa_jax.documents import parse_yaml
 from swaa_jax.examples import COLUMNS, FORMATS
 from swaa_jax.fields import (
     check_fields,
@@ -17,7 +18,6 @@ from swaa_jax.fields import (
     mapping,
     one_of,
     or_none,
-    parse_yaml,
     plain,
     texts,
     wrong,

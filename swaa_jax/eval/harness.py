@@ -22,9 +22,10 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 
 from swaa_jax.chats import render_chat
 from swaa_jax.checkpoint import load_tokenizer
+from swaa_jax.documents import problem_within
 from swaa_jax.eval.judging import strip_thinking
 from swaa_jax.eval.run.loading import default_dtype, tell_default_dtype
-from swaa_jax.fields import problem_within, show
+from swaa_jax.fields import show
 from swaa_jax.infer import GenerateOptions, generate, opens_thinking
 from swaa_jax.infer.likelihoods import Continuation, score_continuations
 from swaa_jax.infer.stopping import THINK_END, THINK_START

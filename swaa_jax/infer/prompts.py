@@ -8,7 +8,8 @@ import numpy as np
 
 from swaa_jax.chats import ChatError, normal_messages, render_chat, unused_variables
 from swaa_jax.checkpoint.tokenizer import special_tokens
-from swaa_jax.fields import describe, problem_within, wrong
+from swaa_jax.documents import problem_within
+from swaa_jax.fields import describe, wrong
 from swaa_jax.infer.stopping import THINK_END, THINK_START
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from swaa_jax.documents import parse_yaml
 from swaa_jax.fields import (
     Check,
     check_fields,
@@ -18,7 +19,6 @@ from swaa_jax.fields import (
     list_of,
     naming,
     number,
-    parse_yaml,
     plain,
     set_field,
     text,

@@ -19,6 +19,7 @@ from typing import Literal, TypeAlias
 from etils import epath
 
 from swaa_jax.configs import find_config
+from swaa_jax.documents import parse_json, parse_yaml
 from swaa_jax.fields import (
     check_fields,
     flag,
@@ -27,8 +28,6 @@ from swaa_jax.fields import (
     number,
     one_of,
     or_none,
-    parse_json,
-    parse_yaml,
     section,
     text,
     wrong,

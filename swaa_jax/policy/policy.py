@@ -20,6 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from etils import epath
 
+from swaa_jax.documents import parse_json, parse_yaml
 from swaa_jax.fields import (
     Check,
     check_fields,
@@ -28,8 +29,6 @@ from swaa_jax.fields import (
     integer,
     mapping,
     or_none,
-    parse_json,
-    parse_yaml,
     plain,
     set_field,
     show,

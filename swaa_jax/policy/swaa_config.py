@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from swaa_jax.fields import check_keys, describe, integer, naming, parse_json, wrong
+from swaa_jax.documents import parse_json
+from swaa_jax.fields import check_keys, describe, integer, naming, wrong
 from swaa_jax.policy.layers import LayerSelection, format_layers, layer_selection, resolve_layers
 from swaa_jax.storage import read_text
 from swaa_jax.typing import PathLike

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from swaa_jax import sharding
 from swaa_jax.data import DataConfig
+from swaa_jax.documents import parse_yaml, with_overrides
 from swaa_jax.fields import (
     check_fields,
     check_keys,
@@ -20,12 +21,10 @@ from swaa_jax.fields import (
     mapping,
     naming,
     or_none,
-    parse_yaml,
     plain,
     section,
     text,
     texts,
-    with_overrides,
     wrong,
 )
 from swaa_jax.lora import LoraConfig

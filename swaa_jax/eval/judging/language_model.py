@@ -22,8 +22,9 @@ import httpx2
 from etils import epath
 
 from swaa_jax import storage
+from swaa_jax.documents import parse_json
 from swaa_jax.eval.judging.judge import Judged, Verdict, answer_of, strip_thinking
-from swaa_jax.fields import check_fields, integer, number, or_none, parse_json, text, wrong
+from swaa_jax.fields import check_fields, integer, number, or_none, text, wrong
 from swaa_jax.limits import JUDGE_BYTES
 from swaa_jax.redact import redact, redact_url
 from swaa_jax.typing import PathLike

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from etils import epath
 
+from swaa_jax.documents import parse_yaml, with_overrides
 from swaa_jax.eval.tasks import Task, make_task
 from swaa_jax.fields import (
     Check,
@@ -19,9 +20,7 @@ from swaa_jax.fields import (
     number,
     one_of,
     or_none,
-    parse_yaml,
     text,
-    with_overrides,
     wrong,
 )
 from swaa_jax.policy import AttentionPolicy, load_policy
