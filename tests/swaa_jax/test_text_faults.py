@@ -6,7 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from swaa_jax import fields
+from swaa_jax import documents
 from swaa_jax.chats import render_chat
 from swaa_jax.cli.main import main
 from swaa_jax.data import DataConfig, DataError, prepare_samples
@@ -102,7 +102,7 @@ def test_fault_20_what_a_run_is_has_a_fingerprint():
     assert fingerprint({"a": HALF}) != fingerprint({"a": "b"})
 
 
-@pytest.mark.parametrize("parse", [fields.parse_yaml, fields.parse_json])
+@pytest.mark.parametrize("parse", [documents.parse_yaml, documents.parse_json])
 def test_fault_23_nesting_and_halves(parse):
     for document in (DEEP, "[" * 100_000, '{"a": ' * 400 + "1" + "}" * 400):
         with pytest.raises(ValueError, match="expected at most 50 levels of nesting"):
@@ -110,7 +110,7 @@ def test_fault_23_nesting_and_halves(parse):
     assert parse("[" * 50 + "]" * 50)
     with pytest.raises(ValueError, match=NOT_UNICODE):
         parse('{"a": "b\\ud800c"}')
-    assert parse('{"a": "\\ud83d\\ude00"}' if parse is fields.parse_json else "a: 😀") == {
+    assert parse('{"a": "\\ud83d\\ude00"}' if parse is documents.parse_json else "a: 😀") == {
         "a": "😀"
     }
 
@@ -118,9 +118,9 @@ def test_fault_23_nesting_and_halves(parse):
 def test_fault_23_settings():
     for setting in (f"a={DEEP}", f"a.b={DEEP}", f"{'a.' * 60}b=1"):
         with pytest.raises(ValueError, match="at most 50 levels of nesting"):
-            fields.with_overrides({}, [setting])
+            documents.with_overrides({}, [setting])
     with pytest.raises(ValueError, match="at most 50 levels of nesting"):
-        fields.key_value("--set", f"a={DEEP}")
+        documents.key_value("--set", f"a={DEEP}")
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])
