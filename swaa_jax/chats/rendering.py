@@ -235,13 +235,22 @@ class _Marks:
         return marked
 
     def _named(self, name: str, what: str, tool: Any) -> Any:
-        """A tool or a call with a mark in the function's name, if it has one."""
+        """A tool or a call with a mark in the function's name, if it has one, and in arguments."""
         inner = tool.get("function") if isinstance(tool, Mapping) else None
         if isinstance(inner, Mapping):
             return {**tool, "function": self._named(name, what, inner)}
         if not isinstance(tool, Mapping) or not isinstance(tool.get("name"), str):
             return tool
-        return {**tool, "name": tool["name"] + self._mark(name, what, tool["name"])}
+        named = {**tool, "name": tool["name"] + self._mark(name, what, tool["name"])}
+        told = tool.get("arguments")
+        if isinstance(told, str) and told:
+            named["arguments"] = told + self._mark(name, "the call's arguments", told)
+        elif isinstance(told, Mapping):
+            named["arguments"] = {
+                key + self._mark(f"{name}, {key}", "the call's argument", key): value
+                for key, value in told.items()
+            }
+        return named
 
 
 def _unused(messages: Sequence[Message], tools: Tools) -> str:

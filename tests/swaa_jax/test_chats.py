@@ -87,6 +87,19 @@ def test_fault_04_other_forms_of_messages(given, normal):
     assert normal_messages(found) == found
 
 
+def test_fault_04_arguments_that_a_template_drops_are_told():
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}(%s){% endfor %}\n{% endfor %}"
+    )
+    kept = "{% for key, value in c.function.arguments.items() %}{{ key }}={{ value }} {% endfor %}"
+    chat = [USER, CALL, {"role": "tool", "content": "20 C"}, USER]
+    assert "days=2" in render_chat(build(template.replace("%s", kept)), chat).text
+    for lossy in ("", "{{ c.function.arguments.city }}"):
+        with pytest.raises(ChatError, match=r"message 1, tool_calls\[0\], .*the call's argument"):
+            render_chat(build(template.replace("%s", lossy)), chat)
+
+
 def test_fault_04_a_message_that_says_nothing_is_refused():
     for message in ({"role": "user", "text": "Hi"}, {"from": "human", "text": "Hi"}):
         with pytest.raises(ChatError, match="message 0: expected content, tool_calls or reason"):
