@@ -62,6 +62,7 @@ class SampleReport:
         num_tokens: in those samples.
         num_targets: tokens among them that count in the loss.
         judged_wrong, too_short, too_long: dropped records, and dropped samples.
+        unused: columns that hold something and are not looked at.
     """
 
     records: int = 0
@@ -71,6 +72,7 @@ class SampleReport:
     judged_wrong: int = 0
     too_short: int = 0
     too_long: int = 0
+    unused: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return (
@@ -122,6 +124,7 @@ def prepare_samples(
     if records is not None:
         writer = _Memory()
         report = _first_pass(records_of(records), encoder, config, writer, progress=progress)
+        warn_unused(report.unused)
         return writer.samples(report)
     files = find_files(config.files)
     seen = _stats(files)
@@ -146,6 +149,7 @@ def prepare_samples(
         made = True
     if remote is not None and (made or not _is_there(remote)):
         _copy(place, remote)
+    warn_unused(stored.report.unused)
     log.info("%s (%s)", stored.report, place)
     if config.tokens == "lazy":
         return _Lazy(stored, open_records(files), encoder)
@@ -221,9 +225,8 @@ def _first_pass(
                 num_samples += 1
                 counts["num_tokens"] += len(sample)
                 counts["num_targets"] += int(sample.is_target.sum())
-    warn_unused(unused)
     writer.digest = digest.hexdigest()
-    report = SampleReport(records=len(records), samples=num_samples, **counts)
+    report = SampleReport(records=len(records), samples=num_samples, unused=tuple(unused), **counts)
     if not num_samples:
         raise DataError(
             f"files: expected samples to train on, got none: {report}; look at judge_column, "
@@ -448,6 +451,7 @@ def _open(place: epath.Path) -> _Stored | None:
             raise ValueError(f"{', '.join(differing) or _META}: another digest")
         lengths = np.load(directory / "lengths.npy")
         report = SampleReport(**meta["report"])
+        report = dataclasses.replace(report, unused=tuple(report.unused))
         return _Stored(lengths=lengths, digest=meta["digest"], report=report, directory=directory)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         log.warning("%s is damaged (%s) and is made anew", place, error)

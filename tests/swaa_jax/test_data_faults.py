@@ -263,6 +263,14 @@ def test_columns_that_are_not_used_are_named_once(caplog):
     assert said == "columns that are not used: 'context', 'source'"
 
 
+def test_unused_columns_are_named_when_the_cache_is_read_too(tmp_path, caplog):
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "Q", "response": "A", "source": 1}))
+    for _ in range(2):
+        caplog.clear()
+        assert cached(tmp_path).report.unused == ("source",)
+        assert "columns that are not used: 'source'" in caplog.text
+
+
 def test_messages_after_the_last_answer_are_named(caplog):
     turns = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
     samples_of(build("qwen2.5"), {"messages": turns})
