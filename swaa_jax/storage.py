@@ -453,10 +453,12 @@ def _swap_once(scratch: epath.Path, target: epath.Path) -> None:
     try:
         os.rename(scratch, target)
     except BaseException:
-        if not os.path.exists(target):
+        try:
             os.rename(old, target)
-        else:
-            shutil.rmtree(old, ignore_errors=True)  # another saver's is there
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            shutil.rmtree(old, ignore_errors=True)  # another saver's is there by now
         raise
     shutil.rmtree(old, ignore_errors=True)
 

@@ -50,6 +50,29 @@ def test_fault_31_two_savers(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_fault_31_a_saver_between_the_renames_of_another(tmp_path, monkeypatch):
+    """One fails to move its own in, and another's is there before the old one is back."""
+    target, rename, seen = tmp_path / "model", os.rename, []
+    with atomic_directory(target) as directory:
+        (directory / "config.json").write_text("first")
+
+    def contended(source, destination):
+        if str(destination) == str(target) and len(seen) < 2:
+            seen.append(source)
+            if len(seen) == 1:
+                raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+            target.mkdir()
+            (target / "config.json").write_text("another's")
+        return rename(source, destination)
+
+    monkeypatch.setattr(storage.os, "rename", contended)
+    with atomic_directory(target, overwrite=True) as directory:
+        (directory / "config.json").write_text("ours")
+    assert len(seen) == 2
+    assert (target / "config.json").read_text() == "ours"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_fault_31_a_full_disk(tmp_path, monkeypatch, capsys):
     checkpoint = save_random_model(
         tmp_path / "m", num_hidden_layers=1, max_position_embeddings=4096
