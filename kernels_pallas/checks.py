@@ -41,17 +41,22 @@ def check_floats(name: str, x: Any, axes: str, *, like: tuple[str, Any] | None =
         )
 
 
-def check_heads(q: Any, k: Any, v: Any, *, names: tuple[str, str, str]) -> None:
-    """Checks shapes and dtypes of q ``[B, T, N, H]`` against k and v ``[B, S, K, H]``."""
+def check_heads(
+    q: Any, k: Any, v: Any, *, names: tuple[str, str, str], same_batch: bool = True
+) -> None:
+    """Checks shapes and dtypes of q ``[B, T, N, H]`` against k and v ``[B, S, K, H]``, or of pages
+    that rows share.
+    """
     q_name, k_name, v_name = names
     check_floats(q_name, q, "[B, T, N, H]")
     check_floats(k_name, k, "[B, S, K, H]", like=(q_name, q))
     check_floats(v_name, v, "[B, S, K, H]", like=(q_name, q))
     if v.shape != k.shape:
         raise ValueError(f"{v_name}: expected {k_name}'s shape {k.shape}, got {v.shape}")
-    if (k.shape[0], k.shape[3]) != (q.shape[0], q.shape[3]):
+    num_batch = q.shape[0] if same_batch else k.shape[0]
+    if (k.shape[0], k.shape[3]) != (num_batch, q.shape[3]):
         raise ValueError(
-            f"{k_name}: expected batch {q.shape[0]} and head dim {q.shape[3]} like {q_name}, "
+            f"{k_name}: expected batch {num_batch} and head dim {q.shape[3]} like {q_name}, "
             f"got shape {k.shape}"
         )
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:

@@ -12,13 +12,14 @@ from kernels_pallas.swa_decode.arguments import DecodeArguments
 
 def swa_decode(
     q: Float[Array, "B n N H"],
-    cache_k: Float[Array, "B S K H"],
-    cache_v: Float[Array, "B S K H"],
+    cache_k: Float[Array, "B S K H"] | Float[Array, "P page K H"],
+    cache_v: Float[Array, "B S K H"] | Float[Array, "P page K H"],
     *,
     q_positions: Int[Array, "B n"],
     cache_positions: Int[Array, "B S"],
     new_k: Float[Array, "B n K H"] | None = None,
     new_v: Float[Array, "B n K H"] | None = None,
+    page_table: Int[Array, "B M"] | None = None,
     window: IntOrPerRow | None,
     num_sink_tokens: IntOrPerRow = 0,
     q_full: Bool[Array, "B n"] | None = None,
@@ -44,6 +45,9 @@ def swa_decode(
       new_k: keys of the new tokens; their positions are ``q_positions``. None: they are in the
         cache.
       new_v: values of the new tokens.
+      page_table: the caches are pools of pages that all rows share, and a row's slots are those of
+        its pages in turn, ``S = M * page``. What an entry whose slots are all empty names does not
+        matter, as long as it is a page. None: each row has its own slots.
       window: keys a row sees up to and including itself; int, int32 ``[B]``, or None for a full
         layer.
       num_sink_tokens: first positions that stay visible; int or int32 ``[B]``.
@@ -79,6 +83,7 @@ def swa_decode(
         cache_positions=cache_positions,
         new_k=new_k,
         new_v=new_v,
+        page_table=page_table,
         window=static_int(window),
         num_sink_tokens=static_int(num_sink_tokens),
         q_full=q_full,

@@ -18,12 +18,13 @@ class DecodeArguments:
     """
 
     q: Float[Array, "B n N H"]
-    cache_k: Float[Array, "B S K H"]
-    cache_v: Float[Array, "B S K H"]
+    cache_k: Float[Array, "B S K H"] | Float[Array, "P page K H"]
+    cache_v: Float[Array, "B S K H"] | Float[Array, "P page K H"]
     q_positions: Int[Array, "B n"]
     cache_positions: Int[Array, "B S"]
     new_k: Float[Array, "B n K H"] | None = None
     new_v: Float[Array, "B n K H"] | None = None
+    page_table: Int[Array, "B M"] | None = None
     window: IntOrPerRow | None
     num_sink_tokens: IntOrPerRow = 0
     q_full: Bool[Array, "B n"] | None = None
@@ -33,8 +34,15 @@ class DecodeArguments:
 
     def __post_init__(self) -> None:
         q, new_k, new_v = self.q, self.new_k, self.new_v
-        check_heads(q, self.cache_k, self.cache_v, names=("q", "cache_k", "cache_v"))
-        num_batch, num_new, num_slots = q.shape[0], q.shape[1], self.cache_k.shape[1]
+        num_batch, num_new = q.shape[:2]
+        check_heads(
+            q,
+            self.cache_k,
+            self.cache_v,
+            names=("q", "cache_k", "cache_v"),
+            same_batch=self.page_table is None,
+        )
+        self._check_pages()
         if (new_k is None) != (new_v is None):
             missing, given = ("new_k", "new_v") if new_k is None else ("new_v", "new_k")
             raise ValueError(
@@ -46,13 +54,37 @@ class DecodeArguments:
             if new_k.shape != expected:
                 raise ValueError(f"new_k: expected shape {expected}, got {new_k.shape}")
         check_integers("q_positions", self.q_positions, (num_batch, num_new))
-        check_integers("cache_positions", self.cache_positions, (num_batch, num_slots))
+        check_integers("cache_positions", self.cache_positions, (num_batch, self.num_slots))
         check_booleans("q_full", self.q_full, (num_batch, num_new))
         check_mask(
             num_batch,
             window=self.window,
             num_sink_tokens=self.num_sink_tokens,
             softcap=self.softcap,
+        )
+
+    def _check_pages(self) -> None:
+        if self.page_table is None:
+            return
+        shape = getattr(self.page_table, "shape", ())
+        if len(shape) != 2 or shape[0] != self.q.shape[0] or shape[1] == 0:
+            raise ValueError(
+                f"page_table: expected page numbers [{self.q.shape[0]}, M], got shape {list(shape)}"
+            )
+        check_integers("page_table", self.page_table, tuple(shape))
+
+    @property
+    def num_slots(self) -> int:
+        """S, the slots of a row."""
+        page_slots = self.cache_k.shape[1]
+        return page_slots if self.page_table is None else page_slots * self.page_table.shape[1]
+
+    def slots_of_rows(self, cache: Float[Array, "_ _ K H"]) -> Float[Array, "B S K H"]:
+        """Every row's own slots: a copy, where they are pages."""
+        if self.page_table is None:
+            return cache
+        return cache[self.page_table].reshape(
+            self.page_table.shape[0], self.num_slots, *cache.shape[2:]
         )
 
     def mask(self, k_positions: Int[Array, "B S"]) -> Bool[Array, "B n S"]:

@@ -65,13 +65,16 @@ class DecodeBlocks:
 
 def choose_blocks(arguments: DecodeArguments) -> DecodeBlocks:
     """Blocks as large as memory allows, whole lanes of 128 rows; a split for each core."""
-    num_slots = arguments.cache_k.shape[1]
+    num_slots = arguments.cache_k.shape[1]  # of a row, or of a page
     keys_of_a_slot, width = _key_shape(arguments)
     key_bytes = width * arguments.q.dtype.itemsize
     num_keys = min(_KEY_BYTES // key_bytes, _SCORES // _num_query_rows(arguments))
     # A block is whole in slots and in lanes, and never longer than the cache.
     step = LANES // math.gcd(LANES, keys_of_a_slot)
     slots = min(num_keys // keys_of_a_slot, num_slots) // step * step
+    if arguments.page_table is not None:
+        while slots > step and num_slots % slots:  # a block is no part of two pages
+            slots -= step
     # A single long row keeps all cores of a chip busy.
     splits = TPUS[generation_of(arguments.target)].cores
     return DecodeBlocks(slots=max(slots, step), splits=splits)
@@ -112,6 +115,12 @@ def limits(arguments: DecodeArguments) -> tuple[str, ...]:
             f"q: expected a head dim of {_HEAD_DIMS}, got {head_dim} (pad it with zeros, and give "
             "the scale)"
         )
+    step = LANES // math.gcd(LANES, _key_shape(arguments)[0])
+    if arguments.page_table is not None and arguments.cache_k.shape[1] % step:
+        found.append(
+            f"cache_k: expected pages of a multiple of {step} slots, got "
+            f"{arguments.cache_k.shape[1]} (make the pages larger)"
+        )
     if found:
         return tuple(found)
     blocks = choose_blocks(arguments)
@@ -122,8 +131,9 @@ def limits(arguments: DecodeArguments) -> tuple[str, ...]:
             f"{_VECTOR_BYTES >> 20} MiB of vector memory, got {vector_bytes / 2**20:.1f} (pass "
             "fewer tokens at a time)"
         )
-    num_blocks = -(-arguments.cache_k.shape[1] // blocks.slots)
-    if 4 * num_batch * num_blocks > _WORK_LIST_BYTES:
+    num_blocks = -(-arguments.num_slots // blocks.slots)
+    num_pages = 0 if arguments.page_table is None else arguments.page_table.shape[1]
+    if 4 * num_batch * (num_blocks + num_pages) > _WORK_LIST_BYTES:
         found.append(
             f"cache_k: expected at most {_WORK_LIST_BYTES // 4} blocks of {blocks.slots} slots in "
             f"all rows, got {num_batch} x {num_blocks} (split the batch)"
@@ -184,7 +194,7 @@ def decode_in_blocks(
 
     arguments = _at_least_a_block(arguments, blocks.slots)
     q = arguments.q
-    num_slots, num_kv_heads = arguments.cache_k.shape[1:3]
+    num_slots, num_kv_heads = arguments.num_slots, arguments.cache_k.shape[2]
     num_blocks = -(-num_slots // blocks.slots)
     items, counts = work_list(arguments, blocks.slots)
     positions_BS = arguments.cache_positions.astype(jnp.int32)
@@ -211,6 +221,7 @@ def decode_in_blocks(
         static,
         items=items,
         counts=counts,
+        page_table=arguments.page_table,
         rules=pad_end(_row_rules(arguments), missing_rows, axis=1, value=-1),
         q=pad_end(q_rows, missing_rows, axis=1),
         new_positions=new_positions,
@@ -355,7 +366,7 @@ def _combine(out: Float[Array, "X B R H"], lse: Float[Array, "X B R 1"]) -> Floa
 def _at_least_a_block(arguments: DecodeArguments, slots: int) -> DecodeArguments:
     """A cache shorter than a block, which is less than 128 slots, is copied into one."""
     missing = slots - arguments.cache_k.shape[1]
-    if missing <= 0:
+    if missing <= 0 or arguments.page_table is not None:
         return arguments
     return dataclasses.replace(
         arguments,

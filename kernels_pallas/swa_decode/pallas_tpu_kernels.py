@@ -49,14 +49,15 @@ def attend_to_blocks(
     *,
     items: Int[Array, " items"],
     counts: Int[Array, " B"],
+    page_table: Int[Array, "B pages"] | None,
     rules: Int[Array, "B R 4"],
     q: Float[Array, "B R W"],
     new_positions: Int[Array, "B 1 M"],
     new_k: Float[Array, "B _ _"],
     new_v: Float[Array, "B _ _"],
     positions: Int[Array, "B 1 P"],
-    k: Float[Array, "B _ _"],
-    v: Float[Array, "B _ _"],
+    k: Float[Array, "rows _ _"],
+    v: Float[Array, "rows _ _"],
 ) -> tuple[Float[Array, "X B R H"], Float[Array, "X B R 1"]]:
     """Attention of each row's R query rows to its needed blocks, one result a split.
 
@@ -72,6 +73,8 @@ def attend_to_blocks(
       static: constants.
       items: ``2 * block + free``, see ``work_list``.
       counts: items of each row.
+      page_table: the pages of each row where it shares k and v with the others, whose first axis
+        is then that of pages; a page is whole blocks.
       rules: position, window, sinks and KV head of each query row.
       q: query rows ``[token, head]`` of width W, that of a key.
       new_positions: of the new tokens' keys, which split 0 sees first.
@@ -94,24 +97,36 @@ def attend_to_blocks(
         at, _ = _item(split, step, counts_ref[b], num_splits)
         return items_ref[b * num_blocks + at] >> 1
 
+    num_pages = 0 if page_table is None else page_table.shape[1]
+
+    def place(b: Any, block: Any, tables: Any) -> Any:
+        """Where in k and v a row's block lies: which row or page, and which of its blocks."""
+        if not num_pages:
+            return b, block
+        blocks_of_page = num_blocks // num_pages
+        page = tables[0][b * num_pages + lax.div(block, jnp.int32(blocks_of_page))]
+        return page, lax.rem(block, jnp.int32(blocks_of_page))
+
     def of_row(split: Any, b: Any, step: Any, *prefetched: Any) -> Any:
         return b, 0, 0
 
-    def of_block(split: Any, b: Any, step: Any, *prefetched: Any) -> Any:
-        return b, block_of(split, b, step, *prefetched), 0
+    def of_positions(split: Any, b: Any, step: Any, items: Any, counts: Any, *tables: Any) -> Any:
+        return b, 0, block_of(split, b, step, items, counts)
 
-    def of_lanes(split: Any, b: Any, step: Any, *prefetched: Any) -> Any:
-        return b, 0, block_of(split, b, step, *prefetched)
+    def of_block(split: Any, b: Any, step: Any, items: Any, counts: Any, *tables: Any) -> Any:
+        row, block = place(b, block_of(split, b, step, items, counts), tables)
+        return (row, 0, block) if static.slots_in_lanes else (row, block, 0)
 
+    tables = () if page_table is None else (page_table.astype(jnp.int32).reshape(-1),)
     new_block = pl.BlockSpec((1, *new_k.shape[1:]), of_row)
     if static.slots_in_lanes:
-        block = pl.BlockSpec((1, width, block_keys), of_lanes)
+        block = pl.BlockSpec((1, width, block_keys), of_block)
     else:
         block = pl.BlockSpec((1, block_keys, width), of_block)
     call = pl.pallas_call(
-        functools.partial(_kernel, static=static, num_blocks=num_blocks),
+        functools.partial(_kernel, static=static, num_blocks=num_blocks, paged=num_pages > 0),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=2 + len(tables),
             grid=(num_splits, num_batch, num_steps),
             in_specs=[
                 pl.BlockSpec((1, num_rows, 4), of_row),
@@ -119,7 +134,7 @@ def attend_to_blocks(
                 pl.BlockSpec((1, 1, new_positions.shape[2]), of_row),
                 new_block,
                 new_block,
-                pl.BlockSpec((1, 1, block_keys), of_lanes),
+                pl.BlockSpec((1, 1, block_keys), of_positions),
                 block,
                 block,
             ],
@@ -143,7 +158,8 @@ def attend_to_blocks(
         interpret=static.interpret,
         name="swa_decode",
     )
-    return tuple(call(items, counts, rules, q, new_positions, new_k, new_v, positions, k, v))
+    rows = (rules, q, new_positions, new_k, new_v, positions)
+    return tuple(call(items, counts, *tables, *rows, k, v))
 
 
 def _of_split(split: Any, b: Any, step: Any, *prefetched: Any) -> Any:
@@ -163,6 +179,18 @@ def _kernel(
     # prefetch
     items_ref,  # [B * blocks] int32, scalar memory
     counts_ref,  # [B] int32, scalar memory
+    *refs,
+    static: DecodeStatic,
+    num_blocks: int,
+    paged: bool,
+) -> None:
+    """Where rows share pages there is one reference more, which only the index maps read."""
+    _attend(items_ref, counts_ref, *refs[paged:], static=static, num_blocks=num_blocks)
+
+
+def _attend(
+    items_ref,
+    counts_ref,
     # in
     rules_ref,  # [1, R, 4] int32: position, window, sinks, KV head
     q_ref,  # [1, R, W], W = H, or K * H if slots lie in lanes

@@ -12,7 +12,8 @@ limits = no_limits
 
 def compute(arguments: DecodeArguments) -> Float[Array, "B n N H"]:
     """Attention over ``[cache | new]`` in float32."""
-    k, v, positions = arguments.cache_k, arguments.cache_v, arguments.cache_positions
+    k, v = (arguments.slots_of_rows(x) for x in (arguments.cache_k, arguments.cache_v))
+    positions = arguments.cache_positions
     if arguments.new_k is not None and arguments.new_v is not None:
         k = jnp.concatenate([k, arguments.new_k], axis=1)
         v = jnp.concatenate([v, arguments.new_v], axis=1)

@@ -1,13 +1,15 @@
 """The ``xla`` backend of decoding: scores of cache and new tokens apart, one softmax over both."""
 
+import dataclasses
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.backends import Target, no_limits
-from kernels_pallas.layout import precision_of
+from kernels_pallas.layout import pad_end, precision_of
 from kernels_pallas.swa_decode.arguments import DecodeArguments
 
 # (q [B, n, K, G, H], k [B, S, K, H]) -> q.k, float32 [B, K, G, n, S]
@@ -18,6 +20,12 @@ Values = Callable[[Array, Array], Array]
 
 limits = no_limits
 
+_STEP_SLOTS = 2048
+"""Slots of a row that are read at a time where they are pages."""
+
+_LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)
+"""Below every score, and finite: exp(-inf - _LOWEST) is 0 where exp(-inf + inf) would be NaN."""
+
 
 def compute(arguments: DecodeArguments) -> Float[Array, "B n N H"]:
     """Attention to ``[cache | new tokens]`` without putting them into one array.
@@ -27,10 +35,10 @@ def compute(arguments: DecodeArguments) -> Float[Array, "B n N H"]:
     NaN). The zeroing is elementwise: accelerators fuse it into the product's read of V, XLA:CPU
     writes V out once.
     """
+    if arguments.page_table is not None:
+        return _attend_to_pages(arguments, arguments.page_table)
     q = arguments.q
-    num_batch, num_new, num_heads, head_dim = q.shape
-    num_kv_heads = arguments.cache_k.shape[2]
-    q_BnKGH = q.reshape(num_batch, num_new, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    num_new, q_BnKGH = q.shape[1], _by_kv_head(arguments)
     score, gather = _products(num_new, platform=(arguments.target or Target.here()).platform)
 
     parts = [(arguments.cache_k, arguments.cache_v, arguments.mask(arguments.cache_positions))]
@@ -52,6 +60,84 @@ def compute(arguments: DecodeArguments) -> Float[Array, "B n N H"]:
         out_BnKGH += gather(weights, jnp.where(seen_BS11, v, 0))
     total_BnKG1 = jnp.where(total_BKGn > 0, total_BKGn, 1).transpose(0, 3, 1, 2)[..., None]
     return (out_BnKGH / total_BnKG1).reshape(q.shape).astype(q.dtype)
+
+
+def _attend_to_pages(
+    arguments: DecodeArguments, page_table: Int[Array, "B M"]
+) -> Float[Array, "B n N H"]:
+    """The new tokens, then some pages of every row at a time, in a running softmax.
+
+    ::
+
+        row 0   [ page 7 | page 2 | page 9 |   -    ]     a step copies these out of the pool
+        row 1   [ page 4 |   -    |   -    |   -    ]
+                <---- step 0 ----> <---- step 1 ---->     none after the last that a row needs
+
+    A step in which a row sees nothing leaves its sums as they are, to the bit.
+    """
+    q, pages_in_step = arguments.q, max(1, _STEP_SLOTS // arguments.cache_k.shape[1])
+    num_new, q_BnKGH = q.shape[1], _by_kv_head(arguments)
+    score, gather = _products(num_new, platform=(arguments.target or Target.here()).platform)
+    page_table = pad_end(page_table, -page_table.shape[1] % pages_in_step, axis=1)
+    num_slots = page_table.shape[1] * arguments.cache_k.shape[1]
+    missing = num_slots - arguments.num_slots
+    mask_BnS = pad_end(arguments.mask(arguments.cache_positions), missing, axis=2)
+    step_slots = pages_in_step * arguments.cache_k.shape[1]
+    is_needed = jnp.any(mask_BnS.reshape(-1, num_slots // step_slots, step_slots), axis=(0, 2))
+    num_steps = jnp.max(jnp.where(is_needed, jnp.arange(1, is_needed.shape[0] + 1), 0))
+
+    def add(sums: _Sums, k: Array, v: Array, mask_BnS: Array) -> _Sums:
+        scores = _scores(arguments, score(q_BnKGH, k), mask_BnS)
+        largest_BKGn = jnp.maximum(sums.largest_BKGn, jnp.max(scores, axis=-1))
+        weights = jnp.exp(scores - largest_BKGn[..., None])
+        shrink_BKGn = jnp.exp(sums.largest_BKGn - largest_BKGn)
+        seen_BS11 = jnp.any(mask_BnS, axis=1)[:, :, None, None]
+        gathered = gather(weights, jnp.where(seen_BS11, v, 0))
+        return _Sums(
+            largest_BKGn=largest_BKGn,
+            total_BKGn=shrink_BKGn * sums.total_BKGn + jnp.sum(weights, axis=-1),
+            out_BnKGH=shrink_BKGn.transpose(0, 3, 1, 2)[..., None] * sums.out_BnKGH + gathered,
+        )
+
+    def one_step(step: Array, sums: _Sums) -> _Sums:
+        pages = lax.dynamic_slice_in_dim(page_table, step * pages_in_step, pages_in_step, axis=1)
+        mask = lax.dynamic_slice_in_dim(mask_BnS, step * step_slots, step_slots, axis=2)
+        k, v = (
+            x[pages].reshape(q.shape[0], step_slots, *x.shape[2:])
+            for x in (arguments.cache_k, arguments.cache_v)
+        )
+        return add(sums, k, v, mask)
+
+    num_batch, _, num_kv_heads, num_groups, _ = q_BnKGH.shape
+    per_query = (num_batch, num_kv_heads, num_groups, num_new)
+    sums = _Sums(
+        largest_BKGn=jnp.full(per_query, _LOWEST),
+        total_BKGn=jnp.zeros(per_query),
+        out_BnKGH=jnp.zeros(q_BnKGH.shape),
+    )
+    if arguments.new_k is not None and arguments.new_v is not None:
+        sums = add(sums, arguments.new_k, arguments.new_v, arguments.mask(arguments.q_positions))
+    sums = lax.fori_loop(0, num_steps, one_step, sums)
+    total_BKGn = jnp.where(sums.total_BKGn > 0, sums.total_BKGn, 1)
+    out_BnKGH = sums.out_BnKGH / total_BKGn.transpose(0, 3, 1, 2)[..., None]
+    return out_BnKGH.reshape(q.shape).astype(q.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sums:
+    """A softmax on its way: the largest score, the sum of weights, that of weighted values."""
+
+    largest_BKGn: Float[Array, "B K G n"]
+    total_BKGn: Float[Array, "B K G n"]
+    out_BnKGH: Float[Array, "B n K G H"]
+
+
+def _by_kv_head(arguments: DecodeArguments) -> Float[Array, "B n K G H"]:
+    num_batch, num_new, num_heads, head_dim = arguments.q.shape
+    num_kv_heads = arguments.cache_k.shape[2]
+    groups = num_heads // num_kv_heads
+    return arguments.q.reshape(num_batch, num_new, num_kv_heads, groups, head_dim)
 
 
 def _scores(

@@ -61,6 +61,11 @@ PROGRAMS = {
     "H 256, K 8": (2, 8, 8000, (16, 8, 256), B16, (1024, 4), None, 1),
     "H 256, K 8, float32": (2, 1, 8000, (16, 8, 256), F32, (1024, 4), None, 1),
 }
+PAGES = {  # pages of 512 slots in a pool, shared by rows of up to 32k tokens
+    "pages, 4 x 32k": (4, 1, 32768, QWEN3_4B, B16, (-1, 0), None, 1),
+    "pages, 4 x 32k, H 64, two cores": (4, 1, 32768, (14, 2, 64), B16, (2048, 128), None, 2),
+}
+PAGE_SLOTS = 512
 # `copies_cache` says why.
 COPIED = {
     "copied, H 256, K 4": (2, 8, 8000, (8, 4, 256), B16, (1024, 4), None, 1),
@@ -84,11 +89,13 @@ def abstract(on, *sizes, dtype=B16):
     return jax.ShapeDtypeStruct(sizes, dtype, sharding=on)
 
 
-def decode_program(on, batch, new, slots, heads, dtype, rule, softcap, splits):
+def decode_program(on, batch, new, slots, heads, dtype, rule, softcap, splits, *, paged=False):
     """The function and its arguments: attention alone."""
     num_heads, num_kv_heads, head_dim = heads
     new_kv = abstract(on, batch, new, num_kv_heads, head_dim, dtype=dtype)
-    cache = abstract(on, batch, slots, num_kv_heads, head_dim, dtype=dtype)
+    shared = (batch * slots // PAGE_SLOTS // 2, PAGE_SLOTS)  # half of what all rows could need
+    rows = shared if paged else (batch, slots)
+    cache = abstract(on, *rows, num_kv_heads, head_dim, dtype=dtype)
     arrays = dict(
         q=abstract(on, batch, new, num_heads, head_dim, dtype=dtype),
         cache_k=cache,
@@ -99,6 +106,8 @@ def decode_program(on, batch, new, slots, heads, dtype, rule, softcap, splits):
         new_v=new_kv,
         q_full=abstract(on, batch, new, dtype=jnp.bool_),
     )
+    if paged:
+        arrays["page_table"] = abstract(on, batch, slots // PAGE_SLOTS, dtype=jnp.int32)
     rules = {}
     if rule == TRACED:
         arrays["window"] = arrays["num_sink_tokens"] = abstract(on, batch, dtype=jnp.int32)
@@ -175,8 +184,9 @@ def main(chip: str, only: list[str]) -> list[dict]:
     rows = []
     for name in only:
         begun = time.perf_counter()
-        if name in PROGRAMS | COPIED:
-            function, arrays, cache = decode_program(on, *(PROGRAMS | COPIED)[name])
+        if name in PROGRAMS | PAGES | COPIED:
+            given = (PROGRAMS | PAGES | COPIED)[name]
+            function, arrays, cache = decode_program(on, *given, paged=name in PAGES)
         elif name in STEPS:
             mesh = make_mesh(devices[:1])  # tells the backend what it is for
             function, arrays, cache = step_program(on, *STEPS[name], mesh=mesh)
@@ -206,5 +216,5 @@ def main(chip: str, only: list[str]) -> list[dict]:
 
 if __name__ == "__main__":
     given = parse_arguments()
-    programs = given.only or [*PROGRAMS, *STEPS]
+    programs = given.only or [*PROGRAMS, *PAGES, *STEPS]
     print(json.dumps([row for chip in given.chips for row in main(chip, programs)]))
