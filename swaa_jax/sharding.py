@@ -160,13 +160,15 @@ def kv_head_copies(mesh: Mesh | None, *, num_heads: int, num_kv_heads: int) -> i
 
 
 def attention_specs(
-    mesh: Mesh, *, batch: int, num_kv_heads: int
+    mesh: Mesh, *, batch: int, num_kv_heads: int, whole_rows: bool = False
 ) -> tuple[PartitionSpec, PartitionSpec]:
     """Partitions of `[B, T, heads, H]` arrays and of arrays that start with B, for `attend`.
 
     Query heads are split only where the key/value heads are, so that groups stay together.
+    `whole_rows`: every device has all rows, which is how pages that rows share are read.
     """
-    (rows, heads) = spec_for(("batch", "kv_heads"), (batch, num_kv_heads), mesh)
+    row_axis = None if whole_rows else "batch"
+    (rows, heads) = spec_for((row_axis, "kv_heads"), (batch, num_kv_heads), mesh)
     return PartitionSpec(rows, None, heads, None), PartitionSpec(rows)
 
 
@@ -178,9 +180,11 @@ def constrain_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec_for(axes, x.shape, mesh)))
 
 
-def constrain_heads(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+def constrain_heads(x: jax.Array, mesh: Mesh | None, *, whole_rows: bool = False) -> jax.Array:
     """Keep `[B, tokens, KV heads, H]` split as `attend` reads it, so that caches stay put."""
     if mesh is None:
         return x
-    spec, _ = attention_specs(mesh, batch=x.shape[0], num_kv_heads=x.shape[2])
+    spec, _ = attention_specs(
+        mesh, batch=x.shape[0], num_kv_heads=x.shape[2], whole_rows=whole_rows
+    )
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

@@ -73,7 +73,8 @@ def _attend_to_pages(
         row 1   [ page 4 |   -    |   -    |   -    ]
                 <---- step 0 ----> <---- step 1 ---->     none after the last that a row needs
 
-    A step in which a row sees nothing leaves its sums as they are, to the bit.
+    A step in which a row sees nothing leaves its sums as they are, to the bit; one in which no row
+    sees anything, outside all windows, is left out.
     """
     q, pages_in_step = arguments.q, max(1, _STEP_SLOTS // arguments.cache_k.shape[1])
     num_new, q_BnKGH = q.shape[1], _by_kv_head(arguments)
@@ -99,7 +100,7 @@ def _attend_to_pages(
             out_BnKGH=shrink_BKGn.transpose(0, 3, 1, 2)[..., None] * sums.out_BnKGH + gathered,
         )
 
-    def one_step(step: Array, sums: _Sums) -> _Sums:
+    def read(step: Array, sums: _Sums) -> _Sums:
         pages = lax.dynamic_slice_in_dim(page_table, step * pages_in_step, pages_in_step, axis=1)
         mask = lax.dynamic_slice_in_dim(mask_BnS, step * step_slots, step_slots, axis=2)
         k, v = (
@@ -107,6 +108,9 @@ def _attend_to_pages(
             for x in (arguments.cache_k, arguments.cache_v)
         )
         return add(sums, k, v, mask)
+
+    def one_step(step: Array, sums: _Sums) -> _Sums:
+        return lax.cond(is_needed[step], read, lambda _, sums: sums, step, sums)
 
     num_batch, _, num_kv_heads, num_groups, _ = q_BnKGH.shape
     per_query = (num_batch, num_kv_heads, num_groups, num_new)

@@ -14,6 +14,7 @@ from kernels_pallas import swa_decode, swa_prefill
 from swaa_jax.attention.caches import (
     FullCache,
     LayerCache,
+    PagedCache,
     RingCache,
     SplitCache,
     StreamCache,
@@ -261,7 +262,7 @@ class _New:
 
 def _attend_slots(
     new: _New,
-    cache: FullCache | RingCache,
+    cache: FullCache | PagedCache | RingCache,
     layer: LayerAttention,
     options: AttentionOptions,
 ) -> Float[Array, "B n N H"]:
@@ -276,6 +277,9 @@ def _attend_slots(
     per_row = {"q_positions": positions, "cache_positions": cache.positions(new.pos_B)}
     if new.q_full is not None:
         per_row["q_full"] = new.q_full
+    is_paged = isinstance(cache, PagedCache)
+    if is_paged:
+        per_row["page_table"] = cache.pages
 
     def on_shard(
         q: Array,
@@ -287,7 +291,7 @@ def _attend_slots(
     ) -> Any:
         return kernel(q, cache_k, cache_v, new_k=new_k, new_v=new_v, **per_row)
 
-    run = _sharded(on_shard, options.mesh, num_kv_heads=new.k.shape[2])
+    run = _sharded(on_shard, options.mesh, num_kv_heads=new.k.shape[2], whole_rows=is_paged)
     return run(new.q, cache.k, cache.v, new.k, new.v, per_row)
 
 
@@ -347,14 +351,15 @@ def attend_stream(
 
 def _attend_chunk(
     new: _New,
-    cache: FullCache | RingCache,
+    cache: FullCache | PagedCache | RingCache,
     layer: LayerAttention,
     options: AttentionOptions,
-) -> tuple[Float[Array, "B n N H"], FullCache | RingCache]:
+) -> tuple[Float[Array, "B n N H"], LayerCache]:
     """Many tokens: the end of a sequence whose earlier keys are cached; and the grown cache.
 
-    A full cache is written first, and is that sequence. A ring's slots are put in order: positions
-    that are gone were seen by no row, and leaving them out moves no distance within the window.
+    A full cache is written first, and is that sequence; pages are copied into one. A ring's slots
+    are put in order: positions that are gone were seen by no row, and leaving them out moves no
+    distance within the window.
     """
     kernel = functools.partial(
         swa_prefill,
@@ -381,21 +386,29 @@ def _attend_chunk(
     if isinstance(cache, RingCache):
         out = run(new.q, cache.k, cache.v, new.k, new.v, new.per_row())
     else:
-        out = run(new.q, grown.k, grown.v, new.per_row())
+        whole = grown.rows() if isinstance(grown, PagedCache) else grown
+        out = run(new.q, whole.k, whole.v, new.per_row())
     return out, grown
 
 
-def _written(cache: FullCache | RingCache, new: _New, mesh: Mesh | None) -> FullCache | RingCache:
+def _written(
+    cache: FullCache | PagedCache | RingCache, new: _New, mesh: Mesh | None
+) -> FullCache | PagedCache | RingCache:
     """The cache with the new tokens, each device writing its own rows and heads.
 
     Left to the compiler, a write of single tokens would gather the cache.
     """
     if mesh is None:
         return cache.write(new.k, new.v, new.pos_B, new.lengths)
-    heads, rows = attention_specs(mesh, batch=new.k.shape[0], num_kv_heads=new.k.shape[2])
+    whole_rows = isinstance(cache, PagedCache)
+    heads, rows = attention_specs(
+        mesh, batch=new.k.shape[0], num_kv_heads=new.k.shape[2], whole_rows=whole_rows
+    )
     specs = dataclasses.replace(cache, k=heads, v=heads)
     if isinstance(specs, RingCache):
         specs = dataclasses.replace(specs, slot_positions=rows)
+    if isinstance(specs, PagedCache):
+        specs = dataclasses.replace(specs, table=rows)
     known = [x for x in (new.pos_B, new.lengths) if x is not None]
     mapped = jax.shard_map(
         lambda cache, k, v, *known: cache.write(k, v, *known),
@@ -405,11 +418,17 @@ def _written(cache: FullCache | RingCache, new: _New, mesh: Mesh | None) -> Full
         check_vma=False,
     )
     grown = mapped(cache, new.k, new.v, *known)
-    grown_k, grown_v = (constrain_heads(x, mesh) for x in (grown.k, grown.v))
+    grown_k, grown_v = (constrain_heads(x, mesh, whole_rows=whole_rows) for x in (grown.k, grown.v))
     return dataclasses.replace(grown, k=grown_k, v=grown_v)
 
 
-def _sharded(kernel: Callable[..., Any], mesh: Mesh | None, *, num_kv_heads: int):
+def _sharded(
+    kernel: Callable[..., Any],
+    mesh: Mesh | None,
+    *,
+    num_kv_heads: int,
+    whole_rows: bool = False,
+):
     """The kernel on every device's own rows and heads; the kernel itself without a mesh.
 
     Its arguments are arrays `[B, tokens, heads, H]`, then one dict of arrays that start with B.
@@ -420,7 +439,9 @@ def _sharded(kernel: Callable[..., Any], mesh: Mesh | None, *, num_kv_heads: int
 
     def call(*arguments: Any) -> Any:
         *arrays, per_row = arguments
-        heads, rows = attention_specs(mesh, batch=arrays[0].shape[0], num_kv_heads=num_kv_heads)
+        heads, rows = attention_specs(
+            mesh, batch=arrays[0].shape[0], num_kv_heads=num_kv_heads, whole_rows=whole_rows
+        )
         mapped = jax.shard_map(
             kernel,
             mesh=mesh,

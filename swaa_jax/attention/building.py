@@ -15,6 +15,7 @@ from swaa_jax.attention.caches import (
     Caches,
     FullCache,
     LayerCache,
+    PagedCache,
     RingCache,
     SplitCache,
     StreamCache,
@@ -82,11 +83,12 @@ def empty_cache(
     cache_size: int,
     dtype: DTypeLike,
     mesh: Mesh | None = None,
+    pages: tuple[int, int] | None = None,
 ) -> LayerCache:
     """A layer's cache before its rows' first token, for prompts that are read in chunks.
 
     A windowed layer whose prompts have a tail keeps all keys until the prompt is read;
-    `recast_caches` turns its cache into a ring then.
+    `recast_caches` turns its cache into a ring then. Pages stay pages.
 
     Args:
         layer: the layer's policy.
@@ -94,16 +96,38 @@ def empty_cache(
         cache_size: tokens that a row can become long, as in `build_cache`.
         dtype: of keys and values.
         mesh: rows and heads are split over it as in `attend`.
+        pages: how many there are, and the slots of each, for full caches of pages.
     """
     num_rows, num_kv_heads, head_dim = shape
     padding = jnp.zeros((num_rows, 1, num_kv_heads, head_dim), dtype)
     while_read = dataclasses.replace(
         layer, full_decode=layer.full_decode or layer.full_attention_tail > 0
     )
+    if pages is not None:
+        parts = [
+            _pool((*pages, len(part.heads), head_dim), dtype=dtype, mesh=mesh)
+            if part.layer.needs_full_cache
+            else empty_cache(
+                part.layer,
+                shape=(num_rows, len(part.heads), head_dim),
+                cache_size=cache_size,
+                dtype=dtype,
+                mesh=mesh,
+            )
+            for part in split_heads(while_read, num_kv_heads)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return SplitCache(full=parts[0], windowed=parts[1], full_heads=layer.full_heads)
     lengths = jnp.zeros((num_rows,), jnp.int32)
     return build_cache(
         padding, padding, lengths=lengths, layer=while_read, cache_size=cache_size, mesh=mesh
     )
+
+
+def _pool(shape: tuple[int, int, int, int], *, dtype: DTypeLike, mesh: Mesh | None) -> PagedCache:
+    k, v = (constrain_heads(jnp.zeros(shape, dtype), mesh, whole_rows=True) for _ in "kv")
+    return PagedCache(k=k, v=v)
 
 
 def check_stream(layers: Sequence[LayerAttention], *, context: int | None = None) -> None:
@@ -160,7 +184,7 @@ def recast_caches(
         _recast(cache, layer, pos_B=caches.pos_B, cache_size=cache_size, index=index)
         for index, (cache, layer) in enumerate(zip(caches.layers, layers, strict=True))
     )
-    return Caches(layers=recast, pos_B=caches.pos_B)
+    return dataclasses.replace(caches, layers=recast)
 
 
 def _recast(

@@ -11,11 +11,19 @@ visible token.
         [ 0 1 | 10 7 8 9 ]               sinks stay; slot of p >= k is k + (p - k) % W
 
 A layer with full heads keeps a full cache of those and another cache, mostly a ring, of the rest.
+Where rows come and go one by one, full caches are pages of a pool, so that a row takes room for
+what it holds::
+
+    pool    page    0   1   2   3   4   5   6        pages of 4 slots
+            row     .   A   A   B   .   A   B
+    table   row A   [ 5 1 2 . ]                      positions 0-3 in page 5, 4-7 in 1, 8-11 in 2
+            row B   [ 3 6 . . ]
 """
 
 import abc
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import TypeAlias, TypeVar
 
 import jax
@@ -73,11 +81,16 @@ class Cache(abc.ABC):
             lengths: how many of the n are real, 0 to n; the rest is never written. None: all.
         """
 
+    def bound(self: AnyCache, table: Int[Array, "B M"] | None) -> AnyCache:
+        """The cache with the pages of its rows, where it is made of pages; None takes them away."""
+        del table
+        return self
+
     def take(self: AnyCache, at: Int[Array, ""] | int) -> AnyCache:
         """Row `at`, which may be traced, as a cache of one row."""
         return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, at, 1), self)
 
-    def insert(self: AnyCache, row: AnyCache, at: Int[Array, ""] | int) -> AnyCache:
+    def insert(self: AnyCache, row: "Cache", at: Int[Array, ""] | int) -> AnyCache:
         """The cache with a cache of one row in place of row `at`, which may be traced.
 
         Raises:
@@ -134,6 +147,85 @@ class FullCache(Cache):
         positions, end_B1 = _new_positions(k.shape[1], pos_B, lengths)
         slots = jnp.where(positions < end_B1, positions, self.num_slots)  # out of range: drop
         return FullCache(k=_put(self.k, k, slots), v=_put(self.v, v, slots))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PagedCache(Cache):
+    """Every key and value of the rows, in pages of a pool that they share.
+
+    Who gets which page is decided on the host. All layers of a model have one table, which its
+    `Caches` hold: a layer has it while it runs.
+
+    Attributes:
+        k, v: the pool, `[P, page, K, H]`.
+        table: each row's pages in turn, int32 `[B, M]`. Entries behind its last page are not read.
+    """
+
+    k: Float[Array, "P page K H"]
+    v: Float[Array, "P page K H"]
+    table: Int[Array, "B M"] | None = None
+
+    @property
+    def pages(self) -> Int[Array, "B M"]:
+        """The table.
+
+        Raises:
+            ValueError: it is not there.
+        """
+        if self.table is None:
+            raise ValueError("cache: expected pages with their table, got none; see Caches.bound")
+        return self.table
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens that a row has room for with as many pages as the table has columns."""
+        return self.k.shape[1] * self.pages.shape[1]
+
+    def positions(self, pos_B: Int[Array, " B"]) -> Int[Array, "B S"]:
+        """Page after page, a row's slots are its positions."""
+        slots = jnp.arange(self.num_slots, dtype=jnp.int32)[None, :]
+        return jnp.where(slots < pos_B[:, None], slots, EMPTY)
+
+    def write(
+        self,
+        k: Float[Array, "B n K H"],
+        v: Float[Array, "B n K H"],
+        pos_B: Int[Array, " B"],
+        lengths: Int[Array, " B"] | None = None,
+    ) -> "PagedCache":
+        """Tokens past a row's last slot are dropped."""
+        num_pages, page_slots = self.k.shape[:2]
+        positions, end_B1 = _new_positions(k.shape[1], pos_B, lengths)
+        column, last = positions // page_slots, self.pages.shape[1] - 1
+        page = jnp.take_along_axis(self.pages, jnp.minimum(column, last), axis=1)
+        page = jnp.where((positions < end_B1) & (column <= last), page, num_pages)  # P: drop
+        at = (page, positions % page_slots)
+        return dataclasses.replace(
+            self,
+            k=self.k.at[at].set(k.astype(self.k.dtype), mode="drop"),
+            v=self.v.at[at].set(v.astype(self.v.dtype), mode="drop"),
+        )
+
+    def bound(self, table: Int[Array, "B M"] | None) -> "PagedCache":
+        """The pool with this table."""
+        return dataclasses.replace(self, table=table)
+
+    def take(self, at: Int[Array, ""] | int) -> "PagedCache":
+        """The pool, with one row of the table if it is there."""
+        row = None if self.table is None else lax.dynamic_slice_in_dim(self.table, at, 1)
+        return self.bound(row)
+
+    def insert(self, row: Cache, at: Int[Array, ""] | int) -> "PagedCache":
+        """The pool as the row has left it, with this cache's table."""
+        del at
+        assert isinstance(row, PagedCache)
+        return row.bound(self.table)
+
+    def rows(self) -> FullCache:
+        """Each row's own slots, copied out of the pool."""
+        shape = (self.pages.shape[0], self.num_slots, *self.k.shape[2:])
+        return FullCache(k=self.k[self.pages].reshape(shape), v=self.v[self.pages].reshape(shape))
 
 
 @jax.tree_util.register_dataclass
@@ -274,8 +366,27 @@ class SplitCache(Cache):
             self, full=written(self.full, self.full_heads), windowed=written(self.windowed, rest)
         )
 
+    def bound(self, table: Int[Array, "B M"] | None) -> "SplitCache":
+        """Both caches with their pages."""
+        return dataclasses.replace(
+            self, full=self.full.bound(table), windowed=self.windowed.bound(table)
+        )
 
-LayerCache: TypeAlias = FullCache | RingCache | SplitCache
+    def take(self, at: Int[Array, ""] | int) -> "SplitCache":
+        """Row `at` of both caches."""
+        return dataclasses.replace(self, full=self.full.take(at), windowed=self.windowed.take(at))
+
+    def insert(self, row: Cache, at: Int[Array, ""] | int) -> "SplitCache":
+        """Both caches with one row of each."""
+        assert isinstance(row, SplitCache)
+        return dataclasses.replace(
+            self,
+            full=self.full.insert(row.full, at),
+            windowed=self.windowed.insert(row.windowed, at),
+        )
+
+
+LayerCache: TypeAlias = FullCache | PagedCache | RingCache | SplitCache
 """What a layer keeps."""
 
 
@@ -314,10 +425,43 @@ def _put(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Caches:
-    """One cache a layer, and `pos_B` `[B]`: how many tokens each row has seen. A pytree."""
+    """One cache a layer, and `pos_B` `[B]`: how many tokens each row has seen. A pytree.
+
+    `table` `[B, M]` has the rows' pages, where layers are made of pages.
+    """
 
     layers: tuple[LayerCache, ...]
     pos_B: Int[Array, " B"]
+    table: Int[Array, "B M"] | None = None
+
+    def bound(self) -> tuple[LayerCache, ...]:
+        """The layers, each with the table of pages."""
+        return tuple(layer.bound(self.table) for layer in self.layers)
+
+    def grown(self, layers: Sequence[LayerCache], pos_B: Int[Array, " B"]) -> "Caches":
+        """These caches after a run of their layers."""
+        layers = tuple(layer.bound(None) for layer in layers)
+        return dataclasses.replace(self, layers=layers, pos_B=pos_B)
+
+    def take(self, at: Int[Array, ""] | int) -> "Caches":
+        """Row `at`, which may be traced, as caches of one row."""
+        take = functools.partial(lax.dynamic_slice_in_dim, start_index=at, slice_size=1)
+        return Caches(
+            layers=tuple(layer.take(at) for layer in self.layers),
+            pos_B=take(self.pos_B),
+            table=None if self.table is None else take(self.table),
+        )
+
+    def insert(self, row: "Caches", at: Int[Array, ""] | int) -> "Caches":
+        """These caches with caches of one row in place of row `at`, which may be traced."""
+        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=at, axis=0)
+        layers = tuple(
+            layer.insert(one, at) for layer, one in zip(self.layers, row.layers, strict=True)
+        )
+        table = None
+        if self.table is not None and row.table is not None:
+            table = put(self.table, row.table)
+        return Caches(layers=layers, pos_B=put(self.pos_B, row.pos_B), table=table)
 
     @property
     def nbytes(self) -> int:

@@ -295,6 +295,7 @@ class CausalLM(nnx.Module):
         tokens: Int[Array, "B n"],
         caches: Caches,
         *,
+        lengths: Int[Array, " B"] | None = None,
         stage_ids: Int[Array, "B n"] | None = None,
     ) -> tuple[Float[Array, "B n V"], Caches]:
         """Logits after each of n new tokens a row, and the caches with them.
@@ -302,17 +303,22 @@ class CausalLM(nnx.Module):
         Args:
             tokens: the next n tokens of every row.
             caches: from `prefill` or an earlier `decode`; donate them under jit.
+            lengths: how many of the n are real, 0 to n; None: all.
             stage_ids: stages of the new tokens; None: all `Stage.ANSWER`.
         """
-        hidden, caches = self._extend(tokens, caches, stage_ids=stage_ids)
+        hidden, caches = self._extend(tokens, caches, lengths=lengths, stage_ids=stage_ids)
         return self.head(hidden), caches
 
-    def empty_caches(self, num_rows: int, *, cache_size: int) -> Caches:
+    def empty_caches(
+        self, num_rows: int, *, cache_size: int, pages: tuple[int, int] | None = None
+    ) -> Caches:
         """Caches before the first token, for prompts that `read` reads.
 
         Args:
             num_rows: rows of the batch.
             cache_size: tokens that a row can become long, prompt and answer together.
+            pages: how many there are, and the slots of each, where full caches are to be pages
+                that rows share. `Caches.table` then says whose they are; all entries are page 0.
         """
         config = self.config
         layers = [
@@ -322,10 +328,15 @@ class CausalLM(nnx.Module):
                 cache_size=cache_size,
                 dtype=self.norm.scale.dtype,
                 mesh=self.mesh,
+                pages=pages,
             )
             for layer in self.layer_attention
         ]
-        return Caches(layers=tuple(layers), pos_B=jnp.zeros((num_rows,), jnp.int32))
+        table = None
+        if pages is not None:
+            table = jnp.zeros((num_rows, -(-cache_size // pages[1])), jnp.int32)
+        pos_B = jnp.zeros((num_rows,), jnp.int32)
+        return Caches(layers=tuple(layers), pos_B=pos_B, table=table)
 
     def read(
         self,
@@ -379,9 +390,9 @@ class CausalLM(nnx.Module):
             pos_B=caches.pos_B,
             prompt_lengths=prompt_lengths,
         )
-        ran = self._run(tokens, rows, caches=caches.layers)
+        ran = self._run(tokens, rows, caches=caches.bound())
         pos_B = caches.pos_B + (num_new if lengths is None else lengths)
-        return ran.x, Caches(layers=ran.caches, pos_B=pos_B)
+        return ran.x, caches.grown(ran.caches, pos_B)
 
     def head(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Float32 logits of final hidden states."""
