@@ -254,9 +254,8 @@ class RingCache(Cache):
         return self.k.shape[1]
 
     def positions(self, pos_B: Int[Array, " B"]) -> Int[Array, "B R"]:
-        """The ring knows its own positions."""
-        del pos_B
-        return self.slot_positions
+        """The ring knows its own positions; what a row before left behind stands past `pos_B`."""
+        return jnp.where(self.slot_positions < pos_B[:, None], self.slot_positions, EMPTY)
 
     def write(
         self,

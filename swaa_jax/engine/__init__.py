@@ -1,0 +1,16 @@
+"""Requests in, tokens out: slots, pages, chunks of prompts, decode steps. No text is known here."""
+
+from swaa_jax.engine.engine import EndReason, Engine, EngineClock, EngineOptions, Request, Update
+from swaa_jax.engine.sampling import SamplingParams
+from swaa_jax.engine.state import compile_counts
+
+__all__ = [
+    "EndReason",
+    "Engine",
+    "EngineClock",
+    "EngineOptions",
+    "Request",
+    "SamplingParams",
+    "Update",
+    "compile_counts",
+]

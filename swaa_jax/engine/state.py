@@ -1,0 +1,280 @@
+"""What the device holds of the rows that are being answered, and the two steps that change it.
+
+    prompt   [ chunk | chunk | chunk..]          `read_chunk`, a chunk of one row at a time
+                                   '-> token     the first token comes with a prompt's last chunk
+    answers  token -> token -> token ...         `decode_tokens`, all rows at once, some steps
+
+Every row has its own position, limit and settings, all of them traced: one program of each step
+serves prompts of any length, any settings, any ends.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from swaa_jax.attention import Caches
+from swaa_jax.engine.sampling import (
+    NO_TOKEN,
+    Draws,
+    History,
+    Logprobs,
+    SamplingParams,
+    is_among,
+    pack_ids,
+    sample,
+)
+from swaa_jax.models import CausalLM
+from swaa_jax.models.function import Structure
+
+NOTHING = -2
+"""Where a row draws no token in a step."""
+
+_DROPPED = np.iinfo(np.int32).max  # an index past every end
+
+_TRACES: collections.Counter[str] = collections.Counter()
+
+
+def compile_counts() -> dict[str, int]:
+    """How often each program was traced in this process: read, decode."""
+    return dict(_TRACES)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowSettings:
+    """What a row was asked with, besides its prompt.
+
+    Attributes:
+        draws: how its tokens are drawn.
+        ends: ids that end it, packed (`sampling.pack_ids`).
+        wants_logprobs: whether log-probabilities are to be computed.
+    """
+
+    draws: Draws
+    ends: Any
+    wants_logprobs: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeState:
+    """All rows. A row without tokens left to draw is idle, or its prompt is still being read.
+
+    Attributes:
+        caches: of all rows.
+        history: prompts and answers so far, for penalties, without the last token.
+        token: the last token of each row, which is not in the caches yet.
+        tokens_left: how many more each row may draw.
+        settings: of each row.
+    """
+
+    caches: Caches
+    history: History
+    token: Int[Array, " B"]
+    tokens_left: Int[Array, " B"]
+    settings: RowSettings
+
+    @classmethod
+    def empty(cls, caches: Caches, *, width: int, vocab_size: int) -> "DecodeState":
+        """Idle rows, with room for `width` tokens each in the history."""
+        num_rows = caches.pos_B.shape[0]
+        integers = np.zeros((num_rows,), np.int32)
+        row = idle_settings(vocab_size)
+        return cls(
+            caches=caches,
+            history=History(
+                tokens=jnp.zeros((num_rows, width), jnp.int32),
+                prompt_lengths=jnp.asarray(integers),
+            ),
+            token=jnp.asarray(integers),
+            tokens_left=jnp.asarray(integers),
+            settings=jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * num_rows), row),
+        )
+
+
+def idle_settings(vocab_size: int) -> RowSettings:
+    """Those of a row that nobody has asked for."""
+    return RowSettings(
+        draws=SamplingParams().for_row(vocab_size, seed=0, number=0),
+        ends=pack_ids((), vocab_size),
+        wants_logprobs=np.bool_(False),
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """A part of one row's prompt.
+
+    Attributes:
+        slot: the row.
+        position: tokens of the row before the chunk.
+        tokens: int32 `[1, C]`, padded on the right.
+        length: how many of them are real.
+        prompt_length: tokens of the whole prompt; the chunk that reaches it is the last.
+        max_new_tokens: the longest answer.
+        pages: of the row, `[M]`; None where there are none.
+        settings: of the row.
+    """
+
+    slot: Any
+    position: Any
+    tokens: Any
+    length: Any
+    prompt_length: Any
+    max_new_tokens: Any
+    pages: Any
+    settings: RowSettings
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """New tokens.
+
+    Attributes:
+        tokens: int32 `[n, B]`, or `[B]`; `NOTHING` where a row draws none, `NO_TOKEN` where its
+            logits are not numbers.
+        logprobs: of the tokens, where their rows want them.
+        steps: how many of the n were run.
+    """
+
+    tokens: Int[Array, "*n B"]
+    logprobs: Logprobs
+    steps: Int[Array, ""]
+
+
+def read_chunk(
+    arrays: Mapping[str, Array],
+    state: DecodeState,
+    chunk: Chunk,
+    *,
+    structure: Structure[CausalLM],
+) -> tuple[DecodeState, Drawn]:
+    """Reads a chunk; after a prompt's last one, draws the row's first token.
+
+    Args:
+        arrays, structure: the model, split.
+        state: donated.
+        chunk: what is read.
+    """
+    _TRACES["read"] += 1
+    slot, position = chunk.slot, chunk.position
+    one = jax.tree.map(lambda x: jnp.asarray(x)[None], chunk.settings)
+    row = dataclasses.replace(
+        state.caches.take(slot),
+        pos_B=position[None],
+        table=None if chunk.pages is None else chunk.pages[None],
+    )
+    read = structure.build(arrays).read(
+        chunk.tokens,
+        row,
+        lengths=chunk.length[None],
+        prompt_lengths=chunk.prompt_length[None],
+    )
+    tokens = jax.lax.dynamic_update_slice(state.history.tokens, chunk.tokens, (slot, position))
+    end = position + chunk.length
+    history = History(
+        tokens=jax.lax.dynamic_slice_in_dim(tokens, slot, 1),
+        prompt_lengths=chunk.prompt_length[None],
+    )
+    first = sample(read.logits, draws=one.draws, positions=end[None], history=history)
+    is_last = end >= chunk.prompt_length
+    ends = is_among(first, one.ends)[0] | (first[0] == NO_TOKEN)
+    left = jnp.where(is_last & ~ends, chunk.max_new_tokens - 1, 0)
+
+    def put(all_rows: Array, value: Array) -> Array:
+        return all_rows.at[slot].set(value)
+
+    state = DecodeState(
+        caches=state.caches.insert(read.caches, slot),
+        history=History(
+            tokens=tokens, prompt_lengths=put(state.history.prompt_lengths, chunk.prompt_length)
+        ),
+        token=put(state.token, first[0]),
+        tokens_left=put(state.tokens_left, left),
+        settings=jax.tree.map(put, state.settings, chunk.settings),
+    )
+    drawn = Drawn(
+        tokens=jnp.where(is_last, first, NOTHING),
+        logprobs=Logprobs.of(read.logits, first, one.wants_logprobs & is_last),
+        steps=jnp.int32(1),
+    )
+    return state, drawn
+
+
+def decode_tokens(
+    arrays: Mapping[str, Array],
+    state: DecodeState,
+    limit: Int[Array, ""],
+    until_one_ends: Bool[Array, ""],
+    *,
+    structure: Structure[CausalLM],
+    max_steps: int,
+) -> tuple[DecodeState, Drawn]:
+    """Draws up to `limit` tokens of every row that has some left.
+
+    Args:
+        arrays, structure: the model, split.
+        state: donated.
+        limit: at most `max_steps`, which is part of the program.
+        until_one_ends: come back as soon as a row ends, since others wait for its place.
+    """
+    _TRACES["decode"] += 1
+    num_rows = state.token.shape[0]
+    busy = jnp.sum(state.tokens_left > 0)
+
+    def unfinished(carry: tuple[Array, DecodeState, Drawn]) -> Array:
+        step, state, _ = carry
+        still_busy = jnp.sum(state.tokens_left > 0)
+        goes_on = (still_busy > 0) & ~(until_one_ends & (still_busy < busy))
+        return (step < limit) & goes_on
+
+    def one_step(
+        carry: tuple[Array, DecodeState, Drawn],
+    ) -> tuple[Array, DecodeState, Drawn]:
+        step, state, drawn = carry
+        active = state.tokens_left > 0
+        at = state.caches.pos_B
+        history = state.history.write(state.token, jnp.where(active, at, _DROPPED))
+        # Merged here: NNX objects must not cross into the loop's own trace.
+        model = structure.build(arrays)
+        logits, caches = model.decode(
+            state.token[:, None], state.caches, lengths=active.astype(jnp.int32)
+        )
+        settings, logits = state.settings, logits[:, -1]
+        draws = settings.draws.of_rows(active)
+        token = sample(logits, draws=draws, positions=at + 1, history=history)
+        ends = is_among(token, settings.ends) | (token == NO_TOKEN)
+        left = jnp.where(active & ~ends, state.tokens_left - 1, 0)
+        logprobs = Logprobs.of(logits, token, settings.wants_logprobs & active)
+        drawn = Drawn(
+            tokens=drawn.tokens.at[step].set(jnp.where(active, token, NOTHING)),
+            logprobs=jax.tree.map(
+                lambda kept, new: kept.at[step].set(new), drawn.logprobs, logprobs
+            ),
+            steps=step + 1,
+        )
+        state = DecodeState(
+            caches=caches,
+            history=history,
+            token=jnp.where(active, token, state.token),
+            tokens_left=left,
+            settings=settings,
+        )
+        return step + 1, state, drawn
+
+    vocab_size = structure.build(arrays).config.vocab_size
+    nothing = Drawn(
+        tokens=jnp.full((max_steps, num_rows), NOTHING, jnp.int32),
+        logprobs=Logprobs.zeros(max_steps, num_rows, vocab_size=vocab_size),
+        steps=jnp.int32(0),
+    )
+    _, state, drawn = jax.lax.while_loop(unfinished, one_step, (jnp.int32(0), state, nothing))
+    return state, drawn
