@@ -86,6 +86,10 @@ class Cache(abc.ABC):
         del table
         return self
 
+    def parts(self) -> "list[Cache]":
+        """The caches that it is made of: of all heads, or of some."""
+        return [self]
+
     def take(self: AnyCache, at: Int[Array, ""] | int) -> AnyCache:
         """Row `at`, which may be traced, as a cache of one row."""
         return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, at, 1), self)
@@ -364,6 +368,10 @@ class SplitCache(Cache):
         return dataclasses.replace(
             self, full=written(self.full, self.full_heads), windowed=written(self.windowed, rest)
         )
+
+    def parts(self) -> list[Cache]:
+        """That of the full heads, and that of the others."""
+        return [self.full, self.windowed]
 
     def bound(self, table: Int[Array, "B M"] | None) -> "SplitCache":
         """Both caches with their pages."""

@@ -1,7 +1,8 @@
 """Requests in, tokens out: slots, pages, chunks of prompts, decode steps. No text is known here."""
 
-from swaa_jax.engine.engine import EndReason, Engine, EngineClock, EngineOptions, Request, Update
+from swaa_jax.engine.engine import EndReason, Engine, EngineClock, EngineOptions, Update
 from swaa_jax.engine.sampling import SamplingParams
+from swaa_jax.engine.scheduler import Request
 from swaa_jax.engine.state import compile_counts
 
 __all__ = [

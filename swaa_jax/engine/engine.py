@@ -8,10 +8,8 @@ A round is: requests into free slots; some chunks of the prompts that are being 
 first; then some decode steps of all rows that have been read.
 """
 
-import collections
 import dataclasses
 import functools
-import itertools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -19,8 +17,10 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from swaa_jax.engine.pages import PagePool
-from swaa_jax.engine.sampling import NO_TOKEN, SamplingParams, pack_ids
+from swaa_jax.attention import PagedCache, RingCache
+from swaa_jax.engine.pages import PagePool, PrefixCache
+from swaa_jax.engine.sampling import NO_TOKEN, pack_ids
+from swaa_jax.engine.scheduler import Request, Row, Scheduler
 from swaa_jax.engine.state import (
     NOTHING,
     Chunk,
@@ -28,14 +28,15 @@ from swaa_jax.engine.state import (
     Drawn,
     RowSettings,
     decode_tokens,
+    put_rings,
     read_chunk,
+    stop_row,
+    take_rings,
 )
-from swaa_jax.fields import check_fields, integer, or_none
+from swaa_jax.fields import check_fields, flag, integer, or_none
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import SplitModel, split_model
 from swaa_jax.runtime import to_host
-
-GREEDY = SamplingParams()
 
 EndReason = Literal["end", "length", "cancelled", "not a number"]
 """Why a request ended: a token that ends it, its longest answer, `cancel`, or bad logits."""
@@ -53,6 +54,10 @@ class EngineOptions:
         num_pages: of the pool; None: as many as all slots can need.
         chunks_per_round: read between two calls of the decode program.
         steps_per_call: decode steps of a call, at most.
+        reuse: keep chunks of prompts, for prompts that begin alike.
+        max_snapshots: of the rings of windowed layers, which are kept for it.
+        snapshot_every: chunks from one to the next, within a prompt; there is one at the end of
+            each prompt's last whole chunk in any case.
     """
 
     num_slots: int = 8
@@ -62,6 +67,9 @@ class EngineOptions:
     num_pages: int | None = None
     chunks_per_round: int = 1
     steps_per_call: int = 16
+    reuse: bool = True
+    max_snapshots: int = 16
+    snapshot_every: int = 8
 
     def __post_init__(self):
         check_fields(
@@ -73,34 +81,20 @@ class EngineOptions:
             num_pages=or_none(integer(least=1)),
             chunks_per_round=integer(least=1),
             steps_per_call=integer(least=1),
+            reuse=flag,
+            max_snapshots=integer(least=1),
+            snapshot_every=integer(least=1),
         )
+        if self.chunk_size % self.page_size:
+            raise ValueError(
+                f"chunk_size: expected a multiple of page_size={self.page_size}, got "
+                f"{self.chunk_size}; change one of them"
+            )
 
     @property
     def columns(self) -> int:
         """Pages of the longest row."""
         return -(-self.max_tokens // self.page_size)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """A prompt, and how it is to be answered.
-
-    Attributes:
-        tokens: of the prompt.
-        max_new_tokens: the longest answer.
-        params: how tokens are drawn.
-        seed, number: what draws depend on, besides the position.
-        ends: tokens that end the answer.
-        logprobs: give log-probabilities, too.
-    """
-
-    tokens: tuple[int, ...]
-    max_new_tokens: int
-    params: SamplingParams = GREEDY
-    seed: int = 0
-    number: int = 0
-    ends: tuple[int, ...] = ()
-    logprobs: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,26 +117,11 @@ class Update:
 
 
 @dataclasses.dataclass(kw_only=True)
-class _Row:
-    """A request in a slot."""
-
-    id: int
-    request: Request
-    settings: RowSettings
-    pages: list[int]
-    read: int = 0
-    drawn: int = 0
-
-    @property
-    def is_read(self) -> bool:
-        return self.read >= len(self.request.tokens)
-
-
-@dataclasses.dataclass(kw_only=True)
 class EngineClock:
     """What was done so far, and how long it took."""
 
     read_tokens: int = 0
+    reused_tokens: int = 0
     read_s: float = 0.0
     chunks: int = 0
     new_tokens: int = 0
@@ -169,23 +148,31 @@ class Engine:
         self.options = options = options or EngineOptions()
         self._model = model = split_model(model)
         self._vocab_size = model.config.vocab_size
-        needs_pages = any(
-            layer.needs_full_cache or layer.full_heads or layer.full_attention_tail
-            for layer in model.layers or ()
-        )
         num_pages = options.num_pages or options.num_slots * options.columns
-        self._pool = PagePool(num_pages, options.page_size) if needs_pages else None
         self._state = _empty_state(
             model.arrays,
             structure=model.structure,
             num_slots=options.num_slots,
             max_tokens=options.max_tokens,
-            pages=(num_pages, options.page_size) if needs_pages else (1, options.page_size),
+            pages=(num_pages, options.page_size),
             width=options.max_tokens + options.chunk_size,
         )
-        self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
-        self._rows: list[_Row | None] = [None] * options.num_slots
-        self._ids = itertools.count()
+        kinds = {type(part) for layer in self._state.caches.layers for part in layer.parts()}
+        pool = PagePool(num_pages, options.page_size) if PagedCache in kinds else None
+        self._has_rings = has_rings = RingCache in kinds
+        self._prefixes: PrefixCache[Any] | None = None
+        if options.reuse:
+            self._prefixes = PrefixCache(
+                pool,
+                chunk_size=options.chunk_size,
+                max_snapshots=options.max_snapshots if has_rings else None,
+            )
+        self._scheduler = Scheduler(
+            num_slots=options.num_slots,
+            max_tokens=options.max_tokens,
+            pool=pool,
+            prefixes=self._prefixes,
+        )
         self.clock = EngineClock()
 
     @property
@@ -196,53 +183,26 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         """Whether no request is left."""
-        return not self._waiting and all(row is None for row in self._rows)
+        return self._scheduler.is_idle
 
     def submit(self, request: Request) -> int:
-        """Puts a request behind those that wait; its id.
+        """Puts a request behind those that wait; gives its id.
 
         Raises:
-            ValueError: it can never be answered: no prompt, or more tokens than a row or the pool
-                has room for.
+            ValueError: it can never be answered; the message says why.
         """
-        count, limit = len(request.tokens), self.options.max_tokens
-        if not count:
-            raise ValueError("tokens: expected at least one, got none")
-        if request.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1, got {request.max_new_tokens}")
-        total = count + request.max_new_tokens
-        if total > limit:
-            raise ValueError(
-                f"tokens: expected prompt and answer of at most {limit} tokens, which a row has "
-                f"room for, got {count} + {request.max_new_tokens}; shorten one, or make the "
-                "engine with a larger max_tokens"
-            )
-        if self._pool is not None and self._pool.pages_for(total) > self._pool.num_pages:
-            fits = self._pool.num_pages * self._pool.page_size
-            raise ValueError(
-                f"tokens: expected prompt and answer of at most {fits} tokens, which all pages "
-                f"hold, got {count} + {request.max_new_tokens}; shorten one, or make the engine "
-                "with more pages"
-            )
-        settings = self._settings(request)  # refuses what is out of the vocabulary
-        del settings
-        number = next(self._ids)
-        self._waiting.append((number, request))
-        return number
+        self._settings(request)  # refuses what is not in the vocabulary
+        return self._scheduler.submit(request)
 
-    def cancel(self, number: int) -> bool:
-        """Ends a request at once and frees its slot and pages; False: it is not here any more."""
-        for waiting in self._waiting:
-            if waiting[0] == number:
-                self._waiting.remove(waiting)
-                return True
-        for slot, row in enumerate(self._rows):
-            if row is not None and row.id == number:
-                self._free(slot)
-                left = self._state.tokens_left.at[slot].set(0)
-                self._state = dataclasses.replace(self._state, tokens_left=left)
-                return True
-        return False
+    def cancel(self, number: int) -> None:
+        """Ends a request at once, and frees its slot and pages.
+
+        Raises:
+            KeyError: no such request is left.
+        """
+        slot = self._scheduler.cancel(number)
+        if slot is not None:
+            self._state = _stop(self._state, np.int32(slot))
 
     def run(self) -> Iterator[Update]:
         """Rounds, until no request is left."""
@@ -251,41 +211,21 @@ class Engine:
 
     def round(self) -> list[Update]:
         """One round; what it gave."""
-        self._admit()
         updates = []
+        for slot in self._scheduler.admit():
+            row = self._scheduler.rows[slot]
+            assert row is not None
+            self.clock.reused_tokens += row.reused.num_tokens
+            if row.reused.snapshot is not None:
+                self._state = _restore(self._state, np.int32(slot), row.reused.snapshot)
         for _ in range(self.options.chunks_per_round):
-            slot = self._next_to_read()
+            slot = self._scheduler.next_to_read()
             if slot is None:
                 break
             updates += self._read(slot)
-        if any(row is not None and row.is_read for row in self._rows):
+        if self._scheduler.answering():
             updates += self._decode()
         return updates
-
-    def _admit(self) -> None:
-        """In order of arrival: the first one waits for its pages, and the others for it."""
-        for slot, row in enumerate(self._rows):
-            if row is not None or not self._waiting:
-                continue
-            number, request = self._waiting[0]
-            pages: list[int] | None = []
-            if self._pool is not None:
-                needed = len(request.tokens) + request.max_new_tokens
-                pages = self._pool.allocate(self._pool.pages_for(needed))
-            if pages is None:
-                return
-            self._waiting.popleft()
-            self._rows[slot] = _Row(
-                id=number, request=request, settings=self._settings(request), pages=pages
-            )
-
-    def _next_to_read(self) -> int | None:
-        reading = [
-            (row.id, slot)
-            for slot, row in enumerate(self._rows)
-            if row is not None and not row.is_read
-        ]
-        return min(reading)[1] if reading else None
 
     def _settings(self, request: Request) -> RowSettings:
         ends = [end for end in request.ends if end < self._vocab_size]
@@ -293,42 +233,54 @@ class Engine:
             draws=request.params.for_row(
                 self._vocab_size, seed=request.seed, number=request.number
             ),
-            ends=pack_ids(
-                (end for end in request.ends if end < self._vocab_size), self._vocab_size
-            ),
+            ends=pack_ids(ends, self._vocab_size),
             wants_logprobs=np.bool_(request.logprobs),
         )
 
     def _read(self, slot: int) -> list[Update]:
-        row, size = self._rows[slot], self.options.chunk_size
+        row, size = self._scheduler.rows[slot], self.options.chunk_size
         assert row is not None
-        part = row.request.tokens[row.read : row.read + size]
+        part = row.request.tokens[row.num_read : row.num_read + size]
         tokens = np.zeros((1, size), np.int32)
         tokens[0, : len(part)] = part
-        table = np.zeros((self.options.columns,), np.int32)
-        table[: len(row.pages)] = row.pages
+        pages = np.zeros((self.options.columns,), np.int32)
+        pages[: len(row.pages)] = row.pages
         chunk = Chunk(
             slot=np.int32(slot),
-            position=np.int32(row.read),
+            position=np.int32(row.num_read),
             tokens=tokens,
             length=np.int32(len(part)),
             prompt_length=np.int32(len(row.request.tokens)),
             max_new_tokens=np.int32(row.request.max_new_tokens),
-            pages=table,
-            settings=row.settings,
+            pages=pages,
+            settings=self._settings(row.request),
         )
         drawn = self._call(_read, chunk)
-        row.read += len(part)
+        row.num_read += len(part)
         self.clock.read_tokens += len(part)
         self.clock.chunks += 1
-        if not row.is_read:
-            return []
-        return self._take(drawn, [slot], steps=1)
+        if len(part) == size:
+            self._keep(slot, row)
+        return self._take(drawn, [slot], steps=1) if row.is_read else []
+
+    def _keep(self, slot: int, row: Row) -> None:
+        """Keeps the chunk that was just read; its rings at the prompt's last whole chunk, and now
+        and then before.
+        """
+        if self._prefixes is None:
+            return
+        size, options = self.options.chunk_size, self.options
+        is_last = row.num_read + size > len(row.request.tokens)
+        snapshot = None
+        if self._has_rings and (is_last or row.num_read // size % options.snapshot_every == 0):
+            snapshot = _snapshot(self._state, np.int32(slot))
+        self._prefixes.keep(row.request.tokens[: row.num_read], row.pages, snapshot=snapshot)
 
     def _decode(self) -> list[Update]:
-        slots = [slot for slot, row in enumerate(self._rows) if row is not None and row.is_read]
-        others_wait = bool(self._waiting) or self._next_to_read() is not None
+        scheduler = self._scheduler
+        others_wait = scheduler.num_waiting > 0 or scheduler.next_to_read() is not None
         limit = np.int32(self.options.steps_per_call)
+        slots = scheduler.answering()
         drawn = self._call(
             _decode, limit, np.bool_(others_wait), max_steps=self.options.steps_per_call
         )
@@ -357,20 +309,20 @@ class Engine:
         logprobs = None
         updates = []
         for slot in slots:
-            row = self._rows[slot]
+            row = self._scheduler.rows[slot]
             assert row is not None
             ids = tokens[:steps, slot] if whole else tokens
             ids = ids[ids != NOTHING]
             is_bad = bool(len(ids)) and ids[-1] == NO_TOKEN
             new = tuple(map(int, ids[ids != NO_TOKEN]))
-            row.drawn += len(new)
+            row.num_drawn += len(new)
             self.clock.new_tokens += len(new)
             reason: EndReason | None = None
             if is_bad:
                 reason = "not a number"
             elif new and new[-1] in row.request.ends:
                 reason = "end"
-            elif row.drawn >= row.request.max_new_tokens:
+            elif row.num_drawn >= row.request.max_new_tokens:
                 reason = "length"
             chosen, top = (), ()
             if row.request.logprobs and new:
@@ -383,7 +335,7 @@ class Engine:
                     for ids, values in zip(logprobs.top_ids[at], logprobs.top[at], strict=True)
                 )
             if reason is not None:
-                self._free(slot)
+                self._scheduler.finish(slot)
             if new or reason is not None:
                 updates.append(
                     Update(
@@ -396,18 +348,15 @@ class Engine:
                 )
         return updates
 
-    def _free(self, slot: int) -> None:
-        row = self._rows[slot]
-        assert row is not None
-        if self._pool is not None:
-            self._pool.release(row.pages)
-        self._rows[slot] = None
-
 
 _read = jax.jit(read_chunk, static_argnames=("structure",), donate_argnames=("state",))
 _decode = jax.jit(
     decode_tokens, static_argnames=("structure", "max_steps"), donate_argnames=("state",)
 )
+
+
+_stop, _snapshot = jax.jit(stop_row, donate_argnames=("state",)), jax.jit(take_rings)
+_restore = jax.jit(put_rings, donate_argnames=("state",))
 
 
 @functools.partial(

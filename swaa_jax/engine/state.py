@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from swaa_jax.attention import Caches
+from swaa_jax.attention import Caches, LayerCache, RingCache, SplitCache
 from swaa_jax.engine.sampling import (
     NO_TOKEN,
     Draws,
@@ -278,3 +278,28 @@ def decode_tokens(
     )
     _, state, drawn = jax.lax.while_loop(unfinished, one_step, (jnp.int32(0), state, nothing))
     return state, drawn
+
+
+def stop_row(state: DecodeState, slot: Int[Array, ""]) -> DecodeState:
+    """The row draws no more."""
+    return dataclasses.replace(state, tokens_left=state.tokens_left.at[slot].set(0))
+
+
+def take_rings(state: DecodeState, slot: Int[Array, ""]) -> list[RingCache]:
+    """A copy of the row's rings, in the order of layers."""
+    caches = [cache for layer in state.caches.take(slot).layers for cache in layer.parts()]
+    return [cache for cache in caches if isinstance(cache, RingCache)]
+
+
+def put_rings(state: DecodeState, slot: Int[Array, ""], rings: list[RingCache]) -> DecodeState:
+    """The row with these rings."""
+    kept = iter(rings)
+
+    def put(cache: LayerCache) -> LayerCache:
+        if isinstance(cache, SplitCache):
+            full, windowed = put(cache.full), put(cache.windowed)
+            return dataclasses.replace(cache, full=full, windowed=windowed)
+        return cache.insert(next(kept), slot) if isinstance(cache, RingCache) else cache
+
+    layers = tuple(put(layer) for layer in state.caches.layers)
+    return dataclasses.replace(state, caches=dataclasses.replace(state.caches, layers=layers))

@@ -1,0 +1,197 @@
+"""Which request runs in which slot, with which pages: decisions on the host, no arrays."""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from swaa_jax.engine.pages import PagePool, PrefixCache, Reused
+from swaa_jax.engine.sampling import SamplingParams
+
+GREEDY = SamplingParams()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt, and how it is to be answered.
+
+    Attributes:
+        tokens: of the prompt.
+        max_new_tokens: the longest answer.
+        params: how tokens are drawn.
+        seed, number: what draws depend on, besides the position.
+        ends: tokens that end the answer.
+        logprobs: give log-probabilities, too.
+    """
+
+    tokens: Sequence[int]
+    max_new_tokens: int
+    params: SamplingParams = GREEDY
+    seed: int = 0
+    number: int = 0
+    ends: Sequence[int] = ()
+    logprobs: bool = False
+
+
+@dataclasses.dataclass(kw_only=True)
+class Row:
+    """A request in a slot.
+
+    Attributes:
+        id: the request's.
+        request: the request.
+        pages: that it holds, for its prompt and its longest answer.
+        reused: the beginning of its prompt that was read before.
+        num_read: tokens of the prompt that the caches hold.
+        num_drawn: new tokens so far.
+    """
+
+    id: int
+    request: Request
+    pages: list[int]
+    reused: Reused[Any]
+    num_read: int
+    num_drawn: int = 0
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the prompt is read, so that tokens can be drawn."""
+        return self.num_read >= len(self.request.tokens)
+
+
+class Scheduler:
+    """Requests in order of arrival: the first waits for a slot and its pages, all others for it.
+
+    A request gets the pages of its prompt and its longest answer when it starts, so that it never
+    fails half-way.
+
+    Args:
+        num_slots: rows at a time.
+        max_tokens: of a row, prompt and answer together.
+        pool: of pages; None: rows need none.
+        prefixes: what is kept of prompts that were read; None: nothing.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_slots: int,
+        max_tokens: int,
+        pool: PagePool | None,
+        prefixes: PrefixCache[Any] | None,
+    ):
+        self.rows: list[Row | None] = [None] * num_slots
+        self._max_tokens, self._pool, self._prefixes = max_tokens, pool, prefixes
+        self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
+        self._ids = itertools.count()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._waiting)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is left."""
+        return not self._waiting and not any(self.rows)
+
+    def submit(self, request: Request) -> int:
+        """Puts a request behind those that wait; gives its id.
+
+        Raises:
+            ValueError: it can never be answered: no prompt, or more tokens than a row or the pool
+                has room for.
+        """
+        count, new = len(request.tokens), request.max_new_tokens
+        if not count:
+            raise ValueError("tokens: expected a prompt of at least one token, got none")
+        if new < 1:
+            raise ValueError(f"max_new_tokens: expected at least 1, got {new}")
+        if count + new > self._max_tokens:
+            raise ValueError(
+                f"tokens: expected prompt and answer of at most {self._max_tokens} tokens, which a "
+                f"row has room for, got {count} + {new}; shorten one, or raise max_tokens"
+            )
+        if self._pool is not None and self._pool.pages_for(count + new) > self._pool.num_pages:
+            fits = self._pool.num_pages * self._pool.page_size
+            raise ValueError(
+                f"tokens: expected prompt and answer of at most {fits} tokens, which all pages of "
+                f"the pool hold, got {count} + {new}; shorten one, or raise num_pages"
+            )
+        number = next(self._ids)
+        self._waiting.append((number, request))
+        return number
+
+    def admit(self) -> list[int]:
+        """Puts requests that wait into free slots, as long as the first one's pages are free.
+
+        Returns:
+            the slots, whose rows may begin with `reused` tokens.
+        """
+        slots = []
+        for slot, row in enumerate(self.rows):
+            if row is not None:
+                continue
+            if not self._waiting:
+                break
+            number, request = self._waiting[0]
+            reused = Reused(num_tokens=0, pages=(), snapshot=None)
+            if self._prefixes is not None:
+                reused = self._prefixes.find(request.tokens)
+            pages = self._pages_for(request, reused)
+            if pages is None:
+                break
+            self._waiting.popleft()
+            self.rows[slot] = Row(
+                id=number, request=request, pages=pages, reused=reused, num_read=reused.num_tokens
+            )
+            slots.append(slot)
+        return slots
+
+    def _pages_for(self, request: Request, reused: Reused[Any]) -> list[int] | None:
+        pool = self._pool
+        if pool is None:
+            return []
+        count = pool.pages_for(len(request.tokens) + request.max_new_tokens) - len(reused.pages)
+        pool.hold(reused.pages)  # first, so that making room does not let them go
+        if self._prefixes is not None and pool.num_free < count:
+            self._prefixes.make_room(count)
+        own = pool.allocate(count)
+        if own is None:
+            pool.release(reused.pages)
+            return None
+        return [*reused.pages, *own]
+
+    def next_to_read(self) -> int | None:
+        """The slot of the earliest request whose prompt is not read."""
+        reading = [(row.id, at) for at, row in enumerate(self.rows) if row and not row.is_read]
+        return min(reading)[1] if reading else None
+
+    def answering(self) -> list[int]:
+        """Slots of rows that draw tokens."""
+        return [slot for slot, row in enumerate(self.rows) if row and row.is_read]
+
+    def finish(self, slot: int) -> None:
+        """Frees a slot and its pages."""
+        row = self.rows[slot]
+        assert row is not None
+        if self._pool is not None:
+            self._pool.release(row.pages)
+        self.rows[slot] = None
+
+    def cancel(self, number: int) -> int | None:
+        """Ends a request; gives the slot that it was in, None where it was in none.
+
+        Raises:
+            KeyError: no such request is left.
+        """
+        for waiting in self._waiting:
+            if waiting[0] == number:
+                self._waiting.remove(waiting)
+                return None
+        for slot, row in enumerate(self.rows):
+            if row is not None and row.id == number:
+                self.finish(slot)
+                return slot
+        raise KeyError(number)

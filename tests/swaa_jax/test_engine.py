@@ -1,0 +1,161 @@
+"""The engine against whole rows: tokens, bits in any company, reuse, programs."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import swaa_jax as swaa
+from swaa_jax.engine import Engine, EngineOptions, Request, SamplingParams, compile_counts
+from tests.support.random_models import HF_CONFIG, random_model
+
+VOCAB = HF_CONFIG["vocab_size"]
+WIDTH = 96
+OPTIONS = EngineOptions(num_slots=3, max_tokens=WIDTH, chunk_size=16, page_size=8, num_pages=30)
+POLICIES = {
+    "full": swaa.AttentionPolicy(),
+    "window": swaa.AttentionPolicy(window=5, num_sink_tokens=2),
+    "1::2": swaa.AttentionPolicy(window=6, num_sink_tokens=2, full_attention_layers="1::2"),
+    "FA decode": swaa.AttentionPolicy(window=5, num_sink_tokens=2, decode="full"),
+    "tail": swaa.AttentionPolicy(window=6, num_sink_tokens=2, full_attention_tail=9),
+    "heads": swaa.AttentionPolicy(
+        window=7, num_sink_tokens=2, full_attention_heads={0: [1], 2: [0]}
+    ),
+}
+QUICK = {"1::2", "FA decode"}
+
+
+def some(names):
+    return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in names]
+
+
+@functools.cache
+def prompts(seed: int = 0):
+    rng = np.random.default_rng(seed)
+    sizes = (5, 40, 17, 1, 33, 64, 8, 16, 32)
+    return [tuple(rng.integers(3, VOCAB, size).tolist()) for size in sizes]
+
+
+def answers(engine, requests):
+    """Tokens, log-probabilities and reason of each request."""
+    ids = [engine.submit(request) for request in requests]
+    tokens = {number: [] for number in ids}
+    logprobs = {number: [] for number in ids}
+    reasons = {}
+    for update in engine.run():
+        tokens[update.request] += update.tokens
+        logprobs[update.request] += update.logprobs
+        if update.reason is not None:
+            assert update.request not in reasons
+            reasons[update.request] = update.reason
+    assert set(reasons) == set(ids)
+    return [(tuple(tokens[n]), tuple(logprobs[n]), reasons[n]) for n in ids]
+
+
+def greedily(model, prompt, count):
+    """Whole rows, run anew for each token."""
+    run = jax.jit(
+        lambda tokens, lengths, stages: model(
+            tokens, lengths=lengths, stage_ids=stages, logits_at="last"
+        )
+    )
+    tokens = list(prompt)
+    for _ in range(count):
+        row, stages = np.zeros((1, WIDTH), np.int32), np.zeros((1, WIDTH), np.int32)
+        row[0, : len(tokens)] = tokens
+        stages[0, len(prompt) :] = swaa.Stage.ANSWER
+        tokens.append(int(np.argmax(run(row, np.array([len(tokens)]), stages)[0])))
+    return tuple(tokens[len(prompt) :])
+
+
+@pytest.mark.parametrize("policy", some(POLICIES))
+def test_tokens_are_those_of_whole_rows(policy):
+    """Nine prompts in three slots, whose pages suffice for two of the longest."""
+    model = random_model(POLICIES[policy], num_hidden_layers=3)
+    found = answers(
+        Engine(model, OPTIONS), [Request(tokens=one, max_new_tokens=9) for one in prompts()]
+    )
+    for prompt, (tokens, _, reason) in zip(prompts(), found, strict=True):
+        assert tokens == greedily(model, prompt, 9)
+        assert reason == "length"
+
+
+PARAMS = [
+    SamplingParams(),
+    SamplingParams(temperature=1.0),
+    SamplingParams(temperature=0.8, top_k=7, top_p=0.9),
+    SamplingParams(temperature=1.5, top_p=0.7, min_p=0.05),
+    SamplingParams(temperature=0.7, repetition_penalty=1.3, presence_penalty=0.5),
+    SamplingParams(frequency_penalty=0.7, no_repeat_ngram_size=2),
+    SamplingParams(temperature=1.0, suppress_tokens=tuple(range(0, VOCAB, 2))),
+]
+
+
+def request(at: int) -> Request:
+    """A request of many: every third begins as another one does, for two chunks."""
+    prompt = prompts()[at % 9]
+    if at % 3 == 2:
+        prompt = (*prompts()[5][:32], *prompt[:20])
+    return Request(
+        tokens=prompt,
+        max_new_tokens=1 + at % 7,
+        params=PARAMS[at % len(PARAMS)],
+        seed=at,
+        number=at,
+        ends=(3, 11, 40) if at % 4 == 0 else (),
+        logprobs=at % 2 == 0,
+    )
+
+
+@functools.cache
+def model_of(policy):
+    return random_model(POLICIES[policy], num_hidden_layers=3)
+
+
+@functools.cache
+def alone(policy, at):
+    """What the request gives in an engine of its own, without reuse."""
+    options = {**{f: getattr(OPTIONS, f) for f in ("num_slots", "max_tokens")}, "chunk_size": 16}
+    engine = Engine(
+        model_of(policy), EngineOptions(**options, page_size=8, num_pages=30, reuse=False)
+    )
+    return answers(engine, [request(at)])[0]
+
+
+@pytest.mark.parametrize("policy", some(POLICIES))
+@settings(max_examples=6, deadline=None)
+@given(
+    order=st.lists(st.integers(0, 20), min_size=2, max_size=16),
+    steps=st.sampled_from([1, 4, 16]),
+    chunks=st.integers(1, 3),
+)
+def test_company_order_and_reuse_change_no_bit(policy, order, steps, chunks):
+    """Tokens and log-probabilities, equal to the bit."""
+    options = EngineOptions(
+        num_slots=3,
+        max_tokens=WIDTH,
+        chunk_size=16,
+        page_size=8,
+        num_pages=30,
+        steps_per_call=16,
+        chunks_per_round=chunks,
+        max_snapshots=3,
+        snapshot_every=1,
+    )
+    engine = Engine(model_of(policy), options)
+    found = answers(engine, [request(at) for at in order])
+    for at, one in zip(order, found, strict=True):
+        assert one == alone(policy, at), f"request {at} of {order}"
+
+
+def test_one_program_a_step_for_any_lengths_and_settings():
+    model = random_model(POLICIES["1::2"], num_hidden_layers=2)
+    before = compile_counts()
+    engine = Engine(model, OPTIONS)
+    answers(engine, [request(at) for at in range(21)])
+    answers(engine, [request(at) for at in range(21, 30)])
+    after = compile_counts()
+    assert {name: after[name] - before.get(name, 0) for name in after} == {"read": 1, "decode": 1}
