@@ -22,10 +22,10 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 
 from swaa_jax.chats import render_chat
 from swaa_jax.checkpoint import load_tokenizer
-from swaa_jax.documents import problem_within
+from swaa_jax.documents import key_value, problem_within
 from swaa_jax.eval.judging import strip_thinking
 from swaa_jax.eval.run.loading import default_dtype, tell_default_dtype
-from swaa_jax.fields import show
+from swaa_jax.fields import mapping, show
 from swaa_jax.infer import GenerateOptions, generate, opens_thinking
 from swaa_jax.infer.likelihoods import Continuation, score_continuations
 from swaa_jax.infer.stopping import THINK_END, THINK_START
@@ -62,6 +62,7 @@ class SwaaLM(TemplateLM):
         adapter: LoRA adapters in PEFT's layout.
         dtype: of weights and activations; None: float32 on a CPU, bfloat16 elsewhere.
         revision: of a hub id.
+        config_overrides: as `load_model` takes them; or one of them as text, KEY=VALUE.
         backend: of attention.
         max_length: tokens of context and answer, at most, from 2 up; None: the model's own
             context. Longer contexts lose their first tokens, as the harness's other models have it.
@@ -88,6 +89,7 @@ class SwaaLM(TemplateLM):
         adapter: str | None = None,
         dtype: str | None = None,
         revision: str | None = None,
+        config_overrides: Mapping[str, object] | str | None = None,
         backend: str = "auto",
         max_length: int | None = None,
         max_gen_toks: int = _DEFAULT_NEW_TOKENS,
@@ -108,6 +110,7 @@ class SwaaLM(TemplateLM):
             policy=chosen,
             dtype=dtype or default_dtype(),
             revision=revision,
+            config_overrides=_overrides(config_overrides),
             backend=backend,
         )
         if adapter is not None:
@@ -314,6 +317,12 @@ def _policy(name: str | None, fields: dict[str, Any]) -> AttentionPolicy | None:
     if not fields:
         return None
     return AttentionPolicy(**parse_fields({key: _text(value) for key, value in fields.items()}))
+
+
+def _overrides(given: Mapping[str, object] | str | None) -> dict[str, object]:
+    if isinstance(given, str):
+        given = dict([key_value("config_overrides", given)])
+    return mapping("config_overrides", given or {})
 
 
 def _text(value: Any) -> str:

@@ -203,6 +203,19 @@ class EvalConfig:
                     f"for {known[model.label].path}; give one a name, {{path: ..., name: ...}}"
                 )
 
+    def with_config_overrides(self, overrides: Mapping[str, object]) -> "EvalConfig":
+        """The same evaluation of models whose configs have these values, over their own ones."""
+
+        def changed(model: ModelEntry) -> ModelEntry:
+            own = {**model.config_overrides, **overrides}
+            return dataclasses.replace(model, config_overrides=own)
+
+        settings = tuple(
+            dataclasses.replace(setting, models=tuple(map(changed, setting.models)))
+            for setting in self.settings
+        )
+        return dataclasses.replace(self, settings=settings)
+
     def without_adapter(self, label: str) -> str:
         """The label of the same checkpoint without adapters, where it is among the models."""
         entries = {m.label: m for setting in self.settings for m in setting.models}
