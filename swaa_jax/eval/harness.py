@@ -26,7 +26,7 @@ from swaa_jax.documents import key_value, problem_within
 from swaa_jax.eval.judging import strip_thinking
 from swaa_jax.eval.run.loading import default_dtype, tell_default_dtype
 from swaa_jax.fields import mapping, show
-from swaa_jax.infer import GenerateOptions, generate, opens_thinking
+from swaa_jax.infer import SAMPLING, GenerateOptions, generate, opens_thinking
 from swaa_jax.infer.likelihoods import Continuation, score_continuations
 from swaa_jax.infer.stopping import THINK_END, THINK_START
 from swaa_jax.lora import load_adapter, merge_lora
@@ -40,11 +40,8 @@ log = logging.getLogger(__name__)
 
 _DEFAULT_NEW_TOKENS = 256
 _BATCH_SIZE = 8
-_FILTERS = ("top_k", "top_p", "min_p")
-_PENALTIES = (
-    *("repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram_size"),
-)
-_GEN_KWARGS = ("until", "max_gen_toks", "do_sample", "temperature", *_FILTERS, *_PENALTIES)
+_GEN_KWARGS = ("until", "max_gen_toks", "do_sample", *SAMPLING)
+_FILTERS = ("top_k", "top_p", "min_p")  # tasks may give greedy answers values out of range
 
 
 @register_model("swaa")
@@ -72,9 +69,8 @@ class SwaaLM(TemplateLM):
         batch_size: rows run at once; "auto" is 8, and so is "auto:N", since nothing is measured.
 
     Answers are greedy, unless `do_sample` or a temperature is among the generation kwargs:
-    `do_sample` without a temperature is temperature 1. Further kwargs are `until`, `max_gen_toks`,
-    `top_k`, `top_p`, `min_p` and the penalties of `SamplingParams`; of others a warning says that
-    they are ignored.
+    `do_sample` without a temperature is temperature 1. Further kwargs are `until`, `max_gen_toks`
+    and the fields of `SamplingParams`; of others a warning says that they are ignored.
 
     Raises:
         ValueError: a policy by name and by fields at once, or one that does not fit; a malformed
@@ -264,15 +260,14 @@ class SwaaLM(TemplateLM):
                 f"{', '.join(new)} {'is' if len(new) == 1 else 'are'}",
                 ", ".join(_GEN_KWARGS),
             )
-        temperature = float(options["temperature"])
+        sampling = {name: options[name] for name in SAMPLING if options.get(name) is not None}
+        sampling["temperature"] = temperature = float(options["temperature"])
         return GenerateOptions(
             max_new_tokens=options["max_gen_toks"],
-            temperature=temperature,
             stop=[text for text in options["until"] if text],
             batch_size=self.batch_size,
             stop_in_thought=False,
-            **{name: options.get(name) for name in _FILTERS if temperature},
-            **{name: options[name] for name in _PENALTIES if options.get(name) is not None},
+            **{k: value for k, value in sampling.items() if temperature or k not in _FILTERS},
         )
 
     def _score(self, asked: Sequence[Continuation], quiet: bool) -> list[tuple[float, bool]]:

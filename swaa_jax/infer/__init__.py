@@ -15,7 +15,7 @@ from swaa_jax.infer.generate import (
 )
 from swaa_jax.infer.options import GenerateOptions
 from swaa_jax.infer.prompts import COT_INSTRUCTION, encode_prompts, opens_thinking
-from swaa_jax.infer.sampling import SamplingParams
+from swaa_jax.infer.sampling import SAMPLING, SamplingParams
 from swaa_jax.infer.timings import Timings
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Stream",
     "Timings",
     "GenerateOptions",
+    "SAMPLING",
     "SamplingParams",
     "COT_INSTRUCTION",
     "encode_prompts",
