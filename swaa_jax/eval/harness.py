@@ -20,7 +20,7 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
     make_disjoint_window,
 )
 
-from swaa_jax.chats import render_chat
+from swaa_jax.chats import OPENING, render_chat
 from swaa_jax.checkpoint import load_tokenizer
 from swaa_jax.documents import key_value, problem_within
 from swaa_jax.eval.judging import strip_thinking
@@ -28,7 +28,6 @@ from swaa_jax.eval.run.loading import default_dtype, tell_default_dtype
 from swaa_jax.fields import mapping, show
 from swaa_jax.infer import SAMPLING, GenerateOptions, generate, opens_thinking
 from swaa_jax.infer.likelihoods import Continuation, score_continuations
-from swaa_jax.infer.stopping import THINK_END, THINK_START
 from swaa_jax.lora import load_adapter, merge_lora
 from swaa_jax.models import load_model
 from swaa_jax.policy import AttentionPolicy, load_policy, parse_fields
@@ -65,7 +64,7 @@ class SwaaLM(TemplateLM):
             context. Longer contexts lose their first tokens, as the harness's other models have it.
         max_gen_toks: of an answer, where the task does not say.
         enable_thinking: for the chat template. Where a prompt or an answer opens a thought, only
-            what follows `</think>` is the answer, and `until` applies to it alone.
+            what follows the thought is the answer, and `until` applies to it alone.
         batch_size: rows run at once; "auto" is 8, and so is "auto:N", since nothing is measured.
 
     Answers are greedy, unless `do_sample` or a temperature is among the generation kwargs:
@@ -165,9 +164,10 @@ class SwaaLM(TemplateLM):
         del kwargs
         for number, (pair, context, _) in enumerate(requests):
             whole = context if pair is None else pair[0]
-            if (pair is None or THINK_START in whole) and opens_thinking(self.tokenizer, whole):
+            is_marked = pair is None or OPENING.search(whole)
+            if is_marked and opens_thinking(self.tokenizer, whole):
                 raise ValueError(
-                    f"request {number}: expected a context that does not end within {THINK_START}, "
+                    f"request {number}: expected a context that does not end within a thought, "
                     f"got one that does ({show(str(whole)[-60:])}), so that its continuation would "
                     "be scored as a thought; give enable_thinking=False in --model_args, or leave "
                     "out --apply_chat_template"
@@ -230,18 +230,17 @@ class SwaaLM(TemplateLM):
             )
             for number, text in zip(numbers, out.texts, strict=True):
                 opened = opens_thinking(self.tokenizer, _prompt(requests[number]))
-                if opened or self._thinking or text.lstrip().startswith(THINK_START):
+                if opened or self._thinking or OPENING.match(text.lstrip()):
                     answer = strip_thinking(text, thinking=opened)
                     text, unfinished = answer.text, unfinished + (not answer.finished)
                 texts[number] = text
                 self.cache_hook.add_partial("generate_until", requests[number].args, text)
         if unfinished:
             log.warning(
-                "%d of %d answers: expected %s within max_gen_toks tokens, got none, so that they "
-                "are empty; raise max_gen_toks",
+                "%d of %d answers: expected a thought that ends within max_gen_toks tokens, got "
+                "one that does not, so that they are empty; raise max_gen_toks",
                 unfinished,
                 len(requests),
-                THINK_END,
             )
         return [texts[number] for number in range(len(requests))]
 

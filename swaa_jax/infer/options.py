@@ -32,8 +32,8 @@ class GenerateOptions(SamplingParams):
         sampling: "checkpoint" takes the fields of `SamplingParams` from the model's generation
             config.
         stop: texts that end an answer; it is cut before them.
-        stop_in_thought: these texts also count between `<think>` and `</think>`, where a prompt or
-            an answer opens a thought. False: they apply to the answer alone.
+        stop_in_thought: these texts also count within a thought (between `<think>` and `</think>`,
+            say) that a prompt or an answer opens. False: they apply to the answer alone.
         stop_token_ids: tokens that end an answer.
         ignore_eos: go on past the model's end tokens (generation config, else config, and the
             tokenizer's).

@@ -100,7 +100,7 @@ class Asking:
         if any(opened) and not thinking:
             log.warning(
                 "task %s: expected a chat template that asks %s for an answer without thinking, "
-                "got one that opens <think> all the same; answers get no prefix, and those whose "
+                "got one that opens a thought all the same; answers get no prefix, and those whose "
                 "thought does not end within max_new_tokens are wrong; set thinking: true",
                 task.name,
                 entry.label,
