@@ -164,7 +164,7 @@ class SwaaLM(TemplateLM):
         del kwargs
         for number, (pair, context, _) in enumerate(requests):
             whole = context if pair is None else pair[0]
-            is_marked = pair is None or OPENING.search(whole)
+            is_marked = pair is None or OPENING.search(pair[0])
             if is_marked and opens_thinking(self.tokenizer, whole):
                 raise ValueError(
                     f"request {number}: expected a context that does not end within a thought, "
