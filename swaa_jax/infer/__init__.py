@@ -4,6 +4,7 @@
 it: `prefill_prompts` reads it once, `decode_from` answers it under each.
 """
 
+from swaa_jax.engine.sampling import SAMPLING, SamplingParams
 from swaa_jax.infer.decoding import Prefilled, compile_counts, prefill_prompts
 from swaa_jax.infer.generate import (
     Generation,
@@ -15,7 +16,6 @@ from swaa_jax.infer.generate import (
 )
 from swaa_jax.infer.options import GenerateOptions
 from swaa_jax.infer.prompts import COT_INSTRUCTION, encode_prompts, opens_thinking
-from swaa_jax.infer.sampling import SamplingParams
 from swaa_jax.infer.timings import Timings
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Stream",
     "Timings",
     "GenerateOptions",
+    "SAMPLING",
     "SamplingParams",
     "COT_INSTRUCTION",
     "encode_prompts",

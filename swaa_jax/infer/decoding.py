@@ -22,9 +22,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from swaa_jax.attention import Caches, recast_caches
+from swaa_jax.engine.sampling import (
+    NO_TOKEN,
+    Draws,
+    History,
+    SamplingParams,
+    sample,
+    token_logprobs,
+)
 from swaa_jax.infer.buckets import length_bucket, next_power_of_two, pad_right
 from swaa_jax.infer.options import GenerateOptions
-from swaa_jax.infer.sampling import NO_TOKEN, History, SamplingParams, sample, token_logprobs
 from swaa_jax.infer.stopping import AnswerRow
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import SplitModel, Structure, split_model
@@ -180,7 +187,6 @@ def decode_rows(
     """
     model = split_model(model)
     batch, vocab_size = prefilled.logits.shape
-    num_candidates = params.num_candidates(vocab_size)
     # Numpy throughout: an array op on the device would compile a small program of its own.
     lengths = np.ones((batch,), np.int32)
     lengths[: prefilled.num_rows] = prefilled.prompt_lengths
@@ -188,9 +194,11 @@ def decode_rows(
     row_ids[: prefilled.num_rows] = prefilled.row_ids
     ends = np.full((next_power_of_two(max(8, len(stop_ids))),), _NO_END, np.int32)
     ends[: len(stop_ids)] = stop_ids
-    draws = {"seed": np.uint32(options.seed), "rows": row_ids, **params.as_scalars(vocab_size)}
+    draws = Draws.stack(
+        [params.for_row(vocab_size, seed=options.seed, number=int(row)) for row in row_ids]
+    )
     history = None
-    if params.looks_back:
+    if np.any(draws.looks_back):
         tokens, _ = pad_right(
             prefilled.prompts, num_rows=batch, width=prefilled.cache_size, pad_id=0
         )
@@ -200,7 +208,7 @@ def decode_rows(
     clock.cache_bytes = int(caches.nbytes)
     clock.cache_bytes_per_row = clock.cache_bytes // batch
 
-    drawing = {"num_candidates": num_candidates, "with_logprobs": options.logprobs}
+    drawing = {"with_logprobs": options.logprobs}
     first = (prefilled.logits, lengths, draws, history)
     clock.compile_s += _compile(_first, *first, **drawing)
     if options.warmup:
@@ -322,20 +330,17 @@ def _prefill(
     return out.logits, out.caches
 
 
-@functools.partial(jax.jit, static_argnames=("num_candidates", "with_logprobs"))
+@functools.partial(jax.jit, static_argnames=("with_logprobs",))
 def _first(
     logits: Float[Array, "B V"],
     lengths: Int[Array, " B"],
-    draws: dict[str, Any],
+    draws: Draws,
     history: History | None,
     *,
-    num_candidates: int | None,
     with_logprobs: bool,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"] | None]:
     _TRACES["first"] += 1
-    token = sample(
-        logits, positions=lengths, num_candidates=num_candidates, history=history, **draws
-    )
+    token = sample(logits, draws=draws, positions=lengths, history=history)
     return token, token_logprobs(logits, token) if with_logprobs else None
 
 
@@ -362,7 +367,7 @@ class _Decoded:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("structure", "num_candidates", "with_logprobs", "chunk_size"),
+    static_argnames=("structure", "with_logprobs", "chunk_size"),
     donate_argnames=("caches",),
 )
 def _decode(
@@ -373,11 +378,10 @@ def _decode(
     positions: Int[Array, " B"],
     limit: Int[Array, ""],
     ends: Int[Array, " E"],
-    draws: dict[str, Any],
+    draws: Draws,
     history: History | None,
     *,
     structure: Structure[CausalLM],
-    num_candidates: int | None,
     with_logprobs: bool,
     chunk_size: int,
 ) -> _Decoded:
@@ -407,13 +411,7 @@ def _decode(
         # Merged here: NNX objects must not cross into the loop's own trace.
         model = structure.build(arrays)
         logits, caches = model.decode(token[:, None], caches)
-        drawn = sample(
-            logits[:, -1],
-            positions=positions + step + 1,
-            num_candidates=num_candidates,
-            history=history,
-            **draws,
-        )
+        drawn = sample(logits[:, -1], draws=draws, positions=positions + step + 1, history=history)
         token = jnp.where(done, token, drawn)
         if with_logprobs:
             logprobs = logprobs.at[step].set(token_logprobs(logits[:, -1], token))

@@ -1,6 +1,5 @@
 """Kind 9: every field of a generation config is used, or warned of by name."""
 
-import functools
 import json
 import logging
 
@@ -10,8 +9,8 @@ import numpy as np
 import pytest
 
 import swaa_jax as swaa
+from swaa_jax.engine.sampling import Draws, History, sample
 from swaa_jax.infer import SamplingParams, generate
-from swaa_jax.infer.sampling import History, sample
 
 tiny_hf = pytest.importorskip("tests.support.tiny_hf")
 torch = pytest.importorskip("torch")
@@ -87,20 +86,15 @@ def hf_probabilities(logits, prompt, *, temperature, top_k=0, top_p=1.0, min_p=0
 
 def draws(params, logits, prompt, *, count=20_000):
     vocab_size = len(logits)
-    history = None
-    if params.looks_back:
-        history = History(
+    rows = [params.for_row(vocab_size, seed=0, number=number) for number in range(count)]
+    tokens = jax.jit(sample)(
+        jnp.tile(jnp.asarray(logits), (count, 1)),
+        draws=Draws.stack(rows),
+        positions=np.full(count, len(prompt), np.int32),
+        history=History(
             tokens=jnp.tile(jnp.asarray(prompt, jnp.int32), (count, 1)),
             prompt_lengths=jnp.full((count,), len(prompt), jnp.int32),
-        )
-    tokens = jax.jit(sample, static_argnames="num_candidates")(
-        jnp.tile(jnp.asarray(logits), (count, 1)),
-        seed=np.uint32(0),
-        rows=np.arange(count, dtype=np.int32),
-        positions=np.full(count, len(prompt), np.int32),
-        num_candidates=params.num_candidates(vocab_size),
-        history=history,
-        **params.as_scalars(vocab_size),
+        ),
     )
     return np.asarray(tokens)
 
@@ -141,7 +135,6 @@ def test_fault_09_presence_and_frequency_penalties_by_arithmetic(saved):
 
 
 def test_fault_09_settings_of_a_row_each_in_one_program():
-    """What later programs of many slots need: any setting may be an array `[B]`."""
     logits = np.random.default_rng(1).normal(size=(4, 24)).astype(np.float32)
     prompts = np.random.default_rng(2).integers(0, 24, size=(4, 6)).astype(np.int32)
     rows = [
@@ -151,30 +144,17 @@ def test_fault_09_settings_of_a_row_each_in_one_program():
         SamplingParams(temperature=1.0, top_p=0.7, no_repeat_ngram_size=1, suppress_tokens=(4,)),
     ]
 
-    @functools.partial(jax.jit, static_argnames="num_candidates")
-    def one(params, logits, prompts, row_ids, *, num_candidates):
-        return sample(
-            logits,
-            rows=row_ids,
-            positions=jnp.full(len(row_ids), 6),
-            num_candidates=num_candidates,
-            history=History(tokens=prompts, prompt_lengths=jnp.full(len(row_ids), 4)),
-            **params,
-        )
+    @jax.jit
+    def one(draws, logits, prompts):
+        count = len(prompts)
+        history = History(tokens=prompts, prompt_lengths=jnp.full(count, 4))
+        return sample(logits, draws=draws, positions=jnp.full(count, 6), history=history)
 
-    scalars = [row.as_scalars(24) for row in rows]
-    width = max(len(one["suppress_tokens"]) for one in scalars)
-    for each in scalars:
-        missing = width - len(each["suppress_tokens"])
-        each["suppress_tokens"] = np.pad(each["suppress_tokens"], (0, missing), constant_values=24)
-    together = {name: np.stack([each[name] for each in scalars]) for name in scalars[0]}
-    for each in (together, *scalars):
-        each["seed"] = np.uint32(5)
-    got = one(together, logits, prompts, np.arange(4), num_candidates=24)
-    for row, each in enumerate(scalars):
-        at = slice(row, row + 1)
-        alone = one(each, logits[at], prompts[at], np.arange(4)[at], num_candidates=24)
-        assert int(got[row]) == int(alone[0])
+    each = [row.for_row(24, seed=5, number=number) for number, row in enumerate(rows)]
+    together = one(Draws.stack(each), logits, prompts)
+    for at, row in enumerate(each):
+        alone = one(Draws.stack([row]), logits[at : at + 1], prompts[at : at + 1])
+        assert int(together[at]) == int(alone[0])
 
 
 @pytest.mark.parametrize("top_k", [{}, {"top_k": None}])

@@ -1,21 +1,19 @@
 """Sampling against frequencies that plain numpy computes from the definition."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from swaa_jax.infer.sampling import GREEDY, SamplingParams, sample
+from swaa_jax.engine.sampling import Draws, SamplingParams, is_among, pack_ids, sample
 
 VOCAB = 24
 LOGITS = np.random.default_rng(3).normal(size=VOCAB).astype(np.float32) * 2
 
 
-@functools.partial(jax.jit, static_argnames="num_candidates")
-def _sample(logits, rows, positions, draws, num_candidates):
-    return sample(logits, rows=rows, positions=positions, num_candidates=num_candidates, **draws)
+@jax.jit
+def _sample(logits, positions, draws):
+    return sample(logits, draws=draws, positions=positions)
 
 
 def draw(params, logits, *, rows=None, positions=None, seed=0):
@@ -23,15 +21,10 @@ def draw(params, logits, *, rows=None, positions=None, seed=0):
     count = max(len(logits), 1 if rows is None else len(rows))
     logits = np.broadcast_to(logits, (count, logits.shape[-1]))
     vocab_size = logits.shape[-1]
-    return np.asarray(
-        _sample(
-            jnp.asarray(logits),
-            np.arange(count, dtype=np.int32) if rows is None else np.asarray(rows, np.int32),
-            np.full(count, 7, np.int32) if positions is None else np.asarray(positions, np.int32),
-            {"seed": np.uint32(seed), **params.as_scalars(vocab_size)},
-            params.num_candidates(vocab_size),
-        )
-    )
+    numbers = range(count) if rows is None else rows
+    draws = [params.for_row(vocab_size, seed=seed, number=int(number)) for number in numbers]
+    at = np.full(count, 7, np.int32) if positions is None else np.asarray(positions, np.int32)
+    return np.asarray(_sample(jnp.asarray(logits), at, Draws.stack(draws)))
 
 
 def expected_probabilities(logits, params):
@@ -83,7 +76,6 @@ def test_frequencies(params):
 def test_greedy_is_the_first_of_the_largest():
     logits = np.array([[0.0, 5.0, 5.0, 1.0], [9.0, 1.0, 2.0, 3.0]], np.float32)
     np.testing.assert_array_equal(draw(SamplingParams(), logits), [1, 0])
-    assert SamplingParams(top_k=5).num_candidates(10) == GREEDY
 
 
 @pytest.mark.parametrize(
@@ -137,16 +129,42 @@ def test_a_draw_depends_on_seed_row_and_position_only():
     assert len(set(many)) > 4
 
 
-def test_only_the_number_of_candidates_is_compiled_in():
-    params = [
-        SamplingParams(temperature=t, top_k=k, top_p=p)
-        for t, k, p in [(0.7, 5, 0.9), (1.4, 8, None), (2.0, 6, 0.1)]
-    ]
-    assert {p.num_candidates(1000) for p in params} == {8}
+def test_no_setting_is_compiled_in():
     before = _sample._cache_size()
-    for p in params:
-        draw(p, np.zeros(1000, np.float32))
+    for t, k, p in [(0.7, 5, 0.9), (1.4, 8, None), (2.0, None, 0.1), (0, None, None)]:
+        params = SamplingParams(temperature=t, top_k=k, top_p=p, suppress_tokens=(1,))
+        draw(params, np.zeros(1000, np.float32))
     assert _sample._cache_size() == before + 1
+
+
+@pytest.mark.parametrize("vocab_size", [70, 1000])
+def test_rows_of_many_settings_draw_as_they_do_alone(vocab_size):
+    """Few candidates and all of them are found in two ways; which one is a row's own affair."""
+    rng = np.random.default_rng(0)
+    rows = [
+        SamplingParams(temperature=t, top_k=k, top_p=p, min_p=m)
+        for t in (0, 0.7, 3.0)
+        for k in (None, 3, 64, 65)
+        for p in (None, 0.9)
+        for m in (None, 0.01)
+    ]
+    logits = (3 * rng.standard_normal((len(rows), vocab_size))).astype(np.float32)
+    each = [row.for_row(vocab_size, seed=7, number=at) for at, row in enumerate(rows)]
+    at = np.full(len(rows), 7, np.int32)
+    together = np.asarray(_sample(logits, at, Draws.stack(each)))
+    alone = [
+        _sample(logits[i : i + 1], at[:1], Draws.stack([each[i]]))[0] for i in range(len(rows))
+    ]
+    np.testing.assert_array_equal(together, alone)
+
+
+def test_packed_ids():
+    for vocab_size in (1, 31, 32, 33, 100):
+        ids = {0, vocab_size - 1, vocab_size // 2}
+        packed = np.stack([pack_ids(ids, vocab_size), pack_ids((), vocab_size)])
+        for token in range(-2, vocab_size):
+            found = is_among(jnp.full(2, token, jnp.int32), jnp.asarray(packed))
+            np.testing.assert_array_equal(found, [token in ids, False])
 
 
 @pytest.mark.parametrize(
