@@ -292,6 +292,18 @@ def test_fault_02_a_field_that_is_not_read_is_warned_of(family, fields, named, c
     assert named in caplog.text and len(caplog.text) < 700
 
 
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_fault_02_a_model_that_is_not_causal_is_refused(family):
+    """Transformers gives any decoder with `is_causal: false` bidirectional attention."""
+    read = FAMILIES[family].config_class.from_hf
+    file = file_of(family)
+    assert read({**file, "is_causal": True}).own == read(file).own
+    assert read({**file, "is_causal": False}, {"is_causal": True}).own == read(file).own
+    for value in (False, None):  # null is no more than false to Transformers
+        with pytest.raises(NotImplementedError, match=r"config\.is_causal: expected true"):
+            read({**file, "is_causal": value})
+
+
 def test_fault_02_many_unread_fields_give_one_bounded_warning(caplog):
     config = file_of("llama") | {f"field_{n}": "x" * 1000 for n in range(1000)}
     with caplog.at_level(logging.WARNING, logger="swaa_jax"):
