@@ -26,7 +26,7 @@ from swaa_jax.fields import describe, show
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TEMPLATE_DATE", "Rendered", "render_chat", "unused_variables"]
+__all__ = ["FLAGS", "TEMPLATE_DATE", "Rendered", "render_chat", "unused_variables"]
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +36,9 @@ Llama 3.2's own for want of a clock: one day, so that the same chat is the same 
 
 _CONTINUED = "CONTINUED_HERE "
 _OPEN, _CLOSE = "<think>", "</think>"
-_FLAGS = ("train", "weight")  # for training, not for the template
-_KEYS = {"role", "content", "tool_calls", "reasoning_content", "thinking", *_FLAGS}
+FLAGS = ("train", "weight")
+"""Keys of a message that are for training, not for the template."""
+_KEYS = {"role", "content", "tool_calls", "reasoning_content", "thinking", *FLAGS}
 _KEYS |= {"name", "id", "type", "tool_call_id"}  # that templates may leave out
 
 
@@ -169,7 +170,7 @@ class _Template:
 
     def _given(self, message: Message) -> Message:
         """As Transformers gives it: `thinking` too, for templates that read a thought there."""
-        given = {key: value for key, value in message.items() if key not in _FLAGS}
+        given = {key: value for key, value in message.items() if key not in FLAGS}
         content = message["content"]
         if self._with_results and isinstance(content, Result):
             given["content"] = content.value

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from swaa_jax.chats import (
+    FLAGS,
     ChatError,
     Message,
     Rendered,
@@ -20,6 +21,7 @@ from swaa_jax.chats import (
 from swaa_jax.checkpoint.tokenizer import special_tokens
 from swaa_jax.data.config import DataConfig
 from swaa_jax.examples import Example, read_example
+from swaa_jax.fields import first_of, show
 from swaa_jax.policy import Stage
 from swaa_jax.records import DataError, Record
 
@@ -90,6 +92,9 @@ class Encoder:
         if config.chat_template:
             for name in unused_variables(tok, config.chat_template_kwargs):
                 log.warning("chat_template_kwargs: the template has no %s: it has no effect", name)
+        elif config.chat_template_kwargs:
+            names = first_of([show(name) for name in config.chat_template_kwargs])
+            log.warning("chat_template_kwargs: with chat_template: false %s has no effect", names)
         self._tail, self._ends, self._behind = self._end_of_turn()
         if not self._ends:
             log.warning("no token ends an answer, so none teaches the model to stop: stop_tokens")
@@ -152,13 +157,16 @@ class Encoder:
         return Sample(tokens=tokens, stage_ids=stage_ids, is_target=is_target)
 
     def _completion(self, example: Example) -> Sample:
-        prompt, answer = example.text, example.response[-1]["content"]
-        if prompt is None or len(example.asked) > 1 or not isinstance(answer, str):
+        prompt, said = example.text, example.response
+        more = {key for message in said for key in message} - {"role", "content", *FLAGS}
+        if prompt is None or len(example.asked) > 1 or len(said) != 1 or more or example.tools:
             raise DataError(
                 f"{example.record.place}: expected a prompt and a response as texts with "
-                "chat_template: false, got messages; leave it out, or give files with a prompt and "
-                "a response"
+                f"chat_template: false, got {first_of(sorted(more)) or 'messages or tools'}; leave "
+                "it out, or give files with a prompt and a response"
             )
+        self._trained(example.record, said)
+        answer = said[0]["content"]
         # As `generate` encodes a string: with the special tokens, unless it begins with BOS.
         bos = self._tok.bos_token
         bare = bool(bos) and prompt.startswith(bos)
@@ -293,7 +301,7 @@ class Encoder:
 def _flag(record: Record, at: int, message: Message) -> bool | None:
     """Whether a message says that it is trained on; None where it does not say."""
     told = None
-    for name in ("train", "weight"):
+    for name in FLAGS:
         value = message.get(name)
         if value is not None:
             if value not in (0, 1):
@@ -310,7 +318,7 @@ def _flag(record: Record, at: int, message: Message) -> bool | None:
 def _verbatim(record: Record, message: Message, prompt: str) -> str:
     """The answer's text, without what the generation prompt has of it already (``<think>``)."""
     content = message["content"]
-    if not isinstance(content, str) or set(message) - {"role", "content", "train", "weight"}:
+    if not isinstance(content, str) or set(message) - {"role", "content", *FLAGS}:
         raise DataError(
             f"{record.place}: expected an answer's content alone, as text, with answers: verbatim, "
             f"got {', '.join(map(repr, message))}; put all of it into content, or set answers: "

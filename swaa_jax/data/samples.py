@@ -27,7 +27,7 @@ from jaxtyping import Int
 from swaa_jax.data.config import DataConfig
 from swaa_jax.data.encode import Encoder, Sample
 from swaa_jax.data.reading import read_ahead
-from swaa_jax.examples import warn_unused
+from swaa_jax.examples import is_nan, warn_unused
 from swaa_jax.policy import Stage
 from swaa_jax.progress import show_progress
 from swaa_jax.records import DataError, Record, Records, find_files, open_records, records_of
@@ -167,6 +167,7 @@ class _EncodeRecord:
 
     def __call__(self, record: Record) -> "_Encoded":
         verdict = None if self._judge is None else record.fields.get(self._judge)
+        verdict = None if is_nan(verdict) else verdict
         if verdict is None and self._judge not in (None, _USUAL_JUDGE):
             raise DataError(
                 f"{record.place}: judge_column: expected the verdict in {self._judge!r}, got the "

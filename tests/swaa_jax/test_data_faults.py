@@ -302,6 +302,78 @@ def test_a_right_answer_is_the_assistants():
     assert example.right_answers == ("a",)
 
 
+def test_fault_04_without_a_template_nothing_is_dropped(caplog):
+    tok = byte_tokenizer.build(template=None)
+    plain = {"prompt": "Q", "response": "A"}
+    (expected,) = samples_of(tok, plain, chat_template=False)
+    (sample,) = samples_of(
+        tok, {**plain, "response": [{**REPLY, "content": "A", "weight": 1}]}, chat_template=False
+    )
+    np.testing.assert_array_equal(sample.tokens, expected.tokens)
+    for lost in (
+        {"tools": [{"name": "f"}]},
+        {"response": [{**REPLY, "reasoning_content": "Hm"}]},
+        {"response": [{**REPLY, "tool_calls": [{"name": "f", "arguments": {}}]}]},
+        {"response": [REPLY, USER, REPLY]},
+    ):
+        with pytest.raises(DataError, match="expected a prompt and a response as texts with"):
+            samples_of(tok, {**plain, **lost}, chat_template=False)
+    with pytest.raises(DataError, match="expected an answer to train on"):
+        samples_of(tok, {**plain, "response": [{**REPLY, "weight": 0}]}, chat_template=False)
+    assert not caplog.records
+    samples_of(tok, plain, chat_template=False, chat_template_kwargs={"enable_thinking": False})
+    (said,) = [one.getMessage() for one in caplog.records]
+    assert said == "chat_template_kwargs: with chat_template: false 'enable_thinking' has no effect"
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_fault_04_the_system_stands_above_the_history(role):
+    tok = build("qwen2.5")
+    system, question = {"role": role, "content": "S"}, {**USER, "content": "Q"}
+    (expected,) = samples_of(tok, {"messages": [system, USER, REPLY, question, REPLY]})
+    for record in (
+        {"messages": [system, question, REPLY], "history": [["Hi", "Yo"]]},
+        {"prompt": [system, question], "history": [USER, REPLY], "response": "Yo"},
+        {"prompt": "Q", "history": [system, USER, REPLY], "response": "Yo"},
+    ):
+        (sample,) = samples_of(tok, record)
+        np.testing.assert_array_equal(sample.tokens, expected.tokens)
+        if record["history"] == [system, USER, REPLY]:
+            with pytest.raises(DataError, match="system: expected one system's message"):
+                samples_of(tok, {**record, "system": "T"})
+    with pytest.raises(DataError, match="history: expected one system's message"):
+        samples_of(tok, {"messages": [system, question, REPLY], "history": [system, USER, REPLY]})
+
+
+def test_fault_04_messages_after_a_responses_last_answer_are_named(caplog):
+    samples_of(build("qwen2.5"), {"prompt": "Q", "completion": [REPLY, USER]})
+    (said,) = [one.getMessage() for one in caplog.records]
+    assert said == "columns that are not used: 'completion after the last answer'"
+
+
+def test_fault_04_a_response_may_follow_a_tools_result():
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}
+    chat = [USER, call, {"role": "tool", "content": "20"}]
+    tok = build("qwen2.5")
+    (expected,) = samples_of(tok, {"messages": [*chat, REPLY]})
+    (sample,) = samples_of(tok, {"messages": chat, "response": "Yo"})
+    np.testing.assert_array_equal(sample.tokens, expected.tokens)
+
+
+def test_fault_06_a_number_that_is_none_is_as_good_as_absent(tmp_path):
+    """Tables write NaN where there is no value, and Python's JSON keeps it."""
+    tok, nan = build("qwen2.5"), float("nan")
+    record = {"instruction": "Q", "input": nan, "output": "A", "judge": nan, "system": nan}
+    (expected,) = samples_of(tok, {"instruction": "Q", "output": "A"})
+    (tmp_path / "data.jsonl").write_text(json.dumps(record))
+    found = cached(tmp_path)
+    assert len(found) == 1 and found.report.judged_wrong == 0 and not found.report.unused
+    np.testing.assert_array_equal(found[0].tokens, expected.tokens)
+    for answer in ({"answer": nan}, {"answers": [nan]}, {"response": nan}):
+        with pytest.raises(DataError, match="expected an answer"):
+            samples_of(tok, {"prompt": "Q", **answer})
+
+
 def cached(tmp_path, **settings):
     config = DataConfig(
         files=str(tmp_path / "data.jsonl"),
