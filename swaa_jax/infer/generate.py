@@ -280,6 +280,8 @@ class _Session:
                     "got none; give temperature, top_k and top_p instead"
                 )
             self._params = SamplingParams.from_generation_config(config)
+        else:
+            self._params.warn_of_unused("options")
         self._rules: StopRules = make_stop_rules(
             None if tok is None else self._text,
             eos_ids=() if options.ignore_eos else eos_token_ids(model, tok),

@@ -1,6 +1,7 @@
 """From logits to the next token: penalties, greedy, temperature, top-k, top-p, min-p."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -130,7 +131,8 @@ class SamplingParams:
             for name, value in given.items()
             if name not in {*names, *_NO_EFFECT, "do_sample"}
             and not name.startswith("output_")
-            and value != _NEUTRAL.get(name, False)
+            and value is not False
+            and (name not in _NEUTRAL or value != _NEUTRAL[name])
         ]
         if ignored:
             log.warning(
@@ -146,12 +148,18 @@ class SamplingParams:
                 values[name] = int(value)
         try:
             if flag("do_sample", given.get("do_sample", False)):
-                values = {"temperature": 1.0, "top_k": _DEFAULT_TOP_K} | values
-            else:
-                values["temperature"] = 0.0
-            return cls(**values)
+                return cls(**{"temperature": 1.0, "top_k": _DEFAULT_TOP_K} | values)
+            unused = {name: values.get(name, neutral) for name, neutral in _OF_DRAWS.items()}
+            _tell_unused(_CONFIG, "do_sample: true", unused)
+            return cls(**{**values, "temperature": 0.0})
         except ValueError as error:
             raise ValueError(f"{_CONFIG}: {error}") from error
+
+    def warn_of_unused(self, name: str) -> None:
+        """Says which filters have no effect since nothing is drawn; `name` is whose they are."""
+        if self.is_greedy:
+            filters = {field: getattr(self, field) for field in _OF_DRAWS if field != "temperature"}
+            _tell_unused(name, "a temperature above 0", filters)
 
     @property
     def is_greedy(self) -> bool:
@@ -207,6 +215,27 @@ class SamplingParams:
 
 
 _NAMED = 8  # fields that one warning names
+_OF_DRAWS = {"temperature": 1.0, "top_k": _DEFAULT_TOP_K, "top_p": 1.0, "min_p": 0.0}
+"""What matters only where tokens are drawn, with Transformers' defaults."""
+
+
+def _tell_unused(name: str, expected: str, values: Mapping[str, Any]) -> None:
+    """Warns of what is given for draws, where nothing is drawn."""
+    given = [
+        f"{field}={show(value)}"
+        for field, value in values.items()
+        if value is not None and value != _OF_DRAWS[field]
+    ]
+    if given:
+        _warn_once(
+            f"{name}: expected {expected} with {', '.join(given)}, got none, so that the likeliest "
+            "token is always taken; these have no effect"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _warn_once(message: str) -> None:
+    log.warning("%s", message)
 
 
 @jax.tree_util.register_dataclass
