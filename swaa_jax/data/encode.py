@@ -33,6 +33,7 @@ __all__ = ["Encoder", "Sample"]
 log = logging.getLogger(__name__)
 
 _PROBE = "ANSWER"
+_OPEN, _CLOSE = "<think>", "</think>"
 _LONGEST_OPENING = 64
 """Characters at the end of a generation prompt that may open a thought, or open and close it."""
 
@@ -88,6 +89,7 @@ class Encoder:
             )
         self._special = special_tokens(tok)
         self._blank: dict[int, bool] = {}
+        self._told_thought = False  # that a prompt leaves one open
         self._ids("a")  # a tokenizer saved with truncation drops it now, before threads share it
         if config.chat_template:
             for name in unused_variables(tok, config.chat_template_kwargs):
@@ -180,6 +182,14 @@ class Encoder:
         prompt_ids = self._ids(prompt)
         if self._config.answers == "verbatim":
             text = _verbatim(record, messages[index], prompt)
+            if not self._told_thought and _opens_thought(prompt) and _CLOSE not in text:
+                self._told_thought = True  # once is enough
+                log.warning(
+                    "%s: message %d: expected an answer with %s, since the generation prompt opens "
+                    "a thought, got one without, so that all of it is trained on as a thought that "
+                    "never ends; add the thought, or set answers: template",
+                    *(record.place, index, _CLOSE),
+                )
             return _Turn(prompt_ids, [*self._continue(prompt, prompt_ids, text), *self._tail])
         rendered = self._render(record, messages[: index + 1], tools, prompt=False)
         whole = rendered.text
@@ -333,6 +343,11 @@ def _verbatim(record: Record, message: Message, prompt: str) -> str:
             given = opening[len(opening.rstrip()) :]
             return blanks.removeprefix(given) + rest if blanks.startswith(given) else rest
     return content
+
+
+def _opens_thought(prompt: str) -> bool:
+    end = prompt[-_LONGEST_OPENING:]
+    return end.rfind(_OPEN) > end.rfind(_CLOSE)
 
 
 def _token_id(tok: "PreTrainedTokenizerBase", name: str) -> int:

@@ -190,13 +190,18 @@ class SamplingParams:
         """The values for `sample`, where they are traced: changing one recompiles nothing.
 
         Raises:
-            ValueError: a suppressed token outside the vocabulary.
+            ValueError: a suppressed token outside the vocabulary, or nothing but suppressed ones.
         """
         outside = [token for token in self.suppress_tokens if token >= vocab_size]
         if outside:
             raise ValueError(
                 f"suppress_tokens: expected token ids from 0 to {vocab_size - 1} (the model's "
                 f"vocabulary), got {show(outside[0])}; leave it out"
+            )
+        if len(set(self.suppress_tokens)) == vocab_size:
+            raise ValueError(
+                f"suppress_tokens: expected to leave a token of {vocab_size}, got all; leave one "
+                "out"
             )
         count = len(self.suppress_tokens)
         suppressed = np.full((next_power_of_two(max(8, count)) if count else 0,), vocab_size)

@@ -32,7 +32,7 @@ from swaa_jax.models.function import Structure, split_model
 from swaa_jax.policy import AttentionPolicy, LayerAttention
 from swaa_jax.progress import ShowProgress
 from swaa_jax.runtime import to_host
-from swaa_jax.selection.calibration import group_samples
+from swaa_jax.selection.calibration import check_numbers, group_samples
 from swaa_jax.selection.store import Ranking, top_layers
 from swaa_jax.typing import PathLike
 
@@ -145,6 +145,8 @@ def train_gates(
     batches = _batches(model, samples, config)
     for step in range(start, config.steps):
         state, loss = run(state, split.arrays, batches(step))
+        if (step + 1) % config.save_every == 0 or step + 1 == config.steps or step == start:
+            check_numbers("gates", to_host(state[0]))
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             kept.save(step + 1, state)
         if progress is not None:

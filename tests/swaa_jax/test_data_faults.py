@@ -112,6 +112,17 @@ def test_fault_12_an_opened_thought_is_not_opened_again(content, answer):
     assert tok.decode(sample.tokens).count("<think>") == 1
 
 
+def test_fault_08_an_answer_within_an_open_thought_is_told(caplog):
+    tok, record = build("qwen3-thinking"), {"messages": [USER, REPLY]}
+    samples_of(tok, record, answers="verbatim")
+    (said,) = [one.getMessage() for one in caplog.records]
+    assert "record 0: message 1: expected an answer with </think>, since the generation" in said
+    caplog.clear()
+    samples_of(tok, record)  # the template closes it
+    samples_of(build("qwen3"), record, answers="verbatim")
+    assert not caplog.records
+
+
 def test_fault_12_nor_is_one_that_the_prompt_has_closed():
     tok = build("qwen3")
     for content in ("<think>\n\n</think>\n\nYo", "<think></think>\nYo", "<think>\n</think>Yo"):

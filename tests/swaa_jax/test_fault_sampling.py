@@ -270,3 +270,5 @@ def test_fault_09_values_that_do_not_fit_are_refused(config, message):
 def test_fault_09_suppressed_tokens_are_the_models(saved):
     with pytest.raises(ValueError, match="suppress_tokens: expected token ids from 0 to 130"):
         generate(saved({"suppress_tokens": [131]}), None, PROMPTS, sampling="checkpoint")
+    with pytest.raises(ValueError, match=f"suppress_tokens: expected to leave a token of {VOCAB}"):
+        generate(saved({}), None, PROMPTS[:1], suppress_tokens=range(VOCAB))
