@@ -26,7 +26,7 @@ from swaa_jax.documents import problem_within
 from swaa_jax.eval.judging import strip_thinking
 from swaa_jax.eval.run.loading import default_dtype, tell_default_dtype
 from swaa_jax.fields import show
-from swaa_jax.infer import GenerateOptions, generate, opens_thinking
+from swaa_jax.infer import GenerateOptions, generate, opens_thinking, warn_of_thinking
 from swaa_jax.infer.likelihoods import Continuation, score_continuations
 from swaa_jax.infer.stopping import THINK_END, THINK_START
 from swaa_jax.lora import load_adapter, merge_lora
@@ -114,6 +114,8 @@ class SwaaLM(TemplateLM):
             model = merge_lora(load_adapter(model, adapter))
         self.model = model
         self.tokenizer: Any = load_tokenizer(pretrained, revision=revision)
+        if enable_thinking is not None:
+            warn_of_thinking(self.tokenizer, "enable_thinking")
         self.max_length: int = longest or model.config.max_position_embeddings
         self._name = pretrained
         self._ignored: set[str] = set()  # generation kwargs that a warning has named
@@ -268,7 +270,7 @@ class SwaaLM(TemplateLM):
             stop=[text for text in options["until"] if text],
             batch_size=self.batch_size,
             stop_in_thought=False,
-            **{name: options.get(name) for name in _FILTERS if temperature},
+            **{name: options.get(name) for name in _FILTERS},
             **{name: options[name] for name in _PENALTIES if options.get(name) is not None},
         )
 

@@ -14,7 +14,12 @@ from swaa_jax.infer.generate import (
     stream,
 )
 from swaa_jax.infer.options import GenerateOptions
-from swaa_jax.infer.prompts import COT_INSTRUCTION, encode_prompts, opens_thinking
+from swaa_jax.infer.prompts import (
+    COT_INSTRUCTION,
+    encode_prompts,
+    opens_thinking,
+    warn_of_thinking,
+)
 from swaa_jax.infer.sampling import SamplingParams
 from swaa_jax.infer.timings import Timings
 
@@ -29,6 +34,7 @@ __all__ = [
     "COT_INSTRUCTION",
     "encode_prompts",
     "opens_thinking",
+    "warn_of_thinking",
     "check_prompts",
     "prefill_prompts",
     "decode_from",

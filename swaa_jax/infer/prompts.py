@@ -150,6 +150,18 @@ def opens_thinking(tok: "PreTrainedTokenizerBase", prompt: str | Sequence[int]) 
     return last.rfind(THINK_START) > last.rfind(THINK_END)
 
 
+def warn_of_thinking(tok: "PreTrainedTokenizerBase", name: str) -> None:
+    """Says that a setting, `name`, does not change what the model is asked, where that is so."""
+    has_template = getattr(tok, "chat_template", None)
+    if not has_template or unused_variables(tok, {"enable_thinking": True}):
+        log.warning(
+            "%s: expected a chat template with the variable enable_thinking, got %s: prompts are "
+            "the same with and without it",
+            name,
+            "one without it" if has_template else "a tokenizer without a template",
+        )
+
+
 def check_context(
     token_lists: Sequence[Sequence[int]],
     *,

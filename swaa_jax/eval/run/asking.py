@@ -19,7 +19,7 @@ from swaa_jax.eval.run.costs import CellCost, cell_cost
 from swaa_jax.eval.run.store import AnswerBatch, AnswerRecord, CellStore, fingerprint
 from swaa_jax.eval.tasks import Sample, encode_sample
 from swaa_jax.fields import show
-from swaa_jax.infer import GenerateOptions, Timings, opens_thinking
+from swaa_jax.infer import GenerateOptions, Timings, opens_thinking, warn_of_thinking
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.progress import ShowProgress
@@ -104,6 +104,8 @@ class Asking:
                 task.name,
                 entry.label,
             )
+        if thinking and not any(opened):
+            warn_of_thinking(tokenizer, f"task {task.name}, thinking")
         self._options = _options(config, task, thinking)
         fits = self._fitting(samples, prompts)
         self._skipped = len(samples) - len(fits)
