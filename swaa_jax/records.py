@@ -396,6 +396,9 @@ def _without_invented_nulls(value: Any, kind: Any) -> Any:
             for field in fields
             if value[field.name] is not None or types.is_null(field.type)
         }
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+    if types.is_map(kind):
+        return [(key, _without_invented_nulls(item, kind.item_type)) for key, item in value]
+    lists = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
+    if any(getattr(types, f"is_{name}")(kind) for name in lists):
         return [_without_invented_nulls(item, kind.value_type) for item in value]
     return value

@@ -12,7 +12,7 @@ import pytest
 from swaa_jax.data import DataConfig, DataError, load_data, prepare_samples
 from swaa_jax.data import samples as samples_module
 from swaa_jax.examples import read_example
-from swaa_jax.records import Record
+from swaa_jax.records import Record, open_records
 from tests.support import byte_tokenizer, chat_templates
 
 USER, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
@@ -199,6 +199,21 @@ def test_fault_06_jsonl_and_parquet_give_the_same_batches(tmp_path):
         np.testing.assert_array_equal(jsonl.tokens, parquet.tokens)
         np.testing.assert_array_equal(jsonl.loss_weights, parquet.loss_weights)
         np.testing.assert_array_equal(jsonl.stage_ids, parquet.stage_ids)
+
+
+@pytest.mark.parametrize("kind", ["list_", "large_list", "list_view", "large_list_view", "map_"])
+def test_fault_06_nulls_of_every_kind_of_list(tmp_path, kind):
+    item = pyarrow.struct([("city", pyarrow.string()), ("symbol", pyarrow.string())])
+    rows = [[{"city": "Rome", "symbol": None}], [{"city": None, "symbol": "X"}]]
+    column = (
+        pyarrow.map_(pyarrow.string(), item) if kind == "map_" else getattr(pyarrow, kind)(item)
+    )
+    given = [[("key", row[0])] for row in rows] if kind == "map_" else rows
+    table = pyarrow.table({"column": pyarrow.array(given, column)})
+    pyarrow.parquet.write_table(table, tmp_path / "data.parquet")
+    found = [record.fields["column"] for record in open_records([tmp_path / "data.parquet"])]
+    expected = [{"city": "Rome"}, {"symbol": "X"}]
+    assert found == [[("key", one)] if kind == "map_" else [one] for one in expected]
 
 
 def test_fault_06_nulls_that_were_written_stay(tmp_path):
