@@ -14,6 +14,7 @@ A frozen dataclass checks its fields with `check_fields` and is read from a mapp
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import numbers
@@ -59,6 +60,7 @@ Check: TypeAlias = Callable[[str, object], T]
 
 _SHOWN_KEYS = 5
 _LONGEST_VALUE, _LONGEST_TYPE = 150, 40
+_LONGEST_LISTS = 300  # with paths and a few values, some 500 characters of a message are echoes
 
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxlong, _REPR.maxstring, _REPR.maxother = 4, 60, 120, _LONGEST_VALUE
@@ -108,14 +110,22 @@ def nearest(word: object, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def first_of(entries: Sequence[str], limit: int = 20) -> str:
+def first_of(entries: Sequence[str], limit: int = 20, *, lists: int = 1) -> str:
     """The entries, or the first of them and how many more there are.
 
     >>> first_of(["a", "b", "c"], limit=2)
     'a, b, and 1 more'
+
+    Args:
+        entries: texts.
+        limit: at most so many are shown, and besides the first one no more than fit 300 characters.
+        lists: how many lists the message has, which share these.
     """
-    more = [f"and {len(entries) - limit} more"] if len(entries) > limit else []
-    return ", ".join([*entries[:limit], *more])
+    room = _LONGEST_LISTS // lists
+    ends = itertools.accumulate(len(entry) + 2 for entry in entries[:limit])
+    shown = max(1, sum(end <= room for end in ends))
+    more = [f"and {len(entries) - shown} more"] if len(entries) > shown else []
+    return ", ".join([*entries[:shown], *more])
 
 
 def one_line(text: str) -> str:

@@ -116,11 +116,11 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def listing(names: Iterable[str], *, limit: int = _SHOWN) -> str:
-    """`names` for an error message: all of them, or the first `limit` "and N more".
+def listing(names: Iterable[str], *, limit: int = _SHOWN, lists: int = 1) -> str:
+    """`names` for an error message: all of them, or those that `first_of` shows "and N more".
 
     Where there are more than `limit`, keys that differ only in their layer number are first folded
-    into one, so that a checkpoint of the wrong depth still names every key:
+    into one, so that a checkpoint of the wrong depth names many keys:
 
     >>> listing(["b.weight", "a.weight"])
     "'a.weight', 'b.weight'"
@@ -130,7 +130,7 @@ def listing(names: Iterable[str], *, limit: int = _SHOWN) -> str:
     names = sorted(set(names))
     if len(names) > limit:
         names = _fold_layers(names)
-    return first_of([show(name) for name in names], limit)
+    return first_of([show(name) for name in names], limit, lists=lists)
 
 
 def _fold_layers(names: list[str]) -> list[str]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from swaa_jax.chats.messages import ChatError, Message, Result, Tools, normal_messages, normal_tools
 from swaa_jax.chats.process import render_apart
+from swaa_jax.chats.thoughts import CLOSING, OPENING
 from swaa_jax.documents import problem_within
 from swaa_jax.fields import describe, show
 
@@ -35,7 +36,6 @@ TEMPLATE_DATE = "2024-07-26"
 Llama 3.2's own for want of a clock: one day, so that the same chat is the same tokens tomorrow."""
 
 _CONTINUED = "CONTINUED_HERE "
-_OPEN, _CLOSE = "<think>", "</think>"
 FLAGS = ("train", "weight")
 """Keys of a message that are for training, not for the template."""
 _KEYS = {"role", "content", "tool_calls", "reasoning_content", "thinking", *FLAGS}
@@ -235,10 +235,11 @@ class _Marks:
     def _marked(self, at: int, message: Message, *, answered: bool) -> Message:
         name, content = f"message {at}", message["content"]
         marked = dict(message)
-        thought, closing, rest = content.partition(_CLOSE)
-        if answered and closing and thought.replace(_OPEN, "").strip():
+        closing = CLOSING.search(content)
+        if answered and closing and OPENING.sub("", content[: closing.start()]).strip():
+            thought, rest = content[: closing.start()], content[closing.end() :]
             thought = self._after(name, "the answer's thought", thought, at)
-            marked["content"] = thought + closing + self._after(name, "its text", rest)
+            marked["content"] = thought + closing[0] + self._after(name, "its text", rest)
         else:
             marked["content"] = self._after(name, "its text", content)
         if "reasoning_content" in message:

@@ -299,17 +299,12 @@ def _check(
         if path in rows
         for name in rows[path].tensors(tuple(expected[path][0]))
     }
-    faults = []
     missing = [name for name in wanted if name not in names and name not in may_lack]
-    if missing:
-        faults.append(f"{len(missing)} missing: {listing(missing)}")
     unexpected = [
         name
         for name in names
         if name not in wanted and not any(fnmatch.fnmatchcase(name, p) for p in ignored)
     ]
-    if unexpected:
-        faults.append(f"{len(unexpected)} unexpected: {listing(unexpected)}")
     misshaped, mistyped = [], []
     for name, shape in wanted.items():
         if name not in names:
@@ -318,12 +313,19 @@ def _check(
             misshaped.append(f"{name!r} expected {shape}, got {reader.shape(name)}")
         if reader.stored_dtype(name) not in WEIGHT_DTYPES:
             mistyped.append(f"{name} ({reader.stored_dtype(name)})")
+    lists = sum(map(bool, (missing, unexpected, misshaped, mistyped)))
+    faults = []
+    if missing:
+        faults.append(f"{len(missing)} missing: {listing(missing, lists=lists)}")
+    if unexpected:
+        faults.append(f"{len(unexpected)} unexpected: {listing(unexpected, lists=lists)}")
     if misshaped:
-        faults.append(f"{len(misshaped)} of the wrong shape: {first_of(misshaped)}")
+        shown = first_of(misshaped, lists=lists)
+        faults.append(f"{len(misshaped)} of the wrong shape: {shown}")
     if mistyped:
         faults.append(
             f"{len(mistyped)} of a dtype other than {', '.join(WEIGHT_DTYPES)}: "
-            f"{listing(mistyped)} (quantised and integer weights are not supported)"
+            f"{listing(mistyped, lists=lists)} (quantised and integer weights are not supported)"
         )
     if faults:
         raise _unfit(reader, "; ".join(faults), sizes)

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from swaa_jax.checkpoint._header import DTYPES, TensorInfo, read_header
 from swaa_jax.checkpoint._paths import check_directory, read_json_object
 from swaa_jax.checkpoint._tensor_files import LocalFile, RangeFile, open_tensors
-from swaa_jax.fields import describe, first_of, show, wrong
+from swaa_jax.fields import describe, show, wrong
 from swaa_jax.storage import (
     COMMIT_MARK,
     CheckpointError,
@@ -85,7 +85,7 @@ class WeightReader:
         return sum(file.bytes_read for file in self._files.values())
 
     def _open(self, files: Iterable[str]) -> None:
-        faults: list[str] = []
+        faults: dict[str, str] = {}
         found: Counter[str] = Counter()
         for file in files:
             try:
@@ -93,13 +93,15 @@ class WeightReader:
                 tensors = read_header(path)
                 self._files[file] = open_tensors(path)
             except CheckpointError as error:
-                faults.append(str(error))
+                faults[file] = str(error)
                 continue
             found.update(tensors.keys())
             self._info.update(tensors)
             self._file_of.update(dict.fromkeys(tensors, file))
         if faults:
-            raise CheckpointError(first_of(faults))
+            first, *others = faults
+            more = f"; {listing(others)} cannot be read either" if others else ""
+            raise CheckpointError(f"{faults[first]}{more}")
         twice = [name for name, count in found.items() if count > 1]
         if twice:
             raise CheckpointError(
@@ -244,12 +246,14 @@ def _check_index(
     faults = []
     absent = [n for n, file in weight_map.items() if file_of.get(n) != file]
     if absent:
-        where = listing(weight_map[n] for n in absent)
-        faults.append(f"the index places {listing(absent)} in {where}, which does not hold them")
+        where = listing((weight_map[n] for n in absent), lists=4)
+        named = listing(absent, lists=4)
+        faults.append(f"the index places {named} in {where}, which does not hold them")
     extra = [n for n in file_of if n not in weight_map]
     if extra:
-        where = listing(file_of[n] for n in extra)
-        faults.append(f"{where} holds {listing(extra)}, which the index does not name")
+        where = listing((file_of[n] for n in extra), lists=4)
+        named = listing(extra, lists=4)
+        faults.append(f"{where} holds {named}, which the index does not name")
     if faults:
         raise CheckpointError(
             f"{directory / INDEX_FILE}: expected the tensors of its shards, got others "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
+from swaa_jax.chats import THOUGHT_MARKERS
 from swaa_jax.checkpoint._paths import read_json_object
 from swaa_jax.checkpoint.hf import (
     CONFIG_FILE,
@@ -63,13 +64,15 @@ def special_tokens(tok: "PreTrainedTokenizerBase") -> dict[int, str]:
     """Every token that is special, by id: the named ones and those of `tokenizer.json` alone.
 
     `tok.all_special_tokens` has only those with a name (`eos_token`, ...), so not Llama 3's
-    `<|eot_id|>`.
+    `<|eot_id|>`. Markers of thoughts are none, whatever the files say (Magistral's do): an answer
+    begins behind them, so they stay in texts.
     """
     added = getattr(tok, "added_tokens_decoder", {}).items()
     found = {int(token): str(one.content) for token, one in added if one.special}
     for token, name in zip(tok.all_special_ids, tok.all_special_tokens, strict=True):
         found[int(token)] = str(name)
-    return found
+    markers = {one for pair in THOUGHT_MARKERS for one in pair}
+    return {token: name for token, name in found.items() if name not in markers}
 
 
 def _load(directory: epath.Path, source: epath.Path) -> "PreTrainedTokenizerBase":

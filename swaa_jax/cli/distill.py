@@ -4,6 +4,7 @@ import argparse
 
 from swaa_jax.cli import Commands, process_args
 from swaa_jax.cli.policy_args import add_policy_arguments, policy_from_args
+from swaa_jax.cli.sampling_args import add_sampling_arguments, sampling_from_args
 
 _EPILOG = """\
 examples:
@@ -36,9 +37,7 @@ def add_parser(subparsers: Commands) -> None:
     parser.add_argument("output", metavar="OUT", help="a directory: new, or that of the same run")
     answers = parser.add_argument_group("answers")
     answers.add_argument("--attempts", type=int, default=4, metavar="N", help="default 4")
-    answers.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default 1")
-    answers.add_argument("--top-k", type=int, metavar="K")
-    answers.add_argument("--top-p", type=float, metavar="P")
+    add_sampling_arguments(answers, temperature=1)
     answers.add_argument("--max-new-tokens", type=int, default=2048, metavar="N", help="2048")
     answers.add_argument(
         "--thinking",
@@ -95,14 +94,12 @@ def run(args: argparse.Namespace) -> int:
     judge = make_judge(args.judge, **{**secret, **settings})
     config = DistillConfig(
         attempts=args.attempts,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
         max_new_tokens=args.max_new_tokens,
         enable_thinking=args.thinking,
         questions_per_part=args.questions_per_part,
         keep=args.keep,
         seed=args.seed,
+        **sampling_from_args(args),
     )
     questions = read_questions(args.questions, limit=args.limit)
     policy = AttentionPolicy() if policy is None else policy

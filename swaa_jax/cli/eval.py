@@ -44,6 +44,9 @@ examples:
   swaa eval mine.yaml temperature=1 attempts=4 batch_size=2
       other values: any key; pass@k where there are several attempts
 
+  swaa eval mine.yaml --config-override max_position_embeddings=65536
+      every model's config.json changed; in the file one model's: {path: ..., config_overrides: ...}
+
   swaa eval tiny-table-1
       a shipped config: the paper's Table 1 in tiny form; paper-table-1 is the real one
 
@@ -89,6 +92,7 @@ def add_parser(subparsers: Commands) -> None:
     add_task_arguments(ask)
     ask.add_argument("--thinking", choices=["no", "yes", "both"], help="default: no")
     ask.add_argument("--output", metavar="DIR", help="default: eval_output")
+    process_args.add_config_override(ask)
     add("--quiet", action="store_true", help="no progress bar and no table")
     add("--verbose", action="store_true", help="log what is chosen and why")
     process_args.add_process_arguments(parser, mesh=True)
@@ -200,8 +204,9 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
         fields.setdefault("output_dir", "eval_output")
         if "settings" in fields:
             fields.pop("policies", None)
-        return EvalConfig.from_dict(with_overrides(fields, overrides))
+        config = EvalConfig.from_dict(with_overrides(fields, overrides))
     except ValueError as error:
         if path is None:
             raise
         raise ValueError(f"{path}: {error}") from error
+    return config.with_config_overrides(process_args.config_overrides_from_args(args))

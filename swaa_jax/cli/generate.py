@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from swaa_jax.cli import Commands, process_args
 from swaa_jax.cli.policy_args import add_policy_arguments, policy_from_args
+from swaa_jax.cli.sampling_args import add_sampling_arguments
 
 if TYPE_CHECKING:
     from swaa_jax.infer import Generation
@@ -91,24 +92,7 @@ def add_parser(subparsers: Commands) -> None:
 
     answer = parser.add_argument_group("answer")
     answer.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default 256")
-    answer.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="default 0, greedy"
-    )
-    answer.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens")
-    answer.add_argument(
-        "--top-p", type=float, metavar="P", help="draw among the likeliest tokens of mass P"
-    )
-    answer.add_argument(
-        "--min-p", type=float, metavar="P", help="draw among tokens P times as likely as the first"
-    )
-    for name in ("repetition", "presence", "frequency"):
-        answer.add_argument(
-            f"--{name}-penalty",
-            type=float,
-            metavar="X",
-            default=argparse.SUPPRESS,
-            help=f"default {1 if name == 'repetition' else 0}, none",
-        )
+    add_sampling_arguments(answer, temperature=0)
     answer.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws, default 0")
     answer.add_argument(
         "--sampling",

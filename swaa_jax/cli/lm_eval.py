@@ -1,9 +1,11 @@
 """`swaa lm-eval`: lm-evaluation-harness's command, with `--model swaa` registered."""
 
 import argparse
+import json
 import traceback
+from collections.abc import Sequence
 
-from swaa_jax.cli import Commands
+from swaa_jax.cli import Commands, process_args
 from swaa_jax.cli.errors import one_paragraph
 
 
@@ -18,7 +20,7 @@ def add_parser(subparsers: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Hand everything to the harness.
+    """Hand everything to the harness; overrides of the model's config become its argument.
 
     Raises:
         ValueError: the harness is not installed, or stopped at a mistake in its own arguments, a
@@ -37,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     import swaa_jax.eval.harness
 
     del swaa_jax
-    sys.argv = ["swaa lm-eval", *args.forwarded]
+    sys.argv = ["swaa lm-eval", *_forwarded(args.forwarded)]
     try:
         cli_evaluate()
     except (ValueError, OSError) as error:
@@ -47,6 +49,17 @@ def run(args: argparse.Namespace) -> int:
             raise  # `run_command` knows what to do with them
         raise ValueError(f"the harness says: {one_paragraph(error)}{_way_out(error)}") from error
     return 0
+
+
+def _forwarded(words: Sequence[str]) -> list[str]:
+    """The harness's arguments: `--config-override`, which is ours, as one of `--model_args`."""
+    ours = argparse.ArgumentParser(prog="swaa lm-eval", add_help=False, allow_abbrev=False)
+    process_args.add_config_override(ours)
+    args, rest = ours.parse_known_args(words)
+    overrides = process_args.config_overrides_from_args(args)
+    if not overrides:
+        return rest
+    return [*rest, "--model_args", json.dumps({"config_overrides": overrides})]
 
 
 def _passed_our_model(error: BaseException) -> bool:

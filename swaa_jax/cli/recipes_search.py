@@ -2,6 +2,7 @@
 
 import argparse
 
+from swaa_jax.cli import process_args
 from swaa_jax.cli.task_args import add_task_arguments, tasks_from_args, with_judge
 
 _GIB = 1 << 30
@@ -92,7 +93,9 @@ def run_search(args: argparse.Namespace, *, num_layers: int) -> int:
     print(f"{len(policies)} candidates and full attention, windows {', '.join(map(str, windows))}")
     with show_progress("starting", total=1) as bar:
         found = search_policies(
-            ModelEntry(path=args.model),
+            ModelEntry(
+                path=args.model, config_overrides=process_args.config_overrides_from_args(args)
+            ),
             task,
             policies,
             args.output,

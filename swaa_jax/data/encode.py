@@ -10,11 +10,13 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from swaa_jax.chats import (
+    CLOSING,
     FLAGS,
     ChatError,
     Message,
     Rendered,
     Tools,
+    ends_in_thought,
     render_chat,
     unused_variables,
 )
@@ -33,7 +35,6 @@ __all__ = ["Encoder", "Sample"]
 log = logging.getLogger(__name__)
 
 _PROBE = "ANSWER"
-_OPEN, _CLOSE = "<think>", "</think>"
 _LONGEST_OPENING = 64
 """Characters at the end of a generation prompt that may open a thought, or open and close it."""
 
@@ -182,13 +183,14 @@ class Encoder:
         prompt_ids = self._ids(prompt)
         if self._config.answers == "verbatim":
             text = _verbatim(record, messages[index], prompt)
-            if not self._told_thought and _opens_thought(prompt) and _CLOSE not in text:
+            is_open = ends_in_thought(prompt[-_LONGEST_OPENING:]) and not CLOSING.search(text)
+            if is_open and not self._told_thought:
                 self._told_thought = True  # once is enough
                 log.warning(
-                    "%s: message %d: expected an answer with %s, since the generation prompt opens "
-                    "a thought, got one without, so that all of it is trained on as a thought that "
-                    "never ends; add the thought, or set answers: template",
-                    *(record.place, index, _CLOSE),
+                    "%s: message %d: expected an answer with the end of a thought, since the "
+                    "generation prompt opens one, got one without, so that all of it is trained on "
+                    "as a thought that never ends; add the thought, or set answers: template",
+                    *(record.place, index),
                 )
             return _Turn(prompt_ids, [*self._continue(prompt, prompt_ids, text), *self._tail])
         rendered = self._render(record, messages[: index + 1], tools, prompt=False)
@@ -343,11 +345,6 @@ def _verbatim(record: Record, message: Message, prompt: str) -> str:
             given = opening[len(opening.rstrip()) :]
             return blanks.removeprefix(given) + rest if blanks.startswith(given) else rest
     return content
-
-
-def _opens_thought(prompt: str) -> bool:
-    end = prompt[-_LONGEST_OPENING:]
-    return end.rfind(_OPEN) > end.rfind(_CLOSE)
 
 
 def _token_id(tok: "PreTrainedTokenizerBase", name: str) -> int:

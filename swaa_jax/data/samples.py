@@ -41,7 +41,7 @@ __all__ = ["SampleReport", "Samples", "prepare_samples"]
 
 log = logging.getLogger(__name__)
 
-_VERSION = 3
+_VERSION = 4
 _META = "meta.json"
 _FILES = ("lengths.npy", "origins.npy", "tokens.bin", "marks.bin")
 _USUAL_JUDGE = "judge"  # looked for, not asked for

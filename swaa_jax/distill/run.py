@@ -24,8 +24,15 @@ from swaa_jax import runtime, storage
 from swaa_jax.checkpoint.provenance import weight_marks
 from swaa_jax.eval.judging import Judge, Judged
 from swaa_jax.eval.tasks.question_answering import Question
-from swaa_jax.fields import check_fields, flag, integer, number, one_of, or_none
-from swaa_jax.infer import encode_prompts, generate, opens_thinking, warn_of_thinking
+from swaa_jax.fields import check_fields, flag, integer, one_of, or_none
+from swaa_jax.infer import (
+    SAMPLING,
+    SamplingParams,
+    encode_prompts,
+    generate,
+    opens_thinking,
+    warn_of_thinking,
+)
 from swaa_jax.models import CausalLM
 from swaa_jax.models.source import running_backend, since_loading
 from swaa_jax.progress import show_progress
@@ -38,13 +45,12 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DistillConfig:
-    """How questions are answered.
+class DistillConfig(SamplingParams):
+    """How questions are answered; how tokens are drawn is in `SamplingParams`.
 
     Attributes:
         attempts: answers to each question; the paper takes 4.
         temperature: the paper takes 1.
-        top_k, top_p: draw among the likeliest tokens only.
         max_new_tokens: of an answer, its thinking included. Answers cut off there are dropped.
         enable_thinking: for the chat template; None: its own default.
         questions_per_part: answered in one batch, ``questions_per_part * attempts`` rows.
@@ -54,8 +60,6 @@ class DistillConfig:
 
     attempts: int = 4
     temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
     max_new_tokens: int = 2048
     enable_thinking: bool | None = None
     questions_per_part: int = 2
@@ -63,12 +67,10 @@ class DistillConfig:
     seed: int = 0
 
     def __post_init__(self):
+        super().__post_init__()
         check_fields(
             self,
             attempts=integer(least=1),
-            temperature=number(least=0),
-            top_k=or_none(integer(least=1)),
-            top_p=or_none(number(above=0, most=1)),
             max_new_tokens=integer(least=1),
             enable_thinking=or_none(flag),
             questions_per_part=integer(least=1),
@@ -191,11 +193,9 @@ def _answer(
         tok,
         encoded,
         max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
         seed=_seed(config.seed, number),
         batch_size=len(encoded),
+        **config.sampling_fields,
     )
     records = []
     for at, (text, tokens, reason) in enumerate(
@@ -253,9 +253,10 @@ def _identity(
     for question in questions:
         given = {name: value for name, value in dataclasses.asdict(question).items() if value}
         digest.update(json.dumps(given).encode())
+    asked = {name: one for name, one in dataclasses.asdict(config).items() if name not in SAMPLING}
     return {
         "questions": {"count": len(questions), "sha256": digest.hexdigest()},
-        "config": dataclasses.asdict(config),
+        "config": {**asked, **config.sampling_identity},
         "settings": dict(settings),
         "model": {
             "config": hashlib.sha256(model.config.hf_json.encode()).hexdigest()[:16],

@@ -20,15 +20,14 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
     make_disjoint_window,
 )
 
-from swaa_jax.chats import render_chat
+from swaa_jax.chats import OPENING, render_chat
 from swaa_jax.checkpoint import load_tokenizer
-from swaa_jax.documents import problem_within
+from swaa_jax.documents import key_value, problem_within
 from swaa_jax.eval.judging import strip_thinking
 from swaa_jax.eval.run.loading import default_dtype, tell_default_dtype
-from swaa_jax.fields import show
-from swaa_jax.infer import GenerateOptions, generate, opens_thinking, warn_of_thinking
+from swaa_jax.fields import mapping, show
+from swaa_jax.infer import SAMPLING, GenerateOptions, generate, opens_thinking, warn_of_thinking
 from swaa_jax.infer.likelihoods import Continuation, score_continuations
-from swaa_jax.infer.stopping import THINK_END, THINK_START
 from swaa_jax.lora import load_adapter, merge_lora
 from swaa_jax.models import load_model
 from swaa_jax.policy import AttentionPolicy, load_policy, parse_fields
@@ -40,11 +39,7 @@ log = logging.getLogger(__name__)
 
 _DEFAULT_NEW_TOKENS = 256
 _BATCH_SIZE = 8
-_FILTERS = ("top_k", "top_p", "min_p")
-_PENALTIES = (
-    *("repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram_size"),
-)
-_GEN_KWARGS = ("until", "max_gen_toks", "do_sample", "temperature", *_FILTERS, *_PENALTIES)
+_GEN_KWARGS = ("until", "max_gen_toks", "do_sample", *SAMPLING)
 
 
 @register_model("swaa")
@@ -62,18 +57,18 @@ class SwaaLM(TemplateLM):
         adapter: LoRA adapters in PEFT's layout.
         dtype: of weights and activations; None: float32 on a CPU, bfloat16 elsewhere.
         revision: of a hub id.
+        config_overrides: as `load_model` takes them; or one of them as text, KEY=VALUE.
         backend: of attention.
         max_length: tokens of context and answer, at most, from 2 up; None: the model's own
             context. Longer contexts lose their first tokens, as the harness's other models have it.
         max_gen_toks: of an answer, where the task does not say.
         enable_thinking: for the chat template. Where a prompt or an answer opens a thought, only
-            what follows `</think>` is the answer, and `until` applies to it alone.
+            what follows the thought is the answer, and `until` applies to it alone.
         batch_size: rows run at once; "auto" is 8, and so is "auto:N", since nothing is measured.
 
     Answers are greedy, unless `do_sample` or a temperature is among the generation kwargs:
-    `do_sample` without a temperature is temperature 1. Further kwargs are `until`, `max_gen_toks`,
-    `top_k`, `top_p`, `min_p` and the penalties of `SamplingParams`; of others a warning says that
-    they are ignored.
+    `do_sample` without a temperature is temperature 1. Further kwargs are `until`, `max_gen_toks`
+    and the fields of `SamplingParams`; of others a warning says that they are ignored.
 
     Raises:
         ValueError: a policy by name and by fields at once, or one that does not fit; a malformed
@@ -88,6 +83,7 @@ class SwaaLM(TemplateLM):
         adapter: str | None = None,
         dtype: str | None = None,
         revision: str | None = None,
+        config_overrides: Mapping[str, object] | str | None = None,
         backend: str = "auto",
         max_length: int | None = None,
         max_gen_toks: int = _DEFAULT_NEW_TOKENS,
@@ -108,6 +104,7 @@ class SwaaLM(TemplateLM):
             policy=chosen,
             dtype=dtype or default_dtype(),
             revision=revision,
+            config_overrides=_overrides(config_overrides),
             backend=backend,
         )
         if adapter is not None:
@@ -168,9 +165,10 @@ class SwaaLM(TemplateLM):
         del kwargs
         for number, (pair, context, _) in enumerate(requests):
             whole = context if pair is None else pair[0]
-            if (pair is None or THINK_START in whole) and opens_thinking(self.tokenizer, whole):
+            is_marked = pair is None or OPENING.search(pair[0])
+            if is_marked and opens_thinking(self.tokenizer, whole):
                 raise ValueError(
-                    f"request {number}: expected a context that does not end within {THINK_START}, "
+                    f"request {number}: expected a context that does not end within a thought, "
                     f"got one that does ({show(str(whole)[-60:])}), so that its continuation would "
                     "be scored as a thought; give enable_thinking=False in --model_args, or leave "
                     "out --apply_chat_template"
@@ -233,18 +231,17 @@ class SwaaLM(TemplateLM):
             )
             for number, text in zip(numbers, out.texts, strict=True):
                 opened = opens_thinking(self.tokenizer, _prompt(requests[number]))
-                if opened or self._thinking or text.lstrip().startswith(THINK_START):
+                if opened or self._thinking or OPENING.match(text.lstrip()):
                     answer = strip_thinking(text, thinking=opened)
                     text, unfinished = answer.text, unfinished + (not answer.finished)
                 texts[number] = text
                 self.cache_hook.add_partial("generate_until", requests[number].args, text)
         if unfinished:
             log.warning(
-                "%d of %d answers: expected %s within max_gen_toks tokens, got none, so that they "
-                "are empty; raise max_gen_toks",
+                "%d of %d answers: expected a thought that ends within max_gen_toks tokens, got "
+                "one that does not, so that they are empty; raise max_gen_toks",
                 unfinished,
                 len(requests),
-                THINK_END,
             )
         return [texts[number] for number in range(len(requests))]
 
@@ -263,15 +260,14 @@ class SwaaLM(TemplateLM):
                 f"{', '.join(new)} {'is' if len(new) == 1 else 'are'}",
                 ", ".join(_GEN_KWARGS),
             )
-        temperature = float(options["temperature"])
+        sampling = {name: options[name] for name in SAMPLING if options.get(name) is not None}
+        sampling["temperature"] = float(options["temperature"])
         return GenerateOptions(
             max_new_tokens=options["max_gen_toks"],
-            temperature=temperature,
             stop=[text for text in options["until"] if text],
             batch_size=self.batch_size,
             stop_in_thought=False,
-            **{name: options.get(name) for name in _FILTERS},
-            **{name: options[name] for name in _PENALTIES if options.get(name) is not None},
+            **sampling,
         )
 
     def _score(self, asked: Sequence[Continuation], quiet: bool) -> list[tuple[float, bool]]:
@@ -316,6 +312,12 @@ def _policy(name: str | None, fields: dict[str, Any]) -> AttentionPolicy | None:
     if not fields:
         return None
     return AttentionPolicy(**parse_fields({key: _text(value) for key, value in fields.items()}))
+
+
+def _overrides(given: Mapping[str, object] | str | None) -> dict[str, object]:
+    if isinstance(given, str):
+        given = dict([key_value("config_overrides", given)])
+    return mapping("config_overrides", given or {})
 
 
 def _text(value: Any) -> str:

@@ -20,7 +20,7 @@ from swaa_jax.infer.prompts import (
     opens_thinking,
     warn_of_thinking,
 )
-from swaa_jax.infer.sampling import SamplingParams
+from swaa_jax.infer.sampling import SAMPLING, SamplingParams
 from swaa_jax.infer.timings import Timings
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Stream",
     "Timings",
     "GenerateOptions",
+    "SAMPLING",
     "SamplingParams",
     "COT_INSTRUCTION",
     "encode_prompts",

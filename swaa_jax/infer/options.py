@@ -12,7 +12,6 @@ from swaa_jax.fields import (
     list_of,
     one_of,
     or_none,
-    set_field,
     texts,
 )
 from swaa_jax.infer.sampling import SamplingParams
@@ -21,21 +20,20 @@ __all__ = ["GenerateOptions"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
-    """How prompts are rendered, answered and run.
+class GenerateOptions(SamplingParams):
+    """How prompts are rendered, answered and run; how tokens are drawn is in `SamplingParams`.
 
     Attributes:
         max_new_tokens: the longest answer.
-        temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty,
-            no_repeat_ngram_size, suppress_tokens: how tokens are drawn; see `SamplingParams`.
         positions: where new tokens stand. "text": behind all tokens before them. "cache": behind
             those that they see, so that answers may go on past the model's context (StreamingLLM);
             for policies whose every layer is windowed, answers too.
         seed: draws depend on it, on the prompt's index and on the position, on nothing else.
-        sampling: "checkpoint" takes all of these from the model's generation config.
+        sampling: "checkpoint" takes the fields of `SamplingParams` from the model's generation
+            config.
         stop: texts that end an answer; it is cut before them.
-        stop_in_thought: these texts also count between `<think>` and `</think>`, where a prompt or
-            an answer opens a thought. False: they apply to the answer alone.
+        stop_in_thought: these texts also count within a thought (between `<think>` and `</think>`,
+            say) that a prompt or an answer opens. False: they apply to the answer alone.
         stop_token_ids: tokens that end an answer.
         ignore_eos: go on past the model's end tokens (generation config, else config, and the
             tokenizer's).
@@ -58,15 +56,6 @@ class GenerateOptions:
     """
 
     max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    no_repeat_ngram_size: int | None = None
-    suppress_tokens: Sequence[int] = ()
     positions: Literal["text", "cache"] = "text"
     seed: int = 0
     sampling: Literal["checkpoint"] | None = None
@@ -85,6 +74,7 @@ class GenerateOptions:
     chunk_size: int = 32
 
     def __post_init__(self):
+        super().__post_init__()
         check_fields(
             self,
             max_new_tokens=integer(least=1),
@@ -102,8 +92,7 @@ class GenerateOptions:
             warmup=flag,
             chunk_size=integer(least=1),
         )
-        own = self.sampling_params  # checks them
-        set_field(self, "suppress_tokens", own.suppress_tokens)
+        own = self.sampling_params
         if self.sampling and own != SamplingParams():
             raise ValueError(
                 'sampling: expected no temperature, top_k, ... with "checkpoint", which takes '
@@ -122,12 +111,6 @@ class GenerateOptions:
         """
         check_keys("options", overrides, [field.name for field in dataclasses.fields(cls)])
         return dataclasses.replace(options or cls(), **overrides)
-
-    @property
-    def sampling_params(self) -> SamplingParams:
-        """How tokens are drawn, where the checkpoint is not asked."""
-        names = [field.name for field in dataclasses.fields(SamplingParams)]
-        return SamplingParams(**{name: getattr(self, name) for name in names})
 
     @property
     def template_options(self) -> dict[str, Any]:

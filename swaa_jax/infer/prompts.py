@@ -6,11 +6,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import numpy as np
 
-from swaa_jax.chats import ChatError, normal_messages, render_chat, unused_variables
+from swaa_jax.chats import (
+    ChatError,
+    ends_in_thought,
+    normal_messages,
+    render_chat,
+    unused_variables,
+)
 from swaa_jax.checkpoint.tokenizer import special_tokens
 from swaa_jax.documents import problem_within
 from swaa_jax.fields import describe, wrong
-from swaa_jax.infer.stopping import THINK_END, THINK_START
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -133,21 +138,20 @@ def opens_thinking(tok: "PreTrainedTokenizerBase", prompt: str | Sequence[int]) 
     """Whether a prompt ends within a thought, as some templates' generation prompts do.
 
     What counts is all behind the last special token, which is as a rule the generation prompt:
-    what a user wrote about `<think>` does not.
+    what a user wrote about `<think>` does not. `swaa_jax.chats.thoughts` has the markers.
 
     Args:
         tok: the tokenizer.
         prompt: the whole prompt, as text with its special tokens or as token ids.
     """
     special = special_tokens(tok)
-    special = {i: name for i, name in special.items() if name not in (THINK_START, THINK_END)}
     if isinstance(prompt, str):
         end = max([prompt.rfind(name) for name in special.values()], default=0)
         last = prompt[max(0, end) :]
     else:
         count = next((n for n, i in enumerate(reversed(prompt)) if i in special), len(prompt))
         last = str(tok.decode(list(prompt[len(prompt) - count :])))
-    return last.rfind(THINK_START) > last.rfind(THINK_END)
+    return ends_in_thought(last)
 
 
 def warn_of_thinking(tok: "PreTrainedTokenizerBase", name: str) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -67,6 +67,9 @@ _NO_EFFECT = frozenset(
 class SamplingParams:
     """How the next token is drawn. Penalties and filters apply in Transformers' order.
 
+    Its fields are the one list of sampling settings: what takes all of them (`GenerateOptions`,
+    `EvalConfig`, `DistillConfig`) inherits them from here.
+
     Args:
         temperature: divides the logits; 0, or less than 1e-5, takes the most likely token, and the
             filters have no effect.
@@ -94,7 +97,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     no_repeat_ngram_size: int | None = None
-    suppress_tokens: tuple[int, ...] = ()
+    suppress_tokens: Sequence[int] = ()
 
     def __post_init__(self):
         check_fields(
@@ -125,11 +128,10 @@ class SamplingParams:
             ValueError: a value that does not fit; the field is named.
         """
         given = {name: value for name, value in config.items() if value is not None}
-        names = [field.name for field in dataclasses.fields(cls)]
         ignored = [
             f"{show(name)[1:-1]}={show(value)}"
             for name, value in given.items()
-            if name not in {*names, *_NO_EFFECT, "do_sample"}
+            if name not in {*SAMPLING, *_NO_EFFECT, "do_sample"}
             and not name.startswith("output_")
             and value is not False
             and (name not in _NEUTRAL or value != _NEUTRAL[name])
@@ -138,10 +140,10 @@ class SamplingParams:
             log.warning(
                 "%s: expected %s only, which sampling here knows, got %s; without effect",
                 _CONFIG,
-                ", ".join(("do_sample", *names)),
+                ", ".join(("do_sample", *SAMPLING)),
                 first_of(ignored, limit=_NAMED),
             )
-        values = {name: given[name] for name in names if name in given}
+        values = {name: given[name] for name in SAMPLING if name in given}
         for name in ("top_k", "no_repeat_ngram_size"):
             value = values.get(name)
             if isinstance(value, float) and value.is_integer():
@@ -160,6 +162,29 @@ class SamplingParams:
         if self.is_greedy:
             filters = {field: getattr(self, field) for field in _OF_DRAWS if field != "temperature"}
             _tell_unused(name, "a temperature above 0", filters)
+
+    @property
+    def sampling_params(self) -> "SamplingParams":
+        """These settings alone, without the fields that a class adds to them."""
+        return SamplingParams(**self.sampling_fields)
+
+    @property
+    def sampling_fields(self) -> dict[str, Any]:
+        """The same, by name."""
+        return {name: getattr(self, name) for name in SAMPLING}
+
+    @property
+    def sampling_identity(self) -> dict[str, Any]:
+        """The settings as a part of what stored results are found by.
+
+        Those that came later than the first results are left out where they change nothing.
+        """
+        neutral = SamplingParams()
+        return {
+            name: value
+            for name, value in self.sampling_fields.items()
+            if name in _ALWAYS_STORED or (value or None) != (getattr(neutral, name) or None)
+        }
 
     @property
     def is_greedy(self) -> bool:
@@ -219,6 +244,10 @@ class SamplingParams:
         }
 
 
+SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
+"""Names of the sampling settings."""
+
+_ALWAYS_STORED = ("temperature", "top_k", "top_p")
 _NAMED = 8  # fields that one warning names
 _OF_DRAWS = {"temperature": 1.0, "top_k": _DEFAULT_TOP_K, "top_p": 1.0, "min_p": 0.0}
 """What matters only where tokens are drawn, with Transformers' defaults."""

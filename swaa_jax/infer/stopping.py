@@ -6,14 +6,13 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, cast
 
+from swaa_jax.chats import CLOSING, LONGEST_MARKER, OPENING
 from swaa_jax.checkpoint.tokenizer import special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FinishReason = Literal["eos", "stop", "length"]
-
-THINK_START, THINK_END = "<think>", "</think>"
 
 _REPLACEMENT = "\ufffd"  # what a decoder prints for bytes that are no character, or not one yet
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -24,7 +23,8 @@ class TokenText:
     """From token ids to text, without special tokens; no text at all without a tokenizer.
 
     Special are all tokens that the tokenizer's files call so, besides those that have a name
-    (`eos_token`, ...): Transformers' own lists hold the named ones alone.
+    (`eos_token`, ...): Transformers' own lists hold the named ones alone. Markers of thoughts are
+    not, so that a reader finds the answer behind them.
 
     Attributes:
         special: text of each special token, by id.
@@ -40,9 +40,8 @@ class TokenText:
         kept = [token for token in ids if with_special or token not in self.special]
         if self._tok is None or not kept:
             return ""
-        text = self._tok.decode(
-            kept, skip_special_tokens=not with_special, clean_up_tokenization_spaces=False
-        )
+        # What is special is left out above; the tokenizer's own idea of it has thoughts' markers.
+        text = self._tok.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return cast(str, text)  # one list of ids, one text
 
     def is_byte(self, token: int) -> bool:
@@ -64,7 +63,7 @@ class StopRules:
         strings: texts that end it; the answer is cut before them.
         composites: the same, with special tokens in them: they are sought in the text that has the
             special tokens too.
-        stop_in_thought: strings also count between `<think>` and `</think>`.
+        stop_in_thought: strings also count within thoughts (`swaa_jax.chats.thoughts`).
     """
 
     eos_ids: frozenset[int] = frozenset()
@@ -187,8 +186,8 @@ class _StopSearch:
 
     Args:
         strings: what is sought.
-        in_thought: also between `<think>` and `</think>`; else neither there, nor in the blanks
-            that follow a thought, which are no part of the answer.
+        in_thought: also within thoughts; else neither there, nor in the blanks that follow a
+            thought, which are no part of the answer.
         opened: the text begins within a thought.
     """
 
@@ -199,26 +198,26 @@ class _StopSearch:
         self._in_thought, self._inside = in_thought, opened and not in_thought
         self._skips = False  # the blanks behind a thought
         self._from = 0  # nothing before it is looked at again
-        self._longest = max(map(len, [*strings, "" if in_thought else THINK_END]), default=1)
+        self._longest = max([*map(len, strings), 1 if in_thought else LONGEST_MARKER])
 
     def extend(self, piece: str) -> None:
         self.text += piece
         while piece and self._strings and self.found is None:
             if self._inside:
-                end = self.text.find(THINK_END, self._from)
-                if end < 0:
+                closing = CLOSING.search(self.text, self._from)
+                if closing is None:
                     break
-                self._inside, self._skips, self._from = False, True, end + len(THINK_END)
+                self._inside, self._skips, self._from = False, True, closing.end()
             if self._skips:
                 rest = self.text[self._from :].lstrip()
                 self._skips, self._from = not rest, len(self.text) - len(rest)
             starts = [self.text.find(one, self._from) for one in self._strings]
             first = min((start for start in starts if start >= 0), default=-1)
-            opening = -1 if self._in_thought else self.text.find(THINK_START, self._from)
-            if first >= 0 and not 0 <= opening < first:
+            opening = None if self._in_thought else OPENING.search(self.text, self._from)
+            if first >= 0 and not (opening and opening.start() < first):
                 self.found = first
-            elif opening >= 0:
-                self._inside, self._from = True, opening + len(THINK_START)
+            elif opening:
+                self._inside, self._from = True, opening.end()
             else:
                 break
         self._from = max(self._from, len(self.text) - self._longest + 1)

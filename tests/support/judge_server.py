@@ -8,6 +8,8 @@ import types
 
 import pytest
 
+from tests.support.serving import serving
+
 
 def completion(content):
     return json.dumps({"choices": [{"message": {"content": content}}]}).encode()
@@ -35,7 +37,7 @@ def status(code, **headers):
 
 
 def stalls(handler):
-    handler.server.owner.released.wait(20)
+    handler.owner.released.wait(20)
 
 
 def hangs_up(handler):
@@ -58,6 +60,15 @@ def judge_server():
     """A server that does what it is told to, in turn, and keeps the requests."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        owner = types.SimpleNamespace(
+            requests=[],
+            times=[],
+            replies=[],
+            judging=None,
+            released=threading.Event(),
+            lock=threading.Lock(),
+        )
+
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with owner.lock:
@@ -73,21 +84,8 @@ def judge_server():
         def log_message(self, *_):
             pass
 
-    owner = types.SimpleNamespace(
-        requests=[],
-        times=[],
-        replies=[],
-        judging=None,
-        released=threading.Event(),
-        lock=threading.Lock(),
-    )
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    httpd.owner = owner
-    owner.url = f"http://127.0.0.1:{httpd.server_port}/v1/"
-    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield owner
-    owner.released.set()
-    httpd.shutdown()
-    thread.join()
-    httpd.server_close()
+    owner = Handler.owner
+    with serving(Handler) as port:
+        owner.url = f"http://127.0.0.1:{port}/v1/"
+        yield owner
+        owner.released.set()

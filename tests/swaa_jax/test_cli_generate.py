@@ -9,7 +9,8 @@ import sys
 import pytest
 
 import swaa_jax as swaa
-from swaa_jax import runtime
+from swaa_jax import infer, runtime
+from swaa_jax.cli import sampling_args
 from swaa_jax.cli.main import main
 from tests.support import byte_tokenizer
 
@@ -142,6 +143,22 @@ def test_several_prompts_and_json(run, api, directory, tmp_path):
     assert records[0]["timings"]["cache_bytes"] == want.timings.cache_bytes
     _, out, _ = run(*args)
     assert out.startswith(f"==> prompt 1 <==\n{want.texts[0]}\n")
+
+
+def test_every_sampling_setting_has_a_flag(run, api, fails, directory, capsys):
+    words = ("--temperature", 1.5, "--min-p", 0.01, "--frequency-penalty", 0.25, "--seed", 3)
+    given = {"temperature": 1.5, "min_p": 0.01, "frequency_penalty": 0.25, "seed": 3}
+    likely = api(user("hi"), **given).tokens[0][0]
+    words += ("--suppress-tokens", f"7,{likely}", "--no-repeat-ngram-size", 2)
+    want = api(user("hi"), **given, suppress_tokens=(7, likely), no_repeat_ngram_size=2)
+    _, out, _ = run(directory, "hi", *words, *COMMON)
+    assert out == want.texts[0] + "\n"
+    assert likely not in want.tokens[0]
+    assert set(sampling_args._FLAGS) == set(infer.SAMPLING)
+    assert "suppress_tokens" in fails(directory, "hi", "--suppress-tokens", "99999", *COMMON)
+    with pytest.raises(SystemExit):
+        run(directory, "hi", "--suppress-tokens", "the")
+    assert "expected token ids such as 5,6, got 'the'" in capsys.readouterr().err
 
 
 def test_logprobs_and_penalties(run, api, directory):

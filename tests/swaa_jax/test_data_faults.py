@@ -116,7 +116,7 @@ def test_fault_08_an_answer_within_an_open_thought_is_told(caplog):
     tok, record = build("qwen3-thinking"), {"messages": [USER, REPLY]}
     samples_of(tok, record, answers="verbatim")
     (said,) = [one.getMessage() for one in caplog.records]
-    assert "record 0: message 1: expected an answer with </think>, since the generation" in said
+    assert "record 0: message 1: expected an answer with the end of a thought" in said
     caplog.clear()
     samples_of(tok, record)  # the template closes it
     samples_of(build("qwen3"), record, answers="verbatim")
@@ -214,6 +214,46 @@ def test_fault_06_nulls_of_every_kind_of_list(tmp_path, kind):
     found = [record.fields["column"] for record in open_records([tmp_path / "data.parquet"])]
     expected = [{"city": "Rome"}, {"symbol": "X"}]
     assert found == [[("key", one)] if kind == "map_" else [one] for one in expected]
+
+
+def test_fault_06_typed_keys_that_are_null_in_all_records_are_as_good_as_absent(tmp_path):
+    """As a part of a larger file has them: the types are there, and no value; at every depth."""
+    text = pyarrow.string()
+    function = {"name": "f", "parameters": {"type": "object", "enum": ["a", None]}}
+    call = {"type": "function", "function": {"name": "f", "arguments": {"city": "Rome"}}}
+    record = {
+        "messages": [USER, {**REPLY, "tool_calls": [call]}, USER, REPLY],
+        "tools": [{"type": "function", "function": function}],
+    }
+    (tmp_path / "data.jsonl").write_text("\n".join([json.dumps(record)] * 3))
+    arguments = pyarrow.struct({"city": text, "symbol": text, "at": pyarrow.struct({"x": text})})
+    called = {"name": text, "arguments": arguments}
+    calls = pyarrow.list_(pyarrow.struct({"type": text, "function": pyarrow.struct(called)}))
+    reply = {"role": text, "content": text, "reasoning_content": text, "tool_calls": calls}
+    reply |= {"name": text, "weight": pyarrow.int64(), "train": pyarrow.null()}
+    parameters = {"type": text, "enum": pyarrow.list_(text), "default": pyarrow.int64()}
+    described = {"name": text, "strict": pyarrow.bool_(), "parameters": pyarrow.struct(parameters)}
+    tool = pyarrow.struct({"type": text, "function": pyarrow.struct(described), "id": text})
+    types = {
+        "messages": pyarrow.list_(pyarrow.struct(reply)),
+        "tools": pyarrow.list_(tool),
+        "judge": pyarrow.int64(),
+        "history": pyarrow.list_(text),
+        "system": pyarrow.null(),
+    }
+    table = pyarrow.Table.from_pylist([record] * 3, schema=pyarrow.schema(types))
+    pyarrow.parquet.write_table(table, tmp_path / "data.parquet")
+    found = []
+    for name in ("data.jsonl", "data.parquet"):
+        config = DataConfig(files=str(tmp_path / name), seq_len=2048, batch_size=3)
+        samples = prepare_samples(config, build("qwen2.5"))
+        found.append([samples[n] for n in range(len(samples))])
+    rendered = build("qwen2.5").decode(found[0][0].tokens)
+    assert '"enum": ["a", null]' in rendered and rendered.count("null") == 1
+    assert len(found[0]) == len(found[1]) == 3
+    for jsonl, parquet in zip(*found, strict=True):
+        np.testing.assert_array_equal(jsonl.tokens, parquet.tokens)
+        np.testing.assert_array_equal(jsonl.is_target, parquet.is_target)
 
 
 def test_fault_06_nulls_that_were_written_stay(tmp_path):

@@ -7,13 +7,15 @@ import struct
 import time
 import tracemalloc
 
+import numpy as np
 import pytest
+import safetensors.numpy
 from etils import epath
 
 import swaa_jax as swaa
 from swaa_jax.checkpoint import CheckpointError, WeightReader
 from swaa_jax.models import read_blueprint
-from tests.support.random_models import random_model
+from tests.support.random_models import random_model, save_random_model
 
 SECONDS = 20.0  # an idle machine takes a tenth; quadratic work took minutes
 
@@ -123,7 +125,53 @@ def test_fault_22_an_index_of_many_entries_is_refused_in_linear_time(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CheckpointError, match="index") as caught:
         WeightReader(tmp_path)
-    assert len(str(caught.value)) < 2000
+    assert len(str(caught.value)) < 900
+
+
+def message_of(directory, action) -> str:
+    """The whole message, its paths aside."""
+    with pytest.raises(CheckpointError) as caught:
+        action()
+    return str(caught.value).replace(str(directory), "DIR")
+
+
+def long_key(n: int) -> str:
+    return f"model.layers.{n}.mlp.experts.{n}.a_projection_of_a_long_name_{n}.weight"
+
+
+def test_messages_about_an_index_of_many_shards_are_short(tmp_path):
+    files = [f"model-{n:05d}-of-00050.safetensors" for n in range(1, 51)]
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {long_key(n): f for n, f in enumerate(files)}}))
+    message = message_of(tmp_path, lambda: WeightReader(tmp_path))
+    assert len(message) < 600
+    for part in ("DIR/model.safetensors.index.json: expected", "got 'model-00001", "(50 of 50)"):
+        assert part in message
+    for n, file in enumerate(files):  # each has another tensor than the index says
+        write_header(tmp_path / file, ("{" + entry(long_key(n + 100), 0) + "}").encode(), b"\0")
+    message = message_of(tmp_path, lambda: WeightReader(tmp_path))
+    assert len(message) < 700
+    for part in (long_key(0), "and 49 more", "does not hold them", "does not name", "again"):
+        assert part in message
+
+
+def test_messages_about_weights_that_do_not_fit_are_short(tmp_path):
+    """All that can be wrong at once, in every layer; each kind is named with its first key."""
+    place = save_random_model(tmp_path / "model", num_hidden_layers=30)
+    tensors = safetensors.numpy.load_file(f"{place}/model.safetensors")
+    changed = {f"extra.{name}": array for name, array in tensors.items()}
+    for number, (name, array) in enumerate(sorted(tensors.items())):
+        if number % 3 == 1:
+            changed[name] = np.zeros((*array.shape, 1), array.dtype)
+        elif number % 3 == 2:
+            changed[name] = np.zeros(array.shape, np.int8)
+    safetensors.numpy.save_file(changed, f"{place}/model.safetensors")
+    message = message_of(place, lambda: swaa.load_model(place))
+    assert len(message) < 1100  # of which 500 are our own words
+    for part in ("DIR: expected", "hidden_size=", " missing: 'model.", " unexpected: 'extra."):
+        assert part in message
+    for part in ("of the wrong shape: 'model.", "of a dtype other than", "check that config.json"):
+        assert part in message
 
 
 def test_fault_22_a_policy_of_many_layers_is_refused_in_linear_time(no_type_checks):

@@ -136,7 +136,7 @@ def test_fault_25_a_byte_at_a_time(judge_server, where):
             handler.end_headers()
         else:
             handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
-        while not handler.server.owner.released.wait(0.05):
+        while not handler.owner.released.wait(0.05):
             handler.wfile.write(b" ")
 
     judge_server.replies = [drips]

@@ -131,6 +131,53 @@ def test_fault_34_whatever_else_runs_is_asked_anew(checkpoint, filed, change):
     assert asked_with(checkpoint, directory, change(checkpoint)).answered == 0
 
 
+def test_config_override_of_the_eval_command_is_filed_apart(checkpoint, tmp_path, capsys):
+    """Per model in the file, of every model by the flag, which wins: all are told apart."""
+    data = tmp_path / "mine.jsonl"
+    data.write_text(json.dumps({"prompt": "Say yes.", "answer": "yes"}) + "\n")
+    fields = {
+        "models": [{"path": checkpoint, "config_overrides": {"rope_theta": 5.0}}],
+        "policies": ["full"],
+        "tasks": [{"task": "qa", "files": str(data), "max_new_tokens": 3}],
+        "output_dir": str(tmp_path / "out"),
+        "dtype": "float32",
+    }
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(fields))
+    from swaa_jax.cli.main import main
+
+    flags = [["rope_theta=77.0"], ["rope_theta=77.0", "rms_norm_eps=0.5"], []]
+    told = [{"rope_theta": 77.0}, {"rope_theta": 77.0, "rms_norm_eps": 0.5}, {"rope_theta": 5.0}]
+    for number, (given, overrides) in enumerate(zip(flags, told, strict=True), start=1):
+        words = [word for one in given for word in ("--config-override", one)]
+        for answered in (1, 0):
+            assert main(["eval", str(file), *words, "--no-compilation-cache"]) == 0
+            assert f"{answered} answers made in this run" in capsys.readouterr().out
+        (model,) = json.loads((tmp_path / "out/run.json").read_text())["models"].values()
+        assert model["config_overrides"] == overrides
+        assert len(list((tmp_path / "out/work").iterdir())) == number
+    assert main(["eval", str(file), "--config-override", "rope_thetta=3"]) == 2
+    assert "did you mean 'rope_theta'" in capsys.readouterr().err
+
+
+def test_config_override_of_a_search_reaches_its_models(checkpoint, tmp_path, monkeypatch):
+    from swaa_jax.cli.main import main
+    from swaa_jax.eval import search
+
+    class Asked(Exception):
+        pass
+
+    def searched(model, *args, **kwargs):
+        raise Asked(model.config_overrides)
+
+    monkeypatch.setattr(search, "search_policies", searched)
+    data = tmp_path / "mine.jsonl"
+    data.write_text(json.dumps({"prompt": "Say yes.", "answer": "yes"}) + "\n")
+    words = ["--model", checkpoint, "--data", str(data), "--windows", "8"]
+    with pytest.raises(Asked, match=r"{'rope_theta': 77\.0}"):
+        main(["recipes", "--search", *words, "--config-override", "rope_theta=77.0"])
+
+
 def zeroed_one(model):
     kernel = model.layers[1].mlp.down_proj.kernel
     kernel.set_value(jnp.zeros_like(kernel.get_value()))
@@ -204,6 +251,15 @@ def test_fault_34_selection(tmp_path):
     assert select_layers(model, samples, **options).num_new == 0
     with pytest.raises(ValueError, match=r"the scores of another run .*arrays was"):
         select_layers(zeroed(model), samples, **options)
+    other = retrieval_model("halves")
+    with pytest.raises(ValueError, match=r"the scores of another run .*config was"):
+        select_layers(with_hf_value(other, "rms_norm_eps", 0.5), samples, **options)
+
+
+def with_hf_value(model, name, value):
+    """A model as `load_model` gives it under a config override."""
+    fields = {**json.loads(model.config.hf_json), name: value}
+    return with_config(model, hf_json=json.dumps(fields))
 
 
 def test_fault_34_distillation(checkpoint, tmp_path):

@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from swaa_jax.chats import THOUGHT_MARKERS, ChatError, render_chat
+from swaa_jax.data import DataConfig, prepare_samples
 from swaa_jax.distill import DistillConfig, distill
-from swaa_jax.eval.judging import make_judge
+from swaa_jax.eval.judging import Judged, make_judge, strip_thinking
+from swaa_jax.eval.judging.language_model import read_verdict
 from swaa_jax.eval.run.asking import Asking
 from swaa_jax.eval.run.config import EvalConfig
 from swaa_jax.eval.tasks import Sample, encode_sample, make_task
-from swaa_jax.infer import generate, opens_thinking
+from swaa_jax.infer import generate, opens_thinking, stream
 from tests.support import byte_tokenizer
 from tests.support.random_models import random_model
 from tests.support.standin import StandIn
@@ -27,6 +30,7 @@ ALWAYS = _TURNS.replace("GENERATION", LONG_START)
 """As always-thinking models' templates: `enable_thinking` is not there."""
 NEVER = _TURNS.replace("GENERATION", "")
 
+CHAT = ({"role": "user", "content": "Q"},)
 SAMPLE = Sample(
     id="1",
     messages=({"role": "user", "content": "What does <think> mean?"},),
@@ -92,7 +96,7 @@ def test_fault_08_non_thinking_use_of_a_model_that_always_thinks(template, caplo
         asking = asking_with(template, thinking=False)
     always = template is ALWAYS
     assert asking._opened == [always] * 2
-    assert ("opens <think>" in caplog.text) == always
+    assert ("opens a thought" in caplog.text) == always
 
 
 SWITCHED = _TURNS.replace("GENERATION", "{% if enable_thinking %}Think.{% endif %}")
@@ -130,8 +134,8 @@ def test_fault_08_thinking_that_no_template_asks_for_is_told_elsewhere(
 class Scripted(StandIn):
     """Answers with given tokens, whatever it is asked."""
 
-    def __init__(self, prompt_length, script):
-        super().__init__(byte_tokenizer.VOCAB_SIZE)
+    def __init__(self, prompt_length, script, *, vocab_size=byte_tokenizer.VOCAB_SIZE):
+        super().__init__(vocab_size)
         self.prompt_length, self.script = prompt_length, tuple(script)
 
     def _logits(self, tokens_BS, end_B):
@@ -170,6 +174,75 @@ def test_fault_08_stops_apply_to_the_answer(opened, answer, stop, want):
     assert plain == answer.partition(stop)[0]
 
 
+def magistral():
+    """As Magistral's: the markers are special tokens, and the prompt opens a thought."""
+    from tokenizers import AddedToken
+
+    tok = byte_tokenizer.build(template=_TURNS.replace("GENERATION", "[THINK]"))
+    markers = [AddedToken(name, special=True) for name in ("[THINK]", "[/THINK]")]
+    tok.add_tokens(markers, special_tokens=True)
+    return tok
+
+
+@pytest.mark.parametrize("markers", THOUGHT_MARKERS, ids=str)
+def test_every_marker_is_read_alike(markers):
+    opening, closing = markers
+    tok = byte_tokenizer.build(template=_TURNS.replace("GENERATION", f"{opening}\n"))
+    assert encode_sample(SAMPLE, tok, thinking=False) == encode_sample(SAMPLE, tok, thinking=True)
+    ids = tok(f"Q{opening}a{closing}", add_special_tokens=False)["input_ids"]
+    assert opens_thinking(tok, ids[:-1]) and not opens_thinking(tok, ids)
+    assert strip_thinking(f"a{closing}\n\nb", thinking=True).text == "b"
+    assert strip_thinking(f"{opening}a{closing}b").text == "b"
+    assert not strip_thinking(f"{opening}ab").finished
+    assert make_judge("exact")(judged(f"{opening}no{closing}yes")).accepted
+    assert not make_judge("includes")(judged(f"{opening}yes{closing}no")).accepted
+    assert read_verdict(f"{opening}INCORRECT?{closing}CORRECT") is True
+
+
+def judged(response):
+    return Judged(question="Q", references=("yes",), response=response)
+
+
+@pytest.mark.parametrize("stop", ["c", "[/THINK]"])
+def test_markers_that_are_special_tokens_stay_in_the_text(stop):
+    tok, chat = magistral(), list(CHAT)
+    prompt = tok.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert opens_thinking(tok, prompt)
+    answer = "c a[/THINK]\n\nIt is c."
+    script = tok(answer + "<|eos|>", add_special_tokens=False)["input_ids"]
+    model = Scripted(len(prompt), script, vocab_size=len(tok))
+    options = {"max_new_tokens": 60}
+    whole = generate(model, tok, [chat], **options)
+    assert whole.texts == (answer,)
+    assert "".join(stream(model, tok, chat, **options)) == answer
+    assert strip_thinking(whole.texts[0], thinking=True).text == "It is c."
+    cut = generate(model, tok, [chat], stop=stop, stop_in_thought=False, **options).texts[0]
+    assert cut == ("c a[/THINK]\n\nIt is " if stop == "c" else answer)
+    assert generate(model, tok, [chat], stop=stop, **options).texts[0] == answer.partition(stop)[0]
+
+
+@pytest.mark.parametrize(
+    "content", ["[THINK]Hm[/THINK]Yo", "\n[THINK] Hm[/THINK]Yo", "Hm[/THINK]Yo"]
+)
+def test_verbatim_answers_open_no_thought_twice(content):
+    tok = magistral()
+    record = {"messages": [*CHAT, {"role": "assistant", "content": content}]}
+    config = DataConfig(seq_len=64, batch_size=1, answers="verbatim")
+    (sample,) = prepare_samples(config, tok, records=[record])
+    assert tok.decode(sample.tokens).count("[THINK]") == 1
+    trained = tok.decode(sample.tokens[sample.is_target])
+    assert trained.lstrip() == "Hm[/THINK]Yo<|im_end|>"
+
+
+def test_a_thought_that_the_template_leaves_out_is_told():
+    """In the content of an answer, `[THINK]` is found as `<think>` is."""
+    left_out = _TURNS.replace("{{ m.content }}", "{{ m.content.split('[/THINK]')[-1] }}")
+    tok = byte_tokenizer.build(template=left_out)
+    answer = {"role": "assistant", "content": "[THINK]Hm[/THINK]Yo"}
+    with pytest.raises(ChatError, match=r"message 1: .*the answer's thought, '\[THINK\]Hm'"):
+        render_chat(tok, [*CHAT, answer], generation_prompt=False)
+
+
 @pytest.fixture
 def harness(tmp_path):
     pytest.importorskip("lm_eval")
@@ -203,7 +276,7 @@ def test_fault_08_the_harness_stops_and_answers_behind_the_thought(harness, capl
     lm.model = scripted(lm.tokenizer, prompt, "a.\n\nb")
     with caplog.at_level(logging.WARNING):
         assert lm.generate_until([asked], True) == [""]
-    assert "1 of 1" in caplog.text and "</think>" in caplog.text
+    assert "1 of 1" in caplog.text and "a thought that ends within" in caplog.text
     hybrid = harness(NEVER)  # the model itself begins the thought
     chat = hybrid.apply_chat_template([{"role": "user", "content": "Q"}])
     asked = request("generate_until", chat, {"until": ["\n\n", "."], "max_gen_toks": 80})

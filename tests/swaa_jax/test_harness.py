@@ -372,6 +372,29 @@ def test_the_models_own_errors_stay_as_they_are(monkeypatch, capsys):
         command(monkeypatch, ours["call"])
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_overrides_of_the_config_reach_the_model(checkpoint, monkeypatch, capsys):
+    from lm_eval.__main__ import HarnessCLI
+
+    from swaa_jax.cli.main import main
+
+    word = "max_position_embeddings=77"
+    assert lm_for(checkpoint, config_overrides=word).max_length == 77
+    found = []
+    parse = lambda: found.append(HarnessCLI().parse_args().model_args)  # noqa: E731
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", parse)
+    monkeypatch.setattr(sys, "argv", ["swaa"])
+    words = ["lm-eval", "run", "--model", "swaa", "--model_args", "pretrained=a,dtype=float32"]
+    assert main([*words, "--tasks", "x", "--config-override", word]) == 0
+    overrides = {"max_position_embeddings": 77}
+    assert found == [{"pretrained": "a", "dtype": "float32", "config_overrides": overrides}]
+    assert lm_for(checkpoint, config_overrides=overrides).max_length == 77
+    with pytest.raises(ValueError, match=r"did you mean 'rope_theta'"):
+        lm_for(checkpoint, config_overrides={"rope_thetta": 3})
+    assert main([*words, "--config-override", word, "--config-override", word]) == 2
+    assert "--config-override: expected each key once" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_command_with_a_misspelt_task():
     arguments = ["lm-eval", "run", "--model", "swaa", "--tasks", "hellaswg"]

@@ -4,12 +4,10 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+from swaa_jax.chats import CLOSING, OPENING
 from swaa_jax.fields import number, set_field
 
 __all__ = ["Answer", "Judge", "Judged", "Verdict", "answer_of", "strip_thinking"]
-
-_THINK_END = "</think>"
-_THINK_START = "<think>"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +19,7 @@ class Judged:
         references: right answers; any of them will do, except for `ruler` and `includes` with
             need="all", which want all.
         response: the generated text.
-        thinking: whether the prompt had opened `<think>`.
+        thinking: whether the prompt had opened a thought.
         grading: what a language model that judges must know besides the references; rules ignore
             it.
     """
@@ -75,7 +73,7 @@ class Answer:
 
     Attributes:
         text: what is to be scored; empty when the thinking never ended.
-        finished: false when a `<think>` was left open.
+        finished: false when a thought was left open.
     """
 
     text: str
@@ -83,12 +81,12 @@ class Answer:
 
 
 def strip_thinking(text: str, *, thinking: bool = False) -> Answer:
-    r"""The text after the last `</think>`.
+    r"""The text after the last thought's end, `</think>` or another of `THOUGHT_MARKERS`.
 
     Args:
         text: the generated text, with or without the prompt's end.
-        thinking: whether the prompt itself had opened `<think>`, as thinking templates do; then a
-            text without `</think>` is unfinished.
+        thinking: whether the prompt itself had opened a thought, as thinking templates do; then a
+            text that does not close it is unfinished.
 
     Example:
         >>> strip_thinking("a is 1.</think>\n\nIt is 1.").text
@@ -96,13 +94,13 @@ def strip_thinking(text: str, *, thinking: bool = False) -> Answer:
         >>> strip_thinking("a is 1, no wait", thinking=True).finished
         False
     """
-    _, end, tail = text.rpartition(_THINK_END)
-    if end:
-        return _open_or_done(tail)
+    ends = [found.end() for found in CLOSING.finditer(text)]
+    if ends:
+        return _open_or_done(text[ends[-1] :])
     return Answer(text="", finished=False) if thinking else _open_or_done(text)
 
 
 def _open_or_done(text: str) -> Answer:
-    if _THINK_START in text:
+    if OPENING.search(text):
         return Answer(text="", finished=False)
     return Answer(text=text.strip(), finished=True)

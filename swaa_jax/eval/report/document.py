@@ -12,6 +12,7 @@ from swaa_jax.eval.report.summary import CellSummary, Group, Part
 from swaa_jax.eval.report.table import COLUMNS, LEGEND, markdown_table, markdown_text
 from swaa_jax.eval.run import Evaluation
 from swaa_jax.eval.run.store import AnswerRecord
+from swaa_jax.fields import show
 
 __all__ = ["html_report", "markdown_report"]
 
@@ -115,6 +116,8 @@ def _setting(evaluation: Evaluation) -> str:
         if not config.temperature
         else f"temperature {config.temperature:g}, {config.attempts} attempts a sample"
     )
+    settings = config.sampling_identity.items()
+    drawn += "".join(f", {k} {show(one)}" for k, one in settings if one and k != "temperature")
     judges = "; ".join(f"{one.name}: {one.judge_settings['name']}" for one in config.tasks)
     return (
         f"{evaluation.device['description']}, {evaluation.dtype}, {drawn}; swaa_jax "

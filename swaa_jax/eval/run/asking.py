@@ -32,10 +32,11 @@ __all__ = ["Asking", "Cell"]
 log = logging.getLogger(__name__)
 
 _OPTIONS = (
-    *("max_new_tokens", "temperature", "top_k", "top_p", "seed", "sampling"),
+    *("max_new_tokens", "seed", "sampling"),
     *("stop", "stop_token_ids", "ignore_eos", "chunk_size"),
 )
-"""The options that an answer to given token ids depends on; stored answers are found by them."""
+"""The options, besides those of sampling, that an answer to given token ids depends on; stored
+answers are found by them."""
 
 _JUDGE_THREADS = 8
 """Answers that are judged at once: one that is a model behind a URL takes its time."""
@@ -99,7 +100,7 @@ class Asking:
         if any(opened) and not thinking:
             log.warning(
                 "task %s: expected a chat template that asks %s for an answer without thinking, "
-                "got one that opens <think> all the same; answers get no prefix, and those whose "
+                "got one that opens a thought all the same; answers get no prefix, and those whose "
                 "thought does not end within max_new_tokens are wrong; set thinking: true",
                 task.name,
                 entry.label,
@@ -126,7 +127,10 @@ class Asking:
             "task": {"kind": task.task.name, **dataclasses.asdict(task.task)},
             "thinking": thinking,
             "prompts": fingerprint(self._prompts),
-            "options": {name: getattr(self._options, name) for name in _OPTIONS},
+            "options": {
+                **{name: getattr(self._options, name) for name in _OPTIONS},
+                **self._options.sampling_identity,
+            },
             "attempts": attempts,
             "batch_size": config.batch_size,
         }
@@ -321,8 +325,6 @@ def _options(config: EvalConfig, task: TaskEntry, thinking: bool) -> GenerateOpt
     longest = task.max_new_tokens or task.task.answer_tokens
     return GenerateOptions(
         max_new_tokens=longest + (config.max_thinking_tokens if thinking else 0),
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
         seed=config.seed,
+        **config.sampling_fields,
     )

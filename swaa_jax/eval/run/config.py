@@ -17,12 +17,12 @@ from swaa_jax.fields import (
     list_of,
     mapping,
     naming,
-    number,
     one_of,
     or_none,
     text,
     wrong,
 )
+from swaa_jax.infer import SamplingParams
 from swaa_jax.policy import AttentionPolicy, load_policy
 from swaa_jax.storage import read_text
 from swaa_jax.typing import PathLike
@@ -130,8 +130,8 @@ class Setting:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """What an evaluation asks.
+class EvalConfig(SamplingParams):
+    """What an evaluation asks; how tokens are drawn is in `SamplingParams`.
 
     Attributes:
         settings: models x policies.
@@ -141,7 +141,6 @@ class EvalConfig:
         max_thinking_tokens: added to an answer's longest length where the model thinks; 0: that
             length holds for thinking and answer together.
         attempts: answers to each sample; more than one wants a temperature.
-        temperature, top_k, top_p: how tokens are drawn; 0 is greedy.
         seed: of the draws, the resampling, and the choice of shown examples.
         batch_size: prompts run at once, at most, of similar length.
         skip_samples, limit: of each task's samples, the first so many are left out, and at most so
@@ -162,9 +161,6 @@ class EvalConfig:
     thinking: tuple[bool, ...] = (False,)
     max_thinking_tokens: int = 2048
     attempts: int = 1
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
     seed: int = 0
     batch_size: int = 8
     skip_samples: int = 0
@@ -175,6 +171,7 @@ class EvalConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.attempts != 1 and not self.temperature:
             raise ValueError(
                 f"attempts: expected 1 at temperature 0, where all answers are the same, got "
@@ -186,7 +183,6 @@ class EvalConfig:
             thinking=_modes,
             max_thinking_tokens=integer(least=0),
             attempts=integer(least=1),
-            temperature=number(least=0),
             seed=integer(least=0),
             batch_size=integer(least=1),
             skip_samples=integer(least=0),
@@ -202,6 +198,19 @@ class EvalConfig:
                     f"models: expected distinct names, got {model.label!r} for {model.path} and "
                     f"for {known[model.label].path}; give one a name, {{path: ..., name: ...}}"
                 )
+
+    def with_config_overrides(self, overrides: Mapping[str, object]) -> "EvalConfig":
+        """The same evaluation of models whose configs have these values, over their own ones."""
+
+        def changed(model: ModelEntry) -> ModelEntry:
+            own = {**model.config_overrides, **overrides}
+            return dataclasses.replace(model, config_overrides=own)
+
+        settings = tuple(
+            dataclasses.replace(setting, models=tuple(map(changed, setting.models)))
+            for setting in self.settings
+        )
+        return dataclasses.replace(self, settings=settings)
 
     def without_adapter(self, label: str) -> str:
         """The label of the same checkpoint without adapters, where it is among the models."""

@@ -66,13 +66,12 @@ def identity_of(model: CausalLM, entry: ModelEntry) -> dict[str, Any]:
     What runs counts, not what the entry or the config say of it: a model that was changed after
     loading is told by its arrays.
     """
-    overrides = model.source.overrides if isinstance(model.source, Source) else {}
     return {
         **describe_model(model),
         "weights": weight_marks(model.source),
         "adapter": entry.adapter,
         "adapter_weights": weight_marks(entry.adapter),
-        "config_overrides": dict(overrides),
+        "config_overrides": _overrides(model),
         "dtype": str(model.dtype),
         "backend": running_backend(model),
         **_changed(model, entry),
@@ -80,8 +79,19 @@ def identity_of(model: CausalLM, entry: ModelEntry) -> dict[str, Any]:
 
 
 def describe(model: CausalLM, entry: ModelEntry) -> dict[str, Any]:
-    """What results say of a model: its checkpoint, and what has changed since it was loaded."""
-    return {**describe_model(model), **_changed(model, entry)}
+    """What results say of a model: its checkpoint, overrides of its config, and what has changed
+    since it was loaded.
+    """
+    overrides = _overrides(model)
+    return {
+        **describe_model(model),
+        **({"config_overrides": overrides} if overrides else {}),
+        **_changed(model, entry),
+    }
+
+
+def _overrides(model: CausalLM) -> dict[str, Any]:
+    return dict(model.source.overrides) if isinstance(model.source, Source) else {}
 
 
 def _changed(model: CausalLM, entry: ModelEntry) -> dict[str, Any]:
