@@ -19,10 +19,15 @@ from swaa_jax.checkpoint.hf import (
     named_templates,
 )
 from swaa_jax.checkpoint.hub import open_checkpoint
+from swaa_jax.fields import show
 from swaa_jax.storage import CheckpointError, is_local, reading, resolve_inside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_LONGEST_NAME = 200
+_PROBE = "Hi, 12 texts' wörds\n  (😀)!"
+"""Encoded once, since many faults of a tokenizer's files show only then."""
 
 
 def load_tokenizer(
@@ -85,6 +90,13 @@ def _load(directory: epath.Path, source: epath.Path) -> "PreTrainedTokenizerBase
         resolve_inside(directory, name)
         if name.endswith(".json"):
             read_json_object(directory / name)
+    if (directory / CONFIG_FILE).exists():  # the library shows its model_type, however long
+        kind = read_json_object(directory / CONFIG_FILE).get("model_type")
+        if isinstance(kind, str) and len(kind) > _LONGEST_NAME:
+            raise CheckpointError(
+                f"{source / CONFIG_FILE}: model_type: expected a name of at most {_LONGEST_NAME} "
+                f"characters, got {show(kind)}; fetch the file again"
+            )
     for name in named_templates(directory):
         under, _, file = name.rpartition("/")
         resolve_inside(directory, file, under=under)
@@ -92,10 +104,14 @@ def _load(directory: epath.Path, source: epath.Path) -> "PreTrainedTokenizerBase
         from transformers import AutoTokenizer  # slow to import, so only where it is needed
 
     try:
-        return AutoTokenizer.from_pretrained(
+        tok = AutoTokenizer.from_pretrained(
             os.fspath(directory), trust_remote_code=False, local_files_only=True
         )
-    except Exception as error:  # the library raises whatever a malformed file makes it raise
+        tok.decode(tok(_PROBE)["input_ids"])
+        return tok
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if "trust_remote_code" in reason:
             raise CheckpointError(

@@ -32,7 +32,14 @@ from swaa_jax.policy import Stage
 from swaa_jax.progress import show_progress
 from swaa_jax.records import DataError, Record, Records, find_files, open_records, records_of
 from swaa_jax.runs import fingerprint
-from swaa_jax.storage import CheckpointError, atomic_directory, is_local, reading, sha256
+from swaa_jax.storage import (
+    CheckpointError,
+    atomic_directory,
+    is_local,
+    read_json,
+    reading,
+    sha256,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -443,7 +450,7 @@ def _open(place: epath.Path) -> _Stored | None:
     if not (directory / _META).exists():
         return None
     try:
-        meta = json.loads((directory / _META).read_text())
+        meta = read_json(directory / _META)
         check = meta.pop("check")
         found = {name: sha256(directory / name) for name in _FILES}
         differing = [name for name in _FILES if found[name] != meta["sha256"][name]]

@@ -18,6 +18,7 @@ from swaa_jax.infer.prompts import Prompts, check_context, encode_prompts, opens
 from swaa_jax.infer.sampling import SamplingParams
 from swaa_jax.infer.stopping import AnswerRow, FinishReason, StopRules, TokenText, make_stop_rules
 from swaa_jax.infer.timings import Timings
+from swaa_jax.limits import MAX_TOKEN_ID
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import SplitModel, split_model
 from swaa_jax.progress import show_progress
@@ -357,7 +358,7 @@ def eos_token_ids(model: CausalLM, tok: "PreTrainedTokenizerBase | None") -> tup
         ids = getattr(model.config, name, None) if ids is None else ids
     ids = () if ids is None else (ids,) if isinstance(ids, int) else ids
     own = getattr(tok, "eos_token_id", None)
-    ids = list_of(integer(least=0))("eos_token_id", ids)
+    ids = list_of(integer(least=0, most=MAX_TOKEN_ID))("eos_token_id", ids)
     return tuple(sorted({*ids, *(() if own is None else (int(own),))}))
 
 

@@ -20,6 +20,7 @@ from swaa_jax.fields import (
     number,
     one_of,
     or_none,
+    path,
     text,
     wrong,
 )
@@ -183,6 +184,7 @@ class EvalConfig:
         check_fields(
             self,
             tasks=_several(task_entry),
+            output_dir=path,
             thinking=_modes,
             max_thinking_tokens=integer(least=0),
             attempts=integer(least=1),
