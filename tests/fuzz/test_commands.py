@@ -57,7 +57,7 @@ def harness_forks():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return save_random_model(tmp_path_factory.mktemp("fuzz") / "model", num_hidden_layers=1)
+    return save_random_model(tmp_path_factory.mktemp("fuzz") / "model", num_hidden_layers=2)
 
 
 def refused(ran: Ran) -> None:
@@ -68,7 +68,7 @@ def refused(ran: Ran) -> None:
 
 def survived(ran: Ran) -> None:
     """The command ends, well or with a word, and soon: not every command reads every file."""
-    assert ran.code in (0, 2) and "Traceback" not in ran.err, ran.err[-CHARACTERS:]
+    assert ran.code in (0, 1, 2) and "Traceback" not in ran.err, ran.err[-CHARACTERS:]
     assert ran.length < CHARACTERS, ran
     assert ran.seconds < SECONDS, ran
     assert ran.memory < BYTES, ran
@@ -90,7 +90,8 @@ def over(table: Mapping[str, object], *commands: str, first: int = 1, slow: Sequ
 
 def sound_data(directory: pathlib.Path) -> pathlib.Path:
     path = directory / "sound.jsonl"
-    path.write_text('{"prompt": "One?", "answer": "1", "response": "1"}\n' * 4)
+    record = {"prompt": f"One? {PROMPT}", "answer": "1", "response": "1"}
+    path.write_text(f"{json.dumps(record)}\n" * 4)
     return path
 
 
@@ -100,7 +101,7 @@ def written(path: pathlib.Path, content: object) -> pathlib.Path:
 
 
 def training(model: object, data: object, out: object, /, **changed: object) -> dict[str, object]:
-    fields = {"files": str(data), "seq_len": 64, "batch_size": 1, "num_epochs": 1}
+    fields = {"files": str(data), "seq_len": 256, "batch_size": 1, "num_epochs": 1}
     given = {"model": model, "data": fields, "output_dir": str(out), "max_steps": 1}
     return {**given, "dtype": "float32", **changed}
 
@@ -111,6 +112,7 @@ def evaluation(model: object, data: object, out: object, /, **changed: object) -
     return {**given, "dtype": "float32", **changed}
 
 
+PROMPT = "hi " + "a" * 60 + "!"  # for patterns that backtrack
 CALM = ("--no-compilation-cache",)
 QUIET = (*CALM, "--quiet")
 
@@ -120,17 +122,16 @@ def of_model(command: str, model: object, tmp_path: pathlib.Path) -> Words:
     data, out = sound_data(tmp_path), tmp_path / "out"
     match command:
         case "generate":
-            return ["generate", model, "hi", "--max-new-tokens", 2, *CALM]
+            return ["generate", model, PROMPT, "--max-new-tokens", 2, *CALM]
         case "sampling":
             sampled = ("--sampling", "checkpoint")
-            return ["generate", model, "hi", "--max-new-tokens", 2, *sampled, *CALM]
+            return ["generate", model, PROMPT, "--max-new-tokens", 2, *sampled, *CALM]
         case "convert":
             return ["convert", model, out]
         case "recipes":
             return ["recipes", "--model", model, "--context", 128]
         case "search":
-            search = ("--search", "--windows", 8, "--full-layers", "none", "--output", out)
-            return ["recipes", *search, "--model", model, "--data", data, "--max-new-tokens", 2]
+            return of_data(command, data, model, out)
         case "lm-eval":
             return harness(tmp_path, pretrained=model)
     return of_data(command, data, model, out)
@@ -140,7 +141,8 @@ def of_data(command: str, data: object, model: object, out: pathlib.Path) -> Wor
     """A command that reads data."""
     match command:
         case "eval":
-            return ["eval", "--model", model, "--data", data, "--output", out, *QUIET]
+            asked = ("--data", data, "--policies", "full", "--max-new-tokens", 2)
+            return ["eval", "--model", model, *asked, "--output", out, *QUIET]
         case "distill":
             return ["distill", model, data, out, "--max-new-tokens", 2, *QUIET]
         case "select":
@@ -181,6 +183,20 @@ def harness(tmp_path: pathlib.Path, **arguments: object) -> Words:
         *("lm-eval", "run", "--model", "swaa", "--model_args", given, "--tasks", "local_choice"),
         *("--include_path", tmp_path / "tasks", "--batch_size", 1),
     ]
+
+
+COMMANDS = ("generate", "sampling", "convert", "recipes", "search", "eval", "train", "distill")
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "select"])
+def test_sound_files_are_taken(forks, command, model, tmp_path):
+    """So what is refused below is refused for the fault that it has."""
+    if command == "sampling":
+        model = copied(model, tmp_path)
+        written(model / "generation_config.json", {"do_sample": True, "temperature": 0.5})
+    ran = forks.run(of_model(command, model, tmp_path))
+    # A random model keeps none of no score, which a search tells by 1.
+    assert ran.code == 0 or (command, ran.code, ran.err) == ("search", 1, ""), ran
 
 
 @over(corpus.DOCUMENTS, "train", "eval")
