@@ -11,6 +11,9 @@ PARQUET_TIMES = 100
 """A row group in memory against its file: text is compressed to a tenth, a third of that where
 records share their contexts."""
 
+MAX_MESSAGES = 20_000
+"""Of a chat: some tokens each, they fill the longest contexts; each is checked and rendered."""
+
 TEMPLATE_SECONDS = 2.0
 """Of rendering a chat by its template, which takes milliseconds; for each 10 MB of chat as much
 again."""

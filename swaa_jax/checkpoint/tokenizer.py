@@ -1,12 +1,13 @@
 """Tokenizers, through Transformers' tokenizer classes (which need no torch)."""
 
 import contextlib
+import functools
 import logging
 import os
 import tempfile
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
@@ -75,6 +76,39 @@ def special_tokens(tok: "PreTrainedTokenizerBase") -> dict[int, str]:
     for token, name in zip(tok.all_special_ids, tok.all_special_tokens, strict=True):
         found[int(token)] = str(name)
     return found
+
+
+def encode_up_to(
+    tok: "PreTrainedTokenizerBase", text: str, most: int | None, *, special: bool = False
+) -> list[int]:
+    """A text's ids; of one that has more than `most` of them perhaps the first ones only, but more
+    than `most`.
+
+    A text of 20 MB takes gigabytes to encode. What its first characters show to be too long is not
+    encoded further: no token is longer than the longest of the vocabulary.
+
+    Args:
+        tok: the tokenizer.
+        text: what to encode.
+        most: ids that whoever asks has room for; None: all are wanted.
+        special: with the special tokens that the tokenizer adds by itself.
+    """
+
+    def ids(part: str) -> list[int]:
+        found: Any = tok(part, add_special_tokens=special, verbose=False)["input_ids"]
+        return list(found)
+
+    if most is not None and len(text) > (cut := (most + 1) * _longest_token(tok)):
+        beginning = ids(text[:cut])
+        if len(beginning) > most:  # else a normalizer drops characters, or words are unknown
+            return beginning
+    return ids(text)
+
+
+@functools.lru_cache(maxsize=4)
+def _longest_token(tok: "PreTrainedTokenizerBase") -> int:
+    """Characters of the longest token of the vocabulary."""
+    return max(map(len, tok.get_vocab()), default=1)
 
 
 def _load(directory: epath.Path, source: epath.Path) -> "PreTrainedTokenizerBase":

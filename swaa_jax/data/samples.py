@@ -217,8 +217,8 @@ def _first_pass(
                     raise DataError(
                         f"{place}: expected a sample of at most "
                         f"{'max_length' if config.max_length else 'seq_len'}={limit} tokens, since "
-                        f"an answer is never cut from its prompt, got {len(sample)}; raise it, "
-                        "remove the record, or set on_too_long: drop"
+                        f"an answer is never cut from its prompt, got at least {len(sample)}; "
+                        "raise it, remove the record, or set on_too_long: drop"
                     )
                 counts["too_long"] += 1
             elif len(sample) < config.min_length:

@@ -79,7 +79,7 @@ def generate(
             of the vocabulary, an unknown option, or one out of range.
     """
     options = GenerateOptions.of(options, overrides)
-    encoded = encode_prompts(tok, prompts, **options.template_options)
+    encoded = encode_prompts(tok, prompts, room=_context(model), **options.template_options)
     limit = options.max_new_tokens
     check_prompts(model, encoded, max_new_tokens=limit, positions=options.positions)
     session = _Session(model, tok, options)
@@ -189,7 +189,7 @@ def stream(
         ValueError: as `generate`, or more than one prompt.
     """
     options = GenerateOptions.of(options, overrides)
-    encoded = encode_prompts(tok, prompt, **options.template_options)
+    encoded = encode_prompts(tok, prompt, room=_context(model), **options.template_options)
     if len(encoded) != 1:
         raise ValueError(f"prompt: expected one prompt to stream, got {len(encoded)}")
     check_prompts(
@@ -219,7 +219,7 @@ def check_prompts(
 
     With positions inside the cache only the prompt, and window and sinks, must fit the context.
     """
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = _context(model)
     if positions == "cache":
         check_stream(model.layer_attention, context=context)
         max_new_tokens = 0
@@ -229,6 +229,10 @@ def check_prompts(
         vocab_size=model.config.vocab_size,
         context=context,
     )
+
+
+def _context(model: CausalLM) -> int | None:
+    return getattr(model.config, "max_position_embeddings", None)
 
 
 @dataclasses.dataclass(kw_only=True)

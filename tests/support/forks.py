@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from tests.support import processes
 
@@ -46,7 +46,9 @@ class Ran:
         code: its exit code; negative: the signal that ended it.
         err: what it wrote to stderr, begin and end.
         length: characters of all of it.
-        seconds: from the fork to the end.
+        seconds: that it and its children computed: on a machine that does much else, waiting is
+            not work.
+        waited: seconds from the fork to the end.
         memory: bytes that it and its children took at most, beyond the idle process.
     """
 
@@ -54,6 +56,7 @@ class Ran:
     err: str
     length: int
     seconds: float
+    waited: float
     memory: int
 
 
@@ -99,44 +102,50 @@ def _serve() -> None:
         importlib.import_module(module)
     gc.collect()
     gc.freeze()
-    idle = _measured([])[1]
+    idle = _measured([]).memory
     for line in sys.stdin:
         with tempfile.TemporaryFile() as err:
-            started = time.monotonic()
-            code, memory = _measured(json.loads(line), err.fileno())
-            seconds = time.monotonic() - started
+            ran = _measured(json.loads(line), err.fileno())
             err.seek(0)
             said = err.read().decode(errors="replace")
-        ran = Ran(
-            code=code,
+        ran = dataclasses.replace(
+            ran,
             err=said if len(said) < 2 * _KEPT else f"{said[:_KEPT]} ... {said[-_KEPT:]}",
             length=len(said),
-            seconds=seconds,
-            memory=memory - idle,
+            memory=ran.memory - idle,
         )
         print(json.dumps(dataclasses.asdict(ran)), flush=True)
 
 
-def _measured(argv: Sequence[str], err: int | None = None) -> tuple[int, int]:
-    """Exit code and bytes at most of a fork that runs a command; of an idle one without any."""
+def _measured(argv: Sequence[str], err: int | None = None) -> Ran:
+    """A fork that runs a command, or ends at once without any; what is idle counts as memory."""
+    started = time.monotonic()
     pid = os.fork()
     if not pid:
         os._exit(_command(argv, err) if argv else 0)
-    given_up = time.monotonic() + _GIVEN_UP
-    children: dict[int, int] = {}  # the most that each had
+    memory: dict[int, int] = {}  # of its children, the most that each had
+    seconds: dict[int, float] = {}
     while True:
         ended, status, used = os.wait4(pid, os.WNOHANG)
         if ended:
             break
-        below = list(_below(pid))
+        below = _below(pid)
         for child in below:
-            children[child] = max(children.get(child, 0), _high_water(child))
-        if time.monotonic() > given_up:
+            memory[child] = max(memory.get(child, 0), _high_water(child))
+        seconds |= below
+        if time.monotonic() > started + _GIVEN_UP:
             for one in (*below, pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(one, signal.SIGKILL)
         time.sleep(_EVERY)
-    return os.waitstatus_to_exitcode(status), used.ru_maxrss * 1024 + sum(children.values())
+    return Ran(
+        code=os.waitstatus_to_exitcode(status),
+        err="",
+        length=0,
+        seconds=used.ru_utime + used.ru_stime + sum(seconds.values()),
+        waited=time.monotonic() - started,
+        memory=used.ru_maxrss * 1024 + sum(memory.values()),
+    )
 
 
 def _command(argv: Sequence[str], err: int | None) -> int:
@@ -156,18 +165,20 @@ def _command(argv: Sequence[str], err: int | None) -> int:
         sys.stderr.flush()
 
 
-def _below(pid: int) -> Iterator[int]:
-    """Children of a process, theirs too."""
-    parents = {}
+def _below(pid: int) -> dict[int, float]:
+    """Children of a process, theirs too, and the seconds that each has computed."""
+    parents, seconds = {}, {}
     for entry in pathlib.Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
                 parents[int(entry.name)] = int(fields[1])
+                ticks = int(fields[11]) + int(fields[12])
+                seconds[int(entry.name)] = ticks / os.sysconf("SC_CLK_TCK")
     found, level = set(), {pid}
     while level := {child for child, parent in parents.items() if parent in level} - found:
         found |= level
-    return iter(found)
+    return {child: seconds[child] for child in found}
 
 
 def _high_water(pid: int) -> int:
