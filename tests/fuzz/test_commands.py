@@ -186,11 +186,11 @@ def harness(tmp_path: pathlib.Path, **arguments: object) -> Words:
     ]
 
 
-COMMANDS = ("generate", "sampling", "convert", "recipes", "search", "eval", "train", "distill")
+COMMANDS = ("generate", "sampling", "search", "eval", "distill")
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "select"])
-def test_sound_files_are_taken(forks, command, model, tmp_path):
+@over({"": None}, "recipes", "convert", "train", *COMMANDS, "select", first=3)
+def test_sound_files_are_taken(forks, name, command, model, tmp_path):
     """So what is refused below is refused for the fault that it has."""
     if command == "sampling":
         model = copied(model, tmp_path)
@@ -230,7 +230,11 @@ def test_lists(forks, name, command, model, tmp_path):
     refused(forks.run(of_data(command, path, model, tmp_path / "out")))
 
 
-@over(corpus.TABLES, "train", "eval", "distill", "select", "search")
+@over(
+    corpus.TABLES,
+    *("train", "eval", "distill", "select", "search"),
+    slow=["a repeated text", "a long name", "columns"],
+)
 def test_tables(forks, name, command, model, tmp_path):
     path = tmp_path / "data.parquet"
     corpus.TABLES[name](path)
@@ -294,7 +298,7 @@ def test_generation_configs(forks, name, command, model, tmp_path):
 TOKENIZING = ("generate", "train", "eval", "distill", "select", "search", "convert")
 
 
-@over(corpus.TEMPLATES, *TOKENIZING)
+@over(corpus.TEMPLATES, *TOKENIZING, slow=["loops", "a long template", "a long text", "a power"])
 def test_templates(forks, name, command, model, tmp_path):
     path = copied(model, tmp_path)
     corpus.TEMPLATES[name](path / "chat_template.jinja")
@@ -302,7 +306,7 @@ def test_templates(forks, name, command, model, tmp_path):
     survived(ran) if command == "convert" else refused(ran)
 
 
-@over(corpus.TOKENIZERS, *TOKENIZING)
+@over(corpus.TOKENIZERS, *TOKENIZING, slow=["many added tokens"])
 def test_tokenizers(forks, name, command, model, tmp_path):
     path = copied(model, tmp_path)
     content = json.loads((path / "tokenizer.json").read_text())
