@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 from swaa_jax.documents import parse_json, problem_within
 from swaa_jax.fields import describe, show
+from swaa_jax.limits import MAX_MESSAGES
 
 __all__ = ["ChatError", "Message", "Result", "Tools", "normal_messages", "normal_tools"]
 
@@ -70,6 +71,8 @@ def normal_messages(messages: object, name: str = "message {}") -> tuple[Message
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise _wrong("messages", "a list of them, [{role: ..., content: ...}]", messages)
+    if len(messages) > MAX_MESSAGES:
+        raise ChatError(f"messages: expected at most {MAX_MESSAGES}, got {len(messages)}")
     return tuple(_normal(one, name.format(at)) for at, one in enumerate(messages))
 
 

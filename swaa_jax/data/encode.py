@@ -20,7 +20,7 @@ from swaa_jax.chats import (
     render_chat,
     unused_variables,
 )
-from swaa_jax.checkpoint.tokenizer import special_tokens
+from swaa_jax.checkpoint.tokenizer import encode_up_to, special_tokens
 from swaa_jax.data.config import DataConfig
 from swaa_jax.examples import Example, read_example
 from swaa_jax.fields import first_of, show
@@ -88,6 +88,7 @@ class Encoder:
                 "chat_template: expected a tokenizer that has one, got one without; give another "
                 "tokenizer, or set chat_template: false to train on the records' texts"
             )
+        self._room = config.max_length or config.seq_len
         self._special = special_tokens(tok)
         self._blank: dict[int, bool] = {}
         self._told_thought = False  # that a prompt leaves one open
@@ -131,7 +132,8 @@ class Encoder:
         turns = [self._turn(example, messages, n) for n in wanted]
         if config.split_answers:
             return [self._sample([turn], [turn]) for turn in turns]
-        self._check_history(record, turns, wanted)
+        if len(turns[-1].prompt) + len(turns[-1].answer) <= self._room:  # else it may be cut
+            self._check_history(record, turns, wanted)
         targets = [turn for turn, n in zip(turns, wanted, strict=True) if n in trained]
         return [self._sample(turns, targets)]
 
@@ -173,7 +175,7 @@ class Encoder:
         # As `generate` encodes a string: with the special tokens, unless it begins with BOS.
         bos = self._tok.bos_token
         bare = bool(bos) and prompt.startswith(bos)
-        prompt_ids = list(self._tok(prompt, add_special_tokens=not bare)["input_ids"])
+        prompt_ids = encode_up_to(self._tok, prompt, self._room, special=not bare)
         turn = _Turn(prompt_ids, [*self._ids(answer), *self._tail])
         return self._sample([turn], [turn])
 
@@ -246,7 +248,7 @@ class Encoder:
             raise DataError(f"{record.place}: {error}{advice}") from error
 
     def _ids(self, text: str) -> list[int]:
-        return list(self._tok(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return encode_up_to(self._tok, text, self._room)
 
     def _continue(self, prompt: str, prompt_ids: list[int], text: str) -> list[int]:
         """Ids of `text` behind a prompt whose own ids stay as they are.

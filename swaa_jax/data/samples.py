@@ -32,7 +32,14 @@ from swaa_jax.policy import Stage
 from swaa_jax.progress import show_progress
 from swaa_jax.records import DataError, Record, Records, find_files, open_records, records_of
 from swaa_jax.runs import fingerprint
-from swaa_jax.storage import CheckpointError, atomic_directory, is_local, reading, sha256
+from swaa_jax.storage import (
+    CheckpointError,
+    atomic_directory,
+    is_local,
+    read_json,
+    reading,
+    sha256,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -211,8 +218,8 @@ def _first_pass(
                     raise DataError(
                         f"{place}: expected a sample of at most "
                         f"{'max_length' if config.max_length else 'seq_len'}={limit} tokens, since "
-                        f"an answer is never cut from its prompt, got {len(sample)}; raise it, "
-                        "remove the record, or set on_too_long: drop"
+                        f"an answer is never cut from its prompt, got at least {len(sample)}; "
+                        "raise it, remove the record, or set on_too_long: drop"
                     )
                 counts["too_long"] += 1
             elif len(sample) < config.min_length:
@@ -444,7 +451,7 @@ def _open(place: epath.Path) -> _Stored | None:
     if not (directory / _META).exists():
         return None
     try:
-        meta = json.loads((directory / _META).read_text())
+        meta = read_json(directory / _META)
         check = meta.pop("check")
         found = {name: sha256(directory / name) for name in _FILES}
         differing = [name for name in _FILES if found[name] != meta["sha256"][name]]

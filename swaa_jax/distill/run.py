@@ -185,7 +185,10 @@ def _answer(
         for question in part
     ]
     asked = encode_prompts(
-        tok, prompts, enable_thinking=config.enable_thinking if templated else None
+        tok,
+        prompts,
+        enable_thinking=config.enable_thinking if templated else None,
+        room=model.config.max_position_embeddings,
     )
     encoded = [ids for ids in asked for _ in range(config.attempts)]
     out = generate(

@@ -13,7 +13,6 @@ attentions in every layer.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast
 
@@ -247,15 +246,16 @@ class _Kept:
         """
         if self._path is None or not self._path.exists():
             return 0, self._start
-        kept = json.loads(self._path.read_text())
-        if kept["config"] != self._config or kept["step"] > self._steps:
-            return 0, self._start
+        kept = storage.read_json(self._path)
         leaves, treedef = jax.tree.flatten(self._start)
-        found = [
-            jnp.asarray(np.array(numbers, leaf.dtype).reshape(leaf.shape))
-            for numbers, leaf in zip(kept["state"], leaves, strict=True)
-        ]
-        return kept["step"], jax.tree.unflatten(treedef, found)
+        with storage.kept_file(self._path):
+            if kept["config"] != self._config or kept["step"] > self._steps:
+                return 0, self._start
+            found = [
+                jnp.asarray(np.array(numbers, leaf.dtype).reshape(leaf.shape))
+                for numbers, leaf in zip(kept["state"], leaves, strict=True)
+            ]
+            return kept["step"], jax.tree.unflatten(treedef, found)
 
     def save(self, step: int, state: GatesState) -> None:
         """Process 0 writes."""

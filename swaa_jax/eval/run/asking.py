@@ -95,7 +95,8 @@ class Asking:
         self._tokenizer, self._task, self._thinking = tokenizer, task, thinking
         samples = task.task.samples(tokenizer, thinking=thinking)[config.skip_samples :]
         samples = samples[: config.limit]
-        prompts = [encode_sample(one, tokenizer, thinking=thinking) for one in samples]
+        room = getattr(model.config, "max_position_embeddings", None)
+        prompts = [encode_sample(one, tokenizer, thinking=thinking, room=room) for one in samples]
         opened = [opens_thinking(tokenizer, ids) for ids in prompts]
         if any(opened) and not thinking:
             log.warning(
@@ -241,9 +242,10 @@ class Asking:
             raise ValueError(
                 f"task {self._task.name}: expected prompts that fit {self._entry.label}'s context "
                 f"of {context} tokens with answers of up to {self._options.max_new_tokens}, got "
-                f"{len(samples) - len(fits)} of {len(samples)} that do not (the longest has "
-                f"{longest} tokens); set too_long=skip to leave them out, lower max_new_tokens or "
-                "max_thinking_tokens, or extend the model's context by config_overrides"
+                f"{len(samples) - len(fits)} of {len(samples)} that do not (the longest has at "
+                f"least {longest} tokens); set too_long=skip to leave them out, lower "
+                "max_new_tokens or max_thinking_tokens, or extend the model's context by "
+                "config_overrides"
             )
         return fits
 
