@@ -22,6 +22,7 @@ finds none takes the response. A chat that ends with the assistant's message has
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ from swaa_jax.chats import ChatError, Message, Tools, normal_messages, normal_to
 from swaa_jax.documents import parse_json
 from swaa_jax.records import DataError, Record
 
-__all__ = ["COLUMNS", "FORMATS", "Example", "read_example", "warn_unused"]
+__all__ = ["COLUMNS", "FORMATS", "Example", "is_nan", "read_example", "warn_unused"]
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ FORMATS: Mapping[str, str] = {
 }
 """How a record can ask, and the column that it needs for that; the first that is there counts."""
 
+_SYSTEMS = ("system", "developer")
 _ALWAYS_USED = ("system", "history", "answer", "tools", "id", "kind", "question")
 _USED = {
     "chat": (*_ALWAYS_USED, "messages", "response"),
@@ -94,13 +96,19 @@ class Example:
             asked = _messages(self.record, self.columns["prompt"])
         else:
             asked = ({"role": "user", "content": self.text},)
-        if self._system and asked[0]["role"] == "system":
-            raise self.record.wrong(
-                self.columns["system"],
-                "one system's message, here or as the first of the messages",
-                self._system[0]["content"],
-            )
-        return (*self._system, *self._history, *asked)
+        history, system = self._history, self._system
+        for first in (asked, history):
+            if not first or first[0]["role"] not in _SYSTEMS:
+                continue
+            if system:
+                raise self.record.wrong(
+                    self.columns["system" if "system" in self.columns else "history"],
+                    "one system's message, here or as the first of the messages",
+                    system[0]["content"],
+                )
+            system = first[:1]
+        said = [one for one in (*history, *asked) if not any(one is first for first in system)]
+        return (*system, *said)
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -115,6 +123,10 @@ class Example:
             column = self.columns["messages"]
             if _messages(self.record, column)[-1]["role"] != "assistant":
                 names.append(f"{column} after the last answer")
+        for name in used & {self.columns.get("response"), self.columns.get("output")}:
+            said = self.record.fields[name]
+            if _is_messages(said) and _messages(self.record, name)[-1]["role"] != "assistant":
+                names.append(f"{name} after the last answer")
         return tuple(names)
 
     @functools.cached_property
@@ -194,7 +206,7 @@ class Example:
     def _chat(self) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
         """A chat's messages before the response, and the response if it is there."""
         messages = _messages(self.record, self.columns["messages"])
-        if messages[-1]["role"] == "user" and self.columns.keys() & {"response", "answer"}:
+        if messages[-1]["role"] != "assistant" and self.columns.keys() & {"response", "answer"}:
             return messages, ()
         answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
         if not answers:
@@ -308,13 +320,20 @@ def _given(record: Record, named: Mapping[str, str]) -> dict[str, str]:
 
 
 def _is_empty(value: object) -> bool:
-    return not value.strip() if isinstance(value, str) else value is None or value == []
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or value == [] or is_nan(value)
+
+
+def is_nan(value: object) -> bool:
+    """Whether a value is what tables write where there is none."""
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _answer(record: Record, column: str, value: object) -> str:
     """An answer as text; numbers are written out."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number and (not isinstance(value, str) or not value.strip()):
+    if is_nan(value) or not (is_number or (isinstance(value, str) and value.strip())):
         raise record.wrong(column, "an answer that is not empty, a text or a number", value)
     return str(value)
 

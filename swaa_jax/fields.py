@@ -42,6 +42,7 @@ __all__ = [
     "one_line",
     "one_of",
     "or_none",
+    "path",
     "plain",
     "plural",
     "section",
@@ -223,10 +224,17 @@ def flag(name: str, value: object) -> bool:
 
 
 def text(name: str, value: object) -> str:
-    """A text that is not blank."""
+    """A text that is not blank; no path and no name has a null character."""
     if not isinstance(value, str) or not value.strip():
         raise wrong(name, "text", value, "" if isinstance(value, str) else "quote it")
+    if "\0" in value:
+        raise wrong(name, "text without null characters", value)
     return value
+
+
+def path(name: str, value: object) -> str:
+    """A path, as text."""
+    return text(name, os.fspath(value) if isinstance(value, os.PathLike) else value)
 
 
 def texts(name: str, value: object) -> tuple[str, ...]:

@@ -4,6 +4,16 @@ DEEPEST_NESTING = 50
 """Levels of lists and mappings in YAML and JSON. Configs and records need about ten; Python's
 recursion, which walks over what was read, ends at a thousand."""
 
+PARQUET_BYTES = 256 << 20
+"""Of a row group in memory, beyond what its file's size allows."""
+
+PARQUET_TIMES = 100
+"""A row group in memory against its file: text is compressed to a tenth, a third of that where
+records share their contexts."""
+
+MAX_MESSAGES = 20_000
+"""Of a chat: some tokens each, they fill the longest contexts; each is checked and rendered."""
+
 TEMPLATE_SECONDS = 2.0
 """Of rendering a chat by its template, which takes milliseconds; for each 10 MB of chat as much
 again."""
@@ -40,6 +50,12 @@ MAX_LAYERS = 10_000
 MAX_POSITIONS = 2**24
 """Of a row: beyond, float32 has no number of its own for every position, and positions would share
 rotary angles."""
+
+MAX_TOKEN_ID = 2**31 - 1
+"""Of a vocabulary: tokens are int32."""
+
+MAX_RANK = 2**16
+"""Of an adapter: twice the width of the widest known models, at which it saves nothing."""
 
 MAX_KEYS = 2**30
 """Of a window, sinks or a tail: positions are int32, and so is one with any of these added."""

@@ -21,6 +21,7 @@ from etils import epath
 
 from swaa_jax.documents import problem_within
 from swaa_jax.fields import describe, show
+from swaa_jax.limits import PARQUET_BYTES, PARQUET_TIMES
 from swaa_jax.storage import CheckpointError, reading
 
 __all__ = ["DataError", "Record", "Records", "find_files", "open_records", "records_of"]
@@ -28,6 +29,7 @@ __all__ = ["DataError", "Record", "Records", "find_files", "open_records", "reco
 # What a directory or a pattern means; a file that is named may also be .json, or have no ending.
 _USUAL = (".parquet", ".jsonl", ".ndjson")
 _ENDINGS = (*_USUAL, ".json", "")
+_LONGEST = 400  # characters of names in a message
 
 T = TypeVar("T")
 
@@ -62,9 +64,10 @@ class Record:
 
     @property
     def columns(self) -> str:
-        """For messages: the columns' names, the first twenty."""
-        names = [repr(name) for name in self.fields]
-        return ", ".join([*names[:20], *(["..."] if len(names) > 20 else [])]) or "none"
+        """For messages: the columns' names, the first twenty, in at most 400 characters."""
+        names = list(self.fields)
+        shown = ", ".join([*map(show, names[:20]), *(["..."] if len(names) > 20 else [])])
+        return (shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}...") or "none"
 
     def wrong(self, column: str, expected: str, got: object) -> DataError:
         """The error of a column that holds something else; `got` is the value."""
@@ -152,7 +155,7 @@ def find_files(patterns: Sequence[epath.PathLike]) -> list[epath.Path]:
         if not matches:
             raise FileNotFoundError(
                 f"files: expected a {', '.join(_USUAL)} or .json file, a directory of them, or a "
-                f"glob pattern, got {pattern!r}, where nothing is; the working directory is "
+                f"glob pattern, got {show(pattern)}, where nothing is; the working directory is "
                 f"{os.getcwd()}"
             )
         found += matches
@@ -160,7 +163,7 @@ def find_files(patterns: Sequence[epath.PathLike]) -> list[epath.Path]:
         if path.suffix not in _ENDINGS:
             raise DataError(
                 f"files: expected a file that ends in .parquet or .jsonl or .json, got "
-                f"{os.fspath(path)!r}; convert or rename it (jsonl: one JSON object a line)"
+                f"{show(os.fspath(path))}; convert or rename it (jsonl: one JSON object a line)"
             )
     return found
 
@@ -335,8 +338,10 @@ class _Parquet(_File):
                     f"({_reason(error)}); write or fetch it again"
                 ) from error
             raise
-        groups = [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)]
-        self._starts = np.cumsum([0, *groups])
+        groups = [metadata.row_group(n) for n in range(metadata.num_row_groups)]
+        self._starts = np.cumsum([0, *(group.num_rows for group in groups)])
+        with reading(name):
+            _check_groups(name, groups, epath.Path(name).stat().length)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_reader": None, "_decoded": {}}
@@ -345,7 +350,12 @@ class _Parquet(_File):
         import pyarrow.parquet
 
         if getattr(self, "_reader", None) is None:
-            self._reader = pyarrow.parquet.ParquetFile(self._open())
+            file = self._open()
+            metadata = pyarrow.parquet.read_metadata(file)
+            # What the file says once stays so in memory: a short file may name a long text often.
+            self._reader = pyarrow.parquet.ParquetFile(
+                file, metadata=metadata, read_dictionary=_said_once(metadata)
+            )
             self._decoded: dict[int, Any] = {}
         return self._reader
 
@@ -378,6 +388,35 @@ class _Parquet(_File):
         return _checked(self.name, index, fields)
 
 
+def _said_once(metadata: Any) -> list[str]:
+    """Columns of texts that the file has a dictionary of."""
+    groups = [metadata.row_group(n) for n in range(metadata.num_row_groups)]
+    found = []
+    for at in range(metadata.num_columns):
+        chunks = [group.column(at) for group in groups]
+        if all(
+            chunk.physical_type == "BYTE_ARRAY"
+            and chunk.has_dictionary_page
+            and chunk.total_uncompressed_size < PARQUET_BYTES
+            for chunk in chunks
+        ):
+            found.append(metadata.schema.column(at).path)
+    return found
+
+
+def _check_groups(name: str, groups: Sequence[Any], size: int) -> None:
+    """Refuses, by arithmetic, row groups that would take far more memory than the file is long."""
+    limit = PARQUET_BYTES + PARQUET_TIMES * size
+    for number, group in enumerate(groups):
+        # An entry of a column takes some bytes even where it is null.
+        needed = group.total_byte_size + 8 * group.num_rows * group.num_columns
+        if needed > limit:
+            raise DataError(
+                f"{name}: row group {number}: expected at most {limit >> 20} MB of records in a "
+                f"file of {size} bytes, got {needed >> 20} MB; write it again in smaller row groups"
+            )
+
+
 def _without_invented_nulls(value: Any, kind: Any) -> Any:
     """A value without the nested keys that are null because other records have them.
 
@@ -396,6 +435,9 @@ def _without_invented_nulls(value: Any, kind: Any) -> Any:
             for field in fields
             if value[field.name] is not None or types.is_null(field.type)
         }
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+    if types.is_map(kind):
+        return [(key, _without_invented_nulls(item, kind.item_type)) for key, item in value]
+    lists = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
+    if any(getattr(types, f"is_{name}")(kind) for name in lists):
         return [_without_invented_nulls(item, kind.value_type) for item in value]
     return value

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from etils import epath
 
 from swaa_jax import runtime, storage
-from swaa_jax.fields import show
+from swaa_jax.fields import show, wrong
 
 __all__ = ["claim", "differences", "fingerprint"]
 
@@ -72,7 +72,10 @@ def claim(
     directory = epath.Path(directory)
     path = directory / file
     if path.exists():
-        before = json.loads(path.read_text())
+        before = storage.read_json(path)
+        if not isinstance(before, Mapping):
+            expected = "a JSON object, as a run writes it"
+            raise wrong(str(path), expected, before, "remove the directory, or pass another one")
         now = json.loads(json.dumps(identity))  # as it was read
         now = {name: now[name] for name in now if name in before or name not in optional}
         if differing := differences(before, now):

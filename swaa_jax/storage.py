@@ -19,10 +19,12 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from etils import epath
 
-from swaa_jax.fields import first_of, show
+from swaa_jax.documents import parse_json
+from swaa_jax.fields import first_of, naming, show
 
 COMMIT_MARK = "config.json"
 """The file that is written last, and without which a directory is not taken for a checkpoint."""
@@ -223,6 +225,35 @@ def read_text(path: epath.PathLike) -> str:
         raise ValueError(
             f"{os.fspath(path)}: expected UTF-8 text, got the byte {byte:#04x} at {at}; save the "
             "file as UTF-8"
+        ) from error
+
+
+def read_json(path: epath.PathLike) -> Any:
+    """What a JSON file holds, within the limits of `swaa_jax.documents`.
+
+    Raises:
+        ValueError: it is not UTF-8, no JSON, or nested too deep; the file is named.
+        OSError: it cannot be read.
+    """
+    text = read_text(path)
+    with naming(os.fspath(path)):
+        return parse_json(text)
+
+
+@contextlib.contextmanager
+def kept_file(path: epath.PathLike) -> Iterator[None]:
+    """Makes what fails in the block, which looks into a file of a run's, an error about the file.
+
+    Raises:
+        ValueError: the file's content is not what a run writes.
+    """
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = show(" ".join(str(error).split()))
+        raise ValueError(
+            f"{os.fspath(path)}: expected what a run wrote, got something else "
+            f"({type(error).__name__}: {reason}); remove the file, and it is made again"
         ) from error
 
 

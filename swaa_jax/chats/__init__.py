@@ -1,7 +1,7 @@
 """Chats: one form of messages, and their rendering by a template that may be hostile."""
 
 from swaa_jax.chats.messages import ChatError, Message, Tools, normal_messages, normal_tools
-from swaa_jax.chats.rendering import TEMPLATE_DATE, Rendered, render_chat, unused_variables
+from swaa_jax.chats.rendering import FLAGS, TEMPLATE_DATE, Rendered, render_chat, unused_variables
 from swaa_jax.chats.thoughts import (
     CLOSING,
     LONGEST_MARKER,
@@ -12,6 +12,7 @@ from swaa_jax.chats.thoughts import (
 
 __all__ = [
     "CLOSING",
+    "FLAGS",
     "LONGEST_MARKER",
     "OPENING",
     "TEMPLATE_DATE",

@@ -1,7 +1,7 @@
 """One form for the messages of a chat, whatever they looked like before.
 
     role            in lower case; human, gpt, model, ... become user and assistant
-    content         text: parts of text are joined, a tool's result is written as JSON
+    content         text: parts of text are joined, a tool's result is a `Result`, JSON
     tool_calls      [{"type": "function", "function": {"name": ..., "arguments": {...}}}]
     reasoning_content   what the assistant thought, from `reasoning` or `thinking` too
 
@@ -15,8 +15,9 @@ from typing import Any, TypeAlias
 
 from swaa_jax.documents import parse_json, problem_within
 from swaa_jax.fields import describe, show
+from swaa_jax.limits import MAX_MESSAGES
 
-__all__ = ["ChatError", "Message", "Tools", "normal_messages", "normal_tools"]
+__all__ = ["ChatError", "Message", "Result", "Tools", "normal_messages", "normal_tools"]
 
 Message: TypeAlias = Mapping[str, Any]
 Tools: TypeAlias = tuple[object, ...] | None
@@ -32,6 +33,18 @@ _CALLS = ("function_call", "tool_call")
 """Roles of an assistant's message whose content is the JSON of a call."""
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_OF_FUNCTIONS = ("name", "arguments", "parameters")
+_OF_CALLS = ("type", "id", "index", "function")
+
+
+class Result(str):
+    """A tool's result that was no text, as JSON.
+
+    Attributes:
+        value: what it was, for templates that write JSON themselves.
+    """
+
+    value: Any
 
 
 class ChatError(ValueError):
@@ -58,6 +71,8 @@ def normal_messages(messages: object, name: str = "message {}") -> tuple[Message
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise _wrong("messages", "a list of them, [{role: ..., content: ...}]", messages)
+    if len(messages) > MAX_MESSAGES:
+        raise ChatError(f"messages: expected at most {MAX_MESSAGES}, got {len(messages)}")
     return tuple(_normal(one, name.format(at)) for at, one in enumerate(messages))
 
 
@@ -145,7 +160,9 @@ def _text(content: Any, name: str, *, is_result: bool = False) -> str:
     if isinstance(content, list | tuple | Mapping) and all(text is not None for text in texts):
         return "".join(text for text in texts if text is not None)
     if is_result:
-        return _to_json(content, name)
+        result = Result(_to_json(content, name))
+        result.value = content
+        return result
     wrong = next(part for part, text in zip(parts, texts, strict=True) if text is None)
     raise _wrong(name, 'text, or parts of text, {"type": "text", "text": ...}', wrong)
 
@@ -172,23 +189,32 @@ def _calls(calls: Any, name: str) -> list[Message]:
 
 
 def _call(call: Any, name: str) -> Message:
-    """A call in OpenAI's form, with the arguments parsed once: templates write them as JSON."""
-    if isinstance(call, Mapping) and not isinstance(call.get("function"), Mapping):
-        rest = {key: call[key] for key in call if key not in ("name", "arguments", "function")}
-        inner = {key: call[key] for key in ("name", "arguments") if key in call}
-        call = {"type": "function", **rest, "function": inner}
-    function = dict(call["function"]) if isinstance(call, Mapping) else {}
-    if not isinstance(function.get("name"), str):
-        expected = '{"type": "function", "function": {"name": ..., "arguments": {...}}}'
+    """A call in OpenAI's form, with the arguments parsed once: templates write them as JSON.
+
+    Llama's own name for the arguments, `parameters`, is taken too.
+    """
+    expected = '{"type": "function", "function": {"name": ..., "arguments": {...}}}'
+    if not isinstance(call, Mapping):
         raise _wrong(name, expected, call)
-    arguments = function.get("arguments")
+    known = {key: value for key, value in call.items() if value is not None}
+    function = known.get("function")
+    if function is None:
+        function = {key: known.pop(key) for key in _OF_FUNCTIONS if key in known}
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise _wrong(name, expected, call)
+    function = {key: value for key, value in function.items() if value is not None}
+    more = [*(known.keys() - {*_OF_CALLS}), *(function.keys() - {*_OF_FUNCTIONS})]
+    if more or {"arguments", "parameters"} <= function.keys():
+        expected = f"a call of {', '.join(_OF_CALLS)}, and a function of name and arguments"
+        raise _wrong(name, expected, call)
+    arguments = function.get("arguments", function.get("parameters"))
     if isinstance(arguments, str):
         arguments = _json(arguments, f"{name}, arguments", "a JSON object") if arguments else {}
     if arguments is not None and not isinstance(arguments, Mapping):
         raise _wrong(f"{name}, arguments", "a mapping, or its JSON", arguments)
-    function["arguments"] = {} if arguments is None else arguments
-    known = {key: value for key, value in call.items() if value is not None}
-    return {"type": "function", **known, "function": function}
+    arguments = {} if arguments is None else arguments
+    called = {"name": function["name"], "arguments": arguments}
+    return {"type": "function", **known, "function": called}
 
 
 def _json(text: object, name: str, expected: str) -> Any:

@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from swaa_jax.chats.messages import ChatError, Message, Tools, normal_messages, normal_tools
+from swaa_jax.chats.messages import ChatError, Message, Result, Tools, normal_messages, normal_tools
 from swaa_jax.chats.process import render_apart
 from swaa_jax.chats.thoughts import CLOSING, OPENING
 from swaa_jax.documents import problem_within
@@ -27,7 +27,7 @@ from swaa_jax.fields import describe, show
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TEMPLATE_DATE", "Rendered", "render_chat", "unused_variables"]
+__all__ = ["FLAGS", "TEMPLATE_DATE", "Rendered", "render_chat", "unused_variables"]
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +36,9 @@ TEMPLATE_DATE = "2024-07-26"
 Llama 3.2's own for want of a clock: one day, so that the same chat is the same tokens tomorrow."""
 
 _CONTINUED = "CONTINUED_HERE "
-_FLAGS = ("train", "weight")  # for training, not for the template
-_KEYS = {"role", "content", "tool_calls", "reasoning_content", "thinking", *_FLAGS}
+FLAGS = ("train", "weight")
+"""Keys of a message that are for training, not for the template."""
+_KEYS = {"role", "content", "tool_calls", "reasoning_content", "thinking", *FLAGS}
 _KEYS |= {"name", "id", "type", "tool_call_id"}  # that templates may leave out
 
 
@@ -116,7 +117,11 @@ def unused_variables(
 ) -> list[str]:
     """Those that the tokenizer's template does not name, so that they have no effect."""
     template = str(getattr(tok, "chat_template", None) or "")
-    return [name for name in variables if template and name not in template]
+    return [
+        name
+        for name in variables
+        if template and not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", template)
+    ]
 
 
 class _Template:
@@ -124,13 +129,14 @@ class _Template:
 
     def __init__(self, source: str, variables: Mapping[str, Any], date: str):
         self._source, self._variables, self._date = source, variables, date
+        self._with_results = False  # results that are no text are given as they are
 
     def render(self, *chats: tuple[Sequence[Message], Any, bool]) -> list[dict[str, Any]]:
         return render_apart(
             self._source,
             [
                 {
-                    "messages": [_for_template(message) for message in messages],
+                    "messages": [self._given(message) for message in messages],
                     "tools": tools,
                     "documents": None,
                     "add_generation_prompt": generation_prompt,
@@ -150,7 +156,7 @@ class _Template:
         """Messages with what depends on the template: its name of a role, its form of calls."""
         prepared = messages
         for key in {key for message in messages for key in message} - _KEYS:
-            if key not in self._source:
+            if not _reads_key(self._source, key):
                 _warn_of_key(key)
         if "developer" not in self._source:
             prepared = [
@@ -158,7 +164,19 @@ class _Template:
             ]
         if any("tool_calls" in one for one in prepared) and _joins_arguments(self._source):
             prepared = [_with_arguments(one, _as_json) for one in prepared]
+        if any(isinstance(one["content"], Result) for one in prepared):
+            self._with_results = _writes_results(self._source)
         return tuple(prepared)
+
+    def _given(self, message: Message) -> Message:
+        """As Transformers gives it: `thinking` too, for templates that read a thought there."""
+        given = {key: value for key, value in message.items() if key not in FLAGS}
+        content = message["content"]
+        if self._with_results and isinstance(content, Result):
+            given["content"] = content.value
+        if "reasoning_content" in message:
+            return {"thinking": message["reasoning_content"], **given}
+        return given
 
     def knows_thought(self, message: Message) -> bool:
         """Whether a thought is rendered while its message is the last one."""
@@ -266,14 +284,6 @@ def _unused(messages: Sequence[Message], tools: Tools) -> str:
     return f"Mark{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:16]}X"
 
 
-def _for_template(message: Message) -> Message:
-    """As Transformers gives it: `thinking` too, for templates that read a thought from there."""
-    message = {key: value for key, value in message.items() if key not in _FLAGS}
-    if "reasoning_content" in message:
-        return {"thinking": message["reasoning_content"], **message}
-    return message
-
-
 def _cut(text: str, last: int) -> str:
     """The rendering up to the end of the message that is to be continued."""
     at = text.rfind(_CONTINUED.strip())
@@ -346,21 +356,50 @@ def _warn_of_key(key: str) -> None:
     log.warning("messages: the chat template knows no %s: it has no effect", show(key))
 
 
+@functools.lru_cache(maxsize=256)
+def _reads_key(source: str, key: str) -> bool:
+    """Whether a template names a message's key: `message.key` or `'key'`; not `<key>`, say."""
+    name = re.escape(key)
+    return re.search(rf"""\.\s*{name}(?!\w)|(['"]){name}\1""", source) is not None
+
+
 @functools.lru_cache(maxsize=16)
 def _joins_arguments(source: str) -> bool:
     """Whether a template joins arguments to its text as they are (DeepSeek's), so that they must be
-    JSON already; others write them as JSON themselves. A call of a probe tells.
+    JSON already; others write them as JSON themselves.
     """
-    function = {"name": "probe", "arguments": {"probe_key": "probe"}}
-    call = {"type": "function", "id": "abcdefghi", "function": function}
-    probe = {"role": "assistant", "content": "", "tool_calls": [call]}
+    plain, joined = (_probed(source, call) for call in _probe_calls())
+    return _PROBE_JSON in joined and _PROBE_JSON not in plain
+
+
+@functools.lru_cache(maxsize=16)
+def _writes_results(source: str) -> bool:
+    """Whether a template writes a tool's result as JSON, also one that is text (Llama 3.1's)."""
+    call = _probe_calls()[_joins_arguments(source)]
+    answer = {"role": "tool", "name": _PROBE_NAME, "tool_call_id": _PROBE_ID}
+    name = f"{_PROBE_NAME}_result"
+    given, text = (
+        _probed(source, call, {**answer, "content": result})
+        for result in ({name: 1}, _as_json({name: 1}))
+    )
+    return _as_json({name: 1}) in given and _as_json({name: 1}) not in text
+
+
+_PROBE_NAME, _PROBE_ID = "probe_call", "abcdefghi"
+_PROBE_ARGUMENTS = {"probe_key": "probe"}
+_PROBE_JSON = _as_json(_PROBE_ARGUMENTS)
+
+
+def _probe_calls() -> tuple[Message, Message]:
+    """A message that calls, its arguments as a mapping and as JSON."""
+    function = {"name": _PROBE_NAME, "arguments": _PROBE_ARGUMENTS}
+    call = {"type": "function", "id": _PROBE_ID, "function": function}
+    message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    return message, _with_arguments(message, _as_json)
+
+
+def _probed(source: str, *messages: Message) -> str:
+    """What a template makes of a question and these messages; nothing where it fails."""
     template = _Template(source, {"bos_token": "", "eos_token": ""}, TEMPLATE_DATE)
-    user = {"role": "user", "content": "Q"}
-    texts = [
-        found.get("text", "")
-        for found in template.render(
-            ((user, probe), None, False), ((user, _with_arguments(probe, _as_json)), None, False)
-        )
-    ]
-    written = _as_json(function["arguments"])
-    return written in texts[1] and written not in texts[0]
+    (found,) = template.render((({"role": "user", "content": "Q"}, *messages), None, False))
+    return found.get("text", "")

@@ -1,12 +1,12 @@
 """Finds the directory that a caller means, and reads JSON files; each fault has its own error."""
 
 import dataclasses
-import json
 import os
 import re
 
 from etils import epath
 
+from swaa_jax.documents import parse_json
 from swaa_jax.fields import describe, show
 from swaa_jax.storage import (
     CheckpointError,
@@ -102,17 +102,17 @@ def read_json_object(path: epath.Path) -> dict[str, object]:
     """The JSON object in a file.
 
     Raises:
-        CheckpointError: missing, unreadable, not JSON, or not an object.
+        CheckpointError: missing, unreadable, not JSON, nested too deep, or not an object.
     """
     resolve_inside(path.parent, path.name)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path}: expected a JSON file, got a path that does not exist; is {path.parent} the "
             "right path?"
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(
             f"{path}: expected valid JSON, got an error ({error}); fetch or write the file again"
         ) from error

@@ -1,12 +1,13 @@
 """Tokenizers, through Transformers' tokenizer classes (which need no torch)."""
 
 import contextlib
+import functools
 import logging
 import os
 import tempfile
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
@@ -20,10 +21,15 @@ from swaa_jax.checkpoint.hf import (
     named_templates,
 )
 from swaa_jax.checkpoint.hub import open_checkpoint
+from swaa_jax.fields import show
 from swaa_jax.storage import CheckpointError, is_local, reading, resolve_inside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_LONGEST_NAME = 200
+_PROBE = "Hi, 12 texts' wörds\n  (😀)!"
+"""Encoded once, since many faults of a tokenizer's files show only then."""
 
 
 def load_tokenizer(
@@ -75,6 +81,39 @@ def special_tokens(tok: "PreTrainedTokenizerBase") -> dict[int, str]:
     return {token: name for token, name in found.items() if name not in markers}
 
 
+def encode_up_to(
+    tok: "PreTrainedTokenizerBase", text: str, most: int | None, *, special: bool = False
+) -> list[int]:
+    """A text's ids; of one that has more than `most` of them perhaps the first ones only, but more
+    than `most`.
+
+    A text of 20 MB takes gigabytes to encode. What its first characters show to be too long is not
+    encoded further: no token is longer than the longest of the vocabulary.
+
+    Args:
+        tok: the tokenizer.
+        text: what to encode.
+        most: ids that whoever asks has room for; None: all are wanted.
+        special: with the special tokens that the tokenizer adds by itself.
+    """
+
+    def ids(part: str) -> list[int]:
+        found: Any = tok(part, add_special_tokens=special, verbose=False)["input_ids"]
+        return list(found)
+
+    if most is not None and len(text) > (cut := (most + 1) * _longest_token(tok)):
+        beginning = ids(text[:cut])
+        if len(beginning) > most:  # else a normalizer drops characters, or words are unknown
+            return beginning
+    return ids(text)
+
+
+@functools.lru_cache(maxsize=4)
+def _longest_token(tok: "PreTrainedTokenizerBase") -> int:
+    """Characters of the longest token of the vocabulary."""
+    return max(map(len, tok.get_vocab()), default=1)
+
+
 def _load(directory: epath.Path, source: epath.Path) -> "PreTrainedTokenizerBase":
     """The tokenizer in a local directory, which `source` is called in error messages."""
     present = [name for name in TOKENIZER_FILES if (directory / name).exists()]
@@ -88,6 +127,13 @@ def _load(directory: epath.Path, source: epath.Path) -> "PreTrainedTokenizerBase
         resolve_inside(directory, name)
         if name.endswith(".json"):
             read_json_object(directory / name)
+    if (directory / CONFIG_FILE).exists():  # the library shows its model_type, however long
+        kind = read_json_object(directory / CONFIG_FILE).get("model_type")
+        if isinstance(kind, str) and len(kind) > _LONGEST_NAME:
+            raise CheckpointError(
+                f"{source / CONFIG_FILE}: model_type: expected a name of at most {_LONGEST_NAME} "
+                f"characters, got {show(kind)}; fetch the file again"
+            )
     for name in named_templates(directory):
         under, _, file = name.rpartition("/")
         resolve_inside(directory, file, under=under)
@@ -95,10 +141,14 @@ def _load(directory: epath.Path, source: epath.Path) -> "PreTrainedTokenizerBase
         from transformers import AutoTokenizer  # slow to import, so only where it is needed
 
     try:
-        return AutoTokenizer.from_pretrained(
+        tok = AutoTokenizer.from_pretrained(
             os.fspath(directory), trust_remote_code=False, local_files_only=True
         )
-    except Exception as error:  # the library raises whatever a malformed file makes it raise
+        tok.decode(tok(_PROBE)["input_ids"])
+        return tok
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if "trust_remote_code" in reason:
             raise CheckpointError(

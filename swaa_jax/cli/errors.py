@@ -17,6 +17,8 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 CLOSED_PIPE = 141  # 128 + SIGPIPE
 
 _GC_CALLBACK = "_xla_gc_callback"
+_PANICS = "pyo3_runtime"  # Rust's, whose type cannot be imported
+_LONGEST = 300
 _OUR_PACKAGES = ("swaa_jax", "kernels_pallas")
 _FILE_ERRORS = (
     FileNotFoundError,
@@ -49,6 +51,16 @@ def run_command(command: Callable[[], int], *, name: str) -> int:
         if os.environ.get("SWAA_TRACEBACK", "0") not in ("", "0") or not is_user_error(error):
             raise
         print(f"{name}: error: {one_paragraph(error)}", file=sys.stderr)
+        return USER_ERROR
+    except BaseException as error:
+        if type(error).__module__ != _PANICS:
+            raise
+        print(
+            f"{name}: error: tokenizer: expected files that the library tokenizers can work with, "
+            f"got a failure in its own code ({one_paragraph(error)[:_LONGEST]}); fetch the "
+            "tokenizer's files again",
+            file=sys.stderr,
+        )
         return USER_ERROR
 
 

@@ -158,6 +158,7 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
     from swaa_jax.documents import with_overrides
     from swaa_jax.eval.run import EvalConfig
     from swaa_jax.eval.run.config import read_document
+    from swaa_jax.fields import list_of, mapping
     from swaa_jax.policy import split_policies
     from swaa_jax.storage import read_text
 
@@ -190,8 +191,9 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
         if policies is not None:
             fields["policies"] = policies
             if "settings" in fields:
-                fields["settings"] = [{**one, "policies": policies} for one in fields["settings"]]
-        tasks = tasks_from_args(args) or list(fields.get("tasks") or [])
+                settings = list_of(mapping)("settings", fields["settings"])
+                fields["settings"] = [{**one, "policies": policies} for one in settings]
+        tasks = tasks_from_args(args) or fields.get("tasks") or []
         fields["tasks"] = with_judge(tasks, args) or None
         if args.thinking is not None:
             fields["thinking"] = {"no": [False], "yes": [True], "both": [True, False]}[

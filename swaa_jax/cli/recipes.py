@@ -92,7 +92,8 @@ def run(args: argparse.Namespace, *, of_search: Sequence[argparse.Action]) -> in
     if args.search:
         if args.model is None:
             raise ValueError("--search: expected --model, and --data or --task, got no --model")
-        return run_search(args, num_layers=_size_of(args).num_layers)
+        size = _size_of(args)
+        return run_search(args, num_layers=size.num_layers, context=size.context)
     alone = [flag for flag in of_search if getattr(args, flag.dest) != flag.default]
     if alone:
         name = alone[0].option_strings[0]

@@ -37,7 +37,7 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
     return [action for action in group._group_actions if action.dest != "search"]
 
 
-def run_search(args: argparse.Namespace, *, num_layers: int) -> int:
+def run_search(args: argparse.Namespace, *, num_layers: int, context: int) -> int:
     """Run the search that the arguments ask for."""
     from rich import box
     from rich.console import Console
@@ -70,7 +70,9 @@ def run_search(args: argparse.Namespace, *, num_layers: int) -> int:
     if args.windows is None:
         tokenizer = load_tokenizer(args.model)
         samples = task.task.samples(tokenizer, thinking=thinking)[: args.limit]
-        lengths = [len(encode_sample(one, tokenizer, thinking=thinking)) for one in samples]
+        lengths = [
+            len(encode_sample(one, tokenizer, thinking=thinking, room=context)) for one in samples
+        ]
         windows = suggest_windows(lengths)
     else:
         windows = _numbers("--windows", args.windows)

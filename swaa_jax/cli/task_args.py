@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -40,14 +39,20 @@ def tasks_from_args(args: argparse.Namespace) -> list[dict[str, object]]:
     return found + [named(text, "task") for text in args.task or []]
 
 
-def with_judge(
-    tasks: Sequence[str | Mapping[str, object]], args: argparse.Namespace
-) -> list[str | Mapping[str, object]]:
-    """The tasks with `--judge` in place of their own, where it was given."""
+def with_judge(tasks: Any, args: argparse.Namespace) -> Any:
+    """The tasks of an evaluation with `--judge` in place of their own, where it was given.
+
+    Raises:
+        ValueError: a task that is neither a name nor a mapping.
+    """
     if args.judge is None:
-        return list(tasks)
+        return tasks
+    from swaa_jax.fields import mapping
+
     judge = named(args.judge, "name")
-    return [{**({"task": one} if isinstance(one, str) else one), "judge": judge} for one in tasks]
+    several = tasks if isinstance(tasks, list) else [tasks]
+    entries = [{"task": one} if isinstance(one, str) else mapping("tasks", one) for one in several]
+    return [{**one, "judge": judge} for one in entries]
 
 
 def named(text: str, key: str) -> dict[str, object]:

@@ -10,16 +10,20 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from swaa_jax.chats import (
+    CLOSING,
+    FLAGS,
     ChatError,
     Message,
     Rendered,
     Tools,
+    ends_in_thought,
     render_chat,
     unused_variables,
 )
-from swaa_jax.checkpoint.tokenizer import special_tokens
+from swaa_jax.checkpoint.tokenizer import encode_up_to, special_tokens
 from swaa_jax.data.config import DataConfig
 from swaa_jax.examples import Example, read_example
+from swaa_jax.fields import first_of, show
 from swaa_jax.policy import Stage
 from swaa_jax.records import DataError, Record
 
@@ -84,12 +88,17 @@ class Encoder:
                 "chat_template: expected a tokenizer that has one, got one without; give another "
                 "tokenizer, or set chat_template: false to train on the records' texts"
             )
+        self._room = config.max_length or config.seq_len
         self._special = special_tokens(tok)
         self._blank: dict[int, bool] = {}
+        self._told_thought = False  # that a prompt leaves one open
         self._ids("a")  # a tokenizer saved with truncation drops it now, before threads share it
         if config.chat_template:
             for name in unused_variables(tok, config.chat_template_kwargs):
                 log.warning("chat_template_kwargs: the template has no %s: it has no effect", name)
+        elif config.chat_template_kwargs:
+            names = first_of([show(name) for name in config.chat_template_kwargs])
+            log.warning("chat_template_kwargs: with chat_template: false %s has no effect", names)
         self._tail, self._ends, self._behind = self._end_of_turn()
         if not self._ends:
             log.warning("no token ends an answer, so none teaches the model to stop: stop_tokens")
@@ -123,7 +132,8 @@ class Encoder:
         turns = [self._turn(example, messages, n) for n in wanted]
         if config.split_answers:
             return [self._sample([turn], [turn]) for turn in turns]
-        self._check_history(record, turns, wanted)
+        if len(turns[-1].prompt) + len(turns[-1].answer) <= self._room:  # else it may be cut
+            self._check_history(record, turns, wanted)
         targets = [turn for turn, n in zip(turns, wanted, strict=True) if n in trained]
         return [self._sample(turns, targets)]
 
@@ -152,17 +162,20 @@ class Encoder:
         return Sample(tokens=tokens, stage_ids=stage_ids, is_target=is_target)
 
     def _completion(self, example: Example) -> Sample:
-        prompt, answer = example.text, example.response[-1]["content"]
-        if prompt is None or len(example.asked) > 1 or not isinstance(answer, str):
+        prompt, said = example.text, example.response
+        more = {key for message in said for key in message} - {"role", "content", *FLAGS}
+        if prompt is None or len(example.asked) > 1 or len(said) != 1 or more or example.tools:
             raise DataError(
                 f"{example.record.place}: expected a prompt and a response as texts with "
-                "chat_template: false, got messages; leave it out, or give files with a prompt and "
-                "a response"
+                f"chat_template: false, got {first_of(sorted(more)) or 'messages or tools'}; leave "
+                "it out, or give files with a prompt and a response"
             )
+        self._trained(example.record, said)
+        answer = said[0]["content"]
         # As `generate` encodes a string: with the special tokens, unless it begins with BOS.
         bos = self._tok.bos_token
         bare = bool(bos) and prompt.startswith(bos)
-        prompt_ids = list(self._tok(prompt, add_special_tokens=not bare)["input_ids"])
+        prompt_ids = encode_up_to(self._tok, prompt, self._room, special=not bare)
         turn = _Turn(prompt_ids, [*self._ids(answer), *self._tail])
         return self._sample([turn], [turn])
 
@@ -172,6 +185,15 @@ class Encoder:
         prompt_ids = self._ids(prompt)
         if self._config.answers == "verbatim":
             text = _verbatim(record, messages[index], prompt)
+            is_open = ends_in_thought(prompt[-_LONGEST_OPENING:]) and not CLOSING.search(text)
+            if is_open and not self._told_thought:
+                self._told_thought = True  # once is enough
+                log.warning(
+                    "%s: message %d: expected an answer with the end of a thought, since the "
+                    "generation prompt opens one, got one without, so that all of it is trained on "
+                    "as a thought that never ends; add the thought, or set answers: template",
+                    *(record.place, index),
+                )
             return _Turn(prompt_ids, [*self._continue(prompt, prompt_ids, text), *self._tail])
         rendered = self._render(record, messages[: index + 1], tools, prompt=False)
         whole = rendered.text
@@ -226,7 +248,7 @@ class Encoder:
             raise DataError(f"{record.place}: {error}{advice}") from error
 
     def _ids(self, text: str) -> list[int]:
-        return list(self._tok(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return encode_up_to(self._tok, text, self._room)
 
     def _continue(self, prompt: str, prompt_ids: list[int], text: str) -> list[int]:
         """Ids of `text` behind a prompt whose own ids stay as they are.
@@ -293,7 +315,7 @@ class Encoder:
 def _flag(record: Record, at: int, message: Message) -> bool | None:
     """Whether a message says that it is trained on; None where it does not say."""
     told = None
-    for name in ("train", "weight"):
+    for name in FLAGS:
         value = message.get(name)
         if value is not None:
             if value not in (0, 1):
@@ -310,7 +332,7 @@ def _flag(record: Record, at: int, message: Message) -> bool | None:
 def _verbatim(record: Record, message: Message, prompt: str) -> str:
     """The answer's text, without what the generation prompt has of it already (``<think>``)."""
     content = message["content"]
-    if not isinstance(content, str) or set(message) - {"role", "content", "train", "weight"}:
+    if not isinstance(content, str) or set(message) - {"role", "content", *FLAGS}:
         raise DataError(
             f"{record.place}: expected an answer's content alone, as text, with answers: verbatim, "
             f"got {', '.join(map(repr, message))}; put all of it into content, or set answers: "

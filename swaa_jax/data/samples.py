@@ -27,12 +27,19 @@ from jaxtyping import Int
 from swaa_jax.data.config import DataConfig
 from swaa_jax.data.encode import Encoder, Sample
 from swaa_jax.data.reading import read_ahead
-from swaa_jax.examples import warn_unused
+from swaa_jax.examples import is_nan, warn_unused
 from swaa_jax.policy import Stage
 from swaa_jax.progress import show_progress
 from swaa_jax.records import DataError, Record, Records, find_files, open_records, records_of
 from swaa_jax.runs import fingerprint
-from swaa_jax.storage import CheckpointError, atomic_directory, is_local, reading, sha256
+from swaa_jax.storage import (
+    CheckpointError,
+    atomic_directory,
+    is_local,
+    read_json,
+    reading,
+    sha256,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +48,7 @@ __all__ = ["SampleReport", "Samples", "prepare_samples"]
 
 log = logging.getLogger(__name__)
 
-_VERSION = 3
+_VERSION = 4
 _META = "meta.json"
 _FILES = ("lengths.npy", "origins.npy", "tokens.bin", "marks.bin")
 _USUAL_JUDGE = "judge"  # looked for, not asked for
@@ -167,6 +174,7 @@ class _EncodeRecord:
 
     def __call__(self, record: Record) -> "_Encoded":
         verdict = None if self._judge is None else record.fields.get(self._judge)
+        verdict = None if is_nan(verdict) else verdict
         if verdict is None and self._judge not in (None, _USUAL_JUDGE):
             raise DataError(
                 f"{record.place}: judge_column: expected the verdict in {self._judge!r}, got the "
@@ -210,8 +218,8 @@ def _first_pass(
                     raise DataError(
                         f"{place}: expected a sample of at most "
                         f"{'max_length' if config.max_length else 'seq_len'}={limit} tokens, since "
-                        f"an answer is never cut from its prompt, got {len(sample)}; raise it, "
-                        "remove the record, or set on_too_long: drop"
+                        f"an answer is never cut from its prompt, got at least {len(sample)}; "
+                        "raise it, remove the record, or set on_too_long: drop"
                     )
                 counts["too_long"] += 1
             elif len(sample) < config.min_length:
@@ -443,7 +451,7 @@ def _open(place: epath.Path) -> _Stored | None:
     if not (directory / _META).exists():
         return None
     try:
-        meta = json.loads((directory / _META).read_text())
+        meta = read_json(directory / _META)
         check = meta.pop("check")
         found = {name: sha256(directory / name) for name in _FILES}
         differing = [name for name in _FILES if found[name] != meta["sha256"][name]]

@@ -25,7 +25,14 @@ from swaa_jax.checkpoint.provenance import weight_marks
 from swaa_jax.eval.judging import Judge, Judged
 from swaa_jax.eval.tasks.question_answering import Question
 from swaa_jax.fields import check_fields, flag, integer, one_of, or_none
-from swaa_jax.infer import SAMPLING, SamplingParams, encode_prompts, generate, opens_thinking
+from swaa_jax.infer import (
+    SAMPLING,
+    SamplingParams,
+    encode_prompts,
+    generate,
+    opens_thinking,
+    warn_of_thinking,
+)
 from swaa_jax.models import CausalLM
 from swaa_jax.models.source import running_backend, since_loading
 from swaa_jax.progress import show_progress
@@ -126,6 +133,8 @@ def distill(
                 f"question {question.id}: expected a prompt without tools, which training data has "
                 f"no column for, got {len(question.tools)}; write them into the prompt"
             )
+    if config.enable_thinking is not None and not getattr(tok, "chat_template", None):
+        warn_of_thinking(tok, "enable_thinking")
     directory = epath.Path(directory)
     parts = [
         questions[start : start + config.questions_per_part]
@@ -176,7 +185,10 @@ def _answer(
         for question in part
     ]
     asked = encode_prompts(
-        tok, prompts, enable_thinking=config.enable_thinking if templated else None
+        tok,
+        prompts,
+        enable_thinking=config.enable_thinking if templated else None,
+        room=model.config.max_position_embeddings,
     )
     encoded = [ids for ids in asked for _ in range(config.attempts)]
     out = generate(

@@ -130,7 +130,8 @@ class SamplingParams:
             for name, value in given.items()
             if name not in {*SAMPLING, *_NO_EFFECT, "do_sample"}
             and not name.startswith("output_")
-            and value != _NEUTRAL.get(name, False)
+            and value is not False
+            and (name not in _NEUTRAL or value != _NEUTRAL[name])
         ]
         if ignored:
             log.warning(
@@ -146,12 +147,18 @@ class SamplingParams:
                 values[name] = int(value)
         try:
             if flag("do_sample", given.get("do_sample", False)):
-                values = {"temperature": 1.0, "top_k": _DEFAULT_TOP_K} | values
-            else:
-                values["temperature"] = 0.0
-            return cls(**values)
+                return cls(**{"temperature": 1.0, "top_k": _DEFAULT_TOP_K} | values)
+            unused = {name: values.get(name, neutral) for name, neutral in _OF_DRAWS.items()}
+            _tell_unused(_CONFIG, "do_sample: true", unused)
+            return cls(**{**values, "temperature": 0.0})
         except ValueError as error:
             raise ValueError(f"{_CONFIG}: {error}") from error
+
+    def warn_of_unused(self, name: str) -> None:
+        """Says which filters have no effect since nothing is drawn; `name` is whose they are."""
+        if self.is_greedy:
+            filters = {field: getattr(self, field) for field in _OF_DRAWS if field != "temperature"}
+            _tell_unused(name, "a temperature above 0", filters)
 
     @property
     def sampling_params(self) -> "SamplingParams":
@@ -190,13 +197,18 @@ class SamplingParams:
             number: the row's own in whatever it was asked with; its draws depend on it.
 
         Raises:
-            ValueError: a suppressed token outside the vocabulary.
+            ValueError: a suppressed token outside the vocabulary, or nothing but suppressed ones.
         """
         outside = [token for token in self.suppress_tokens if token >= vocab_size]
         if outside:
             raise ValueError(
                 f"suppress_tokens: expected token ids from 0 to {vocab_size - 1} (the model's "
                 f"vocabulary), got {show(outside[0])}; leave it out"
+            )
+        if len(set(self.suppress_tokens)) == vocab_size:
+            raise ValueError(
+                f"suppress_tokens: expected to leave a token of {vocab_size}, got all; leave one "
+                "out"
             )
         return Draws(
             seed=np.uint32(seed),
@@ -218,6 +230,27 @@ SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
 _ALWAYS_STORED = ("temperature", "top_k", "top_p")
 _NAMED = 8  # fields that one warning names
+_OF_DRAWS = {"temperature": 1.0, "top_k": _DEFAULT_TOP_K, "top_p": 1.0, "min_p": 0.0}
+"""What matters only where tokens are drawn, with Transformers' defaults."""
+
+
+def _tell_unused(name: str, expected: str, values: Mapping[str, Any]) -> None:
+    """Warns of what is given for draws, where nothing is drawn."""
+    given = [
+        f"{field}={show(value)}"
+        for field, value in values.items()
+        if value is not None and value != _OF_DRAWS[field]
+    ]
+    if given:
+        _warn_once(
+            f"{name}: expected {expected} with {', '.join(given)}, got none, so that the likeliest "
+            "token is always taken; these have no effect"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _warn_once(message: str) -> None:
+    log.warning("%s", message)
 
 
 @jax.tree_util.register_dataclass

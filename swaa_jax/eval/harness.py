@@ -26,7 +26,7 @@ from swaa_jax.documents import key_value, problem_within
 from swaa_jax.eval.judging import strip_thinking
 from swaa_jax.eval.run.loading import default_dtype, tell_default_dtype
 from swaa_jax.fields import mapping, show
-from swaa_jax.infer import SAMPLING, GenerateOptions, generate, opens_thinking
+from swaa_jax.infer import SAMPLING, GenerateOptions, generate, opens_thinking, warn_of_thinking
 from swaa_jax.infer.likelihoods import Continuation, score_continuations
 from swaa_jax.lora import load_adapter, merge_lora
 from swaa_jax.models import load_model
@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 _DEFAULT_NEW_TOKENS = 256
 _BATCH_SIZE = 8
 _GEN_KWARGS = ("until", "max_gen_toks", "do_sample", *SAMPLING)
-_FILTERS = ("top_k", "top_p", "min_p")  # tasks may give greedy answers values out of range
 
 
 @register_model("swaa")
@@ -112,6 +111,8 @@ class SwaaLM(TemplateLM):
             model = merge_lora(load_adapter(model, adapter))
         self.model = model
         self.tokenizer: Any = load_tokenizer(pretrained, revision=revision)
+        if enable_thinking is not None:
+            warn_of_thinking(self.tokenizer, "enable_thinking")
         self.max_length: int = longest or model.config.max_position_embeddings
         self._name = pretrained
         self._ignored: set[str] = set()  # generation kwargs that a warning has named
@@ -260,13 +261,13 @@ class SwaaLM(TemplateLM):
                 ", ".join(_GEN_KWARGS),
             )
         sampling = {name: options[name] for name in SAMPLING if options.get(name) is not None}
-        sampling["temperature"] = temperature = float(options["temperature"])
+        sampling["temperature"] = float(options["temperature"])
         return GenerateOptions(
             max_new_tokens=options["max_gen_toks"],
             stop=[text for text in options["until"] if text],
             batch_size=self.batch_size,
             stop_in_thought=False,
-            **{k: value for k, value in sampling.items() if temperature or k not in _FILTERS},
+            **sampling,
         )
 
     def _score(self, asked: Sequence[Continuation], quiet: bool) -> list[tuple[float, bool]]:

@@ -15,7 +15,12 @@ from swaa_jax.infer.generate import (
     stream,
 )
 from swaa_jax.infer.options import GenerateOptions
-from swaa_jax.infer.prompts import COT_INSTRUCTION, encode_prompts, opens_thinking
+from swaa_jax.infer.prompts import (
+    COT_INSTRUCTION,
+    encode_prompts,
+    opens_thinking,
+    warn_of_thinking,
+)
 from swaa_jax.infer.timings import Timings
 
 __all__ = [
@@ -30,6 +35,7 @@ __all__ = [
     "COT_INSTRUCTION",
     "encode_prompts",
     "opens_thinking",
+    "warn_of_thinking",
     "check_prompts",
     "prefill_prompts",
     "decode_from",

@@ -18,6 +18,7 @@ from swaa_jax.infer.options import GenerateOptions
 from swaa_jax.infer.prompts import Prompts, check_context, encode_prompts, opens_thinking
 from swaa_jax.infer.stopping import AnswerRow, FinishReason, StopRules, TokenText, make_stop_rules
 from swaa_jax.infer.timings import Timings
+from swaa_jax.limits import MAX_TOKEN_ID
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import SplitModel, split_model
 from swaa_jax.progress import show_progress
@@ -78,7 +79,7 @@ def generate(
             of the vocabulary, an unknown option, or one out of range.
     """
     options = GenerateOptions.of(options, overrides)
-    encoded = encode_prompts(tok, prompts, **options.template_options)
+    encoded = encode_prompts(tok, prompts, room=_context(model), **options.template_options)
     limit = options.max_new_tokens
     check_prompts(model, encoded, max_new_tokens=limit, positions=options.positions)
     session = _Session(model, tok, options)
@@ -188,7 +189,7 @@ def stream(
         ValueError: as `generate`, or more than one prompt.
     """
     options = GenerateOptions.of(options, overrides)
-    encoded = encode_prompts(tok, prompt, **options.template_options)
+    encoded = encode_prompts(tok, prompt, room=_context(model), **options.template_options)
     if len(encoded) != 1:
         raise ValueError(f"prompt: expected one prompt to stream, got {len(encoded)}")
     check_prompts(
@@ -218,7 +219,7 @@ def check_prompts(
 
     With positions inside the cache only the prompt, and window and sinks, must fit the context.
     """
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = _context(model)
     if positions == "cache":
         check_stream(model.layer_attention, context=context)
         max_new_tokens = 0
@@ -228,6 +229,10 @@ def check_prompts(
         vocab_size=model.config.vocab_size,
         context=context,
     )
+
+
+def _context(model: CausalLM) -> int | None:
+    return getattr(model.config, "max_position_embeddings", None)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -280,6 +285,8 @@ class _Session:
                     "got none; give temperature, top_k and top_p instead"
                 )
             self._params = SamplingParams.from_generation_config(config)
+        else:
+            self._params.warn_of_unused("options")
         self._rules: StopRules = make_stop_rules(
             None if tok is None else self._text,
             eos_ids=() if options.ignore_eos else eos_token_ids(model, tok),
@@ -357,7 +364,7 @@ def eos_token_ids(model: CausalLM, tok: "PreTrainedTokenizerBase | None") -> tup
         ids = getattr(model.config, name, None) if ids is None else ids
     ids = () if ids is None else (ids,) if isinstance(ids, int) else ids
     own = getattr(tok, "eos_token_id", None)
-    ids = list_of(integer(least=0))("eos_token_id", ids)
+    ids = list_of(integer(least=0, most=MAX_TOKEN_ID))("eos_token_id", ids)
     return tuple(sorted({*ids, *(() if own is None else (int(own),))}))
 
 

@@ -15,6 +15,7 @@ from swaa_jax.fields import (
     or_none,
     texts,
 )
+from swaa_jax.limits import MAX_TOKEN_ID
 
 __all__ = ["GenerateOptions"]
 
@@ -83,7 +84,7 @@ class GenerateOptions(SamplingParams):
             sampling=or_none(one_of("checkpoint")),
             stop=texts,
             stop_in_thought=flag,
-            stop_token_ids=list_of(integer(least=0)),
+            stop_token_ids=list_of(integer(least=0, most=MAX_TOKEN_ID)),
             ignore_eos=flag,
             enable_thinking=or_none(flag),
             batch_size=or_none(integer(least=1)),

@@ -13,7 +13,7 @@ from swaa_jax.chats import (
     render_chat,
     unused_variables,
 )
-from swaa_jax.checkpoint.tokenizer import special_tokens
+from swaa_jax.checkpoint.tokenizer import encode_up_to, special_tokens
 from swaa_jax.documents import problem_within
 from swaa_jax.fields import describe, wrong
 
@@ -71,6 +71,7 @@ def encode_prompts(
     chat_template_kwargs: Mapping[str, object] | None = None,
     enable_thinking: bool | None = None,
     cot: bool | str = False,
+    room: int | None = None,
 ) -> list[list[int]]:
     """Token ids of each prompt.
 
@@ -84,6 +85,8 @@ def encode_prompts(
         enable_thinking: the template's variable of that name, where it has one.
         cot: append an instruction to reason to the last user message: True for
             `COT_INSTRUCTION`, or a text of your own.
+        room: tokens that the model has room for; of a text that has more, perhaps only the first
+            ones are given, but more than these.
 
     Raises:
         ValueError: an empty prompt, a template option for a prompt that is not a message list, or
@@ -117,6 +120,7 @@ def encode_prompts(
                 cot=cot,
                 tools=tools,
                 variables=variables,
+                room=room,
             )
         elif given:
             raise ValueError(
@@ -125,7 +129,7 @@ def encode_prompts(
                 '[{"role": "user", "content": ...}] instead'
             )
         elif isinstance(prompt, str):
-            ids = _encode_text(tok, prompt, index=index)
+            ids = _encode_text(tok, prompt, index=index, room=room)
         else:
             ids = _check_ids(prompt, index=index)
         if not ids:
@@ -152,6 +156,18 @@ def opens_thinking(tok: "PreTrainedTokenizerBase", prompt: str | Sequence[int]) 
         count = next((n for n, i in enumerate(reversed(prompt)) if i in special), len(prompt))
         last = str(tok.decode(list(prompt[len(prompt) - count :])))
     return ends_in_thought(last)
+
+
+def warn_of_thinking(tok: "PreTrainedTokenizerBase", name: str) -> None:
+    """Says that a setting, `name`, does not change what the model is asked, where that is so."""
+    has_template = getattr(tok, "chat_template", None)
+    if not has_template or unused_variables(tok, {"enable_thinking": True}):
+        log.warning(
+            "%s: expected a chat template with the variable enable_thinking, got %s: prompts are "
+            "the same with and without it",
+            name,
+            "one without it" if has_template else "a tokenizer without a template",
+        )
 
 
 def check_context(
@@ -182,8 +198,8 @@ def check_context(
         if context is not None and len(ids) + max_new_tokens > context:
             raise ValueError(
                 f"prompt {index}: expected at most the model's context of {context} tokens "
-                f"(max_position_embeddings), got {len(ids) + max_new_tokens}: {len(ids)} prompt "
-                f"tokens and max_new_tokens={max_new_tokens}; shorten the prompt, lower "
+                f"(max_position_embeddings), got at least {len(ids) + max_new_tokens}: {len(ids)} "
+                f"prompt tokens and max_new_tokens={max_new_tokens}; shorten the prompt, lower "
                 "max_new_tokens, or load the model with config_overrides that extend it"
             )
 
@@ -219,7 +235,9 @@ def _check_ids(prompt: Any, *, index: int) -> list[int]:
     return [int(token) for token in prompt]
 
 
-def _encode_text(tok: "PreTrainedTokenizerBase | None", text: str, *, index: int) -> list[int]:
+def _encode_text(
+    tok: "PreTrainedTokenizerBase | None", text: str, *, index: int, room: int | None
+) -> list[int]:
     if not text.strip():
         raise ValueError(f"prompt {index}: expected some text, got an empty prompt")
     if problem := problem_within(text):
@@ -227,7 +245,7 @@ def _encode_text(tok: "PreTrainedTokenizerBase | None", text: str, *, index: int
     tok = _needed(tok, index)
     # A text that a template rendered begins with BOS already: do not add a second one.
     rendered = bool(tok.bos_token) and text.startswith(str(tok.bos_token))
-    return list(tok(text, add_special_tokens=not rendered)["input_ids"])
+    return encode_up_to(tok, text, room, special=not rendered)
 
 
 def _encode_chat(
@@ -238,6 +256,7 @@ def _encode_chat(
     cot: bool | str,
     tools: Sequence[Any] | None,
     variables: Mapping[str, Any],
+    room: int | None,
 ) -> list[int]:
     tok = _needed(tok, index)
     if not getattr(tok, "chat_template", None):
@@ -259,7 +278,7 @@ def _encode_chat(
     except ChatError as error:
         behind = ", " if str(error).startswith("message ") else ": "
         raise ValueError(f"prompt {index}{behind}{error}") from error
-    return list(tok(text, add_special_tokens=False)["input_ids"])
+    return encode_up_to(tok, text, room)
 
 
 def _with_cot(messages: Messages, instruction: str) -> list[Mapping[str, Any]]:

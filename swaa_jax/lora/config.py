@@ -24,6 +24,7 @@ from swaa_jax.fields import (
     text,
     wrong,
 )
+from swaa_jax.limits import MAX_RANK
 from swaa_jax.patterns import check_pattern, is_fullmatch
 from swaa_jax.storage import read_text
 from swaa_jax.typing import PathLike
@@ -81,7 +82,7 @@ class LoraConfig:
         names = list_of(text, distinct=True)
         check_fields(
             self,
-            rank=integer(least=1),
+            rank=integer(least=1, most=MAX_RANK),
             alpha=number(above=0),
             rslora=flag,
             dropout=number(least=0, below=1),
@@ -89,7 +90,7 @@ class LoraConfig:
             target_parameters=names,
             exclude_modules=_pattern if isinstance(self.exclude_modules, str) else names,
             layers_to_transform=_layers,
-            rank_pattern=_by_pattern(integer(least=1)),
+            rank_pattern=_by_pattern(integer(least=1, most=MAX_RANK)),
             alpha_pattern=_by_pattern(number(above=0)),
         )
         set_field(self, "dropout", float(self.dropout))

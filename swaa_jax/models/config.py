@@ -149,6 +149,11 @@ class DecoderConfig:
         read = {**cls.defaults, **stated}
         cls.require(read, (*_REQUIRED, cls.activation_field, *cls.also_required))
         _refuse_nulls(read, cls.defaults)
+        if not read.get("is_causal", True):
+            raise NotImplementedError(
+                "config.is_causal: expected true, since an attention policy is causal, got "
+                f"{show(read['is_causal'])}; set it to true if the model generates text"
+            )
         warn_of_unread(stated, known=cls.hf_fields(), model_type=cls.model_type)
         rope = parse_rope(
             cls.rope_settings(read), supported=cls.rope_types, default_theta=cls.default_theta
@@ -204,7 +209,7 @@ class DecoderConfig:
     def hf_fields(cls) -> frozenset[str]:
         """HF names of the fields that this family reads, hence those that can be overridden."""
         required = (*_REQUIRED, cls.activation_field, *cls.also_required)
-        return _ROPE_FIELDS.union(required, cls.defaults)
+        return _ROPE_FIELDS.union(required, cls.defaults, ("is_causal",))
 
     @classmethod
     def rope_settings(cls, hf: HfConfig) -> HfConfig:

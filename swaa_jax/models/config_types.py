@@ -144,6 +144,7 @@ _FIELDS = {
         "use_sliding_window",
         "norm_topk_prob",
         "use_bidirectional_attention",
+        "is_causal",
     ),
     "text": ("model_type", "hidden_act", "hidden_activation"),
     "tokens": ("bos_token_id", "eos_token_id", "pad_token_id"),

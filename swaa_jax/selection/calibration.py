@@ -19,7 +19,14 @@ from swaa_jax.typing import PathLike
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SampleGroup", "check_samples", "digest", "group_samples", "read_calibration"]
+__all__ = [
+    "SampleGroup",
+    "check_numbers",
+    "check_samples",
+    "digest",
+    "group_samples",
+    "read_calibration",
+]
 
 
 def read_calibration(
@@ -101,6 +108,19 @@ def check_samples(model: CausalLM, samples: Sequence[Sample], policy: AttentionP
             f"window: expected fewer keys than the longest {is_windowed} has tokens, {longest}, "
             f"got {policy.window} and {policy.num_sink_tokens} sinks, under which all layers see "
             "the same; give a smaller window or longer samples"
+        )
+
+
+def check_numbers(name: str, found: np.ndarray) -> None:
+    """Refuses what layers cannot be ordered by.
+
+    Raises:
+        ValueError: a number among them is NaN or infinite.
+    """
+    if not np.isfinite(found).all():
+        raise ValueError(
+            f"{name}: expected finite numbers, got NaN or infinity; see whether the weights are "
+            "whole, and load the model in bfloat16 or float32 if it is in float16"
         )
 
 

@@ -13,7 +13,6 @@ attentions in every layer.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast
 
@@ -32,7 +31,7 @@ from swaa_jax.models.function import Structure, split_model
 from swaa_jax.policy import AttentionPolicy, LayerAttention
 from swaa_jax.progress import ShowProgress
 from swaa_jax.runtime import to_host
-from swaa_jax.selection.calibration import group_samples
+from swaa_jax.selection.calibration import check_numbers, group_samples
 from swaa_jax.selection.store import Ranking, top_layers
 from swaa_jax.typing import PathLike
 
@@ -145,6 +144,8 @@ def train_gates(
     batches = _batches(model, samples, config)
     for step in range(start, config.steps):
         state, loss = run(state, split.arrays, batches(step))
+        if (step + 1) % config.save_every == 0 or step + 1 == config.steps or step == start:
+            check_numbers("gates", to_host(state[0]))
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             kept.save(step + 1, state)
         if progress is not None:
@@ -245,15 +246,16 @@ class _Kept:
         """
         if self._path is None or not self._path.exists():
             return 0, self._start
-        kept = json.loads(self._path.read_text())
-        if kept["config"] != self._config or kept["step"] > self._steps:
-            return 0, self._start
+        kept = storage.read_json(self._path)
         leaves, treedef = jax.tree.flatten(self._start)
-        found = [
-            jnp.asarray(np.array(numbers, leaf.dtype).reshape(leaf.shape))
-            for numbers, leaf in zip(kept["state"], leaves, strict=True)
-        ]
-        return kept["step"], jax.tree.unflatten(treedef, found)
+        with storage.kept_file(self._path):
+            if kept["config"] != self._config or kept["step"] > self._steps:
+                return 0, self._start
+            found = [
+                jnp.asarray(np.array(numbers, leaf.dtype).reshape(leaf.shape))
+                for numbers, leaf in zip(kept["state"], leaves, strict=True)
+            ]
+            return kept["step"], jax.tree.unflatten(treedef, found)
 
     def save(self, step: int, state: GatesState) -> None:
         """Process 0 writes."""

@@ -31,6 +31,7 @@ from swaa_jax.models.function import Structure, split_model
 from swaa_jax.policy import AttentionPolicy, Stage
 from swaa_jax.progress import ShowProgress
 from swaa_jax.runtime import to_host
+from swaa_jax.selection.calibration import check_numbers
 from swaa_jax.selection.store import Ranking, top_layers
 
 __all__ = ["LazyRatioConfig", "lazy_ratio", "lazy_ratios"]
@@ -110,6 +111,7 @@ def lazy_ratios(
         recent = min(config.num_recent_keys, max(1, len(ids) // 4))
         near = np.array([config.num_sink_keys, len(ids) - recent], np.int32)
         found.append(to_host(run(split.arrays, tokens, lengths, near)))
+        check_numbers(f"lazy ratio, sample {number}", found[-1])
         if progress is not None:
             progress("lazy ratio", (number + 1) / len(samples))
     return np.stack(found)

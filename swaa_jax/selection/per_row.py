@@ -28,7 +28,7 @@ from swaa_jax.models.config import DecoderConfig
 from swaa_jax.models.function import Structure, split_model
 from swaa_jax.policy import AttentionPolicy, LayerAttention
 from swaa_jax.runtime import to_host
-from swaa_jax.selection.calibration import SampleGroup, group_samples
+from swaa_jax.selection.calibration import SampleGroup, check_numbers, group_samples
 from swaa_jax.sharding import RULES
 
 __all__ = ["MEMORY_BUDGET", "RowScorer", "rows_within"]
@@ -146,7 +146,7 @@ class RowScorer:
         rows: dict[str, np.ndarray],
         layers: tuple[LayerAttention, ...],
     ) -> np.ndarray:
-        return to_host(
+        losses = to_host(
             _row_losses(
                 self._split.arrays,
                 windows_LR,
@@ -155,6 +155,8 @@ class RowScorer:
                 layers=layers,
             )
         )
+        check_numbers("answer NLL", losses)
+        return losses
 
 
 def rows_within(budget: int, *, config: DecoderConfig, width: int) -> int:

@@ -17,6 +17,7 @@ from etils import epath
 from jaxtyping import Float
 
 from swaa_jax import runtime, storage
+from swaa_jax.documents import parse_json
 from swaa_jax.progress import ShowProgress
 from swaa_jax.selection.per_row import RowScorer
 from swaa_jax.typing import PathLike
@@ -51,9 +52,10 @@ class ScoreStore:
         self._known: dict[Layers, Float[np.ndarray, " samples"]] = {}
         self.num_new = 0
         if self._path is not None and self._path.exists():
-            for line in self._path.read_text().splitlines():
-                kept = json.loads(line)
-                self._known[tuple(kept["full_layers"])] = np.array(kept["nll"], np.float64)
+            text = storage.read_text(self._path)
+            with storage.kept_file(self._path):
+                for kept in map(parse_json, text.splitlines()):
+                    self._known[tuple(kept["full_layers"])] = np.array(kept["nll"], np.float64)
 
     @property
     def num_layers(self) -> int:

@@ -30,6 +30,7 @@ from swaa_jax.storage import (
     CheckpointError,
     forget_listings,
     is_local,
+    read_json,
     reading,
     sha256,
     write_json_atomic,
@@ -265,7 +266,7 @@ class Checkpoints:
     def _read(self, path: epath.Path, template: Any) -> Restored:
         import orbax.checkpoint as ocp
 
-        record = json.loads((path / COMMIT_FILE).read_text())
+        record = read_json(path / COMMIT_FILE)
         if record["schema_version"] != _SCHEMA_VERSION:
             raise CheckpointMismatchError(
                 f"{path}: expected schema_version {_SCHEMA_VERSION}, got "
@@ -350,7 +351,7 @@ def _fault(directory: epath.Path) -> str | None:
     try:
         if not (directory / COMMIT_FILE).exists():
             return f"it has no {COMMIT_FILE}: its save was not completed"
-        record = json.loads((directory / COMMIT_FILE).read_text())
+        record = read_json(directory / COMMIT_FILE)
         for name, wanted in record["files"].items():
             path = directory / name
             if not path.exists():

@@ -13,6 +13,7 @@ from typing import Any
 
 from etils import epath
 
+from swaa_jax.documents import parse_json
 from swaa_jax.storage import forget_listings, is_local, write_text_atomic
 
 __all__ = ["JsonLines", "MetricWriter", "summary"]
@@ -72,9 +73,9 @@ def _lines_up_to(path: epath.Path, step: int) -> list[str]:
     if not path.exists():
         return []
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().decode(errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] > step:
+            if parse_json(line)["step"] > step:
                 continue
         except (ValueError, KeyError, TypeError):  # the line that a killed process was writing
             continue

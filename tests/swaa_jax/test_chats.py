@@ -4,11 +4,12 @@ The oracle is `apply_chat_template` of Transformers, on chats in the form that i
 """
 
 import datetime
+import json
 import time
 
 import pytest
 
-from swaa_jax.chats import ChatError, normal_messages, render_chat
+from swaa_jax.chats import ChatError, normal_messages, render_chat, unused_variables
 from swaa_jax.infer.prompts import encode_prompts
 from tests.support import byte_tokenizer, chat_templates
 
@@ -184,6 +185,52 @@ def test_fault_05_arguments_as_text_are_encoded_once(name):
     broken = {"name": "get_weather", "arguments": '{"city": '}
     with pytest.raises(ValueError, match=r"tool_calls\[0\], arguments: expected a JSON object"):
         encode_prompts(tok, [USER, {**CALL, "tool_calls": [{"function": broken}]}, RESULT])
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "llama3", "mistral", "deepseek"])
+def test_fault_05_parameters_are_arguments_and_nothing_of_a_call_is_dropped(name):
+    tok = build(name)
+    expected = render_chat(tok, [USER, CALL, RESULT]).text
+    as_llama = {"name": "get_weather", "parameters": TOLD["arguments"]}
+    for call in (as_llama, {"function": as_llama}):
+        call = {**CALL, "tool_calls": [{"id": "abcdefghi", **call}]}
+        assert render_chat(tok, [USER, call, RESULT]).text == expected
+    for more in ({"args": {"city": "Köln"}}, {"parameters": {}}, {"extra_content": "signed"}):
+        for call in ({**TOLD, **more}, {"function": {**TOLD, **more}}):
+            with pytest.raises(ChatError, match=r"message 1, tool_calls\[0\]: expected a call of"):
+                render_chat(tok, [USER, {**CALL, "tool_calls": [call]}, RESULT])
+
+
+@pytest.mark.parametrize("result", [{"temp": 20}, [{"a": 1}, {"b": 2}], 20, {"Ort": "Köln"}])
+def test_fault_05_results_that_are_no_text_are_encoded_once(result):
+    messages = [USER, CALL, {**RESULT, "content": result}, REPLY]
+    tok = build("llama3")  # whose template writes JSON itself
+    expected = transformers_text(tok, messages, date_string="26 Jul 2024")
+    assert render_chat(tok, messages).text == render_chat(tok, normal_messages(messages)).text
+    assert render_chat(tok, messages).text == expected
+    as_text = [*messages[:2], {**RESULT, "content": json.dumps(result, ensure_ascii=False)}, REPLY]
+    for name in ("qwen2.5", "mistral", "deepseek"):
+        tok = build(name)
+        assert render_chat(tok, messages).text == render_chat(tok, as_text).text
+
+
+@pytest.mark.parametrize(
+    ("key", "message"), [("think", REPLY), ("tools", {"role": "system", "content": "Be brief."})]
+)
+def test_fault_04_keys_are_more_than_letters_of_the_template(caplog, key, message):
+    tok = build(chat_templates.QWEN25 + "{# <think> #}")
+    render_chat(tok, [{**message, key: [TOOL]}, USER])
+    (said,) = [one.getMessage() for one in caplog.records]
+    assert f"the chat template knows no '{key}'" in said
+    reads = "{% for m in messages %}{{ m.content }}{{ m['think'] }}{{ m.tools }}{% endfor %}"
+    caplog.clear()
+    render_chat(build(reads), [{**message, key: [TOOL]}, USER])
+    assert not caplog.records
+
+
+def test_fault_04_variables_are_more_than_letters_of_the_template():
+    tok = build("qwen3")
+    assert unused_variables(tok, {"thinking": False, "enable_thinking": False}) == ["thinking"]
 
 
 def test_fault_11_the_date_is_pinned():

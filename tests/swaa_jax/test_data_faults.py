@@ -12,7 +12,7 @@ import pytest
 from swaa_jax.data import DataConfig, DataError, load_data, prepare_samples
 from swaa_jax.data import samples as samples_module
 from swaa_jax.examples import read_example
-from swaa_jax.records import Record
+from swaa_jax.records import Record, open_records
 from tests.support import byte_tokenizer, chat_templates
 
 USER, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
@@ -112,6 +112,17 @@ def test_fault_12_an_opened_thought_is_not_opened_again(content, answer):
     assert tok.decode(sample.tokens).count("<think>") == 1
 
 
+def test_fault_08_an_answer_within_an_open_thought_is_told(caplog):
+    tok, record = build("qwen3-thinking"), {"messages": [USER, REPLY]}
+    samples_of(tok, record, answers="verbatim")
+    (said,) = [one.getMessage() for one in caplog.records]
+    assert "record 0: message 1: expected an answer with the end of a thought" in said
+    caplog.clear()
+    samples_of(tok, record)  # the template closes it
+    samples_of(build("qwen3"), record, answers="verbatim")
+    assert not caplog.records
+
+
 def test_fault_12_nor_is_one_that_the_prompt_has_closed():
     tok = build("qwen3")
     for content in ("<think>\n\n</think>\n\nYo", "<think></think>\nYo", "<think>\n</think>Yo"):
@@ -188,6 +199,21 @@ def test_fault_06_jsonl_and_parquet_give_the_same_batches(tmp_path):
         np.testing.assert_array_equal(jsonl.tokens, parquet.tokens)
         np.testing.assert_array_equal(jsonl.loss_weights, parquet.loss_weights)
         np.testing.assert_array_equal(jsonl.stage_ids, parquet.stage_ids)
+
+
+@pytest.mark.parametrize("kind", ["list_", "large_list", "list_view", "large_list_view", "map_"])
+def test_fault_06_nulls_of_every_kind_of_list(tmp_path, kind):
+    item = pyarrow.struct([("city", pyarrow.string()), ("symbol", pyarrow.string())])
+    rows = [[{"city": "Rome", "symbol": None}], [{"city": None, "symbol": "X"}]]
+    column = (
+        pyarrow.map_(pyarrow.string(), item) if kind == "map_" else getattr(pyarrow, kind)(item)
+    )
+    given = [[("key", row[0])] for row in rows] if kind == "map_" else rows
+    table = pyarrow.table({"column": pyarrow.array(given, column)})
+    pyarrow.parquet.write_table(table, tmp_path / "data.parquet")
+    found = [record.fields["column"] for record in open_records([tmp_path / "data.parquet"])]
+    expected = [{"city": "Rome"}, {"symbol": "X"}]
+    assert found == [[("key", one)] if kind == "map_" else [one] for one in expected]
 
 
 def test_fault_06_typed_keys_that_are_null_in_all_records_are_as_good_as_absent(tmp_path):
@@ -340,6 +366,78 @@ def test_a_right_answer_is_the_assistants():
     response = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "hmm"}]
     example = read_example(Record(file="f", index=0, fields={"prompt": "p", "response": response}))
     assert example.right_answers == ("a",)
+
+
+def test_fault_04_without_a_template_nothing_is_dropped(caplog):
+    tok = byte_tokenizer.build(template=None)
+    plain = {"prompt": "Q", "response": "A"}
+    (expected,) = samples_of(tok, plain, chat_template=False)
+    (sample,) = samples_of(
+        tok, {**plain, "response": [{**REPLY, "content": "A", "weight": 1}]}, chat_template=False
+    )
+    np.testing.assert_array_equal(sample.tokens, expected.tokens)
+    for lost in (
+        {"tools": [{"name": "f"}]},
+        {"response": [{**REPLY, "reasoning_content": "Hm"}]},
+        {"response": [{**REPLY, "tool_calls": [{"name": "f", "arguments": {}}]}]},
+        {"response": [REPLY, USER, REPLY]},
+    ):
+        with pytest.raises(DataError, match="expected a prompt and a response as texts with"):
+            samples_of(tok, {**plain, **lost}, chat_template=False)
+    with pytest.raises(DataError, match="expected an answer to train on"):
+        samples_of(tok, {**plain, "response": [{**REPLY, "weight": 0}]}, chat_template=False)
+    assert not caplog.records
+    samples_of(tok, plain, chat_template=False, chat_template_kwargs={"enable_thinking": False})
+    (said,) = [one.getMessage() for one in caplog.records]
+    assert said == "chat_template_kwargs: with chat_template: false 'enable_thinking' has no effect"
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_fault_04_the_system_stands_above_the_history(role):
+    tok = build("qwen2.5")
+    system, question = {"role": role, "content": "S"}, {**USER, "content": "Q"}
+    (expected,) = samples_of(tok, {"messages": [system, USER, REPLY, question, REPLY]})
+    for record in (
+        {"messages": [system, question, REPLY], "history": [["Hi", "Yo"]]},
+        {"prompt": [system, question], "history": [USER, REPLY], "response": "Yo"},
+        {"prompt": "Q", "history": [system, USER, REPLY], "response": "Yo"},
+    ):
+        (sample,) = samples_of(tok, record)
+        np.testing.assert_array_equal(sample.tokens, expected.tokens)
+        if record["history"] == [system, USER, REPLY]:
+            with pytest.raises(DataError, match="system: expected one system's message"):
+                samples_of(tok, {**record, "system": "T"})
+    with pytest.raises(DataError, match="history: expected one system's message"):
+        samples_of(tok, {"messages": [system, question, REPLY], "history": [system, USER, REPLY]})
+
+
+def test_fault_04_messages_after_a_responses_last_answer_are_named(caplog):
+    samples_of(build("qwen2.5"), {"prompt": "Q", "completion": [REPLY, USER]})
+    (said,) = [one.getMessage() for one in caplog.records]
+    assert said == "columns that are not used: 'completion after the last answer'"
+
+
+def test_fault_04_a_response_may_follow_a_tools_result():
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}
+    chat = [USER, call, {"role": "tool", "content": "20"}]
+    tok = build("qwen2.5")
+    (expected,) = samples_of(tok, {"messages": [*chat, REPLY]})
+    (sample,) = samples_of(tok, {"messages": chat, "response": "Yo"})
+    np.testing.assert_array_equal(sample.tokens, expected.tokens)
+
+
+def test_fault_06_a_number_that_is_none_is_as_good_as_absent(tmp_path):
+    """Tables write NaN where there is no value, and Python's JSON keeps it."""
+    tok, nan = build("qwen2.5"), float("nan")
+    record = {"instruction": "Q", "input": nan, "output": "A", "judge": nan, "system": nan}
+    (expected,) = samples_of(tok, {"instruction": "Q", "output": "A"})
+    (tmp_path / "data.jsonl").write_text(json.dumps(record))
+    found = cached(tmp_path)
+    assert len(found) == 1 and found.report.judged_wrong == 0 and not found.report.unused
+    np.testing.assert_array_equal(found[0].tokens, expected.tokens)
+    for answer in ({"answer": nan}, {"answers": [nan]}, {"response": nan}):
+        with pytest.raises(DataError, match="expected an answer"):
+            samples_of(tok, {"prompt": "Q", **answer})
 
 
 def cached(tmp_path, **settings):

@@ -272,6 +272,23 @@ def test_fault_13_a_context_that_an_override_lengthens_is_saved(how, tmp_path):
         np.testing.assert_allclose(again(jnp.asarray(TOKENS)), expected, rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3"])
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_fault_13_a_rope_of_the_older_form_is_saved(family, key, tmp_path):
+    tiny_hf.save(tiny_hf.build(family), tmp_path / "model")
+    scaling = {key: "linear", "factor": 5.0}
+    model = swaa.load_model(
+        tmp_path / "model", dtype="float32", config_overrides={"rope_scaling": scaling}
+    )
+    swaa.save_model(model, tmp_path / "again")
+    again = swaa.load_model(tmp_path / "again", dtype="float32")
+    assert again.config.rope == model.config.rope != again.config.local_rope
+    theirs = tiny_hf.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    with jax.default_matmul_precision("highest"):
+        logits = again(jnp.asarray(TOKENS))
+    np.testing.assert_allclose(logits, tiny_hf.logits(theirs, TOKENS), rtol=0, atol=5e-5)
+
+
 @pytest.mark.parametrize(
     "family, fields, named",
     [
@@ -290,6 +307,18 @@ def test_fault_02_a_field_that_is_not_read_is_warned_of(family, fields, named, c
         assert not caplog.records
         config_class.from_hf({**file_of(family), **fields})
     assert named in caplog.text and len(caplog.text) < 700
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_fault_02_a_model_that_is_not_causal_is_refused(family):
+    """Transformers gives any decoder with `is_causal: false` bidirectional attention."""
+    read = FAMILIES[family].config_class.from_hf
+    file = file_of(family)
+    assert read({**file, "is_causal": True}).own == read(file).own
+    assert read({**file, "is_causal": False}, {"is_causal": True}).own == read(file).own
+    for value in (False, None):  # null is no more than false to Transformers
+        with pytest.raises(NotImplementedError, match=r"config\.is_causal: expected true"):
+            read({**file, "is_causal": value})
 
 
 def test_fault_02_many_unread_fields_give_one_bounded_warning(caplog):

@@ -8,8 +8,11 @@ import pytest
 from flax import nnx
 
 import swaa_jax as swaa
+from swaa_jax.data import Sample
 from swaa_jax.infer import generate, stream
 from swaa_jax.infer.likelihoods import Continuation, score_continuations
+from swaa_jax.selection import select_layers
+from tests.support.random_models import random_model
 from tests.support.standin import PRIME, StandIn
 
 RNG = np.random.default_rng(5)
@@ -82,3 +85,24 @@ def test_fault_15_gemma_in_float16_is_warned_of(directory, dtype, caplog):
     with caplog.at_level(logging.WARNING):
         swaa.load_model(directory, dtype=dtype)
     assert ("dtype: expected bfloat16 or float32 for gemma2" in caplog.text) == (dtype == "float16")
+
+
+@pytest.mark.parametrize("method", ["add_one", "lazy_ratio", "gates", "periodic"])
+def test_fault_15_layers_are_not_ordered_by_what_is_no_number(method):
+    model = random_model(num_hidden_layers=3, dtype="float32")
+    kernel = model.layers[0].mlp.down_proj.kernel
+    kernel.set_value(kernel.get_value() * jnp.nan)
+    sample = Sample(
+        tokens=np.arange(3, 23, dtype=np.int32),
+        stage_ids=(np.arange(20) >= 16).astype(np.int32),
+        is_target=np.arange(20) >= 16,
+    )
+    with pytest.raises(ValueError, match="expected finite numbers, got NaN or infinity; see"):
+        select_layers(
+            model,
+            [sample],
+            method=method,
+            num_full_layers=1,
+            policy=swaa.AttentionPolicy(window=4),
+            options={"steps": 2} if method == "gates" else None,
+        )

@@ -186,6 +186,7 @@ def test_fault_09_a_tiny_temperature_is_greedy(temperature):
         ("begin_suppress_tokens", [3]),
         ("min_new_tokens", 5),
         ("forced_eos_token_id", 2),
+        ("forced_bos_token_id", 0),  # a token, not off
         ("penalty_alpha", 0.6),
         ("guidance_scale", 2.0),
         ("stop_strings", ["x"]),
@@ -212,6 +213,23 @@ def test_fault_09_neutral_fields_are_not_warned_of(caplog):
     assert not caplog.records
 
 
+def test_fault_09_what_only_draws_use_is_told_where_nothing_is_drawn(caplog, saved):
+    config = {"temperature": 0.61, "top_k": 50, "top_p": 0.91, "repetition_penalty": 1.2}
+    assert SamplingParams.from_generation_config(config).is_greedy
+    (said,) = [one.getMessage() for one in caplog.records]
+    assert "generation_config.json: expected do_sample: true with temperature=0.61, top_p" in said
+    caplog.clear()
+    model, given = saved({}), {"max_new_tokens": 1, "top_p": 0.93, "min_p": 0.07}
+    for _ in range(2):
+        generate(model, None, PROMPTS[:1], **given)
+    (said,) = [one.getMessage() for one in caplog.records]
+    assert "options: expected a temperature above 0 with top_p=0.93, min_p=0.07, got none" in said
+    caplog.clear()
+    generate(model, None, PROMPTS[:1], **given, temperature=0.5)
+    generate(model, None, PROMPTS[:1], max_new_tokens=1, top_p=1.0, top_k=50)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -232,3 +250,5 @@ def test_fault_09_values_that_do_not_fit_are_refused(config, message):
 def test_fault_09_suppressed_tokens_are_the_models(saved):
     with pytest.raises(ValueError, match="suppress_tokens: expected token ids from 0 to 130"):
         generate(saved({"suppress_tokens": [131]}), None, PROMPTS, sampling="checkpoint")
+    with pytest.raises(ValueError, match=f"suppress_tokens: expected to leave a token of {VOCAB}"):
+        generate(saved({}), None, PROMPTS[:1], suppress_tokens=range(VOCAB))

@@ -8,6 +8,7 @@ import pytest
 
 from swaa_jax.chats import THOUGHT_MARKERS, ChatError, render_chat
 from swaa_jax.data import DataConfig, prepare_samples
+from swaa_jax.distill import DistillConfig, distill
 from swaa_jax.eval.judging import Judged, make_judge, strip_thinking
 from swaa_jax.eval.judging.language_model import read_verdict
 from swaa_jax.eval.run.asking import Asking
@@ -15,6 +16,7 @@ from swaa_jax.eval.run.config import EvalConfig
 from swaa_jax.eval.tasks import Sample, encode_sample, make_task
 from swaa_jax.infer import generate, opens_thinking, stream
 from tests.support import byte_tokenizer
+from tests.support.random_models import random_model
 from tests.support.standin import StandIn
 
 pytest.importorskip("transformers")
@@ -67,9 +69,7 @@ def test_fault_08_rulers_prefix_does_not_land_in_a_thought(variant):
         assert 2970 <= len(ids) <= 3000
 
 
-@pytest.mark.parametrize("template", [ALWAYS, NEVER], ids=["always", "never"])
-def test_fault_08_non_thinking_use_of_a_model_that_always_thinks(template, caplog):
-    """It is warned of, and what stands in the thought is no answer."""
+def asking_with(template, *, thinking):
     config = EvalConfig.from_dict(
         {
             "models": ["somewhere"],
@@ -78,19 +78,57 @@ def test_fault_08_non_thinking_use_of_a_model_that_always_thinks(template, caplo
             "output_dir": "nowhere",
         }
     )
+    return Asking(
+        config=config,
+        entry=config.settings[0].models[0],
+        model=StandIn(byte_tokenizer.VOCAB_SIZE, max_position_embeddings=6000),
+        tokenizer=byte_tokenizer.build(template=template),
+        identity={},
+        task=config.tasks[0],
+        thinking=thinking,
+    )
+
+
+@pytest.mark.parametrize("template", [ALWAYS, NEVER], ids=["always", "never"])
+def test_fault_08_non_thinking_use_of_a_model_that_always_thinks(template, caplog):
+    """It is warned of, and what stands in the thought is no answer."""
     with caplog.at_level(logging.WARNING):
-        asking = Asking(
-            config=config,
-            entry=config.settings[0].models[0],
-            model=StandIn(byte_tokenizer.VOCAB_SIZE, max_position_embeddings=2000),
-            tokenizer=byte_tokenizer.build(template=template),
-            identity={},
-            task=config.tasks[0],
-            thinking=False,
-        )
+        asking = asking_with(template, thinking=False)
     always = template is ALWAYS
     assert asking._opened == [always] * 2
     assert ("opens a thought" in caplog.text) == always
+
+
+SWITCHED = _TURNS.replace("GENERATION", "{% if enable_thinking %}Think.{% endif %}")
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [(ALWAYS, ""), (SWITCHED, ""), (NEVER, "got one without it"), (None, "without a template")],
+)
+def test_fault_08_thinking_that_nothing_asks_for_is_told(template, told, caplog):
+    asking_with(template, thinking=True)
+    assert bool(caplog.records) == bool(told)
+    if told:
+        assert "thinking: expected a chat template with the variable" in caplog.text
+        assert told in caplog.text
+
+
+def test_fault_08_thinking_that_no_template_asks_for_is_told_elsewhere(
+    harness, tmp_path, caplog, monkeypatch
+):
+    told = "enable_thinking: expected a chat template with the variable"
+    harness(NEVER, enable_thinking=False)  # the checkpoint's own template has it
+    assert told not in caplog.text
+    never = byte_tokenizer.build(template=NEVER)
+    monkeypatch.setattr("swaa_jax.eval.harness.load_tokenizer", lambda *_, **__: never)
+    harness(NEVER, enable_thinking=False)
+    assert told in caplog.text
+    caplog.clear()
+    tok, config = byte_tokenizer.build(template=None), DistillConfig(enable_thinking=True)
+    model = random_model(num_hidden_layers=1)
+    distill(model, tok, [], make_judge("exact"), tmp_path / "out", config=config)
+    assert told in caplog.text
 
 
 class Scripted(StandIn):

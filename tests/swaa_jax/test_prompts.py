@@ -137,7 +137,8 @@ def test_context_and_vocabulary():
     check_context([[0, 9]], max_new_tokens=6, vocab_size=10, context=8)
     check_context([[0] * 99], max_new_tokens=6, vocab_size=10, context=None)
     with pytest.raises(
-        ValueError, match=r"prompt 1: .* 8 tokens .* got 9: 3 prompt tokens and max_new_tokens=6"
+        ValueError,
+        match=r"prompt 1: .* 8 tokens .* got at least 9: 3 prompt tokens and max_new_tokens=6",
     ):
         check_context([[0], [0] * 3], max_new_tokens=6, vocab_size=10, context=8)
     for token in (10, -1):

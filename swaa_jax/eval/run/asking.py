@@ -19,7 +19,7 @@ from swaa_jax.eval.run.costs import CellCost, cell_cost
 from swaa_jax.eval.run.store import AnswerBatch, AnswerRecord, CellStore, fingerprint
 from swaa_jax.eval.tasks import Sample, encode_sample
 from swaa_jax.fields import show
-from swaa_jax.infer import GenerateOptions, Timings, opens_thinking
+from swaa_jax.infer import GenerateOptions, Timings, opens_thinking, warn_of_thinking
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.progress import ShowProgress
@@ -95,7 +95,8 @@ class Asking:
         self._tokenizer, self._task, self._thinking = tokenizer, task, thinking
         samples = task.task.samples(tokenizer, thinking=thinking)[config.skip_samples :]
         samples = samples[: config.limit]
-        prompts = [encode_sample(one, tokenizer, thinking=thinking) for one in samples]
+        room = getattr(model.config, "max_position_embeddings", None)
+        prompts = [encode_sample(one, tokenizer, thinking=thinking, room=room) for one in samples]
         opened = [opens_thinking(tokenizer, ids) for ids in prompts]
         if any(opened) and not thinking:
             log.warning(
@@ -105,6 +106,8 @@ class Asking:
                 task.name,
                 entry.label,
             )
+        if thinking and not any(opened):
+            warn_of_thinking(tokenizer, f"task {task.name}, thinking")
         self._options = _options(config, task, thinking)
         fits = self._fitting(samples, prompts)
         self._skipped = len(samples) - len(fits)
@@ -239,9 +242,10 @@ class Asking:
             raise ValueError(
                 f"task {self._task.name}: expected prompts that fit {self._entry.label}'s context "
                 f"of {context} tokens with answers of up to {self._options.max_new_tokens}, got "
-                f"{len(samples) - len(fits)} of {len(samples)} that do not (the longest has "
-                f"{longest} tokens); set too_long=skip to leave them out, lower max_new_tokens or "
-                "max_thinking_tokens, or extend the model's context by config_overrides"
+                f"{len(samples) - len(fits)} of {len(samples)} that do not (the longest has at "
+                f"least {longest} tokens); set too_long=skip to leave them out, lower "
+                "max_new_tokens or max_thinking_tokens, or extend the model's context by "
+                "config_overrides"
             )
         return fits
 

@@ -19,6 +19,7 @@ from swaa_jax.fields import (
     naming,
     one_of,
     or_none,
+    path,
     text,
     wrong,
 )
@@ -180,6 +181,7 @@ class EvalConfig(SamplingParams):
         check_fields(
             self,
             tasks=_several(task_entry),
+            output_dir=path,
             thinking=_modes,
             max_thinking_tokens=integer(least=0),
             attempts=integer(least=1),

@@ -12,7 +12,6 @@ A file is there in full or not at all: a run that was killed loses the batch tha
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -69,8 +68,11 @@ class CellStore:
 
     def read_answers(self, batch: int) -> AnswerBatch:
         """What `write_answers` kept."""
-        document = json.loads(self._answers(batch).read_text())
-        return AnswerBatch(rows=document["answers"], timings=Timings(**document["timings"]))
+        path = self._answers(batch)
+        document = storage.read_json(path)
+        with storage.kept_file(path):
+            rows = [dict(row) for row in document["answers"]]
+            return AnswerBatch(rows=rows, timings=Timings(**document["timings"]))
 
     def has_verdicts(self, key: str, batch: int) -> bool:
         """Whether the batch has been judged, without failures of the judge; the key is the
@@ -87,7 +89,10 @@ class CellStore:
 
     def read_verdicts(self, key: str, batch: int) -> list[AnswerRecord]:
         """What `write_verdicts` kept."""
-        return json.loads(self._verdicts(key, batch).read_text())["verdicts"]
+        path = self._verdicts(key, batch)
+        document = storage.read_json(path)
+        with storage.kept_file(path):
+            return [dict(verdict) for verdict in document["verdicts"]]
 
     def _answers(self, batch: int) -> epath.Path:
         return self._directory / f"answers-{batch:05d}.json"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from swaa_jax.chats import ChatError, Tools, render_chat
+from swaa_jax.checkpoint.tokenizer import encode_up_to
 from swaa_jax.infer import opens_thinking
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def encode_sample(
     *,
     thinking: bool,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    room: int | None = None,
 ) -> list[int]:
     """The sample's prompt as token ids: templated once, where the tokenizer has a template.
 
@@ -109,6 +111,7 @@ def encode_sample(
         thinking: the template's `enable_thinking`; without it the answer's prefix is added, unless
             the template opens a thought all the same.
         chat_template_kwargs: more variables for the template.
+        room: tokens that the model has room for; see `encode_prompts`.
 
     Raises:
         ValueError: a chat that the template does not take or leaves a part of out, or one of
@@ -126,11 +129,11 @@ def encode_sample(
         if prefix and opens_thinking(tokenizer, text):
             prefix = ""  # it would be the thought's
         # The template brings its own BOS.
-        return list(tokenizer(text + prefix, add_special_tokens=False)["input_ids"])
+        return encode_up_to(tokenizer, text + prefix, room)
     if len(sample.messages) != 1 or sample.tools:
         raise ValueError(
             f"sample {sample.id[:_LONGEST_ID]}: expected one message and no tools, since the "
             f"tokenizer has no chat template, got {len(sample.messages)} and "
             f"{len(sample.tools or ())}"
         )
-    return list(tokenizer(sample.messages[0]["content"] + prefix)["input_ids"])
+    return encode_up_to(tokenizer, sample.messages[0]["content"] + prefix, room, special=True)

@@ -97,7 +97,8 @@ def _ropes(hf: HfConfig, *, default_theta: float) -> dict[str, dict[str, Any]]:
         ropes[FULL] = dict(hf.get("rope_scaling") or {})
     local_theta = hf.get("rope_local_base_freq", 10_000.0)
     for kind, theta in ((FULL, hf.get("rope_theta", default_theta)), (WINDOWED, local_theta)):
-        ropes[kind] = {"rope_type": "default", "rope_theta": theta, **ropes[kind]}
+        rope_type = {} if "type" in ropes[kind] else {"rope_type": "default"}
+        ropes[kind] = {**rope_type, "rope_theta": theta, **ropes[kind]}
     if hf.get("rope_local_base_freq") not in (None, ropes[WINDOWED]["rope_theta"]):
         raise ValueError(
             f"config.rope_local_base_freq: expected {show(ropes[WINDOWED]['rope_theta'])}, as in "
