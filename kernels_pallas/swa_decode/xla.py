@@ -20,8 +20,8 @@ Values = Callable[[Array, Array], Array]
 
 limits = no_limits
 
-_STEP_SLOTS = 2048
-"""Slots of a row that are read at a time where they are pages."""
+_STEP_SLOTS = {"cpu": 256}
+"""Slots of a row that are read at a time where they are pages, by platform; elsewhere 2048."""
 
 _LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)
 """Below every score, and finite: exp(-inf - _LOWEST) is 0 where exp(-inf + inf) would be NaN."""
@@ -76,9 +76,11 @@ def _attend_to_pages(
     A step in which a row sees nothing leaves its sums as they are, to the bit; one in which no row
     sees anything, outside all windows, is left out.
     """
-    q, pages_in_step = arguments.q, max(1, _STEP_SLOTS // arguments.cache_k.shape[1])
+    q, platform = arguments.q, (arguments.target or Target.here()).platform
+    step_pages = max(1, _STEP_SLOTS.get(platform, 2048) // arguments.cache_k.shape[1])
+    pages_in_step = min(step_pages, page_table.shape[1])
     num_new, q_BnKGH = q.shape[1], _by_kv_head(arguments)
-    score, gather = _products(num_new, platform=(arguments.target or Target.here()).platform)
+    score, gather = _products(num_new, platform=platform)
     page_table = pad_end(page_table, -page_table.shape[1] % pages_in_step, axis=1)
     num_slots = page_table.shape[1] * arguments.cache_k.shape[1]
     missing = num_slots - arguments.num_slots

@@ -296,32 +296,47 @@ def _attend_slots(
 
 
 def attend_stream(
-    q: Float[Array, "B 1 N H"],
-    k: Float[Array, "B 1 K H"],
-    v: Float[Array, "B 1 K H"],
+    q: Float[Array, "B n N H"],
+    k: Float[Array, "B n K H"],
+    v: Float[Array, "B n K H"],
     cache: StreamCache,
     *,
     layer: LayerAttention,
     pos_B: Int[Array, " B"],
     rotate: Callable[[Array, Array], Array],
+    lengths: Int[Array, " B"] | None = None,
+    stage_ids: Int[Array, "B n"] | None = None,
     options: AttentionOptions = DEFAULT_OPTIONS,
-) -> tuple[Float[Array, "B 1 N H"], StreamCache]:
+) -> tuple[Float[Array, "B n N H"], StreamCache]:
     """Attention of a new token a row at positions inside the cache; then the cache with it.
 
     What the token sees is numbered from 0 as if it were all of the text, so that no position ever
-    exceeds window + sinks (StreamingLLM, arXiv 2309.17453).
+    exceeds window + sinks (StreamingLLM, arXiv 2309.17453). A chunk of a prompt is read at its own
+    positions.
 
     Args:
-        q, k, v: the new token, RoPE not applied.
+        q, k, v: the new tokens, RoPE not applied.
         cache: what this layer kept of the tokens before.
         layer: what this layer sees: a window, perhaps with sinks, also of answers.
-        pos_B: tokens that each row has seen before this one.
+        pos_B: tokens that each row has seen before these.
         rotate: applies RoPE to heads `[B, S, heads, H]` at positions `[B, S]`.
+        lengths: how many of the n are real, as in `attend_cached`.
+        stage_ids: of a chunk of prompts. None: an answer's token.
         options: how it is computed.
 
     Raises:
-        NotImplementedError: more than one new token a row.
+        NotImplementedError: more than one new token a row of an answer.
     """
+    attending = functools.partial(
+        attend_cached, layer=layer, pos_B=pos_B, lengths=lengths, options=options
+    )
+    new = _New(q=q, k=k, v=v, pos_B=pos_B, lengths=lengths)
+    at = cache.positions(pos_B)
+    if stage_ids is not None:
+        new_at = pos_B[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)
+        turned = dataclasses.replace(cache, k=rotate(cache.k, jnp.maximum(at, 0)))
+        out, _ = attending(rotate(q, new_at), rotate(k, new_at), v, turned, stage_ids=stage_ids)
+        return out, _written_stream(cache, new, options.mesh)
     if q.shape[1] != 1:
         raise NotImplementedError(
             f"tokens: expected one new token a row with positions inside the cache, got "
@@ -331,22 +346,17 @@ def attend_stream(
     sinks = layer.num_sink_tokens
     # Tokens between the sinks and the window; what comes behind them moves up by so many.
     left_out_B1 = jnp.maximum(pos_B - layer.window + 1 - sinks, 0)[:, None]
-    at = cache.positions(pos_B)
     turned = rotate(cache.k, jnp.where(at < sinks, at, at - left_out_B1))
     new_at = pos_B[:, None] - left_out_B1
-    out, _ = attend_cached(
-        rotate(q, new_at),
-        rotate(k, new_at),
-        v,
-        dataclasses.replace(cache, k=turned),
-        layer=layer,
-        pos_B=pos_B,
-        options=options,
-    )
-    new = _New(q=q, k=k, v=v, pos_B=pos_B)
-    grown = _written(cache, new, options.mesh)
+    turned = dataclasses.replace(cache, k=turned)
+    out, _ = attending(rotate(q, new_at), rotate(k, new_at), v, turned)
+    return out, _written_stream(cache, new, options.mesh)
+
+
+def _written_stream(cache: StreamCache, new: "_New", mesh: Mesh | None) -> StreamCache:
+    grown = _written(cache, new, mesh)
     assert isinstance(grown, StreamCache)
-    return out, grown
+    return grown
 
 
 def _attend_chunk(

@@ -10,6 +10,7 @@ first; then some decode steps of all rows that have been read.
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from kernels_pallas.layout import round_up
 from swaa_jax.attention import PagedCache, RingCache
 from swaa_jax.engine.pages import PagePool, PrefixCache
 from swaa_jax.engine.sampling import NO_TOKEN, pack_ids
@@ -33,13 +35,17 @@ from swaa_jax.engine.state import (
     stop_row,
     take_rings,
 )
-from swaa_jax.fields import check_fields, flag, integer, or_none
+from swaa_jax.fields import check_fields, flag, integer, one_of, or_none, set_field
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import SplitModel, split_model
 from swaa_jax.runtime import to_host
 
 EndReason = Literal["end", "length", "cancelled", "not a number"]
 """Why a request ended: a token that ends it, its longest answer, `cancel`, or bad logits."""
+
+
+_SIZES = {"cpu": (256, 32), "gpu": (2048, 256), "tpu": (1024, 256)}
+"""Tokens of a chunk and of a page, by platform."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,11 +55,13 @@ class EngineOptions:
     Attributes:
         num_slots: rows that are answered at a time.
         max_tokens: of a row, prompt and answer together.
-        chunk_size: tokens of a prompt that are read at a time.
-        page_size: tokens of a page of the full caches; chunks are whole pages.
+        chunk_size: tokens of a prompt that are read at a time; None: as many as keep the device
+            busy.
+        page_size: tokens of a page of the full caches; chunks are whole pages. None: by device.
         num_pages: of the pool; None: as many as all slots can need.
         chunks_per_round: read between two calls of the decode program.
         steps_per_call: decode steps of a call, at most.
+        positions: where new tokens stand; see `CausalLM.prefill`.
         reuse: keep chunks of prompts, for prompts that begin alike.
         max_snapshots: of the rings of windowed layers, which are kept for it.
         snapshot_every: chunks from one to the next, within a prompt; there is one at the end of
@@ -62,11 +70,12 @@ class EngineOptions:
 
     num_slots: int = 8
     max_tokens: int = 4096
-    chunk_size: int = 256
-    page_size: int = 64
+    chunk_size: int | None = None
+    page_size: int | None = None
     num_pages: int | None = None
     chunks_per_round: int = 1
     steps_per_call: int = 16
+    positions: Literal["text", "cache"] = "text"
     reuse: bool = True
     max_snapshots: int = 16
     snapshot_every: int = 8
@@ -76,25 +85,36 @@ class EngineOptions:
             self,
             num_slots=integer(least=1),
             max_tokens=integer(least=2),
-            chunk_size=integer(least=1),
-            page_size=integer(least=1),
+            chunk_size=or_none(integer(least=1)),
+            page_size=or_none(integer(least=1)),
             num_pages=or_none(integer(least=1)),
             chunks_per_round=integer(least=1),
             steps_per_call=integer(least=1),
+            positions=one_of("text", "cache"),
             reuse=flag,
             max_snapshots=integer(least=1),
             snapshot_every=integer(least=1),
         )
-        if self.chunk_size % self.page_size:
+        chunk_size, page_size = _SIZES.get(jax.default_backend(), _SIZES["tpu"])
+        if self.page_size is None:
+            set_field(self, "page_size", math.gcd(self.chunk_size or chunk_size, page_size))
+        if self.chunk_size is None:
+            set_field(self, "chunk_size", round_up(chunk_size, self.sizes[1]))
+        if self.sizes[0] % self.sizes[1]:
             raise ValueError(
                 f"chunk_size: expected a multiple of page_size={self.page_size}, got "
                 f"{self.chunk_size}; change one of them"
             )
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """Tokens of a chunk and of a page, as chosen."""
+        return self.chunk_size or 0, self.page_size or 0
+
+    @property
     def columns(self) -> int:
         """Pages of the longest row."""
-        return -(-self.max_tokens // self.page_size)
+        return -(-self.max_tokens // self.sizes[1])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,23 +168,26 @@ class Engine:
         self.options = options = options or EngineOptions()
         self._model = model = split_model(model)
         self._vocab_size = model.config.vocab_size
+        chunk_size, page_size = options.sizes
         num_pages = options.num_pages or options.num_slots * options.columns
         self._state = _empty_state(
             model.arrays,
             structure=model.structure,
             num_slots=options.num_slots,
             max_tokens=options.max_tokens,
-            pages=(num_pages, options.page_size),
-            width=options.max_tokens + options.chunk_size,
+            pages=(num_pages, page_size),
+            positions=options.positions,
+            width=options.max_tokens + chunk_size,
         )
-        kinds = {type(part) for layer in self._state.caches.layers for part in layer.parts()}
-        pool = PagePool(num_pages, options.page_size) if PagedCache in kinds else None
-        self._has_rings = has_rings = RingCache in kinds
+        parts = [part for layer in self._state.caches.layers for part in layer.parts()]
+        has_pages = any(isinstance(part, PagedCache) for part in parts)
+        pool = PagePool(num_pages, page_size) if has_pages else None
+        self._has_rings = has_rings = any(isinstance(part, RingCache) for part in parts)
         self._prefixes: PrefixCache[Any] | None = None
         if options.reuse:
             self._prefixes = PrefixCache(
                 pool,
-                chunk_size=options.chunk_size,
+                chunk_size=chunk_size,
                 max_snapshots=options.max_snapshots if has_rings else None,
             )
         self._scheduler = Scheduler(
@@ -173,6 +196,7 @@ class Engine:
             pool=pool,
             prefixes=self._prefixes,
         )
+        self._compiled: set[Any] = set()
         self.clock = EngineClock()
 
     @property
@@ -238,7 +262,7 @@ class Engine:
         )
 
     def _read(self, slot: int) -> list[Update]:
-        row, size = self._scheduler.rows[slot], self.options.chunk_size
+        row, size = self._scheduler.rows[slot], self.options.sizes[0]
         assert row is not None
         part = row.request.tokens[row.num_read : row.num_read + size]
         tokens = np.zeros((1, size), np.int32)
@@ -269,7 +293,7 @@ class Engine:
         """
         if self._prefixes is None:
             return
-        size, options = self.options.chunk_size, self.options
+        size, options = self.options.sizes[0], self.options
         is_last = row.num_read + size > len(row.request.tokens)
         snapshot = None
         if self._has_rings and (is_last or row.num_read // size % options.snapshot_every == 0):
@@ -289,11 +313,16 @@ class Engine:
         return self._take(drawn, slots, steps=steps)
 
     def _call(self, program: Any, *args: Any, **static: Any) -> Drawn:
-        start = time.perf_counter()
         model = self._model
-        self._state, drawn = program(
-            model.arrays, self._state, *args, structure=model.structure, **static
-        )
+        given = (model.arrays, self._state, *args)
+        static["structure"] = model.structure
+        start = time.perf_counter()
+        if program not in self._compiled:  # the call then finds it done
+            program.lower(*given, **static).compile()
+            self._compiled.add(program)
+            self.clock.compile_s += time.perf_counter() - start
+            start = time.perf_counter()
+        self._state, drawn = program(*given, **static)
         tokens = to_host(drawn.tokens)
         seconds = time.perf_counter() - start
         if program is _read:
@@ -360,7 +389,8 @@ _restore = jax.jit(put_rings, donate_argnames=("state",))
 
 
 @functools.partial(
-    jax.jit, static_argnames=("structure", "num_slots", "max_tokens", "pages", "width")
+    jax.jit,
+    static_argnames=("structure", "num_slots", "max_tokens", "pages", "positions", "width"),
 )
 def _empty_state(
     arrays: Any,
@@ -369,8 +399,9 @@ def _empty_state(
     num_slots: int,
     max_tokens: int,
     pages: tuple[int, int],
+    positions: str,
     width: int,
 ) -> DecodeState:
     model = structure.build(arrays)
-    caches = model.empty_caches(num_slots, cache_size=max_tokens, pages=pages)
+    caches = model.empty_caches(num_slots, cache_size=max_tokens, pages=pages, positions=positions)
     return DecodeState.empty(caches, width=width, vocab_size=model.config.vocab_size)

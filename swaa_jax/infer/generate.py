@@ -82,73 +82,20 @@ def generate(
     encoded = encode_prompts(tok, prompts, room=_context(model), **options.template_options)
     limit = options.max_new_tokens
     check_prompts(model, encoded, max_new_tokens=limit, positions=options.positions)
-    session = _Session(model, tok, options)
-    split = split_model(model)
-
-    by_length = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
-    size = options.batch_size or DEFAULT_BATCH_SIZE
-    rows: dict[int, AnswerRow] = {}
-    timings = []
+    answerer = Answerer(
+        model,
+        tok,
+        options,
+        lengths=[len(ids) for ids in encoded],
+        sampling=_sampling(model, options),
+        rules=_rules(model, tok, options),
+    )
     total, show = len(encoded) * limit, options.progress
     with show_progress("generating", total=total, unit="tokens", enabled=show) as bar:
-        for start in range(0, len(by_length), size):
-            group = by_length[start : start + size]
-            prefilled = prefill_prompts(
-                split,
-                [encoded[index] for index in group],
-                max_new_tokens=limit,
-                row_ids=group,
-                pad_id=pad_token_id(tok),
-                warmup=options.warmup,
-                positions=options.positions,
-            )
-            run = session.start(split, prefilled)
-            for _ in run.calls:
-                bar.show(bar.text, start * limit + run.progress)
-            rows.update(zip(group, run.rows, strict=True))
-            timings.append(run.timings())
-    return _generation(
-        [rows[index] for index in range(len(encoded))], Timings.total(timings), options
-    )
-
-
-def decode_from(
-    model: CausalLM,
-    tok: "PreTrainedTokenizerBase | None",
-    prefilled: Prefilled,
-    *,
-    options: GenerateOptions | None = None,
-    keep_caches: bool = False,
-    on_progress: Callable[[int], None] | None = None,
-) -> Generation:
-    """Answer prompts that `prefill_prompts` has read.
-
-    One prefill can serve several policies that differ only in `decode`, since prompt tokens are
-    windowed under all of them: run it under `decode="full"`, which keeps every key, then
-
-        for policy in policies:
-            decode_from(model.with_policy(policy), tok, prefilled, keep_caches=True)
-
-    Args:
-        model: under the prefill's policy, or one that differs from it in `decode` only.
-        tok: the tokenizer, or None where only tokens matter.
-        prefilled: its caches are used up unless `keep_caches`.
-        options: as in `generate`, `max_new_tokens` at most what the prefill made room for; those
-            that say how prompts are rendered and batched have no part in this.
-        keep_caches: decode from a copy, so that `prefilled` can serve again.
-        on_progress: called now and then with the number of new tokens so far.
-
-    Raises:
-        ValueError: another policy, or more tokens than the caches have room for.
-    """
-    options = options or GenerateOptions(max_new_tokens=prefilled.max_new_tokens)
-    run = _Session(model, tok, options).start(
-        split_model(model), prefilled, keep_caches=keep_caches
-    )
-    for _ in run.calls:
-        if on_progress is not None:
-            on_progress(run.progress)
-    return _generation(run.rows, run.timings(), options)
+        answering = answerer.start(encoded)
+        for progress in answering:
+            bar.show(bar.text, progress)
+    return generation_of(answering)
 
 
 class Stream(Iterator[str]):

@@ -280,6 +280,8 @@ class Attention(nnx.Module):
                 layer=layer,  # pyright: ignore[reportArgumentType]  (a choice has no caches)
                 pos_B=rows.pos_B,  # pyright: ignore[reportArgumentType]  (set with caches)
                 rotate=self._rotated,
+                lengths=rows.lengths,
+                stage_ids=rows.stage_ids,
                 options=options,
             )
         else:

@@ -310,7 +310,12 @@ class CausalLM(nnx.Module):
         return self.head(hidden), caches
 
     def empty_caches(
-        self, num_rows: int, *, cache_size: int, pages: tuple[int, int] | None = None
+        self,
+        num_rows: int,
+        *,
+        cache_size: int,
+        pages: tuple[int, int] | None = None,
+        positions: str = "text",
     ) -> Caches:
         """Caches before the first token, for prompts that `read` reads.
 
@@ -319,7 +324,13 @@ class CausalLM(nnx.Module):
             cache_size: tokens that a row can become long, prompt and answer together.
             pages: how many there are, and the slots of each, where full caches are to be pages
                 that rows share. `Caches.table` then says whose they are; all entries are page 0.
+            positions: where the tokens that `decode` adds stand, as in `prefill`.
+
+        Raises:
+            ValueError: "cache" under a policy with other than windowed layers.
         """
+        if positions == "cache":
+            check_stream(self.layer_attention)
         config = self.config
         layers = [
             empty_cache(
@@ -332,6 +343,8 @@ class CausalLM(nnx.Module):
             )
             for layer in self.layer_attention
         ]
+        if positions == "cache":
+            layers = [as_stream(ring) for ring in layers]
         table = None
         if pages is not None:
             table = jnp.zeros((num_rows, -(-cache_size // pages[1])), jnp.int32)

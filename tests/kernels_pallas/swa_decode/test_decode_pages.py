@@ -62,7 +62,7 @@ def compiled(backend, window, sinks, softcap):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_against_loop(name, backend, lengths, window, sinks, monkeypatch):
-    monkeypatch.setattr(xla, "_STEP_SLOTS", 2 * PAGE)
+    monkeypatch.setattr(xla, "_STEP_SLOTS", {"cpu": 2 * PAGE})
     (_, num_new, _), (num_heads, num_kv_heads, head_dim), softcap, dtype, _ = CASES[name]
     lengths, rng = LENGTHS[lengths], np.random.default_rng(0)
 
@@ -105,7 +105,7 @@ def test_against_loop(name, backend, lengths, window, sinks, monkeypatch):
 
 @pytest.mark.parametrize("num_new", (1, 3))
 def test_a_row_has_the_same_bits_whatever_pages_the_others_need(num_new, monkeypatch):
-    monkeypatch.setattr(xla, "_STEP_SLOTS", PAGE)
+    monkeypatch.setattr(xla, "_STEP_SLOTS", {"cpu": PAGE})
     rng = np.random.default_rng(0)
     q, new_k, new_v = (
         jnp.asarray(rng.standard_normal((2, num_new, 2, 8)), jnp.float32) for _ in "qkv"
