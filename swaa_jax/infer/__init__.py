@@ -1,17 +1,18 @@
 """Generation: prompts in, answers out, under the model's attention policy.
 
-`generate` and `stream` are the whole of it for most users. Policies that read a prompt alike share
-it: `prefill_prompts` reads it once, `decode_from` answers it under each.
+`generate` and `stream` are the whole of it for most users. An `Answerer` answers one set of prompts
+after another.
 """
 
+from swaa_jax.engine import compile_counts
 from swaa_jax.engine.sampling import SAMPLING, SamplingParams
-from swaa_jax.infer.decoding import Prefilled, compile_counts, prefill_prompts
+from swaa_jax.infer.answerer import Answerer, Answering
 from swaa_jax.infer.generate import (
     Generation,
     Stream,
     check_prompts,
-    decode_from,
     generate,
+    generation_of,
     stream,
 )
 from swaa_jax.infer.options import GenerateOptions
@@ -37,8 +38,8 @@ __all__ = [
     "opens_thinking",
     "warn_of_thinking",
     "check_prompts",
-    "prefill_prompts",
-    "decode_from",
-    "Prefilled",
+    "Answerer",
+    "Answering",
+    "generation_of",
     "compile_counts",
 ]

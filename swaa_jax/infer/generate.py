@@ -1,34 +1,20 @@
-"""`generate` and `stream`: prompts in, answers out, over the model's public prefill and decode."""
+"""`generate` and `stream`: prompts in, answers out, over an engine."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from swaa_jax.attention import check_stream
-from swaa_jax.checkpoint.hf import read_generation_config
-from swaa_jax.engine.sampling import SamplingParams
-from swaa_jax.fields import integer, list_of
-from swaa_jax.infer.decoding import (
-    DecodeClock,
-    Prefilled,
-    decode_rows,
-    prefill_prompts,
-)
+from swaa_jax.infer.answerer import Answerer, Answering, context_of
 from swaa_jax.infer.options import GenerateOptions
-from swaa_jax.infer.prompts import Prompts, check_context, encode_prompts, opens_thinking
-from swaa_jax.infer.stopping import AnswerRow, FinishReason, StopRules, TokenText, make_stop_rules
+from swaa_jax.infer.prompts import Prompts, check_context, encode_prompts
+from swaa_jax.infer.stopping import FinishReason
 from swaa_jax.infer.timings import Timings
-from swaa_jax.limits import MAX_TOKEN_ID
 from swaa_jax.models import CausalLM
-from swaa_jax.models.function import SplitModel, split_model
 from swaa_jax.progress import show_progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-DEFAULT_BATCH_SIZE = 8
-STREAM_STEPS = 4
-"""Decode steps between two pieces of a stream."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,8 +48,8 @@ def generate(
     """Answer prompts under the model's attention policy.
 
     Prompt tokens are in stage PROMPT, the last one included, and new tokens in stage ANSWER (paper,
-    section 3.2). Prompts are padded on the right to a bucket of lengths, batches to a power of
-    two; neither changes what a row sees. The tokenizer's `padding_side` is ignored.
+    section 3.2). At most `batch_size` prompts are answered at a time; where one ends, the next
+    begins. What else is being answered changes no answer.
 
     Args:
         model: from `load_model`.
@@ -79,17 +65,10 @@ def generate(
             of the vocabulary, an unknown option, or one out of range.
     """
     options = GenerateOptions.of(options, overrides)
-    encoded = encode_prompts(tok, prompts, room=_context(model), **options.template_options)
+    encoded = encode_prompts(tok, prompts, room=context_of(model), **options.template_options)
     limit = options.max_new_tokens
     check_prompts(model, encoded, max_new_tokens=limit, positions=options.positions)
-    answerer = Answerer(
-        model,
-        tok,
-        options,
-        lengths=[len(ids) for ids in encoded],
-        sampling=_sampling(model, options),
-        rules=_rules(model, tok, options),
-    )
+    answerer = Answerer(model, tok, options, lengths=[len(ids) for ids in encoded])
     total, show = len(encoded) * limit, options.progress
     with show_progress("generating", total=total, unit="tokens", enabled=show) as bar:
         answering = answerer.start(encoded)
@@ -105,16 +84,16 @@ class Stream(Iterator[str]):
     `generation` is None until the last piece is out.
     """
 
-    def __init__(self, run: "_Run"):
+    def __init__(self, answering: Answering):
         self.generation: Generation | None = None
-        self._pieces = self._produce(run)
+        self._pieces = self._produce(answering)
 
-    def _produce(self, run: "_Run") -> Iterator[str]:
-        for _ in run.calls:
-            piece = run.rows[0].take_text()
+    def _produce(self, answering: Answering) -> Iterator[str]:
+        for _ in answering:
+            piece = answering.rows[0].take_text()
             if piece:
                 yield piece
-        self.generation = _generation(run.rows, run.timings(), run.options)
+        self.generation = generation_of(answering)
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -136,23 +115,14 @@ def stream(
         ValueError: as `generate`, or more than one prompt.
     """
     options = GenerateOptions.of(options, overrides)
-    encoded = encode_prompts(tok, prompt, room=_context(model), **options.template_options)
+    encoded = encode_prompts(tok, prompt, room=context_of(model), **options.template_options)
     if len(encoded) != 1:
         raise ValueError(f"prompt: expected one prompt to stream, got {len(encoded)}")
     check_prompts(
         model, encoded, max_new_tokens=options.max_new_tokens, positions=options.positions
     )
-    session = _Session(model, tok, options)
-    split = split_model(model)
-    prefilled = prefill_prompts(
-        split,
-        encoded,
-        max_new_tokens=options.max_new_tokens,
-        pad_id=pad_token_id(tok),
-        warmup=options.warmup,
-        positions=options.positions,
-    )
-    return Stream(session.start(split, prefilled, streaming=True))
+    answerer = Answerer(model, tok, options, lengths=[len(encoded[0])], streaming=True)
+    return Stream(answerer.start(encoded))
 
 
 def check_prompts(
@@ -166,7 +136,7 @@ def check_prompts(
 
     With positions inside the cache only the prompt, and window and sinks, must fit the context.
     """
-    context = _context(model)
+    context = context_of(model)
     if positions == "cache":
         check_stream(model.layer_attention, context=context)
         max_new_tokens = 0
@@ -178,158 +148,15 @@ def check_prompts(
     )
 
 
-def _context(model: CausalLM) -> int | None:
-    return getattr(model.config, "max_position_embeddings", None)
-
-
-@dataclasses.dataclass(kw_only=True)
-class _Run:
-    """One batch being answered: iterate `calls` to the end, then read `rows` and `timings()`."""
-
-    prefilled: Prefilled
-    rows: list[AnswerRow]
-    calls: Iterator[None]
-    clock: DecodeClock
-    options: GenerateOptions
-
-    @property
-    def progress(self) -> int:
-        """Tokens so far, a row that has ended counting as full."""
-        limit = self.options.max_new_tokens
-        return sum(limit if row.is_done else len(row.tokens) for row in self.rows)
-
-    def timings(self) -> Timings:
-        return Timings(
-            num_rows=len(self.rows),
-            prompt_tokens=sum(self.prefilled.prompt_lengths),
-            new_tokens=sum(len(row.tokens) for row in self.rows),
-            prefill_s=self.prefilled.prefill_s,
-            first_token_s=self.clock.first_token_s,
-            decode_s=self.clock.decode_s,
-            decode_steps=self.clock.decode_steps,
-            compile_s=self.prefilled.compile_s + self.clock.compile_s,
-            cache_bytes=self.clock.cache_bytes,
-            cache_bytes_per_row=self.clock.cache_bytes_per_row,
-        )
-
-
-class _Session:
-    """A model, a tokenizer and options with the checkpoint's defaults filled in."""
-
-    def __init__(
-        self,
-        model: CausalLM,
-        tok: "PreTrainedTokenizerBase | None",
-        options: GenerateOptions,
-    ):
-        self._tok, self._text, self._options = tok, TokenText(tok), options
-        self._params = options.sampling_params
-        if options.sampling == "checkpoint":
-            config = generation_config(model)
-            if not config:
-                raise ValueError(
-                    'sampling: expected a model with a generation_config.json for "checkpoint", '
-                    "got none; give temperature, top_k and top_p instead"
-                )
-            self._params = SamplingParams.from_generation_config(config)
-        else:
-            self._params.warn_of_unused("options")
-        self._rules: StopRules = make_stop_rules(
-            None if tok is None else self._text,
-            eos_ids=() if options.ignore_eos else eos_token_ids(model, tok),
-            stop=options.stop,
-            stop_token_ids=options.stop_token_ids,
-            stop_in_thought=options.stop_in_thought,
-        )
-
-    def start(
-        self,
-        model: SplitModel,
-        prefilled: Prefilled,
-        *,
-        streaming: bool = False,
-        keep_caches: bool = False,
-    ) -> _Run:
-        options = self._options
-        limit = options.max_new_tokens
-        if limit > prefilled.max_new_tokens:
-            raise ValueError(
-                f"max_new_tokens: expected at most {prefilled.max_new_tokens}, which the prefill "
-                f"made room for, got {limit}"
-            )
-        if options.positions != prefilled.positions:
-            raise ValueError(
-                f'positions: expected "{prefilled.positions}", as the prefill had it, got '
-                f'"{options.positions}"; prefill again with these options'
-            )
-        rows = [
-            AnswerRow(
-                self._text,
-                self._rules,
-                max_new_tokens=limit,
-                streaming=streaming,
-                opened=self._opens_thinking(ids),
-            )
-            for ids in prefilled.prompts
-        ]
-        clock = DecodeClock()
-        steps = min(STREAM_STEPS, options.chunk_size) if streaming else options.chunk_size
-        calls = decode_rows(
-            model,
-            prefilled,
-            rows,
-            params=self._params,
-            options=options,
-            stop_ids=self._rules.all_ids,
-            steps_per_call=steps,
-            keep_caches=keep_caches,
-            clock=clock,
-        )
-        return _Run(prefilled=prefilled, rows=rows, calls=calls, clock=clock, options=options)
-
-    def _opens_thinking(self, ids: Sequence[int]) -> bool:
-        """Whether a prompt ends within a thought, where that makes a difference."""
-        if self._tok is None or self._rules.stop_in_thought:
-            return False
-        return opens_thinking(self._tok, ids)
-
-
-def generation_config(model: CausalLM) -> dict[str, Any]:
-    """The generation config of the directory that the model came from; {} if there is none."""
-    source = getattr(model, "source", None)
-    return {} if source is None else dict(read_generation_config(source))
-
-
-def eos_token_ids(model: CausalLM, tok: "PreTrainedTokenizerBase | None") -> tuple[int, ...]:
-    """Tokens that end an answer: the generation config's, else the config's; the tokenizer's.
-
-    Raises:
-        ValueError: one that is no token id.
-    """
-    ids = generation_config(model).get("eos_token_id")
-    for name in ("eos_token_id", "eos_token_ids"):
-        ids = getattr(model.config, name, None) if ids is None else ids
-    ids = () if ids is None else (ids,) if isinstance(ids, int) else ids
-    own = getattr(tok, "eos_token_id", None)
-    ids = list_of(integer(least=0, most=MAX_TOKEN_ID))("eos_token_id", ids)
-    return tuple(sorted({*ids, *(() if own is None else (int(own),))}))
-
-
-def pad_token_id(tok: "PreTrainedTokenizerBase | None") -> int:
-    """The tokenizer's padding; any token in the vocabulary serves, since it is never seen."""
-    pad = getattr(tok, "pad_token_id", None)
-    return 0 if pad is None else int(pad)
-
-
-def _generation(
-    rows: Sequence[AnswerRow], timings: Timings, options: GenerateOptions
-) -> Generation:
+def generation_of(answering: Answering) -> Generation:
+    """What has been answered, all of it."""
+    rows = answering.rows
     reasons = [row.finish_reason for row in rows]
     assert all(reason is not None for reason in reasons), "a row was left unfinished"
     return Generation(
         texts=tuple(row.text for row in rows),
         tokens=tuple(tuple(row.tokens) for row in rows),
         finish_reasons=tuple(reasons),  # pyright: ignore[reportArgumentType]
-        timings=timings,
-        logprobs=tuple(tuple(row.logprobs) for row in rows) if options.logprobs else None,
+        timings=answering.timings,
+        logprobs=tuple(tuple(row.logprobs) for row in rows) if answering.options.logprobs else None,
     )

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from swaa_jax.attention import Caches
+from swaa_jax.attention import Cache, Caches
 from swaa_jax.models import CausalLM
+from swaa_jax.models.causal_lm import Prefill
 
 PRIME = 8191
 
@@ -24,10 +25,22 @@ class StandInConfig:
     eos_token_id: int | None = None
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class StandInPrefill:
-    logits: jax.Array
-    caches: Caches  # its one layer holds the tokens themselves
+class Seen(Cache):
+    """The tokens themselves."""
+
+    tokens: jax.Array
+
+    @property
+    def num_slots(self):
+        return self.tokens.shape[1]
+
+    def positions(self, pos_B):
+        raise NotImplementedError
+
+    def write(self, k, v, pos_B, lengths=None):
+        raise NotImplementedError
 
 
 class StandIn(CausalLM):
@@ -44,18 +57,25 @@ class StandIn(CausalLM):
         terms = ((tokens_BS + 1) * weights[None, :]) % PRIME
         return self.table[...][jnp.where(seen, terms, 0).sum(axis=1) % PRIME]
 
-    def prefill(self, tokens, *, lengths, cache_size, positions="text"):
-        tokens_BS = jnp.pad(tokens, ((0, 0), (0, cache_size - tokens.shape[1])))
-        caches = Caches(layers=(tokens_BS,), pos_B=lengths)
-        return StandInPrefill(self._logits(tokens_BS, lengths), caches)
+    def empty_caches(self, num_rows, *, cache_size, pages=None, positions="text"):
+        kept = Seen(tokens=jnp.zeros((num_rows, cache_size), jnp.int32))
+        return Caches(layers=(kept,), pos_B=jnp.zeros((num_rows,), jnp.int32))
 
-    def decode(self, tokens, caches):
-        (token,) = tokens.T
-        rows = jnp.arange(token.shape[0])
-        tokens_BS = caches.layers[0].at[rows, caches.pos_B].set(token, mode="drop")
-        pos_B = caches.pos_B + 1
-        logits = self._logits(tokens_BS, pos_B)[:, None]
-        return logits, Caches(layers=(tokens_BS,), pos_B=pos_B)
+    def _grown(self, tokens, caches, lengths):
+        (seen,) = caches.layers
+        at = jnp.arange(tokens.shape[1])[None, :]
+        slots = jnp.where(at < lengths[:, None], caches.pos_B[:, None] + at, seen.num_slots)
+        rows = jnp.arange(tokens.shape[0])[:, None]
+        seen = Seen(tokens=seen.tokens.at[rows, slots].set(tokens, mode="drop"))
+        return caches.grown([seen], caches.pos_B + lengths)
+
+    def read(self, tokens, caches, *, lengths, prompt_lengths):
+        caches = self._grown(tokens, caches, lengths)
+        return Prefill(logits=self._logits(caches.layers[0].tokens, caches.pos_B), caches=caches)
+
+    def decode(self, tokens, caches, *, lengths):
+        read = self.read(tokens, caches, lengths=lengths, prompt_lengths=None)
+        return read.logits[:, None], read.caches
 
     def answer(self, prompt: list[int], steps: int) -> list[int]:
         """Greedy decoding by a plain loop in numpy."""
