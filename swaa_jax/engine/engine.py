@@ -60,7 +60,8 @@ class EngineOptions:
         page_size: tokens of a page of the full caches; chunks are whole pages. None: by device.
         num_pages: of the pool; None: as many as all slots can need.
         chunks_per_round: read between two calls of the decode program.
-        steps_per_call: decode steps of a call, at most.
+        steps_per_call: decode steps of a call, at most; part of the program.
+        steps_at_once: those that are run, for smooth streams; None: as many.
         positions: where new tokens stand; see `CausalLM.prefill`.
         reuse: keep chunks of prompts, for prompts that begin alike.
         max_snapshots: of the rings of windowed layers, which are kept for it.
@@ -75,6 +76,7 @@ class EngineOptions:
     num_pages: int | None = None
     chunks_per_round: int = 1
     steps_per_call: int = 16
+    steps_at_once: int | None = None
     positions: Literal["text", "cache"] = "text"
     reuse: bool = True
     max_snapshots: int = 16
@@ -90,6 +92,7 @@ class EngineOptions:
             num_pages=or_none(integer(least=1)),
             chunks_per_round=integer(least=1),
             steps_per_call=integer(least=1),
+            steps_at_once=or_none(integer(least=1)),
             positions=one_of("text", "cache"),
             reuse=flag,
             max_snapshots=integer(least=1),
@@ -303,11 +306,10 @@ class Engine:
     def _decode(self) -> list[Update]:
         scheduler = self._scheduler
         others_wait = scheduler.num_waiting > 0 or scheduler.next_to_read() is not None
-        limit = np.int32(self.options.steps_per_call)
+        most = self.options.steps_per_call
+        limit = np.int32(min(self.options.steps_at_once or most, most))
         slots = scheduler.answering()
-        drawn = self._call(
-            _decode, limit, np.bool_(others_wait), max_steps=self.options.steps_per_call
-        )
+        drawn = self._call(_decode, limit, np.bool_(others_wait), max_steps=most)
         steps = int(drawn.steps)
         self.clock.decode_steps += steps
         return self._take(drawn, slots, steps=steps)

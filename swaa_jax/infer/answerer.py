@@ -201,7 +201,8 @@ def _room_for(
         max_tokens=max_tokens,
         chunk_size=chunk_size,
         page_size=page_size,
-        steps_per_call=min(STREAM_STEPS, options.chunk_size) if streaming else options.chunk_size,
+        steps_per_call=options.chunk_size,
+        steps_at_once=STREAM_STEPS if streaming else None,
         positions=options.positions,
     )
 

@@ -13,7 +13,6 @@ from flax import nnx
 
 from swaa_jax.attention import Cache, Caches
 from swaa_jax.models import CausalLM
-from swaa_jax.models.causal_lm import Prefill
 
 PRIME = 8191
 
@@ -43,6 +42,12 @@ class Seen(Cache):
         raise NotImplementedError
 
 
+@dataclasses.dataclass(frozen=True)
+class StandInPrefill:
+    logits: jax.Array
+    caches: Caches
+
+
 class StandIn(CausalLM):
     def __init__(self, vocab_size: int = 64, *, seed: int = 0, **config):
         self.config = StandInConfig(vocab_size=vocab_size, **config)
@@ -67,11 +72,11 @@ class StandIn(CausalLM):
         slots = jnp.where(at < lengths[:, None], caches.pos_B[:, None] + at, seen.num_slots)
         rows = jnp.arange(tokens.shape[0])[:, None]
         seen = Seen(tokens=seen.tokens.at[rows, slots].set(tokens, mode="drop"))
-        return caches.grown([seen], caches.pos_B + lengths)
+        return dataclasses.replace(caches, layers=(seen,), pos_B=caches.pos_B + lengths)
 
     def read(self, tokens, caches, *, lengths, prompt_lengths):
         caches = self._grown(tokens, caches, lengths)
-        return Prefill(logits=self._logits(caches.layers[0].tokens, caches.pos_B), caches=caches)
+        return StandInPrefill(self._logits(caches.layers[0].tokens, caches.pos_B), caches)
 
     def decode(self, tokens, caches, *, lengths):
         read = self.read(tokens, caches, lengths=lengths, prompt_lengths=None)
