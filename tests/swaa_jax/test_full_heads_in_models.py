@@ -236,19 +236,3 @@ def test_a_scanned_step_equals_an_unrolled_one():
         results.append(jax.tree.map(np.asarray, (state.trainable, metrics)))
     # float32; a scan's body is fused otherwise.
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *results)
-
-
-def test_policies_that_differ_in_decode_share_one_prefill():
-    windowed, fa_decode = POLICY, dataclasses.replace(POLICY, decode="full")
-    model = model_for(windowed)
-    options = dict(max_new_tokens=4)
-    prompts = [row[:length].tolist() for row, length in zip(PROMPTS, LENGTHS, strict=True)]
-    shared = swaa.infer.prefill_prompts(model.with_policy(fa_decode), prompts, **options)
-    for policy in (fa_decode, windowed):
-        under = model.with_policy(policy)
-        decode = functools.partial(swaa.infer.decode_from, under, None, shared, keep_caches=True)
-        alone = swaa.generate(under, None, prompts, **options)
-        assert decode(options=swaa.infer.GenerateOptions(**options)).tokens == alone.tokens
-    other = dataclasses.replace(POLICY, full_attention_heads={0: [2], 1: [0, 3]})
-    with pytest.raises(ValueError, match="differs from the prefill's in decode only"):
-        swaa.infer.decode_from(model.with_policy(other), None, shared)

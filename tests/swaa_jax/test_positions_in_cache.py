@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import swaa_jax as swaa
-from swaa_jax.infer import GenerateOptions, decode_from, generate, prefill_prompts
+from swaa_jax.infer import GenerateOptions, generate
 from swaa_jax.models.blocks import Rows
 from swaa_jax.models.rope import rotate, rotation
 from tests.support import random_models
@@ -77,7 +77,7 @@ def test_nothing_changes_while_window_and_sinks_hold_the_text():
     assert generate(model, None, PROMPTS[:1], positions="cache", **options).tokens == plain
 
 
-def test_memory_and_programs_do_not_grow_with_the_answer():
+def test_memory_does_not_grow_with_the_answer():
     model = build()
     short, long = (
         generate(model, None, PROMPTS[1], positions="cache", max_new_tokens=n).timings.cache_bytes
@@ -101,16 +101,11 @@ def test_other_policies_are_refused(changes, message):
         generate(build().with_policy(policy), None, PROMPTS, positions="cache")
 
 
-def test_the_prompt_must_fit_and_prefills_are_of_one_kind():
+def test_the_prompt_must_fit():
     model = build()
     with pytest.raises(ValueError, match="prompt 0: expected at most the model's context of 24"):
         generate(model, None, [[3] * (CONTEXT + 1)], positions="cache")
     with pytest.raises(ValueError, match="prompt 2: expected at most the model's context of 24"):
         generate(model, None, PROMPTS, max_new_tokens=5)
-    prefilled = prefill_prompts(model, PROMPTS[:1], max_new_tokens=5)
-    with pytest.raises(ValueError, match='positions: expected "text", as the prefill'):
-        decode_from(
-            model, None, prefilled, options=GenerateOptions(max_new_tokens=5, positions="cache")
-        )
     with pytest.raises(ValueError, match="positions: expected one of text, cache"):
         GenerateOptions(positions="ring")  # pyright: ignore[reportArgumentType]

@@ -3,12 +3,12 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from swaa_jax.cli.main import main
 from swaa_jax.costs import cache_bytes
 from swaa_jax.eval.search import recipes
-from swaa_jax.infer import prefill_prompts
 from swaa_jax.lora import without_lora
 from swaa_jax.policy import Needs, load_policy
 from tests.support.training import lora_model
@@ -84,9 +84,8 @@ def test_cache_bytes_are_those_of_a_models_caches(name):
         policy = dataclasses.replace(policy, window=6)  # shorter than the prompt
     model = without_lora(lora_model(num_hidden_layers=4)).with_policy(policy)
     config = model.config
-    prefilled = prefill_prompts(model, [[3] * 16], max_new_tokens=16)
-    # A full cache has room for the answer, in slots that are rounded up.
-    slots = max(cache.num_slots for cache in prefilled.caches.layers)
+    caches = model.prefill(np.full((1, 16), 3), cache_size=32).caches
+    slots = max(cache.num_slots for cache in caches.layers)
     want = cache_bytes(
         policy.resolve(4),
         tokens=slots,
@@ -94,7 +93,7 @@ def test_cache_bytes_are_those_of_a_models_caches(name):
         head_dim=config.head_dim,
         itemsize=4,
     )
-    assert prefilled.caches.nbytes == want
+    assert caches.nbytes == want
 
 
 def test_the_command(capsys):
