@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
 from swaa_jax.cli.main import main
@@ -84,7 +84,7 @@ def test_cache_bytes_are_those_of_a_models_caches(name):
         policy = dataclasses.replace(policy, window=6)  # shorter than the prompt
     model = without_lora(lora_model(num_hidden_layers=4)).with_policy(policy)
     config = model.config
-    caches = model.prefill(np.full((1, 16), 3), cache_size=32).caches
+    caches = model.prefill(jnp.full((1, 16), 3), cache_size=32).caches
     slots = max(cache.num_slots for cache in caches.layers)
     want = cache_bytes(
         policy.resolve(4),
