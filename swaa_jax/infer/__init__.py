@@ -17,7 +17,6 @@ from swaa_jax.infer.options import GenerateOptions
 from swaa_jax.infer.prompts import (
     COT_INSTRUCTION,
     encode_prompts,
-    opens_thinking,
     warn_of_thinking,
 )
 from swaa_jax.infer.sampling import SAMPLING, SamplingParams
@@ -34,7 +33,6 @@ __all__ = [
     "SamplingParams",
     "COT_INSTRUCTION",
     "encode_prompts",
-    "opens_thinking",
     "warn_of_thinking",
     "check_prompts",
     "prefill_prompts",

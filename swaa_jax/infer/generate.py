@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from swaa_jax.attention import check_stream
 from swaa_jax.checkpoint.hf import read_generation_config
+from swaa_jax.checkpoint.tokenizer import opens_thinking
 from swaa_jax.fields import integer, list_of
 from swaa_jax.infer.decoding import (
     DecodeClock,
@@ -14,7 +15,7 @@ from swaa_jax.infer.decoding import (
     prefill_prompts,
 )
 from swaa_jax.infer.options import GenerateOptions
-from swaa_jax.infer.prompts import Prompts, check_context, encode_prompts, opens_thinking
+from swaa_jax.infer.prompts import Prompts, check_context, encode_prompts
 from swaa_jax.infer.sampling import SamplingParams
 from swaa_jax.infer.stopping import AnswerRow, FinishReason, StopRules, TokenText, make_stop_rules
 from swaa_jax.infer.timings import Timings
