@@ -4,12 +4,16 @@ DEEPEST_NESTING = 50
 """Levels of lists and mappings in YAML and JSON. Configs and records need about ten; Python's
 recursion, which walks over what was read, ends at a thousand."""
 
-PARQUET_BYTES = 256 << 20
-"""Of a row group in memory, beyond what its file's size allows."""
+PARQUET_BYTES = 1 << 30
+"""Of a row group in memory: those that libraries write by themselves have some hundred MB, however
+small repetitive texts become on the disk."""
 
 PARQUET_TIMES = 100
-"""A row group in memory against its file: text is compressed to a tenth, a third of that where
-records share their contexts."""
+"""A row group in memory against its file, where it is larger than that: text is compressed to a
+tenth, a third of that where records share their contexts."""
+
+LONGEST_MODEL_TYPE = 200
+"""Characters of a config's `model_type`, which messages of Transformers show whole."""
 
 MAX_MESSAGES = 20_000
 """Of a chat: some tokens each, they fill the longest contexts; each is checked and rendered."""

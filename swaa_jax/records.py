@@ -341,7 +341,8 @@ class _Parquet(_File):
         groups = [metadata.row_group(n) for n in range(metadata.num_row_groups)]
         self._starts = np.cumsum([0, *(group.num_rows for group in groups)])
         with reading(name):
-            _check_groups(name, groups, epath.Path(name).stat().length)
+            size = epath.Path(name).stat().length
+        _check_groups(name, groups, size)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_reader": None, "_decoded": {}}
@@ -406,7 +407,7 @@ def _said_once(metadata: Any) -> list[str]:
 
 def _check_groups(name: str, groups: Sequence[Any], size: int) -> None:
     """Refuses, by arithmetic, row groups that would take far more memory than the file is long."""
-    limit = PARQUET_BYTES + PARQUET_TIMES * size
+    limit = max(PARQUET_BYTES, PARQUET_TIMES * size)
     for number, group in enumerate(groups):
         # An entry of a column takes some bytes even where it is null.
         needed = group.total_byte_size + 8 * group.num_rows * group.num_columns

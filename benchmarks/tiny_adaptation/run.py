@@ -222,9 +222,10 @@ class Scorer:
         self, model: Any, prompts: Sequence[Any], policies: Sequence[Any]
     ) -> list[list[Scored]]:
         """By policy, the answers to the prompts."""
+        from swaa_jax.checkpoint.tokenizer import opens_thinking
         from swaa_jax.eval.judging import string_match_all, strip_thinking
         from swaa_jax.eval.run.answering import answer_prompts, even_batches
-        from swaa_jax.infer import GenerateOptions, opens_thinking
+        from swaa_jax.infer import GenerateOptions
 
         by_policy: dict[Any, list[Scored]] = {policy: [] for policy in policies}
         for done in answer_prompts(

@@ -1,17 +1,17 @@
 """Tokenizers, through Transformers' tokenizer classes (which need no torch)."""
 
 import contextlib
-import functools
 import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from swaa_jax.chats import THOUGHT_MARKERS
+from swaa_jax.chats import THOUGHT_MARKERS, ends_in_thought
 from swaa_jax.checkpoint._paths import read_json_object
 from swaa_jax.checkpoint.hf import (
     CONFIG_FILE,
@@ -22,14 +22,13 @@ from swaa_jax.checkpoint.hf import (
 )
 from swaa_jax.checkpoint.hub import open_checkpoint
 from swaa_jax.fields import show
+from swaa_jax.limits import LONGEST_MODEL_TYPE
 from swaa_jax.storage import CheckpointError, is_local, reading, resolve_inside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_LONGEST_NAME = 200
 _PROBE = "Hi, 12 texts' wörds\n  (😀)!"
-"""Encoded once, since many faults of a tokenizer's files show only then."""
 
 
 def load_tokenizer(
@@ -88,7 +87,9 @@ def encode_up_to(
     than `most`.
 
     A text of 20 MB takes gigabytes to encode. What its first characters show to be too long is not
-    encoded further: no token is longer than the longest of the vocabulary.
+    encoded further: they must have so many more tokens than `most` that what stands at the cut, be
+    it the longest token of the vocabulary in pieces, cannot decide. A special token that swallows
+    the blanks around it is taken to swallow no more than these characters are long.
 
     Args:
         tok: the tokenizer.
@@ -101,17 +102,65 @@ def encode_up_to(
         found: Any = tok(part, add_special_tokens=special, verbose=False)["input_ids"]
         return list(found)
 
-    if most is not None and len(text) > (cut := (most + 1) * _longest_token(tok)):
+    if most is None or len(text) <= most:
+        return ids(text)
+    longest = _longest_token(tok)
+    cut = (most + 1 + longest) * longest
+    if len(text) > cut:
         beginning = ids(text[:cut])
-        if len(beginning) > most:  # else a normalizer drops characters, or words are unknown
+        if len(beginning) > most + longest:  # else characters are dropped, or words unknown
             return beginning
     return ids(text)
 
 
-@functools.lru_cache(maxsize=4)
+_LONGEST: "weakref.WeakKeyDictionary[Any, tuple[int, int]]" = weakref.WeakKeyDictionary()
+"""Of a tokenizer, by its size, which new tokens change: characters of the longest token."""
+
+
 def _longest_token(tok: "PreTrainedTokenizerBase") -> int:
-    """Characters of the longest token of the vocabulary."""
-    return max(map(len, tok.get_vocab()), default=1)
+    """Characters of the longest token of the vocabulary, in its own spelling."""
+    size, longest = _LONGEST.get(tok, (-1, 0))
+    if size != len(tok):
+        size, longest = len(tok), max(map(len, tok.get_vocab()), default=1)
+        _LONGEST[tok] = (size, longest)
+    return longest
+
+
+def opens_thinking(tok: "PreTrainedTokenizerBase", prompt: str | Sequence[int]) -> bool:
+    """Whether a prompt ends within a thought, as some templates' generation prompts do.
+
+    What counts is all behind the last special token, which is as a rule the generation prompt:
+    what a user wrote about `<think>` does not. `swaa_jax.chats.thoughts` has the markers.
+
+    Args:
+        tok: the tokenizer.
+        prompt: the whole prompt, as text with its special tokens or as token ids.
+    """
+    special = special_tokens(tok)
+    if isinstance(prompt, str):
+        end = max([prompt.rfind(name) for name in special.values()], default=0)
+        last = prompt[max(0, end) :]
+    else:
+        count = next((n for n, i in enumerate(reversed(prompt)) if i in special), len(prompt))
+        last = str(tok.decode(list(prompt[len(prompt) - count :])))
+    return ends_in_thought(last)
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library that is written in Rust has failed in its own code: a `BaseException` of a
+    type that cannot be imported.
+    """
+    return type(error).__module__ == "pyo3_runtime"
+
+
+def _probe(tok: Any) -> None:
+    """Encodes a text, since many faults of a tokenizer's files show only then. Where it has no ids
+    for all characters, one of its own tokens.
+    """
+    try:
+        tok.decode(tok(_PROBE)["input_ids"])
+    except Exception:
+        tok(next(iter(tok.get_vocab()), ""))
 
 
 def _load(directory: epath.Path, source: epath.Path) -> "PreTrainedTokenizerBase":
@@ -129,9 +178,9 @@ def _load(directory: epath.Path, source: epath.Path) -> "PreTrainedTokenizerBase
             read_json_object(directory / name)
     if (directory / CONFIG_FILE).exists():  # the library shows its model_type, however long
         kind = read_json_object(directory / CONFIG_FILE).get("model_type")
-        if isinstance(kind, str) and len(kind) > _LONGEST_NAME:
+        if isinstance(kind, str) and len(kind) > LONGEST_MODEL_TYPE:
             raise CheckpointError(
-                f"{source / CONFIG_FILE}: model_type: expected a name of at most {_LONGEST_NAME} "
+                f"{source / CONFIG_FILE}: model_type: expected at most {LONGEST_MODEL_TYPE} "
                 f"characters, got {show(kind)}; fetch the file again"
             )
     for name in named_templates(directory):
@@ -144,11 +193,11 @@ def _load(directory: epath.Path, source: epath.Path) -> "PreTrainedTokenizerBase
         tok = AutoTokenizer.from_pretrained(
             os.fspath(directory), trust_remote_code=False, local_files_only=True
         )
-        tok.decode(tok(_PROBE)["input_ids"])
+        _probe(tok)
         return tok
-    except (KeyboardInterrupt, SystemExit):
-        raise
     except BaseException as error:
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         if "trust_remote_code" in reason:
             raise CheckpointError(

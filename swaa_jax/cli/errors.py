@@ -17,7 +17,6 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 CLOSED_PIPE = 141  # 128 + SIGPIPE
 
 _GC_CALLBACK = "_xla_gc_callback"
-_PANICS = "pyo3_runtime"  # Rust's, whose type cannot be imported
 _LONGEST = 300
 _OUR_PACKAGES = ("swaa_jax", "kernels_pallas")
 _FILE_ERRORS = (
@@ -53,12 +52,14 @@ def run_command(command: Callable[[], int], *, name: str) -> int:
         print(f"{name}: error: {one_paragraph(error)}", file=sys.stderr)
         return USER_ERROR
     except BaseException as error:
-        if type(error).__module__ != _PANICS:
+        from swaa_jax.checkpoint.tokenizer import is_panic
+
+        if not is_panic(error):
             raise
         print(
-            f"{name}: error: tokenizer: expected files that the library tokenizers can work with, "
-            f"got a failure in its own code ({one_paragraph(error)[:_LONGEST]}); fetch the "
-            "tokenizer's files again",
+            f"{name}: error: expected files that the libraries tokenizers and safetensors can work "
+            f"with, got a failure in a library's own code ({one_paragraph(error)[:_LONGEST]}); "
+            "fetch the tokenizer's and the model's files again",
             file=sys.stderr,
         )
         return USER_ERROR

@@ -59,6 +59,13 @@ def _forwarded(words: Sequence[str]) -> list[str]:
     overrides = process_args.config_overrides_from_args(args)
     if not overrides:
         return rest
+    given = {word.partition("=")[0] for word in rest}
+    if {"--config", "-C"} & given and not {"--model_args", "-a"} & given:
+        raise ValueError(
+            "--config-override: expected --model_args beside it, since the harness takes either "
+            "those of the command line or those of the --config file, got --config alone; give "
+            "--model_args, or config_overrides among the file's model_args"
+        )
     return [*rest, "--model_args", json.dumps({"config_overrides": overrides})]
 
 

@@ -71,7 +71,9 @@ def run_search(args: argparse.Namespace, *, num_layers: int, context: int) -> in
         tokenizer = load_tokenizer(args.model)
         samples = task.task.samples(tokenizer, thinking=thinking)[: args.limit]
         lengths = [
-            len(encode_sample(one, tokenizer, thinking=thinking, room=context)) for one in samples
+            # A prompt that does not fit is perhaps not encoded to its end.
+            min(len(encode_sample(one, tokenizer, thinking=thinking, room=context)), context)
+            for one in samples
         ]
         windows = suggest_windows(lengths)
     else:

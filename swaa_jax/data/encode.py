@@ -16,11 +16,10 @@ from swaa_jax.chats import (
     Message,
     Rendered,
     Tools,
-    ends_in_thought,
     render_chat,
     unused_variables,
 )
-from swaa_jax.checkpoint.tokenizer import encode_up_to, special_tokens
+from swaa_jax.checkpoint.tokenizer import encode_up_to, opens_thinking, special_tokens
 from swaa_jax.data.config import DataConfig
 from swaa_jax.examples import Example, read_example
 from swaa_jax.fields import first_of, show
@@ -91,7 +90,7 @@ class Encoder:
         self._room = config.max_length or config.seq_len
         self._special = special_tokens(tok)
         self._blank: dict[int, bool] = {}
-        self._told_thought = False  # that a prompt leaves one open
+        self._open_thought = ""  # where the record at hand leaves one open
         self._ids("a")  # a tokenizer saved with truncation drops it now, before threads share it
         if config.chat_template:
             for name in unused_variables(tok, config.chat_template_kwargs):
@@ -110,13 +109,15 @@ class Encoder:
             DataError: a record of no known shape or without an answer, a template that fails, or
                 one that renders an answer otherwise than its generation prompt begins it.
         """
-        return self.with_unused(record)[0]
+        return self.with_notes(record)[0]
 
-    def with_unused(self, record: Record) -> tuple[list[Sample], tuple[str, ...]]:
-        """The same, and the record's columns that were not looked at."""
-        config = self._config
+    def with_notes(self, record: Record) -> tuple[list[Sample], tuple[str, ...], str]:
+        """The same, the record's columns that were not looked at, and where an answer is an open
+        thought, "" if none is.
+        """
+        config, self._open_thought = self._config, ""
         example = read_example(record, columns=config.columns, shape=config.format)
-        return self._samples(example), example.unused
+        return self._samples(example), example.unused, self._open_thought
 
     def _samples(self, example: Example) -> list[Sample]:
         config, record = self._config, example.record
@@ -185,15 +186,8 @@ class Encoder:
         prompt_ids = self._ids(prompt)
         if self._config.answers == "verbatim":
             text = _verbatim(record, messages[index], prompt)
-            is_open = ends_in_thought(prompt[-_LONGEST_OPENING:]) and not CLOSING.search(text)
-            if is_open and not self._told_thought:
-                self._told_thought = True  # once is enough
-                log.warning(
-                    "%s: message %d: expected an answer with the end of a thought, since the "
-                    "generation prompt opens one, got one without, so that all of it is trained on "
-                    "as a thought that never ends; add the thought, or set answers: template",
-                    *(record.place, index),
-                )
+            if not CLOSING.search(text) and opens_thinking(self._tok, prompt):
+                self._open_thought = f"{record.place}: message {index}"
             return _Turn(prompt_ids, [*self._continue(prompt, prompt_ids, text), *self._tail])
         rendered = self._render(record, messages[: index + 1], tools, prompt=False)
         whole = rendered.text

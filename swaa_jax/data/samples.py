@@ -70,6 +70,7 @@ class SampleReport:
         num_targets: tokens among them that count in the loss.
         judged_wrong, too_short, too_long: dropped records, and dropped samples.
         unused: columns that hold something and are not looked at.
+        open_thoughts: records whose answer is an open thought; `open_thought` is the first place.
     """
 
     records: int = 0
@@ -80,6 +81,8 @@ class SampleReport:
     too_short: int = 0
     too_long: int = 0
     unused: tuple[str, ...] = ()
+    open_thoughts: int = 0
+    open_thought: str = ""
 
     def __str__(self) -> str:
         return (
@@ -131,7 +134,7 @@ def prepare_samples(
     if records is not None:
         writer = _Memory()
         report = _first_pass(records_of(records), encoder, config, writer, progress=progress)
-        warn_unused(report.unused)
+        _tell(report)
         return writer.samples(report)
     files = find_files(config.files)
     seen = _stats(files)
@@ -156,11 +159,23 @@ def prepare_samples(
         made = True
     if remote is not None and (made or not _is_there(remote)):
         _copy(place, remote)
-    warn_unused(stored.report.unused)
+    _tell(stored.report)
     log.info("%s (%s)", stored.report, place)
     if config.tokens == "lazy":
         return _Lazy(stored, open_records(files), encoder)
     return stored
+
+
+def _tell(report: SampleReport) -> None:
+    """Says what somebody who gave the data should know, whether it was read now or before."""
+    warn_unused(report.unused)
+    if report.open_thoughts:
+        log.warning(
+            "%s: expected an answer with the end of a thought, since the generation prompt opens "
+            "one, got one without (%d in all), so that all of it is trained on as a thought that "
+            "never ends; add the thought, or set answers: template",
+            *(report.open_thought, report.open_thoughts),
+        )
 
 
 # The pass.
@@ -182,16 +197,18 @@ class _EncodeRecord:
             )
         if verdict is not None and str(verdict).strip().lower() not in ("1", "1.0", "true"):
             return _Encoded(record.place, None)
-        samples, unused = self._encoder.with_unused(record)
-        return _Encoded(record.place, samples, tuple(n for n in unused if n != self._judge))
+        samples, unused, thought = self._encoder.with_notes(record)
+        unused = tuple(name for name in unused if name != self._judge)
+        return _Encoded(record.place, samples, unused, thought)
 
 
 class _Encoded(NamedTuple):
-    """A record's place, its samples or None where it was judged wrong, and unused columns."""
+    """A record's place, its samples or None where it was judged wrong, and what is to be told."""
 
     place: str
     samples: list[Sample] | None
     unused: tuple[str, ...] = ()
+    open_thought: str = ""
 
 
 def _first_pass(
@@ -208,9 +225,11 @@ def _first_pass(
     )
     digest, num_samples = hashlib.sha256(), 0
     unused: dict[str, None] = {}
+    thoughts: list[str] = []
     for number, encoded in enumerate(_encoded(records, encoder, config, progress)):
-        place, samples, columns = encoded
+        place, samples, columns, thought = encoded
         unused |= dict.fromkeys(columns)
+        thoughts += [thought] if thought else []
         counts["judged_wrong"] += samples is None
         for part, sample in enumerate(samples or ()):
             if len(sample) > limit:
@@ -234,7 +253,14 @@ def _first_pass(
                 counts["num_tokens"] += len(sample)
                 counts["num_targets"] += int(sample.is_target.sum())
     writer.digest = digest.hexdigest()
-    report = SampleReport(records=len(records), samples=num_samples, unused=tuple(unused), **counts)
+    report = SampleReport(
+        records=len(records),
+        samples=num_samples,
+        unused=tuple(unused),
+        open_thoughts=len(thoughts),
+        open_thought=thoughts[0] if thoughts else "",
+        **counts,
+    )
     if not num_samples:
         raise DataError(
             f"files: expected samples to train on, got none: {report}; look at judge_column, "

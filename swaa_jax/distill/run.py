@@ -22,6 +22,7 @@ from etils import epath
 
 from swaa_jax import runtime, storage
 from swaa_jax.checkpoint.provenance import weight_marks
+from swaa_jax.checkpoint.tokenizer import opens_thinking
 from swaa_jax.eval.judging import Judge, Judged
 from swaa_jax.eval.tasks.question_answering import Question
 from swaa_jax.fields import check_fields, flag, integer, one_of, or_none
@@ -30,7 +31,6 @@ from swaa_jax.infer import (
     SamplingParams,
     encode_prompts,
     generate,
-    opens_thinking,
     warn_of_thinking,
 )
 from swaa_jax.models import CausalLM

@@ -148,8 +148,7 @@ class SamplingParams:
         try:
             if flag("do_sample", given.get("do_sample", False)):
                 return cls(**{"temperature": 1.0, "top_k": _DEFAULT_TOP_K} | values)
-            unused = {name: values.get(name, neutral) for name, neutral in _OF_DRAWS.items()}
-            _tell_unused(_CONFIG, "do_sample: true", unused)
+            _tell_unused(_CONFIG, "do_sample: true", values, _OF_DRAWS)
             return cls(**{**values, "temperature": 0.0})
         except ValueError as error:
             raise ValueError(f"{_CONFIG}: {error}") from error
@@ -157,8 +156,7 @@ class SamplingParams:
     def warn_of_unused(self, name: str) -> None:
         """Says which filters have no effect since nothing is drawn; `name` is whose they are."""
         if self.is_greedy:
-            filters = {field: getattr(self, field) for field in _OF_DRAWS if field != "temperature"}
-            _tell_unused(name, "a temperature above 0", filters)
+            _tell_unused(name, "a temperature above 0", vars(self), _NO_FILTER)
 
     @property
     def sampling_params(self) -> "SamplingParams":
@@ -232,14 +230,18 @@ _ALWAYS_STORED = ("temperature", "top_k", "top_p")
 _NAMED = 8  # fields that one warning names
 _OF_DRAWS = {"temperature": 1.0, "top_k": _DEFAULT_TOP_K, "top_p": 1.0, "min_p": 0.0}
 """What matters only where tokens are drawn, with Transformers' defaults."""
+_NO_FILTER = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+"""The same among our own settings, with what changes nothing where tokens are drawn, either."""
 
 
-def _tell_unused(name: str, expected: str, values: Mapping[str, Any]) -> None:
-    """Warns of what is given for draws, where nothing is drawn."""
+def _tell_unused(
+    name: str, expected: str, values: Mapping[str, Any], neutral: Mapping[str, float]
+) -> None:
+    """Warns of what is given for draws and is not neutral, where nothing is drawn."""
     given = [
-        f"{field}={show(value)}"
-        for field, value in values.items()
-        if value is not None and value != _OF_DRAWS[field]
+        f"{field}={show(values[field])}"
+        for field in neutral
+        if values.get(field) is not None and values[field] != neutral[field]
     ]
     if given:
         _warn_once(

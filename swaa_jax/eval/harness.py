@@ -22,11 +22,12 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 
 from swaa_jax.chats import OPENING, render_chat
 from swaa_jax.checkpoint import load_tokenizer
+from swaa_jax.checkpoint.tokenizer import opens_thinking
 from swaa_jax.documents import key_value, problem_within
 from swaa_jax.eval.judging import strip_thinking
 from swaa_jax.eval.run.loading import default_dtype, tell_default_dtype
 from swaa_jax.fields import mapping, show
-from swaa_jax.infer import SAMPLING, GenerateOptions, generate, opens_thinking, warn_of_thinking
+from swaa_jax.infer import SAMPLING, GenerateOptions, generate, warn_of_thinking
 from swaa_jax.infer.likelihoods import Continuation, score_continuations
 from swaa_jax.lora import load_adapter, merge_lora
 from swaa_jax.models import load_model

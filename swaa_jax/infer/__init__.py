@@ -19,7 +19,6 @@ from swaa_jax.infer.options import GenerateOptions
 from swaa_jax.infer.prompts import (
     COT_INSTRUCTION,
     encode_prompts,
-    opens_thinking,
     warn_of_thinking,
 )
 from swaa_jax.infer.timings import Timings
@@ -35,7 +34,6 @@ __all__ = [
     "SamplingParams",
     "COT_INSTRUCTION",
     "encode_prompts",
-    "opens_thinking",
     "warn_of_thinking",
     "check_prompts",
     "Answerer",

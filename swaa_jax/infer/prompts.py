@@ -8,12 +8,11 @@ import numpy as np
 
 from swaa_jax.chats import (
     ChatError,
-    ends_in_thought,
     normal_messages,
     render_chat,
     unused_variables,
 )
-from swaa_jax.checkpoint.tokenizer import encode_up_to, special_tokens
+from swaa_jax.checkpoint.tokenizer import encode_up_to
 from swaa_jax.documents import problem_within
 from swaa_jax.fields import describe, wrong
 
@@ -136,26 +135,6 @@ def encode_prompts(
             raise ValueError(f"prompt {index}: expected at least one token, got an empty prompt")
         encoded.append(ids)
     return encoded
-
-
-def opens_thinking(tok: "PreTrainedTokenizerBase", prompt: str | Sequence[int]) -> bool:
-    """Whether a prompt ends within a thought, as some templates' generation prompts do.
-
-    What counts is all behind the last special token, which is as a rule the generation prompt:
-    what a user wrote about `<think>` does not. `swaa_jax.chats.thoughts` has the markers.
-
-    Args:
-        tok: the tokenizer.
-        prompt: the whole prompt, as text with its special tokens or as token ids.
-    """
-    special = special_tokens(tok)
-    if isinstance(prompt, str):
-        end = max([prompt.rfind(name) for name in special.values()], default=0)
-        last = prompt[max(0, end) :]
-    else:
-        count = next((n for n, i in enumerate(reversed(prompt)) if i in special), len(prompt))
-        last = str(tok.decode(list(prompt[len(prompt) - count :])))
-    return ends_in_thought(last)
 
 
 def warn_of_thinking(tok: "PreTrainedTokenizerBase", name: str) -> None:

@@ -105,9 +105,8 @@ class RowScorer:
             for start in range(0, len(group.numbers), count):
                 part = list(range(start, min(start + count, len(group.numbers))))
                 rows = group.rows(part + [-1] * (count - len(part)))
-                found[[group.numbers[row] for row in part]] = self._losses(None, rows, layers)[
-                    : len(part)
-                ]
+                losses = self._losses(None, rows, layers, real=len(part))
+                found[[group.numbers[row] for row in part]] = losses
         return found
 
     def candidates_at_once(self) -> int:
@@ -136,8 +135,8 @@ class RowScorer:
             for row, (candidate, _) in enumerate(part):
                 windowed = np.isin(np.arange(self.num_layers), candidates[candidate], invert=True)
                 windows[windowed, row] = min(self._policy.window or group.width, group.width)
-            losses = self._losses(windows, group.rows(rows), self._layers)
-            for loss, (candidate, sample) in zip(losses[: len(part)], part, strict=True):
+            losses = self._losses(windows, group.rows(rows), self._layers, real=len(part))
+            for loss, (candidate, sample) in zip(losses, part, strict=True):
                 found[candidate, group.numbers[sample]] = loss
 
     def _losses(
@@ -145,7 +144,10 @@ class RowScorer:
         windows_LR: np.ndarray | None,
         rows: dict[str, np.ndarray],
         layers: tuple[LayerAttention, ...],
+        *,
+        real: int,
     ) -> np.ndarray:
+        """Of the first `real` rows; the others fill the batch."""
         losses = to_host(
             _row_losses(
                 self._split.arrays,
@@ -155,6 +157,7 @@ class RowScorer:
                 layers=layers,
             )
         )
+        losses = losses[:real]
         check_numbers("answer NLL", losses)
         return losses
 

@@ -7,6 +7,7 @@ to all that read it in the slow one.
 
 import importlib.util
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -97,7 +98,7 @@ def sound_data(directory: pathlib.Path) -> pathlib.Path:
 
 
 def written(path: pathlib.Path, content: object) -> pathlib.Path:
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content, default=os.fspath))
     return path
 
 

@@ -46,8 +46,8 @@ class Ran:
         code: its exit code; negative: the signal that ended it.
         err: what it wrote to stderr, begin and end.
         length: characters of all of it.
-        seconds: that it and its children computed: on a machine that does much else, waiting is
-            not work.
+        seconds: that it and its children computed, as far as one after the other: on a machine that
+            does much else, waiting is not work.
         waited: seconds from the fork to the end.
         memory: bytes that it and its children took at most, beyond the idle process.
     """
@@ -138,12 +138,13 @@ def _measured(argv: Sequence[str], err: int | None = None) -> Ran:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(one, signal.SIGKILL)
         time.sleep(_EVERY)
+    waited = time.monotonic() - started
     return Ran(
         code=os.waitstatus_to_exitcode(status),
         err="",
         length=0,
-        seconds=used.ru_utime + used.ru_stime + sum(seconds.values()),
-        waited=time.monotonic() - started,
+        seconds=min(waited, used.ru_utime + used.ru_stime + sum(seconds.values())),
+        waited=waited,
         memory=used.ru_maxrss * 1024 + sum(memory.values()),
     )
 

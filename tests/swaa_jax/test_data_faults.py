@@ -119,8 +119,25 @@ def test_fault_08_an_answer_within_an_open_thought_is_told(caplog):
     assert "record 0: message 1: expected an answer with the end of a thought" in said
     caplog.clear()
     samples_of(tok, record)  # the template closes it
-    samples_of(build("qwen3"), record, answers="verbatim")
+    asked = {"messages": [{**USER, "content": "What does Qwen mean by <think>"}, REPLY]}
+    for one in (record, asked):
+        samples_of(build("qwen3"), one, answers="verbatim")
     assert not caplog.records
+
+
+def test_fault_08_an_open_thought_is_told_from_the_cache_too(tmp_path, caplog):
+    records = [{"messages": [USER, REPLY]}] * 3
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+    config = DataConfig(
+        files=str(tmp_path / "data.jsonl"), seq_len=512, batch_size=1, answers="verbatim"
+    )
+    said = []
+    for _ in range(2):
+        prepare_samples(config, build("qwen3-thinking"))
+        said.append([one.getMessage() for one in caplog.records if one.levelname == "WARNING"])
+        caplog.clear()
+    assert said[0] == said[1] and len(said[0]) == 1
+    assert "data.jsonl, record 0 (line 1): message 1" in said[0][0] and "(3 in all)" in said[0][0]
 
 
 def test_fault_12_nor_is_one_that_the_prompt_has_closed():

@@ -226,8 +226,11 @@ def test_fault_09_what_only_draws_use_is_told_where_nothing_is_drawn(caplog, sav
     assert "options: expected a temperature above 0 with top_p=0.93, min_p=0.07, got none" in said
     caplog.clear()
     generate(model, None, PROMPTS[:1], **given, temperature=0.5)
-    generate(model, None, PROMPTS[:1], max_new_tokens=1, top_p=1.0, top_k=50)
+    generate(model, None, PROMPTS[:1], max_new_tokens=1, top_p=1.0, top_k=0, min_p=0.0)
     assert not caplog.records
+    generate(model, None, PROMPTS[:1], max_new_tokens=1, top_k=50)
+    (said,) = [one.getMessage() for one in caplog.records]
+    assert "options: expected a temperature above 0 with top_k=50, got none" in said
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from swaa_jax.chats import THOUGHT_MARKERS, ChatError, render_chat
+from swaa_jax.checkpoint.tokenizer import opens_thinking
 from swaa_jax.data import DataConfig, prepare_samples
 from swaa_jax.distill import DistillConfig, distill
 from swaa_jax.eval.judging import Judged, make_judge, strip_thinking
@@ -14,7 +15,7 @@ from swaa_jax.eval.judging.language_model import read_verdict
 from swaa_jax.eval.run.asking import Asking
 from swaa_jax.eval.run.config import EvalConfig
 from swaa_jax.eval.tasks import Sample, encode_sample, make_task
-from swaa_jax.infer import generate, opens_thinking, stream
+from swaa_jax.infer import generate, stream
 from tests.support import byte_tokenizer
 from tests.support.random_models import random_model
 from tests.support.standin import StandIn

@@ -391,6 +391,8 @@ def test_overrides_of_the_config_reach_the_model(checkpoint, monkeypatch, capsys
     assert lm_for(checkpoint, config_overrides=overrides).max_length == 77
     with pytest.raises(ValueError, match=r"did you mean 'rope_theta'"):
         lm_for(checkpoint, config_overrides={"rope_thetta": 3})
+    assert main(["lm-eval", "--config", "run.yaml", "--config-override", word]) == 2
+    assert "--config-override: expected --model_args beside it" in capsys.readouterr().err
     assert main([*words, "--config-override", word, "--config-override", word]) == 2
     assert "--config-override: expected each key once" in capsys.readouterr().err
 

@@ -87,7 +87,7 @@ def test_a_config_goes_through_yaml_and_json():
     [
         ({"r": 8}, "LoRA config: expected keys .* got 'r'"),
         ({"target_module": ["q_proj"]}, "did you mean 'target_modules'"),
-        ({"rank": 0}, "rank: expected an integer of at least 1, got 0"),
+        ({"rank": 0}, "rank: expected an integer of at least 1 and of at most 65536, got 0"),
         ({"alpha": -1}, "alpha: expected a number above 0"),
         ({"dropout": 1.0}, "dropout: expected a number of at least 0 and below 1"),
         ({"rslora": "yes"}, "rslora: expected true or false"),

@@ -162,3 +162,19 @@ def test_one_file_serves_training_evaluation_distillation_and_selection(tmp_path
     command = ["distill", "tiny-retriever", str(path), str(tmp_path / "out"), "--dtype", "float32"]
     options = ["--max-new-tokens", "2", "--attempts", "1", "--limit", "1", "--quiet"]
     assert main([*command, *options]) == 0, capsys.readouterr().err
+
+
+def test_fault_22_row_groups_are_refused_by_what_they_would_take(tmp_path, monkeypatch):
+    """Much repeated noise, as long contexts of tests are made of, is no bomb."""
+    texts = ["The grass is green. " * 20_000] * 700
+    table = pyarrow.table({"prompt": [f"{n} {text}" for n, text in enumerate(texts)]})
+    pyarrow.parquet.write_table(
+        table, tmp_path / "noise.parquet", compression="zstd", use_dictionary=False
+    )
+    size = (tmp_path / "noise.parquet").stat().st_size
+    assert table.nbytes > 500 * size and table.nbytes > 250e6
+    records = open_records([tmp_path / "noise.parquet"])
+    assert records[699].fields["prompt"] == table["prompt"][699].as_py()
+    monkeypatch.setattr("swaa_jax.records.PARQUET_BYTES", 64 << 20)
+    with pytest.raises(DataError, match=r"noise\.parquet: row group 0: expected at most 64 MB"):
+        open_records([tmp_path / "noise.parquet"])

@@ -2,8 +2,8 @@
 
 import pytest
 
+from swaa_jax.checkpoint.tokenizer import opens_thinking
 from swaa_jax.eval.tasks import Sample, encode_sample, make_task
-from swaa_jax.infer import opens_thinking
 from tests.support import byte_tokenizer
 
 SAMPLE = Sample(

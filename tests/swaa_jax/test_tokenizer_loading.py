@@ -9,6 +9,7 @@ import textwrap
 import pytest
 
 from swaa_jax.checkpoint import CheckpointError, load_tokenizer
+from swaa_jax.checkpoint.tokenizer import encode_up_to
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
@@ -86,3 +87,47 @@ def test_works_quietly_without_torch(tmp_path):
         check=False,
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def of_words(directory, model, **special):
+    from tokenizers import AddedToken, Tokenizer, pre_tokenizers
+
+    built = Tokenizer(model)
+    built.pre_tokenizer = pre_tokenizers.Whitespace()
+    built.add_special_tokens([AddedToken("<end>", special=True, **special)])
+    built.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return load_tokenizer(directory)
+
+
+@pytest.mark.parametrize("kind", ["WordLevel", "Unigram"])
+def test_a_tokenizer_without_a_token_for_unknown_words_loads(tmp_path, kind):
+    from tokenizers import models
+
+    vocab = {"hello": 0, "there": 1}
+    model = (
+        models.WordLevel(vocab, unk_token="none")
+        if kind == "WordLevel"
+        else models.Unigram([*((w, -1.0) for w in vocab), *((c, -9.0) for c in "helotr")])
+    )
+    assert of_words(tmp_path, model)("hello there").input_ids == [0, 1]
+
+
+def test_fault_22_a_text_that_fits_has_the_ids_that_it_always_has(tmp_path):
+    """Whatever a special token swallows, and whatever tokens are added later."""
+    from tokenizers import models
+
+    vocab = {c: i for i, c in enumerate("abcdef")}
+    merges = [("a", "b"), ("ab", "c"), ("d", "e")]
+    vocab |= {"ab": 6, "abc": 7, "de": 8}
+    tok = of_words(tmp_path, models.BPE(vocab, merges), rstrip=True, lstrip=True)
+    for text in ("abcde" * 40, "abc <end>" + " " * 900 + "abcde", "<end>   abc " * 30, "abcf" * 9):
+        whole = tok(text, add_special_tokens=False).input_ids
+        for most in (*range(6), len(whole) - 1, len(whole), len(whole) + 1):
+            found = encode_up_to(tok, text, most)
+            assert found == whole if len(whole) <= most else len(found) > most
+    text = "abc" * 200
+    assert len(encode_up_to(tok, text, 3)) > 3
+    tok.add_tokens([text])
+    assert len(encode_up_to(tok, text, 3)) == 1

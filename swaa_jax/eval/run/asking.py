@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from swaa_jax import runtime
+from swaa_jax.checkpoint.tokenizer import opens_thinking
 from swaa_jax.eval.judging import Judge, Judged, strip_thinking
 from swaa_jax.eval.run.answering import answer_prompts, even_batches
 from swaa_jax.eval.run.config import EvalConfig, ModelEntry, PolicyEntry, TaskEntry
@@ -19,7 +20,7 @@ from swaa_jax.eval.run.costs import CellCost, cell_cost
 from swaa_jax.eval.run.store import AnswerBatch, AnswerRecord, CellStore, fingerprint
 from swaa_jax.eval.tasks import Sample, encode_sample
 from swaa_jax.fields import show
-from swaa_jax.infer import GenerateOptions, Timings, opens_thinking, warn_of_thinking
+from swaa_jax.infer import GenerateOptions, Timings, warn_of_thinking
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.progress import ShowProgress

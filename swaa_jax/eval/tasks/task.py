@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from swaa_jax.chats import ChatError, Tools, render_chat
-from swaa_jax.checkpoint.tokenizer import encode_up_to
-from swaa_jax.infer import opens_thinking
+from swaa_jax.checkpoint.tokenizer import encode_up_to, opens_thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from swaa_jax.chats import render_chat
+from swaa_jax.checkpoint.tokenizer import opens_thinking
 from swaa_jax.eval.tasks.ruler import text
 from swaa_jax.eval.tasks.ruler.essay import essay_sentences
-from swaa_jax.infer import opens_thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
