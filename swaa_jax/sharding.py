@@ -89,6 +89,17 @@ def resolve_mesh(mesh: Mesh | str | None) -> Mesh | None:
     return mesh
 
 
+def batch_parts(mesh: Mesh | None) -> tuple[int, str]:
+    """Into how many parts the rows of a batch are split, and by which axes, in words.
+
+    >>> batch_parts(None)
+    (1, '')
+    """
+    sizes = {} if mesh is None else {name: mesh.shape.get(name, 1) for name in RULES["batch"]}
+    sizes = {name: size for name, size in sizes.items() if size > 1}
+    return math.prod(sizes.values()), " x ".join(f"{name}={size}" for name, size in sizes.items())
+
+
 def target_of(mesh: Mesh | None) -> Target | None:
     """What programs on the mesh are compiled for; None: this process's first device."""
     return None if mesh is None else Target.of(mesh.devices.flat[0])

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from swaa_jax.losses.table import LOSSES, LossConfig, Vocabulary
 from swaa_jax.models.head import VocabHead
-from swaa_jax.sharding import RULES, spec_for, split_over
+from swaa_jax.sharding import batch_parts, spec_for, split_over
 
 _LOGITS_BYTES = 320 << 20
 _LANES = 128
@@ -362,12 +362,8 @@ def check_rows(mesh: Mesh | None, num_rows: int) -> None:
     Raises:
         ValueError: it would not.
     """
-    if mesh is None:
-        return
-    sizes = {name: mesh.shape[name] for name in RULES["batch"] if mesh.shape.get(name, 1) > 1}
-    parts = math.prod(sizes.values())
+    parts, named = batch_parts(mesh)
     if num_rows % parts:
-        named = " x ".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(
             f"batch: expected rows of each micro-batch in a multiple of the mesh's {named} = "
             f"{parts}, got {num_rows}; change batch_size or accumulate, or lay devices along "

@@ -8,13 +8,12 @@ Processes that hold the same rows (a mesh with `tensor` over processes) read the
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from swaa_jax.sharding import RULES, spec_for
+from swaa_jax.sharding import batch_parts, spec_for
 from swaa_jax.train.placement import NEEDED, OPTIONAL, place_batch
 
 __all__ = ["Feed", "make_feed"]
@@ -61,14 +60,11 @@ def make_feed(
     Raises:
         ValueError: the rows cannot be shared out evenly.
     """
-    sizes = {} if mesh is None else {axis: mesh.shape.get(axis, 1) for axis in RULES["batch"]}
-    sizes = {axis: size for axis, size in sizes.items() if size > 1}
-    parts = math.prod(sizes.values())
+    parts, named = batch_parts(mesh)
     if batch_size % parts:
-        named = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise ValueError(
             f"data.batch_size: expected a multiple of the {parts} devices that share a step's rows "
-            f"(mesh {named}), got {batch_size}. Change it, or lay devices along tensor."
+            f"(mesh {named}), got {batch_size}; change it, or lay devices along tensor"
         )
     rows_per_device = min(rows_per_device, batch_size // parts)
     if batch_size % (parts * rows_per_device):
