@@ -191,6 +191,13 @@ def constrain_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec_for(axes, x.shape, mesh)))
 
 
+def constrain_whole(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Keep an array whole on every device."""
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
+
+
 def constrain_heads(x: jax.Array, mesh: Mesh | None, *, whole_rows: bool = False) -> jax.Array:
     """Keep `[B, tokens, KV heads, H]` split as `attend` reads it, so that caches stay put."""
     if mesh is None:

@@ -13,6 +13,7 @@ from swaa_jax.attention.building import (
     as_stream,
     build_cache,
     check_stream,
+    constrain_caches,
     empty_cache,
     recast_caches,
 )
@@ -54,8 +55,9 @@ __all__ = [
     "available_backends",
     "build_cache",
     "check_backend",
-    "empty_cache",
     "check_stream",
+    "constrain_caches",
+    "empty_cache",
     "full_rows",
     "recast_caches",
     "resolve_backend",

@@ -22,7 +22,7 @@ from swaa_jax.attention.caches import (
 )
 from swaa_jax.attention.heads import split_heads, take_heads
 from swaa_jax.policy import LayerAttention
-from swaa_jax.sharding import constrain_heads
+from swaa_jax.sharding import constrain_heads, constrain_whole
 
 
 def build_cache(
@@ -128,6 +128,28 @@ def empty_cache(
 def _pool(shape: tuple[int, int, int, int], *, dtype: DTypeLike, mesh: Mesh | None) -> PagedCache:
     k, v = (constrain_heads(jnp.zeros(shape, dtype), mesh, whole_rows=True) for _ in "kv")
     return PagedCache(k=k, v=v)
+
+
+def constrain_caches(caches: Caches, mesh: Mesh | None) -> Caches:
+    """Keep keys and values split over a mesh as `attend` reads them, and all else whole."""
+
+    def place(cache: LayerCache) -> LayerCache:
+        if isinstance(cache, SplitCache):
+            full, windowed = place(cache.full), place(cache.windowed)
+            return dataclasses.replace(cache, full=full, windowed=windowed)
+        whole_rows = isinstance(cache, PagedCache)
+        k, v = (constrain_heads(x, mesh, whole_rows=whole_rows) for x in (cache.k, cache.v))
+        cache = dataclasses.replace(cache, k=k, v=v)
+        if isinstance(cache, RingCache):
+            positions = constrain_whole(cache.slot_positions, mesh)
+            cache = dataclasses.replace(cache, slot_positions=positions)
+        return cache
+
+    return Caches(
+        layers=tuple(map(place, caches.layers)),
+        pos_B=constrain_whole(caches.pos_B, mesh),
+        table=None if caches.table is None else constrain_whole(caches.table, mesh),
+    )
 
 
 def check_stream(layers: Sequence[LayerAttention], *, context: int | None = None) -> None:

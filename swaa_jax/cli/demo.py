@@ -231,10 +231,9 @@ def _introduction(config: "EvalConfig") -> str:
     return (
         f"{first.models[0].label}: {task.num_samples} prompts of {task.length:,} tokens "
         f"({task.haystack} haystack, 4 needles each), thinking and non-thinking, under "
-        f"{len(policies)} attention policies. Policies that differ only in how they decode share "
-        "their prefill. Each program is compiled before it is timed; the first run on a machine "
-        "compiles all of them, later ones find most in a cache. What was asked already in "
-        f"{config.output_dir} is not asked again."
+        f"{len(policies)} attention policies. Each program is compiled before it is timed; the "
+        "first run on a machine compiles all of them, later ones find most in a cache. What was "
+        f"asked already in {config.output_dir} is not asked again."
     )
 
 

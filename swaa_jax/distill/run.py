@@ -28,9 +28,12 @@ from swaa_jax.eval.tasks.question_answering import Question
 from swaa_jax.fields import check_fields, flag, integer, one_of, or_none
 from swaa_jax.infer import (
     SAMPLING,
+    Answerer,
+    GenerateOptions,
     SamplingParams,
+    check_prompts,
     encode_prompts,
-    generate,
+    generation_of,
     warn_of_thinking,
 )
 from swaa_jax.models import CausalLM
@@ -148,10 +151,16 @@ def distill(
         (directory / "attempts").mkdir(parents=True, exist_ok=True)
     runtime.wait_for_all("distill: the directory")
     paths = [directory / "attempts" / f"{number:05d}.parquet" for number in range(len(parts))]
+    prompts = _encode(model, tok, questions, config)
+    answerer = None
     with show_progress("distilling", total=len(parts), unit="parts", enabled=progress) as bar:
         for number, (part, path) in enumerate(zip(parts, paths, strict=True)):
             if not path.exists():
-                answers = _answer(model, tok, part, judge, config, number)
+                # Its room is that of all questions, so that a run that goes on is like another.
+                answerer = answerer or _answerer(model, tok, prompts, config)
+                start = number * config.questions_per_part
+                asked = prompts[start : start + len(part)]
+                answers = _answer(answerer, tok, part, asked, judge, config, number)
                 if runtime.is_main_process():
                     _write_parquet(path, answers)
             bar.advance()
@@ -172,36 +181,63 @@ def distill(
     )
 
 
-def _answer(
+def _encode(
     model: CausalLM,
     tok: "PreTrainedTokenizerBase",
+    questions: Sequence[Question],
+    config: DistillConfig,
+) -> list[list[int]]:
+    """Each question's prompt in token ids.
+
+    Raises:
+        ValueError: prompt and answer are beyond the model's context.
+    """
+    if not questions:
+        return []
+    templated = bool(getattr(tok, "chat_template", None))
+    asked = encode_prompts(
+        tok,
+        [
+            [{"role": "user", "content": question.prompt}] if templated else question.prompt
+            for question in questions
+        ],
+        enable_thinking=config.enable_thinking if templated else None,
+        room=model.config.max_position_embeddings,
+    )
+    check_prompts(model, asked, max_new_tokens=config.max_new_tokens)
+    return asked
+
+
+def _answerer(
+    model: CausalLM,
+    tok: "PreTrainedTokenizerBase",
+    prompts: Sequence[Sequence[int]],
+    config: DistillConfig,
+) -> Answerer:
+    """What answers all parts, each of them at once."""
+    rows = min(config.questions_per_part, len(prompts)) * config.attempts
+    options = GenerateOptions(
+        max_new_tokens=config.max_new_tokens, batch_size=rows, **config.sampling_fields
+    )
+    lengths = [len(ids) for ids in prompts for _ in range(config.attempts)]
+    return Answerer(model, tok, options, lengths=lengths)
+
+
+def _answer(
+    answerer: Answerer,
+    tok: "PreTrainedTokenizerBase",
     part: Sequence[Question],
+    prompts: Sequence[Sequence[int]],
     judge: Judge,
     config: DistillConfig,
     number: int,
 ) -> list[dict[str, object]]:
     """A record for each answer to each question of a part."""
-    templated = bool(getattr(tok, "chat_template", None))
-    prompts = [
-        [{"role": "user", "content": question.prompt}] if templated else question.prompt
-        for question in part
-    ]
-    asked = encode_prompts(
-        tok,
-        prompts,
-        enable_thinking=config.enable_thinking if templated else None,
-        room=model.config.max_position_embeddings,
-    )
-    encoded = [ids for ids in asked for _ in range(config.attempts)]
-    out = generate(
-        model,
-        tok,
-        encoded,
-        max_new_tokens=config.max_new_tokens,
-        seed=_seed(config.seed, number),
-        batch_size=len(encoded),
-        **config.sampling_fields,
-    )
+    encoded = [ids for ids in prompts for _ in range(config.attempts)]
+    answering = answerer.start(encoded, seed=_seed(config.seed, number))
+    for _ in answering:
+        pass
+    out = generation_of(answering)
     records = []
     for at, (text, tokens, reason) in enumerate(
         zip(out.texts, out.tokens, out.finish_reasons, strict=True)

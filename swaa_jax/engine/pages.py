@@ -124,18 +124,13 @@ class PrefixCache(Generic[Snapshot]):
         """Snapshots that are kept."""
         return len(self._snapshots)
 
-    def find(self, tokens: Sequence[int], *, name: Hashable = None) -> Reused[Snapshot]:
-        """The longest beginning of a prompt that is kept, and shorter than the prompt.
-
-        Args:
-            tokens: of the prompt.
-            name: of whatever else must be equal, such as an adapter.
-        """
+    def find(self, tokens: Sequence[int]) -> Reused[Snapshot]:
+        """The longest beginning of a prompt that is kept, and shorter than the prompt."""
         pages: list[int] = []
         best = Reused[Snapshot](num_tokens=0, pages=(), snapshot=None)
         node, size = None, self._chunk_size
         for end in range(size, len(tokens), size):
-            node = self._nodes.get(self._key(node, tokens[end - size : end], name))
+            node = self._nodes.get(self._key(node, tokens[end - size : end]))
             if node is None:
                 break
             self._nodes.move_to_end(node.key)
@@ -151,7 +146,6 @@ class PrefixCache(Generic[Snapshot]):
         tokens: Sequence[int],
         pages: Sequence[int],
         *,
-        name: Hashable = None,
         snapshot: Snapshot | None = None,
     ) -> None:
         """Keeps the last chunk of what was read, if the chunks before it are kept.
@@ -159,16 +153,15 @@ class PrefixCache(Generic[Snapshot]):
         Args:
             tokens: of the prompt so far, whole chunks.
             pages: that hold them, and perhaps more behind; the one who read them holds them.
-            name: as in `find`.
             snapshot: of the rings behind the chunk.
         """
         node, size = None, self._chunk_size
         for end in range(size, len(tokens), size):
-            node = self._nodes.get(self._key(node, tokens[end - size : end], name))
+            node = self._nodes.get(self._key(node, tokens[end - size : end]))
             if node is None:
                 return
         last = tokens[len(tokens) - size :]
-        key = self._key(node, last, name)
+        key = self._key(node, last)
         known = self._nodes.get(key)
         if known is None:
             own: tuple[int, ...] = ()
@@ -226,6 +219,6 @@ class PrefixCache(Generic[Snapshot]):
             self._pool.release(node.pages)
 
     @staticmethod
-    def _key(parent: _Node[Any] | None, tokens: Sequence[int], name: Hashable) -> Hashable:
+    def _key(parent: _Node[Any] | None, tokens: Sequence[int]) -> Hashable:
         """Equal for equal tokens after the same chunks; a parent that is kept is one object."""
-        return (name if parent is None else id(parent), tuple(tokens))
+        return (None if parent is None else id(parent), tuple(tokens))

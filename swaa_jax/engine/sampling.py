@@ -546,9 +546,3 @@ class Logprobs:
 
         nothing = cls.zeros(num_rows, vocab_size=vocab_size)
         return jax.lax.cond(jnp.any(wanted), compute, lambda _: nothing, logits)
-
-
-def token_logprobs(logits: Float[Array, "B V"], tokens: Int[Array, " B"]) -> Float[Array, " B"]:
-    """The natural log-probability of each row's token under the model itself."""
-    every = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    return jnp.take_along_axis(every, jnp.maximum(tokens, 0)[:, None], axis=-1)[:, 0]

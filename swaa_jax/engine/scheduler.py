@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from swaa_jax.engine.pages import PagePool, PrefixCache, Reused
@@ -23,6 +23,7 @@ class Request:
         seed, number: what draws depend on, besides the position.
         ends: tokens that end the answer.
         logprobs: give log-probabilities, too.
+        model: which of an engine's models answers; None: its first.
     """
 
     tokens: Sequence[int]
@@ -32,6 +33,7 @@ class Request:
     number: int = 0
     ends: Sequence[int] = ()
     logprobs: bool = False
+    model: str | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -71,6 +73,7 @@ class Scheduler:
         max_tokens: of a row, prompt and answer together.
         pool: of pages; None: rows need none.
         prefixes: what is kept of prompts that were read; None: nothing.
+        ids: numbers for requests, which others may draw from, too; None: 0, 1, ...
     """
 
     def __init__(
@@ -80,11 +83,12 @@ class Scheduler:
         max_tokens: int,
         pool: PagePool | None,
         prefixes: PrefixCache[Any] | None,
+        ids: Iterator[int] | None = None,
     ):
         self.rows: list[Row | None] = [None] * num_slots
         self._max_tokens, self._pool, self._prefixes = max_tokens, pool, prefixes
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
-        self._ids = itertools.count()
+        self._ids = itertools.count() if ids is None else ids
 
     @property
     def num_waiting(self) -> int:
@@ -117,7 +121,7 @@ class Scheduler:
             fits = self._pool.num_pages * self._pool.page_size
             raise ValueError(
                 f"tokens: expected prompt and answer of at most {fits} tokens, which all pages of "
-                f"the pool hold, got {count} + {new}; shorten one, or raise num_pages"
+                f"the pool hold, got {count} + {new}; shorten one, or give the pool more"
             )
         number = next(self._ids)
         self._waiting.append((number, request))

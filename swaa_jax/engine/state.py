@@ -16,9 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
-from swaa_jax.attention import Caches, LayerCache, RingCache, SplitCache
+from swaa_jax.attention import Caches, LayerCache, RingCache, SplitCache, constrain_caches
 from swaa_jax.engine.sampling import (
     NO_TOKEN,
     Draws,
@@ -31,6 +32,7 @@ from swaa_jax.engine.sampling import (
 )
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import Structure
+from swaa_jax.sharding import constrain_whole
 
 NOTHING = -2
 """Where a row draws no token in a step."""
@@ -95,6 +97,23 @@ class DecodeState:
             token=jnp.asarray(integers),
             tokens_left=jnp.asarray(integers),
             settings=jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * num_rows), row),
+        )
+
+    def placed(self, mesh: Mesh | None) -> "DecodeState":
+        """The state where it belongs on a mesh: caches split, all else whole on each device.
+
+        Programs give and take it so, or each call could find it placed anew and compile again.
+        """
+        if mesh is None:
+            return self
+        rest = (self.history, self.token, self.tokens_left, self.settings)
+        history, token, left, settings = jax.tree.map(lambda x: constrain_whole(x, mesh), rest)
+        return DecodeState(
+            caches=constrain_caches(self.caches, mesh),
+            history=history,
+            token=token,
+            tokens_left=left,
+            settings=settings,
         )
 
 
@@ -172,7 +191,8 @@ def read_chunk(
         pos_B=position[None],
         table=None if chunk.pages is None else chunk.pages[None],
     )
-    read = structure.build(arrays).read(
+    model = structure.build(arrays)
+    read = model.read(
         chunk.tokens,
         row,
         lengths=chunk.length[None],
@@ -206,12 +226,13 @@ def read_chunk(
         logprobs=Logprobs.of(read.logits, first, one.wants_logprobs & is_last),
         steps=jnp.int32(1),
     )
-    return state, drawn
+    return state.placed(model.mesh), drawn
 
 
 def decode_tokens(
     arrays: Mapping[str, Array],
     state: DecodeState,
+    answering: Bool[Array, " B"],
     limit: Int[Array, ""],
     until_one_ends: Bool[Array, ""],
     *,
@@ -223,11 +244,13 @@ def decode_tokens(
     Args:
         arrays, structure: the model, split.
         state: donated.
+        answering: rows that somebody waits for; the others draw no more.
         limit: at most `max_steps`, which is part of the program.
         until_one_ends: come back as soon as a row ends, since others wait for its place.
     """
     _TRACES["decode"] += 1
     num_rows = state.token.shape[0]
+    state = dataclasses.replace(state, tokens_left=jnp.where(answering, state.tokens_left, 0))
     busy = jnp.sum(state.tokens_left > 0)
 
     def unfinished(carry: tuple[Array, DecodeState, Drawn]) -> Array:
@@ -270,19 +293,15 @@ def decode_tokens(
         )
         return step + 1, state, drawn
 
-    vocab_size = structure.build(arrays).config.vocab_size
+    model = structure.build(arrays)
+    vocab_size = model.config.vocab_size
     nothing = Drawn(
         tokens=jnp.full((max_steps, num_rows), NOTHING, jnp.int32),
         logprobs=Logprobs.zeros(max_steps, num_rows, vocab_size=vocab_size),
         steps=jnp.int32(0),
     )
     _, state, drawn = jax.lax.while_loop(unfinished, one_step, (jnp.int32(0), state, nothing))
-    return state, drawn
-
-
-def stop_row(state: DecodeState, slot: Int[Array, ""]) -> DecodeState:
-    """The row draws no more."""
-    return dataclasses.replace(state, tokens_left=state.tokens_left.at[slot].set(0))
+    return state.placed(model.mesh), drawn
 
 
 def take_rings(state: DecodeState, slot: Int[Array, ""]) -> list[RingCache]:
@@ -291,8 +310,23 @@ def take_rings(state: DecodeState, slot: Int[Array, ""]) -> list[RingCache]:
     return [cache for cache in caches if isinstance(cache, RingCache)]
 
 
-def put_rings(state: DecodeState, slot: Int[Array, ""], rings: list[RingCache]) -> DecodeState:
-    """The row with these rings."""
+def resume_row(
+    state: DecodeState,
+    slot: Int[Array, ""],
+    tokens: Int[Array, " width"],
+    rings: list[RingCache],
+    *,
+    mesh: Mesh | None,
+) -> DecodeState:
+    """The row as it is after the beginning of its prompt, which was read before.
+
+    Args:
+        state: donated.
+        slot: the row.
+        tokens: of the beginning; what is behind them does not matter.
+        rings: from `take_rings`; none where there are no rings.
+        mesh: of the model.
+    """
     kept = iter(rings)
 
     def put(cache: LayerCache) -> LayerCache:
@@ -301,5 +335,7 @@ def put_rings(state: DecodeState, slot: Int[Array, ""], rings: list[RingCache]) 
             return dataclasses.replace(cache, full=full, windowed=windowed)
         return cache.insert(next(kept), slot) if isinstance(cache, RingCache) else cache
 
-    layers = tuple(put(layer) for layer in state.caches.layers)
-    return dataclasses.replace(state, caches=dataclasses.replace(state.caches, layers=layers))
+    caches = dataclasses.replace(state.caches, layers=tuple(map(put, state.caches.layers)))
+    known = state.history.tokens.at[slot].set(tokens)
+    history = dataclasses.replace(state.history, tokens=known)
+    return dataclasses.replace(state, caches=caches, history=history).placed(mesh)

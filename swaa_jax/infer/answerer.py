@@ -12,7 +12,7 @@ from swaa_jax.checkpoint.hf import read_generation_config
 from swaa_jax.checkpoint.tokenizer import opens_thinking
 from swaa_jax.engine import Engine, EngineClock, EngineOptions, Request, SamplingParams, Update
 from swaa_jax.fields import integer, list_of
-from swaa_jax.infer.buckets import length_bucket, next_power_of_two
+from swaa_jax.infer.buckets import next_power_of_two
 from swaa_jax.infer.options import GenerateOptions
 from swaa_jax.infer.stopping import AnswerRow, StopRules, TokenText, make_stop_rules
 from swaa_jax.infer.timings import Timings
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 DEFAULT_BATCH_SIZE = 8
 STREAM_STEPS = 4
 """Decode steps between two pieces of a stream."""
+
+_LEAST_ROOM = 128
+"""Tokens of a row, at least, so that short prompts and answers all share two programs."""
 
 
 class Answerer:
@@ -61,7 +64,8 @@ class Answerer:
             stop_token_ids=options.stop_token_ids,
             stop_in_thought=options.stop_in_thought,
         )
-        self._engine = Engine(model, _room_for(model, options, lengths, streaming=streaming))
+        room = _room_for(model, options, lengths, streaming=streaming)
+        self._engine, self._num_slots = Engine(model, room), room.num_slots
         self._compile_s = 0.0  # of it, what was told already
         if options.warmup:
             self._engine.submit(Request(tokens=(0,), max_new_tokens=2))
@@ -69,7 +73,11 @@ class Answerer:
                 pass
 
     def start(
-        self, prompts: Sequence[Sequence[int]], *, numbers: Sequence[int] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        numbers: Sequence[int] | None = None,
+        seed: int | None = None,
     ) -> "Answering":
         """Begins to answer prompts, which `check_prompts` has seen.
 
@@ -77,6 +85,7 @@ class Answerer:
             prompts: token ids.
             numbers: the prompts' indices in the caller's order, by default 0, 1, ...; draws depend
                 on them.
+            seed: in place of the options'.
         """
         numbers = range(len(prompts)) if numbers is None else numbers
         rows, requests = [], {}
@@ -95,7 +104,7 @@ class Answerer:
                     tokens=ids,
                     max_new_tokens=self.options.max_new_tokens,
                     params=self._params,
-                    seed=self.options.seed,
+                    seed=self.options.seed if seed is None else seed,
                     number=number,
                     ends=sorted(self._rules.all_ids),
                     logprobs=self.options.logprobs,
@@ -103,7 +112,15 @@ class Answerer:
             )
             rows.append(row)
             requests[request] = (number, row)
-        return Answering(self._engine, rows, requests, prompts, self.options, before=before)
+        return Answering(
+            self._engine,
+            rows,
+            requests,
+            prompts,
+            self.options,
+            num_slots=self._num_slots,
+            before=before,
+        )
 
     def _opens_thinking(self, ids: Sequence[int]) -> bool:
         """Whether a prompt ends within a thought, where that makes a difference."""
@@ -130,9 +147,10 @@ class Answering:
         prompts: Sequence[Sequence[int]],
         options: GenerateOptions,
         *,
+        num_slots: int,
         before: EngineClock,
     ):
-        self.rows, self.options = rows, options
+        self.rows, self.options, self._num_slots = rows, options, num_slots
         self._engine, self._requests, self._prompts = engine, requests, prompts
         self._before = before
 
@@ -175,11 +193,12 @@ class Answering:
             new_tokens=sum(len(row.tokens) for row in self.rows),
             prefill_s=now.read_s - before.read_s,
             first_token_s=0.0,  # it comes with the prompt's last chunk
+            reused_tokens=now.reused_tokens - before.reused_tokens,
             decode_s=now.decode_s - before.decode_s,
             decode_steps=now.decode_steps - before.decode_steps,
             compile_s=now.compile_s - before.compile_s,
             cache_bytes=engine.cache_bytes,
-            cache_bytes_per_row=engine.cache_bytes // engine.options.num_slots,
+            cache_bytes_per_row=engine.cache_bytes // self._num_slots,
         )
 
 
@@ -187,19 +206,17 @@ def _room_for(
     model: CausalLM, options: GenerateOptions, lengths: Sequence[int], *, streaming: bool
 ) -> EngineOptions:
     """An engine for prompts of these lengths; rounded, so that others share its programs."""
-    num_slots = min(options.batch_size or DEFAULT_BATCH_SIZE, next_power_of_two(len(lengths)))
-    longest = max(lengths)
-    max_tokens = length_bucket(longest) + length_bucket(options.max_new_tokens)
+    room = max(_LEAST_ROOM, next_power_of_two(max(lengths) + options.max_new_tokens))
+    page_size = min(EngineOptions().sizes[1], room // 4)
     context = context_of(model)
     if context is not None and options.positions == "text":
-        max_tokens = min(max_tokens, context)
-    default = EngineOptions()
-    chunk_size, page_size = default.sizes
-    chunk_size = min(chunk_size, -(-length_bucket(longest) // page_size) * page_size)
+        room = min(room, context)
     return EngineOptions(
-        num_slots=num_slots,
-        max_tokens=max_tokens,
-        chunk_size=chunk_size,
+        num_slots=min(options.batch_size or DEFAULT_BATCH_SIZE, next_power_of_two(len(lengths))),
+        max_tokens=room,
+        chunk_size=max(
+            page_size, min(EngineOptions().sizes[0], room // 2 // page_size * page_size)
+        ),
         page_size=page_size,
         steps_per_call=options.chunk_size,
         steps_at_once=STREAM_STEPS if streaming else None,
@@ -210,6 +227,7 @@ def _room_for(
 def _sampling_params(model: CausalLM, options: GenerateOptions) -> SamplingParams:
     """The options' own, or the checkpoint's."""
     if options.sampling != "checkpoint":
+        options.sampling_params.warn_of_unused("options")
         return options.sampling_params
     config = generation_config(model)
     if not config:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Timings:
-    """Seconds, tokens and bytes of one batch, or the sum over batches run one after another.
+    """Seconds, tokens and bytes of prompts answered together, or the sum over several such sets.
 
     Compilation is never inside the other times: every program is compiled before the call that is
     timed, and the time for that is `compile_s`. A time ends when the result is on the host. The
@@ -14,17 +14,18 @@ class Timings:
     running each program once beforehand.
 
     Args:
-        num_batches: batches run.
+        num_batches: whose first tokens came together: prompts are read one by one, so as many as
+            rows; batches, in results that were stored before that.
         num_rows: prompts answered.
         prompt_tokens: real prompt tokens, padding not counted.
         new_tokens: tokens returned.
-        prefill_s: prompt to next-token logits and caches, all batches.
-        first_token_s: drawing the first token from those logits and fetching it, all batches.
-        decode_s: the tokens after the first, all batches.
-        decode_steps: decode calls of one token a row, all batches.
+        reused_tokens: of the prompts', which had been read before and were not read anew.
+        prefill_s: reading all prompts, each to its first token.
+        first_token_s: drawing first tokens, where stored results have it apart; else 0.
+        decode_s: the tokens after the first.
+        decode_steps: of one token a row.
         compile_s: tracing and compiling, 0 where the programs existed.
-        cache_bytes: key/value caches as allocated (padded rows and slots included), of the
-            largest batch.
+        cache_bytes: key/value caches as allocated, of all slots; of the largest set.
         cache_bytes_per_row: the same of one row.
     """
 
@@ -39,15 +40,17 @@ class Timings:
     compile_s: float
     cache_bytes: int
     cache_bytes_per_row: int
+    reused_tokens: int = 0
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Real prompt tokens processed a second."""
-        return self.prompt_tokens / self.prefill_s if self.prefill_s > 0 else 0.0
+        """Prompt tokens read a second; those that were reused do not count."""
+        read = self.prompt_tokens - self.reused_tokens
+        return read / self.prefill_s if self.prefill_s > 0 else 0.0
 
     @property
     def time_to_first_token_s(self) -> float:
-        """Seconds from a batch's start to its first tokens, the mean over batches."""
+        """Seconds that a prompt is read until its first token, the mean over them."""
         return (self.prefill_s + self.first_token_s) / self.num_batches
 
     @property
@@ -81,13 +84,16 @@ class Timings:
 
     def __str__(self) -> str:
         per_token = self.time_per_output_token_s
+        read = self.prompt_tokens - self.reused_tokens
         parts = [
-            f"prefill {self.prompt_tokens} tokens at {self.prefill_tokens_per_second:,.0f}/s",
+            f"prefill {read} tokens at {self.prefill_tokens_per_second:,.0f}/s",
             f"first token after {self.time_to_first_token_s * 1e3:,.1f} ms",
             f"{self.new_tokens} new tokens",
         ]
         if per_token is not None:
             parts.append(f"{per_token * 1e3:,.2f} ms per token")
+        if self.reused_tokens:
+            parts.append(f"{self.reused_tokens} prompt tokens reused")
         parts.append(f"KV cache {self.cache_bytes / 2**20:,.2f} MiB")
         parts.append(f"compiled in {self.compile_s:,.1f} s")
         return ", ".join(parts)

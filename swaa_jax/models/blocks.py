@@ -222,6 +222,17 @@ class LayerOutput:
     router: RouterStatistics | None = None
 
 
+def head_copies(layer: LayerKind, mesh: Mesh | None, *, num_heads: int, num_kv_heads: int) -> int:
+    """How many copies of each KV head a layer has on a mesh, in its caches too.
+
+    One where some heads are full, since their numbers count heads without copies.
+    """
+    kinds = layer.kinds if isinstance(layer, LayerChoice) else (layer,)
+    if any(kind.full_heads for kind in kinds):
+        return 1
+    return kv_head_copies(mesh, num_heads=num_heads, num_kv_heads=num_kv_heads)
+
+
 class Attention(nnx.Module):
     """Grouped-query attention under a layer's policy, with per-head q/k norms where asked."""
 
@@ -252,10 +263,8 @@ class Attention(nnx.Module):
         """Attention of these tokens to one another, and with a cache to those before."""
         plain_q, plain_k, v = self.heads(x)
         q, k = (rotate(part, rows.rotations[self.rope]) for part in (plain_q, plain_k))
-        kinds = layer.kinds if isinstance(layer, LayerChoice) else (layer,)
-        is_split = any(kind.full_heads for kind in kinds)  # which counts heads without copies
-        copies = kv_head_copies(rows.mesh, num_heads=q.shape[2], num_kv_heads=k.shape[2])
-        if copies > 1 and not is_split:
+        copies = head_copies(layer, rows.mesh, num_heads=q.shape[2], num_kv_heads=k.shape[2])
+        if copies > 1:
             k, v, plain_k = (jnp.repeat(part, copies, axis=2) for part in (k, v, plain_k))
         options = AttentionOptions(
             scale=self.scale, softcap=self.softcap, mesh=rows.mesh, backend=rows.backend

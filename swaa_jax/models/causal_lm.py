@@ -37,6 +37,7 @@ from swaa_jax.models.blocks import (
     Linear,
     RouterStatistics,
     Rows,
+    head_copies,
     make_norm,
 )
 from swaa_jax.models.config import DecoderConfig
@@ -331,11 +332,10 @@ class CausalLM(nnx.Module):
         """
         if positions == "cache":
             check_stream(self.layer_attention)
-        config = self.config
         layers = [
             empty_cache(
                 layer,
-                shape=(num_rows, config.num_kv_heads, config.head_dim),
+                shape=(num_rows, self.cached_heads(layer), self.config.head_dim),
                 cache_size=cache_size,
                 dtype=self.norm.scale.dtype,
                 mesh=self.mesh,
@@ -350,6 +350,11 @@ class CausalLM(nnx.Module):
             table = jnp.zeros((num_rows, -(-cache_size // pages[1])), jnp.int32)
         pos_B = jnp.zeros((num_rows,), jnp.int32)
         return Caches(layers=tuple(layers), pos_B=pos_B, table=table)
+
+    def cached_heads(self, layer: LayerAttention) -> int:
+        """KV heads of a layer's caches, with the copies that fill the mesh."""
+        counts = {"num_heads": self.config.num_heads, "num_kv_heads": self.config.num_kv_heads}
+        return self.config.num_kv_heads * head_copies(layer, self.mesh, **counts)
 
     def read(
         self,

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from swaa_jax.lora import with_dropout
@@ -84,12 +85,14 @@ class SplitModel:
         arrays: its parameters by name.
         config: of the model.
         layers: each layer's policy, where the model has one.
+        mesh: that its parameters lie on, or None.
     """
 
     structure: Structure[CausalLM]
     arrays: dict[str, Array]
     config: DecoderConfig
     layers: tuple[LayerAttention, ...] | None
+    mesh: Mesh | None
 
 
 def split_model(model: CausalLM | SplitModel) -> SplitModel:
@@ -102,6 +105,7 @@ def split_model(model: CausalLM | SplitModel) -> SplitModel:
         arrays=arrays,
         config=model.config,
         layers=getattr(model, "layer_attention", None),
+        mesh=getattr(model, "mesh", None),
     )
 
 

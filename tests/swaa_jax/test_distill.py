@@ -100,7 +100,7 @@ def test_what_the_judge_sees_and_what_is_kept(retriever, tmp_path, monkeypatch):
         tokens=[[1, 2], [1, 2], [1, 2]],
         finish_reasons=["eos", "eos", "length"],
     )
-    monkeypatch.setattr(distilling, "generate", lambda *_, **__: answers)
+    monkeypatch.setattr(distilling, "generation_of", lambda _: answers)
     question = Question(id="a", prompt="Long.\n\nOne?", references=("yes",), question="One?")
     seen = []
 

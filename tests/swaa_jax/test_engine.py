@@ -1,5 +1,6 @@
 """The engine against whole rows: tokens, bits in any company, reuse, programs."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,11 +11,12 @@ from hypothesis import strategies as st
 
 import swaa_jax as swaa
 from swaa_jax.engine import Engine, EngineOptions, Request, SamplingParams, compile_counts
+from tests.support.compiles import counted
 from tests.support.random_models import HF_CONFIG, random_model
 
 VOCAB = HF_CONFIG["vocab_size"]
 WIDTH = 96
-OPTIONS = EngineOptions(num_slots=3, max_tokens=WIDTH, chunk_size=16, page_size=8, num_pages=30)
+OPTIONS = EngineOptions(num_slots=3, max_tokens=WIDTH, chunk_size=16, page_size=8, pool_tokens=240)
 POLICIES = {
     "full": swaa.AttentionPolicy(),
     "window": swaa.AttentionPolicy(window=5, num_sink_tokens=2),
@@ -25,7 +27,15 @@ POLICIES = {
         window=7, num_sink_tokens=2, full_attention_heads={0: [1], 2: [0]}
     ),
 }
-QUICK = {"1::2", "FA decode"}
+POLICIES["experts"] = POLICIES["1::2"]
+EXPERTS = {
+    "model_type": "qwen3_moe",
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "mlp_only_layers": [1],
+}
+QUICK = {"1::2", "FA decode", "experts"}
 
 
 def some(names):
@@ -74,7 +84,7 @@ def greedily(model, prompt, count):
 @pytest.mark.parametrize("policy", some(POLICIES))
 def test_tokens_are_those_of_whole_rows(policy):
     """Nine prompts in three slots, whose pages suffice for two of the longest."""
-    model = random_model(POLICIES[policy], num_hidden_layers=3)
+    model = model_of(policy)
     found = answers(
         Engine(model, OPTIONS), [Request(tokens=one, max_new_tokens=9) for one in prompts()]
     )
@@ -112,7 +122,8 @@ def request(at: int) -> Request:
 
 @functools.cache
 def model_of(policy):
-    return random_model(POLICIES[policy], num_hidden_layers=3)
+    experts = EXPERTS if policy == "experts" else {}
+    return random_model(POLICIES[policy], num_hidden_layers=3, **experts)
 
 
 @functools.cache
@@ -120,7 +131,7 @@ def alone(policy, at):
     """What the request gives in an engine of its own, without reuse."""
     options = {**{f: getattr(OPTIONS, f) for f in ("num_slots", "max_tokens")}, "chunk_size": 16}
     engine = Engine(
-        model_of(policy), EngineOptions(**options, page_size=8, num_pages=30, reuse=False)
+        model_of(policy), EngineOptions(**options, page_size=8, pool_tokens=240, reuse=False)
     )
     return answers(engine, [request(at)])[0]
 
@@ -139,7 +150,7 @@ def test_company_order_and_reuse_change_no_bit(policy, order, steps, chunks):
         max_tokens=WIDTH,
         chunk_size=16,
         page_size=8,
-        num_pages=30,
+        pool_tokens=240,
         steps_per_call=16,
         chunks_per_round=chunks,
         max_snapshots=3,
@@ -151,11 +162,41 @@ def test_company_order_and_reuse_change_no_bit(policy, order, steps, chunks):
         assert one == alone(policy, at), f"request {at} of {order}"
 
 
-def test_one_program_a_step_for_any_lengths_and_settings():
-    model = random_model(POLICIES["1::2"], num_hidden_layers=2)
+def test_penalties_read_what_was_reused():
+    """Three slots, each left to another prompt in between."""
+    params = SamplingParams(frequency_penalty=0.9, repetition_penalty=1.4, no_repeat_ngram_size=1)
+    asked = Request(tokens=prompts()[1], max_new_tokens=12, params=params)
+    others = [Request(tokens=one, max_new_tokens=2) for one in prompts()[2:8]]
+    engine = Engine(model_of("1::2"), OPTIONS)
+    (first,) = answers(engine, [asked])
+    answers(engine, others)
+    engine.clock.reused_tokens = 0
+    (again,) = answers(engine, [asked])
+    assert engine.clock.reused_tokens == 32
+    assert again == first
+    assert not {*again[0]} & {*asked.tokens}
+
+
+@pytest.mark.parametrize("policy", ["1::2", "FA decode"])
+def test_four_programs_for_any_lengths_settings_and_ends(policy):
+    """Reading, decoding, and two copies of rings for reuse; cancelling takes none."""
+    model = random_model(POLICIES[policy], num_hidden_layers=2, vocab_size=67)
     before = compile_counts()
     engine = Engine(model, OPTIONS)
-    answers(engine, [request(at) for at in range(21)])
-    answers(engine, [request(at) for at in range(21, 30)])
+    requests = [dataclasses.replace(request(at), ends=range(at % 5, 60, 7)) for at in range(30)]
+    with counted() as compiles:
+        answers(engine, requests[:21])
+        for one in requests:
+            number = engine.submit(one)
+            for _ in range(number % 5):
+                engine.round()
+            if number % 2 and number in engine.unfinished:
+                engine.cancel(number)
+        assert engine.unfinished
+        for _ in engine.run():
+            pass
+        answers(engine, requests[21:])
+    assert engine.clock.reused_tokens > 0
+    assert compiles.count == (4 if policy == "1::2" else 3)
     after = compile_counts()
     assert {name: after[name] - before.get(name, 0) for name in after} == {"read": 1, "decode": 1}

@@ -1,7 +1,7 @@
 """One model asked one task in one mode: its prompts, their batches, answers and verdicts.
 
-The samples are encoded, sorted by length into batches, answered under each policy (policies that
-read a prompt alike share its prefill), and judged. What is filed already is not done again.
+The samples are encoded, sorted by length into batches, answered under each policy, and judged. What
+is filed already is not done again.
 """
 
 import concurrent.futures

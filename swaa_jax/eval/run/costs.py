@@ -20,10 +20,10 @@ class CellCost:
     """What one cell cost; measured values are None where nothing was measured.
 
     Attributes:
-        prefill_tokens_per_second: prompt tokens; policies that share a prefill share this.
+        prefill_tokens_per_second: prompt tokens that were read, not reused.
         decode_tokens_per_second: new tokens of all rows of a batch together.
         ms_per_token: of one decode step, in which every row gains a token.
-        cache_bytes_per_sample: keys and values as allocated (prompt and answer buckets).
+        cache_bytes_per_sample: keys and values as allocated, of one slot.
         prefill_share: (query, key) pairs of the prompts, as a part of full attention's.
         prefill_flops: operations that reading one prompt takes, the mean over the prompts.
     """

@@ -1,0 +1,375 @@
+"""`Lane`: one model under its policy, with its slots, its pool of pages and its programs.
+
+    waiting     r5 r4 r3 | slot 0  r0  [prompt][answer ....
+    in order of arrival  | slot 1  r1  [prompt....... reading
+                         | slot 2  r2  [prompt][answer done]  <- r3, as soon as its pages are free
+
+A round is: requests into free slots; some chunks of the prompts that are being read, the earliest
+first; then some decode steps of all rows that have been read.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from swaa_jax.attention import PagedCache, RingCache
+from swaa_jax.engine.memory import Needs, bytes_of_caches
+from swaa_jax.engine.options import EngineOptions
+from swaa_jax.engine.pages import PagePool, PrefixCache
+from swaa_jax.engine.sampling import NO_TOKEN, pack_ids
+from swaa_jax.engine.scheduler import Request, Row, Scheduler
+from swaa_jax.engine.state import (
+    NOTHING,
+    Chunk,
+    DecodeState,
+    Drawn,
+    RowSettings,
+    decode_tokens,
+    read_chunk,
+    resume_row,
+    take_rings,
+)
+from swaa_jax.models.function import SplitModel
+from swaa_jax.runtime import to_host
+
+EndReason = Literal["end", "length", "not a number"]
+"""Why a request ended: a token that ends it, its longest answer, or bad logits."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Update:
+    """New tokens of a request.
+
+    Attributes:
+        request: its id.
+        tokens: the new ones; with the one that ended it.
+        logprobs: of the tokens; empty where they were not asked for.
+        top_logprobs: of each token, the likeliest ids and their log-probabilities.
+        reused_tokens: of the request's prompt, which were read before and were not read anew.
+        reason: why it ended; None: it goes on.
+    """
+
+    request: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    reused_tokens: int = 0
+    reason: EndReason | None = None
+
+
+@dataclasses.dataclass(kw_only=True)
+class EngineClock:
+    """What was done so far, and how long it took."""
+
+    read_tokens: int = 0
+    reused_tokens: int = 0
+    read_s: float = 0.0
+    chunks: int = 0
+    new_tokens: int = 0
+    decode_s: float = 0.0
+    decode_steps: int = 0
+    compile_s: float = 0.0
+
+
+class Lane:
+    """One model's requests.
+
+    Args:
+        model: split.
+        options: what there is room for.
+        num_pages: of the pool.
+        ids: numbers for requests.
+        clock: told what is done.
+    """
+
+    def __init__(
+        self,
+        model: SplitModel,
+        options: EngineOptions,
+        *,
+        num_pages: int,
+        ids: Iterator[int],
+        clock: EngineClock,
+    ):
+        self._model, self._options, self._clock = model, options, clock
+        chunk_size, page_size = options.sizes
+        self._state = _empty_state(model.arrays, **_shapes(model, options, num_pages))
+        parts = [part for layer in self._state.caches.layers for part in layer.parts()]
+        has_pages = any(isinstance(part, PagedCache) for part in parts)
+        pool = PagePool(num_pages, page_size) if has_pages else None
+        self._has_rings = has_rings = any(isinstance(part, RingCache) for part in parts)
+        self._prefixes: PrefixCache[Any] | None = None
+        if options.reuse:
+            self._prefixes = PrefixCache(
+                pool,
+                chunk_size=chunk_size,
+                max_snapshots=options.max_snapshots if has_rings else None,
+            )
+        self._scheduler = Scheduler(
+            num_slots=options.num_slots,
+            max_tokens=options.max_tokens,
+            pool=pool,
+            prefixes=self._prefixes,
+            ids=ids,
+        )
+        self._compiled: set[Any] = set()
+
+    @staticmethod
+    def needs(model: SplitModel, options: EngineOptions, *, name: str) -> Needs:
+        """What a lane takes of a device's memory, before anything is allocated."""
+        state = jax.eval_shape(
+            functools.partial(_empty_state, **_shapes(model, options, num_pages=1)), model.arrays
+        )
+        caches = bytes_of_caches(state.caches, mesh=model.mesh)
+        page_size, others = options.sizes[1], (state.history, state.settings)
+        return Needs(
+            name=name,
+            fixed_bytes=caches.fixed
+            + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(others)),
+            page_bytes=caches.page,
+            page_size=page_size,
+            pages=None if options.pool_tokens is None else -(-options.pool_tokens // page_size),
+            most_pages=options.num_slots * options.columns,
+        )
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of keys and values, of all rows."""
+        return int(self._state.caches.nbytes)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is left."""
+        return self._scheduler.is_idle
+
+    def submit(self, request: Request) -> int:
+        """Puts a request behind those that wait; gives its id.
+
+        Raises:
+            ValueError: it can never be answered; the message says why.
+        """
+        self._settings(request)  # refuses what is not in the vocabulary
+        return self._scheduler.submit(request)
+
+    def cancel(self, number: int) -> None:
+        """Ends a request at once, and frees its slot and pages.
+
+        Raises:
+            KeyError: no such request is left.
+        """
+        self._scheduler.cancel(number)
+
+    def round(self) -> list[Update]:
+        """One round; what it gave, an update a request."""
+        updates: list[Update] = []
+        for slot in self._scheduler.admit():
+            row = self._scheduler.rows[slot]
+            assert row is not None
+            self._clock.reused_tokens += row.reused.num_tokens
+            if row.reused.num_tokens:
+                self._resume(slot, row)
+        for _ in range(self._options.chunks_per_round):
+            slot = self._scheduler.next_to_read()
+            if slot is None:
+                break
+            updates += self._read(slot)
+        if self._scheduler.answering():
+            updates += self._decode()
+        return _joined(updates)
+
+    def _settings(self, request: Request) -> RowSettings:
+        ends = [end for end in request.ends if end < self._model.config.vocab_size]
+        return RowSettings(
+            draws=request.params.for_row(
+                self._model.config.vocab_size, seed=request.seed, number=request.number
+            ),
+            ends=pack_ids(ends, self._model.config.vocab_size),
+            wants_logprobs=np.bool_(request.logprobs),
+        )
+
+    def _resume(self, slot: int, row: Row) -> None:
+        """Puts a slot where the beginning of its row's prompt was read to before."""
+        tokens = np.zeros((self._state.history.tokens.shape[1],), np.int32)
+        tokens[: row.num_read] = row.request.tokens[: row.num_read]
+        rings = row.reused.snapshot or []
+        self._state = _resume(self._state, np.int32(slot), tokens, rings, mesh=self._model.mesh)
+
+    def _read(self, slot: int) -> list[Update]:
+        row, size = self._scheduler.rows[slot], self._options.sizes[0]
+        assert row is not None
+        part = row.request.tokens[row.num_read : row.num_read + size]
+        tokens = np.zeros((1, size), np.int32)
+        tokens[0, : len(part)] = part
+        pages = np.zeros((self._options.columns,), np.int32)
+        pages[: len(row.pages)] = row.pages
+        chunk = Chunk(
+            slot=np.int32(slot),
+            position=np.int32(row.num_read),
+            tokens=tokens,
+            length=np.int32(len(part)),
+            prompt_length=np.int32(len(row.request.tokens)),
+            max_new_tokens=np.int32(row.request.max_new_tokens),
+            pages=pages,
+            settings=self._settings(row.request),
+        )
+        drawn = self._call(_read, chunk)
+        row.num_read += len(part)
+        self._clock.read_tokens += len(part)
+        self._clock.chunks += 1
+        if len(part) == size:
+            self._keep(slot, row)
+        return self._take(drawn, [slot], steps=1) if row.is_read else []
+
+    def _keep(self, slot: int, row: Row) -> None:
+        """Keeps the chunk that was just read; its rings at the prompt's last whole chunk, and now
+        and then before.
+        """
+        if self._prefixes is None:
+            return
+        size, options = self._options.sizes[0], self._options
+        is_last = row.num_read + size > len(row.request.tokens)
+        snapshot = None
+        if self._has_rings and (is_last or row.num_read // size % options.snapshot_every == 0):
+            snapshot = _snapshot(self._state, np.int32(slot))
+        self._prefixes.keep(row.request.tokens[: row.num_read], row.pages, snapshot=snapshot)
+
+    def _decode(self) -> list[Update]:
+        scheduler = self._scheduler
+        others_wait = scheduler.num_waiting > 0 or scheduler.next_to_read() is not None
+        most = self._options.steps_per_call
+        limit = np.int32(min(self._options.steps_at_once or most, most))
+        slots = scheduler.answering()
+        answering = np.zeros((self._options.num_slots,), bool)
+        answering[slots] = True
+        drawn = self._call(_decode, answering, limit, np.bool_(others_wait), max_steps=most)
+        steps = int(drawn.steps)
+        self._clock.decode_steps += steps
+        return self._take(drawn, slots, steps=steps)
+
+    def _call(self, program: Any, *args: Any, **static: Any) -> Drawn:
+        model = self._model
+        given = (model.arrays, self._state, *args)
+        static["structure"] = model.structure
+        start = time.perf_counter()
+        if program not in self._compiled:  # the call then finds it done
+            program.lower(*given, **static).compile()
+            self._compiled.add(program)
+            self._clock.compile_s += time.perf_counter() - start
+            start = time.perf_counter()
+        self._state, drawn = program(*given, **static)
+        tokens = to_host(drawn.tokens)
+        seconds = time.perf_counter() - start
+        if program is _read:
+            self._clock.read_s += seconds
+        else:
+            self._clock.decode_s += seconds
+        return dataclasses.replace(drawn, tokens=tokens)
+
+    def _take(self, drawn: Drawn, slots: Sequence[int], *, steps: int) -> list[Update]:
+        """What came of the rows in these slots; those that ended are gone."""
+        tokens = np.asarray(drawn.tokens)
+        whole = tokens.ndim == 2
+        logprobs = None
+        updates = []
+        for slot in slots:
+            row = self._scheduler.rows[slot]
+            assert row is not None
+            ids = tokens[:steps, slot] if whole else tokens
+            ids = ids[ids != NOTHING]
+            is_bad = bool(len(ids)) and ids[-1] == NO_TOKEN
+            new = tuple(map(int, ids[ids != NO_TOKEN]))
+            row.num_drawn += len(new)
+            self._clock.new_tokens += len(new)
+            reason: EndReason | None = None
+            if is_bad:
+                reason = "not a number"
+            elif new and new[-1] in row.request.ends:
+                reason = "end"
+            elif row.num_drawn >= row.request.max_new_tokens:
+                reason = "length"
+            chosen, top = (), ()
+            if row.request.logprobs and new:
+                if logprobs is None:
+                    logprobs = jax.tree.map(to_host, drawn.logprobs)
+                at = (slice(0, len(new)), slot) if whole else slice(0, 1)
+                chosen = tuple(map(float, logprobs.chosen[at]))
+                top = tuple(
+                    tuple(zip(map(int, ids), map(float, values), strict=True))
+                    for ids, values in zip(logprobs.top_ids[at], logprobs.top[at], strict=True)
+                )
+            if reason is not None:
+                self._scheduler.finish(slot)
+            if new or reason is not None:
+                updates.append(
+                    Update(
+                        request=row.id,
+                        tokens=new,
+                        logprobs=chosen,
+                        top_logprobs=top,
+                        reused_tokens=row.reused.num_tokens,
+                        reason=reason,
+                    )
+                )
+        return updates
+
+
+def _joined(updates: Sequence[Update]) -> list[Update]:
+    """One update for those of one request, whose first token comes with its prompt's last chunk."""
+    joined: dict[int, Update] = {}
+    for update in updates:
+        before = joined.get(update.request)
+        if before is not None:
+            update = dataclasses.replace(
+                update,
+                tokens=before.tokens + update.tokens,
+                logprobs=before.logprobs + update.logprobs,
+                top_logprobs=before.top_logprobs + update.top_logprobs,
+            )
+        joined[update.request] = update
+    return list(joined.values())
+
+
+_read = jax.jit(read_chunk, static_argnames=("structure",), donate_argnames=("state",))
+_decode = jax.jit(
+    decode_tokens, static_argnames=("structure", "max_steps"), donate_argnames=("state",)
+)
+_snapshot = jax.jit(take_rings)
+_resume = jax.jit(resume_row, static_argnames=("mesh",), donate_argnames=("state",))
+
+
+def _shapes(model: SplitModel, options: EngineOptions, num_pages: int) -> dict[str, Any]:
+    """What says how large a lane's state is."""
+    chunk_size, page_size = options.sizes
+    return {
+        "structure": model.structure,
+        "num_slots": options.num_slots,
+        "max_tokens": options.max_tokens,
+        "pages": (num_pages, page_size),
+        "positions": options.positions,
+        "width": options.max_tokens + chunk_size,
+    }
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("structure", "num_slots", "max_tokens", "pages", "positions", "width"),
+)
+def _empty_state(
+    arrays: Any,
+    *,
+    structure: Any,
+    num_slots: int,
+    max_tokens: int,
+    pages: tuple[int, int],
+    positions: str,
+    width: int,
+) -> DecodeState:
+    model = structure.build(arrays)
+    caches = model.empty_caches(num_slots, cache_size=max_tokens, pages=pages, positions=positions)
+    state = DecodeState.empty(caches, width=width, vocab_size=model.config.vocab_size)
+    return state.placed(model.mesh)

@@ -1,0 +1,86 @@
+"""`EngineOptions`: what an engine has room for."""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+
+from kernels_pallas.layout import round_up
+from swaa_jax.fields import check_fields, flag, integer, one_of, or_none, set_field
+
+_SIZES = {"cpu": (256, 32), "gpu": (2048, 256), "tpu": (1024, 256)}
+"""Tokens of a chunk and of a page, by platform."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What an engine has room for under one policy.
+
+    Attributes:
+        num_slots: rows that are answered at a time.
+        max_tokens: of a row, prompt and answer together.
+        chunk_size: tokens of a prompt that are read at a time; None: as many as keep the device
+            busy.
+        page_size: tokens of a page of the full caches; chunks are whole pages. None: by device.
+        pool_tokens: that the pages of all rows hold together; None: as many as all slots can need,
+            or as fit the engine's share of the memory.
+        chunks_per_round: read between two calls of the decode program.
+        steps_per_call: decode steps of a call, at most; part of the program.
+        steps_at_once: those that are run, for smooth streams; None: as many.
+        positions: where new tokens stand; see `CausalLM.prefill`.
+        reuse: keep chunks of prompts, for prompts that begin alike.
+        max_snapshots: of the rings of windowed layers, which are kept for it.
+        snapshot_every: chunks from one to the next, within a prompt; there is one at the end of
+            each prompt's last whole chunk in any case.
+    """
+
+    num_slots: int = 8
+    max_tokens: int = 4096
+    chunk_size: int | None = None
+    page_size: int | None = None
+    pool_tokens: int | None = None
+    chunks_per_round: int = 1
+    steps_per_call: int = 16
+    steps_at_once: int | None = None
+    positions: Literal["text", "cache"] = "text"
+    reuse: bool = True
+    max_snapshots: int = 16
+    snapshot_every: int = 8
+
+    def __post_init__(self):
+        check_fields(
+            self,
+            num_slots=integer(least=1),
+            max_tokens=integer(least=2),
+            chunk_size=or_none(integer(least=1)),
+            page_size=or_none(integer(least=1)),
+            pool_tokens=or_none(integer(least=1)),
+            chunks_per_round=integer(least=1),
+            steps_per_call=integer(least=1),
+            steps_at_once=or_none(integer(least=1)),
+            positions=one_of("text", "cache"),
+            reuse=flag,
+            max_snapshots=integer(least=1),
+            snapshot_every=integer(least=1),
+        )
+        chunk_size, page_size = _SIZES.get(jax.default_backend(), _SIZES["tpu"])
+        if self.page_size is None:
+            set_field(self, "page_size", math.gcd(self.chunk_size or chunk_size, page_size))
+        if self.chunk_size is None:
+            set_field(self, "chunk_size", round_up(chunk_size, self.sizes[1]))
+        if self.sizes[0] % self.sizes[1]:
+            raise ValueError(
+                f"chunk_size: expected a multiple of page_size={self.page_size}, got "
+                f"{self.chunk_size}; change one of them"
+            )
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Tokens of a chunk and of a page, as chosen."""
+        return self.chunk_size or 0, self.page_size or 0
+
+    @property
+    def columns(self) -> int:
+        """Pages of the longest row."""
+        return -(-self.max_tokens // self.sizes[1])
