@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 
 from swaa_jax.engine.lane import EngineClock, Lane, Update
-from swaa_jax.engine.memory import bytes_of_arrays, device_memory, plan_pages
+from swaa_jax.engine.memory import bytes_of_arrays, device_memory, plan_memory
 from swaa_jax.engine.options import EngineOptions
 from swaa_jax.engine.scheduler import Request
 from swaa_jax.fields import check_keys, first_of, number, show
@@ -59,17 +59,17 @@ class Engine:
         else:
             chosen = dict.fromkeys(split, options or EngineOptions())
         arrays = [array for model in split.values() for array in model.arrays.values()]
-        pages = plan_pages(
+        plans = plan_memory(
             [Lane.needs(model, chosen[name], name=name) for name, model in split.items()],
             weight_bytes=bytes_of_arrays(arrays),
-            memory=device_memory(min(arrays[0].devices(), key=lambda device: device.id)),
+            memory=device_memory(arrays[0]),
             share=memory_share,
         )
         self.clock = EngineClock()
         ids = itertools.count()
         self._lanes = {
-            name: Lane(model, chosen[name], num_pages=count, ids=ids, clock=self.clock)
-            for (name, model), count in zip(split.items(), pages, strict=True)
+            name: Lane(model, chosen[name], plan=plan, ids=ids, clock=self.clock)
+            for (name, model), plan in zip(split.items(), plans, strict=True)
         }
         self._at: dict[int, Lane] = {}  # of each request that is left
 

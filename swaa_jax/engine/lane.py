@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from swaa_jax.attention import PagedCache, RingCache
-from swaa_jax.engine.memory import Needs, bytes_of_caches
+from swaa_jax.engine.memory import Needs, Plan, bytes_of_caches
 from swaa_jax.engine.options import EngineOptions
 from swaa_jax.engine.pages import PagePool, PrefixCache
 from swaa_jax.engine.sampling import NO_TOKEN, pack_ids
@@ -82,7 +82,7 @@ class Lane:
     Args:
         model: split.
         options: what there is room for.
-        num_pages: of the pool.
+        plan: what it gets of the memory.
         ids: numbers for requests.
         clock: told what is done.
     """
@@ -92,23 +92,21 @@ class Lane:
         model: SplitModel,
         options: EngineOptions,
         *,
-        num_pages: int,
+        plan: Plan,
         ids: Iterator[int],
         clock: EngineClock,
     ):
         self._model, self._options, self._clock = model, options, clock
         chunk_size, page_size = options.sizes
-        self._state = _empty_state(model.arrays, **_shapes(model, options, num_pages))
+        self._state = _empty_state(model.arrays, **_shapes(model, options, plan.pages))
         parts = [part for layer in self._state.caches.layers for part in layer.parts()]
         has_pages = any(isinstance(part, PagedCache) for part in parts)
-        pool = PagePool(num_pages, page_size) if has_pages else None
+        pool = PagePool(plan.pages, page_size) if has_pages else None
         self._has_rings = has_rings = any(isinstance(part, RingCache) for part in parts)
         self._prefixes: PrefixCache[Any] | None = None
-        if options.reuse:
+        if options.reuse and (plan.snapshots or not has_rings):
             self._prefixes = PrefixCache(
-                pool,
-                chunk_size=chunk_size,
-                max_snapshots=options.max_snapshots if has_rings else None,
+                pool, chunk_size=chunk_size, max_snapshots=plan.snapshots if has_rings else None
             )
         self._scheduler = Scheduler(
             num_slots=options.num_slots,
@@ -122,19 +120,24 @@ class Lane:
     @staticmethod
     def needs(model: SplitModel, options: EngineOptions, *, name: str) -> Needs:
         """What a lane takes of a device's memory, before anything is allocated."""
-        state = jax.eval_shape(
-            functools.partial(_empty_state, **_shapes(model, options, num_pages=1)), model.arrays
-        )
+
+        def shapes(options: EngineOptions) -> DecodeState:
+            sizes = _shapes(model, options, num_pages=1)
+            return jax.eval_shape(functools.partial(_empty_state, **sizes), model.arrays)
+
+        state, row = shapes(options), shapes(dataclasses.replace(options, num_slots=1))
         caches = bytes_of_caches(state.caches, mesh=model.mesh)
-        page_size, others = options.sizes[1], (state.history, state.settings)
+        rest = jax.tree.leaves((state.history, state.settings))
+        page_size = options.sizes[1]
         return Needs(
             name=name,
-            fixed_bytes=caches.fixed
-            + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(others)),
+            fixed_bytes=caches.fixed + sum(x.size * x.dtype.itemsize for x in rest),
             page_bytes=caches.page,
             page_size=page_size,
             pages=None if options.pool_tokens is None else -(-options.pool_tokens // page_size),
             most_pages=options.num_slots * options.columns,
+            snapshot_bytes=bytes_of_caches(row.caches, mesh=model.mesh).fixed,
+            most_snapshots=options.max_snapshots if options.reuse else 0,
         )
 
     @property

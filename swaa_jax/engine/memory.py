@@ -6,21 +6,33 @@ import os
 from collections.abc import Iterable, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from swaa_jax.attention import Caches, PagedCache
 from swaa_jax.sharding import attention_specs
 
-_GIB = 1 << 30
+_MIB, _GIB = 1 << 20, 1 << 30
 
 
-def device_memory(device: jax.Device) -> int:
-    """Bytes that a device has for arrays; CPU devices have equal parts of the machine's memory."""
+def device_memory(array: jax.Array) -> int:
+    """Bytes that a device of the array has for arrays; CPU devices share the machine's memory.
+
+    The processes of a run plan alike, so it is the least that any of them has, in whole MiB.
+    """
+    device = min(array.sharding.addressable_devices, key=lambda device: device.id)
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"])
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return machine // len(jax.local_devices(backend=device.platform))
+        memory = int(stats["bytes_limit"])
+    else:
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = machine // len(jax.local_devices(backend=device.platform))
+    least = np.int32(memory // _MIB)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        least = np.min(multihost_utils.process_allgather(least))
+    return int(least) * _MIB
 
 
 def bytes_of_arrays(arrays: Iterable[jax.Array]) -> int:
@@ -73,6 +85,8 @@ class Needs:
         page_size: tokens of a page.
         pages: that were asked for; None: as many as fit, up to the most.
         most_pages: that all slots can need.
+        snapshot_bytes: of one row's rings, kept for reuse; 0: there are none.
+        most_snapshots: that may be kept.
     """
 
     name: str
@@ -81,15 +95,25 @@ class Needs:
     page_size: int
     pages: int | None
     most_pages: int
+    snapshot_bytes: int = 0
+    most_snapshots: int = 0
 
 
-def plan_pages(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one model's requests get: pages of its pool, and snapshots of rings."""
+
+    pages: int
+    snapshots: int
+
+
+def plan_memory(
     needs: Sequence[Needs], *, weight_bytes: int, memory: int, share: float
-) -> list[int]:
-    """How many pages each model's pool gets.
+) -> list[Plan]:
+    """How many pages and snapshots each model gets.
 
-    Pools whose size was asked for come first; the others get equal parts of what is left, and no
-    more than they can use.
+    Pools whose size was asked for come first. Of what is left snapshots get a quarter at most; the
+    other pools get equal parts of the rest. Nothing gets more than it can use.
 
     Args:
         needs: of each model.
@@ -123,11 +147,17 @@ def plan_pages(
                 )
             pages[at] = each.pages
             left -= each.pages * each.page_bytes
-    open_ = [at for at in range(len(needs)) if at not in pages]
-    open_.sort(key=lambda at: needs[at].most_pages * needs[at].page_bytes)
-    for done, at in enumerate(open_):
+    quarter = left // 4 // len(needs)
+    snapshots = [
+        min(each.most_snapshots, quarter // each.snapshot_bytes) if each.snapshot_bytes else 0
+        for each in needs
+    ]
+    left -= sum(count * each.snapshot_bytes for count, each in zip(snapshots, needs, strict=True))
+    others_left = [at for at in range(len(needs)) if at not in pages]
+    others_left.sort(key=lambda at: needs[at].most_pages * needs[at].page_bytes)
+    for done, at in enumerate(others_left):
         each = needs[at]
-        pages[at] = min(each.most_pages, left // (len(open_) - done) // each.page_bytes)
+        pages[at] = min(each.most_pages, left // (len(others_left) - done) // each.page_bytes)
         if not pages[at]:
             raise ValueError(
                 f"memory_share: expected room for a page of {each.page_size} tokens "
@@ -135,7 +165,7 @@ def plan_pages(
                 "num_slots, or raise memory_share"
             )
         left -= pages[at] * each.page_bytes
-    return [pages[at] for at in range(len(needs))]
+    return [Plan(pages=pages[at], snapshots=count) for at, count in enumerate(snapshots)]
 
 
 def _gib(count: int) -> str:

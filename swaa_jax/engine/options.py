@@ -30,7 +30,8 @@ class EngineOptions:
         steps_at_once: those that are run, for smooth streams; None: as many.
         positions: where new tokens stand; see `CausalLM.prefill`.
         reuse: keep chunks of prompts, for prompts that begin alike.
-        max_snapshots: of the rings of windowed layers, which are kept for it.
+        max_snapshots: of the rings of windowed layers, which are kept for it; fewer where they
+            would take more than a quarter of the memory that weights and rings leave.
         snapshot_every: chunks from one to the next, within a prompt; there is one at the end of
             each prompt's last whole chunk in any case.
     """

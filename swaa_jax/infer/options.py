@@ -40,12 +40,10 @@ class GenerateOptions(SamplingParams):
             tokenizer's).
         tools, chat_template_kwargs, enable_thinking: for the chat template.
         cot: True or a text: an instruction to reason, appended to the last user message.
-        batch_size: prompts run at once; None: at most 8. More are run in groups of similar length,
-            the longest first.
+        batch_size: prompts answered at a time; None: at most 8. Where one ends, the next begins.
         logprobs: give the log-probability of each new token, too.
         progress: show a progress bar on stderr.
-        warmup: run each prefill and a decode step once before the timed runs; see `Timings` for
-            what is measured.
+        warmup: run each program once before the timed runs; see `Timings` for what is measured.
         chunk_size: the most decode steps between two looks at the stop strings.
 
     Raises:

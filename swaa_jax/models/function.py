@@ -105,7 +105,7 @@ def split_model(model: CausalLM | SplitModel) -> SplitModel:
         arrays=arrays,
         config=model.config,
         layers=getattr(model, "layer_attention", None),
-        mesh=getattr(model, "mesh", None),
+        mesh=model.mesh,
     )
 
 

@@ -52,6 +52,7 @@ class StandIn(CausalLM):
     def __init__(self, vocab_size: int = 64, *, seed: int = 0, **config):
         self.config = StandInConfig(vocab_size=vocab_size, **config)
         self.source: str | None = None
+        self.mesh = None
         table = np.random.default_rng(seed).normal(size=(PRIME, vocab_size)).astype(np.float32)
         self.table = nnx.Param(jnp.asarray(table) * 2)
 

@@ -17,6 +17,7 @@ from swaa_jax.infer import (
 )
 from swaa_jax.infer.answerer import eos_token_ids
 from tests.support import byte_tokenizer
+from tests.support.compiles import counted
 from tests.support.standin import StandIn
 
 pytest.importorskip("transformers")
@@ -76,23 +77,42 @@ def test_seed_and_row_change_a_draw(model):
     assert generate(model, None, [PROMPTS[0]] * 3, seed=1, **options).tokens != same
 
 
-def test_one_bucket_compiles_once():
+def test_one_room_compiles_once():
     model = StandIn(67)  # a vocabulary of its own: nothing was compiled for it before
     counts = counts_during(
-        lambda: [generate(model, None, [[1] * n], max_new_tokens=20) for n in (5, 9, 30)]
+        lambda: [generate(model, None, [[1] * n], max_new_tokens=20) for n in (5, 9, 30, 108)]
     )
     assert counts == {"read": 1, "decode": 1}
     assert not counts_during(lambda: generate(model, None, [[2] * 32], max_new_tokens=31, seed=5))
     assert not counts_during(lambda: list(stream(model, None, [3] * 7, max_new_tokens=9)))
     # Another model of the same shape is other weights in the same program.
     assert not counts_during(lambda: generate(StandIn(67), None, [[4]], max_new_tokens=20))
-    # A longer prompt is another bucket; three rows and four are one.
-    assert counts_during(lambda: generate(model, None, [[1] * 33], max_new_tokens=20)) == {
+    # A longer row takes more room; three rows and four are alike.
+    assert counts_during(lambda: generate(model, None, [[1] * 109], max_new_tokens=20)) == {
         "read": 1,
         "decode": 1,
     }
     generate(model, None, [[1]] * 4, max_new_tokens=20)
     assert not counts_during(lambda: generate(model, None, [[1]] * 3, max_new_tokens=20))
+
+
+def test_at_most_four_programs_whatever_is_asked(tok):
+    """Prompt lengths, sampling settings, stop strings, streams; one more allocates the caches."""
+    model = StandIn(byte_tokenizer.VOCAB_SIZE, seed=8)
+    calls = [
+        {"max_new_tokens": 20},
+        {"max_new_tokens": 3, "temperature": 0.7, "top_k": 5, "top_p": 0.8, "seed": 3},
+        {"max_new_tokens": 19, "temperature": 1.5, "min_p": 0.1, "stop": ["a", "bcd"]},
+        {"max_new_tokens": 9, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+        {"max_new_tokens": 1, "frequency_penalty": 1.0, "suppress_tokens": [4, 5, 6]},
+        {"max_new_tokens": 12, "stop_token_ids": [7, 8, 9], "logprobs": True},
+    ]
+    with counted() as compiles:
+        for length in (1, 2, 31, 32, 33, 64, 77, 100):
+            for options in calls:
+                generate(model, tok, [[9] * length, [8] * length], **options)
+        generate(model, tok, [[9] * 70 + [3], [9] * 70 + [4]], max_new_tokens=2, batch_size=2)
+    assert compiles.count <= 4 + 1
 
 
 def test_temperature_and_top_p_do_not_recompile(model):
@@ -106,7 +126,7 @@ def test_temperature_and_top_p_do_not_recompile(model):
 def test_xla_compiles_before_the_timed_calls_only():
     """The timed call finds the program that was compiled ahead: no second compilation."""
     model = StandIn(71)
-    programs = importlib.import_module("swaa_jax.engine.engine")
+    programs = importlib.import_module("swaa_jax.engine.lane")
     sizes = [getattr(programs, name)._cache_size() for name in ("_read", "_decode")]
     timings = generate(model, None, [[1, 2]], max_new_tokens=20).timings
     assert timings.compile_s > 10 * (timings.prefill_s + timings.decode_s)
@@ -260,7 +280,7 @@ def test_timings(model):
     assert t.prefill_tokens_per_second == t.prompt_tokens / t.prefill_s
     assert t.time_per_output_token_s == t.decode_s / t.decode_steps
     assert t.time_to_first_token_s == t.prefill_s / 5
-    assert t.cache_bytes == 4 * (48 + 32) * 4  # rows, slots, bytes of the stand-in's int32
+    assert t.cache_bytes == 4 * 128 * 4  # rows, slots, bytes of the stand-in's int32
     assert t.cache_bytes_per_row == t.cache_bytes // 4
     assert t.to_dict()["time_per_output_token_s"] == t.time_per_output_token_s
     assert "KV cache" in str(t)

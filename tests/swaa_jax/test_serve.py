@@ -1,0 +1,269 @@
+"""`serve.Engine`: models by name over one set of weights, arrival, cancelling, refusals, memory."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+import swaa_jax as swaa
+from swaa_jax import lora
+from swaa_jax.engine import engine as engines
+from swaa_jax.engine.memory import Needs, plan_memory
+from swaa_jax.serve import Engine, EngineOptions, Request
+from tests.support.random_models import HF_CONFIG, random_model
+
+OPTIONS = EngineOptions(num_slots=2, max_tokens=64, chunk_size=16, page_size=8)
+RNG = np.random.default_rng(0)
+PROMPTS = [tuple(RNG.integers(3, HF_CONFIG["vocab_size"], n).tolist()) for n in (40, 5, 17, 33)]
+
+
+@functools.cache
+def models():
+    """One set of weights: full attention, a window, and the window with an adapter."""
+    full = random_model(num_hidden_layers=2)
+    window = full.with_policy("window=6,sinks=2,full_layers=1::2")
+    tuned = swaa.add_lora(window, swaa.LoraConfig(rank=3, alpha=6), rngs=nnx.Rngs(0))
+    state = lora.lora_state(tuned)
+    leaves, treedef = jax.tree.flatten(state)
+    noise = [leaf + 0.3 * RNG.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
+    tuned = lora.set_adapter(tuned, jax.tree.unflatten(treedef, noise))
+    return {"full": full, "window": window, "tuned": tuned}
+
+
+def request(at, **fields):
+    """One of the prompts, for one of the models."""
+    asked = {
+        "tokens": PROMPTS[at % 4],
+        "max_new_tokens": 5 + at % 3,
+        "logprobs": True,
+        "number": at,
+    }
+    return Request(**{**asked, **fields})
+
+
+def answers(engine, numbers):
+    """Tokens and log-probabilities of each request."""
+    found = {number: ((), ()) for number in numbers}
+    for update in engine.run():
+        tokens, logprobs = found[update.request]
+        found[update.request] = (tokens + update.tokens, logprobs + update.logprobs)
+    return [found[number] for number in numbers]
+
+
+def test_each_name_answers_as_its_model_alone():
+    engine = Engine(models(), OPTIONS)
+    assert engine.names == ("full", "window", "tuned")
+    names = [engine.names[at % 3] for at in range(9)]
+    requests = [request(at, model=name) for at, name in enumerate(names)]
+    found = answers(engine, [engine.submit(one) for one in requests])
+    for name, model in models().items():
+        alone = Engine(model, OPTIONS)
+        own = [at for at in range(9) if names[at] == name]
+        assert [found[at] for at in own] == answers(
+            alone, [alone.submit(request(at)) for at in own]
+        )
+    by_name = [answers(engine, [engine.submit(request(0, model=name))])[0] for name in engine.names]
+    assert len(set(by_name)) == 3, "the models answer alike, so that names may be mixed up unseen"
+    assert answers(engine, [engine.submit(request(0))])[0] == by_name[0]  # the first is meant
+
+
+def test_names_that_are_not_there_are_refused():
+    engine = Engine({name: models()[name] for name in ("full", "window")}, OPTIONS)
+    with pytest.raises(ValueError, match=r"model: expected one of full, window, got 'tuned'"):
+        engine.submit(request(0, model="tuned"))
+    with pytest.raises(ValueError, match="options: expected keys among full, got 'ful'"):
+        Engine({"full": models()["full"]}, {"ful": OPTIONS})
+    with pytest.raises(ValueError, match="models: expected at least one, got none"):
+        Engine({})
+
+
+def test_what_can_never_fit_is_refused_and_the_rest_goes_on():
+    """By name: the pool of one model holds less than a row of another."""
+    small = EngineOptions(
+        num_slots=2, max_tokens=64, chunk_size=16, page_size=8, pool_tokens=40, reuse=False
+    )
+    both = {"full": models()["full"], "other": models()["full"]}
+    engine = Engine(both, {"full": small, "other": OPTIONS})
+    with pytest.raises(ValueError, match=r"at most 40 tokens, which all pages .* got 40 \+ 5"):
+        engine.submit(request(0))
+    with pytest.raises(ValueError, match=r"at most 64 tokens, which a row .* got 40 \+ 25"):
+        engine.submit(request(0, max_new_tokens=25))
+    with pytest.raises(ValueError, match="suppress_tokens: expected token ids from 0 to 60"):
+        engine.submit(request(0, params=swaa.GenerateOptions(suppress_tokens=[61])))
+    assert engine.is_idle
+    fits, elsewhere = engine.submit(request(3)), engine.submit(request(0, model="other"))
+    tokens = answers(engine, [fits, elsewhere])
+    assert [len(one[0]) for one in tokens] == [5, 5]
+
+
+def test_requests_begin_in_order_of_arrival():
+    engine = Engine(models()["window"], EngineOptions(**{**fields(OPTIONS), "num_slots": 1}))
+    numbers = [engine.submit(request(at)) for at in range(5)]
+    ended = [update.request for update in engine.run() if update.reason is not None]
+    assert ended == numbers == sorted(numbers)
+
+
+def fields(options):
+    return {name: getattr(options, name) for name in ("num_slots", "max_tokens", "chunk_size")} | {
+        "page_size": options.page_size
+    }
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 2, 4])
+def test_a_cancelled_request_is_gone_and_the_others_do_not_notice(rounds):
+    """It waits, is being read, or answers; its slot and pages serve those behind it."""
+    options = EngineOptions(
+        num_slots=1, max_tokens=64, chunk_size=16, page_size=8, steps_per_call=2, reuse=False
+    )
+    engine = Engine(models()["window"], options)
+    gone, stays = engine.submit(request(0, max_new_tokens=20)), engine.submit(request(3))
+    for _ in range(rounds):
+        assert all(update.request == gone for update in engine.round())
+    engine.cancel(gone)
+    assert engine.unfinished == {stays}
+    with pytest.raises(KeyError):
+        engine.cancel(gone)
+    alone = Engine(models()["window"], options)
+    assert answers(engine, [stays]) == answers(alone, [alone.submit(request(3))])
+    waits = [engine.submit(request(at)) for at in (1, 2)]
+    engine.cancel(waits[1])
+    assert len(answers(engine, waits[:1])[0][0]) == 6
+    assert engine.is_idle
+
+
+def test_reused_tokens_are_told_for_each_request():
+    engine = Engine({name: models()[name] for name in ("full", "window")}, OPTIONS)
+
+    def reused(**about):
+        number = engine.submit(request(0, **about))
+        (told,) = {update.reused_tokens for update in engine.run() if update.request == number}
+        return told
+
+    prompt = PROMPTS[0]
+    assert reused() == 0
+    assert reused() == 32  # of 40, in chunks of 16
+    assert reused(model="window") == 0  # another policy's keys are others
+    assert reused(model="window") == 32
+    assert reused(tokens=(*prompt[:20], 3, *prompt[21:])) == 16  # edited: up to the edit
+    assert reused(tokens=prompt[:32]) == 16  # the last chunk gives the logits
+
+
+MIB = 1 << 20
+
+
+def needs(name, pages=None, *, fixed=3 * MIB, page=MIB, most=10, snapshots=(0, 0)):
+    return Needs(
+        name=name,
+        fixed_bytes=fixed,
+        page_bytes=page,
+        page_size=8,
+        pages=pages,
+        most_pages=most,
+        snapshot_bytes=snapshots[0],
+        most_snapshots=snapshots[1],
+    )
+
+
+def test_pools_get_what_weights_and_rings_leave():
+
+    def plan(*args, **kwargs):
+        return [
+            each.pages
+            for each in plan_memory(*args, weight_bytes=20 * MIB, memory=100 * MIB, **kwargs)
+        ]
+
+    assert plan([needs("a")], share=0.9) == [10]  # no more than it can use
+    assert plan([needs("a", most=1000)], share=0.9) == [67]
+    assert plan([needs("a", most=1000), needs("b", most=1000)], share=0.9) == [32, 32]
+    assert plan([needs("a", most=1000), needs("b", 50)], share=0.9) == [14, 50]
+    assert plan([needs("a", most=1000), needs("b", most=5)], share=0.9) == [59, 5]
+    assert plan([needs("a", page=0)], share=0.24) == [10]  # rings alone
+    rings = needs("a", most=1000, snapshots=(2 * MIB, 16))
+    assert plan([rings], share=0.9) == [67 - 16]  # 8 snapshots: a quarter
+    with pytest.raises(
+        ValueError,
+        match=r"pool_tokens: expected at most 512 for 'b', as fit into 0.9 of a device's 0.0977 "
+        r"GiB with weights of 0.0195 GiB and rows' own memory of 0.00586 GiB, got 520; ask for ",
+    ):
+        plan([needs("a"), needs("b", 65)], share=0.9)
+    with pytest.raises(ValueError, match=r"memory_share: expected room for weights of 0.0195 GiB"):
+        plan([needs("a")], share=0.2)
+    with pytest.raises(ValueError, match=r"room for a page of 8 tokens .* for 'a' with weights"):
+        plan([needs("a")], share=0.235)
+
+
+@given(
+    st.lists(
+        st.builds(
+            needs,
+            st.sampled_from("abc"),
+            st.none() | st.integers(1, 20),
+            fixed=st.integers(0, 40),
+            page=st.integers(0, 5),
+            most=st.integers(1, 30),
+            snapshots=st.sampled_from([(0, 0), (2, 3), (5, 1), (7, 20)]),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(0, 60),
+    st.integers(1, 400),
+    st.sampled_from([0.5, 0.9, 1.0]),
+)
+def test_plans_fit_and_leave_nothing_that_can_be_used(wanted, weights, memory, share):
+    try:
+        plans = plan_memory(wanted, weight_bytes=weights, memory=memory, share=share)
+    except ValueError:
+        return
+    fixed = weights + sum(each.fixed_bytes for each in wanted)
+    pages = [plan.pages for plan in plans]
+    used = sum(each.page_bytes * count for each, count in zip(wanted, pages, strict=True))
+    kept = [each.snapshot_bytes * plan.snapshots for each, plan in zip(wanted, plans, strict=True)]
+    assert all(
+        plan.snapshots <= each.most_snapshots for each, plan in zip(wanted, plans, strict=True)
+    )
+    assert sum(kept) <= (int(share * memory) - fixed) // 4 or not sum(kept)
+    used += sum(kept)
+    left = int(share * memory) - fixed - used
+    assert left >= 0
+    for each, count in zip(wanted, pages, strict=True):
+        assert count == each.pages or 1 <= count <= each.most_pages
+        if each.pages is None and count < each.most_pages:
+            # Nobody could have more of it but for the rounding to pages.
+            assert left < sum(other.page_bytes for other in wanted) + len(wanted)
+
+
+def test_the_memory_of_a_device_bounds_the_pool(monkeypatch):
+    """What the message says would fit does fit, and one token more does not."""
+    model = models()["full"]
+    page_bytes = 2 * 2 * 8 * 2 * 16 * 4  # layers, K and V, slots, heads, H, float32
+    options = EngineOptions(num_slots=8, max_tokens=256, chunk_size=16, page_size=8)
+    lane = engines.Lane.needs(engines.split_model(model), options, name="model")
+    assert lane.page_bytes == page_bytes
+    weights = engines.bytes_of_arrays(engines.split_model(model).arrays.values())
+    room = weights + lane.fixed_bytes + 20 * page_bytes
+    monkeypatch.setattr(engines, "device_memory", lambda _: 2 * room)
+    engine = Engine(model, options, memory_share=0.5)
+    assert engine.cache_bytes == 20 * page_bytes
+    with pytest.raises(ValueError, match="at most 160 tokens, which all pages of the pool hold"):
+        engine.submit(request(0, max_new_tokens=121))
+    for tokens, fits in ((160, True), (161, False)):
+        asked = asked_of(options, tokens)
+        if fits:
+            assert Engine(model, asked, memory_share=0.5).cache_bytes == 20 * page_bytes
+            continue
+        with pytest.raises(ValueError, match="pool_tokens: expected at most 160 for 'model'"):
+            Engine(model, asked, memory_share=0.5)
+    # Weights that models share count once.
+    both = Engine({"a": model, "b": model}, asked_of(options, 80), memory_share=0.55)
+    assert both.cache_bytes == 20 * page_bytes
+    with pytest.raises(ValueError, match="memory_share: expected a number above 0 and of at most"):
+        Engine(model, options, memory_share=1.5)
+
+
+def asked_of(options, tokens):
+    return EngineOptions(**fields(options), pool_tokens=tokens)
