@@ -162,9 +162,9 @@ class Answering:
                     self._take(update)
                 yield sum(limit if row.is_done else len(row.tokens) for row in self.rows)
         finally:  # somebody who stops looking leaves an engine that is free
-            for request in list(self._requests):
+            for request in self._engine.unfinished.intersection(self._requests):
                 self._engine.cancel(request)
-                del self._requests[request]
+            self._requests.clear()
 
     def _take(self, update: Update) -> None:
         number, row = self._requests[update.request]

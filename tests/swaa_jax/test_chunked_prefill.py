@@ -80,7 +80,19 @@ CASES = [
 
 @pytest.mark.parametrize("policy, chunk", CASES, ids=str)
 def test_chunks_equal_the_whole(policy, chunk):
-    model = random_model(policy, num_hidden_layers=3)
+    check(random_model(policy, num_hidden_layers=3), chunk)
+
+
+@pytest.mark.parametrize(
+    "chunk", [pytest.param(1, marks=pytest.mark.slow), 7, pytest.param(64, marks=pytest.mark.slow)]
+)
+def test_chunks_equal_the_whole_with_experts(chunk):
+    """Padding goes to no expert, and no expert is ever full."""
+    experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    check(random_model(POLICIES[6], num_hidden_layers=3, model_type="qwen3_moe", **experts), chunk)
+
+
+def check(model, chunk):
     want, want_caches = whole(model)
     got, caches = in_chunks(model, chunk)
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)

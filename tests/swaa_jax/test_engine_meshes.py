@@ -90,7 +90,7 @@ def check(policy, sizes, **overrides):
     with counted() as compiles:
         found = answers(engine)
         again = answers(engine)
-    assert compiles.count == 4
+    assert compiles.count <= 4
     assert placement(engine) == before
     assert engine.clock.reused_tokens > 0
     for one, anew, (tokens, logprobs) in zip(
