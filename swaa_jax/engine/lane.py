@@ -135,7 +135,7 @@ class Lane:
             page_bytes=caches.page,
             page_size=page_size,
             pages=None if options.pool_tokens is None else -(-options.pool_tokens // page_size),
-            most_pages=options.num_slots * options.columns,
+            most_pages=options.most_pages,
             snapshot_bytes=bytes_of_caches(row.caches, mesh=model.mesh).fixed,
             most_snapshots=options.max_snapshots if options.reuse else 0,
         )

@@ -84,7 +84,7 @@ class Needs:
         page_bytes: of a page of all layers; 0: there are none.
         page_size: tokens of a page.
         pages: that were asked for; None: as many as fit, up to the most.
-        most_pages: that all slots can need.
+        most_pages: that all rows can need.
         snapshot_bytes: of one row's rings, kept for reuse; 0: there are none.
         most_snapshots: that may be kept.
     """

@@ -24,7 +24,8 @@ class EngineOptions:
             busy.
         page_size: tokens of a page of the full caches; chunks are whole pages. None: by device.
         pool_tokens: that the pages of all rows hold together; None: as many as all slots can need,
-            or as fit the engine's share of the memory.
+            `most_pool_tokens`, or as fit the engine's share of the memory, whichever is least.
+        most_pool_tokens: where it is known that all rows together need no more; None: it is not.
         chunks_per_round: read between two calls of the decode program.
         steps_per_call: decode steps of a call, at most; part of the program.
         steps_at_once: those that are run, for smooth streams; None: as many.
@@ -41,6 +42,7 @@ class EngineOptions:
     chunk_size: int | None = None
     page_size: int | None = None
     pool_tokens: int | None = None
+    most_pool_tokens: int | None = None
     chunks_per_round: int = 1
     steps_per_call: int = 16
     steps_at_once: int | None = None
@@ -57,6 +59,7 @@ class EngineOptions:
             chunk_size=or_none(integer(least=1)),
             page_size=or_none(integer(least=1)),
             pool_tokens=or_none(integer(least=1)),
+            most_pool_tokens=or_none(integer(least=1)),
             chunks_per_round=integer(least=1),
             steps_per_call=integer(least=1),
             steps_at_once=or_none(integer(least=1)),
@@ -80,6 +83,14 @@ class EngineOptions:
     def sizes(self) -> tuple[int, int]:
         """Tokens of a chunk and of a page, as chosen."""
         return self.chunk_size or 0, self.page_size or 0
+
+    @property
+    def most_pages(self) -> int:
+        """Pages that all rows together can need."""
+        most = self.num_slots * self.columns
+        if self.most_pool_tokens is None:
+            return most
+        return min(most, -(-self.most_pool_tokens // self.sizes[1]))
 
     @property
     def columns(self) -> int:

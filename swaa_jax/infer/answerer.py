@@ -206,18 +206,22 @@ def _room_for(
     model: CausalLM, options: GenerateOptions, lengths: Sequence[int], *, streaming: bool
 ) -> EngineOptions:
     """An engine for prompts of these lengths; rounded, so that others share its programs."""
+    chunk_size, page_size = EngineOptions().sizes
     room = max(_LEAST_ROOM, next_power_of_two(max(lengths) + options.max_new_tokens))
-    page_size = min(EngineOptions().sizes[1], room // 4)
     context = context_of(model)
     if context is not None and options.positions == "text":
         room = min(room, context)
+    # Short rows are read in short chunks, of half their room: padding is computed, too.
+    chunk_size = max(page_size, min(chunk_size, room // 2 // page_size * page_size))
+    num_slots = min(options.batch_size or DEFAULT_BATCH_SIZE, next_power_of_two(len(lengths)))
+    # A page more a row than its tokens need, at most; a power of two, for fewer programs.
+    rows = [length + options.max_new_tokens + page_size for length in sorted(lengths)]
     return EngineOptions(
-        num_slots=min(options.batch_size or DEFAULT_BATCH_SIZE, next_power_of_two(len(lengths))),
+        num_slots=num_slots,
         max_tokens=room,
-        chunk_size=max(
-            page_size, min(EngineOptions().sizes[0], room // 2 // page_size * page_size)
-        ),
+        chunk_size=chunk_size,
         page_size=page_size,
+        most_pool_tokens=next_power_of_two(max(sum(rows[-num_slots:]), num_slots * _LEAST_ROOM)),
         steps_per_call=options.chunk_size,
         steps_at_once=STREAM_STEPS if streaming else None,
         positions=options.positions,
