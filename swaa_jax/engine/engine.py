@@ -58,6 +58,9 @@ class Engine:
             chosen = {name: options.get(name) or EngineOptions() for name in split}
         else:
             chosen = dict.fromkeys(split, options or EngineOptions())
+        for name, model in split.items():
+            context = getattr(model.config, "max_position_embeddings", None)
+            chosen[name] = chosen[name].within(context)
         arrays = [array for model in split.values() for array in model.arrays.values()]
         plans = plan_memory(
             [Lane.needs(model, chosen[name], name=name) for name, model in split.items()],

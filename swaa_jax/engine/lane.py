@@ -34,6 +34,7 @@ from swaa_jax.engine.state import (
     resume_row,
     take_rings,
 )
+from swaa_jax.fields import show
 from swaa_jax.models.function import SplitModel
 from swaa_jax.runtime import to_host
 
@@ -156,7 +157,12 @@ class Lane:
         Raises:
             ValueError: it can never be answered; the message says why.
         """
-        self._settings(request)  # refuses what is not in the vocabulary
+        self._settings(request)  # refuses to suppress what is not in the vocabulary
+        ids, most = np.asarray(request.tokens), self._model.config.vocab_size - 1
+        if ids.size and not (ids.dtype.kind in "iu" and ids.min() >= 0 and ids.max() <= most):
+            raise ValueError(
+                f"tokens: expected token ids from 0 to {most}, got {show(ids.tolist())}"
+            )
         return self._scheduler.submit(request)
 
     def cancel(self, number: int) -> None:

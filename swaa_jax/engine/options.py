@@ -19,7 +19,8 @@ class EngineOptions:
 
     Attributes:
         num_slots: rows that are answered at a time.
-        max_tokens: of a row, prompt and answer together.
+        max_tokens: of a row, prompt and answer together; no more than the model's context, unless
+            `positions` are those in the cache.
         chunk_size: tokens of a prompt that are read at a time; None: as many as keep the device
             busy.
         page_size: tokens of a page of the full caches; chunks are whole pages. None: by device.
@@ -83,6 +84,12 @@ class EngineOptions:
     def sizes(self) -> tuple[int, int]:
         """Tokens of a chunk and of a page, as chosen."""
         return self.chunk_size or 0, self.page_size or 0
+
+    def within(self, context: int | None) -> "EngineOptions":
+        """The options for a model that was trained on so many positions; None: any number."""
+        if context is None or self.positions == "cache" or self.max_tokens <= context:
+            return self
+        return dataclasses.replace(self, max_tokens=context)
 
     @property
     def most_pages(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from swaa_jax.engine.pages import PagePool, PrefixCache, Reused
 from swaa_jax.engine.sampling import SamplingParams
+from swaa_jax.fields import check_fields, flag, integer, or_none, text
 
 GREEDY = SamplingParams()
 
@@ -24,6 +25,9 @@ class Request:
         ends: tokens that end the answer.
         logprobs: give log-probabilities, too.
         model: which of an engine's models answers; None: its first.
+
+    Raises:
+        ValueError: a value out of range. Prompts are looked at when they are submitted.
     """
 
     tokens: Sequence[int]
@@ -34,6 +38,16 @@ class Request:
     ends: Sequence[int] = ()
     logprobs: bool = False
     model: str | None = None
+
+    def __post_init__(self):
+        check_fields(
+            self,
+            max_new_tokens=integer(least=1),
+            seed=integer(least=0, most=2**32 - 1),
+            number=integer(least=0, most=2**31 - 1),
+            logprobs=flag,
+            model=or_none(text),
+        )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -110,8 +124,6 @@ class Scheduler:
         count, new = len(request.tokens), request.max_new_tokens
         if not count:
             raise ValueError("tokens: expected a prompt of at least one token, got none")
-        if new < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1, got {new}")
         if count + new > self._max_tokens:
             raise ValueError(
                 f"tokens: expected prompt and answer of at most {self._max_tokens} tokens, which a "

@@ -64,7 +64,7 @@ class Answerer:
             stop_token_ids=options.stop_token_ids,
             stop_in_thought=options.stop_in_thought,
         )
-        room = _room_for(model, options, lengths, streaming=streaming)
+        room = _room_for(options, lengths, streaming=streaming)
         self._engine, self._num_slots = Engine(model, room), room.num_slots
         self._compile_s = 0.0  # of it, what was told already
         if options.warmup:
@@ -203,14 +203,11 @@ class Answering:
 
 
 def _room_for(
-    model: CausalLM, options: GenerateOptions, lengths: Sequence[int], *, streaming: bool
+    options: GenerateOptions, lengths: Sequence[int], *, streaming: bool
 ) -> EngineOptions:
     """An engine for prompts of these lengths; rounded, so that others share its programs."""
     chunk_size, page_size = EngineOptions().sizes
     room = max(_LEAST_ROOM, next_power_of_two(max(lengths) + options.max_new_tokens))
-    context = context_of(model)
-    if context is not None and options.positions == "text":
-        room = min(room, context)
     # Short rows are read in short chunks, of half their room: padding is computed, too.
     chunk_size = max(page_size, min(chunk_size, room // 2 // page_size * page_size))
     num_slots = min(options.batch_size or DEFAULT_BATCH_SIZE, next_power_of_two(len(lengths)))

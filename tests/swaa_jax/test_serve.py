@@ -94,10 +94,24 @@ def test_what_can_never_fit_is_refused_and_the_rest_goes_on():
         engine.submit(request(0, max_new_tokens=25))
     with pytest.raises(ValueError, match="suppress_tokens: expected token ids from 0 to 60"):
         engine.submit(request(0, params=swaa.GenerateOptions(suppress_tokens=[61])))
+    for tokens in ((5, 61), (-1,), (1.5,)):
+        with pytest.raises(ValueError, match=r"tokens: expected token ids from 0 to 60, got \["):
+            engine.submit(request(0, tokens=tokens))
+    for name, value in {"seed": -1, "number": 2**31, "max_new_tokens": 0}.items():
+        with pytest.raises(ValueError, match=f"{name}: expected an integer"):
+            request(0, **{name: value})
     assert engine.is_idle
     fits, elsewhere = engine.submit(request(3)), engine.submit(request(0, model="other"))
     tokens = answers(engine, [fits, elsewhere])
     assert [len(one[0]) for one in tokens] == [5, 5]
+
+
+def test_no_row_is_longer_than_the_context():
+    model = random_model(num_hidden_layers=1, max_position_embeddings=48)
+    engine = Engine(model, OPTIONS)
+    with pytest.raises(ValueError, match=r"at most 48 tokens, which a row .* got 40 \+ 9"):
+        engine.submit(request(0, max_new_tokens=9))
+    assert len(answers(engine, [engine.submit(request(0, max_new_tokens=8))])[0][0]) == 8
 
 
 def test_requests_begin_in_order_of_arrival():
