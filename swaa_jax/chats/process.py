@@ -1,5 +1,7 @@
 """The process that renders, from the parent's side."""
 
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +11,12 @@ from swaa_jax.limits import TEMPLATE_BYTES, TEMPLATE_CHARACTERS, TEMPLATE_SECOND
 __all__ = ["render_apart"]
 
 _WORKER = Worker("swaa_jax.chats.worker")
+
+_LOCK, _REMEMBERED = threading.Lock(), 60.0
+_SLOW: dict[str, tuple[int, float]] = {}
+"""Of templates that took too long within the last minute: characters of the shortest request, and
+when. Longer ones are not tried then: where threads render a file's records, each would wait its
+turn to fail."""
 
 
 def render_apart(
@@ -38,7 +46,14 @@ def render_apart(
         "longest": TEMPLATE_CHARACTERS + 4 * size,
     }
     seconds = TEMPLATE_SECONDS * (1 + size / 10e6)
-    reply = _WORKER.ask(request, seconds=seconds, memory=TEMPLATE_BYTES)
+    with _LOCK:
+        shortest, failed = _SLOW.get(template, (size + 1, 0.0))
+        if size < shortest or time.monotonic() > failed + _REMEMBERED:
+            reply = _WORKER.ask(request, seconds=seconds, memory=TEMPLATE_BYTES)
+            if reply is None:
+                _SLOW[template] = (size, time.monotonic())
+        else:
+            reply = None
     if reply is None:
         return [
             {"error": f"it takes more than {seconds:.0f} seconds or too much memory"} for _ in chats

@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import swaa_jax
 import swaa_jax.cli
@@ -20,6 +21,13 @@ A mistake is told in one paragraph, with exit code 2; SWAA_TRACEBACK=1 shows whe
 """
 
 
+class _WholeFlags(argparse.ArgumentParser):
+    """Takes no abbreviated flags: an abbreviation may be another flag's tomorrow."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**{**kwargs, "allow_abbrev": False})
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands. No command is imported further than its arguments need."""
     parser = argparse.ArgumentParser(
@@ -28,7 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"swaa {swaa_jax.__version__}")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    subparsers = parser.add_subparsers(
+        dest="command", metavar="COMMAND", title="commands", parser_class=_WholeFlags
+    )
     for module in sorted(info.name for info in pkgutil.iter_modules(swaa_jax.cli.__path__)):
         if module != "main":
             commands = importlib.import_module(f"swaa_jax.cli.{module}")

@@ -38,6 +38,7 @@ from swaa_jax.models.source import running_backend, since_loading
 from swaa_jax.progress import show_progress
 from swaa_jax.records import open_records
 from swaa_jax.runs import claim
+from swaa_jax.storage import listing
 from swaa_jax.typing import PathLike
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ def distill(
     if config.enable_thinking is not None and not getattr(tok, "chat_template", None):
         warn_of_thinking(tok, "enable_thinking")
     directory = epath.Path(directory)
+    _check_directory(directory)
     parts = [
         questions[start : start + config.questions_per_part]
         for start in range(0, len(questions), config.questions_per_part)
@@ -244,6 +246,19 @@ def _seed(seed: int, part: int) -> int:
     """A seed of 32 bits for a part."""
     digest = hashlib.sha256(f"{seed}/{part}".encode()).digest()
     return int.from_bytes(digest[:4], "big")
+
+
+def _check_directory(directory: epath.Path) -> None:
+    """Refuses a directory that is somebody else's."""
+    with storage.reading(directory):
+        is_there = directory.exists()
+        names = [path.name for path in directory.iterdir()] if directory.is_dir() else None
+    if is_there and (names is None or (names and "run.json" not in names)):
+        got = "a file" if names is None else f"one with other files ({listing(names, limit=3)})"
+        raise ValueError(
+            f"{directory}: expected a new or empty directory, or that of the same run, got {got}; "
+            "choose another one"
+        )
 
 
 def _identity(

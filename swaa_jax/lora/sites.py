@@ -7,6 +7,7 @@ here after `model.`; several that Transformers fuses (Phi-3's q, k and v) also s
 
 import copy
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from swaa_jax.fields import first_of, nearest, show
 from swaa_jax.lora.config import LoraConfig
 from swaa_jax.patterns import is_fullmatch
 from swaa_jax.storage import listing
+
+log = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"
 """PEFT's word for every projection."""
@@ -140,6 +143,8 @@ def target_sites(model: nnx.Module, config: LoraConfig, *, strict: bool = True) 
         ]
         if absent and (strict or not chosen):
             faults.append(_not_found(field, absent, candidates))
+    if strict:
+        _warn_of_exclusions(config, modules)
     layers = {_layer(site) for site in modules} - {_NO_LAYER}
     if strict and (outside := sorted(set(config.layers_to_transform) - layers)):
         faults.append(
@@ -155,6 +160,21 @@ def target_sites(model: nnx.Module, config: LoraConfig, *, strict: bool = True) 
         raise ValueError("; ".join(faults))
     order = {(site.path, site.slot): number for number, site in enumerate(sites)}
     return sorted(chosen, key=lambda site: order[site.path, site.slot])
+
+
+def _warn_of_exclusions(config: LoraConfig, modules: Sequence[Site]) -> None:
+    """Says which exclusions exclude nothing: a typo, or a module that has no adapters anyway."""
+    given = config.exclude_modules
+    ends = [given] if isinstance(given, str) else given
+    names = sorted({name.rpartition(".")[2] for site in modules for name in site.names})
+    for end in ends if given else ():
+        pattern = end if isinstance(given, str) else (end,)
+        if not any(_matches(pattern, site.names) for site in modules):
+            log.warning(
+                "exclude_modules: expected modules that adapters are for, got %s%s, which excludes "
+                "nothing",
+                *(show(end), nearest(end, names)),
+            )
 
 
 def _refuse(

@@ -4,12 +4,19 @@ The oracle is `apply_chat_template` of Transformers, on chats in the form that i
 """
 
 import datetime
+import functools
 import json
 import time
 
 import pytest
 
-from swaa_jax.chats import ChatError, normal_messages, render_chat, unused_variables
+from swaa_jax.chats import (
+    ChatError,
+    normal_messages,
+    process,
+    render_chat,
+    unused_variables,
+)
 from swaa_jax.infer.prompts import encode_prompts
 from tests.support import byte_tokenizer, chat_templates
 
@@ -302,3 +309,27 @@ def test_fault_26_the_check_is_linear_in_the_messages():
     start = time.monotonic()
     assert render_chat(build("phi3"), messages).text.count("Yo") == 3_000
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("role", "near"), [("usr", "user"), ("asistant", "assistant"), ("Sytem", "system")]
+)
+def test_fault_04_a_role_that_is_nearly_one_is_refused(role, near):
+    with pytest.raises(ChatError, match=rf"message 1, role: expected .* did you mean '{near}'"):
+        normal_messages([USER, {"role": role, "content": "x"}])
+    for own in ("critic", "ipython", "moderator"):  # a template may have roles of its own
+        assert normal_messages([{"role": own, "content": "x"}])[0]["role"] == own
+
+
+def test_fault_26_many_chats_of_a_template_that_hangs_fail_together(monkeypatch):
+    asked = []
+    monkeypatch.setattr(process, "_SLOW", {})
+    monkeypatch.setattr(process._WORKER, "ask", lambda *_, **__: asked.append(1))
+    render = functools.partial(process.render_apart, "loops", variables={}, date="2024-07-26")
+    for text in ("abc", "abc", "a longer one", "a"):
+        (reply,) = render([{"text": text}])
+        assert "it takes more than 2 seconds" in reply["error"]
+    assert len(asked) == 2  # the first, and the shorter one
+    monkeypatch.setattr(process, "_REMEMBERED", -1.0)
+    render([{"text": "abc"}])
+    assert len(asked) == 3

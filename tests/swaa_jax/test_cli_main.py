@@ -269,3 +269,10 @@ def test_flags_alone_and_beside_a_policy():
     assert policy("--policy", "window=8,heads=1:0", "--full-heads", "none") == (
         AttentionPolicy(window=8)
     )
+
+
+def test_flags_are_written_out(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["recipes", "--pref", "quality"])
+    assert ended.value.code == 2
+    assert "unrecognized arguments: --pref" in capsys.readouterr().err

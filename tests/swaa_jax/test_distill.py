@@ -141,3 +141,13 @@ def test_the_command(tmp_path, capsys):
     assert "config.seed was 0 and is 1" in capsys.readouterr().err
     assert main([*command, "--judge", "regex", "--judge-set", "pattern=("]) == 2
     assert "expected a regular expression" in capsys.readouterr().err
+
+
+def test_somebody_elses_directory_is_refused(retriever, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name, got in (("mine", r"one with other files \('notes.txt'\)"), ("file", "a file")):
+        with pytest.raises(ValueError, match=f"expected a new or empty directory.* got {got}"):
+            distill(*retriever, [], make_judge("exact"), tmp_path / name)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]

@@ -376,3 +376,12 @@ def test_a_sharded_model_equals_one_device(name, tmp_path):
         grads.append(jax.tree.leaves(jax.block_until_ready(jax.jit(jax.grad(loss))(adapters))))
     for a, b in zip(*grads, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * np.abs(b).max())
+
+
+def test_an_exclusion_that_excludes_nothing_is_told(caplog):
+    for given, told in ((("o_prj",), "'o_prj' (did you mean 'o_proj'?)"), (("o_proj",), "")):
+        caplog.clear()
+        config = swaa.LoraConfig(target_modules="all-linear", exclude_modules=given)
+        swaa.add_lora(random_model(num_hidden_layers=1), config, rngs=nnx.Rngs(0))
+        said = " ".join(one.getMessage() for one in caplog.records)
+        assert told in said and bool(said) == bool(told)
