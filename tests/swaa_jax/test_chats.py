@@ -287,7 +287,7 @@ def test_fault_26_hostile_templates_end_in_one_paragraph(name, monkeypatch):
     ) as raised:
         encode_prompts(tok, [USER])
     assert len(str(raised.value)) <= 500 and "\n" not in str(raised.value)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20  # seconds; without the limit it takes for ever
     assert render_chat(build("qwen3"), [USER]).text  # the next one is served
 
 
