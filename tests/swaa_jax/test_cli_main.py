@@ -280,7 +280,7 @@ def test_flags_alone_and_beside_a_policy():
         ("evl", "swaa: argument COMMAND: .* got 'evl' .did you mean 'eval'"),
         (
             "generate m p --positions tex",
-            "swaa generate: argument --positions: .* did you mean 'text'",
+            "swaa generate: argument --positions: .*did you mean 'text'",
         ),
         ("eval --nope", "swaa eval: expected no further arguments, got '--nope'; see"),
         ("generate m p --top-k " + "x" * 5000, "swaa generate: argument --top-k: .*x{200}[.]{3};"),

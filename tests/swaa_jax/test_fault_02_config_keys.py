@@ -278,9 +278,7 @@ def test_fault_02_an_override_that_changes_nothing_is_refused(
         model = swaa.load_model(tmp_path, dtype="float32", config_overrides=overrides)
         assert model.policy.window == overrides["sliding_window"]
         return
-    told = (
-        rf"config_overrides.{idle}: expected a value that changes the model, got {overrides[idle]}"
-    )
+    told = f"config_overrides.{idle}: expected a value that changes the model, got "
     with pytest.raises(ValueError, match=f"{told}{overrides[idle]}"):
         swaa.load_model(tmp_path, dtype="float32", config_overrides=overrides)
 
