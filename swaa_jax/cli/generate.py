@@ -148,6 +148,9 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     if args.logprobs and not args.json:
         raise ValueError("--logprobs: expected --json, which has a place for them; add it")
+    if args.chat is False and args.enable_thinking is not None:
+        how = "--thinking" if args.enable_thinking else "--no-thinking"
+        raise ValueError(f"{how}: expected a chat, whose template it is for, got --raw; drop one")
     texts = _read_prompts(args)
     policy = policy_from_args(args)
 
