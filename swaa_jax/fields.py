@@ -100,14 +100,14 @@ def naming(name: object) -> Iterator[None]:
         raise ValueError(f"{name}: {error}") from error
 
 
-def nearest(word: object, known: Iterable[str]) -> str:
-    """A hint at the known word that is most alike, or nothing.
+def nearest(word: object, known: Iterable[str], *, cutoff: float = 0.5) -> str:
+    """A hint at the known word that is most alike, or nothing below difflib's `cutoff`.
 
     >>> nearest("ful", ["full", "window"])
     " (did you mean 'full'?)"
     """
     shown = word[:80] if isinstance(word, str) else show(word)
-    near = difflib.get_close_matches(shown, list(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(shown, list(known), n=1, cutoff=cutoff)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 

@@ -335,7 +335,7 @@ class _Parquet(_File):
             if isinstance(error.__cause__, pyarrow.ArrowException):
                 raise DataError(
                     f"{name}: expected a parquet file, got one that cannot be parsed "
-                    f"({_reason(error)}); write or fetch it again"
+                    f"({_reason(error.__cause__)}); write or fetch it again"
                 ) from error
             raise
         groups = [metadata.row_group(n) for n in range(metadata.num_row_groups)]

@@ -1,7 +1,14 @@
 """Chats: one form of messages, and their rendering by a template that may be hostile."""
 
 from swaa_jax.chats.messages import ChatError, Message, Tools, normal_messages, normal_tools
-from swaa_jax.chats.rendering import FLAGS, TEMPLATE_DATE, Rendered, render_chat, unused_variables
+from swaa_jax.chats.rendering import (
+    FLAGS,
+    TEMPLATE_DATE,
+    Rendered,
+    render_chat,
+    unused_variables,
+    warn_of_unread,
+)
 from swaa_jax.chats.thoughts import (
     CLOSING,
     LONGEST_MARKER,
@@ -26,4 +33,5 @@ __all__ = [
     "normal_tools",
     "render_chat",
     "unused_variables",
+    "warn_of_unread",
 ]

@@ -9,13 +9,12 @@ ShareGPT's `from` and `value`, with `function_call` and `observation`, and OpenA
 `function_call` take the same form. What has no such form is refused, never dropped.
 """
 
-import difflib
 import json
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from swaa_jax.documents import parse_json, problem_within
-from swaa_jax.fields import describe, show
+from swaa_jax.fields import describe, nearest, show
 from swaa_jax.limits import MAX_MESSAGES
 
 __all__ = ["ChatError", "Message", "Result", "Tools", "normal_messages", "normal_tools"]
@@ -138,10 +137,10 @@ def _normal(one: object, name: str) -> Message:
         calls, told, message["content"] = called, "assistant", ""
     elif "function_call" in message:
         calls = message.pop("function_call")
-    if told not in _ROLES and (near := difflib.get_close_matches(told, _ROLES, 1, cutoff=0.75)):
+    if told not in _ROLES and (near := nearest(told, _ROLES, cutoff=0.75)):
         raise ChatError(
             f"{name}, role: expected one of {', '.join(_ROLES)}, or a role of the template's own, "
-            f"got {show(role)} (did you mean {near[0]!r}?)"
+            f"got {show(role)}{near}"
         )
     message["role"] = _ROLES.get(told, role)
     is_said = "content" in message

@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swaa_jax.chats.messages import ChatError, Message, Result, Tools, normal_messages, normal_tools
@@ -27,7 +27,14 @@ from swaa_jax.fields import describe, show
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["FLAGS", "TEMPLATE_DATE", "Rendered", "render_chat", "unused_variables"]
+__all__ = [
+    "FLAGS",
+    "TEMPLATE_DATE",
+    "Rendered",
+    "render_chat",
+    "unused_variables",
+    "warn_of_unread",
+]
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +46,7 @@ _CONTINUED = "CONTINUED_HERE "
 FLAGS = ("train", "weight")
 """Keys of a message that are for training, not for the template."""
 _KEYS = {"role", "content", "tool_calls", "reasoning_content", "thinking", *FLAGS}
-_KEYS |= {"name", "id", "type", "tool_call_id"}  # that templates may leave out
+_KEYS |= {"id", "type", "tool_call_id"}  # that templates may leave out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +56,12 @@ class Rendered:
     Attributes:
         text: with all that the template adds.
         generated: the spans that it marks as the model's, with ``{% generation %}``.
+        unread: keys of messages that it does not name, so that they have no effect.
     """
 
     text: str
     generated: tuple[tuple[int, int], ...]
+    unread: tuple[str, ...] = ()
 
 
 def render_chat(
@@ -84,6 +93,8 @@ def render_chat(
     given = dict(variables or {})
     date = _date(given.pop("strftime_now", TEMPLATE_DATE))
     template = _Template(_template(tok, described), _json(_known(tok) | given), date)
+    unread = template.unread(messages)
+    warn_of_unread(unread)
     messages = template.prepared(messages)
     if continued:
         last = {**messages[-1], "content": messages[-1]["content"] + _CONTINUED}
@@ -108,8 +119,8 @@ def render_chat(
                 "template knows, or remove it"
             )
     if not continued:
-        return Rendered(plain["text"], tuple((a, b) for a, b in plain["spans"]))
-    return Rendered(_cut(plain["text"], len(messages) - 1), ())
+        return Rendered(plain["text"], tuple((a, b) for a, b in plain["spans"]), unread)
+    return Rendered(_cut(plain["text"], len(messages) - 1), (), unread)
 
 
 def unused_variables(
@@ -152,12 +163,14 @@ class _Template:
             date=self._date,
         )
 
+    def unread(self, messages: Sequence[Message]) -> tuple[str, ...]:
+        """Keys of messages that the template does not name."""
+        keys = dict.fromkeys(key for message in messages for key in message)
+        return tuple(key for key in keys if key not in _KEYS and not _reads_key(self._source, key))
+
     def prepared(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         """Messages with what depends on the template: its name of a role, its form of calls."""
         prepared = messages
-        for key in {key for message in messages for key in message} - _KEYS:
-            if not _reads_key(self._source, key):
-                _warn_of_key(key)
         if "developer" not in self._source:
             prepared = [
                 {**one, "role": "system"} if one["role"] == "developer" else one for one in prepared
@@ -351,7 +364,13 @@ def _as_json(arguments: Any) -> str:
     return json.dumps(arguments, ensure_ascii=False)
 
 
-@functools.lru_cache(maxsize=256)  # once is enough
+def warn_of_unread(keys: Iterable[str]) -> None:
+    """Says, once for each, which keys of messages have no effect."""
+    for key in keys:
+        _warn_of_key(key)
+
+
+@functools.lru_cache(maxsize=256)
 def _warn_of_key(key: str) -> None:
     log.warning("messages: the chat template knows no %s: it has no effect", show(key))
 

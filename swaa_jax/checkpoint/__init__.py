@@ -9,6 +9,7 @@ from swaa_jax.checkpoint._paths import (
     read_json_object,
 )
 from swaa_jax.checkpoint.hf import (
+    copy_generation_config,
     copy_tokenizer_files,
     read_attention_policy,
     read_config,
@@ -56,6 +57,7 @@ __all__ = [
     "check_counts",
     "check_weights",
     "checkpoint_origin",
+    "copy_generation_config",
     "copy_tokenizer_files",
     "dump_weights",
     "expand",

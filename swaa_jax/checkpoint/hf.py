@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 POLICY_FILE = "attention_policy.json"
 PROVENANCE_FILE = "provenance.json"
 POLICY_SCHEMA_VERSION = 1
@@ -102,6 +104,18 @@ def with_dtype(config: dict[str, object], dtype: str) -> dict[str, object]:
 def write_generation_config(directory: epath.PathLike, config: dict[str, object]) -> None:
     """Writes `generation_config.json`."""
     write_json_atomic(epath.Path(directory) / GENERATION_CONFIG_FILE, config)
+
+
+def copy_generation_config(
+    source: epath.PathLike, target: epath.PathLike, overrides: Mapping[str, object]
+) -> None:
+    """Copies `generation_config.json`, if there is one, with the overrides of the model's config in
+    it, since its token ids go before the config's.
+    """
+    found = read_generation_config(source)
+    if found:
+        tokens = {name: overrides[name] for name in _TOKEN_IDS if name in overrides}
+        write_generation_config(target, {**found, **tokens})
 
 
 def read_attention_policy(

@@ -58,9 +58,9 @@ def add_parser(subparsers: Commands) -> None:
         "--judge",
         choices=["exact", "includes", "regex", "ruler", "llm"],
         default="exact",
-        help="exact: the answer is the reference; includes: it has one in it; regex: what the "
-        "pattern finds is one; ruler: all references are in it; llm: a model says so. Default: "
-        "exact",
+        help="exact: the answer is the reference; includes: it has one in it; regex: what its "
+        "setting `pattern` finds is one; ruler: all references are in it; llm: a model says so. "
+        "Default: exact",
     )
     judge.add_argument(
         "--judge-set",

@@ -89,10 +89,15 @@ def one_paragraph(error: BaseException) -> str:
     >>> one_paragraph(ValueError("two\n  lines"))
     'two lines'
     >>> one_paragraph(FileNotFoundError(2, "No such file or directory", "a.txt"))
-    'No such file or directory: a.txt'
+    'No such file or directory: a.txt; check the path, which begins where the command was run'
     """
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.strerror}: {error.filename}"
+        advice = ""
+        if isinstance(error, FileNotFoundError):
+            is_relative = not os.path.isabs(os.fsdecode(error.filename))
+            begins = ", which begins where the command was run" if is_relative else ""
+            advice = f"; check the path{begins}"
+        return f"{error.strerror}: {error.filename}{advice}"
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -103,7 +103,8 @@ def add_parser(subparsers: Commands) -> None:
         "--positions",
         choices=["text", "cache"],
         default="text",
-        help="cache: go on past the model's context, under a policy of windows and sinks alone",
+        help="cache: go on past the model's context, under a policy of windows and sinks alone; "
+        "the prompt must fit it",
     )
     answer.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this; repeatable"
@@ -132,7 +133,10 @@ def add_parser(subparsers: Commands) -> None:
     )
     output.add_argument("--json", action="store_true", help="a line of JSON for each prompt")
     output.add_argument(
-        "--logprobs", action="store_true", help="log-probabilities of the new tokens, in --json"
+        "--logprobs",
+        action="store_true",
+        help="natural log-probabilities of the new tokens under the model, before temperature, "
+        "filters and penalties; in --json",
     )
     output.add_argument(
         "--stats", action="store_true", help="speed and memory on stderr, compilation apart"
@@ -144,6 +148,9 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     if args.logprobs and not args.json:
         raise ValueError("--logprobs: expected --json, which has a place for them; add it")
+    if args.chat is False and args.enable_thinking is not None:
+        how = "--thinking" if args.enable_thinking else "--no-thinking"
+        raise ValueError(f"{how}: expected a chat, whose template it is for, got --raw; drop one")
     texts = _read_prompts(args)
     policy = policy_from_args(args)
 

@@ -5,10 +5,12 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import swaa_jax
 import swaa_jax.cli
 from swaa_jax.cli.errors import run_command
+from swaa_jax.fields import nearest, show
 
 _DESCRIPTION = """\
 Run language models under sliding-window attention, and see what it costs and what it keeps.
@@ -19,10 +21,43 @@ Run language models under sliding-window attention, and see what it costs and wh
 A mistake is told in one paragraph, with exit code 2; SWAA_TRACEBACK=1 shows where it came up.
 """
 
+_LONGEST_ERROR = 500  # argparse repeats a value whole
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes whole flags only, since an abbreviation may be another flag's tomorrow, and tells a
+    mistake in one paragraph, with the flag or the word that it is near to.
+    """
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**{**kwargs, "allow_abbrev": False})
+        self.set_defaults(parser=self)  # the command's own: the last one to be parsed sets it
+
+    def error(self, message: str) -> NoReturn:
+        told = message if len(message) <= _LONGEST_ERROR else f"{message[:_LONGEST_ERROR]}..."
+        self.exit(2, f"{self.prog}: {told}; see {self.prog} --help\n")
+
+    def refuse(self, words: Sequence[str]) -> NoReturn:
+        """Ends with what the command does not take, each word with its near flag."""
+        known = [flag for action in self._actions for flag in action.option_strings]
+        near = [nearest(word.partition("=")[0], known, cutoff=0.75) for word in words[:3]]
+        told = [show(word) + hint for word, hint in zip(words, near, strict=False)]
+        more = ["..."] if len(words) > 3 else []
+        self.error(f"expected no further arguments, got {', '.join(told + more)}")
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        known = [str(choice) for choice in action.choices]
+        raise argparse.ArgumentError(
+            action,
+            f"expected one of {', '.join(known)}, got {show(value)}{nearest(value, known)}",
+        )
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands. No command is imported further than its arguments need."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="swaa",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -46,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif hasattr(args, "overrides") and not any(word.startswith("-") for word in rest):
         args.overrides += rest  # argparse takes no positional arguments after a flag
     elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.parser.refuse(rest)
     if args.command is None:
         parser.print_help()
         return 0

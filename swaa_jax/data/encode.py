@@ -29,7 +29,7 @@ from swaa_jax.records import DataError, Record
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Encoder", "Sample"]
+__all__ = ["Encoder", "Notes", "Sample"]
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,21 @@ class _Turn:
     answer: list[int]
 
 
+@dataclasses.dataclass
+class Notes:
+    """What is to be told of a record that was encoded.
+
+    Attributes:
+        unused: its columns that hold something and are not looked at.
+        unread: keys of its messages that have no effect, as the keys of a dict.
+        open_thought: the place of an answer that is an open thought, "" if there is none.
+    """
+
+    unused: tuple[str, ...] = ()
+    unread: dict[str, None] = dataclasses.field(default_factory=dict)
+    open_thought: str = ""
+
+
 class Encoder:
     r"""From records to samples, with a tokenizer and its chat template.
 
@@ -90,7 +105,6 @@ class Encoder:
         self._room = config.max_length or config.seq_len
         self._special = special_tokens(tok)
         self._blank: dict[int, bool] = {}
-        self._open_thought = ""  # where the record at hand leaves one open
         self._ids("a")  # a tokenizer saved with truncation drops it now, before threads share it
         if config.chat_template:
             for name in unused_variables(tok, config.chat_template_kwargs):
@@ -111,15 +125,13 @@ class Encoder:
         """
         return self.with_notes(record)[0]
 
-    def with_notes(self, record: Record) -> tuple[list[Sample], tuple[str, ...], str]:
-        """The same, the record's columns that were not looked at, and where an answer is an open
-        thought, "" if none is.
-        """
-        config, self._open_thought = self._config, ""
-        example = read_example(record, columns=config.columns, shape=config.format)
-        return self._samples(example), example.unused, self._open_thought
+    def with_notes(self, record: Record) -> tuple[list[Sample], Notes]:
+        """The same, and what is to be told of it."""
+        example = read_example(record, columns=self._config.columns, shape=self._config.format)
+        notes = Notes(unused=example.unused)
+        return self._samples(example, notes), notes
 
-    def _samples(self, example: Example) -> list[Sample]:
+    def _samples(self, example: Example, notes: Notes) -> list[Sample]:
         config, record = self._config, example.record
         if not config.chat_template:
             return [self._completion(example)]
@@ -130,7 +142,7 @@ class Encoder:
             spoken = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
             wanted = [n for n in spoken if n <= trained[-1]]
         # The rest is history, however the template renders that.
-        turns = [self._turn(example, messages, n) for n in wanted]
+        turns = [self._turn(example, messages, n, notes) for n in wanted]
         if config.split_answers:
             return [self._sample([turn], [turn]) for turn in turns]
         if len(turns[-1].prompt) + len(turns[-1].answer) <= self._room:  # else it may be cut
@@ -180,17 +192,20 @@ class Encoder:
         turn = _Turn(prompt_ids, [*self._ids(answer), *self._tail])
         return self._sample([turn], [turn])
 
-    def _turn(self, example: Example, messages: Sequence[Message], index: int) -> _Turn:
+    def _turn(
+        self, example: Example, messages: Sequence[Message], index: int, notes: Notes
+    ) -> _Turn:
         record, tools = example.record, example.tools
-        prompt = self._render(record, messages[:index], tools, prompt=True).text
+        asked = self._render(record, messages[:index], tools, prompt=True)
+        prompt, notes.unread = asked.text, notes.unread | dict.fromkeys(asked.unread)
         prompt_ids = self._ids(prompt)
         if self._config.answers == "verbatim":
             text = _verbatim(record, messages[index], prompt)
             if not CLOSING.search(text) and opens_thinking(self._tok, prompt):
-                self._open_thought = f"{record.place}: message {index}"
+                notes.open_thought = f"{record.place}: message {index}"
             return _Turn(prompt_ids, [*self._continue(prompt, prompt_ids, text), *self._tail])
         rendered = self._render(record, messages[: index + 1], tools, prompt=False)
-        whole = rendered.text
+        whole, notes.unread = rendered.text, notes.unread | dict.fromkeys(rendered.unread)
         if not whole.startswith(prompt):
             at = next((n for n, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b), 0)
             raise DataError(
@@ -198,8 +213,9 @@ class Encoder:
                 "answer as its generation prompt begins it, or what the model should produce is "
                 f"undefined: after {prompt[max(0, at - 30) : at]!r} expected "
                 f"{prompt[at : at + 40]!r}, got {whole[at : at + 40]!r}; check "
-                "chat_template_kwargs (enable_thinking), or set answers: verbatim, which takes the "
-                "answer's text as it is"
+                "chat_template_kwargs, or set answers: verbatim, which takes the answer's text as "
+                "it is, with chat_template_kwargs: {enable_thinking: false} for answers without "
+                "thoughts"
             )
         end = max([len(prompt), *(stop for _, stop in rendered.generated or [(0, len(whole))])])
         answer = self._produced(self._continue(prompt, prompt_ids, whole[len(prompt) :]))

@@ -24,8 +24,9 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
+from swaa_jax.chats import warn_of_unread
 from swaa_jax.data.config import DataConfig
-from swaa_jax.data.encode import Encoder, Sample
+from swaa_jax.data.encode import Encoder, Notes, Sample
 from swaa_jax.data.reading import read_ahead
 from swaa_jax.examples import is_nan, warn_unused
 from swaa_jax.policy import Stage
@@ -48,7 +49,7 @@ __all__ = ["SampleReport", "Samples", "prepare_samples"]
 
 log = logging.getLogger(__name__)
 
-_VERSION = 4
+_VERSION = 5
 _META = "meta.json"
 _FILES = ("lengths.npy", "origins.npy", "tokens.bin", "marks.bin")
 _USUAL_JUDGE = "judge"  # looked for, not asked for
@@ -70,6 +71,7 @@ class SampleReport:
         num_targets: tokens among them that count in the loss.
         judged_wrong, too_short, too_long: dropped records, and dropped samples.
         unused: columns that hold something and are not looked at.
+        unread: keys of messages that the chat template does not name.
         open_thoughts: records whose answer is an open thought; `open_thought` is the first place.
     """
 
@@ -81,6 +83,7 @@ class SampleReport:
     too_short: int = 0
     too_long: int = 0
     unused: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
     open_thoughts: int = 0
     open_thought: str = ""
 
@@ -169,6 +172,7 @@ def prepare_samples(
 def _tell(report: SampleReport) -> None:
     """Says what somebody who gave the data should know, whether it was read now or before."""
     warn_unused(report.unused)
+    warn_of_unread(report.unread)
     if report.open_thoughts:
         log.warning(
             "%s: expected an answer with the end of a thought, since the generation prompt opens "
@@ -196,10 +200,10 @@ class _EncodeRecord:
                 f"columns {record.columns}; correct it, or set it to null to train on all records"
             )
         if verdict is not None and str(verdict).strip().lower() not in ("1", "1.0", "true"):
-            return _Encoded(record.place, None)
-        samples, unused, thought = self._encoder.with_notes(record)
-        unused = tuple(name for name in unused if name != self._judge)
-        return _Encoded(record.place, samples, unused, thought)
+            return _Encoded(record.place, None, Notes())
+        samples, notes = self._encoder.with_notes(record)
+        notes.unused = tuple(name for name in notes.unused if name != self._judge)
+        return _Encoded(record.place, samples, notes)
 
 
 class _Encoded(NamedTuple):
@@ -207,8 +211,7 @@ class _Encoded(NamedTuple):
 
     place: str
     samples: list[Sample] | None
-    unused: tuple[str, ...] = ()
-    open_thought: str = ""
+    notes: Notes
 
 
 def _first_pass(
@@ -225,11 +228,13 @@ def _first_pass(
     )
     digest, num_samples = hashlib.sha256(), 0
     unused: dict[str, None] = {}
+    unread: dict[str, None] = {}
     thoughts: list[str] = []
     for number, encoded in enumerate(_encoded(records, encoder, config, progress)):
-        place, samples, columns, thought = encoded
-        unused |= dict.fromkeys(columns)
-        thoughts += [thought] if thought else []
+        place, samples, notes = encoded
+        unused |= dict.fromkeys(notes.unused)
+        unread |= notes.unread
+        thoughts += [notes.open_thought] if notes.open_thought else []
         counts["judged_wrong"] += samples is None
         for part, sample in enumerate(samples or ()):
             if len(sample) > limit:
@@ -257,6 +262,7 @@ def _first_pass(
         records=len(records),
         samples=num_samples,
         unused=tuple(unused),
+        unread=tuple(unread),
         open_thoughts=len(thoughts),
         open_thought=thoughts[0] if thoughts else "",
         **counts,
@@ -485,7 +491,8 @@ def _open(place: epath.Path) -> _Stored | None:
             raise ValueError(f"{', '.join(differing) or _META}: another digest")
         lengths = np.load(directory / "lengths.npy")
         report = SampleReport(**meta["report"])
-        report = dataclasses.replace(report, unused=tuple(report.unused))
+        told = {name: tuple(getattr(report, name)) for name in ("unused", "unread")}
+        report = dataclasses.replace(report, **told)
         return _Stored(lengths=lengths, digest=meta["digest"], report=report, directory=directory)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         log.warning("%s is damaged (%s) and is made anew", place, error)

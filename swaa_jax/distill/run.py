@@ -81,6 +81,7 @@ class DistillConfig(SamplingParams):
             keep=one_of("all", "first"),
             seed=integer(least=0),
         )
+        self.check_attempts(self.attempts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

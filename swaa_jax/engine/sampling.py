@@ -158,6 +158,14 @@ class SamplingParams:
         if self.is_greedy:
             _tell_unused(name, "a temperature above 0", vars(self), _NO_FILTER)
 
+    def check_attempts(self, attempts: int) -> None:
+        """Raises ValueError for several attempts where nothing is drawn, so that all are one."""
+        if attempts != 1 and self.is_greedy:
+            raise ValueError(
+                f"attempts: expected 1 at temperature {self.temperature:g}, where all answers are "
+                f"the same, got {show(attempts)}; set temperature, as in temperature=1"
+            )
+
     @property
     def sampling_params(self) -> "SamplingParams":
         """These settings alone, without the fields that a class adds to them."""

@@ -18,6 +18,7 @@ from swaa_jax.infer.stopping import AnswerRow, StopRules, TokenText, make_stop_r
 from swaa_jax.infer.timings import Timings
 from swaa_jax.limits import MAX_TOKEN_ID
 from swaa_jax.models import CausalLM
+from swaa_jax.models.source import config_overrides
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -251,12 +252,14 @@ def generation_config(model: CausalLM) -> dict[str, object]:
 
 
 def eos_token_ids(model: CausalLM, tok: "PreTrainedTokenizerBase | None") -> tuple[int, ...]:
-    """Tokens that end an answer: the generation config's, else the config's; the tokenizer's.
+    """Tokens that end an answer: an override's, the generation config's or the config's, whichever
+    comes first; and the tokenizer's.
 
     Raises:
         ValueError: one that is no token id.
     """
-    ids = generation_config(model).get("eos_token_id")
+    is_overridden = "eos_token_id" in config_overrides(model)
+    ids = None if is_overridden else generation_config(model).get("eos_token_id")
     for name in ("eos_token_id", "eos_token_ids"):
         ids = getattr(model.config, name, None) if ids is None else ids
     ids = () if ids is None else (ids,) if isinstance(ids, int) else ids

@@ -20,10 +20,10 @@ from swaa_jax.checkpoint import WeightReader, WeightRule
 from swaa_jax.checkpoint.keymap import Expected
 from swaa_jax.fields import show, wrong
 from swaa_jax.models.causal_lm import CausalLM
-from swaa_jax.models.config import DecoderConfig
+from swaa_jax.models.config import DecoderConfig, refuse_idle_overrides
 from swaa_jax.models.config_types import HfConfig, check_config_types
 from swaa_jax.models.families import FAMILIES, ModelFamily
-from swaa_jax.models.source import file_stamps, note_source
+from swaa_jax.models.source import config_overrides, file_stamps, note_source
 from swaa_jax.policy import AttentionPolicy, PolicyLike, load_policy
 from swaa_jax.runtime import is_main_process, wait_for_all
 from swaa_jax.sharding import resolve_mesh, sharding_for, target_of
@@ -160,6 +160,7 @@ def read_blueprint(
     family = _family(hf_config)
     _check_range(family, dtype)
     config = family.config_class.from_hf(hf_config, config_overrides)
+    refuse_idle_overrides(family.config_class, hf_config, config_overrides or {}, config)
     rules = family.weight_rules(config)
     if reader is not None:
         checkpoint.check_counts(
@@ -266,9 +267,7 @@ def save_model(
     with atomic_directory(directory, overwrite=overwrite) as target:
         checkpoint.write_safetensors(target, tensors, max_shard_size=max_shard_size)
         if model.source is not None:
-            generation_config = checkpoint.read_generation_config(model.source)
-            if generation_config:
-                checkpoint.write_generation_config(target, generation_config)
+            checkpoint.copy_generation_config(model.source, target, config_overrides(model))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(target))
         elif model.source is not None:

@@ -248,6 +248,40 @@ class DecoderConfig:
         return {**json.loads(self.hf_json), "architectures": [self.architecture], **fields}
 
 
+def refuse_idle_overrides(
+    kind: type[DecoderConfig], hf: HfConfig, overrides: Mapping[str, object], config: DecoderConfig
+) -> None:
+    """Raises ValueError for an override that another field of the config makes idle, such as a
+    `sliding_window` where `use_sliding_window` is false.
+
+    Args:
+        kind: of the config.
+        hf: the file's content.
+        overrides: as `DecoderConfig.from_hf` took them.
+        config: what it made of them.
+    """
+    stated = {**kind.defaults, **hf}
+    for name in sorted(set(overrides) - _ROPE_FIELDS):
+        value = overrides[name]
+        if value == stated.get(name, value):
+            continue  # the file says so already
+        rest = {other: given for other, given in overrides.items() if other != name}
+        try:
+            same = dataclasses.replace(kind.from_hf(hf, rest), hf_json=config.hf_json) == config
+        except (ValueError, NotImplementedError):
+            continue  # the file needs it
+        if same:
+            advice = (
+                "override use_sliding_window and layer_types with it, or give a policy (--window)"
+                if name in ("sliding_window", "max_window_layers")
+                else "leave it out, or override with it the field that it depends on"
+            )
+            raise ValueError(
+                f"config_overrides.{name}: expected a value that changes the model, got "
+                f"{show(value)}, which the other fields of its config make idle; {advice}"
+            )
+
+
 def local_fields(hf: HfConfig, kinds: Sequence[str] | None, window: int | None) -> dict[str, Any]:
     """The fields of a config that names each layer's kind: its local layers and its policy.
 

@@ -112,9 +112,7 @@ def convert_checkpoint(
                     bar.advance(sizes[name])
 
             files = checkpoint.write_safetensors(target, tensors(), max_shard_size=max_shard_size)
-        generation_config = checkpoint.read_generation_config(directory)
-        if generation_config:
-            checkpoint.write_generation_config(target, generation_config)
+        checkpoint.copy_generation_config(directory, target, config_overrides or {})
         checkpoint.copy_tokenizer_files(directory, target)
         checkpoint.write_attention_policy(
             target, plan.model.policy.to_dict(), num_layers=config.num_layers

@@ -101,6 +101,11 @@ def note_source(
     )
 
 
+def config_overrides(model: CausalLM) -> dict[str, Any]:
+    """What replaced values of its checkpoint's config; {} for a model that was not loaded."""
+    return dict(model.source.overrides) if isinstance(model.source, Source) else {}
+
+
 def since_loading(model: CausalLM, *, adapter: PathLike | None = None) -> dict[str, Any]:
     """What of a model is not as its files have it, as JSON's types; empty where all is.
 

@@ -179,9 +179,25 @@ def read_data(
 
 
 def count_steps(config: TrainConfig, data: BatchSource) -> int:
-    """Optimizer steps of the run: one a batch."""
-    limits = [config.max_steps, data.plan.total_batches]
-    return min(limit for limit in limits if limit is not None)
+    """Optimizer steps of the run: one a batch. Says where they are fewer than were asked for, or
+    where the learning rate never leaves the warm-up.
+    """
+    wanted, there = config.max_steps, data.plan.total_batches
+    steps = min(limit for limit in (wanted, there) if limit is not None)
+    if wanted is not None and steps < wanted:
+        logger.warning(
+            "max_steps: expected %d steps, got data for %d (data.num_epochs=%s); the run ends "
+            "there; raise data.num_epochs, or set it to null",
+            *(wanted, steps, config.data.num_epochs),
+        )
+    warm_up = dataclasses.replace(config.optimizer, total_steps=steps).num_warmup_steps
+    if steps <= warm_up:
+        logger.warning(
+            "optimizer.warmup_steps: expected less than the run's %d steps, got %d: the learning "
+            "rate, 0 at first, does not reach learning_rate; set it to 0, or train for longer",
+            *(steps, warm_up),
+        )
+    return steps
 
 
 def check_lengths(data: BatchSource, longest: int) -> None:

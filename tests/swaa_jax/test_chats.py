@@ -15,6 +15,7 @@ from swaa_jax.chats import (
     normal_messages,
     process,
     render_chat,
+    rendering,
     unused_variables,
 )
 from swaa_jax.infer.prompts import encode_prompts
@@ -287,7 +288,7 @@ def test_fault_26_hostile_templates_end_in_one_paragraph(name, monkeypatch):
     ) as raised:
         encode_prompts(tok, [USER])
     assert len(str(raised.value)) <= 500 and "\n" not in str(raised.value)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20  # seconds; without the limit it takes for ever
     assert render_chat(build("qwen3"), [USER]).text  # the next one is served
 
 
@@ -297,11 +298,20 @@ def test_fault_26_long_chats_are_rendered():
 
 
 def test_fault_04_keys_that_the_template_does_not_know_are_named_once(caplog):
-    marked = {**USER, "annotator_of_this_test": "me", "name": "Ann"}
+    marked = {**USER, "annotator_of_this_test": "me"}
     for _ in range(2):
         render_chat(build("phi3"), [marked])
     (said,) = [one.getMessage() for one in caplog.records]
     assert "the chat template knows no 'annotator_of_this_test'" in said
+
+
+def test_fault_04_a_name_that_the_template_leaves_out_is_told(caplog):
+    rendering._warn_of_key.cache_clear()
+    render_chat(build("phi3"), [{**USER, "name": "Ann"}])
+    (said,) = [one.getMessage() for one in caplog.records]
+    assert "the chat template knows no 'name'" in said
+    reads = "{% for m in messages %}{{ m.name }}{{ m.content }}{% endfor %}"
+    assert render_chat(build(reads), [{**USER, "name": "Ann"}]).unread == ()
 
 
 def test_fault_26_the_check_is_linear_in_the_messages():

@@ -219,6 +219,7 @@ def test_other_mistakes(fails, directory, tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
     assert "UTF-8" in fails(directory, "--file", tmp_path / "binary")
     assert "cot" in fails(directory, "hi", "--raw", "--cot", *COMMON)
+    assert "--thinking: expected a chat" in fails(directory, "hi", "--raw", "--thinking", *COMMON)
 
 
 def test_a_truncated_shard_in_a_process(directory, tmp_path):

@@ -3,6 +3,7 @@
 import argparse
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -56,7 +57,7 @@ def test_an_unknown_command_is_a_usage_error(capsys):
     with pytest.raises(SystemExit) as exit_info:
         main(["fly"])
     assert exit_info.value.code == 2
-    assert "invalid choice: 'fly'" in capsys.readouterr().err
+    assert "got 'fly'" in capsys.readouterr().err
 
 
 def test_exit_codes(capsys):
@@ -269,3 +270,27 @@ def test_flags_alone_and_beside_a_policy():
     assert policy("--policy", "window=8,heads=1:0", "--full-heads", "none") == (
         AttentionPolicy(window=8)
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("recipes --pref quality", "swaa recipes: .* got '--pref' .did you mean '--prefer'"),
+        ("generate m p --windo=8", "swaa generate: .* got '--windo=8' .did you mean '--window'"),
+        ("evl", "swaa: argument COMMAND: .* got 'evl' .did you mean 'eval'"),
+        (
+            "generate m p --positions tex",
+            "swaa generate: argument --positions: .*did you mean 'text'",
+        ),
+        ("eval --nope", "swaa eval: expected no further arguments, got '--nope'; see"),
+        ("generate m p --top-k " + "x" * 5000, "swaa generate: argument --top-k: .*x{200}[.]{3};"),
+        ("generate", "swaa generate: the following arguments are required: MODEL, PROMPT"),
+    ],
+)
+def test_a_mistake_in_flags_is_told_in_one_paragraph(words, told, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words.split(" "))
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(told, line), line
+    assert line.endswith("--help")

@@ -78,7 +78,7 @@ def test_a_row_without_an_answer(inputs, tmp_path, capsys):
 
 def test_a_checkpoint_of_another_run(inputs, tmp_path, capsys):
     """Another rank, another policy, and a model of the same shape with other weights."""
-    short = ("max_steps=1", "mesh=null")
+    short = ("max_steps=1", "mesh=null", "optimizer.warmup_steps=0")
     assert run(inputs, tmp_path, *short) == 0
     capsys.readouterr()
     assert run(inputs, tmp_path, *short, "lora.rank=3", "policy.window=9") == 2

@@ -241,7 +241,7 @@ def test_mistakes_are_one_paragraph(source, tmp_path, capsys, words, message):
     "words, message",
     [
         (["SRC"], "DST"),
-        (["SRC", "OUT", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["SRC", "OUT", "--dtype", "int8"], "got 'int8'"),
         (["SRC", "OUT", "--max-shard-size", "large"], "expected a size such as 500MB"),
         (["SRC", "OUT", "--max-shard-size", "0"], "expected a size"),
     ],

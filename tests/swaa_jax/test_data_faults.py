@@ -1,5 +1,6 @@
 """Kinds 4, 6, 7, 11, 12 and 27 in training data, a message's own weight, and a record's columns."""
 
+import concurrent.futures
 import json
 import os
 import random
@@ -9,10 +10,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from swaa_jax.chats import rendering
 from swaa_jax.data import DataConfig, DataError, load_data, prepare_samples
 from swaa_jax.data import samples as samples_module
+from swaa_jax.data.encode import Encoder
 from swaa_jax.examples import read_example
-from swaa_jax.records import Record, open_records
+from swaa_jax.records import Record, open_records, records_of
 from tests.support import byte_tokenizer, chat_templates
 
 USER, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
@@ -352,6 +355,31 @@ def test_unused_columns_are_named_when_the_cache_is_read_too(tmp_path, caplog):
         caplog.clear()
         assert cached(tmp_path).report.unused == ("source",)
         assert "columns that are not used: 'source'" in caplog.text
+
+
+def test_fault_04_keys_of_messages_are_named_when_the_cache_is_read_too(tmp_path, caplog):
+    records = [
+        {"messages": [{**USER, "mood": "calm"}, {**REPLY, "mood": number}]} for number in range(3)
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+    for _ in range(2):
+        caplog.clear()
+        rendering._warn_of_key.cache_clear()  # as in another process
+        assert cached(tmp_path).report.unread == ("mood",)
+        assert "the chat template knows no 'mood'" in caplog.text
+
+
+def test_fault_08_notes_are_of_one_record_where_threads_encode_several():
+    tok = build("qwen3-thinking")
+    config = DataConfig(seq_len=512, batch_size=1, answers="verbatim")
+    encoder = Encoder(tok, config)
+    open_, closed = REPLY, {**REPLY, "content": "<think>\nHm\n</think>\n\nYo"}
+    every = records_of([{"messages": [USER, (open_, closed)[n % 2]]} for n in range(40)])
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        notes = [found for _, found in pool.map(encoder.with_notes, every)]
+    assert [found.open_thought for found in notes] == [
+        "" if n % 2 else f"the list of records, record {n}: message 1" for n in range(40)
+    ]
 
 
 def test_messages_after_the_last_answer_are_named(caplog):

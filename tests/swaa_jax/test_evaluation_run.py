@@ -18,7 +18,7 @@ from swaa_jax.eval.report import summarize, write_evaluation
 from swaa_jax.eval.run import EvalConfig, TaskEntry, evaluate
 from swaa_jax.eval.run import evaluation as running
 from swaa_jax.eval.run.store import CellStore
-from swaa_jax.eval.tasks import encode_sample
+from swaa_jax.eval.tasks import RulerTask, encode_sample
 from tests.support import byte_tokenizer
 from tests.support.evaluations import CountingTask
 from tests.support.random_models import random_model
@@ -220,6 +220,16 @@ def test_prompts_beyond_the_context(checkpoint, tmp_path):
     done = evaluate(dataclasses.replace(config, too_long="skip"))
     assert done.cells[0].skipped == 1
     assert [row["sample"] for row in done.cells[0].answers] == [f"sample {i}" for i in range(1, 6)]
+
+
+def test_a_length_beyond_the_context_is_refused_before_prompts_are_made(
+    checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(RulerTask, "samples", lambda *_, **__: pytest.fail("prompts were made"))
+    task = RulerTask(length=1_000_000, num_samples=2)
+    config = config_of(checkpoint, tmp_path / "out", task=task, policies=["full"])
+    with pytest.raises(ValueError, match=r"got all that do not .* at least 990000 tokens"):
+        evaluate(config)
 
 
 def test_a_thought_that_never_ended_is_no_answer_in_either_mode(tmp_path):

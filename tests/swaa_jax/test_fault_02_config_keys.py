@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import swaa_jax as swaa
+from swaa_jax.infer.answerer import eos_token_ids
 from swaa_jax.models import FAMILIES, convert_checkpoint
 from swaa_jax.models.interop import FULL, WINDOWED
 from tests.support import tiny_hf
@@ -245,6 +246,60 @@ def test_fault_03_a_local_layer_without_a_window_keeps_its_rope(tmp_path):
     )
     expected = tiny_hf.logits(theirs.eval(), TOKENS)
     np.testing.assert_allclose(wide(jnp.asarray(TOKENS)), expected, rtol=0, atol=5e-4)
+
+
+OLD_SWITCHES = {"use_sliding_window": True, "layer_types": None, "max_window_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "overrides", "idle"),
+    [
+        ("qwen3", {}, {"sliding_window": 8}, "sliding_window"),
+        ("qwen3", {}, {"max_window_layers": 1}, "max_window_layers"),
+        (
+            "qwen3",
+            {"use_sliding_window": True, "sliding_window": 9, "layer_types": [FULL] * 3},
+            {"sliding_window": 8},
+            "sliding_window",
+        ),
+        ("qwen3", {}, {"sliding_window": None, "rms_norm_eps": 1e-5}, None),
+        ("mistral", {}, {"sliding_window": 8}, None),
+        ("qwen3", OLD_SWITCHES, {"sliding_window": 8}, None),
+        ("qwen3", OLD_SWITCHES | {"max_window_layers": 3}, {"sliding_window": 8}, "sliding_window"),
+    ],
+)
+def test_fault_02_an_override_that_changes_nothing_is_refused(
+    family, fields, overrides, idle, tmp_path
+):
+    tiny_hf.save(tiny_hf.build(family, num_hidden_layers=3), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    if idle is None:
+        model = swaa.load_model(tmp_path, dtype="float32", config_overrides=overrides)
+        assert model.policy.window == overrides["sliding_window"]
+        return
+    told = f"config_overrides.{idle}: expected a value that changes the model, got "
+    with pytest.raises(ValueError, match=f"{told}{overrides[idle]}"):
+        swaa.load_model(tmp_path, dtype="float32", config_overrides=overrides)
+
+
+@pytest.mark.parametrize("how", ["load", "save_model", "convert"])
+def test_fault_05_a_token_that_an_override_makes_the_last_ends_answers(how, tmp_path):
+    """The generation config, which goes before the config, says another."""
+    source, overrides = tmp_path / "model", {"eos_token_id": 7}
+    tiny_hf.save(tiny_hf.build("qwen3", num_hidden_layers=1), source)
+    (source / "generation_config.json").write_text('{"eos_token_id": [3, 4], "top_k": 5}')
+    model = swaa.load_model(source, dtype="float32", config_overrides=overrides)
+    if how == "save_model":
+        swaa.save_model(model, tmp_path / "again")
+    elif how == "convert":
+        convert_checkpoint(source, tmp_path / "again", config_overrides=overrides)
+    if how != "load":
+        model = swaa.load_model(tmp_path / "again", dtype="float32")
+        kept = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+        assert kept == {"eos_token_id": 7, "top_k": 5}
+    assert eos_token_ids(model, None) == (7,)
+    assert eos_token_ids(swaa.load_model(source, dtype="float32"), None) == (3, 4)
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0}

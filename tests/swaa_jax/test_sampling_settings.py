@@ -101,12 +101,21 @@ def test_evaluation_refuses_settings_out_of_range(checkpoint, tmp_path):
         config_of(checkpoint, tmp_path, repetition_penality=2)
 
 
+def test_several_attempts_want_a_temperature(checkpoint, tmp_path):
+    told = "attempts: expected 1 at temperature 0, .* got 4; set temperature"
+    with pytest.raises(ValueError, match=told):
+        DistillConfig(temperature=0)
+    with pytest.raises(ValueError, match=told):
+        config_of(checkpoint, tmp_path, attempts=4)
+    assert DistillConfig(temperature=0, attempts=1).is_greedy
+
+
 def test_distillation_takes_every_setting_and_tells_runs_apart(checkpoint, tmp_path):
     model, tok = swaa.load_model(checkpoint, dtype="float32"), swaa.load_tokenizer(checkpoint)
     questions = [Question(id="a", prompt="One?", references=("1",))]
 
     def run(**settings):
-        config = DistillConfig(attempts=2, max_new_tokens=4, temperature=0.0, **settings)
+        config = DistillConfig(attempts=1, max_new_tokens=4, temperature=0.0, **settings)
         judge = make_judge("exact")
         distill(model, tok, questions, judge, tmp_path / "out", config=config)
 

@@ -94,6 +94,10 @@ class Asking:
     ):
         self._config, self._entry, self._model = config, entry, model
         self._tokenizer, self._task, self._thinking = tokenizer, task, thinking
+        self._options = _options(config, task, thinking)
+        at_least = task.task.prompt_tokens
+        if at_least is not None and not self._is_room_for(at_least):
+            self._refuse_long("all", at_least)  # a long text takes a minute to make
         samples = task.task.samples(tokenizer, thinking=thinking)[config.skip_samples :]
         samples = samples[: config.limit]
         room = getattr(model.config, "max_position_embeddings", None)
@@ -109,7 +113,6 @@ class Asking:
             )
         if thinking and not any(opened):
             warn_of_thinking(tokenizer, f"task {task.name}, thinking")
-        self._options = _options(config, task, thinking)
         fits = self._fitting(samples, prompts)
         self._skipped = len(samples) - len(fits)
         self._samples = [samples[index] for index in fits]
@@ -233,22 +236,26 @@ class Asking:
                     f"task {self._task.name}: expected distinct ids, got {sample.id!r} twice"
                 )
             seen.add(sample.id)
-        context = getattr(self._model.config, "max_position_embeddings", None)
-        if context is None:
-            return list(range(len(samples)))
-        room = context - self._options.max_new_tokens
-        fits = [index for index, ids in enumerate(prompts) if len(ids) <= room]
-        if len(fits) < len(samples) and self._config.too_long == "error":
+        fits = [index for index, ids in enumerate(prompts) if self._is_room_for(len(ids))]
+        if len(fits) < len(samples):
             longest = max(len(ids) for ids in prompts)
+            self._refuse_long(f"{len(samples) - len(fits)} of {len(samples)}", longest)
+        return fits
+
+    def _is_room_for(self, prompt_tokens: int) -> bool:
+        context = getattr(self._model.config, "max_position_embeddings", None)
+        return context is None or prompt_tokens + self._options.max_new_tokens <= context
+
+    def _refuse_long(self, how_many: str, longest: int) -> None:
+        if self._config.too_long == "error":
             raise ValueError(
                 f"task {self._task.name}: expected prompts that fit {self._entry.label}'s context "
-                f"of {context} tokens with answers of up to {self._options.max_new_tokens}, got "
-                f"{len(samples) - len(fits)} of {len(samples)} that do not (the longest has at "
+                f"of {self._model.config.max_position_embeddings} tokens with answers of up to "
+                f"{self._options.max_new_tokens}, got {how_many} that do not (the longest has at "
                 f"least {longest} tokens); set too_long=skip to leave them out, lower "
                 "max_new_tokens or max_thinking_tokens, or extend the model's context by "
                 "config_overrides"
             )
-        return fits
 
     def _cell(self, entry: PolicyEntry, judge_key: str) -> Cell:
         store = self._store(entry.policy)

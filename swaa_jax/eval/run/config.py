@@ -173,11 +173,6 @@ class EvalConfig(SamplingParams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.attempts != 1 and not self.temperature:
-            raise ValueError(
-                f"attempts: expected 1 at temperature 0, where all answers are the same, got "
-                f"{self.attempts}; set temperature, as in temperature=1"
-            )
         check_fields(
             self,
             tasks=_several(task_entry),
@@ -192,6 +187,7 @@ class EvalConfig(SamplingParams):
             too_long=one_of("error", "skip"),
             dtype=or_none(one_of("bfloat16", "float32", "float16")),
         )
+        self.check_attempts(self.attempts)
         _distinct("tasks", [entry.name for entry in self.tasks])
         known: dict[str, ModelEntry] = {}
         for model in (model for setting in self.settings for model in setting.models):

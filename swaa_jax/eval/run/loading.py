@@ -14,6 +14,7 @@ from swaa_jax.lora import load_adapter, merge_lora
 from swaa_jax.models import CausalLM, load_model
 from swaa_jax.models.source import (
     Source,
+    config_overrides,
     file_stamps,
     note_source,
     running_backend,
@@ -71,7 +72,7 @@ def identity_of(model: CausalLM, entry: ModelEntry) -> dict[str, Any]:
         "weights": weight_marks(model.source),
         "adapter": entry.adapter,
         "adapter_weights": weight_marks(entry.adapter),
-        "config_overrides": _overrides(model),
+        "config_overrides": config_overrides(model),
         "dtype": str(model.dtype),
         "backend": running_backend(model),
         **_changed(model, entry),
@@ -82,16 +83,12 @@ def describe(model: CausalLM, entry: ModelEntry) -> dict[str, Any]:
     """What results say of a model: its checkpoint, overrides of its config, and what has changed
     since it was loaded.
     """
-    overrides = _overrides(model)
+    overrides = config_overrides(model)
     return {
         **describe_model(model),
         **({"config_overrides": overrides} if overrides else {}),
         **_changed(model, entry),
     }
-
-
-def _overrides(model: CausalLM) -> dict[str, Any]:
-    return dict(model.source.overrides) if isinstance(model.source, Source) else {}
 
 
 def _changed(model: CausalLM, entry: ModelEntry) -> dict[str, Any]:

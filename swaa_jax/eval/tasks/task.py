@@ -70,6 +70,11 @@ class Task(abc.ABC):
         """The longest answer without thinking, by default; settings may change it."""
         return self.max_new_tokens
 
+    @property
+    def prompt_tokens(self) -> int | None:
+        """Tokens that every prompt has at least, if that is known before it is made."""
+        return None
+
     def check(self) -> None:
         """See, before any model is loaded, whether there is something to ask.
 

@@ -1,6 +1,7 @@
 """RULER's synthetic tasks in any length, generated offline (arXiv 2404.06654)."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,6 +15,7 @@ from swaa_jax.eval.tasks.ruler import (
     niah,
     variable_tracking,
 )
+from swaa_jax.eval.tasks.ruler.prompts import LENGTH_TOLERANCE
 from swaa_jax.eval.tasks.task import Sample, Task
 from swaa_jax.fields import check_fields, integer, one_of, or_none, wrong
 
@@ -74,6 +76,11 @@ class RulerTask(Task):
     def answer_tokens(self) -> int:
         """RULER's `tokens_to_generate`."""
         return _ANSWER_TOKENS.get(self.variant, self.max_new_tokens)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Within the tolerance of `length`."""
+        return math.floor(self.length * (1 - LENGTH_TOLERANCE))
 
     def samples(self, tokenizer: "PreTrainedTokenizerBase", *, thinking: bool) -> list[Sample]:
         """See `Task.samples`."""
