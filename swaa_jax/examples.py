@@ -28,6 +28,7 @@ from typing import Any
 
 from swaa_jax.chats import ChatError, Message, Tools, normal_messages, normal_tools
 from swaa_jax.documents import parse_json
+from swaa_jax.fields import nearest
 from swaa_jax.records import DataError, Record
 
 __all__ = ["COLUMNS", "FORMATS", "Example", "is_nan", "read_example", "warn_unused"]
@@ -288,18 +289,25 @@ def read_example(
     needed = FORMATS.get(shape)
     if needed not in given:
         every = "prompt, or context and question, or messages, or instruction and input"
+        near = "".join(map(_near_column, record.fields))
         raise record.missing(
             f"{needed or every}, not empty",
-            f"name the column that has it, columns: {{{needed or 'prompt'}: ...}}",
+            f"name the column that has it, columns: {{{needed or 'prompt'}: ...}}{near[:80]}",
         )
     return Example(record, given, shape)
 
 
 def warn_unused(columns: Iterable[str]) -> None:
     """Says once which columns of the data are not looked at."""
-    if names := [repr(name) for name in columns]:
+    if names := [repr(name) + _near_column(name) for name in columns]:
         shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
         log.warning("columns that are not used: %s", shown[:_LONGEST_WARNING])
+
+
+def _near_column(name: str) -> str:
+    """A hint at the column that is meant where a letter or two are wrong."""
+    known = {column for usual in COLUMNS.values() for column in usual}
+    return "" if name in known else nearest(name, known, cutoff=0.8)
 
 
 def _given(record: Record, named: Mapping[str, str]) -> dict[str, str]:

@@ -332,10 +332,11 @@ class _Parquet(_File):
             with reading(name):
                 metadata = self._parquet().metadata
         except CheckpointError as error:
-            if isinstance(error.__cause__, pyarrow.ArrowException):
+            cause = error.__cause__ or error
+            if isinstance(cause, pyarrow.ArrowException):
                 raise DataError(
                     f"{name}: expected a parquet file, got one that cannot be parsed "
-                    f"({_reason(error.__cause__)}); write or fetch it again"
+                    f"({_reason(cause)}); write or fetch it again"
                 ) from error
             raise
         groups = [metadata.row_group(n) for n in range(metadata.num_row_groups)]

@@ -164,9 +164,14 @@ def check_stream(layers: Sequence[LayerAttention], *, context: int | None = None
     """
     for index, layer in enumerate(layers):
         if layer.needs_full_cache or layer.full_heads or layer.window is None:
+            got = "no window"
+            if layer.window is not None:
+                decodes = layer.needs_full_cache and not layer.full_heads
+                got = "FA decode" if decodes else "full heads"
             raise ValueError(
                 "positions: expected a policy whose every layer and head is windowed, answers too, "
-                f'for "cache", got layer {index} with {layer}; use "text", or another policy'
+                f'for "cache", got layer {index} with {got}; use "text", or a policy such as '
+                "window=2048,sinks=4"
             )
         width = layer.window + layer.num_sink_tokens
         if context is not None and width > context:

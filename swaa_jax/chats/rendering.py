@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from swaa_jax.chats.messages import ChatError, Message, Result, Tools, normal_me
 from swaa_jax.chats.process import render_apart
 from swaa_jax.chats.thoughts import CLOSING, OPENING
 from swaa_jax.documents import problem_within
-from swaa_jax.fields import describe, show
+from swaa_jax.fields import describe, nearest, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +44,7 @@ TEMPLATE_DATE = "2024-07-26"
 Llama 3.2's own for want of a clock: one day, so that the same chat is the same tokens tomorrow."""
 
 _CONTINUED = "CONTINUED_HERE "
+_WARNING = threading.Lock()
 FLAGS = ("train", "weight")
 """Keys of a message that are for training, not for the template."""
 _KEYS = {"role", "content", "tool_calls", "reasoning_content", "thinking", *FLAGS}
@@ -366,13 +368,15 @@ def _as_json(arguments: Any) -> str:
 
 def warn_of_unread(keys: Iterable[str]) -> None:
     """Says, once for each, which keys of messages have no effect."""
-    for key in keys:
-        _warn_of_key(key)
+    with _WARNING:  # threads render a file's records
+        for key in keys:
+            _warn_of_key(key)
 
 
 @functools.lru_cache(maxsize=256)
 def _warn_of_key(key: str) -> None:
-    log.warning("messages: the chat template knows no %s: it has no effect", show(key))
+    hint = nearest(key, (*_KEYS, "name"), cutoff=0.75)
+    log.warning("messages: the chat template knows no %s%s: it has no effect", show(key), hint)
 
 
 @functools.lru_cache(maxsize=256)

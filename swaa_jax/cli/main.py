@@ -78,10 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     if hasattr(args, "forwarded"):
         args.forwarded = rest  # another program's arguments
-    elif hasattr(args, "overrides") and not any(word.startswith("-") for word in rest):
-        args.overrides += rest  # argparse takes no positional arguments after a flag
     elif rest:
-        args.parser.refuse(rest)
+        # argparse takes no more positional arguments once a flag has come between.
+        several = [vars(args)[name] for name in ("overrides", "prompts") if name in args]
+        if not several or any(word.startswith("-") for word in rest):
+            args.parser.refuse(rest)
+        several[0].extend(rest)
     if args.command is None:
         parser.print_help()
         return 0

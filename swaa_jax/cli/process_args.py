@@ -55,7 +55,7 @@ def add_config_override(parser: "argparse._ActionsContainer") -> None:
         default=[],
         metavar="KEY=VALUE",
         help="a value of config.json in place of the model's, as JSON or plain text; repeatable; "
-        "one that would change nothing is refused; bos_token_id and pad_token_id are only saved",
+        "one that other fields make idle is refused",
     )
 
 

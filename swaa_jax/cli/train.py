@@ -37,8 +37,8 @@ output_dir then holds config.yaml, metrics.jsonl, tensorboard/, checkpoints/ and
 layout; without LoRA model/).
 
 The same command goes on from the newest complete checkpoint there, after a kill too; SIGTERM or
-Ctrl-C on any process saves on all and exits 0 (Ctrl-C twice saves nothing). Then: swaa generate
-..., or PEFT, with output_dir/adapter.
+Ctrl-C on any process saves on all and exits 0 (Ctrl-C twice saves nothing). Then: PEFT or
+load_adapter with output_dir/adapter, or with merge=true swaa generate output_dir/merged.
 
 exit codes: 0 done, or saved and stopped; 2 for a mistake in config, data or files.
 """

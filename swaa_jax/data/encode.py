@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from swaa_jax.chats import (
     CLOSING,
     FLAGS,
+    OPENING,
     ChatError,
     Message,
     Rendered,
@@ -356,6 +357,13 @@ def _verbatim(record: Record, message: Message, prompt: str) -> str:
             blanks, rest = found[1], content[found.end() :]
             given = opening[len(opening.rstrip()) :]
             return blanks.removeprefix(given) + rest if blanks.startswith(given) else rest
+    is_closed = any(not end[found.end() :].strip() for found in CLOSING.finditer(end))
+    if is_closed and OPENING.match(content.lstrip()):
+        raise DataError(
+            f"{record.place}: expected an answer without a thought, since the generation prompt "
+            f"has closed one already, got {show(content[:60])}; set chat_template_kwargs: "
+            "{enable_thinking: true}, or take the thought out"
+        )
     return content
 
 

@@ -13,6 +13,7 @@ from swaa_jax.fields import (
     list_of,
     one_of,
     or_none,
+    show,
     texts,
 )
 from swaa_jax.limits import MAX_TOKEN_ID
@@ -91,12 +92,17 @@ class GenerateOptions(SamplingParams):
             warmup=flag,
             chunk_size=integer(least=1),
         )
-        own = self.sampling_params
-        if self.sampling and own != SamplingParams():
+        if self.sampling and self.sampling_params != SamplingParams():
+            neutral = SamplingParams().sampling_fields
+            given = {
+                name: value
+                for name, value in self.sampling_fields.items()
+                if value != neutral[name]
+            }
             raise ValueError(
                 'sampling: expected no temperature, top_k, ... with "checkpoint", which takes '
-                f"them from the generation config, got {own}; leave these out, or leave sampling "
-                "out"
+                f"them from the generation config, got {show(given)}; leave these out, or leave "
+                "sampling out"
             )
 
     @classmethod

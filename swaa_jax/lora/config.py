@@ -203,6 +203,8 @@ def _pattern(name: str, value: object) -> str:
 def _layers(name: str, value: object) -> tuple[int, ...]:
     """Distinct layers, sorted; one alone may be written as it is."""
     several = [value] if isinstance(value, int) and not isinstance(value, bool) else value
+    if isinstance(several, list) and not several:
+        raise wrong(name, "at least one layer", value, "leave it out, or give null, for all layers")
     return tuple(sorted(list_of(integer(least=0), distinct=True)(name, several)))
 
 

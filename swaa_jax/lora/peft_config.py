@@ -102,6 +102,8 @@ def from_peft(record: Mapping[str, object], path: epath.Path) -> LoraConfig:
         ours: record[theirs] for theirs, ours in _OURS.items() if record.get(theirs) is not None
     }
     fields.setdefault("target_modules", [])
+    if fields.get("layers_to_transform") == []:
+        del fields["layers_to_transform"]  # PEFT takes it as none given
     if fields.get("target_parameters"):
         fields["dropout"] = 0.0
     for name in ("r", "lora_alpha"):

@@ -144,7 +144,8 @@ def target_sites(model: nnx.Module, config: LoraConfig, *, strict: bool = True) 
         if absent and (strict or not chosen):
             faults.append(_not_found(field, absent, candidates))
     if strict:
-        _warn_of_exclusions(config, modules)
+        every = dataclasses.replace(config, exclude_modules=())
+        _warn_of_exclusions(config, [site for site in modules if _is_target(every, site)])
     layers = {_layer(site) for site in modules} - {_NO_LAYER}
     if strict and (outside := sorted(set(config.layers_to_transform) - layers)):
         faults.append(
@@ -163,7 +164,7 @@ def target_sites(model: nnx.Module, config: LoraConfig, *, strict: bool = True) 
 
 
 def _warn_of_exclusions(config: LoraConfig, modules: Sequence[Site]) -> None:
-    """Says which exclusions exclude nothing: a typo, or a module that has no adapters anyway."""
+    """Says which exclusions exclude none of the target modules: a typo, or one of no target."""
     given = config.exclude_modules
     ends = [given] if isinstance(given, str) else given
     names = sorted({name.rpartition(".")[2] for site in modules for name in site.names})
@@ -171,7 +172,7 @@ def _warn_of_exclusions(config: LoraConfig, modules: Sequence[Site]) -> None:
         pattern = end if isinstance(given, str) else (end,)
         if not any(_matches(pattern, site.names) for site in modules):
             log.warning(
-                "exclude_modules: expected modules that adapters are for, got %s%s, which excludes "
+                "exclude_modules: expected some of the target modules, got %s%s, which excludes "
                 "nothing",
                 *(show(end), nearest(end, names)),
             )

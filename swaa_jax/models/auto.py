@@ -20,7 +20,7 @@ from swaa_jax.checkpoint import WeightReader, WeightRule
 from swaa_jax.checkpoint.keymap import Expected
 from swaa_jax.fields import show, wrong
 from swaa_jax.models.causal_lm import CausalLM
-from swaa_jax.models.config import DecoderConfig, refuse_idle_overrides
+from swaa_jax.models.config import WINDOW_FIELDS, DecoderConfig, refuse_idle_overrides
 from swaa_jax.models.config_types import HfConfig, check_config_types
 from swaa_jax.models.families import FAMILIES, ModelFamily
 from swaa_jax.models.source import config_overrides, file_stamps, note_source
@@ -170,7 +170,7 @@ def read_blueprint(
             num_experts=config.num_stored_experts,
             sizes=config.sizes,
         )
-    policy = _choose_policy(directory, config, policy)
+    policy = _choose_policy(directory, config, policy, config_overrides or {})
     model = family.model_class(
         config, policy=policy, dtype=dtype, mesh=mesh, backend=backend, rngs=None
     )
@@ -317,6 +317,7 @@ def _choose_policy(
     directory: epath.Path,
     config: DecoderConfig,
     policy: PolicyLike | None,
+    overrides: Mapping[str, object],
 ) -> AttentionPolicy:
     if policy is not None:
         chosen, why = load_policy(policy), "the caller's"
@@ -324,6 +325,13 @@ def _choose_policy(
         saved := checkpoint.read_attention_policy(directory, num_layers=config.num_layers)
     ) is not None:
         chosen, why = AttentionPolicy.from_dict(saved), "from attention_policy.json"
+        idle = [name for name in WINDOW_FIELDS if name in overrides]
+        if idle and chosen != config.own:
+            raise ValueError(
+                f"config_overrides.{idle[0]}: expected none, since the checkpoint's "
+                f"attention_policy.json ({chosen}) goes before its config.json, got "
+                f"{show(overrides[idle[0]])}; give a policy (policy=..., --window) in its place"
+            )
     else:
         chosen, why = config.own, "from config.json"
     logger.info("attention policy: %s (%s)", chosen, why)

@@ -248,11 +248,16 @@ class DecoderConfig:
         return {**json.loads(self.hf_json), "architectures": [self.architecture], **fields}
 
 
+WINDOW_FIELDS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+"""Fields of a config that make its own policy, of families that have them."""
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
 def refuse_idle_overrides(
     kind: type[DecoderConfig], hf: HfConfig, overrides: Mapping[str, object], config: DecoderConfig
 ) -> None:
     """Raises ValueError for an override that another field of the config makes idle, such as a
-    `sliding_window` where `use_sliding_window` is false.
+    `sliding_window` where `use_sliding_window` is false, and for a token that the model lacks.
 
     Args:
         kind: of the config.
@@ -265,6 +270,14 @@ def refuse_idle_overrides(
         value = overrides[name]
         if value == stated.get(name, value):
             continue  # the file says so already
+        ids = value if isinstance(value, list) else [value]
+        if name in _TOKENS and any(
+            isinstance(one, int) and one >= config.vocab_size for one in ids
+        ):
+            raise ValueError(
+                f"config_overrides.{name}: expected ids below vocab_size={config.vocab_size}, got "
+                f"{show(value)}; look them up in the tokenizer's vocabulary"
+            )
         rest = {other: given for other, given in overrides.items() if other != name}
         try:
             same = dataclasses.replace(kind.from_hf(hf, rest), hf_json=config.hf_json) == config
@@ -272,8 +285,9 @@ def refuse_idle_overrides(
             continue  # the file needs it
         if same:
             advice = (
-                "override use_sliding_window and layer_types with it, or give a policy (--window)"
-                if name in ("sliding_window", "max_window_layers")
+                "override use_sliding_window, and max_window_layers or layer_types, with it, or "
+                "give a policy (--window)"
+                if name in WINDOW_FIELDS
                 else "leave it out, or override with it the field that it depends on"
             )
             raise ValueError(

@@ -120,6 +120,9 @@ def train(
         start, state = restored.step, restored.state
         batches.set_state(restored.data)
         logger.warning("going on from step %d of %d (%s)", start, total_steps, restored.path)
+    evaluation = _evaluation(config, trainer, tok, feed, evaluate)
+    if runtime.is_main_process():  # only now, since a run that is refused leaves all as it was
+        write_text_atomic(directory / "config.yaml", config.to_yaml())
     writer, sample_lines = _open_outputs(config, directory, start)
     try:
         result = run_loop(
@@ -145,7 +148,7 @@ def train(
                 trains_all=config.lora is None,
                 with_teacher=config.loss.needs_teacher,
             ),
-            evaluate=_evaluation(config, trainer, tok, feed, evaluate),
+            evaluate=evaluation,
         )
         checkpoints.close()
     finally:
@@ -268,14 +271,19 @@ def _bit_sum(array: jax.Array) -> jax.Array:
 
 
 def _prepare_directory(config: TrainConfig) -> epath.Path:
+    """Makes `output_dir`, and sees that all processes reach it; nothing is written yet."""
     directory = epath.Path(config.output_dir).expanduser()
-    if runtime.is_main_process():
-        with reading(directory):
+    probe = directory / ".reached"
+    with reading(directory):
+        if runtime.is_main_process():
             if is_local(directory):
                 directory.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(directory / "config.yaml", config.to_yaml())
-    runtime.wait_for_all("output_dir")
-    if not all_processes((directory / "config.yaml").exists()):
+            probe.write_text("")
+        runtime.wait_for_all("output_dir")
+        is_reached = all_processes(probe.exists())
+        if runtime.is_main_process():
+            probe.unlink()
+    if not is_reached:
         raise ValueError(
             f"output_dir: expected a directory that all {jax.process_count()} processes can reach, "
             f"got {directory}, where some of them do not see what process 0 wrote; use gs://... "

@@ -94,6 +94,19 @@ def test_one_prompt_is_streamed_through_the_template(run, api, directory):
     assert out != api("hello").texts[0] + "\n"
 
 
+def test_prompts_behind_flags(run, directory):
+    """Wherever a flag stands, the prompts are the same."""
+    lines = [
+        [json.loads(line) for line in run(directory, *words, *COMMON)[1].splitlines()]
+        for words in (
+            ("hello", "there", "--raw", "--json"),
+            ("--raw", "hello", "--json", "there"),
+        )
+    ]
+    told = [[(line["prompt"], line["tokens"]) for line in every] for every in lines]
+    assert told[0] == told[1] and [prompt for prompt, _ in told[0]] == ["hello", "there"]
+
+
 def test_raw_policy_and_stats(run, api, directory):
     policy = swaa.AttentionPolicy(window=4, num_sink_tokens=2, decode="full")
     code, out, err = run(

@@ -83,6 +83,7 @@ def test_a_checkpoint_of_another_run(inputs, tmp_path, capsys):
     capsys.readouterr()
     assert run(inputs, tmp_path, *short, "lora.rank=3", "policy.window=9") == 2
     line = error(capsys)
+    assert TrainConfig.load(tmp_path / "out" / "config.yaml").lora.rank == 2  # as it ran
     assert "lora.rank was 2 and is 3" in line
     assert "policy.window was 8 and is 9" in line
     other = tmp_path / "other"

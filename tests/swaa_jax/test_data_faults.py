@@ -357,6 +357,23 @@ def test_unused_columns_are_named_when_the_cache_is_read_too(tmp_path, caplog):
         assert "columns that are not used: 'source'" in caplog.text
 
 
+def test_fault_12_a_thought_behind_a_closed_one_is_refused():
+    tok, off = build("qwen3"), {"enable_thinking": False}
+    thought = {"messages": [USER, {**REPLY, "content": "<think>\nHm\n</think>\n\nYo"}]}
+    with pytest.raises(DataError, match="record 0: expected an answer without a thought"):
+        samples_of(tok, thought, answers="verbatim", chat_template_kwargs=off)
+    asked = {"messages": [{**USER, "content": "What is </think>"}, REPLY]}
+    samples_of(tok, asked, answers="verbatim", chat_template_kwargs=off)
+
+
+def test_columns_of_which_a_letter_is_wrong_are_told_with_the_right_one(caplog):
+    tok = build("qwen2.5")
+    with pytest.raises(DataError, match=r"got the columns 'promt', 'response'.*mean 'prompt'"):
+        samples_of(tok, {"promt": "Q", "response": "A"})
+    samples_of(tok, {"prompt": "Q", "response": "A", "sytem": "S"})
+    assert "columns that are not used: 'sytem' (did you mean 'system'?)" in caplog.text
+
+
 def test_fault_04_keys_of_messages_are_named_when_the_cache_is_read_too(tmp_path, caplog):
     records = [
         {"messages": [{**USER, "mood": "calm"}, {**REPLY, "mood": number}]} for number in range(3)

@@ -283,6 +283,23 @@ def test_fault_02_an_override_that_changes_nothing_is_refused(
         swaa.load_model(tmp_path, dtype="float32", config_overrides=overrides)
 
 
+def test_fault_02_overrides_of_windows_do_not_lose_to_the_saved_policy(tmp_path):
+    overrides = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+    told = r"sliding_window: expected none, .*attention_policy.json \(full\).* got 8; give a policy"
+    with pytest.raises(ValueError, match=told):
+        swaa.load_model("tiny-retriever", config_overrides=overrides)
+    with pytest.raises(ValueError, match=told):
+        convert_checkpoint("tiny-retriever", tmp_path / "out", config_overrides=overrides)
+    both = swaa.load_model("tiny-retriever", config_overrides=overrides, policy="window=8")
+    assert both.config.own == both.policy
+
+
+@pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id", "pad_token_id"])
+def test_fault_05_an_override_of_a_token_that_the_model_lacks(name):
+    with pytest.raises(ValueError, match=f"{name}: expected ids below vocab_size=2304, got 99999"):
+        swaa.load_model("tiny-retriever", config_overrides={name: 99999})
+
+
 @pytest.mark.parametrize("how", ["load", "save_model", "convert"])
 def test_fault_05_a_token_that_an_override_makes_the_last_ends_answers(how, tmp_path):
     """The generation config, which goes before the config, says another."""

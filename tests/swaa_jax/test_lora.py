@@ -13,6 +13,7 @@ from flax import nnx
 import swaa_jax as swaa
 from swaa_jax import lora, sharding
 from swaa_jax.models import model_from_config
+from swaa_jax.storage import CheckpointError
 from tests.support.random_models import HF_CONFIG, random_model
 
 EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -385,3 +386,20 @@ def test_an_exclusion_that_excludes_nothing_is_told(caplog):
         swaa.add_lora(random_model(num_hidden_layers=1), config, rngs=nnx.Rngs(0))
         said = " ".join(one.getMessage() for one in caplog.records)
         assert told in said and bool(said) == bool(told)
+
+
+def test_adapters_are_not_taken_for_a_model(tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    for load in (swaa.load_model, swaa.load_tokenizer):
+        with pytest.raises(CheckpointError, match="expected a model, got adapters alone"):
+            load(tmp_path)
+
+
+def test_exclusions_beside_the_targets_and_no_layers_at_all(caplog):
+    model = random_model()
+    config = lora.LoraConfig(target_modules=("q_proj",), exclude_modules=("o_proj",))
+    lora.add_lora(model, config, rngs=nnx.Rngs(0))
+    assert "expected some of the target modules, got 'o_proj'" in caplog.text
+    with pytest.raises(ValueError, match="layers_to_transform: expected at least one layer"):
+        lora.LoraConfig(layers_to_transform=[])
