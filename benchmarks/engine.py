@@ -2,8 +2,9 @@
 
 A Qwen3-4B-shaped model with random weights, in bfloat16, greedy. Three cases:
 
-- mixed: 32 requests of 512 to 8,192 tokens with 128 new ones each, under full attention. The rate
-  is new tokens a second of the whole, prompts included. The peer is `generate_batch`.
+- mixed: 32 requests of 512 to 8,192 tokens, as many between two lengths as between twice those,
+  with 128 new ones each, under full attention. The rate is new tokens a second of the whole,
+  prompts included. The peer is `generate_batch`.
 - million: one prompt of a million tokens under window 2048 and 10 sinks. Prompt tokens a second.
 - batch: 16 prompts of 128k tokens, 512 new ones each, under the same window. Prompt and new tokens
   a second, as the paper counts (arXiv 2512.10411, table 5: vLLM, 30.7k tokens a second).
@@ -21,6 +22,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -99,9 +102,8 @@ def case_of(case: str, *, smoke: bool) -> tuple[list[int], int, str]:
     """Lengths of the prompts, new tokens of each, and the policy."""
     if case == "mixed":
         shortest, longest = (16, 256) if smoke else (512, 8192)
-        step = (longest - shortest) / 31
-        lengths = [round(shortest + step * number) for number in range(32)]
-        return lengths[::2] + lengths[1::2][::-1], 4 if smoke else 128, "full"
+        lengths = np.geomspace(shortest, longest, 32).round().astype(int)
+        return np.random.default_rng(0).permutation(lengths).tolist(), 4 if smoke else 128, "full"
     policy = "window=64,sinks=10" if smoke else WINDOW
     if case == "million":
         return [5_000 if smoke else 1_000_000], 4 if smoke else 32, policy
@@ -121,8 +123,6 @@ def config_of(*, smoke: bool) -> dict[str, Any]:
 
 def prompts_of(lengths: Sequence[int], vocab: int) -> list[list[int]]:
     """Random tokens."""
-    import numpy as np
-
     rng = np.random.default_rng(0)
     return [rng.integers(0, vocab, length).tolist() for length in lengths]
 
