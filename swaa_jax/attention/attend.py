@@ -281,11 +281,11 @@ def _attend_slots(
         num_sink_tokens=layer.num_sink_tokens,
         **options.for_kernel(),
     )
-    num_new, is_paged = new.q.shape[1], isinstance(cache, PagedCache)
+    num_new = new.q.shape[1]
     positions = new.pos_B[:, None] + jnp.arange(num_new, dtype=jnp.int32)[None, :]
     per_row = {"q_positions": positions}
     arrays = [new.q, cache.k, cache.v]
-    if is_paged:
+    if isinstance(cache, PagedCache):
         held_B = new.pos_B + (num_new if new.lengths is None else new.lengths)
         per_row |= {"cache_positions": cache.positions(held_B), "page_table": cache.pages}
     else:
@@ -299,7 +299,8 @@ def _attend_slots(
         new_kv = dict(zip(("new_k", "new_v"), apart, strict=False))
         return kernel(q, cache_k, cache_v, **new_kv, **per_row)
 
-    run = _sharded(on_shard, options.mesh, num_kv_heads=new.k.shape[2], whole_rows=is_paged)
+    whole_rows = isinstance(cache, PagedCache)
+    run = _sharded(on_shard, options.mesh, num_kv_heads=new.k.shape[2], whole_rows=whole_rows)
     return run(*arrays, per_row)
 
 
