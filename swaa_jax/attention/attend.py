@@ -167,8 +167,8 @@ def attend_cached(
 ) -> tuple[Float[Array, "B n N H"], LayerCache]:
     """Attention of n new tokens a row to the cache and to one another, and the cache with them.
 
-    Pages are written first and hold the new tokens, too. A ring is attended to before it is
-    written, so that early rows lose nothing to late ones::
+    Pages are written first and hold the new tokens, too, and so is a ring with a single one. With
+    more a ring is attended to before it is written, so that early rows lose nothing to late ones::
 
         cached   [sinks|window]           few tokens: each sees its part of the slots, in place
         new               + [n tokens]
@@ -240,12 +240,20 @@ def attend_cached(
     new = _New(q=q, k=k, v=v, pos_B=pos_B, lengths=lengths, q_full=q_full)
     if q.shape[1] > MAX_DECODE_TOKENS:
         return _attend_chunk(new, cache, layer, options)
-    if isinstance(cache, PagedCache):
-        # Written first: a loop reads the pool, and XLA would copy what is written behind its back.
+    if _is_written_first(cache, q.shape[1]):
         grown = _written(cache, new, options.mesh)
         return _attend_slots(new, grown, layer, options), grown
     out = _attend_slots(new, cache, layer, options)
     return out, _written(cache, new, options.mesh)
+
+
+def _is_written_first(cache: FullCache | PagedCache | RingCache, num_new: int) -> bool:
+    """Whether new tokens are read from the cache, so that the write comes before all reads.
+
+    XLA copies an array that is written in a loop unless its order follows from the data. In a ring
+    a single token takes the place of one that it does not see; more would lose what early ones see.
+    """
+    return isinstance(cache, PagedCache) or (isinstance(cache, RingCache) and num_new == 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -273,7 +281,7 @@ def _attend_slots(
 ) -> Float[Array, "B n N H"]:
     """A few tokens: the cache is read in place, each slot by the position that it holds.
 
-    Pages hold the new tokens already; other caches do not.
+    Pages, and rings that were given one token, hold the new tokens already.
     """
     kernel = functools.partial(
         swa_decode,
@@ -284,13 +292,14 @@ def _attend_slots(
     num_new = new.q.shape[1]
     positions = new.pos_B[:, None] + jnp.arange(num_new, dtype=jnp.int32)[None, :]
     per_row = {"q_positions": positions}
-    arrays = [new.q, cache.k, cache.v]
-    if isinstance(cache, PagedCache):
-        held_B = new.pos_B + (num_new if new.lengths is None else new.lengths)
-        per_row |= {"cache_positions": cache.positions(held_B), "page_table": cache.pages}
+    arrays, held_B = [new.q, cache.k, cache.v], new.pos_B
+    if _is_written_first(cache, num_new):
+        held_B = held_B + (num_new if new.lengths is None else new.lengths)
     else:
-        per_row["cache_positions"] = cache.positions(new.pos_B)
         arrays += [new.k, new.v]
+    per_row["cache_positions"] = cache.positions(held_B)
+    if isinstance(cache, PagedCache):
+        per_row["page_table"] = cache.pages
     if new.q_full is not None:
         per_row["q_full"] = new.q_full
 

@@ -111,26 +111,34 @@ def test_pages_equal_full_caches_in_a_model(policy):
     np.testing.assert_array_equal(both[1].pos_B - lengths, [5, 4, 5])
 
 
-def test_decoding_step_by_step_copies_no_pool():
-    """A loop of steps writes the pool where it lies; a copy would cost more than what is read."""
-    shape = (NUM_PAGES, 32, 2, 16)
-    table = jnp.arange(NUM_PAGES, dtype=jnp.int32).reshape(3, 3)
+@pytest.mark.parametrize("kind", ("pages", "ring"))
+def test_decoding_step_by_step_copies_no_cache(kind):
+    """A loop of steps writes a cache where it lies; a copy would cost more than what is read."""
+    layer = LayerAttention()
+    cache = PagedCache(
+        **{name: jnp.zeros((NUM_PAGES, 32, 2, 16)) for name in "kv"},
+        table=jnp.arange(NUM_PAGES, dtype=jnp.int32).reshape(3, 3),
+    )
+    if kind == "ring":
+        layer = LayerAttention(window=70, num_sink_tokens=3)
+        cache = RingCache(
+            **{name: jnp.zeros((3, 73, 2, 16)) for name in "kv"},
+            slot_positions=jnp.full((3, 73), EMPTY),
+            num_sink_tokens=3,
+        )
 
-    def steps(k, v, x, pos_B):
+    def steps(cache, x, pos_B):
         def one(number, carry):
             cache, x = carry
             kv = x[:, :, :2]
-            out, grown = attend_cached(
-                x, kv, kv, cache, layer=LayerAttention(), pos_B=pos_B + number
-            )
+            out, grown = attend_cached(x, kv, kv, cache, layer=layer, pos_B=pos_B + number)
             return grown, out
 
-        cache = PagedCache(k=k, v=v, table=table)
         return jax.lax.fori_loop(0, 5, one, (cache, x))
 
-    pool, x = jnp.zeros(shape), jnp.ones((3, 1, 4, 16))
-    run = jax.jit(steps, donate_argnums=(0, 1))
-    text = run.lower(pool, pool + 1, x, jnp.array([0, 40, 90])).compile().as_text()
-    of_pool = re.escape("f32[" + ",".join(map(str, shape)) + "]")
-    assert re.search(of_pool + r"\S* parameter", text)
-    assert not re.findall(of_pool + r"\S* copy\(", text)
+    run = jax.jit(steps, donate_argnums=0)
+    lowered = run.lower(cache, jnp.ones((3, 1, 4, 16)), jnp.array([0, 40, 90]))
+    text = lowered.compile().as_text()
+    of_cache = re.escape("f32[" + ",".join(map(str, cache.k.shape)) + "]")
+    assert re.search(of_cache + r"\S* parameter", text)
+    assert not re.findall(of_cache + r"\S* copy\(", text)
