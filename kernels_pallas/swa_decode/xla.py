@@ -1,6 +1,7 @@
 """The ``xla`` backend of decoding: scores of cache and new tokens apart, one softmax over both."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -9,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.backends import Target, no_limits
-from kernels_pallas.layout import pad_end, precision_of
+from kernels_pallas.layout import pad_end, precision_of, round_up
 from kernels_pallas.swa_decode.arguments import DecodeArguments
 
 # (q [B, n, K, G, H], k [B, S, K, H]) -> q.k, float32 [B, K, G, n, S]
@@ -20,8 +21,34 @@ Values = Callable[[Array, Array], Array]
 
 limits = no_limits
 
-_STEP_SLOTS = {"cpu": 256}
-"""Slots of a row that are read at a time where they are pages, by platform; elsewhere 2048."""
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Reading:
+    """How pages are read, by platform.
+
+    Attributes:
+        unit_slots: slots of a row that have sums of their own; more for rows with room for over 64
+            such units, since the sums of all are kept.
+        step_slots: slots of all rows that are copied out of the pool at a time, at least.
+        step_slots_a_row: as many for each row, if that is more.
+    """
+
+    unit_slots: int
+    step_slots: int
+    step_slots_a_row: int
+
+    def sizes(self, page_table: Int[Array, "B M"], page_slots: int) -> tuple[int, int]:
+        """Pages of a unit, and units of a step."""
+        num_rows, num_pages = page_table.shape
+        unit_slots = max(self.unit_slots, num_pages * page_slots // 64)
+        unit_pages = min(max(1, unit_slots // page_slots), num_pages)
+        step_slots = max(self.step_slots, num_rows * self.step_slots_a_row)
+        num_units = num_rows * -(-num_pages // unit_pages)
+        return unit_pages, min(max(1, step_slots // (unit_pages * page_slots)), num_units)
+
+
+_READING = {"cpu": _Reading(unit_slots=256, step_slots=256, step_slots_a_row=256)}
+_READING_ELSEWHERE = _Reading(unit_slots=512, step_slots=16384, step_slots_a_row=1024)
 
 _LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)
 """Below every score, and finite: exp(-inf - _LOWEST) is 0 where exp(-inf + inf) would be NaN."""
@@ -65,78 +92,122 @@ def compute(arguments: DecodeArguments) -> Float[Array, "B n N H"]:
 def _attend_to_pages(
     arguments: DecodeArguments, page_table: Int[Array, "B M"]
 ) -> Float[Array, "B n N H"]:
-    """The new tokens, then some pages of every row at a time, in a running softmax.
+    """Attention to the new tokens, and to those units (some pages of a row) that are seen.
 
     ::
 
-        row 0   [ page 7 | page 2 | page 9 |   -    ]     a step copies these out of the pool
-        row 1   [ page 4 |   -    |   -    |   -    ]
-                <---- step 0 ----> <---- step 1 ---->     none after the last that a row needs
+        row 0   [ page 7  page 2 | page 9    -   |   -      -  ]     units 0 and 1 of row 0
+        row 1   [ page 4    -    |   -      -    |   -      -  ]     unit 0 of row 1
+        row 2   [   -       -    |   -      -    |   -      -  ]
+        list    0:0  0:1 | 1:0   .                                   steps of two units
 
-    A step in which a row sees nothing leaves its sums as they are, to the bit; one in which no row
-    sees anything, outside all windows, is left out.
+    Work follows what the rows hold together, not the longest of them. A step copies its units out
+    of the pool, all at once, and each has a softmax of its own; those of a row are joined at the
+    end, in order of position, with that of the new tokens. What a unit gives does not depend on the
+    others in its step.
     """
     q, platform = arguments.q, (arguments.target or Target.here()).platform
-    step_pages = max(1, _STEP_SLOTS.get(platform, 2048) // arguments.cache_k.shape[1])
-    pages_in_step = min(step_pages, page_table.shape[1])
-    num_new, q_BnKGH = q.shape[1], _by_kv_head(arguments)
-    score, gather = _products(num_new, platform=platform)
-    page_table = pad_end(page_table, -page_table.shape[1] % pages_in_step, axis=1)
-    num_slots = page_table.shape[1] * arguments.cache_k.shape[1]
-    missing = num_slots - arguments.num_slots
+    num_rows, page_slots = q.shape[0], arguments.cache_k.shape[1]
+    reading = _READING.get(platform, _READING_ELSEWHERE)
+    unit_pages, step_units = reading.sizes(page_table, page_slots)
+    page_table = pad_end(page_table, -page_table.shape[1] % unit_pages, axis=1)
+    pages_BUp = page_table.reshape(num_rows, -1, unit_pages)
+    missing = page_table.shape[1] * page_slots - arguments.num_slots
     mask_BnS = pad_end(arguments.mask(arguments.cache_positions), missing, axis=2)
-    step_slots = pages_in_step * arguments.cache_k.shape[1]
-    is_needed = jnp.any(mask_BnS.reshape(-1, num_slots // step_slots, step_slots), axis=(0, 2))
-    num_steps = jnp.max(jnp.where(is_needed, jnp.arange(1, is_needed.shape[0] + 1), 0))
+    mask_BnUs = mask_BnS.reshape(*mask_BnS.shape[:2], -1, unit_pages * page_slots)
+    is_needed_BU = jnp.any(mask_BnUs, axis=(1, 3))
+    num_units = is_needed_BU.size
+    capacity = round_up(num_units, step_units)
+    listed = jnp.nonzero(jnp.ravel(is_needed_BU), size=capacity, fill_value=num_units)[0]
+    place_BU = jnp.cumsum(jnp.ravel(is_needed_BU)).reshape(is_needed_BU.shape) - 1
+    q_BnKGH = _by_kv_head(arguments)
+    attend = functools.partial(
+        _attend_apart, arguments, products=_products(q.shape[1], platform=platform)
+    )
 
-    def add(sums: _Sums, k: Array, v: Array, mask_BnS: Array) -> _Sums:
-        scores = _scores(arguments, score(q_BnKGH, k), mask_BnS)
-        largest_BKGn = jnp.maximum(sums.largest_BKGn, jnp.max(scores, axis=-1))
-        weights = jnp.exp(scores - largest_BKGn[..., None])
-        shrink_BKGn = jnp.exp(sums.largest_BKGn - largest_BKGn)
-        seen_BS11 = jnp.any(mask_BnS, axis=1)[:, :, None, None]
-        gathered = gather(weights, jnp.where(seen_BS11, v, 0))
-        return _Sums(
-            largest_BKGn=largest_BKGn,
-            total_BKGn=shrink_BKGn * sums.total_BKGn + jnp.sum(weights, axis=-1),
-            out_BnKGH=shrink_BKGn.transpose(0, 3, 1, 2)[..., None] * sums.out_BnKGH + gathered,
-        )
-
-    def read(step: Array, sums: _Sums) -> _Sums:
-        pages = lax.dynamic_slice_in_dim(page_table, step * pages_in_step, pages_in_step, axis=1)
-        mask = lax.dynamic_slice_in_dim(mask_BnS, step * step_slots, step_slots, axis=2)
+    def step(number: Array, sums: _Sums) -> _Sums:
+        first = number * step_units
+        unit = lax.dynamic_slice_in_dim(listed, first, step_units)
+        is_real = (unit < num_units)[:, None, None]
+        row, column = jnp.divmod(jnp.minimum(unit, num_units - 1), is_needed_BU.shape[1])
+        pages = pages_BUp[row, column]
         k, v = (
-            x[pages].reshape(q.shape[0], step_slots, *x.shape[2:])
+            x[pages].reshape(step_units, -1, *x.shape[2:])
             for x in (arguments.cache_k, arguments.cache_v)
         )
-        return add(sums, k, v, mask)
+        new = attend(q_BnKGH[row], k, v, is_real & mask_BnUs[row, :, column])
+        return jax.tree.map(
+            lambda x, some: lax.dynamic_update_slice_in_dim(x, some, first, axis=0), sums, new
+        )
 
-    def one_step(step: Array, sums: _Sums) -> _Sums:
-        return lax.cond(is_needed[step], read, lambda _, sums: sums, step, sums)
+    _, num_new, num_kv_heads, num_groups, head_dim = q_BnKGH.shape
+    per_query = (num_kv_heads, num_groups, num_new)
+    sums = lax.fori_loop(
+        0,
+        -(-jnp.sum(is_needed_BU) // step_units),
+        step,
+        _Sums(
+            largest_BKGn=jnp.zeros((capacity, *per_query)),
+            total_BKGn=jnp.zeros((capacity, *per_query)),
+            out_BnKGH=jnp.zeros((capacity, num_new, num_kv_heads, num_groups, head_dim)),
+        ),
+    )
 
-    num_batch, _, num_kv_heads, num_groups, _ = q_BnKGH.shape
-    per_query = (num_batch, num_kv_heads, num_groups, num_new)
-    sums = _Sums(
-        largest_BKGn=jnp.full(per_query, _LOWEST),
-        total_BKGn=jnp.zeros(per_query),
-        out_BnKGH=jnp.zeros(q_BnKGH.shape),
+    def of_rows(x: Array, nothing: float) -> Array:
+        """Sums of each row's units; the rows come second."""
+        needed_UB = is_needed_BU.T.reshape(*is_needed_BU.T.shape, *(1,) * (x.ndim - 1))
+        return jnp.where(needed_UB, x[place_BU.T], nothing)
+
+    parts = _Sums(
+        largest_BKGn=of_rows(sums.largest_BKGn, _LOWEST),
+        total_BKGn=of_rows(sums.total_BKGn, 0),
+        out_BnKGH=of_rows(sums.out_BnKGH, 0),
     )
     if arguments.new_k is not None and arguments.new_v is not None:
-        sums = add(sums, arguments.new_k, arguments.new_v, arguments.mask(arguments.q_positions))
-    sums = lax.fori_loop(0, num_steps, one_step, sums)
-    total_BKGn = jnp.where(sums.total_BKGn > 0, sums.total_BKGn, 1)
-    out_BnKGH = sums.out_BnKGH / total_BKGn.transpose(0, 3, 1, 2)[..., None]
-    return out_BnKGH.reshape(q.shape).astype(q.dtype)
+        mask = arguments.mask(arguments.q_positions)
+        new = attend(q_BnKGH, arguments.new_k, arguments.new_v, mask)
+        parts = jax.tree.map(lambda x, one: jnp.concatenate([x, one[None]]), parts, new)
+    return _joined(parts).reshape(q.shape).astype(q.dtype)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Sums:
-    """A softmax on its way: the largest score, the sum of weights, that of weighted values."""
+    """A softmax over some keys: the largest score, the sum of weights, that of weighted values."""
 
-    largest_BKGn: Float[Array, "B K G n"]
-    total_BKGn: Float[Array, "B K G n"]
-    out_BnKGH: Float[Array, "B n K G H"]
+    largest_BKGn: Float[Array, "*parts B K G n"]
+    total_BKGn: Float[Array, "*parts B K G n"]
+    out_BnKGH: Float[Array, "*parts B n K G H"]
+
+
+def _attend_apart(
+    arguments: DecodeArguments,
+    q_BnKGH: Float[Array, "B n K G H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask_BnS: Bool[Array, "B n S"],
+    *,
+    products: tuple[Scores, Values],
+) -> _Sums:
+    """Attention to these keys alone, not divided by the weights' sum."""
+    score, gather = products
+    scores = _scores(arguments, score(q_BnKGH, k), mask_BnS)
+    largest_BKGn = jnp.maximum(jnp.max(scores, axis=-1), _LOWEST)
+    weights = jnp.exp(scores - largest_BKGn[..., None])
+    seen_BS11 = jnp.any(mask_BnS, axis=1)[:, :, None, None]
+    return _Sums(
+        largest_BKGn=largest_BKGn,
+        total_BKGn=jnp.sum(weights, axis=-1),
+        out_BnKGH=gather(weights, jnp.where(seen_BS11, v, 0)),
+    )
+
+
+def _joined(parts: _Sums) -> Float[Array, "B n K G H"]:
+    """One softmax over the keys of all parts, which come first."""
+    shares = jnp.exp(parts.largest_BKGn - jnp.max(parts.largest_BKGn, axis=0))
+    total_BKGn = jnp.sum(shares * parts.total_BKGn, axis=0)
+    shares = shares / jnp.where(total_BKGn > 0, total_BKGn, 1)
+    return jnp.sum(jnp.moveaxis(shares, -1, -3)[..., None] * parts.out_BnKGH, axis=0)
 
 
 def _by_kv_head(arguments: DecodeArguments) -> Float[Array, "B n K G H"]:

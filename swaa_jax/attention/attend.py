@@ -165,9 +165,10 @@ def attend_cached(
     prompt_lengths: Int[Array, " B"] | None = None,
     options: AttentionOptions = DEFAULT_OPTIONS,
 ) -> tuple[Float[Array, "B n N H"], LayerCache]:
-    """Attention of n new tokens a row to the cache and to one another, then the cache with them.
+    """Attention of n new tokens a row to the cache and to one another, and the cache with them.
 
-    A ring is attended to before it is written, so that early rows lose nothing to late ones::
+    Pages are written first and hold the new tokens, too, and so is a ring with a single one. With
+    more a ring is attended to before it is written, so that early rows lose nothing to late ones::
 
         cached   [sinks|window]           few tokens: each sees its part of the slots, in place
         new               + [n tokens]
@@ -239,8 +240,20 @@ def attend_cached(
     new = _New(q=q, k=k, v=v, pos_B=pos_B, lengths=lengths, q_full=q_full)
     if q.shape[1] > MAX_DECODE_TOKENS:
         return _attend_chunk(new, cache, layer, options)
+    if _is_written_first(cache, q.shape[1]):
+        grown = _written(cache, new, options.mesh)
+        return _attend_slots(new, grown, layer, options), grown
     out = _attend_slots(new, cache, layer, options)
     return out, _written(cache, new, options.mesh)
+
+
+def _is_written_first(cache: FullCache | PagedCache | RingCache, num_new: int) -> bool:
+    """Whether new tokens are read from the cache, so that the write comes before all reads.
+
+    XLA copies an array that is written in a loop unless its order follows from the data. In a ring
+    a single token takes the place of one that it does not see; more would lose what early ones see.
+    """
+    return isinstance(cache, PagedCache) or (isinstance(cache, RingCache) and num_new == 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,33 +279,38 @@ def _attend_slots(
     layer: LayerAttention,
     options: AttentionOptions,
 ) -> Float[Array, "B n N H"]:
-    """A few tokens: the cache is read in place, each slot by the position that it holds."""
+    """A few tokens: the cache is read in place, each slot by the position that it holds.
+
+    Pages, and rings that were given one token, hold the new tokens already.
+    """
     kernel = functools.partial(
         swa_decode,
         window=layer.window,
         num_sink_tokens=layer.num_sink_tokens,
         **options.for_kernel(),
     )
-    positions = new.pos_B[:, None] + jnp.arange(new.q.shape[1], dtype=jnp.int32)[None, :]
-    per_row = {"q_positions": positions, "cache_positions": cache.positions(new.pos_B)}
+    num_new = new.q.shape[1]
+    positions = new.pos_B[:, None] + jnp.arange(num_new, dtype=jnp.int32)[None, :]
+    per_row = {"q_positions": positions}
+    arrays, held_B = [new.q, cache.k, cache.v], new.pos_B
+    if _is_written_first(cache, num_new):
+        held_B = held_B + (num_new if new.lengths is None else new.lengths)
+    else:
+        arrays += [new.k, new.v]
+    per_row["cache_positions"] = cache.positions(held_B)
+    if isinstance(cache, PagedCache):
+        per_row["page_table"] = cache.pages
     if new.q_full is not None:
         per_row["q_full"] = new.q_full
-    is_paged = isinstance(cache, PagedCache)
-    if is_paged:
-        per_row["page_table"] = cache.pages
 
-    def on_shard(
-        q: Array,
-        cache_k: Array,
-        cache_v: Array,
-        new_k: Array,
-        new_v: Array,
-        per_row: dict[str, Any],
-    ) -> Any:
-        return kernel(q, cache_k, cache_v, new_k=new_k, new_v=new_v, **per_row)
+    def on_shard(q: Array, cache_k: Array, cache_v: Array, *rest: Any) -> Any:
+        *apart, per_row = rest
+        new_kv = dict(zip(("new_k", "new_v"), apart, strict=False))
+        return kernel(q, cache_k, cache_v, **new_kv, **per_row)
 
-    run = _sharded(on_shard, options.mesh, num_kv_heads=new.k.shape[2], whole_rows=is_paged)
-    return run(new.q, cache.k, cache.v, new.k, new.v, per_row)
+    whole_rows = isinstance(cache, PagedCache)
+    run = _sharded(on_shard, options.mesh, num_kv_heads=new.k.shape[2], whole_rows=whole_rows)
+    return run(*arrays, per_row)
 
 
 def attend_stream(

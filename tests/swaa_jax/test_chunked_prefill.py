@@ -1,6 +1,8 @@
 """Prompts read in chunks equal prompts read whole: logits, and what is decoded from the caches."""
 
+import dataclasses
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,11 @@ import numpy as np
 import pytest
 
 import swaa_jax as swaa
-from swaa_jax.attention import RingCache, recast_caches
+from kernels_pallas import Target
+from kernels_pallas.backends import choose_backend
+from kernels_pallas.swa_prefill.arguments import AttentionOutput
+from swaa_jax.attention import FullCache, PagedCache, RingCache, attend_cached, recast_caches
+from swaa_jax.policy import LayerAttention
 from tests.support.random_models import HF_CONFIG, random_model
 
 LENGTHS = np.array([23, 64, 1, 30])
@@ -106,3 +112,46 @@ def check(model, chunk):
     np.testing.assert_allclose(
         decode(answers, caches)[0], decode(answers, want_caches)[0], rtol=2e-5, atol=2e-5
     )
+
+
+GPU = Target(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
+
+
+@pytest.mark.parametrize("kind", ("full", "pages", "ring", "ring with a tail"))
+def test_chunks_are_cudnn_s_on_a_gpu(kind, monkeypatch):
+    """What a chunk asks for in bfloat16 is within cuDNN's limits, whatever is cached and how."""
+    chosen = []
+
+    def compute(op, choice, arguments):
+        chosen.append(choose_backend(op, choice, dataclasses.replace(arguments, target=GPU)))
+        return AttentionOutput(out=arguments.q, lse=jnp.zeros(arguments.q.shape[:3]))
+
+    monkeypatch.setattr(
+        importlib.import_module("kernels_pallas.swa_prefill.api"), "compute", compute
+    )
+
+    def array(*shape):
+        return jnp.zeros(shape, jnp.bfloat16)
+
+    layer = LayerAttention(window=40, num_sink_tokens=4)
+    cache = FullCache(k=array(2, 128, 2, 16), v=array(2, 128, 2, 16))
+    if kind in ("full", "pages"):
+        layer = LayerAttention()
+    elif kind == "full with a tail":  # its prompt's last tokens see everything
+        layer = dataclasses.replace(layer, full_attention_tail=5)
+    else:
+        ring = array(2, 44, 2, 16)
+        held = jnp.full((2, 44), -1)
+        cache = RingCache(k=ring, v=ring, slot_positions=held, num_sink_tokens=4)
+    if kind == "pages":
+        pool, table = array(9, 32, 2, 16), jnp.arange(8).reshape(2, 4)
+        cache = PagedCache(k=pool, v=pool, table=table)
+
+    def run(cache):
+        q, k = array(2, 32, 4, 16), array(2, 32, 2, 16)
+        rows = {"pos_B": jnp.array([0, 64]), "prompt_lengths": jnp.array([20, 96])}
+        stages = jnp.full((2, 32), swaa.Stage.PROMPT, jnp.int32)
+        return attend_cached(q, k, k, cache, layer=layer, stage_ids=stages, **rows)
+
+    jax.eval_shape(run, cache)
+    assert chosen == ["cudnn"]

@@ -1,6 +1,7 @@
 """Pages of a pool equal full caches: what is written, read in chunks, and decoded."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import swaa_jax as swaa
-from swaa_jax.attention import EMPTY, Caches, FullCache, PagedCache, RingCache
+from swaa_jax.attention import EMPTY, Caches, FullCache, PagedCache, RingCache, attend_cached
+from swaa_jax.policy import LayerAttention
 from tests.support.random_models import HF_CONFIG, random_model
 
 PAGE, NUM_PAGES, COLUMNS = 4, 9, 3
@@ -107,3 +109,36 @@ def test_pages_equal_full_caches_in_a_model(policy):
         got, want = (np.asarray(logits)[rows] for logits, _ in reversed(steps))
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
     np.testing.assert_array_equal(both[1].pos_B - lengths, [5, 4, 5])
+
+
+@pytest.mark.parametrize("kind", ("pages", "ring"))
+def test_decoding_step_by_step_copies_no_cache(kind):
+    """A loop of steps writes a cache where it lies; a copy would cost more than what is read."""
+    layer = LayerAttention()
+    cache = PagedCache(
+        **{name: jnp.zeros((NUM_PAGES, 32, 2, 16)) for name in "kv"},
+        table=jnp.arange(NUM_PAGES, dtype=jnp.int32).reshape(3, 3),
+    )
+    if kind == "ring":
+        layer = LayerAttention(window=70, num_sink_tokens=3)
+        cache = RingCache(
+            **{name: jnp.zeros((3, 73, 2, 16)) for name in "kv"},
+            slot_positions=jnp.full((3, 73), EMPTY),
+            num_sink_tokens=3,
+        )
+
+    def steps(cache, x, pos_B):
+        def one(number, carry):
+            cache, x = carry
+            kv = x[:, :, :2]
+            out, grown = attend_cached(x, kv, kv, cache, layer=layer, pos_B=pos_B + number)
+            return grown, out
+
+        return jax.lax.fori_loop(0, 5, one, (cache, x))
+
+    run = jax.jit(steps, donate_argnums=0)
+    lowered = run.lower(cache, jnp.ones((3, 1, 4, 16)), jnp.array([0, 40, 90]))
+    text = lowered.compile().as_text()
+    of_cache = re.escape("f32[" + ",".join(map(str, cache.k.shape)) + "]")
+    assert re.search(of_cache + r"\S* parameter", text)
+    assert not re.findall(of_cache + r"\S* copy\(", text)

@@ -40,19 +40,22 @@ def paged(rows, lengths, *, num_pages, seed=0):
 
 
 @functools.cache
-def compiled(backend, window, sinks, softcap):
+def compiled(backend, window, sinks, softcap, unit=PAGE, step=2 * PAGE):
+    reading = xla._Reading(unit_slots=unit, step_slots=step, step_slots_a_row=0)
+
     def run(q, cache, new, **drawn):
-        return run_decode(
-            q,
-            *cache,
-            new_k=new[0],
-            new_v=new[1],
-            window=window,
-            num_sink_tokens=sinks,
-            softcap=softcap,
-            backend=backend,
-            **drawn,
-        )
+        with mock.patch.object(xla, "_READING", {"cpu": reading}):
+            return run_decode(
+                q,
+                *cache,
+                new_k=new[0],
+                new_v=new[1],
+                window=window,
+                num_sink_tokens=sinks,
+                softcap=softcap,
+                backend=backend,
+                **drawn,
+            )
 
     return jax.jit(run)
 
@@ -61,10 +64,22 @@ def compiled(backend, window, sinks, softcap):
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_against_loop(name, backend, lengths, window, sinks, monkeypatch):
-    monkeypatch.setattr(xla, "_STEP_SLOTS", {"cpu": 2 * PAGE})
+def test_against_loop(name, backend, lengths, window, sinks):
+    assert_equals_loop(name, LENGTHS[lengths], backend, window, sinks)
+
+
+@pytest.mark.parametrize("window, sinks", [(None, 0), (7, 2)])
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("unit, step", [(PAGE, 3 * PAGE), (3 * PAGE, PAGE), (2 * PAGE, 99 * PAGE)])
+@pytest.mark.parametrize("name", ("one_token", "block"))
+def test_units_and_steps_of_any_size(name, unit, step, lengths, window, sinks):
+    """A list that no number of steps fills; units that are not whole rows; one step for all."""
+    assert_equals_loop(name, LENGTHS[lengths], "xla", window, sinks, unit=unit, step=step)
+
+
+def assert_equals_loop(name, lengths, backend, window, sinks, **sizes):
     (_, num_new, _), (num_heads, num_kv_heads, head_dim), softcap, dtype, _ = CASES[name]
-    lengths, rng = LENGTHS[lengths], np.random.default_rng(0)
+    rng = np.random.default_rng(0)
 
     def normal(*shape):
         return jnp.asarray(rng.standard_normal(shape), dtype)
@@ -90,7 +105,7 @@ def test_against_loop(name, backend, lengths, window, sinks, monkeypatch):
     )
     pool_k, table = paged(k, lengths, num_pages=11)
     pool_v, _ = paged(v, lengths, num_pages=11)
-    out = compiled(backend, window, sinks, softcap)(
+    out = compiled(backend, window, sinks, softcap, **sizes)(
         q,
         (pool_k, pool_v),
         new,
@@ -104,8 +119,8 @@ def test_against_loop(name, backend, lengths, window, sinks, monkeypatch):
 
 
 @pytest.mark.parametrize("num_new", (1, 3))
-def test_a_row_has_the_same_bits_whatever_pages_the_others_need(num_new, monkeypatch):
-    monkeypatch.setattr(xla, "_STEP_SLOTS", {"cpu": PAGE})
+def test_a_row_has_the_same_bits_whatever_pages_the_others_need(num_new):
+    """Its units stand anywhere in steps of two."""
     rng = np.random.default_rng(0)
     q, new_k, new_v = (
         jnp.asarray(rng.standard_normal((2, num_new, 2, 8)), jnp.float32) for _ in "qkv"
@@ -129,6 +144,40 @@ def test_a_row_has_the_same_bits_whatever_pages_the_others_need(num_new, monkeyp
         )
     np.testing.assert_array_equal(outs[0], outs[1])
     np.testing.assert_array_equal(outs[0], outs[2])
+
+
+def test_bad_numbers_stay_in_their_row():
+    """A query and keys that are NaN make their row's output NaN, and nobody else's."""
+    rng = np.random.default_rng(0)
+    q, new_k, new_v = (rng.standard_normal((2, 1, 2, 8)).astype(np.float32) for _ in "qkv")
+    k, v = (rng.standard_normal((2, 4 * PAGE, 2, 8)).astype(np.float32) for _ in "kv")
+    q[0], k[0], v[0] = np.nan, np.nan, np.nan
+    lengths, slots = (35, 25), np.arange(4 * PAGE)
+    pool_k, table = paged(k, lengths, num_pages=9)
+    pool_v, _ = paged(v, lengths, num_pages=9)
+    out = compiled("xla", None, 0, None, step=3 * PAGE)(
+        jnp.asarray(q),
+        (pool_k, pool_v),
+        (jnp.asarray(new_k), jnp.asarray(new_v)),
+        q_positions=np.array(lengths)[:, None],
+        cache_positions=np.where(slots < np.array(lengths)[:, None], slots, -1),
+        page_table=table,
+    )
+    assert np.isnan(out[0]).all()
+    assert np.isfinite(out[1]).all()
+
+
+def test_what_a_gpu_reads_at_a_time():
+    """Qwen3-4B's keys of 2 KiB a slot: 32 rows of 8k copy 64 MiB of keys in a step."""
+
+    def sizes(rows, pages):
+        return xla._READING_ELSEWHERE.sizes(jnp.zeros((rows, pages), jnp.int32), 256)
+
+    assert sizes(32, 33) == (2, 64)
+    assert sizes(8, 4) == (2, 16)  # all there is
+    assert sizes(1, 33) == (2, 17)
+    assert sizes(1, 512) == (8, 8)  # 64 units of 2048 slots
+    assert sizes(1, 1) == (1, 1)
 
 
 WRONG = {

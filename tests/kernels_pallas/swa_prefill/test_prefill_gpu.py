@@ -26,20 +26,40 @@ CASES = {
     "many_sinks": {"window": 40, "num_sink_tokens": 130},
     "window_full_rows": {"window": 64, "q_full": FULL_ROWS},
 }
+# The end of a sequence of S keys, of which some are not written yet.
+S = 1000
+OFFSETS = jnp.array([S - T, 0, 130])
+CHUNKS = {
+    "at_start": {"window": None, "q_offset": jnp.zeros(3, int), "lengths": LENGTHS},
+    "full": {"window": None, "q_offset": OFFSETS, "lengths": OFFSETS + LENGTHS},
+    "window": {"window": 64, "q_offset": OFFSETS, "lengths": OFFSETS + LENGTHS},
+    "sinks": {"window": 200, "num_sink_tokens": 10, "q_offset": OFFSETS},
+    "full_rows": {"window": 64, "num_sink_tokens": 4, "q_offset": OFFSETS, "q_full": FULL_ROWS},
+}
 
 
 @pytest.mark.parametrize("backend", ("cudnn", "xla"))
 @pytest.mark.parametrize("case", CASES)
 def test_output_and_gradients_equal_the_reference(case, backend):
+    assert_equals_the_reference(backend, num_keys=T, **CASES[case])
+
+
+@pytest.mark.parametrize("backend", ("cudnn", "xla"))
+@pytest.mark.parametrize("case", CHUNKS)
+def test_the_end_of_a_longer_sequence(case, backend):
+    assert_equals_the_reference(backend, num_keys=S, **CHUNKS[case])
+
+
+def assert_equals_the_reference(backend, *, num_keys, **keywords):
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, weights = (
-        jax.random.normal(key, (3, T, heads, 128), jnp.bfloat16)
-        for key, heads in zip(keys, (4, 2, 2, 4), strict=True)
+        jax.random.normal(key, (3, tokens, heads, 128), jnp.bfloat16)
+        for key, tokens, heads in zip(keys, (T, num_keys, num_keys, T), (4, 2, 2, 4), strict=True)
     )
 
     def run(backend, *arrays):
         def loss(*arrays):
-            out = swa_prefill(*arrays, backend=backend, **CASES[case])
+            out = swa_prefill(*arrays, backend=backend, **keywords)
             return jnp.sum(out.astype(jnp.float32) * weights.astype(jnp.float32)), out
 
         run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
