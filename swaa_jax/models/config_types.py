@@ -13,7 +13,7 @@ from swaa_jax.limits import MAX_LAYERS, MAX_POSITIONS
 HfConfig: TypeAlias = Mapping[str, Any]
 """The content of a `config.json`; `check_config_types` has seen the types of its values."""
 
-_SHOWN = 5
+_SHOWN = 10
 
 
 def check_config_types(config: Mapping[str, object]) -> None:
