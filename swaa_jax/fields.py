@@ -48,6 +48,7 @@ __all__ = [
     "section",
     "set_field",
     "show",
+    "string",
     "text",
     "texts",
     "wrong",
@@ -235,6 +236,13 @@ def text(name: str, value: object) -> str:
 def path(name: str, value: object) -> str:
     """A path, as text."""
     return text(name, os.fspath(value) if isinstance(value, os.PathLike) else value)
+
+
+def string(name: str, value: object) -> str:
+    """A text, which may be blank."""
+    if not isinstance(value, str):
+        raise wrong(name, "text", value)
+    return value
 
 
 def texts(name: str, value: object) -> tuple[str, ...]:

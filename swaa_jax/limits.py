@@ -8,6 +8,13 @@ PARQUET_BYTES = 1 << 30
 """Of a row group in memory: those that libraries write by themselves have some hundred MB, however
 small repetitive texts become on the disk."""
 
+CONFIG_BYTES = 64 << 20
+"""Of a checkpoint's JSON files: tokenizers and indices of the largest models have some 30 MB."""
+
+TOKENIZER_GROWTH = 1000
+"""What a tokenizer's normalizer may make of one character, and the steps that it may have. Known
+ones make a few (a prefix, Unicode's compatibility forms), in about ten steps."""
+
 PARQUET_TIMES = 100
 """A row group in memory against its file, where it is larger than that: text is compressed to a
 tenth, a third of that where records share their contexts."""
@@ -38,6 +45,9 @@ PATTERN_BYTES = 1 << 29
 
 PATTERN_CHARACTERS = 4096
 """Of a regular expression. Those that adapters have for many modules are some hundreds long."""
+
+MAX_PATTERNS = 20_000
+"""Of an adapter's ranks and scales by pattern: one for each module of the largest models."""
 
 JUDGE_BYTES = 4 << 20
 """Of a judging server's reply: a word, after thinking of some thousands of tokens at most."""

@@ -8,6 +8,7 @@ Files may be local or in a bucket. A jsonl file's records are found in one pass 
 parsed when they are asked for; of a parquet file two row groups are decoded at a time.
 """
 
+import array
 import contextlib
 import dataclasses
 import json
@@ -22,7 +23,7 @@ from etils import epath
 from swaa_jax.documents import problem_within
 from swaa_jax.fields import describe, show
 from swaa_jax.limits import PARQUET_BYTES, PARQUET_TIMES
-from swaa_jax.storage import CheckpointError, reading
+from swaa_jax.storage import CheckpointError, is_local, reading
 
 __all__ = ["DataError", "Record", "Records", "find_files", "open_records", "records_of"]
 
@@ -210,6 +211,8 @@ def _records(files: Sequence["_JsonLines | _Parquet | _InMemory"]) -> Records:
 
 
 def _open(name: str) -> "_JsonLines | _Parquet | _InMemory":
+    if is_local(name) and os.path.exists(name) and not os.path.isfile(name):
+        raise DataError(f"{name}: expected a regular file, got a pipe or a device; write a file")
     if name.endswith(".parquet"):
         return _Parquet(name)
     with reading(name), epath.Path(name).open("rb") as file:
@@ -288,18 +291,23 @@ class _JsonLines(_File):
 
     def __init__(self, name: str):
         super().__init__(name)
-        spans, at, number, rest = [], 0, 0, b""
+        spans, at, number = array.array("q"), 0, 0
+        begun: list[bytes] = []  # of the line at hand, which may be as long as the file
         with reading(name), epath.Path(name).open("rb") as file:
             while chunk := file.read(1 << 22):
-                *lines, rest = (rest + chunk).split(b"\n")
-                for line in lines:
+                first, *more = chunk.split(b"\n")
+                begun.append(first)
+                for line in more:
+                    whole = b"".join(begun)
                     number += 1
-                    if line.strip():
-                        spans.append((at, at + len(line), number))
-                    at += len(line) + 1
-        if rest.strip():  # the last line need not end
-            spans.append((at, at + len(rest), number + 1))
-        self._spans = np.array(spans, np.int64).reshape(-1, 3)
+                    if whole.strip():
+                        spans.extend((at, at + len(whole), number))
+                    at += len(whole) + 1
+                    begun = [line]
+        last = b"".join(begun)
+        if last.strip():  # the last line need not end
+            spans.extend((at, at + len(last), number + 1))
+        self._spans = np.frombuffer(spans, np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -411,7 +419,9 @@ def _check_groups(name: str, groups: Sequence[Any], size: int) -> None:
     limit = max(PARQUET_BYTES, PARQUET_TIMES * size)
     for number, group in enumerate(groups):
         # An entry of a column takes some bytes even where it is null.
-        needed = group.total_byte_size + 8 * group.num_rows * group.num_columns
+        columns = [group.column(at) for at in range(group.num_columns)]
+        entries = sum(max(column.num_values, group.num_rows) for column in columns)
+        needed = group.total_byte_size + 8 * entries
         if needed > limit:
             raise DataError(
                 f"{name}: row group {number}: expected at most {limit >> 20} MB of records in a "

@@ -1,5 +1,6 @@
 """Secrets of URLs and of settings, kept out of messages, reports and what runs write down."""
 
+import json
 import re
 import shlex
 import sys
@@ -19,13 +20,15 @@ def redact_url(url: str) -> str:
 
     >>> redact_url("https://me:secret@host/v1?key=abc")
     'https://host/v1?key=(hidden)'
+    >>> redact_url("https://host/v1?abc")
+    'https://host/v1?(hidden)'
     """
     try:
         parts = urllib.parse.urlsplit(url)
     except ValueError:
         return HIDDEN
-    names = [part.partition("=")[0] for part in parts.query.split("&") if part]
-    query = "&".join(f"{name}={HIDDEN}" for name in names)
+    told = [part.partition("=")[:2] for part in parts.query.split("&") if part]
+    query = "&".join(f"{name}={HIDDEN}" if equals else HIDDEN for name, equals in told)
     host = parts.netloc.rpartition("@")[2]
     return urllib.parse.urlunsplit((parts.scheme, host, parts.path, query, ""))
 
@@ -33,8 +36,9 @@ def redact_url(url: str) -> str:
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """A text without these secrets, those of its URLs, and what follows `api_key=`."""
     for secret in sorted(filter(None, secrets), key=len, reverse=True):
-        for form in {secret, urllib.parse.quote(secret, safe="")}:
-            text = text.replace(form, HIDDEN)
+        quoted = urllib.parse.quote(secret, safe="")
+        for form in (secret, quoted, urllib.parse.quote_plus(secret), json.dumps(secret)[1:-1]):
+            text = re.sub(re.escape(form), HIDDEN, text, flags=re.IGNORECASE)
     text = _URL.sub(lambda found: redact_url(found[0]), text)
     return _KEY.sub(rf"\1{HIDDEN}", text)
 

@@ -40,7 +40,10 @@ def differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
     """
     old, new = _flat(before), _flat(now)
     names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
-    shown = [f"{name} was {_show(old, name)} and is {_show(new, name)}" for name in names[:_SHOWN]]
+    shown = [
+        f"{show(name)[1:-1]} was {_show(old, name)} and is {_show(new, name)}"
+        for name in names[:_SHOWN]
+    ]
     if len(names) > _SHOWN:
         shown.append(f"and {len(names) - _SHOWN} more")
     return "; ".join(shown)

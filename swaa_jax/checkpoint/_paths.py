@@ -8,6 +8,7 @@ from etils import epath
 
 from swaa_jax.documents import parse_json
 from swaa_jax.fields import describe, show
+from swaa_jax.limits import CONFIG_BYTES
 from swaa_jax.storage import (
     CheckpointError,
     forget_listings,
@@ -106,7 +107,15 @@ def read_json_object(path: epath.Path) -> dict[str, object]:
     """
     resolve_inside(path.parent, path.name)
     try:
+        size = path.stat().length
+        if size > CONFIG_BYTES:
+            raise CheckpointError(
+                f"{path}: expected at most {CONFIG_BYTES >> 20} MB, got {size >> 20}; fetch the "
+                "file again"
+            )
         value = parse_json(path.read_text(encoding="utf-8"))
+    except CheckpointError:
+        raise
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path}: expected a JSON file, got a path that does not exist; is {path.parent} the "

@@ -31,7 +31,7 @@ from swaa_jax.checkpoint.hf import (
 from swaa_jax.checkpoint.safetensors_io import INDEX_FILE, find_weights
 from swaa_jax.fields import describe
 from swaa_jax.runtime import is_main_process
-from swaa_jax.storage import CheckpointError, check_space, is_disk_full, listing, reading
+from swaa_jax.storage import CheckpointError, check_space, is_disk_full, is_local, listing
 
 logger = logging.getLogger(__name__)
 
@@ -79,13 +79,12 @@ def open_checkpoint(
             f"only a hub id has revisions{hint}"
         )
     needed = ("config.json",) if weights else ("config.json", "tokenizer_config.json")
-    with reading(directory):
-        is_adapter = (directory / "adapter_config.json").exists()
-        if is_adapter and not any((directory / name).exists() for name in needed):
-            raise CheckpointError(
-                f"{directory}: expected a model, got adapters alone; use load_adapter(model, "
-                "directory), or train with merge=true and give the directory merged/"
-            )
+    is_adapter = is_local(directory) and (directory / "adapter_config.json").exists()
+    if is_adapter and not any((directory / name).exists() for name in needed):
+        raise CheckpointError(
+            f"{directory}: expected a model, got adapters alone; use load_adapter(model, "
+            "directory), or train with merge=true and give the directory merged/"
+        )
     return directory
 
 

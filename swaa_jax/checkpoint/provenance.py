@@ -10,7 +10,7 @@ from etils import epath
 
 import swaa_jax
 from swaa_jax.checkpoint import checkpoint_origin, read_provenance
-from swaa_jax.storage import sha256
+from swaa_jax.storage import resolve_inside, sha256
 from swaa_jax.typing import PathLike
 
 if TYPE_CHECKING:
@@ -53,7 +53,10 @@ def weight_marks(directory: PathLike | None) -> dict[str, object]:
     """
     if directory is None:
         return {}
-    files = sorted(epath.Path(directory).glob("*.safetensors"))
+    files = [
+        resolve_inside(directory, file.name)
+        for file in sorted(epath.Path(directory).glob("*.safetensors"))
+    ]
     found = {file: file.stat() for file in files}
     if sum(stat.length for stat in found.values()) <= _HASHED_BYTES:
         return {file.name: sha256(file) for file in files}

@@ -6,7 +6,7 @@ import os
 import tempfile
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
@@ -22,7 +22,7 @@ from swaa_jax.checkpoint.hf import (
 )
 from swaa_jax.checkpoint.hub import open_checkpoint
 from swaa_jax.fields import show
-from swaa_jax.limits import LONGEST_MODEL_TYPE
+from swaa_jax.limits import LONGEST_MODEL_TYPE, TOKENIZER_GROWTH
 from swaa_jax.storage import CheckpointError, is_local, reading, resolve_inside
 
 if TYPE_CHECKING:
@@ -175,7 +175,9 @@ def _load(directory: epath.Path, source: epath.Path) -> "PreTrainedTokenizerBase
     for name in present:
         resolve_inside(directory, name)
         if name.endswith(".json"):
-            read_json_object(directory / name)
+            content = read_json_object(directory / name)
+            if name == "tokenizer.json":
+                _check_growth(source / name, content)
     if (directory / CONFIG_FILE).exists():  # the library shows its model_type, however long
         kind = read_json_object(directory / CONFIG_FILE).get("model_type")
         if isinstance(kind, str) and len(kind) > LONGEST_MODEL_TYPE:
@@ -210,6 +212,40 @@ def _load(directory: epath.Path, source: epath.Path) -> "PreTrainedTokenizerBase
             f"{source}: expected a tokenizer in {', '.join(present)}, got an error "
             f"({reason[:600]}); check that the files are whole and belong together"
         ) from error
+
+
+def _check_growth(path: epath.Path, content: Mapping[str, Any]) -> None:
+    """Refuses steps of a tokenizer that would make a short text a very long one."""
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        growth, pieces = 1.0, 0
+        for step in _steps(content.get(part)):
+            pieces += 1 + sum(len(step[key]) for key in ("single", "pair") if _is_list(step, key))
+            if isinstance(text := step.get("prepend"), str):
+                growth += len(text)
+            if isinstance(text := step.get("content"), str) and "pattern" in step:
+                pattern = step["pattern"]
+                plain = pattern.get("String") if isinstance(pattern, dict) else pattern
+                replaced = len(plain) if isinstance(plain, str) else 1
+                growth *= max(1.0, len(text) / replaced if replaced else len(text) + 1.0)
+        if max(growth, pieces) > TOKENIZER_GROWTH:
+            raise CheckpointError(
+                f"{path}: {part}: expected steps that make at most {TOKENIZER_GROWTH} characters "
+                f"of one, and no more steps than that, got {growth:.3g} and {pieces}; fetch the "
+                "file again"
+            )
+
+
+def _is_list(step: Mapping[str, Any], key: str) -> bool:
+    return isinstance(step.get(key), list)
+
+
+def _steps(part: Any) -> Iterator[Mapping[str, Any]]:
+    """A part of a tokenizer, and the parts that it is a sequence of."""
+    if isinstance(part, Mapping):
+        yield part
+        for key in ("normalizers", "pretokenizers", "processors", "decoders"):
+            for one in part[key] if _is_list(part, key) else ():
+                yield from _steps(one)
 
 
 @contextlib.contextmanager

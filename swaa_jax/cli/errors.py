@@ -97,8 +97,17 @@ def one_paragraph(error: BaseException) -> str:
             is_relative = not os.path.isabs(os.fsdecode(error.filename))
             begins = ", which begins where the command was run" if is_relative else ""
             advice = f"; check the path{begins}"
-        return f"{error.strerror}: {error.filename}{advice}"
-    return " ".join(str(error).split()) or type(error).__name__
+        return printable(f"{error.strerror}: {error.filename}{advice}")
+    return printable(" ".join(str(error).split())) or type(error).__name__
+
+
+def printable(text: str) -> str:
+    r"""The text with control characters, which a terminal would obey, written out.
+
+    >>> printable("a\x1b[2J")
+    'a\\x1b[2J'
+    """
+    return "".join(one if one == "\n" or one.isprintable() else repr(one)[1:-1] for one in text)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,11 @@ def tasks_from_args(args: argparse.Namespace) -> list[dict[str, object]]:
     """Entries of an evaluation's `tasks`; none where the arguments name none."""
     found: list[dict[str, object]] = []
     files = args.data or []
+    if args.max_new_tokens is not None and not files:
+        raise ValueError(
+            "--max-new-tokens: expected --data, whose answers it is for, got "
+            f"{args.max_new_tokens} without it; set max_new_tokens of the task"
+        )
     stems = [os.path.splitext(os.path.basename(file))[0] for file in files]
     for file, stem in zip(files, stems, strict=True):
         task: dict[str, object] = {"task": "qa", "files": file}

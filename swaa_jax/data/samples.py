@@ -29,6 +29,7 @@ from swaa_jax.data.config import DataConfig
 from swaa_jax.data.encode import Encoder, Notes, Sample
 from swaa_jax.data.reading import read_ahead
 from swaa_jax.examples import is_nan, warn_unused
+from swaa_jax.fields import show
 from swaa_jax.policy import Stage
 from swaa_jax.progress import show_progress
 from swaa_jax.records import DataError, Record, Records, find_files, open_records, records_of
@@ -145,7 +146,7 @@ def prepare_samples(
     place, remote = _cache_place(files, key, config)
     if remote is not None and not place.exists():
         _copy(remote, place)
-    stored, made = _open(place), False
+    stored, made = _open(place, len(tok)), False
     if stored is None:
         try:
             with atomic_directory(place, overwrite=True, commit_mark=_META) as directory:
@@ -155,9 +156,9 @@ def prepare_samples(
                 writer.finish(report)
                 _check_unchanged(files, seen)
         except (CheckpointError, OSError):
-            if _open(place) is None:  # else another process of this machine was faster
+            if _open(place, len(tok)) is None:  # else another process of this machine was faster
                 raise
-        stored = _open(place)
+        stored = _open(place, len(tok))
         assert stored is not None
         made = True
     if remote is not None and (made or not _is_there(remote)):
@@ -178,7 +179,7 @@ def _tell(report: SampleReport) -> None:
             "%s: expected an answer with the end of a thought, since the generation prompt opens "
             "one, got one without (%d in all), so that all of it is trained on as a thought that "
             "never ends; add the thought, or set answers: template",
-            *(report.open_thought, report.open_thoughts),
+            *(show(report.open_thought)[1:-1], report.open_thoughts),
         )
 
 
@@ -477,7 +478,7 @@ def _cache_place(
     return user, None
 
 
-def _open(place: epath.Path) -> _Stored | None:
+def _open(place: epath.Path, vocab_size: int) -> _Stored | None:
     """What the cache holds; None where it is absent or damaged."""
     directory = pathlib.Path(place)
     if not (directory / _META).exists():
@@ -489,14 +490,33 @@ def _open(place: epath.Path) -> _Stored | None:
         differing = [name for name in _FILES if found[name] != meta["sha256"][name]]
         if differing or check != fingerprint(meta):
             raise ValueError(f"{', '.join(differing) or _META}: another digest")
-        lengths = np.load(directory / "lengths.npy")
+        lengths = _checked_lengths(directory, vocab_size)
         report = SampleReport(**meta["report"])
         told = {name: tuple(getattr(report, name)) for name in ("unused", "unread")}
         report = dataclasses.replace(report, **told)
         return _Stored(lengths=lengths, digest=meta["digest"], report=report, directory=directory)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, MemoryError) as error:
         log.warning("%s is damaged (%s) and is made anew", place, error)
         return None
+
+
+def _checked_lengths(directory: pathlib.Path, vocab_size: int) -> np.ndarray:
+    """Tokens of each sample, which agree with the other files.
+
+    Raises:
+        ValueError: they do not, or a token is none of the vocabulary.
+    """
+    lengths = np.load(directory / "lengths.npy", mmap_mode="r")
+    if lengths.ndim != 1 or lengths.dtype != np.int64 or (len(lengths) and lengths.min() < 0):
+        raise ValueError("lengths.npy: expected a list of lengths")
+    size = (directory / "tokens.bin").stat().st_size
+    if size:  # a lazy cache holds none
+        if size != 4 * int(lengths.sum()):
+            raise ValueError("lengths.npy: expected the lengths of tokens.bin")
+        tokens = np.memmap(directory / "tokens.bin", "<i4", mode="r")
+        if tokens.min() < 0 or tokens.max() >= vocab_size:
+            raise ValueError("tokens.bin: expected ids of the tokenizer's vocabulary")
+    return np.array(lengths)
 
 
 def _is_there(place: epath.Path) -> bool:

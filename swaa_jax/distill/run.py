@@ -25,7 +25,7 @@ from swaa_jax.checkpoint.provenance import weight_marks
 from swaa_jax.checkpoint.tokenizer import opens_thinking
 from swaa_jax.eval.judging import Judge, Judged
 from swaa_jax.eval.tasks.question_answering import Question
-from swaa_jax.fields import check_fields, flag, integer, one_of, or_none
+from swaa_jax.fields import Check, check_fields, flag, integer, one_of, or_none, string
 from swaa_jax.infer import (
     SAMPLING,
     Answerer,
@@ -166,7 +166,7 @@ def distill(
                     _write_parquet(path, answers)
             bar.advance()
     runtime.wait_for_all("distill: the last part")
-    attempts = [record.fields for record in open_records(paths)] if paths else []
+    attempts = _read_attempts(paths)
     kept = _keep(attempts, config)
     target = directory / "train.parquet"
     if runtime.is_main_process():
@@ -265,6 +265,30 @@ def _answer(
             }
         )
     return records
+
+
+_FIELDS: Mapping[str, Check[object]] = {
+    **dict.fromkeys(("question_id", "prompt", "response", "answer", "reason"), string),
+    **dict.fromkeys(("attempt", "num_tokens"), integer(least=0)),
+    "judge": integer(least=0, most=1),
+}
+"""Of an answer that is kept, with what each may hold."""
+
+
+def _read_attempts(paths: Sequence[epath.Path]) -> list[Mapping[str, object]]:
+    """All answers that were kept.
+
+    Raises:
+        ValueError: a file that no run wrote.
+    """
+    attempts: list[Mapping[str, object]] = []
+    for path in paths:
+        with storage.kept_file(path):
+            for record in open_records([path]):
+                attempts.append(
+                    {name: check(name, record.fields[name]) for name, check in _FIELDS.items()}
+                )
+    return attempts
 
 
 def _keep(

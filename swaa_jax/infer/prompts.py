@@ -49,6 +49,9 @@ def as_batch(prompts: Prompts) -> list[Prompt]:
     """
     if isinstance(prompts, str):
         return [prompts]
+    for one in (prompts, *(prompts if isinstance(prompts, list | tuple) else ())):
+        if isinstance(one, bytes | bytearray):
+            raise wrong("prompts", "text, messages or token ids", one, "decode it")
     if isinstance(prompts, np.ndarray):
         prompts = prompts.tolist()
     if not isinstance(prompts, Sequence):

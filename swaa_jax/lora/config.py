@@ -24,7 +24,7 @@ from swaa_jax.fields import (
     text,
     wrong,
 )
-from swaa_jax.limits import MAX_RANK
+from swaa_jax.limits import MAX_PATTERNS, MAX_RANK
 from swaa_jax.patterns import check_pattern, is_fullmatch
 from swaa_jax.storage import read_text
 from swaa_jax.typing import PathLike
@@ -216,6 +216,8 @@ def _by_pattern(check: Check[object]) -> Check[tuple[tuple[str, Any], ...]]:
             found = dict(value)
         except (TypeError, ValueError):
             raise wrong(name, "a mapping of regular expressions to numbers", value) from None
+        if len(found) > MAX_PATTERNS:
+            raise wrong(name, f"at most {MAX_PATTERNS} patterns", len(found))
         return tuple(
             (_pattern(name, str(key)), check(f"{name}[{key!r}]", item))
             for key, item in found.items()

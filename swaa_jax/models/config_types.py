@@ -7,11 +7,13 @@ its value is the families' matter.
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias, TypeGuard
 
-from swaa_jax.fields import describe
+from swaa_jax.fields import describe, show
 from swaa_jax.limits import MAX_LAYERS, MAX_POSITIONS
 
 HfConfig: TypeAlias = Mapping[str, Any]
 """The content of a `config.json`; `check_config_types` has seen the types of its values."""
+
+_SHOWN = 10
 
 
 def check_config_types(config: Mapping[str, object]) -> None:
@@ -26,12 +28,13 @@ def check_config_types(config: Mapping[str, object]) -> None:
         ValueError: config.vocab_size: expected a positive integer, got '32k' (str); ...
     """
     faults = [
-        f"config.{field}: expected {_KINDS[kind][0]}, got {describe(value)}"
+        f"config.{show(field)[1:-1]}: expected {_KINDS[kind][0]}, got {describe(value)}"
         for field, kind, value in _typed(config)
         if value is not None and not _KINDS[kind][1](value)
     ]
     if faults:
-        raise ValueError(f"{'; '.join(faults)}; correct config.json or the override")
+        more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        raise ValueError(f"{'; '.join(faults[:_SHOWN])}{more}; correct config.json or the override")
 
 
 def _typed(config: Mapping[str, object]) -> Iterator[tuple[str, str, object]]:

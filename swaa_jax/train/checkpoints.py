@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from swaa_jax.fields import show
+from swaa_jax.fields import integer, show
+from swaa_jax.limits import MAX_KEYS
 from swaa_jax.runs import differences
 from swaa_jax.runtime import is_main_process, wait_for_all
 from swaa_jax.storage import (
@@ -264,9 +265,23 @@ class Checkpoints:
         return None
 
     def _read(self, path: epath.Path, template: Any) -> Restored:
+        """Raises CheckpointMismatchError, or CheckpointError for a record that no run wrote."""
+        try:
+            return self._read_whole(path, template)
+        except CheckpointMismatchError:
+            raise
+        except (LookupError, TypeError, AttributeError, FileNotFoundError) as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise CheckpointError(
+                f"{path}: expected a checkpoint as a run writes it, got an error ({reason}); "
+                "resume from another one"
+            ) from error
+
+    def _read_whole(self, path: epath.Path, template: Any) -> Restored:
         import orbax.checkpoint as ocp
 
         record = read_json(path / COMMIT_FILE)
+        integer(least=0, most=MAX_KEYS)("step", record["step"])
         if record["schema_version"] != _SCHEMA_VERSION:
             raise CheckpointMismatchError(
                 f"{path}: expected schema_version {_SCHEMA_VERSION}, got "

@@ -193,6 +193,11 @@ def count_steps(config: TrainConfig, data: BatchSource) -> int:
             "there; raise data.num_epochs, or set it to null",
             *(wanted, steps, config.data.num_epochs),
         )
+    if config.profile is not None and config.profile.last > steps:
+        logger.warning(
+            "profile: expected steps within the run's %d, got %d to %d; the rest is not traced",
+            *(steps, config.profile.first, config.profile.last),
+        )
     warm_up = dataclasses.replace(config.optimizer, total_steps=steps).num_warmup_steps
     if steps <= warm_up:
         logger.warning(
@@ -322,6 +327,11 @@ def _evaluation(
     evaluate: ModelEvaluation | None,
 ) -> Evaluation | None:
     if evaluate is None and not config.eval_files:
+        if config.eval_every is not None:
+            logger.warning(
+                "eval_every: expected eval_files for it, got none: nothing is evaluated; give "
+                "some, or leave it out"
+            )
         return None
     held_out = None
     if config.eval_files:

@@ -94,6 +94,15 @@ def test_a_checkpoint_of_another_run(inputs, tmp_path, capsys):
     assert "model.weights was " in error(capsys)
 
 
+def test_settings_without_effect_are_told(inputs, tmp_path, capsys):
+    words = ("max_steps=1", "eval_every=1", "profile.first=3", "mesh=null")
+    assert run(inputs, tmp_path, *words) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "eval_every: expected eval_files for it, got none" in said
+    assert "profile: expected steps within the run's 1, got 3 to 5" in said
+    assert "optimizer.warmup_steps: expected less than the run's 1 steps" in said
+
+
 def test_dry_run(inputs, tmp_path, capsys):
     assert run(inputs, tmp_path, "--dry-run") == 0
     out = capsys.readouterr().out

@@ -42,7 +42,7 @@ def command_of(name, model, tmp_path, record):
     if name == "distill":
         return ["distill", str(model), str(data), out, "--max-new-tokens", "2"]
     if name == "eval":
-        return ["eval", "--model", str(model), "--data", str(data), "--out", out, "--quiet"]
+        return ["eval", "--model", str(model), "--data", str(data), "--output", out, "--quiet"]
     config = {
         "model": str(model),
         "output_dir": out,

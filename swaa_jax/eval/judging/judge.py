@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 
 from swaa_jax.chats import CLOSING, OPENING
-from swaa_jax.fields import number, set_field
+from swaa_jax.fields import number, set_field, wrong
 
 __all__ = ["Answer", "Judge", "Judged", "Verdict", "answer_of", "strip_thinking"]
 
@@ -29,6 +29,10 @@ class Judged:
     response: str
     thinking: bool = False
     grading: str = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.references, str):
+            raise wrong("references", "several texts", self.references, "put it into a tuple")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -354,7 +354,9 @@ def _secrets(config: LlmJudgeConfig) -> list[str]:
     user = parts.netloc.rpartition("@")[0]
     found = [config.api_key or "", user, urllib.parse.unquote(parts.password or "")]
     found += [parts.password or "", base64.b64encode(urllib.parse.unquote(user).encode()).decode()]
-    found += [value for _, value in urllib.parse.parse_qsl(parts.query)]
+    for part in parts.query.split("&"):  # a value, or all of a part that has no name
+        value = part.partition("=")[2] if "=" in part else part
+        found += [value, urllib.parse.unquote(value), urllib.parse.unquote_plus(value)]
     return [secret for secret in found if secret]
 
 

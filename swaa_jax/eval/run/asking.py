@@ -265,6 +265,19 @@ class Asking:
             batch = store.read_answers(number)
             timings.append(batch.timings)
             verdicts = store.read_verdicts(judge_key, number)
+            wanted = sorted(self._batches[number])
+            for what, rows in (("answers", batch.rows), ("verdicts", verdicts)):
+                if len(rows) != len(wanted):
+                    raise ValueError(
+                        f"{store.place}: expected {len(wanted)} {what} in batch {number}, as a "
+                        f"run wrote them, got {len(rows)}; remove the directory, and they are made "
+                        "again"
+                    )
+            if sorted(answer["row"] for answer in batch.rows) != wanted:
+                raise ValueError(
+                    f"{store.place}: expected the answers of batch {number}, got those of other "
+                    "rows; remove the directory, and they are made again"
+                )
             for answer, verdict in zip(batch.rows, verdicts, strict=True):
                 records[answer["row"]] = self._record(entry, answer, verdict)
         config = self._model.config

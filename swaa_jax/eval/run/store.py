@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 from etils import epath
 
 from swaa_jax import runtime, storage
+from swaa_jax.fields import Check, flag, integer, mapping, number, string
 from swaa_jax.infer import Timings
 from swaa_jax.runs import fingerprint
 from swaa_jax.typing import PathLike
@@ -27,6 +28,17 @@ __all__ = ["AnswerBatch", "AnswerRecord", "CellStore"]
 AnswerRecord: TypeAlias = Mapping[str, Any]
 """An answer with what is known about it, as JSON's types."""
 
+_ANSWER: Mapping[str, Check[Any]] = {
+    "row": integer(least=0),
+    "response": string,
+    "finish_reason": string,
+    "num_tokens": integer(least=0),
+}
+_VERDICT: Mapping[str, Check[Any]] = {
+    "score": number(least=0, most=1),
+    "accepted": flag,
+    "reason": string,
+}
 _TIMING_FIELDS = tuple(field.name for field in dataclasses.fields(Timings))
 
 
@@ -50,6 +62,11 @@ class CellStore:
         self._directory = epath.Path(output_dir) / "work" / fingerprint(identity)
         self._identity = dict(identity)
 
+    @property
+    def place(self) -> str:
+        """The directory, for messages."""
+        return str(self._directory)
+
     def has_answers(self, batch: int) -> bool:
         """Whether the batch has been answered."""
         return self._answers(batch).exists()
@@ -71,8 +88,10 @@ class CellStore:
         path = self._answers(batch)
         document = storage.read_json(path)
         with storage.kept_file(path):
-            rows = [dict(row) for row in document["answers"]]
-            return AnswerBatch(rows=rows, timings=Timings(**document["timings"]))
+            rows = [_checked(row, _ANSWER) for row in document["answers"]]
+            timings = mapping("timings", document["timings"])
+            known = dict.fromkeys(_TIMING_FIELDS, number(least=0))
+            return AnswerBatch(rows=rows, timings=Timings(**_checked(timings, known)))
 
     def has_verdicts(self, key: str, batch: int) -> bool:
         """Whether the batch has been judged, without failures of the judge; the key is the
@@ -92,10 +111,16 @@ class CellStore:
         path = self._verdicts(key, batch)
         document = storage.read_json(path)
         with storage.kept_file(path):
-            return [dict(verdict) for verdict in document["verdicts"]]
+            return [_checked(verdict, _VERDICT) for verdict in document["verdicts"]]
 
     def _answers(self, batch: int) -> epath.Path:
         return self._directory / f"answers-{batch:05d}.json"
 
     def _verdicts(self, key: str, batch: int) -> epath.Path:
         return self._directory / f"verdicts-{key}-{batch:05d}.json"
+
+
+def _checked(entry: Any, fields: Mapping[str, Check[Any]]) -> dict[str, Any]:
+    """An entry of a kept file, whose fields are what a run writes."""
+    found = dict(mapping("entry", entry))
+    return found | {name: check(name, found[name]) for name, check in fields.items()}
