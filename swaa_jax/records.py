@@ -292,22 +292,21 @@ class _JsonLines(_File):
     def __init__(self, name: str):
         super().__init__(name)
         spans, at, number = array.array("q"), 0, 0
-        begun: list[bytes] = []  # of the line at hand, which may be as long as the file
+        length, is_blank = 0, True  # of the line at hand, which may be as long as the file
         with reading(name), epath.Path(name).open("rb") as file:
             while chunk := file.read(1 << 22):
-                first, *more = chunk.split(b"\n")
-                begun.append(first)
-                for line in more:
-                    whole = b"".join(begun)
-                    number += 1
-                    if whole.strip():
-                        spans.extend((at, at + len(whole), number))
-                    at += len(whole) + 1
-                    begun = [line]
-        last = b"".join(begun)
-        if last.strip():  # the last line need not end
-            spans.extend((at, at + len(last), number + 1))
-        self._spans = np.frombuffer(spans, np.int64).reshape(-1, 3)
+                for index, piece in enumerate(chunk.split(b"\n")):
+                    if index:  # a line has ended before this piece
+                        number += 1
+                        if not is_blank:
+                            spans.extend((at, at + length, number))
+                        at += length + 1
+                        length, is_blank = 0, True
+                    length += len(piece)
+                    is_blank = is_blank and not piece.strip()
+        if not is_blank:  # the last line need not end
+            spans.extend((at, at + length, number + 1))
+        self._spans = np.array(spans, np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:
         return len(self._spans)

@@ -36,8 +36,8 @@ def redact_url(url: str) -> str:
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """A text without these secrets, those of its URLs, and what follows `api_key=`."""
     for secret in sorted(filter(None, secrets), key=len, reverse=True):
-        quoted = urllib.parse.quote(secret, safe="")
-        for form in (secret, quoted, urllib.parse.quote_plus(secret), json.dumps(secret)[1:-1]):
+        quoted = urllib.parse.quote(secret, safe=""), urllib.parse.quote_plus(secret)
+        for form in {secret, *quoted, json.dumps(secret)[1:-1]}:
             text = re.sub(re.escape(form), HIDDEN, text, flags=re.IGNORECASE)
     text = _URL.sub(lambda found: redact_url(found[0]), text)
     return _KEY.sub(rf"\1{HIDDEN}", text)

@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Fields of a config, and of a generation config, that name tokens."""
 POLICY_FILE = "attention_policy.json"
 PROVENANCE_FILE = "provenance.json"
 POLICY_SCHEMA_VERSION = 1
@@ -114,7 +115,7 @@ def copy_generation_config(
     """
     found = read_generation_config(source)
     if found:
-        tokens = {name: overrides[name] for name in _TOKEN_IDS if name in overrides}
+        tokens = {name: overrides[name] for name in TOKEN_IDS if name in overrides}
         write_generation_config(target, {**found, **tokens})
 
 

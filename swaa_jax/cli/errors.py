@@ -107,7 +107,7 @@ def printable(text: str) -> str:
     >>> printable("a\x1b[2J")
     'a\\x1b[2J'
     """
-    return "".join(one if one == "\n" or one.isprintable() else repr(one)[1:-1] for one in text)
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
 
 
 @contextlib.contextmanager

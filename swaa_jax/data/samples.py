@@ -146,7 +146,8 @@ def prepare_samples(
     place, remote = _cache_place(files, key, config)
     if remote is not None and not place.exists():
         _copy(remote, place)
-    stored, made = _open(place, len(tok)), False
+    vocab_size = 1 + max(tok.get_vocab().values())  # ids may have gaps
+    stored, made = _open(place, vocab_size), False
     if stored is None:
         try:
             with atomic_directory(place, overwrite=True, commit_mark=_META) as directory:
@@ -156,9 +157,9 @@ def prepare_samples(
                 writer.finish(report)
                 _check_unchanged(files, seen)
         except (CheckpointError, OSError):
-            if _open(place, len(tok)) is None:  # else another process of this machine was faster
+            if _open(place, vocab_size) is None:  # else another process of this machine was faster
                 raise
-        stored = _open(place, len(tok))
+        stored = _open(place, vocab_size)
         assert stored is not None
         made = True
     if remote is not None and (made or not _is_there(remote)):

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from swaa_jax.checkpoint.hf import TOKEN_IDS
 from swaa_jax.fields import check_keys, show
 from swaa_jax.models.config_types import HfConfig
 from swaa_jax.models.interop import FULL, WINDOWED, attention_fields
@@ -250,7 +251,6 @@ class DecoderConfig:
 
 WINDOW_FIELDS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 """Fields of a config that make its own policy, of families that have them."""
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def refuse_idle_overrides(
@@ -271,7 +271,7 @@ def refuse_idle_overrides(
         if value == stated.get(name, value):
             continue  # the file says so already
         ids = value if isinstance(value, list) else [value]
-        if name in _TOKENS and any(
+        if name in TOKEN_IDS and any(
             isinstance(one, int) and one >= config.vocab_size for one in ids
         ):
             raise ValueError(

@@ -7,6 +7,7 @@ its value is the families' matter.
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias, TypeGuard
 
+from swaa_jax.checkpoint.hf import TOKEN_IDS
 from swaa_jax.fields import describe, show
 from swaa_jax.limits import MAX_LAYERS, MAX_POSITIONS
 
@@ -150,7 +151,7 @@ _FIELDS = {
         "is_causal",
     ),
     "text": ("model_type", "hidden_act", "hidden_activation"),
-    "tokens": ("bos_token_id", "eos_token_id", "pad_token_id"),
+    "tokens": TOKEN_IDS,
     "texts": ("layer_types",),
     "integers": ("mlp_only_layers",),
 }

@@ -268,9 +268,9 @@ class Checkpoints:
         """Raises CheckpointMismatchError, or CheckpointError for a record that no run wrote."""
         try:
             return self._read_whole(path, template)
-        except CheckpointMismatchError:
+        except CheckpointError:
             raise
-        except (LookupError, TypeError, AttributeError, FileNotFoundError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, FileNotFoundError) as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise CheckpointError(
                 f"{path}: expected a checkpoint as a run writes it, got an error ({reason}); "

@@ -287,7 +287,7 @@ def _prepare_directory(config: TrainConfig) -> epath.Path:
         runtime.wait_for_all("output_dir")
         is_reached = all_processes(probe.exists())
         if runtime.is_main_process():
-            probe.unlink()
+            probe.unlink(missing_ok=True)
     if not is_reached:
         raise ValueError(
             f"output_dir: expected a directory that all {jax.process_count()} processes can reach, "

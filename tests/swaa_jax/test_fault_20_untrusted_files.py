@@ -3,17 +3,20 @@
 import json
 import os
 import pathlib
+import tracemalloc
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from etils import epath
 
 import swaa_jax as swaa
 from swaa_jax.checkpoint import read_config
 from swaa_jax.checkpoint.provenance import weight_marks
 from swaa_jax.cli.errors import one_paragraph
 from swaa_jax.data import DataConfig, prepare_samples
+from swaa_jax.distill import run as distillation
 from swaa_jax.eval.judging import Judged, make_judge
 from swaa_jax.eval.run import EvalConfig, TaskEntry, evaluate
 from swaa_jax.eval.tasks import QaTask
@@ -25,6 +28,7 @@ from swaa_jax.records import DataError, open_records
 from swaa_jax.redact import redact, redact_url
 from swaa_jax.runs import differences, fingerprint
 from swaa_jax.storage import CheckpointError, sha256
+from swaa_jax.train.checkpoints import Checkpoints
 from tests.support import byte_tokenizer
 from tests.support.random_models import random_model
 
@@ -66,11 +70,15 @@ def test_fault_23_lists_of_a_small_parquet_file(tmp_path):
 
 
 def test_fault_22_lines_are_found_in_time_linear_in_their_length(tmp_path):
-    """Twice as long takes twice as long: 256 MB without a line break, in 64 pieces."""
+    """A line of 256 MB is never held, let alone copied for each piece that is read of it."""
     (tmp_path / "a.jsonl").write_bytes(b"")
     os.truncate(tmp_path / "a.jsonl", 1 << 28)
+    tracemalloc.start()
     records = open_records([tmp_path / "a.jsonl"])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
     assert len(records) == 1
+    assert peak < 1 << 26, peak
     mixed = tmp_path / "b.jsonl"
     mixed.write_text(
         '{"a": 1}\n\n  \n{"a": 2}\r\n' + json.dumps({"a": "x" * 9_000_000}) + '\n{"a": 3}'
@@ -196,6 +204,35 @@ def test_fault_20_kept_answers_that_no_run_wrote(evaluated, file, change):
             evaluate(evaluated)
     finally:
         path.write_text(good)
+
+
+@pytest.mark.parametrize(
+    "columns", [{"judge": None}, {"judge": ["yes"]}, {"response": [None]}, {"question_id": [[1]]}]
+)
+def test_fault_20_attempts_that_no_run_wrote(tmp_path, columns):
+    row = {"question_id": ["a"], "attempt": [0], "prompt": ["Q"], "response": ["A"]}
+    row |= {"answer": ["A"], "judge": [1], "reason": [""], "num_tokens": [1]} | columns
+    path = tmp_path / "00000.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({k: v for k, v in row.items() if v}), path)
+    with pytest.raises(ValueError, match=r"00000.parquet: expected what a run wrote"):
+        distillation._read_attempts([epath.Path(path)])
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {},
+        {"step": 10**30, "schema_version": 1},
+        {"step": -5, "schema_version": 1},
+        {"step": 1, "schema_version": 1},
+        {"step": 1, "schema_version": 1, "identity": []},
+    ],
+)
+def test_fault_20_a_checkpoint_that_no_run_wrote(tmp_path, record):
+    checkpoints = Checkpoints(tmp_path, keep=1, identity={})
+    (tmp_path / "checkpoint.json").write_text(json.dumps({"files": {}} | record))
+    with pytest.raises(CheckpointError):
+        checkpoints.restore({}, resume=str(tmp_path))
 
 
 def test_a_prompt_of_bytes_and_references_of_letters():

@@ -266,17 +266,12 @@ class Asking:
             timings.append(batch.timings)
             verdicts = store.read_verdicts(judge_key, number)
             wanted = sorted(self._batches[number])
-            for what, rows in (("answers", batch.rows), ("verdicts", verdicts)):
-                if len(rows) != len(wanted):
-                    raise ValueError(
-                        f"{store.place}: expected {len(wanted)} {what} in batch {number}, as a "
-                        f"run wrote them, got {len(rows)}; remove the directory, and they are made "
-                        "again"
-                    )
-            if sorted(answer["row"] for answer in batch.rows) != wanted:
+            rows = sorted(answer["row"] for answer in batch.rows)
+            if rows != wanted or len(verdicts) != len(wanted):
                 raise ValueError(
-                    f"{store.place}: expected the answers of batch {number}, got those of other "
-                    "rows; remove the directory, and they are made again"
+                    f"{store.place}: expected an answer and a verdict for each of {len(wanted)} "
+                    f"rows of batch {number}, as a run wrote them, got {len(rows)} answers and "
+                    f"{len(verdicts)} verdicts; remove the directory, and they are made again"
                 )
             for answer, verdict in zip(batch.rows, verdicts, strict=True):
                 records[answer["row"]] = self._record(entry, answer, verdict)
