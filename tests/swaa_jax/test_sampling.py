@@ -60,14 +60,18 @@ def expected_probabilities(logits, params):
         SamplingParams(temperature=1.3, top_p=1.0),
         SamplingParams(temperature=2.0, top_k=7, top_p=0.6),
         SamplingParams(temperature=2.0, top_k=0, top_p=0.9),
+        SamplingParams(temperature=1.0, top_k=70),
+        SamplingParams(temperature=2.0, top_k=67, top_p=0.9),
     ],
     ids=str,
 )
-def test_frequencies(params):
-    count = 20_000
-    tokens = draw(params, LOGITS, rows=range(count))
-    seen = np.bincount(tokens, minlength=VOCAB) / count
-    want = expected_probabilities(LOGITS, params)
+@pytest.mark.parametrize("copies", [1, 4])
+def test_frequencies(params, copies):
+    """With copies there are equals among more tokens than are sorted."""
+    count, logits = 20_000, np.tile(LOGITS, copies)
+    tokens = draw(params, logits, rows=range(count))
+    seen = np.bincount(tokens, minlength=VOCAB * copies) / count
+    want = expected_probabilities(logits, params)
     assert not seen[want == 0].any(), "a token was drawn that the filters exclude"
     # Five standard deviations of a binomial share; the seed is fixed, so this cannot flake.
     assert (np.abs(seen - want) <= 5 * np.sqrt(want * (1 - want) / count) + 1e-12).all()
