@@ -37,7 +37,7 @@ from swaa_jax.engine.state import (
 )
 from swaa_jax.fields import check_fields, flag, integer, one_of, or_none, set_field
 from swaa_jax.models import CausalLM
-from swaa_jax.models.function import SplitModel, split_model
+from swaa_jax.models.function import SplitModel, jit_by_structure, split_model
 from swaa_jax.runtime import to_host
 
 EndReason = Literal["end", "length", "cancelled", "not a number"]
@@ -380,9 +380,9 @@ class Engine:
         return updates
 
 
-_read = jax.jit(read_chunk, static_argnames=("structure",), donate_argnames=("state",))
-_decode = jax.jit(
-    decode_tokens, static_argnames=("structure", "max_steps"), donate_argnames=("state",)
+_read = jit_by_structure(read_chunk, donate_argnames=("state",))
+_decode = jit_by_structure(
+    decode_tokens, static_argnames=("max_steps",), donate_argnames=("state",)
 )
 
 
@@ -391,8 +391,8 @@ _restore = jax.jit(put_rings, donate_argnames=("state",))
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=("structure", "num_slots", "max_tokens", "pages", "positions", "width"),
+    jit_by_structure,
+    static_argnames=("num_slots", "max_tokens", "pages", "positions", "width"),
 )
 def _empty_state(
     arrays: Any,

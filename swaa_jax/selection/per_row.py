@@ -16,7 +16,6 @@ import functools
 import math
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -25,7 +24,7 @@ from swaa_jax.data import Sample
 from swaa_jax.infer.likelihoods import losses_at, row_kinds
 from swaa_jax.models import CausalLM
 from swaa_jax.models.config import DecoderConfig
-from swaa_jax.models.function import Structure, split_model
+from swaa_jax.models.function import Structure, jit_by_structure, split_model
 from swaa_jax.policy import AttentionPolicy, LayerAttention
 from swaa_jax.runtime import to_host
 from swaa_jax.selection.calibration import SampleGroup, check_numbers, group_samples
@@ -173,7 +172,7 @@ def rows_within(budget: int, *, config: DecoderConfig, width: int) -> int:
     return max(1, min(_MOST_ROWS, budget // row))
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "layers"))
+@functools.partial(jit_by_structure, static_argnames=("layers",))
 def _row_losses(
     arrays: dict[str, Array],
     windows_LR: Int[Array, "L R"] | None,
