@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from swaa_jax.engine.sampling import Draws, SamplingParams, is_among, pack_ids, sample
+from swaa_jax.engine.sampling import (
+    Draws,
+    History,
+    SamplingParams,
+    is_among,
+    pack_ids,
+    sample,
+)
 
 VOCAB = 24
 LOGITS = np.random.default_rng(3).normal(size=VOCAB).astype(np.float32) * 2
@@ -160,6 +167,17 @@ def test_rows_of_many_settings_draw_as_they_do_alone(vocab_size):
         _sample(logits[i : i + 1], at[:1], Draws.stack([each[i]]))[0] for i in range(len(rows))
     ]
     np.testing.assert_array_equal(together, alone)
+
+
+def test_no_vocabulary_is_sorted_and_one_scatter_counts():
+    """TPU's compiler takes ten seconds for a sort of a vocabulary, or for another scatter."""
+    params = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1)
+    draws = Draws.stack([params.for_row(1000, seed=0, number=0)])
+    history = History(tokens=jnp.zeros((1, 16), jnp.int32), prompt_lengths=jnp.ones((1,), int))
+    given = {"draws": draws, "history": history, "positions": jnp.full((1,), 7)}
+    text = jax.jit(sample).lower(jnp.zeros((1, 1000)), **given).as_text()
+    assert "stablehlo.sort" not in text and text.count('"stablehlo.scatter"(') == 1
+    assert text.count("chlo.top_k") == 1  # of few candidates
 
 
 def test_packed_ids():
