@@ -150,12 +150,12 @@ def test_no_setting_is_compiled_in():
 
 @pytest.mark.parametrize("vocab_size", [70, 1000])
 def test_rows_of_many_settings_draw_as_they_do_alone(vocab_size):
-    """Few candidates and all of them are found in two ways; which one is a row's own affair."""
+    """Few candidates are sorted, many are searched; which is done is a row's own affair."""
     rng = np.random.default_rng(0)
     rows = [
         SamplingParams(temperature=t, top_k=k, top_p=p, min_p=m)
         for t in (0, 0.7, 3.0)
-        for k in (None, 3, 64, 65)
+        for k in (None, 3, 32, 33)
         for p in (None, 0.9)
         for m in (None, 0.01)
     ]
