@@ -127,10 +127,10 @@ def make_norm(config: DecoderConfig, size: int, *, initial: Initial) -> RMSNorm:
 
 
 def made_once(x: Float[Array, "B T D"], rows: "Rows") -> Float[Array, "B T D"]:
-    """x, which with caches is made before the products that read it.
+    """x; with caches it is made by itself, apart from the products before and behind it.
 
-    Left to itself a TPU's compiler makes it again within each of them, and takes seconds for every
-    such program that it writes: the half of a deep model's compile time.
+    Left to itself a TPU's compiler puts norms and sums into the products' programs, again for each
+    of them, and takes seconds to write each one: most of a deep model's compile time.
     """
     return x if rows.pos_B is None else jax.lax.optimization_barrier(x)
 
@@ -306,7 +306,7 @@ class Attention(nnx.Module):
                 prompt_lengths=rows.prompt_lengths,
                 options=options,
             )
-        out = self.o_proj(out.reshape(*x.shape[:2], -1))
+        out = self.o_proj(made_once(out.reshape(*x.shape[:2], -1), rows))
         return Attended(out=out, q=q, k=k, v=v, plain_k=plain_k, cache=cache)
 
     def heads(self, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
@@ -367,7 +367,7 @@ class DecoderLayer(nnx.Module):
         """The residual stream after both blocks."""
         normed = made_once(self.input_layernorm(x), rows)
         attended = self.self_attn(normed, rows, layer=layer, cache=cache)
-        x = x + attended.out
+        x = made_once(x + attended.out, rows)
         fed = self.mlp(made_once(self.post_attention_layernorm(x), rows), rows)
-        x = constrain_batch(x + fed.out, rows.mesh)
+        x = made_once(constrain_batch(x + fed.out, rows.mesh), rows)
         return LayerOutput(x=x, attended=attended, router=fed.router)

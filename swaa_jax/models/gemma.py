@@ -74,9 +74,10 @@ class GemmaLayer(DecoderLayer):
         """The residual stream after both blocks."""
         normed = made_once(self.input_layernorm(x), rows)
         attended = self.self_attn(normed, rows, layer=layer, cache=cache)
-        x = x + self.post_attention_layernorm(attended.out)
+        x = made_once(x + self.post_attention_layernorm(attended.out), rows)
         fed = self.mlp(made_once(self.pre_feedforward_layernorm(x), rows), rows)
-        x = constrain_batch(x + self.post_feedforward_layernorm(fed.out), rows.mesh)
+        x = x + self.post_feedforward_layernorm(fed.out)
+        x = made_once(constrain_batch(x, rows.mesh), rows)
         return LayerOutput(x=x, attended=attended, router=fed.router)
 
 
