@@ -259,7 +259,7 @@ class Attention(nnx.Module):
         cache: LayerCache | None = None,
     ) -> Attended:
         """Attention of these tokens to one another, and with a cache to those before."""
-        plain_q, plain_k, v = self.heads(x)
+        plain_q, plain_k, v = self.heads(x, rows)
         q, k = (rotate(part, rows.rotations[self.rope]) for part in (plain_q, plain_k))
         kinds = layer.kinds if isinstance(layer, LayerChoice) else (layer,)
         is_split = any(kind.full_heads for kind in kinds)  # which counts heads without copies
@@ -309,10 +309,11 @@ class Attention(nnx.Module):
         out = self.o_proj(made_once(out.reshape(*x.shape[:2], -1), rows))
         return Attended(out=out, q=q, k=k, v=v, plain_k=plain_k, cache=cache)
 
-    def heads(self, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
+    def heads(self, x: Float[Array, "B T D"], rows: Rows) -> tuple[Array, Array, Array]:
         """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, normed, not rotated."""
         heads = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (made_once(proj(x), rows).reshape(heads) for proj in projections)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
