@@ -116,6 +116,10 @@ class ProgramsByStructure:
         """As `jax.jit`'s."""
         return self.of(structure).lower(*args, **kwargs)
 
+    def num_compiled(self, structure: Structure[Any]) -> int:
+        """How many programs there are for this structure, by shapes and static arguments."""
+        return self.of(structure)._cache_size()
+
     def of(self, structure: Structure[Any]) -> Any:
         """The jitted function for this structure, without that argument."""
         found = self._programs.get(structure)

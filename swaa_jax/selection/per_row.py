@@ -89,10 +89,10 @@ class RowScorer:
                     f"candidates: expected layers of 0 to {self.num_layers - 1}, got {layers}"
                 )
         found = np.full((len(candidates), self.num_samples), np.nan, np.float64)
-        before = _compile_count()
+        before = _row_losses.num_compiled(self._split.structure)
         for group in self._groups:
             self._score_group(group, candidates, found)
-        self.num_compiles += _compile_count() - before
+        self.num_compiles += _row_losses.num_compiled(self._split.structure) - before
         return found
 
     def of_policy(self, policy: AttentionPolicy) -> Float[np.ndarray, " samples"]:
@@ -192,7 +192,3 @@ def _row_losses(
         layers=layers if windows_LR is None else row_kinds(layers, windows_LR),
     )
     return jnp.sum(each.nll * rows["weights"], axis=1)
-
-
-def _compile_count() -> int:
-    return _row_losses._cache_size()  # pyright: ignore[reportAttributeAccessIssue]

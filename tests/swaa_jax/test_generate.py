@@ -109,10 +109,10 @@ def test_xla_compiles_before_the_timed_calls_only():
     model = StandIn(71)
     engine = importlib.import_module("swaa_jax.engine.engine")
     structure = split_model(model).structure
-    programs = [engine._read.of(structure), engine._decode.of(structure)]
+    programs = (engine._read, engine._decode)
     timings = generate(model, None, [[1, 2]], max_new_tokens=20).timings
     assert timings.compile_s > 10 * (timings.prefill_s + timings.decode_s)
-    assert [program._cache_size() for program in programs] == [1, 1]
+    assert [program.num_compiled(structure) for program in programs] == [1, 1]
     again = generate(model, None, [[1, 2]], max_new_tokens=20).timings
     assert again.compile_s < timings.compile_s / 10
 

@@ -106,7 +106,7 @@ def test_policies_as_rows_of_one_program_score_as_each_by_itself():
 def test_policies_with_the_same_sinks_are_compiled_once():
     model = random_model(num_hidden_layers=3)
     pairs = asked(model.config.vocab_size)[:2] * 4
-    program = loglikelihood._token_losses.of(split_model(model).structure)
-    before = program._cache_size()
+    structure = split_model(model).structure
+    before = loglikelihood._token_losses.num_compiled(structure)
     score_policies(model, pairs, SWEEP[:3], batch_size=8)
-    assert program._cache_size() - before == 1
+    assert loglikelihood._token_losses.num_compiled(structure) - before == 1
