@@ -4,6 +4,7 @@
 process that loads it.
 """
 
+import functools
 import os
 import re
 import sys
@@ -22,23 +23,33 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from aot_programs import CHIPS, Program
 from flax import nnx
 from hlo_flops import count_products
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from model_shapes import MODELS
 
+from swaa_jax.attention import Cache, PagedCache
+from swaa_jax.engine import EngineOptions
+from swaa_jax.engine.state import Chunk, DecodeState, decode_tokens, idle_settings, read_chunk
 from swaa_jax.lora import LoraConfig, add_lora
 from swaa_jax.models import FAMILIES, CausalLM
+from swaa_jax.models.function import Structure
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.sharding import attention_specs, make_mesh, sharding_for
 from swaa_jax.train import StepConfig, make_step
 
 _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+COUNTED = ("prefill", "decode-full", "decode-ring")
+"""Programs whose experts' products are counted."""
+CHUNK_SIZE, PAGE_SIZE = 1024, 256
+"""What the engine takes on TPUs."""
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 KERNELS = {
     "prefill": ("swa_prefill_forward",),
+    "chunk": ("swa_prefill_forward",),
     "train": ("swa_prefill_forward", "swa_prefill_dq", "swa_prefill_dkv"),
 }
 _TOO_MUCH = (
@@ -62,8 +73,7 @@ def compile_program(program: Program) -> dict[str, Any]:
     mesh = make_mesh(topology.devices[:count], **program.mesh)
     model = abstract_model(program, mesh)
     begun, begun_cpu = time.perf_counter(), time.process_time()
-    make = {"prefill": prefill_program, "train": train_program}.get(program.kind, decode_program)
-    function, shapes = make(program, model, mesh)
+    function, shapes = MAKERS.get(program.kind, decode_program)(program, model, mesh)
     lowered = function.lower(*shapes)
     lowered_at = time.perf_counter()
     row: dict[str, Any] = {"lower_s": round(lowered_at - begun, 2)}
@@ -92,7 +102,8 @@ def compile_program(program: Program) -> dict[str, Any]:
         text = compiled.as_text()
         row |= {"fits": True, **memory(compiled)}
         row |= {"collectives": collectives(text), "cache_copies": cache_copies(text, shapes)}
-        if hasattr(model.config, "num_experts") and program.kind != "train":
+        row["instructions"] = len(_OPERATION.findall(text))
+        if hasattr(model.config, "num_experts") and program.kind in COUNTED:
             row["moe_flops_ratio"] = round(moe_flops_ratio(text, program, model, mesh), 3)
     row["compile_s"] = round(compiled_at - lowered_at, 2)
     row["cpu_s"] = round(compiled_cpu - begun_cpu, 2)
@@ -109,8 +120,10 @@ def abstract_model(program: Program, mesh: Mesh) -> CausalLM:
         hf_config = {**hf_config, "num_hidden_layers": program.layers}
     family = FAMILIES[hf_config["model_type"]]
     config = family.config_class.from_hf(hf_config)
-    policy = AttentionPolicy(window=program.window, num_sink_tokens=program.sinks)
-    if program.kind != "decode-ring":
+    policy = AttentionPolicy()
+    if program.window and program.kind == "decode-ring":
+        policy = AttentionPolicy(window=program.window, num_sink_tokens=program.sinks)
+    elif program.window:
         policy = AttentionPolicy(
             window=program.window,
             num_sink_tokens=program.sinks,
@@ -169,6 +182,83 @@ def decode_program(program: Program, model: CausalLM, mesh: Mesh) -> tuple[Any, 
     return jax.jit(decode, donate_argnums=2), (params, tokens, jax.tree.map(lay_out, caches))
 
 
+def chunk_program(program: Program, model: CausalLM, mesh: Mesh) -> tuple[Any, Any]:
+    """The engine's `read_chunk` and what it takes: a chunk of a row's prompt."""
+    arrays, state, on = engine_state(program, model, mesh)
+    number, tokens, pages = np.int32(0), (1, CHUNK_SIZE), (program.context // PAGE_SIZE,)
+    chunk = Chunk(
+        slot=number,
+        position=number,
+        tokens=np.zeros(tokens, np.int32),
+        length=number,
+        prompt_length=number,
+        max_new_tokens=number,
+        pages=np.zeros(pages, np.int32),
+        settings=idle_settings(model.config.vocab_size),
+    )
+    read = functools.partial(read_chunk, structure=Structure.of(model))
+    return jax.jit(read, donate_argnames="state"), (arrays, state, _shapes(chunk, on))
+
+
+def steps_program(program: Program, model: CausalLM, mesh: Mesh) -> tuple[Any, Any]:
+    """The engine's `decode_tokens` and what it takes: some steps of all rows."""
+    arrays, state, on = engine_state(program, model, mesh)
+    steps = EngineOptions().steps_per_call
+    decode = functools.partial(decode_tokens, structure=Structure.of(model), max_steps=steps)
+    rest = _shapes((np.int32(steps), np.bool_(False)), on)
+    return jax.jit(decode, donate_argnames="state"), (arrays, state, *rest)
+
+
+def engine_state(program: Program, model: CausalLM, mesh: Mesh) -> tuple[Any, Any, Any]:
+    """The model's arrays and the engine's state as shapes, and how the rest lies on the devices.
+
+    There are `batch` slots, each with pages for as many tokens as `context` says.
+    """
+    columns = program.context // PAGE_SIZE
+    caches = jax.eval_shape(
+        functools.partial(
+            model.empty_caches,
+            program.batch,
+            cache_size=program.context,
+            pages=(program.batch * columns, PAGE_SIZE),
+        )
+    )
+    state = jax.eval_shape(
+        functools.partial(
+            DecodeState.empty,
+            width=program.context + CHUNK_SIZE,
+            vocab_size=model.config.vocab_size,
+        ),
+        caches,
+    )
+    on = NamedSharding(mesh, PartitionSpec())
+
+    def lay_out(part: Any) -> Any:
+        if not isinstance(part, Cache):
+            return _shapes(part, on)
+        whole_rows = isinstance(part, PagedCache)
+
+        def lay_out_leaf(leaf: Any) -> Any:
+            if leaf.ndim < 4:
+                return _shapes(leaf, on)
+            sizes = {"batch": leaf.shape[0], "num_kv_heads": leaf.shape[2]}
+            spec, _ = attention_specs(mesh, **sizes, whole_rows=whole_rows)
+            return _shape(leaf.shape, leaf.dtype, NamedSharding(mesh, spec))
+
+        return jax.tree.map(lay_out_leaf, part)
+
+    state = jax.tree.map(lay_out, state, is_leaf=lambda part: isinstance(part, Cache))
+    arrays = {
+        ".".join(map(str, path)): _shape(each.shape, each.dtype, sharding_for(each, mesh))
+        for path, each in nnx.to_flat_state(nnx.state(model))
+    }
+    return arrays, state, on
+
+
+def _shapes(tree: Any, sharding: Any) -> Any:
+    return jax.tree.map(lambda x: _shape(np.shape(x), x.dtype, sharding), tree)
+
+
 def train_program(program: Program, model: CausalLM, mesh: Mesh) -> tuple[Any, Any]:
     """A step of LoRA training: what has `lower`, and the batch."""
     del mesh
@@ -188,6 +278,15 @@ def _rows(program: Program, model: CausalLM, mesh: Mesh) -> NamedSharding:
 
 def _shape(sizes: Any, dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(sizes), dtype, sharding=sharding)
+
+
+MAKERS = {
+    "prefill": prefill_program,
+    "chunk": chunk_program,
+    "steps": steps_program,
+    "train": train_program,
+}
+"""What makes a kind of program, where that is not `decode_program`."""
 
 
 def memory(compiled: Any) -> dict[str, int]:

@@ -7,6 +7,8 @@ fits, and how long tracing with lowering, and compiling, took: seconds on the cl
 together on all cores (a busy machine stretches the former). Nothing here has run on a TPU.
 
     prefill       a prompt of the given length: the last row's logits, and the caches
+    chunk         the engine's: 1,024 tokens of a prompt, rows as long as the given length
+    steps         the engine's: up to 16 tokens of every row
     decode-full   one token against caches of that length, all full, which are donated
     decode-ring   the same under a window in every layer: ring caches of window + sinks slots
     train         a step of LoRA training (rank 16 on q, k, v) on packed rows of that length; the
@@ -96,7 +98,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "times faster, to a program that needs more memory",
     )
     policy = parser.add_argument_group("attention policy (decode-ring: window and sinks alone)")
-    policy.add_argument("--window", type=int, help="keys a row sees; default 2048")
+    policy.add_argument("--window", type=int, help="keys a row sees; default 2048; 0: all")
     policy.add_argument("--sinks", type=int, help="first tokens that stay visible; default 128")
     policy.add_argument("--full-layers", metavar="LAYERS", help="default 1::2; '' for none")
     policy.add_argument("--decode", choices=["full", "window"], help="default full")

@@ -41,8 +41,8 @@ class Program:
       mesh: its axes' sizes; their product is the number of devices.
       kind: one of `KINDS`.
       context: tokens of the prompt, or that the caches hold.
-      batch: rows.
-      window, sinks, full_layers, decode: the policy, of all but decode-ring.
+      batch: rows; slots of the engine.
+      window, sinks, full_layers, decode: the policy, of all but decode-ring; window 0: full.
       layers: of the model, where they are not its own number.
       effort: of the compiler, from -1 to 1; 0 is what programs are compiled with.
     """
@@ -67,7 +67,7 @@ class Program:
         return f"{Path(self.model).name} {self.kind} {self.context // 1024}k {self.chip} {mesh}"
 
 
-KINDS = ("prefill", "decode-full", "decode-ring", "train")
+KINDS = ("prefill", "chunk", "steps", "decode-full", "decode-ring", "train")
 EIGHT = {"tensor": 8}
 SPLITS = {"Qwen3-30B-A3B": {"tensor": 4, "expert": 2}}
 """How eight chips share a model: heads and widths over `tensor`, as many as it has KV heads."""
@@ -94,6 +94,14 @@ def default_programs() -> list[Program]:
             found.append(
                 Program(model=model, chip=chip, mesh={"tensor": 1}, kind="prefill", context=32768)
             )
+    one = {"model": "Qwen3-4B", "chip": "v5e", "mesh": {"tensor": 1}, "sinks": 10}
+    rings = {"window": 2048, "decode": "window"}
+    for kind in ("chunk", "steps"):
+        found += [
+            Program(**one, kind=kind, context=32768, window=0),
+            Program(**one, kind=kind, context=65536, **rings),
+            Program(**one, kind=kind, context=1_000_192, **rings, full_layers=""),
+        ]
     trained = (("Qwen3-4B", "v5e", 8, 32768), ("Qwen3-4B", "v6e", 8, 32768))
     trained += (("Qwen3-30B-A3B", "v6e-16", 16, 16384), ("Qwen3-30B-A3B", "v5p-16", 16, 16384))
     for model, chip, devices, context in trained:

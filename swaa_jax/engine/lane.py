@@ -35,7 +35,7 @@ from swaa_jax.engine.state import (
     take_rings,
 )
 from swaa_jax.fields import show
-from swaa_jax.models.function import SplitModel
+from swaa_jax.models.function import SplitModel, jit_by_structure
 from swaa_jax.runtime import to_host
 
 EndReason = Literal["end", "length", "not a number"]
@@ -343,9 +343,9 @@ def _joined(updates: Sequence[Update]) -> list[Update]:
     return list(joined.values())
 
 
-_read = jax.jit(read_chunk, static_argnames=("structure",), donate_argnames=("state",))
-_decode = jax.jit(
-    decode_tokens, static_argnames=("structure", "max_steps"), donate_argnames=("state",)
+_read = jit_by_structure(read_chunk, donate_argnames=("state",))
+_decode = jit_by_structure(
+    decode_tokens, static_argnames=("max_steps",), donate_argnames=("state",)
 )
 _snapshot = jax.jit(take_rings)
 _resume = jax.jit(resume_row, static_argnames=("mesh",), donate_argnames=("state",))
@@ -365,8 +365,8 @@ def _shapes(model: SplitModel, options: EngineOptions, num_pages: int) -> dict[s
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=("structure", "num_slots", "max_tokens", "pages", "positions", "width"),
+    jit_by_structure,
+    static_argnames=("num_slots", "max_tokens", "pages", "positions", "width"),
 )
 def _empty_state(
     arrays: Any,

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ NO_TOKEN = -1
 MIN_TEMPERATURE = 1e-5
 """Below it decoding is greedy: it differs in ties alone, and a float32 quotient may overflow."""
 
-_FEW_CANDIDATES = 64  # up to which top-k does not sort the vocabulary
+_FEW_CANDIDATES = 32  # which are sorted; a TPU's compiler takes seconds to find more
 _LONGEST_NGRAM = 1024  # tokens; each is compared at each step
 _CONFIG = "generation_config.json"
 _DEFAULT_TOP_K = 50  # Transformers' where a generation config with do_sample has none
@@ -393,11 +393,6 @@ def sample(
     return jnp.where(is_number, token, NO_TOKEN)
 
 
-def _forbid(logits: Float[Array, "B V"], ids: Int[Array, "B E"]) -> Float[Array, "B V"]:
-    """The logits, minus infinity at the ids; V and above stand for none."""
-    return logits.at[jnp.arange(logits.shape[0])[:, None], ids].set(-jnp.inf, mode="drop")
-
-
 def _suppressed(logits: Float[Array, "B V"], packed: UInt[Array, "B words"]) -> Array:
     ids = jnp.arange(logits.shape[1])
     words = jnp.repeat(packed, 32, axis=1)[:, : logits.shape[1]]
@@ -421,17 +416,8 @@ def _penalised(
             draws.no_repeat_ngram_size,
         )
     )
-    at = jnp.arange(num_rows)[:, None]
     slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     is_held = slots < positions[:, None]
-    held = jnp.where(is_held, tokens, vocab_size)  # V: out of range, dropped
-    seen = jnp.zeros(logits.shape, bool).at[at, held].set(True, mode="drop")
-    logits = jnp.where(
-        seen, jnp.where(logits < 0, logits * repetition, logits / repetition), logits
-    )
-    answered = jnp.where(slots >= history.prompt_lengths[:, None], held, vocab_size)
-    counts = jnp.zeros_like(logits).at[at, answered].add(1.0, mode="drop")
-    logits = logits - frequency * counts - presence * (counts > 0)
 
     # A slot's token would end an n-gram that is there already, if the n - 1 tokens before it are
     # the last n - 1 of the row:   ... a b [c] ... a b -> no c.
@@ -441,7 +427,24 @@ def _penalised(
 
     ends = is_held & (slots >= ngram_size - 1) & (ngram_size > 0)
     ends = jax.lax.fori_loop(1, jnp.max(ngram_size), still_alike, ends)
-    return _forbid(logits, jnp.where(ends, tokens, vocab_size))
+
+    # One scatter along one axis counts for all three: a TPU's compiler takes seconds for others.
+    is_answer = is_held & (slots >= history.prompt_lengths[:, None])
+    starts = vocab_size * jnp.arange(num_rows, dtype=jnp.int32)[:, None]
+    part, size = num_rows * vocab_size, 3 * num_rows * vocab_size  # past the end: dropped
+    at = jnp.concatenate(
+        [
+            jnp.where(which, starts + number * part + tokens, size).reshape(-1)
+            for number, which in enumerate((is_held, is_answer, ends))
+        ]
+    )
+    counts = jnp.zeros((size,), jnp.int32).at[at].add(1, mode="drop")
+    counts = counts.reshape(3, num_rows, vocab_size)
+    seen, in_answer, forbidden = counts
+    penalised = jnp.where(logits < 0, logits * repetition, logits / repetition)
+    logits = jnp.where(seen > 0, penalised, logits)
+    logits = logits - frequency * in_answer.astype(jnp.float32) - presence * (in_answer > 0)
+    return jnp.where(forbidden > 0, -jnp.inf, logits)
 
 
 def _drawn(
@@ -466,49 +469,108 @@ def _filtered(
 ) -> Float[Array, "B V"]:
     """The logits of the tokens that top-k and top-p leave.
 
-    Few candidates are found without sorting the vocabulary. Which way a row goes is its own
-    settings' affair, so that its sums are the same whatever the others ask for.
+    Few candidates are sorted; of many, the least that stays is searched for, since a TPU's compiler
+    takes long to sort a vocabulary. Which way a row goes is its own settings' affair, so that its
+    sums are the same whatever the others ask for.
     """
     vocab_size = logits.shape[1]
     few = min(_FEW_CANDIDATES, vocab_size)
     filters = (draws.temperature > 0) & ((draws.top_k < vocab_size) | (draws.top_p < 1))
-    takes_few = filters & (draws.top_k <= few)
-    takes_all = filters & ~takes_few
+    takes_few = draws.top_k <= few
 
-    def leave(rows: Array, num_candidates: int, logits: Array) -> Array:
-        values, _ = jax.lax.top_k(logits, num_candidates)
-        kept = _kept(logits, values, draws, temperature)
-        return jnp.where(rows[:, None] & ~kept, -jnp.inf, logits)
+    def leave(logits: Array) -> Array:
+        everything = (jnp.full_like(temperature, -jnp.inf), jnp.full_like(temperature, vocab_size))
+        sort = functools.partial(_least_of_few, draws=draws, temperature=temperature, few=few)
+        search = functools.partial(_least_of_all, draws=draws, temperature=temperature)
+        found = [
+            jax.lax.cond(jnp.any(filters & rows), find, lambda _: everything, logits)
+            for rows, find in ((takes_few, sort), (~takes_few, search))
+        ]
+        least, num_equals = (
+            jnp.where(takes_few[:, None], *each) for each in zip(*found, strict=True)
+        )
+        # Of those that equal the least, the ones with the lowest ids stay.
+        equal, ids = logits == least, jnp.arange(vocab_size, dtype=jnp.uint32)
 
-    for rows, num_candidates in ((takes_few, few), (takes_all, vocab_size)):
-        filtering = functools.partial(leave, rows, num_candidates)
-        logits = jax.lax.cond(jnp.any(rows), filtering, lambda x: x, logits)
-    return logits
+        def are_fewer(bound: Array) -> Array:
+            return _count(equal & (ids < bound)) < num_equals
+
+        last = _greatest(are_fewer, shape=least.shape, bits=vocab_size.bit_length())
+        kept = (logits > least) | (equal & (ids <= last))
+        return jnp.where(filters[:, None] & ~kept, -jnp.inf, logits)
+
+    return jax.lax.cond(jnp.any(filters), leave, lambda x: x, logits)
 
 
-def _kept(
-    logits: Float[Array, "B V"],
-    values: Float[Array, "B n"],
-    draws: Draws,
-    temperature: Float[Array, "B 1"],
-) -> Bool[Array, "B V"]:
-    """Tokens that are among the candidates left, the lower ids first among equals.
+def _least_of_few(
+    logits: Float[Array, "B V"], draws: Draws, temperature: Float[Array, "B 1"], *, few: int
+) -> tuple[Float[Array, "B 1"], Float[Array, "B 1"]]:
+    """The least logit that top-k and top-p leave, and how many of its equals; k is at most `few`.
 
-    Args:
-        logits: of all tokens.
-        values: the largest of them, in order.
-        draws: the rows' settings.
-        temperature: 1 where a row draws nothing.
+    `temperature` is 1 where a row draws nothing.
     """
-    rank = jnp.arange(values.shape[1])[None, :]
+    values, _ = jax.lax.top_k(logits, few)
+    rank = jnp.arange(few)[None, :]
     scores = jnp.where(rank < draws.top_k[:, None], values / temperature, -jnp.inf)
     probs = jax.nn.softmax(scores, axis=-1)
     mass_before = jnp.cumsum(probs, axis=-1) - probs  # 0 for the first: one token always stays
     stays = (rank < draws.top_k[:, None]) & ((rank == 0) | (mass_before < draws.top_p[:, None]))
     least = jnp.min(jnp.where(stays, values, jnp.inf), axis=-1, keepdims=True)
-    num_equals = jnp.sum(stays & (values == least), axis=-1, keepdims=True)
-    equal = logits == least
-    return (logits > least) | (equal & (jnp.cumsum(equal, axis=-1) <= num_equals))
+    return least, _count(stays & (values == least))
+
+
+def _least_of_all(
+    logits: Float[Array, "B V"], draws: Draws, temperature: Float[Array, "B 1"]
+) -> tuple[Float[Array, "B 1"], Float[Array, "B 1"]]:
+    """As `_least_of_few`, for any k."""
+    keys, top_p = _ordered(logits), draws.top_p[:, None]
+    top_k = draws.top_k[:, None].astype(jnp.float32)
+    shape = temperature.shape
+    kth = _greatest(lambda key: _count(keys >= key) >= top_k, shape=shape, bits=32)
+    num_equals = top_k - _count(keys > kth)  # of the k-th largest, within top-k
+
+    scores = logits / temperature
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+
+    def mass(which: Array) -> Array:
+        return jnp.sum(jnp.where(which, weights, 0), axis=-1, keepdims=True)
+
+    def weight(key: Array) -> Array:
+        return jnp.max(jnp.where(keys == key, weights, 0), axis=-1, keepdims=True)
+
+    needed = top_p * (mass(keys > kth) + num_equals * weight(kth))
+    crossing = _greatest(lambda key: mass(keys >= key) >= needed, shape=shape, bits=32)
+    least = jnp.where(top_p < 1, jnp.maximum(crossing, kth), kth)
+    num_equals = jnp.where(least == kth, num_equals, _count(keys == least))
+    # Equals stay until the mass is reached; one always does.
+    num_needed = jnp.ceil((needed - mass(keys > least)) / weight(least))
+    num_needed = jnp.where(top_p < 1, jnp.clip(num_needed, 1, num_equals), num_equals)
+    value = jnp.max(jnp.where(keys == least, logits, -jnp.inf), axis=-1, keepdims=True)
+    return value, num_needed
+
+
+def _ordered(x: Float[Array, "B V"]) -> UInt[Array, "B V"]:
+    """Integers in the order of the numbers; zero has one, whatever its sign."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, jnp.float32(0), x), jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    return jnp.where(bits >= sign, ~bits, bits | sign)
+
+
+def _greatest(
+    holds: Callable[[UInt[Array, "B 1"]], Bool[Array, "B 1"]], *, shape: tuple[int, ...], bits: int
+) -> UInt[Array, "B 1"]:
+    """The greatest number of so many bits for which it holds, where it holds for all below it."""
+
+    def decide(done: Array, found: Array) -> Array:
+        tried = found | (jnp.uint32(1) << (bits - 1 - done).astype(jnp.uint32))
+        return jnp.where(holds(tried), tried, found)
+
+    return jax.lax.fori_loop(0, bits, decide, jnp.zeros(shape, jnp.uint32))
+
+
+def _count(which: Bool[Array, "B n"]) -> Float[Array, "B 1"]:
+    """How many of a row; exact, since a vocabulary is far below 2**24."""
+    return jnp.sum(which, axis=-1, keepdims=True, dtype=jnp.float32)
 
 
 TOP_LOGPROBS = 20

@@ -10,7 +10,6 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -20,7 +19,7 @@ from swaa_jax.infer.buckets import length_bucket, next_power_of_two, pad_right
 from swaa_jax.infer.prompts import check_context
 from swaa_jax.losses import TargetLosses, target_losses
 from swaa_jax.models import CausalLM
-from swaa_jax.models.function import SplitModel, Structure, split_model
+from swaa_jax.models.function import SplitModel, Structure, jit_by_structure, split_model
 from swaa_jax.policy import AttentionPolicy, LayerAttention, Stage
 from swaa_jax.runtime import to_host
 
@@ -241,7 +240,7 @@ def _score(
     ]
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "num_sink_tokens"))
+@functools.partial(jit_by_structure, static_argnames=("num_sink_tokens",))
 def _token_losses(
     arrays: dict[str, Array],
     tokens: Int[Array, "B T"],

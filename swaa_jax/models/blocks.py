@@ -126,6 +126,15 @@ def make_norm(config: DecoderConfig, size: int, *, initial: Initial) -> RMSNorm:
     return RMSNorm(size, eps=config.rms_norm_eps, initial=initial, one_centred=centred)
 
 
+def made_once(x: Float[Array, "B T D"], rows: "Rows") -> Float[Array, "B T D"]:
+    """x; with caches it is made by itself, apart from the products before and behind it.
+
+    Left to itself a TPU's compiler puts norms and sums into the products' programs, again for each
+    of them, and takes seconds to write each one: most of a deep model's compile time.
+    """
+    return x if rows.pos_B is None else jax.lax.optimization_barrier(x)
+
+
 class Embedding(nnx.Module):
     """A table of token vectors, `[V, D]`, times `scale` when looked up (not in a tied head)."""
 
@@ -261,7 +270,7 @@ class Attention(nnx.Module):
         cache: LayerCache | None = None,
     ) -> Attended:
         """Attention of these tokens to one another, and with a cache to those before."""
-        plain_q, plain_k, v = self.heads(x)
+        plain_q, plain_k, v = self.heads(x, rows)
         q, k = (rotate(part, rows.rotations[self.rope]) for part in (plain_q, plain_k))
         copies = head_copies(layer, rows.mesh, num_heads=q.shape[2], num_kv_heads=k.shape[2])
         if copies > 1:
@@ -306,13 +315,14 @@ class Attention(nnx.Module):
                 prompt_lengths=rows.prompt_lengths,
                 options=options,
             )
-        out = self.o_proj(out.reshape(*x.shape[:2], -1))
+        out = self.o_proj(made_once(out.reshape(*x.shape[:2], -1), rows))
         return Attended(out=out, q=q, k=k, v=v, plain_k=plain_k, cache=cache)
 
-    def heads(self, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
+    def heads(self, x: Float[Array, "B T D"], rows: Rows) -> tuple[Array, Array, Array]:
         """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, normed, not rotated."""
         heads = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (made_once(proj(x), rows).reshape(heads) for proj in projections)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
@@ -365,8 +375,9 @@ class DecoderLayer(nnx.Module):
         cache: LayerCache | None = None,
     ) -> LayerOutput:
         """The residual stream after both blocks."""
-        attended = self.self_attn(self.input_layernorm(x), rows, layer=layer, cache=cache)
-        x = x + attended.out
-        fed = self.mlp(self.post_attention_layernorm(x), rows)
-        x = constrain_batch(x + fed.out, rows.mesh)
+        normed = made_once(self.input_layernorm(x), rows)
+        attended = self.self_attn(normed, rows, layer=layer, cache=cache)
+        x = made_once(x + attended.out, rows)
+        fed = self.mlp(made_once(self.post_attention_layernorm(x), rows), rows)
+        x = made_once(constrain_batch(x + fed.out, rows.mesh), rows)
         return LayerOutput(x=x, attended=attended, router=fed.router)

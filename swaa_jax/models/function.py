@@ -1,14 +1,16 @@
 """A model as a pure function of its arrays by name.
 
 Names are paths in the model (`layers.3.self_attn.q_proj.kernel`). `split_model` takes a model apart
-for jit: arrays are arguments, and a `Structure`, everything else, is a static one. `ModelFunction`
-is for training: it may scan over the layers, and takes a layer's arrays under their own names or
-those of all layers stacked, `[L, ...]`, under `layers.*.self_attn.q_proj.kernel`; what is not
-stacked yet is stacked inside the program.
+for jit: arrays are arguments, and a `Structure`, everything else, is what programs are compiled for
+(`jit_by_structure`). `ModelFunction` is for training: it may scan over the layers, and takes a
+layer's arrays under their own names or those of all layers stacked, `[L, ...]`, under
+`layers.*.self_attn.q_proj.kernel`; what is not stacked yet is stacked inside the program.
 """
 
+import collections
 import copy
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
@@ -16,6 +18,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
@@ -30,6 +33,9 @@ from swaa_jax.typing import PRNGKeyArray
 FEWEST_SCANNED = 8
 """Layers below which `scan_layers="auto"` unrolls: their compile time does not matter."""
 
+MOST_STRUCTURES = 32
+"""Structures of one set of weights, under many policies say, that are held for the next call."""
+
 _MODEL_INPUTS = ("lengths", "stage_ids", "segment_ids", "positions")
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -38,9 +44,12 @@ Module = TypeVar("Module", bound=nnx.Module)
 class Structure(Generic[Module]):
     """Everything of a module but its arrays.
 
-    Equal structures are one object, as long as anything (a compiled program, say) refers to it: so
-    jit hashes and compares it for nothing, where the graph definition of a deep model takes
+    Equal structures are one object, as long as anybody holds it: so equal models share programs,
+    and looking for one costs nothing, where comparing the graph definitions of a deep model takes
     milliseconds a call. `Structure.of` gives a module's.
+
+    A module's arrays hold the structures that they were last split from, so that a model that is
+    asked again, or once more put under a policy, finds its programs. They go with the arrays.
 
     Attributes:
         names: of the arrays, in the order of the module's state.
@@ -49,6 +58,7 @@ class Structure(Generic[Module]):
     _known: ClassVar["weakref.WeakValueDictionary[Any, Structure[Any]]"] = (
         weakref.WeakValueDictionary()
     )
+    _held: ClassVar["dict[int, collections.OrderedDict[Structure[Any], None]]"] = {}
 
     def __init__(self, graphdef: Any, treedef: Any, names: tuple[str, ...]):
         self._graphdef, self._treedef, self.names = graphdef, treedef, names
@@ -68,7 +78,19 @@ class Structure(Generic[Module]):
             paths, _ = jax.tree_util.tree_flatten_with_path(state)
             names = tuple(_name(path) for path, _ in paths)
             structure = cls._known.setdefault((graphdef, treedef), cls(graphdef, treedef, names))
+        if leaves and isinstance(leaves[0], jax.Array) and not isinstance(leaves[0], Tracer):
+            structure._last_as_long_as(leaves[0])
         return structure, dict(zip(structure.names, leaves, strict=True))
+
+    def _last_as_long_as(self, array: Array) -> None:
+        held = self._held.get(id(array))
+        if held is None:
+            held = self._held[id(array)] = collections.OrderedDict()
+            weakref.finalize(array, self._held.pop, id(array)).atexit = False
+        held[self] = None
+        held.move_to_end(self)
+        if len(held) > MOST_STRUCTURES:
+            held.popitem(last=False)
 
     def build(self, arrays: Mapping[str, Any]) -> Module:
         """The module with the arrays that are called by its names; there may be others."""
@@ -76,12 +98,64 @@ class Structure(Generic[Module]):
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
 
 
+class ProgramsByStructure:
+    """`jax.jit` of a function of a structure, whose programs go when their structure goes.
+
+    A function of the module that takes the structure as a static argument would keep it, and what
+    was compiled for it, as long as the process lives. Make one with `jit_by_structure`.
+    """
+
+    def __init__(self, function: Callable[..., Any], **options: Any):
+        self._function, self._options = function, options
+        self._programs: weakref.WeakKeyDictionary[Structure[Any], Any] = weakref.WeakKeyDictionary()
+
+    def __call__(self, *args: Any, structure: Structure[Any], **kwargs: Any) -> Any:
+        """The function's value."""
+        return self.of(structure)(*args, **kwargs)
+
+    def lower(self, *args: Any, structure: Structure[Any], **kwargs: Any) -> Any:
+        """As `jax.jit`'s."""
+        return self.of(structure).lower(*args, **kwargs)
+
+    def num_compiled(self, structure: Structure[Any]) -> int:
+        """How many programs there are for this structure, by shapes and static arguments."""
+        return self.of(structure)._cache_size()
+
+    def of(self, structure: Structure[Any]) -> Any:
+        """The jitted function for this structure, without that argument."""
+        found = self._programs.get(structure)
+        if found is None:
+            found = jax.jit(_bound(self._function, weakref.ref(structure)), **self._options)
+            self._programs[structure] = found
+        return found
+
+
+def jit_by_structure(function: Callable[..., Any], **options: Any) -> ProgramsByStructure:
+    """The function jitted apart for each structure.
+
+    Args:
+        function: takes `structure` as a keyword, besides others.
+        options: of `jax.jit`, for those others.
+    """
+    return ProgramsByStructure(function, **options)
+
+
+def _bound(function: Callable[..., Any], structure: Callable[[], Any]) -> Callable[..., Any]:
+    """The function with the structure, which it does not keep."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, structure=structure(), **kwargs)
+
+    return run
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitModel:
     """A model taken apart for jit, once for many calls.
 
     Attributes:
-        structure: the static part.
+        structure: all but the arrays.
         arrays: its parameters by name.
         config: of the model.
         layers: each layer's policy, where the model has one.

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from swaa_jax.attention import LayerCache, LayerKind
 from swaa_jax.checkpoint.keymap import WeightRule
 from swaa_jax.models import weight_rules as weights
-from swaa_jax.models.blocks import DecoderLayer, Initial, LayerOutput, Rows, make_norm
+from swaa_jax.models.blocks import DecoderLayer, Initial, LayerOutput, Rows, made_once, make_norm
 from swaa_jax.models.causal_lm import CausalLM
 from swaa_jax.models.config import DecoderConfig, local_fields
 from swaa_jax.models.config_types import HfConfig
@@ -72,10 +72,12 @@ class GemmaLayer(DecoderLayer):
         cache: LayerCache | None = None,
     ) -> LayerOutput:
         """The residual stream after both blocks."""
-        attended = self.self_attn(self.input_layernorm(x), rows, layer=layer, cache=cache)
-        x = x + self.post_attention_layernorm(attended.out)
-        fed = self.mlp(self.pre_feedforward_layernorm(x), rows)
-        x = constrain_batch(x + self.post_feedforward_layernorm(fed.out), rows.mesh)
+        normed = made_once(self.input_layernorm(x), rows)
+        attended = self.self_attn(normed, rows, layer=layer, cache=cache)
+        x = made_once(x + self.post_attention_layernorm(attended.out), rows)
+        fed = self.mlp(made_once(self.pre_feedforward_layernorm(x), rows), rows)
+        x = x + self.post_feedforward_layernorm(fed.out)
+        x = made_once(constrain_batch(x, rows.mesh), rows)
         return LayerOutput(x=x, attended=attended, router=fed.router)
 
 

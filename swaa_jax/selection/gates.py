@@ -27,7 +27,7 @@ from swaa_jax import fields, runtime, storage
 from swaa_jax.attention import GatedLayer, LayerKind
 from swaa_jax.data import Sample
 from swaa_jax.models import CausalLM
-from swaa_jax.models.function import Structure, split_model
+from swaa_jax.models.function import Structure, jit_by_structure, split_model
 from swaa_jax.policy import AttentionPolicy, LayerAttention
 from swaa_jax.progress import ShowProgress
 from swaa_jax.runtime import to_host
@@ -174,7 +174,7 @@ def _batches(
     return batch
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "layers", "learning_rate", "sparsity"))
+@functools.partial(jit_by_structure, static_argnames=("layers", "learning_rate", "sparsity"))
 def _step(
     state: GatesState,
     arrays: dict[str, Array],

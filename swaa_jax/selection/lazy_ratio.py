@@ -27,7 +27,7 @@ from swaa_jax.fields import check_fields, integer
 from swaa_jax.infer.buckets import length_bucket, pad_right
 from swaa_jax.models import CausalLM
 from swaa_jax.models.blocks import DecoderLayer, LayerOutput
-from swaa_jax.models.function import Structure, split_model
+from swaa_jax.models.function import Structure, jit_by_structure, split_model
 from swaa_jax.policy import AttentionPolicy, Stage
 from swaa_jax.progress import ShowProgress
 from swaa_jax.runtime import to_host
@@ -126,7 +126,7 @@ def _prompt_length(sample: Sample) -> int:
     return max(1, int(given[-1]) + 1 if len(given) else 1)
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "num_last"))
+@functools.partial(jit_by_structure, static_argnames=("num_last",))
 def _ratios(
     arrays: dict[str, Array],
     tokens: Int[Array, "1 T"],

@@ -16,7 +16,6 @@ import functools
 import math
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -25,7 +24,7 @@ from swaa_jax.data import Sample
 from swaa_jax.infer.likelihoods import losses_at, row_kinds
 from swaa_jax.models import CausalLM
 from swaa_jax.models.config import DecoderConfig
-from swaa_jax.models.function import Structure, split_model
+from swaa_jax.models.function import Structure, jit_by_structure, split_model
 from swaa_jax.policy import AttentionPolicy, LayerAttention
 from swaa_jax.runtime import to_host
 from swaa_jax.selection.calibration import SampleGroup, check_numbers, group_samples
@@ -90,10 +89,10 @@ class RowScorer:
                     f"candidates: expected layers of 0 to {self.num_layers - 1}, got {layers}"
                 )
         found = np.full((len(candidates), self.num_samples), np.nan, np.float64)
-        before = _compile_count()
+        before = _row_losses.num_compiled(self._split.structure)
         for group in self._groups:
             self._score_group(group, candidates, found)
-        self.num_compiles += _compile_count() - before
+        self.num_compiles += _row_losses.num_compiled(self._split.structure) - before
         return found
 
     def of_policy(self, policy: AttentionPolicy) -> Float[np.ndarray, " samples"]:
@@ -173,7 +172,7 @@ def rows_within(budget: int, *, config: DecoderConfig, width: int) -> int:
     return max(1, min(_MOST_ROWS, budget // row))
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "layers"))
+@functools.partial(jit_by_structure, static_argnames=("layers",))
 def _row_losses(
     arrays: dict[str, Array],
     windows_LR: Int[Array, "L R"] | None,
@@ -193,7 +192,3 @@ def _row_losses(
         layers=layers if windows_LR is None else row_kinds(layers, windows_LR),
     )
     return jnp.sum(each.nll * rows["weights"], axis=1)
-
-
-def _compile_count() -> int:
-    return _row_losses._cache_size()  # pyright: ignore[reportAttributeAccessIssue]

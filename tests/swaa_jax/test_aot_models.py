@@ -84,6 +84,30 @@ def test_decoding_keeps_its_caches_in_place(chip, compiled):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "policy",
+    [("--window", "0"), ("--decode", "window"), ("--decode", "window", "--full-layers", "")],
+    ids=["full", "1::2", "rings"],
+)
+def test_the_engine_keeps_its_caches_in_place_and_is_compiled_soon(policy, compiled):
+    """Twelve layers take little longer than two: what is compiled for one serves the others."""
+    seconds = {}
+    for layers in (2, 12):
+        programs = ("--programs", "chunk", "steps", "--contexts", "8192", "--batch", "2", *policy)
+        code, _, rows = compiled(
+            {**TINY, "num_hidden_layers": layers}, *programs, "--chips", "v5e", "--mesh", "tensor=1"
+        )
+        assert code == 0 and len(rows) == 2
+        for row in rows:
+            assert row["fits"] and (row["kind"] == "chunk" or row["cache_copies"] == 0)
+            slots = 8192 if "0" in policy else 2048 + 128
+            assert row["aliased"] >= layers * 2 * 2 * 2 * slots * 128  # k and v, rows, bytes
+        seconds[layers] = [row["cpu_s"] for row in rows]
+    for few, many in zip(seconds[2], seconds[12], strict=True):
+        assert many < 2.5 * few
+
+
+@pytest.mark.slow
 def test_experts_on_a_mesh_multiply_little_more_than_they_must(compiled):
     mesh = ("--mesh", "tensor=4,expert=2", "--chips", "v6e")
     code, _, (row,) = compiled(SPARSE, *SMALL, *mesh, "--contexts", "8192")
@@ -117,7 +141,8 @@ def test_the_rows_that_are_asked_for(script):
         return [row.name for row in script.programs(script.parse_arguments(options))]
 
     assert "Qwen3-4B prefill 128k v6e tensor=8" in names()
-    assert names("--only", "4B", "v5e", "tensor=1") == ["Qwen3-4B prefill 32k v5e tensor=1"]
+    on_one = [f"Qwen3-4B {what} v5e tensor=1" for what in ("prefill 32k", "chunk 32k", "steps 32k")]
+    assert names("--only", "4B", "v5e", "tensor=1", "32k") == on_one
     chosen = ("--models", "Qwen3-4B", "--chips", "v5p", "--contexts", "65536", "--sinks", "7")
     (row,) = script.programs(script.parse_arguments(chosen))
     assert (row.sinks, row.window, row.chip, row.mesh) == (7, 2048, "v5p", {"tensor": 8})

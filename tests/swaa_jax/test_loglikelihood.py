@@ -8,6 +8,7 @@ from scipy.special import log_softmax
 import swaa_jax as swaa
 from swaa_jax.infer import likelihoods as loglikelihood
 from swaa_jax.infer.likelihoods import Continuation, score_continuations, score_policies
+from swaa_jax.models.function import split_model
 from swaa_jax.policy import Stage
 from tests.support.random_models import random_model
 
@@ -105,6 +106,7 @@ def test_policies_as_rows_of_one_program_score_as_each_by_itself():
 def test_policies_with_the_same_sinks_are_compiled_once():
     model = random_model(num_hidden_layers=3)
     pairs = asked(model.config.vocab_size)[:2] * 4
-    before = loglikelihood._token_losses._cache_size()
+    structure = split_model(model).structure
+    before = loglikelihood._token_losses.num_compiled(structure)
     score_policies(model, pairs, SWEEP[:3], batch_size=8)
-    assert loglikelihood._token_losses._cache_size() - before == 1
+    assert loglikelihood._token_losses.num_compiled(structure) - before == 1

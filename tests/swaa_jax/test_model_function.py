@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 import swaa_jax as swaa
-from swaa_jax.models.function import ModelFunction, Structure, split_model
+from swaa_jax.engine import Engine, EngineOptions, Request
+from swaa_jax.engine.engine import _decode, _read
+from swaa_jax.models import function
+from swaa_jax.models.function import ModelFunction, Structure, jit_by_structure, split_model
 from swaa_jax.models.stack import ScannedLayers
 from tests.support.random_models import assert_same_weights, random_model
 
@@ -40,6 +43,53 @@ def test_a_structure_that_nobody_holds_is_freed():
     gc.collect()
     assert gone() is None
     assert len(Structure._known) < known
+
+
+@functools.partial(jit_by_structure, static_argnames=("times",))
+def _states(arrays, tokens, *, structure, times):
+    return times * structure.build(arrays).hidden_states(tokens).hidden
+
+
+def test_programs_and_weights_of_a_model_go_with_it():
+    """Equal models share programs; with the last of them all that was compiled goes."""
+
+    def run(model):
+        split = split_model(model)
+        _states(split.arrays, TOKENS, structure=split.structure, times=2)
+        engine = Engine(model, EngineOptions(num_slots=2, max_tokens=64, chunk_size=16))
+        engine.submit(Request(tokens=(3, 4, 5), max_new_tokens=3))
+        assert list(engine.run())[-1].reason == "length"
+        programs = [each.of(split.structure) for each in (_states, _read, _decode)]
+        assert [program._cache_size() for program in programs] == [1, 1, 1]
+        held = [split.structure, split.arrays["norm.scale"], *programs]
+        return [weakref.ref(each) for each in held]
+
+    models = [random_model(POLICY, rms_norm_eps=3e-6) for _ in range(2)]
+    first, second = map(run, models)
+    assert first[0]() is second[0]() and first[2:] == second[2:], "shared"
+    del models[0]
+    gc.collect()
+    assert [each() is None for each in first] == [False, True, False, False, False]
+    del models[0]
+    gc.collect()
+    assert all(each() is None for each in second)
+
+
+def test_a_model_holds_the_programs_of_its_last_policies(monkeypatch):
+    monkeypatch.setattr(function, "MOST_STRUCTURES", 2)
+    model = random_model(num_hidden_layers=1)
+
+    def program(window):
+        """That of a model under a policy, both of which are forgotten at once."""
+        split = split_model(model.with_policy(f"window={window}"))
+        _states(split.arrays, TOKENS, structure=split.structure, times=1)
+        return weakref.ref(_states.of(split.structure))
+
+    first, second = program(2), program(3)
+    assert program(2) == first and first() is not None, "used again"
+    program(4)
+    gc.collect()
+    assert first() is not None and second() is None
 
 
 @pytest.mark.parametrize("remat", ["none", "layer"])

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from swaa_jax.engine.sampling import Draws, SamplingParams, is_among, pack_ids, sample
+from swaa_jax.engine.sampling import (
+    Draws,
+    History,
+    SamplingParams,
+    is_among,
+    pack_ids,
+    sample,
+)
 
 VOCAB = 24
 LOGITS = np.random.default_rng(3).normal(size=VOCAB).astype(np.float32) * 2
@@ -60,14 +67,18 @@ def expected_probabilities(logits, params):
         SamplingParams(temperature=1.3, top_p=1.0),
         SamplingParams(temperature=2.0, top_k=7, top_p=0.6),
         SamplingParams(temperature=2.0, top_k=0, top_p=0.9),
+        SamplingParams(temperature=1.0, top_k=70),
+        SamplingParams(temperature=2.0, top_k=67, top_p=0.9),
     ],
     ids=str,
 )
-def test_frequencies(params):
-    count = 20_000
-    tokens = draw(params, LOGITS, rows=range(count))
-    seen = np.bincount(tokens, minlength=VOCAB) / count
-    want = expected_probabilities(LOGITS, params)
+@pytest.mark.parametrize("copies", [1, 4])
+def test_frequencies(params, copies):
+    """With copies there are equals among more tokens than are sorted."""
+    count, logits = 20_000, np.tile(LOGITS, copies)
+    tokens = draw(params, logits, rows=range(count))
+    seen = np.bincount(tokens, minlength=VOCAB * copies) / count
+    want = expected_probabilities(logits, params)
     assert not seen[want == 0].any(), "a token was drawn that the filters exclude"
     # Five standard deviations of a binomial share; the seed is fixed, so this cannot flake.
     assert (np.abs(seen - want) <= 5 * np.sqrt(want * (1 - want) / count) + 1e-12).all()
@@ -139,12 +150,12 @@ def test_no_setting_is_compiled_in():
 
 @pytest.mark.parametrize("vocab_size", [70, 1000])
 def test_rows_of_many_settings_draw_as_they_do_alone(vocab_size):
-    """Few candidates and all of them are found in two ways; which one is a row's own affair."""
+    """Few candidates are sorted, many are searched; which is done is a row's own affair."""
     rng = np.random.default_rng(0)
     rows = [
         SamplingParams(temperature=t, top_k=k, top_p=p, min_p=m)
         for t in (0, 0.7, 3.0)
-        for k in (None, 3, 64, 65)
+        for k in (None, 3, 32, 33)
         for p in (None, 0.9)
         for m in (None, 0.01)
     ]
@@ -156,6 +167,17 @@ def test_rows_of_many_settings_draw_as_they_do_alone(vocab_size):
         _sample(logits[i : i + 1], at[:1], Draws.stack([each[i]]))[0] for i in range(len(rows))
     ]
     np.testing.assert_array_equal(together, alone)
+
+
+def test_no_vocabulary_is_sorted_and_one_scatter_counts():
+    """TPU's compiler takes ten seconds for a sort of a vocabulary, or for another scatter."""
+    params = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1)
+    draws = Draws.stack([params.for_row(1000, seed=0, number=0)])
+    history = History(tokens=jnp.zeros((1, 16), jnp.int32), prompt_lengths=jnp.ones((1,), int))
+    given = {"draws": draws, "history": history, "positions": jnp.full((1,), 7)}
+    text = jax.jit(sample).lower(jnp.zeros((1, 1000)), **given).as_text()
+    assert "stablehlo.sort" not in text and text.count('"stablehlo.scatter"(') == 1
+    assert text.count("chlo.top_k") == 1  # of few candidates
 
 
 def test_packed_ids():
