@@ -51,7 +51,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--cases", nargs="+", choices=CASES, default=CASES)
     add("--sides", nargs="+", choices=SIDES, default=SIDES, help="Transformers runs mixed alone")
     add("--chunk-size", type=int, help="of our side; default: the engine's own")
-    add("--chunks-per-round", type=int, default=1, help="of our side; default 1")
+    add("--chunks-per-round", type=int, help="of our side; default: all prompts are read first")
     add("--steps-per-call", type=int, default=16, help="of our side; default 16")
     add("--slots", type=int, default=32, help="of our side in mixed; default 32")
     add("--repeats", type=int, default=2, help="of mixed; the best counts; default 2")

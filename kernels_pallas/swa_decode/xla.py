@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kernels_pallas.backends import Target, no_limits
 from kernels_pallas.layout import pad_end, precision_of, round_up
 from kernels_pallas.swa_decode.arguments import DecodeArguments
+from kernels_pallas.swa_decode.sums import LOWEST, Sums, joined
 
 # (q [B, n, K, G, H], k [B, S, K, H]) -> q.k, float32 [B, K, G, n, S]
 Scores = Callable[[Array, Array], Array]
@@ -50,9 +51,6 @@ class _Reading:
 _READING = {"cpu": _Reading(unit_slots=256, step_slots=256, step_slots_a_row=256)}
 _READING_ELSEWHERE = _Reading(unit_slots=512, step_slots=16384, step_slots_a_row=1024)
 
-_LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)
-"""Below every score, and finite: exp(-inf - _LOWEST) is 0 where exp(-inf + inf) would be NaN."""
-
 
 def compute(arguments: DecodeArguments) -> Float[Array, "B n N H"]:
     """Attention to ``[cache | new tokens]`` without putting them into one array.
@@ -65,8 +63,8 @@ def compute(arguments: DecodeArguments) -> Float[Array, "B n N H"]:
     if arguments.page_table is not None:
         return _attend_to_pages(arguments, arguments.page_table)
     q = arguments.q
-    num_new, q_BnKGH = q.shape[1], _by_kv_head(arguments)
-    score, gather = _products(num_new, platform=(arguments.target or Target.here()).platform)
+    num_new, q_BnKGH = q.shape[1], by_kv_head(arguments)
+    score, gather = products_on(num_new, platform=(arguments.target or Target.here()).platform)
 
     parts = [(arguments.cache_k, arguments.cache_v, arguments.mask(arguments.cache_positions))]
     if arguments.new_k is not None and arguments.new_v is not None:
@@ -120,12 +118,12 @@ def _attend_to_pages(
     capacity = round_up(num_units, step_units)
     listed = jnp.nonzero(jnp.ravel(is_needed_BU), size=capacity, fill_value=num_units)[0]
     place_BU = jnp.cumsum(jnp.ravel(is_needed_BU)).reshape(is_needed_BU.shape) - 1
-    q_BnKGH = _by_kv_head(arguments)
+    q_BnKGH = by_kv_head(arguments)
     attend = functools.partial(
-        _attend_apart, arguments, products=_products(q.shape[1], platform=platform)
+        attend_apart, arguments, products=products_on(q.shape[1], platform=platform)
     )
 
-    def step(number: Array, sums: _Sums) -> _Sums:
+    def step(number: Array, sums: Sums) -> Sums:
         first = number * step_units
         unit = lax.dynamic_slice_in_dim(listed, first, step_units)
         is_real = (unit < num_units)[:, None, None]
@@ -146,7 +144,7 @@ def _attend_to_pages(
         0,
         -(-jnp.sum(is_needed_BU) // step_units),
         step,
-        _Sums(
+        Sums(
             largest_BKGn=jnp.zeros((capacity, *per_query)),
             total_BKGn=jnp.zeros((capacity, *per_query)),
             out_BnKGH=jnp.zeros((capacity, num_new, num_kv_heads, num_groups, head_dim)),
@@ -158,8 +156,8 @@ def _attend_to_pages(
         needed_UB = is_needed_BU.T.reshape(*is_needed_BU.T.shape, *(1,) * (x.ndim - 1))
         return jnp.where(needed_UB, x[place_BU.T], nothing)
 
-    parts = _Sums(
-        largest_BKGn=of_rows(sums.largest_BKGn, _LOWEST),
+    parts = Sums(
+        largest_BKGn=of_rows(sums.largest_BKGn, LOWEST),
         total_BKGn=of_rows(sums.total_BKGn, 0),
         out_BnKGH=of_rows(sums.out_BnKGH, 0),
     )
@@ -167,20 +165,10 @@ def _attend_to_pages(
         mask = arguments.mask(arguments.q_positions)
         new = attend(q_BnKGH, arguments.new_k, arguments.new_v, mask)
         parts = jax.tree.map(lambda x, one: jnp.concatenate([x, one[None]]), parts, new)
-    return _joined(parts).reshape(q.shape).astype(q.dtype)
+    return joined(parts).reshape(q.shape).astype(q.dtype)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Sums:
-    """A softmax over some keys: the largest score, the sum of weights, that of weighted values."""
-
-    largest_BKGn: Float[Array, "*parts B K G n"]
-    total_BKGn: Float[Array, "*parts B K G n"]
-    out_BnKGH: Float[Array, "*parts B n K G H"]
-
-
-def _attend_apart(
+def attend_apart(
     arguments: DecodeArguments,
     q_BnKGH: Float[Array, "B n K G H"],
     k: Float[Array, "B S K H"],
@@ -188,29 +176,22 @@ def _attend_apart(
     mask_BnS: Bool[Array, "B n S"],
     *,
     products: tuple[Scores, Values],
-) -> _Sums:
+) -> Sums:
     """Attention to these keys alone, not divided by the weights' sum."""
     score, gather = products
     scores = _scores(arguments, score(q_BnKGH, k), mask_BnS)
-    largest_BKGn = jnp.maximum(jnp.max(scores, axis=-1), _LOWEST)
+    largest_BKGn = jnp.maximum(jnp.max(scores, axis=-1), LOWEST)
     weights = jnp.exp(scores - largest_BKGn[..., None])
     seen_BS11 = jnp.any(mask_BnS, axis=1)[:, :, None, None]
-    return _Sums(
+    return Sums(
         largest_BKGn=largest_BKGn,
         total_BKGn=jnp.sum(weights, axis=-1),
         out_BnKGH=gather(weights, jnp.where(seen_BS11, v, 0)),
     )
 
 
-def _joined(parts: _Sums) -> Float[Array, "B n K G H"]:
-    """One softmax over the keys of all parts, which come first."""
-    shares = jnp.exp(parts.largest_BKGn - jnp.max(parts.largest_BKGn, axis=0))
-    total_BKGn = jnp.sum(shares * parts.total_BKGn, axis=0)
-    shares = shares / jnp.where(total_BKGn > 0, total_BKGn, 1)
-    return jnp.sum(jnp.moveaxis(shares, -1, -3)[..., None] * parts.out_BnKGH, axis=0)
-
-
-def _by_kv_head(arguments: DecodeArguments) -> Float[Array, "B n K G H"]:
+def by_kv_head(arguments: DecodeArguments) -> Float[Array, "B n K G H"]:
+    """The queries, those that share a KV head together."""
     num_batch, num_new, num_heads, head_dim = arguments.q.shape
     num_kv_heads = arguments.cache_k.shape[2]
     groups = num_heads // num_kv_heads
@@ -226,7 +207,7 @@ def _scores(
     return jnp.where(mask_BnS[:, None, None], scores, -jnp.inf)
 
 
-def _products(num_new: int, *, platform: str) -> tuple[Scores, Values]:
+def products_on(num_new: int, *, platform: str) -> tuple[Scores, Values]:
     """How to multiply, by platform.
 
     An accelerator's matrix products take the cache as it lies. XLA:CPU's only take leading batch

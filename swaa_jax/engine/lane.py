@@ -5,11 +5,14 @@
                          | slot 2  r2  [prompt][answer done]  <- r3, as soon as its pages are free
 
 A round is: requests into free slots; some chunks of the prompts that are being read, the earliest
-first; then some decode steps of all rows that have been read.
+first; then some decode steps of all rows that have been read. The host does not wait for a chunk
+unless a token comes with it, so that the device has the next one when it is done.
 """
 
+import collections
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -37,6 +40,9 @@ from swaa_jax.engine.state import (
 from swaa_jax.fields import show
 from swaa_jax.models.function import SplitModel, jit_by_structure
 from swaa_jax.runtime import to_host
+
+_CHUNKS_AHEAD = 2
+"""Chunks that the host hands out before the device has read the first of them."""
 
 EndReason = Literal["end", "length", "not a number"]
 """Why a request ended: a token that ends it, its longest answer, or bad logits."""
@@ -117,6 +123,7 @@ class Lane:
             ids=ids,
         )
         self._compiled: set[Any] = set()
+        self._reading: collections.deque[Drawn] = collections.deque()
 
     @staticmethod
     def needs(model: SplitModel, options: EngineOptions, *, name: str) -> Needs:
@@ -182,12 +189,18 @@ class Lane:
             self._clock.reused_tokens += row.reused.num_tokens
             if row.reused.num_tokens:
                 self._resume(slot, row)
-        for _ in range(self._options.chunks_per_round):
+        first_tokens: list[tuple[int, Drawn]] = []
+        for _ in itertools.islice(itertools.count(), self._options.chunks_per_round):
             slot = self._scheduler.next_to_read()
             if slot is None:
                 break
-            updates += self._read(slot)
+            drawn = self._read(slot)
+            if drawn is not None:
+                first_tokens.append((slot, drawn))
+        for slot, drawn in first_tokens:
+            updates += self._take(self._timed(drawn, "read_s"), [slot], steps=1)
         if self._scheduler.answering():
+            self._wait_for_chunks(0)
             updates += self._decode()
         return _joined(updates)
 
@@ -208,7 +221,8 @@ class Lane:
         rings = row.reused.snapshot or []
         self._state = _resume(self._state, np.int32(slot), tokens, rings, mesh=self._model.mesh)
 
-    def _read(self, slot: int) -> list[Update]:
+    def _read(self, slot: int) -> Drawn | None:
+        """Reads a chunk; what was drawn, if it was the prompt's last."""
         row, size = self._scheduler.rows[slot], self._options.sizes[0]
         assert row is not None
         part = row.request.tokens[row.num_read : row.num_read + size]
@@ -232,7 +246,14 @@ class Lane:
         self._clock.chunks += 1
         if len(part) == size:
             self._keep(slot, row)
-        return self._take(drawn, [slot], steps=1) if row.is_read else []
+        self._reading.append(drawn)
+        self._wait_for_chunks(_CHUNKS_AHEAD)
+        return drawn if row.is_read else None
+
+    def _wait_for_chunks(self, most: int) -> None:
+        """Waits until no more chunks than this are on the device."""
+        while len(self._reading) > most:
+            self._timed(self._reading.popleft(), "read_s")
 
     def _keep(self, slot: int, row: Row) -> None:
         """Keeps the chunk that was just read; its rings at the prompt's last whole chunk, and now
@@ -249,13 +270,16 @@ class Lane:
 
     def _decode(self) -> list[Update]:
         scheduler = self._scheduler
-        others_wait = scheduler.num_waiting > 0 or scheduler.next_to_read() is not None
+        is_reading = scheduler.next_to_read() is not None
+        others_wait = scheduler.num_waiting > 0 or is_reading
         most = self._options.steps_per_call
-        limit = np.int32(min(self._options.steps_at_once or most, most))
+        wanted = self._options.steps_while_reading if is_reading else self._options.steps_at_once
+        limit = np.int32(min(wanted or most, most))
         slots = scheduler.answering()
         answering = np.zeros((self._options.num_slots,), bool)
         answering[slots] = True
         drawn = self._call(_decode, answering, limit, np.bool_(others_wait), max_steps=most)
+        drawn = self._timed(drawn, "decode_s")
         steps = int(drawn.steps)
         self._clock.decode_steps += steps
         return self._take(drawn, slots, steps=steps)
@@ -269,15 +293,16 @@ class Lane:
             program.lower(*given, **static).compile()
             self._compiled.add(program)
             self._clock.compile_s += time.perf_counter() - start
-            start = time.perf_counter()
         self._state, drawn = program(*given, **static)
-        tokens = to_host(drawn.tokens)
-        seconds = time.perf_counter() - start
-        if program is _read:
-            self._clock.read_s += seconds
-        else:
-            self._clock.decode_s += seconds
-        return dataclasses.replace(drawn, tokens=tokens)
+        return drawn
+
+    def _timed(self, drawn: Drawn, field: str) -> Drawn:
+        """What was drawn, with its tokens on the host; the clock is told how long that took."""
+        start = time.perf_counter()
+        drawn = dataclasses.replace(drawn, tokens=to_host(drawn.tokens))
+        seconds = getattr(self._clock, field) + time.perf_counter() - start
+        setattr(self._clock, field, seconds)
+        return drawn
 
     def _take(self, drawn: Drawn, slots: Sequence[int], *, steps: int) -> list[Update]:
         """What came of the rows in these slots; those that ended are gone."""

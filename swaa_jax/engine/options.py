@@ -27,7 +27,10 @@ class EngineOptions:
         pool_tokens: that the pages of all rows hold together; None: as many as all slots can need,
             `most_pool_tokens`, or as fit the engine's share of the memory, whichever is least.
         most_pool_tokens: where it is known that all rows together need no more; None: it is not.
-        chunks_per_round: read between two calls of the decode program.
+        chunks_per_round: chunks of prompts that are read between two calls of the decode program.
+            None: all that wait to be read, which answers all requests soonest, and lets those that
+            are being answered wait.
+        steps_while_reading: decode steps of a call while prompts are being read.
         steps_per_call: decode steps of a call, at most; part of the program.
         steps_at_once: those that are run, for smooth streams; None: as many.
         positions: where new tokens stand; see `CausalLM.prefill`.
@@ -44,7 +47,8 @@ class EngineOptions:
     page_size: int | None = None
     pool_tokens: int | None = None
     most_pool_tokens: int | None = None
-    chunks_per_round: int = 1
+    chunks_per_round: int | None = 1
+    steps_while_reading: int = 1
     steps_per_call: int = 16
     steps_at_once: int | None = None
     positions: Literal["text", "cache"] = "text"
@@ -61,7 +65,8 @@ class EngineOptions:
             page_size=or_none(integer(least=1)),
             pool_tokens=or_none(integer(least=1)),
             most_pool_tokens=or_none(integer(least=1)),
-            chunks_per_round=integer(least=1),
+            chunks_per_round=or_none(integer(least=1)),
+            steps_while_reading=integer(least=1),
             steps_per_call=integer(least=1),
             steps_at_once=or_none(integer(least=1)),
             positions=one_of("text", "cache"),

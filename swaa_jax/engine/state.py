@@ -187,7 +187,7 @@ def read_chunk(
     slot, position = chunk.slot, chunk.position
     one = jax.tree.map(lambda x: jnp.asarray(x)[None], chunk.settings)
     row = dataclasses.replace(
-        state.caches.take(slot),
+        _copied_rings(state.caches.take(slot)),
         pos_B=position[None],
         table=None if chunk.pages is None else chunk.pages[None],
     )
@@ -302,6 +302,22 @@ def decode_tokens(
     )
     _, state, drawn = jax.lax.while_loop(unfinished, one_step, (jnp.int32(0), state, nothing))
     return state.placed(model.mesh), drawn
+
+
+def _copied_rings(row: Caches) -> Caches:
+    """The row's caches, with rings that are copies of those of all rows.
+
+    What reads them then does not read the state, so that a row is put back in place: XLA would copy
+    the rings of all rows first, to keep what is still to be read.
+    """
+
+    def copied(cache: LayerCache) -> LayerCache:
+        if isinstance(cache, SplitCache):
+            full, windowed = copied(cache.full), copied(cache.windowed)
+            return dataclasses.replace(cache, full=full, windowed=windowed)
+        return jax.lax.optimization_barrier(cache) if isinstance(cache, RingCache) else cache
+
+    return dataclasses.replace(row, layers=tuple(map(copied, row.layers)))
 
 
 def take_rings(state: DecodeState, slot: Int[Array, ""]) -> list[RingCache]:

@@ -220,6 +220,7 @@ def _room_for(
         chunk_size=chunk_size,
         page_size=page_size,
         most_pool_tokens=next_power_of_two(max(sum(rows[-num_slots:]), num_slots * _LEAST_ROOM)),
+        chunks_per_round=1 if streaming else None,
         steps_per_call=options.chunk_size,
         steps_at_once=STREAM_STEPS if streaming else None,
         positions=options.positions,

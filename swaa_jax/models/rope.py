@@ -247,7 +247,8 @@ def rotate(
     cos_sin: tuple[Float[Array, "B T H"], Float[Array, "B T H"]],
 ) -> Float[Array, "B T heads H"]:
     """Rotate pairs (i, i + H/2) of every head, computed in float32, in x's dtype."""
-    cos, sin = (part[:, :, None, :] for part in cos_sin)
-    x32 = x.astype(jnp.float32)
-    first, second = jnp.split(x32, 2, axis=-1)
-    return (x32 * cos + jnp.concatenate([-second, first], axis=-1) * sin).astype(x.dtype)
+    cos, sin = (jnp.split(part[:, :, None, :], 2, axis=-1) for part in cos_sin)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    halves = (first * cos[0] - second * sin[0], second * cos[1] + first * sin[1])
+    # Joined last: a GPU's compiler then writes the result alone.
+    return jnp.concatenate([half.astype(x.dtype) for half in halves], axis=-1)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 
 from kernels_pallas import backends, swa_decode, swa_prefill
 from kernels_pallas.swa_decode import pallas_tpu
-from kernels_pallas.swa_decode.xla import _products
+from kernels_pallas.swa_decode.xla import products_on
 from tests.support import bruteforce
 
 BACKENDS = ("reference", "xla", "pallas_tpu")
@@ -208,8 +208,8 @@ def test_every_way_to_multiply(num_new):
         for shape in ((2, num_new, 3, 2, 8), (2, 11, 3, 8), (2, 11, 3, 8))
     )
     weights = jnp.asarray(rng.random((2, 3, 2, num_new, 11)), jnp.float32)
-    on_cpu = _products(num_new, platform="cpu")
-    elsewhere = _products(num_new, platform="tpu")
+    on_cpu = products_on(num_new, platform="cpu")
+    elsewhere = products_on(num_new, platform="tpu")
     assert on_cpu[0] is not elsewhere[0]
     for index, arrays in enumerate(((q, k), (weights, v))):
         results = (ways[index](*arrays) for ways in (on_cpu, elsewhere))
