@@ -43,6 +43,7 @@ class Backend:
 BACKENDS: dict[str, dict[str, Backend]] = {
     "swa_prefill": {
         "pallas_tpu": Backend(platform="tpu"),
+        "pallas_gpu": Backend(platform="gpu"),
         "cudnn": Backend(platform="gpu"),
         "xla": Backend(),
         "reference": Backend(by_name_only=True),

@@ -240,7 +240,7 @@ class Lane:
             pages=pages,
             settings=self._settings(row.request),
         )
-        drawn = self._call(_read, chunk)
+        drawn = self._call(_read, "read_s", chunk)
         row.num_read += len(part)
         self._clock.read_tokens += len(part)
         self._clock.chunks += 1
@@ -278,13 +278,14 @@ class Lane:
         slots = scheduler.answering()
         answering = np.zeros((self._options.num_slots,), bool)
         answering[slots] = True
-        drawn = self._call(_decode, answering, limit, np.bool_(others_wait), max_steps=most)
+        drawn = self._call(_decode, "decode_s", answering, limit, np.bool_(others_wait), max_steps=most)
         drawn = self._timed(drawn, "decode_s")
         steps = int(drawn.steps)
         self._clock.decode_steps += steps
         return self._take(drawn, slots, steps=steps)
 
-    def _call(self, program: Any, *args: Any, **static: Any) -> Drawn:
+    def _call(self, program: Any, field: str, *args: Any, **static: Any) -> Drawn:
+        """Hands a step out; the clock's field is told how long that took."""
         model = self._model
         given = (model.arrays, self._state, *args)
         static["structure"] = model.structure
@@ -293,16 +294,21 @@ class Lane:
             program.lower(*given, **static).compile()
             self._compiled.add(program)
             self._clock.compile_s += time.perf_counter() - start
+            start = time.perf_counter()
         self._state, drawn = program(*given, **static)
+        self._add_seconds(field, start)
         return drawn
 
     def _timed(self, drawn: Drawn, field: str) -> Drawn:
-        """What was drawn, with its tokens on the host; the clock is told how long that took."""
+        """What was drawn, with its tokens on the host; the clock's field is told of the wait."""
         start = time.perf_counter()
         drawn = dataclasses.replace(drawn, tokens=to_host(drawn.tokens))
+        self._add_seconds(field, start)
+        return drawn
+
+    def _add_seconds(self, field: str, start: float) -> None:
         seconds = getattr(self._clock, field) + time.perf_counter() - start
         setattr(self._clock, field, seconds)
-        return drawn
 
     def _take(self, drawn: Drawn, slots: Sequence[int], *, steps: int) -> list[Update]:
         """What came of the rows in these slots; those that ended are gone."""
