@@ -106,8 +106,12 @@ class Lane:
         self._has_rings = has_rings = any(isinstance(part, RingCache) for part in parts)
         self._prefixes: PrefixCache[Any] | None = None
         if options.reuse and (plan.snapshots or not has_rings):
+            windowed = [layer for layer in model.layers or () if not layer.is_full]
             self._prefixes = PrefixCache(
-                pool, chunk_size=chunk_size, max_snapshots=plan.snapshots if has_rings else None
+                pool,
+                chunk_size=chunk_size,
+                max_snapshots=plan.snapshots if has_rings else None,
+                tail=max((layer.full_attention_tail for layer in windowed), default=0),
             )
         self._scheduler = Scheduler(
             num_slots=options.num_slots,
@@ -129,16 +133,18 @@ class Lane:
         state, row = shapes(options), shapes(dataclasses.replace(options, num_slots=1))
         caches = bytes_of_caches(state.caches, mesh=model.mesh)
         rest = jax.tree.leaves((state.history, state.settings))
-        page_size = options.sizes[1]
+        snapshot_bytes = bytes_of_caches(row.caches, mesh=model.mesh).fixed if options.reuse else 0
+        most = options.most_snapshots
         return Needs(
             name=name,
             fixed_bytes=caches.fixed + sum(x.size * x.dtype.itemsize for x in rest),
             page_bytes=caches.page,
-            page_size=page_size,
-            pages=None if options.pool_tokens is None else -(-options.pool_tokens // page_size),
+            page_size=options.sizes[1],
+            pages=options.pages,
             most_pages=options.most_pages,
-            snapshot_bytes=bytes_of_caches(row.caches, mesh=model.mesh).fixed,
-            most_snapshots=options.max_snapshots if options.reuse else 0,
+            snapshot_bytes=snapshot_bytes,
+            snapshots=options.max_snapshots,
+            most_snapshots=min(most, options.pool_chunks) if caches.page else most,
         )
 
     @property
@@ -207,6 +213,7 @@ class Lane:
         tokens[: row.num_read] = row.request.tokens[: row.num_read]
         rings = row.reused.snapshot or []
         self._state = _resume(self._state, np.int32(slot), tokens, rings, mesh=self._model.mesh)
+        row.reused = dataclasses.replace(row.reused, snapshot=None)  # free to go from now on
 
     def _read(self, slot: int) -> list[Update]:
         row, size = self._scheduler.rows[slot], self._options.sizes[0]
@@ -235,17 +242,21 @@ class Lane:
         return self._take(drawn, [slot], steps=1) if row.is_read else []
 
     def _keep(self, slot: int, row: Row) -> None:
-        """Keeps the chunk that was just read; its rings at the prompt's last whole chunk, and now
-        and then before.
+        """Keeps the chunk that was just read; its rings at the last that is kept of the prompt, and
+        now and then before.
         """
-        if self._prefixes is None:
+        if self._prefixes is None or row.place is None:
             return
-        size, options = self._options.sizes[0], self._options
-        is_last = row.num_read + size > len(row.request.tokens)
+        (size, page_size), end = self._options.sizes, row.num_read
+        most = self._prefixes.most_kept(len(row.request.tokens))
+        if end > most:
+            return
         snapshot = None
-        if self._has_rings and (is_last or row.num_read // size % options.snapshot_every == 0):
+        if self._has_rings and (end == most or end // size % self._options.snapshot_every == 0):
             snapshot = _snapshot(self._state, np.int32(slot))
-        self._prefixes.keep(row.request.tokens[: row.num_read], row.pages, snapshot=snapshot)
+        tokens = row.request.tokens[end - size : end]
+        pages = row.pages[(end - size) // page_size : end // page_size]
+        row.place = self._prefixes.keep(row.place, tokens, pages, snapshot=snapshot)
 
     def _decode(self) -> list[Update]:
         scheduler = self._scheduler

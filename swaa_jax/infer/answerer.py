@@ -30,6 +30,9 @@ STREAM_STEPS = 4
 _LEAST_ROOM = 128
 """Tokens of a row, at least, so that short prompts and answers all share two programs."""
 
+_MOST_SNAPSHOTS = 16
+"""Prompts of a call that begin alike need few; the memory may be somebody else's."""
+
 
 class Answerer:
     """A model that answers prompts in one way; its engine serves one set of prompts after another.
@@ -220,6 +223,7 @@ def _room_for(
         chunk_size=chunk_size,
         page_size=page_size,
         most_pool_tokens=next_power_of_two(max(sum(rows[-num_slots:]), num_slots * _LEAST_ROOM)),
+        most_snapshots=_MOST_SNAPSHOTS,
         steps_per_call=options.chunk_size,
         steps_at_once=STREAM_STEPS if streaming else None,
         positions=options.positions,
