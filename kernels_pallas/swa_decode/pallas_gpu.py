@@ -168,7 +168,9 @@ def _attend_to_cache(
     def per_query(x: Array) -> Array:
         return jnp.moveaxis(by_query(x), 2, -1)
 
-    return Sums(largest_BKGn=per_query(largest), total_BKGn=per_query(total), out_BnKGH=by_query(out))
+    return Sums(
+        largest_BKGn=per_query(largest), total_BKGn=per_query(total), out_BnKGH=by_query(out)
+    )
 
 
 def _bounds(arguments: DecodeArguments, tiles: Tiles, num_units: int) -> Int[Array, "B U 2"]:

@@ -1,6 +1,6 @@
 """The ``pallas_gpu`` backend: a Triton kernel for chunks of prompts beside what is cached.
 
-A program is a block of one head's queries, and reads the blocks of keys that they see, by `visible`::
+A program is a block of one head's queries, and reads the blocks of keys that they see::
 
     keys      sinks   .    . window . . . . . . . . . . chunk
             [ masked |    | masked | free  free  free | masked ]
@@ -33,7 +33,7 @@ _LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """How the kernel is cut: queries and keys of a block, powers of two; Triton's warps and stages."""
+    """How the kernel is cut: queries and keys of a block, powers of two; Triton's warps, stages."""
 
     block_q: int = 128
     block_kv: int = 64
@@ -97,7 +97,7 @@ def attend_in_blocks(
     }
     if static.has_full_rows:
         per_row_arrays["q_full"] = jnp.asarray(arguments.q_full)
-    out = _attend(static, arguments.q, arguments.k, arguments.v, per_row_arrays)
+    out: Any = _attend(static, arguments.q, arguments.k, arguments.v, per_row_arrays)
     return AttentionOutput(out=out, lse=jnp.full(out.shape[:3], jnp.nan, jnp.float32))
 
 
@@ -114,8 +114,8 @@ def _attend(
     block_q = static.tiles.block_q
     padding = -num_queries % block_q
 
-    def each(name: str, default: Any) -> Int[Array, " B"]:
-        value = per_row(known.get(name, default))
+    def each(name: str, default: int) -> Int[Array, " B"]:
+        value = per_row(known.get(name, jnp.int32(default)))
         return jnp.broadcast_to(value.astype(jnp.int32), (num_batch,))
 
     offset_B = each("q_offset", 0)
@@ -126,10 +126,11 @@ def _attend(
     kernel = functools.partial(
         _attend_to_keys, static=static, num_keys=num_keys, num_groups=num_heads // num_kv_heads
     )
+    shape = (num_batch, num_queries + padding, num_heads, head_dim)
     out = pl.pallas_call(
         kernel,
-        grid=((num_queries + padding) // block_q, num_heads, num_batch),
-        out_shape=jax.ShapeDtypeStruct((num_batch, num_queries + padding, num_heads, head_dim), q.dtype),
+        grid=(shape[1] // block_q, num_heads, num_batch),
+        out_shape=jax.ShapeDtypeStruct(shape, q.dtype),
         compiler_params=plgpu.CompilerParams(
             num_warps=static.tiles.num_warps, num_stages=static.tiles.num_stages
         ),

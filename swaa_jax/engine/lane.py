@@ -5,8 +5,8 @@
                          | slot 2  r2  [prompt][answer done]  <- r3, as soon as its pages are free
 
 A round is: requests into free slots; some chunks of the prompts that are being read, the earliest
-first; then some decode steps of all rows that have been read. The host does not wait for a chunk
-unless a token comes with it, so that the device has the next one when it is done.
+first; then some decode steps of all rows that have been read. The host does not wait for a chunk,
+so that the device has the next one when it is done.
 """
 
 import collections
@@ -112,8 +112,12 @@ class Lane:
         self._has_rings = has_rings = any(isinstance(part, RingCache) for part in parts)
         self._prefixes: PrefixCache[Any] | None = None
         if options.reuse and (plan.snapshots or not has_rings):
+            windowed = [layer for layer in model.layers or () if not layer.is_full]
             self._prefixes = PrefixCache(
-                pool, chunk_size=chunk_size, max_snapshots=plan.snapshots if has_rings else None
+                pool,
+                chunk_size=chunk_size,
+                max_snapshots=plan.snapshots if has_rings else None,
+                tail=max((layer.full_attention_tail for layer in windowed), default=0),
             )
         self._scheduler = Scheduler(
             num_slots=options.num_slots,
@@ -123,7 +127,7 @@ class Lane:
             ids=ids,
         )
         self._compiled: set[Any] = set()
-        self._reading: collections.deque[Drawn] = collections.deque()
+        self._reading: collections.deque[jax.Array] = collections.deque()
 
     @staticmethod
     def needs(model: SplitModel, options: EngineOptions, *, name: str) -> Needs:
@@ -136,16 +140,18 @@ class Lane:
         state, row = shapes(options), shapes(dataclasses.replace(options, num_slots=1))
         caches = bytes_of_caches(state.caches, mesh=model.mesh)
         rest = jax.tree.leaves((state.history, state.settings))
-        page_size = options.sizes[1]
+        snapshot_bytes = bytes_of_caches(row.caches, mesh=model.mesh).fixed if options.reuse else 0
+        most = options.most_snapshots
         return Needs(
             name=name,
             fixed_bytes=caches.fixed + sum(x.size * x.dtype.itemsize for x in rest),
             page_bytes=caches.page,
-            page_size=page_size,
-            pages=None if options.pool_tokens is None else -(-options.pool_tokens // page_size),
+            page_size=options.sizes[1],
+            pages=options.pages,
             most_pages=options.most_pages,
-            snapshot_bytes=bytes_of_caches(row.caches, mesh=model.mesh).fixed,
-            most_snapshots=options.max_snapshots if options.reuse else 0,
+            snapshot_bytes=snapshot_bytes,
+            snapshots=options.max_snapshots,
+            most_snapshots=min(most, options.pool_chunks) if caches.page else most,
         )
 
     @property
@@ -182,27 +188,18 @@ class Lane:
 
     def round(self) -> list[Update]:
         """One round; what it gave, an update a request."""
-        updates: list[Update] = []
         for slot in self._scheduler.admit():
             row = self._scheduler.rows[slot]
             assert row is not None
             self._clock.reused_tokens += row.reused.num_tokens
             if row.reused.num_tokens:
                 self._resume(slot, row)
-        first_tokens: list[tuple[int, Drawn]] = []
         for _ in itertools.islice(itertools.count(), self._options.chunks_per_round):
             slot = self._scheduler.next_to_read()
             if slot is None:
                 break
-            drawn = self._read(slot)
-            if drawn is not None:
-                first_tokens.append((slot, drawn))
-        for slot, drawn in first_tokens:
-            updates += self._take(self._timed(drawn, "read_s"), [slot], steps=1)
-        if self._scheduler.answering():
-            self._wait_for_chunks(0)
-            updates += self._decode()
-        return _joined(updates)
+            self._read(slot)
+        return self._decode() if self._scheduler.answering() else []
 
     def _settings(self, request: Request) -> RowSettings:
         ends = [end for end in request.ends if end < self._model.config.vocab_size]
@@ -220,9 +217,10 @@ class Lane:
         tokens[: row.num_read] = row.request.tokens[: row.num_read]
         rings = row.reused.snapshot or []
         self._state = _resume(self._state, np.int32(slot), tokens, rings, mesh=self._model.mesh)
+        row.reused = dataclasses.replace(row.reused, snapshot=None)  # free to go from now on
 
-    def _read(self, slot: int) -> Drawn | None:
-        """Reads a chunk; what was drawn, if it was the prompt's last."""
+    def _read(self, slot: int) -> None:
+        """Reads a chunk."""
         row, size = self._scheduler.rows[slot], self._options.sizes[0]
         assert row is not None
         part = row.request.tokens[row.num_read : row.num_read + size]
@@ -240,35 +238,42 @@ class Lane:
             pages=pages,
             settings=self._settings(row.request),
         )
-        drawn = self._call(_read, "read_s", chunk)
+        end = self._call(_read, "read_s", chunk)
         row.num_read += len(part)
         self._clock.read_tokens += len(part)
         self._clock.chunks += 1
         if len(part) == size:
             self._keep(slot, row)
-        self._reading.append(drawn)
+        self._reading.append(end)
         self._wait_for_chunks(_CHUNKS_AHEAD)
-        return drawn if row.is_read else None
 
     def _wait_for_chunks(self, most: int) -> None:
         """Waits until no more chunks than this are on the device."""
         while len(self._reading) > most:
-            self._timed(self._reading.popleft(), "read_s")
+            start = time.perf_counter()
+            self._reading.popleft().block_until_ready()
+            self._add_seconds("read_s", start)
 
     def _keep(self, slot: int, row: Row) -> None:
-        """Keeps the chunk that was just read; its rings at the prompt's last whole chunk, and now
-        and then before.
+        """Keeps the chunk that was just read; its rings at the last that is kept of the prompt, and
+        now and then before.
         """
-        if self._prefixes is None:
+        if self._prefixes is None or row.place is None:
             return
-        size, options = self._options.sizes[0], self._options
-        is_last = row.num_read + size > len(row.request.tokens)
+        (size, page_size), end = self._options.sizes, row.num_read
+        most = self._prefixes.most_kept(len(row.request.tokens))
+        if end > most:
+            return
         snapshot = None
-        if self._has_rings and (is_last or row.num_read // size % options.snapshot_every == 0):
+        if self._has_rings and (end == most or end // size % self._options.snapshot_every == 0):
             snapshot = _snapshot(self._state, np.int32(slot))
-        self._prefixes.keep(row.request.tokens[: row.num_read], row.pages, snapshot=snapshot)
+        tokens = row.request.tokens[end - size : end]
+        pages = row.pages[(end - size) // page_size : end // page_size]
+        row.place = self._prefixes.keep(row.place, tokens, pages, snapshot=snapshot)
 
     def _decode(self) -> list[Update]:
+        """Some steps of all rows that are read; an update a request."""
+        self._wait_for_chunks(0)
         scheduler = self._scheduler
         is_reading = scheduler.next_to_read() is not None
         others_wait = scheduler.num_waiting > 0 or is_reading
@@ -278,13 +283,17 @@ class Lane:
         slots = scheduler.answering()
         answering = np.zeros((self._options.num_slots,), bool)
         answering[slots] = True
-        drawn = self._call(_decode, "decode_s", answering, limit, np.bool_(others_wait), max_steps=most)
-        drawn = self._timed(drawn, "decode_s")
+        drawn = self._call(
+            _decode, "decode_s", answering, limit, np.bool_(others_wait), max_steps=most
+        )
+        start = time.perf_counter()
+        drawn = dataclasses.replace(drawn, tokens=to_host(drawn.tokens))
+        self._add_seconds("decode_s", start)
         steps = int(drawn.steps)
         self._clock.decode_steps += steps
         return self._take(drawn, slots, steps=steps)
 
-    def _call(self, program: Any, field: str, *args: Any, **static: Any) -> Drawn:
+    def _call(self, program: Any, field: str, *args: Any, **static: Any) -> Any:
         """Hands a step out; the clock's field is told how long that took."""
         model = self._model
         given = (model.arrays, self._state, *args)
@@ -299,13 +308,6 @@ class Lane:
         self._add_seconds(field, start)
         return drawn
 
-    def _timed(self, drawn: Drawn, field: str) -> Drawn:
-        """What was drawn, with its tokens on the host; the clock's field is told of the wait."""
-        start = time.perf_counter()
-        drawn = dataclasses.replace(drawn, tokens=to_host(drawn.tokens))
-        self._add_seconds(field, start)
-        return drawn
-
     def _add_seconds(self, field: str, start: float) -> None:
         seconds = getattr(self._clock, field) + time.perf_counter() - start
         setattr(self._clock, field, seconds)
@@ -313,13 +315,12 @@ class Lane:
     def _take(self, drawn: Drawn, slots: Sequence[int], *, steps: int) -> list[Update]:
         """What came of the rows in these slots; those that ended are gone."""
         tokens = np.asarray(drawn.tokens)
-        whole = tokens.ndim == 2
         logprobs = None
         updates = []
         for slot in slots:
             row = self._scheduler.rows[slot]
             assert row is not None
-            ids = tokens[:steps, slot] if whole else tokens
+            ids = tokens[:steps, slot]
             ids = ids[ids != NOTHING]
             is_bad = bool(len(ids)) and ids[-1] == NO_TOKEN
             new = tuple(map(int, ids[ids != NO_TOKEN]))
@@ -336,7 +337,7 @@ class Lane:
             if row.request.logprobs and new:
                 if logprobs is None:
                     logprobs = jax.tree.map(to_host, drawn.logprobs)
-                at = (slice(0, len(new)), slot) if whole else slice(0, 1)
+                at = (slice(0, len(new)), slot)
                 chosen = tuple(map(float, logprobs.chosen[at]))
                 top = tuple(
                     tuple(zip(map(int, ids), map(float, values), strict=True))
@@ -356,22 +357,6 @@ class Lane:
                     )
                 )
         return updates
-
-
-def _joined(updates: Sequence[Update]) -> list[Update]:
-    """One update for those of one request, whose first token comes with its prompt's last chunk."""
-    joined: dict[int, Update] = {}
-    for update in updates:
-        before = joined.get(update.request)
-        if before is not None:
-            update = dataclasses.replace(
-                update,
-                tokens=before.tokens + update.tokens,
-                logprobs=before.logprobs + update.logprobs,
-                top_logprobs=before.top_logprobs + update.top_logprobs,
-            )
-        joined[update.request] = update
-    return list(joined.values())
 
 
 _read = jit_by_structure(read_chunk, donate_argnames=("state",))
@@ -411,5 +396,5 @@ def _empty_state(
 ) -> DecodeState:
     model = structure.build(arrays)
     caches = model.empty_caches(num_slots, cache_size=max_tokens, pages=pages, positions=positions)
-    state = DecodeState.empty(caches, width=width, vocab_size=model.config.vocab_size)
+    state = DecodeState.empty(caches, width=width, model=model)
     return state.placed(model.mesh)

@@ -1,9 +1,11 @@
-"""How many pages fit a device's memory with weights and rings: arithmetic, before they are made."""
+"""How many pages and snapshots fit a device's memory with weights and rings: arithmetic, before any
+is made.
+"""
 
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -86,7 +88,8 @@ class Needs:
         pages: that were asked for; None: as many as fit, up to the most.
         most_pages: that all rows can need.
         snapshot_bytes: of one row's rings, kept for reuse; 0: there are none.
-        most_snapshots: that may be kept.
+        snapshots: that were asked for; None: as many as fit, up to the most.
+        most_snapshots: that can be of use.
     """
 
     name: str
@@ -96,6 +99,7 @@ class Needs:
     pages: int | None
     most_pages: int
     snapshot_bytes: int = 0
+    snapshots: int | None = None
     most_snapshots: int = 0
 
 
@@ -112,14 +116,14 @@ def plan_memory(
 ) -> list[Plan]:
     """How many pages and snapshots each model gets.
 
-    Pools whose size was asked for come first. Of what is left snapshots get a quarter at most; the
-    other pools get equal parts of the rest. Nothing gets more than it can use.
+    What was asked for comes first. Of what is left the other pools get all that they can use, but
+    for a quarter, which is the snapshots'; these get what pools leave, too. Models share alike.
 
     Args:
         needs: of each model.
         weight_bytes: of all models on each device.
         memory: bytes of a device.
-        share: of it, for weights, rings and pages together.
+        share: of it, for weights, rings, snapshots and pages together.
 
     Raises:
         ValueError: they do not fit; the message says what would.
@@ -133,39 +137,74 @@ def plan_memory(
             f"memory_share: expected room for {others}, got {within}; lower num_slots or "
             "max_tokens, or raise memory_share"
         )
-    pages: dict[int, int] = {}
+    pages = {at: each.most_pages for at, each in enumerate(needs) if not each.page_bytes}
+    snapshots = {at: 0 for at, each in enumerate(needs) if not each.snapshot_bytes}
+    # Pools that take what is left have a page at least.
+    last = sum(each.page_bytes for each in needs if each.pages is None)
+
+    def take(option: str, name: str, count: int, *, size: int, unit: int = 1) -> int:
+        """So many pieces of so many bytes of what is left; messages count them in units."""
+        nonlocal left, others
+        fit = max(0, left - last) // size
+        if count > fit:
+            raise ValueError(
+                f"{option}: expected at most {fit * unit} for {name!r}, as fit into {within} with "
+                f"{others}, got {count * unit}; ask for fewer, or raise memory_share"
+            )
+        left -= count * size
+        others += f", {option} of {name!r} of {_gib(count * size)}"
+        return count
+
     for at, each in enumerate(needs):
-        if not each.page_bytes:
-            pages[at] = each.most_pages  # of no bytes
-        elif each.pages is not None:
-            fit = left // each.page_bytes
-            if each.pages > fit:
-                raise ValueError(
-                    f"pool_tokens: expected at most {fit * each.page_size} for {each.name!r}, as "
-                    f"fit into {within} with {others}, got {each.pages * each.page_size}; ask for "
-                    "fewer, or raise memory_share"
-                )
-            pages[at] = each.pages
-            left -= each.pages * each.page_bytes
-    quarter = left // 4 // len(needs)
-    snapshots = [
-        min(each.most_snapshots, quarter // each.snapshot_bytes) if each.snapshot_bytes else 0
-        for each in needs
-    ]
-    left -= sum(count * each.snapshot_bytes for count, each in zip(snapshots, needs, strict=True))
-    others_left = [at for at in range(len(needs)) if at not in pages]
-    others_left.sort(key=lambda at: needs[at].most_pages * needs[at].page_bytes)
-    for done, at in enumerate(others_left):
-        each = needs[at]
-        pages[at] = min(each.most_pages, left // (len(others_left) - done) // each.page_bytes)
+        if at not in pages and each.pages is not None:
+            size, unit = each.page_bytes, each.page_size
+            pages[at] = take("pool_tokens", each.name, each.pages, size=size, unit=unit)
+        if at not in snapshots and each.snapshots is not None:
+            size = each.snapshot_bytes
+            snapshots[at] = take("max_snapshots", each.name, each.snapshots, size=size)
+    pools = {
+        at: _Want(most=each.most_pages, size=each.page_bytes)
+        for at, each in enumerate(needs)
+        if at not in pages
+    }
+    copies = {
+        at: _Want(most=each.most_snapshots, size=each.snapshot_bytes)
+        for at, each in enumerate(needs)
+        if at not in snapshots
+    }
+    for_copies = max(left // 4, left - sum(want.bytes for want in pools.values()))
+    snapshots |= _parts(for_copies, copies)
+    left -= sum(snapshots[at] * want.size for at, want in copies.items())
+    pages |= _parts(left, pools)
+    for at, want in pools.items():
         if not pages[at]:
             raise ValueError(
-                f"memory_share: expected room for a page of {each.page_size} tokens "
-                f"({_gib(each.page_bytes)}) for {each.name!r} with {others}, got {within}; lower "
+                f"memory_share: expected room for a page of {needs[at].page_size} tokens "
+                f"({_gib(want.size)}) for {needs[at].name!r} with {others}, got {within}; lower "
                 "num_slots, or raise memory_share"
             )
-        left -= pages[at] * each.page_bytes
-    return [Plan(pages=pages[at], snapshots=count) for at, count in enumerate(snapshots)]
+    return [Plan(pages=pages[at], snapshots=snapshots[at]) for at in range(len(needs))]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Want:
+    """Pieces of so many bytes, of which somebody can use so many."""
+
+    most: int
+    size: int
+
+    @property
+    def bytes(self) -> int:
+        return self.most * self.size
+
+
+def _parts(room: int, wants: Mapping[int, _Want]) -> dict[int, int]:
+    """How many pieces each gets: equal parts of the room, and what others cannot use of theirs."""
+    parts = {}
+    for at, want in sorted(wants.items(), key=lambda item: item[1].bytes):
+        parts[at] = min(want.most, room // (len(wants) - len(parts)) // want.size)
+        room -= parts[at] * want.size
+    return parts
 
 
 def _gib(count: int) -> str:

@@ -35,8 +35,10 @@ class EngineOptions:
         steps_at_once: those that are run, for smooth streams; None: as many.
         positions: where new tokens stand; see `CausalLM.prefill`.
         reuse: keep chunks of prompts, for prompts that begin alike.
-        max_snapshots: of the rings of windowed layers, which are kept for it; fewer where they
-            would take more than a quarter of the memory that weights and rings leave.
+        max_snapshots: of the rings of windowed layers, which are kept for it; None: as many as fit
+            what pools leave of the engine's share of the memory, or a quarter of what weights and
+            rings leave, but no more than the pool holds chunks, and `most_snapshots`.
+        most_snapshots: more are not kept unless `max_snapshots` says so.
         snapshot_every: chunks from one to the next, within a prompt; there is one at the end of
             each prompt's last whole chunk in any case.
     """
@@ -53,7 +55,8 @@ class EngineOptions:
     steps_at_once: int | None = None
     positions: Literal["text", "cache"] = "text"
     reuse: bool = True
-    max_snapshots: int = 16
+    max_snapshots: int | None = None
+    most_snapshots: int = 2048
     snapshot_every: int = 8
 
     def __post_init__(self):
@@ -71,7 +74,8 @@ class EngineOptions:
             steps_at_once=or_none(integer(least=1)),
             positions=one_of("text", "cache"),
             reuse=flag,
-            max_snapshots=integer(least=1),
+            max_snapshots=or_none(integer(least=1)),
+            most_snapshots=integer(least=1),
             snapshot_every=integer(least=1),
         )
         chunk_size, page_size = _SIZES.get(jax.default_backend(), _SIZES["tpu"])
@@ -95,6 +99,17 @@ class EngineOptions:
         if context is None or self.positions == "cache" or self.max_tokens <= context:
             return self
         return dataclasses.replace(self, max_tokens=context)
+
+    @property
+    def pages(self) -> int | None:
+        """Pages of the pool, where `pool_tokens` says it."""
+        return None if self.pool_tokens is None else -(-self.pool_tokens // self.sizes[1])
+
+    @property
+    def pool_chunks(self) -> int:
+        """Chunks that the pool can hold."""
+        chunk_size, page_size = self.sizes
+        return (self.pages or self.most_pages) * page_size // chunk_size
 
     @property
     def most_pages(self) -> int:

@@ -61,6 +61,24 @@ class PagePool:
                 self._free.append(page)
 
 
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Place(Generic[Snapshot]):
+    """The end of a chunk that is kept, behind those of its parents; or the beginning of prompts.
+
+    Attributes:
+        parent: the chunk before; None: the beginning of prompts.
+        pages: of the chunk.
+        snapshot: of the rings behind it; None: not kept.
+        num_children: chunks behind it that are kept.
+    """
+
+    parent: "Place[Snapshot] | None"
+    key: Hashable
+    pages: tuple[int, ...]
+    snapshot: Snapshot | None = None
+    num_children: int = 0
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reused(Generic[Snapshot]):
     """The beginning of a prompt that has been read before.
@@ -69,29 +87,13 @@ class Reused(Generic[Snapshot]):
         num_tokens: how long it is, whole chunks.
         pages: that hold it; not held for the one who asks.
         snapshot: of the rings behind it; None where there are none.
+        place: where reading goes on; None: nothing is kept of what is read.
     """
 
-    num_tokens: int
-    pages: tuple[int, ...]
-    snapshot: Snapshot | None
-
-
-@dataclasses.dataclass(kw_only=True)
-class _Node(Generic[Snapshot]):
-    """A chunk behind those of its parents.
-
-    Attributes:
-        parent: the chunk before; None: it is a prompt's first.
-        pages: its own.
-        snapshot: of the rings behind it; None: not kept, so that reading cannot go on from here.
-        num_children: chunks behind it that are kept.
-    """
-
-    parent: "_Node[Snapshot] | None"
-    key: Hashable
-    pages: tuple[int, ...]
-    snapshot: Snapshot | None
-    num_children: int = 0
+    num_tokens: int = 0
+    pages: tuple[int, ...] = ()
+    snapshot: Snapshot | None = None
+    place: Place[Snapshot] | None = None
 
 
 class PrefixCache(Generic[Snapshot]):
@@ -102,90 +104,114 @@ class PrefixCache(Generic[Snapshot]):
 
     Only whole chunks that a prompt's reading made are kept: another prompt would compute the same
     numbers from them, to the bit. The pages of a chunk are held once for it; what was used last
-    goes last, and never before the chunks behind it.
+    goes last, and never before the chunks behind it. A chunk is used when it is read, and when a
+    prompt begins with it; a snapshot, when it is taken, and when a prompt goes on from it.
 
     Args:
         pool: where the pages are from; None: there are rings only.
         chunk_size: tokens of a chunk.
         max_snapshots: how many snapshots of rings are kept; None: there are no rings, and every
             chunk's end is a place to go on from.
+        tail: last tokens of a prompt that are read in another way than the rest, so that a chunk
+            with some of them serves no other prompt, nor does another chunk serve it.
     """
 
-    def __init__(self, pool: PagePool | None, *, chunk_size: int, max_snapshots: int | None):
+    def __init__(
+        self,
+        pool: PagePool | None,
+        *,
+        chunk_size: int,
+        max_snapshots: int | None,
+        tail: int = 0,
+    ):
         self._pool, self._chunk_size, self._max_snapshots = pool, chunk_size, max_snapshots
-        self._nodes: collections.OrderedDict[Hashable, _Node[Snapshot]] = collections.OrderedDict()
+        self._tail = tail
+        self._start = Place[Snapshot](parent=None, key=None, pages=())
+        self._places: collections.OrderedDict[Hashable, Place[Snapshot]] = collections.OrderedDict()
         self._snapshots: collections.OrderedDict[Hashable, None] = collections.OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._nodes)
+        return len(self._places)
 
     @property
     def num_snapshots(self) -> int:
         """Snapshots that are kept."""
         return len(self._snapshots)
 
+    def most_kept(self, prompt_length: int) -> int:
+        """Tokens of a prompt that may be kept: those of its whole chunks before the tail."""
+        return max(0, prompt_length - self._tail) // self._chunk_size * self._chunk_size
+
     def find(self, tokens: Sequence[int]) -> Reused[Snapshot]:
         """The longest beginning of a prompt that is kept, and shorter than the prompt."""
         pages: list[int] = []
-        best = Reused[Snapshot](num_tokens=0, pages=(), snapshot=None)
-        node, size = None, self._chunk_size
-        for end in range(size, len(tokens), size):
-            node = self._nodes.get(self._key(node, tokens[end - size : end]))
-            if node is None:
+        best = Reused[Snapshot](place=self._start)
+        place, size = self._start, self._chunk_size
+        for end in range(size, min(self.most_kept(len(tokens)) + 1, len(tokens)), size):
+            known = self._places.get(_key(place, tokens[end - size : end]))
+            if known is None:
                 break
-            self._nodes.move_to_end(node.key)
-            pages += node.pages
-            if self._max_snapshots is None or node.snapshot is not None:
-                best = Reused(num_tokens=end, pages=tuple(pages), snapshot=node.snapshot)
-                if node.snapshot is not None:
-                    self._snapshots.move_to_end(node.key)
+            place = known
+            self._places.move_to_end(place.key)
+            pages += place.pages
+            if self._max_snapshots is None or place.snapshot is not None:
+                best = Reused(
+                    num_tokens=end, pages=tuple(pages), snapshot=place.snapshot, place=place
+                )
+        if best.snapshot is not None and best.place is not None:
+            self._snapshots.move_to_end(best.place.key)
         return best
 
     def keep(
         self,
+        place: Place[Snapshot] | None,
         tokens: Sequence[int],
         pages: Sequence[int],
         *,
         snapshot: Snapshot | None = None,
-    ) -> None:
-        """Keeps the last chunk of what was read, if the chunks before it are kept.
+    ) -> Place[Snapshot] | None:
+        """Keeps a chunk that was read.
 
         Args:
-            tokens: of the prompt so far, whole chunks.
-            pages: that hold them, and perhaps more behind; the one who read them holds them.
-            snapshot: of the rings behind the chunk.
+            place: where it begins: what `find` or the chunk before gave.
+            tokens: of the chunk, a whole one.
+            pages: that hold it; the one who read it holds them.
+            snapshot: of the rings behind it.
+
+        Returns:
+            the chunk's end; None where the chunks before were let go meanwhile, so that this one
+            is not kept either.
         """
-        node, size = None, self._chunk_size
-        for end in range(size, len(tokens), size):
-            node = self._nodes.get(self._key(node, tokens[end - size : end]))
-            if node is None:
-                return
-        last = tokens[len(tokens) - size :]
-        key = self._key(node, last)
-        known = self._nodes.get(key)
+        if place is None or not (place is self._start or self._places.get(place.key) is place):
+            return None
+        key = _key(place, tokens)
+        known = self._places.get(key)
         if known is None:
-            own: tuple[int, ...] = ()
+            known = Place(parent=place, key=key, pages=tuple(pages))
             if self._pool is not None:
-                before, after = len(tokens) - size, len(tokens)
-                own = tuple(pages[self._pool.pages_for(before) : self._pool.pages_for(after)])
-                self._pool.hold(own)
-            known = _Node(parent=node, key=key, pages=own, snapshot=None)
-            self._nodes[key] = known
-            if node is not None:
-                node.num_children += 1
-        self._nodes.move_to_end(key)
-        if snapshot is not None and known.snapshot is None:
-            known.snapshot = snapshot
+                self._pool.hold(known.pages)
+            self._places[key] = known
+            place.num_children += 1
+        self._places.move_to_end(key)
+        if snapshot is not None:
+            known.snapshot = snapshot if known.snapshot is None else known.snapshot
             self._snapshots[key] = None
+            self._snapshots.move_to_end(key)
         while self._max_snapshots is not None and len(self._snapshots) > self._max_snapshots:
-            oldest, _ = self._snapshots.popitem(last=False)
-            node = self._nodes[oldest]
-            node.snapshot = None
-            while node is not None and not node.num_children and node.snapshot is None:
-                self._drop(node)  # nobody can go on from here
-                node = node.parent
-        while len(self._nodes) > _MAX_CHUNKS:
-            self._drop(next(node for node in self._nodes.values() if not node.num_children))
+            self._forget_snapshot(self._places[next(iter(self._snapshots))])
+        while len(self._places) > _MAX_CHUNKS:
+            self._drop(next(each for each in self._places.values() if not each.num_children))
+        return known
+
+    def _forget_snapshot(self, place: Place[Snapshot]) -> None:
+        del self._snapshots[place.key]
+        place.snapshot = None
+        at: Place[Snapshot] | None = place
+        while at is not None and at is not self._start:
+            if at.num_children or at.snapshot is not None:
+                break
+            self._drop(at)  # nobody can go on from here
+            at = at.parent
 
     def make_room(self, num_pages: int) -> None:
         """Lets chunks go until so many pages are free, or nothing more can be let go."""
@@ -194,10 +220,10 @@ class PrefixCache(Generic[Snapshot]):
             # Oldest first; a page that a row still holds would not become free.
             victim = next(
                 (
-                    node
-                    for node in self._nodes.values()
-                    if not node.num_children
-                    and all(self._pool.holders(page) == 1 for page in node.pages)
+                    place
+                    for place in self._places.values()
+                    if not place.num_children
+                    and all(self._pool.holders(page) == 1 for page in place.pages)
                 ),
                 None,
             )
@@ -207,18 +233,19 @@ class PrefixCache(Generic[Snapshot]):
 
     def clear(self) -> None:
         """Lets all go."""
-        while self._nodes:
-            self._drop(next(n for n in reversed(self._nodes.values()) if not n.num_children))
+        while self._places:
+            self._drop(next(p for p in reversed(self._places.values()) if not p.num_children))
 
-    def _drop(self, node: _Node[Snapshot]) -> None:
-        del self._nodes[node.key]
-        self._snapshots.pop(node.key, None)
-        if node.parent is not None:
-            node.parent.num_children -= 1
+    def _drop(self, place: Place[Snapshot]) -> None:
+        assert place.parent is not None and not place.num_children
+        del self._places[place.key]
+        self._snapshots.pop(place.key, None)
+        place.snapshot = None  # whoever still looks at the place does not hold its memory
+        place.parent.num_children -= 1
         if self._pool is not None:
-            self._pool.release(node.pages)
+            self._pool.release(place.pages)
 
-    @staticmethod
-    def _key(parent: _Node[Any] | None, tokens: Sequence[int]) -> Hashable:
-        """Equal for equal tokens after the same chunks; a parent that is kept is one object."""
-        return (None if parent is None else id(parent), tuple(tokens))
+
+def _key(parent: Place[Any], tokens: Sequence[int]) -> Hashable:
+    """Equal for equal tokens after the same chunks; a parent that is kept is one object."""
+    return id(parent), tuple(tokens)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from swaa_jax.engine.pages import PagePool, PrefixCache, Reused
+from swaa_jax.engine.pages import PagePool, Place, PrefixCache, Reused
 from swaa_jax.engine.sampling import SamplingParams
 from swaa_jax.fields import check_fields, flag, integer, or_none, text
 
@@ -59,6 +59,7 @@ class Row:
         request: the request.
         pages: that it holds, for its prompt and its longest answer.
         reused: the beginning of its prompt that was read before.
+        place: where what is read next is kept behind; None: it is not kept.
         num_read: tokens of the prompt that the caches hold.
         num_drawn: new tokens so far.
     """
@@ -67,6 +68,7 @@ class Row:
     request: Request
     pages: list[int]
     reused: Reused[Any]
+    place: Place[Any] | None
     num_read: int
     num_drawn: int = 0
 
@@ -152,7 +154,7 @@ class Scheduler:
             if not self._waiting:
                 break
             number, request = self._waiting[0]
-            reused = Reused(num_tokens=0, pages=(), snapshot=None)
+            reused = Reused[Any]()
             if self._prefixes is not None:
                 reused = self._prefixes.find(request.tokens)
             pages = self._pages_for(request, reused)
@@ -160,7 +162,12 @@ class Scheduler:
                 break
             self._waiting.popleft()
             self.rows[slot] = Row(
-                id=number, request=request, pages=pages, reused=reused, num_read=reused.num_tokens
+                id=number,
+                request=request,
+                pages=pages,
+                reused=reused,
+                place=reused.place,
+                num_read=reused.num_tokens,
             )
             slots.append(slot)
         return slots

@@ -1,8 +1,11 @@
 """What the device holds of the rows that are being answered, and the two steps that change it.
 
-    prompt   [ chunk | chunk | chunk..]          `read_chunk`, a chunk of one row at a time
-                                   '-> token     the first token comes with a prompt's last chunk
-    answers  token -> token -> token ...         `decode_tokens`, all rows at once, some steps
+    prompt   [ chunk | chunk | chunk..]              `read_chunk`, a chunk of one row at a time
+                                  '-> hidden state   after the last token of the last chunk
+    answers     '-> token -> token -> token ...      `decode_tokens`, all rows at once, some steps
+
+Tokens are drawn in one place, a decode step: what a step asks of the host (is a row done? does one
+want penalties?) does not hold up the reading of prompts, and is compiled once.
 
 Every row has its own position, limit and settings, all of them traced: one program of each step
 serves prompts of any length, any settings, any ends.
@@ -17,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from swaa_jax.attention import Caches, LayerCache, RingCache, SplitCache, constrain_caches
 from swaa_jax.engine.sampling import (
@@ -32,6 +35,7 @@ from swaa_jax.engine.sampling import (
 )
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import Structure
+from swaa_jax.policy import Stage
 from swaa_jax.sharding import constrain_whole
 
 NOTHING = -2
@@ -72,6 +76,8 @@ class DecodeState:
         caches: of all rows.
         history: prompts and answers so far, for penalties, without the last token.
         token: the last token of each row, which is not in the caches yet.
+        hidden: of rows that start: final, after their prompts.
+        starts: rows whose first token is still to be drawn.
         tokens_left: how many more each row may draw.
         settings: of each row.
     """
@@ -79,15 +85,17 @@ class DecodeState:
     caches: Caches
     history: History
     token: Int[Array, " B"]
+    hidden: Float[Array, "B D"]
+    starts: Bool[Array, " B"]
     tokens_left: Int[Array, " B"]
     settings: RowSettings
 
     @classmethod
-    def empty(cls, caches: Caches, *, width: int, vocab_size: int) -> "DecodeState":
+    def empty(cls, caches: Caches, *, width: int, model: CausalLM) -> "DecodeState":
         """Idle rows, with room for `width` tokens each in the history."""
         num_rows = caches.pos_B.shape[0]
         integers = np.zeros((num_rows,), np.int32)
-        row = idle_settings(vocab_size)
+        row = idle_settings(model.config.vocab_size)
         return cls(
             caches=caches,
             history=History(
@@ -95,6 +103,8 @@ class DecodeState:
                 prompt_lengths=jnp.asarray(integers),
             ),
             token=jnp.asarray(integers),
+            hidden=jnp.zeros((num_rows, model.config.hidden_size), model.dtype),
+            starts=jnp.zeros((num_rows,), bool),
             tokens_left=jnp.asarray(integers),
             settings=jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * num_rows), row),
         )
@@ -106,15 +116,9 @@ class DecodeState:
         """
         if mesh is None:
             return self
-        rest = (self.history, self.token, self.tokens_left, self.settings)
-        history, token, left, settings = jax.tree.map(lambda x: constrain_whole(x, mesh), rest)
-        return DecodeState(
-            caches=constrain_caches(self.caches, mesh),
-            history=history,
-            token=token,
-            tokens_left=left,
-            settings=settings,
-        )
+        whole = dataclasses.replace(self, caches=None)
+        whole = jax.tree.map(lambda x: constrain_whole(x, mesh), whole)
+        return dataclasses.replace(whole, caches=constrain_caches(self.caches, mesh))
 
 
 def idle_settings(vocab_size: int) -> RowSettings:
@@ -158,13 +162,13 @@ class Drawn:
     """New tokens.
 
     Attributes:
-        tokens: int32 `[n, B]`, or `[B]`; `NOTHING` where a row draws none, `NO_TOKEN` where its
+        tokens: int32 `[n, B]`; `NOTHING` where a row draws none, `NO_TOKEN` where its
             logits are not numbers.
         logprobs: of the tokens, where their rows want them.
         steps: how many of the n were run.
     """
 
-    tokens: Int[Array, "*n B"]
+    tokens: Int[Array, "n B"]
     logprobs: Logprobs
     steps: Int[Array, ""]
 
@@ -175,58 +179,53 @@ def read_chunk(
     chunk: Chunk,
     *,
     structure: Structure[CausalLM],
-) -> tuple[DecodeState, Drawn]:
-    """Reads a chunk; after a prompt's last one, draws the row's first token.
+) -> tuple[DecodeState, Int[Array, ""]]:
+    """Reads a chunk; after a prompt's last one, its row can be answered.
 
     Args:
         arrays, structure: the model, split.
         state: donated.
         chunk: what is read.
+
+    Returns:
+        The state, and how much of the prompt is read: what there is to wait for.
     """
     _TRACES["read"] += 1
     slot, position = chunk.slot, chunk.position
-    one = jax.tree.map(lambda x: jnp.asarray(x)[None], chunk.settings)
     row = dataclasses.replace(
         _copied_rings(state.caches.take(slot)),
         pos_B=position[None],
         table=None if chunk.pages is None else chunk.pages[None],
     )
     model = structure.build(arrays)
-    read = model.read(
+    hidden, caches = model.extend(
         chunk.tokens,
         row,
+        stage_ids=jnp.full(chunk.tokens.shape, Stage.PROMPT, jnp.int32),
         lengths=chunk.length[None],
         prompt_lengths=chunk.prompt_length[None],
     )
-    tokens = jax.lax.dynamic_update_slice(state.history.tokens, chunk.tokens, (slot, position))
     end = position + chunk.length
-    history = History(
-        tokens=jax.lax.dynamic_slice_in_dim(tokens, slot, 1),
-        prompt_lengths=chunk.prompt_length[None],
-    )
-    first = sample(read.logits, draws=one.draws, positions=end[None], history=history)
-    is_last = end >= chunk.prompt_length
-    ends = is_among(first, one.ends)[0] | (first[0] == NO_TOKEN)
-    left = jnp.where(is_last & ~ends, chunk.max_new_tokens - 1, 0)
 
-    def put(all_rows: Array, value: Array) -> Array:
+    def put(all_rows: Array, value: Any) -> Array:
         return all_rows.at[slot].set(value)
 
+    history, read = state.history, jnp.maximum(chunk.length - 1, 0)
     state = DecodeState(
-        caches=state.caches.insert(read.caches, slot),
+        caches=state.caches.insert(caches, slot),
         history=History(
-            tokens=tokens, prompt_lengths=put(state.history.prompt_lengths, chunk.prompt_length)
+            tokens=jax.lax.dynamic_update_slice(history.tokens, chunk.tokens, (slot, position)),
+            prompt_lengths=put(history.prompt_lengths, chunk.prompt_length),
         ),
-        token=put(state.token, first[0]),
-        tokens_left=put(state.tokens_left, left),
+        token=state.token,
+        hidden=put(state.hidden, hidden[0, read]),
+        starts=put(state.starts, True),
+        tokens_left=put(
+            state.tokens_left, jnp.where(end >= chunk.prompt_length, chunk.max_new_tokens, 0)
+        ),
         settings=jax.tree.map(put, state.settings, chunk.settings),
     )
-    drawn = Drawn(
-        tokens=jnp.where(is_last, first, NOTHING),
-        logprobs=Logprobs.of(read.logits, first, one.wants_logprobs & is_last),
-        steps=jnp.int32(1),
-    )
-    return state.placed(model.mesh), drawn
+    return state.placed(model.mesh), end
 
 
 def decode_tokens(
@@ -264,16 +263,17 @@ def decode_tokens(
     ) -> tuple[Array, DecodeState, Drawn]:
         step, state, drawn = carry
         active = state.tokens_left > 0
-        at = state.caches.pos_B
-        history = state.history.write(state.token, jnp.where(active, at, _DROPPED))
+        runs = active & ~state.starts
+        history = state.history.write(state.token, jnp.where(runs, state.caches.pos_B, _DROPPED))
         # Merged here: NNX objects must not cross into the loop's own trace.
         model = structure.build(arrays)
-        logits, caches = model.decode(
-            state.token[:, None], state.caches, lengths=active.astype(jnp.int32)
+        hidden, caches = model.extend(
+            state.token[:, None], state.caches, stage_ids=None, lengths=runs.astype(jnp.int32)
         )
-        settings, logits = state.settings, logits[:, -1]
+        logits = model.head(jnp.where(state.starts[:, None], state.hidden, hidden[:, 0]))
+        settings = state.settings
         draws = settings.draws.of_rows(active)
-        token = sample(logits, draws=draws, positions=at + 1, history=history)
+        token = sample(logits, draws=draws, positions=caches.pos_B, history=history)
         ends = is_among(token, settings.ends) | (token == NO_TOKEN)
         left = jnp.where(active & ~ends, state.tokens_left - 1, 0)
         logprobs = Logprobs.of(logits, token, settings.wants_logprobs & active)
@@ -288,6 +288,8 @@ def decode_tokens(
             caches=caches,
             history=history,
             token=jnp.where(active, token, state.token),
+            hidden=state.hidden,
+            starts=state.starts & ~active,
             tokens_left=left,
             settings=settings,
         )
@@ -311,7 +313,7 @@ def _copied_rings(row: Caches) -> Caches:
     the rings of all rows first, to keep what is still to be read.
     """
 
-    def copied(cache: LayerCache) -> LayerCache:
+    def copied(cache: Any) -> Any:
         if isinstance(cache, SplitCache):
             full, windowed = copied(cache.full), copied(cache.windowed)
             return dataclasses.replace(cache, full=full, windowed=windowed)

@@ -30,6 +30,9 @@ STREAM_STEPS = 4
 _LEAST_ROOM = 128
 """Tokens of a row, at least, so that short prompts and answers all share two programs."""
 
+_MOST_SNAPSHOTS = 16
+"""Prompts of a call that begin alike need few; the memory may be somebody else's."""
+
 
 class Answerer:
     """A model that answers prompts in one way; its engine serves one set of prompts after another.
@@ -193,7 +196,7 @@ class Answering:
             prompt_tokens=sum(map(len, self._prompts)),
             new_tokens=sum(len(row.tokens) for row in self.rows),
             prefill_s=now.read_s - before.read_s,
-            first_token_s=0.0,  # it comes with the prompt's last chunk
+            first_token_s=0.0,  # it comes with the first decode step
             reused_tokens=now.reused_tokens - before.reused_tokens,
             decode_s=now.decode_s - before.decode_s,
             decode_steps=now.decode_steps - before.decode_steps,
@@ -221,6 +224,7 @@ def _room_for(
         page_size=page_size,
         most_pool_tokens=next_power_of_two(max(sum(rows[-num_slots:]), num_slots * _LEAST_ROOM)),
         chunks_per_round=1 if streaming else None,
+        most_snapshots=_MOST_SNAPSHOTS,
         steps_per_call=options.chunk_size,
         steps_at_once=STREAM_STEPS if streaming else None,
         positions=options.positions,

@@ -20,9 +20,9 @@ class Timings:
         prompt_tokens: real prompt tokens, padding not counted.
         new_tokens: tokens returned.
         reused_tokens: of the prompts', which had been read before and were not read anew.
-        prefill_s: reading all prompts, each to its first token.
+        prefill_s: reading all prompts.
         first_token_s: drawing first tokens, where stored results have it apart; else 0.
-        decode_s: the tokens after the first.
+        decode_s: drawing tokens.
         decode_steps: of one token a row.
         compile_s: tracing and compiling, 0 where the programs existed.
         cache_bytes: key/value caches as allocated, of all slots; of the largest set.
@@ -47,6 +47,11 @@ class Timings:
         """Prompt tokens read a second; those that were reused do not count."""
         read = self.prompt_tokens - self.reused_tokens
         return read / self.prefill_s if self.prefill_s > 0 else 0.0
+
+    @property
+    def decoded_tokens(self) -> int:
+        """New tokens that `decode_s` is the time of."""
+        return self.new_tokens - (self.num_rows if self.first_token_s else 0)
 
     @property
     def time_to_first_token_s(self) -> float:

@@ -307,7 +307,7 @@ class CausalLM(nnx.Module):
             lengths: how many of the n are real, 0 to n; None: all.
             stage_ids: stages of the new tokens; None: all `Stage.ANSWER`.
         """
-        hidden, caches = self._extend(tokens, caches, lengths=lengths, stage_ids=stage_ids)
+        hidden, caches = self.extend(tokens, caches, lengths=lengths, stage_ids=stage_ids)
         return self.head(hidden), caches
 
     def empty_caches(
@@ -379,12 +379,12 @@ class CausalLM(nnx.Module):
             The logits after each row's last token in this chunk, and the caches with the chunk.
         """
         stage_ids = jnp.full(tokens.shape, Stage.PROMPT, jnp.int32)
-        hidden, caches = self._extend(
+        hidden, caches = self.extend(
             tokens, caches, stage_ids=stage_ids, lengths=lengths, prompt_lengths=prompt_lengths
         )
         return Prefill(logits=self.head(_last_rows(hidden, lengths)), caches=caches)
 
-    def _extend(
+    def extend(
         self,
         tokens: Int[Array, "B n"],
         caches: Caches,
@@ -393,7 +393,10 @@ class CausalLM(nnx.Module):
         lengths: Int[Array, " B"] | None = None,
         prompt_lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B n D"], Caches]:
-        """Final hidden states of n new tokens a row, and the caches with them."""
+        """Final hidden states of n new tokens a row, and the caches with them.
+
+        What `read` and `decode` are made of; their arguments are explained there.
+        """
         if len(caches.layers) != self.config.num_layers:
             raise ValueError(
                 f"caches: expected {self.config.num_layers} layers, got {len(caches.layers)}; "

@@ -23,6 +23,10 @@ class StandInConfig:
     max_position_embeddings: int = 512
     eos_token_id: int | None = None
 
+    @property
+    def hidden_size(self):
+        return self.vocab_size
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +46,6 @@ class Seen(Cache):
         raise NotImplementedError
 
 
-@dataclasses.dataclass(frozen=True)
-class StandInPrefill:
-    logits: jax.Array
-    caches: Caches
-
-
 class StandIn(CausalLM):
     def __init__(self, vocab_size: int = 64, *, seed: int = 0, **config):
         self.config = StandInConfig(vocab_size=vocab_size, **config)
@@ -55,6 +53,10 @@ class StandIn(CausalLM):
         self.mesh = None
         table = np.random.default_rng(seed).normal(size=(PRIME, vocab_size)).astype(np.float32)
         self.table = nnx.Param(jnp.asarray(table) * 2)
+
+    @property
+    def dtype(self):
+        return self.table[...].dtype
 
     def _logits(self, tokens_BS, end_B):
         slots = jnp.arange(tokens_BS.shape[1])
@@ -75,13 +77,14 @@ class StandIn(CausalLM):
         seen = Seen(tokens=seen.tokens.at[rows, slots].set(tokens, mode="drop"))
         return dataclasses.replace(caches, layers=(seen,), pos_B=caches.pos_B + lengths)
 
-    def read(self, tokens, caches, *, lengths, prompt_lengths):
+    def extend(self, tokens, caches, *, stage_ids, lengths, prompt_lengths=None):
+        """Hidden states are logits: those behind the last token, at every place."""
         caches = self._grown(tokens, caches, lengths)
-        return StandInPrefill(self._logits(caches.layers[0].tokens, caches.pos_B), caches)
+        logits = self._logits(caches.layers[0].tokens, caches.pos_B)
+        return jnp.repeat(logits[:, None], tokens.shape[1], axis=1), caches
 
-    def decode(self, tokens, caches, *, lengths):
-        read = self.read(tokens, caches, lengths=lengths, prompt_lengths=None)
-        return read.logits[:, None], read.caches
+    def head(self, hidden):
+        return hidden
 
     def answer(self, prompt: list[int], steps: int) -> list[int]:
         """Greedy decoding by a plain loop in numpy."""

@@ -61,7 +61,8 @@ class Engine(RuleBasedStateMachine):
         if size == CHUNK:
             so_far = tuple(row.request.tokens[: row.num_read])
             snapshot = so_far if keeps_rings and self.has_rings else None
-            self.prefixes.keep(so_far, row.pages, snapshot=snapshot)
+            pages = row.pages[(row.num_read - CHUNK) // PAGE : row.num_read // PAGE]
+            row.place = self.prefixes.keep(row.place, so_far[-CHUNK:], pages, snapshot=snapshot)
             self.read[so_far] = True
 
     @rule(at=st.integers(0, SLOTS - 1))
@@ -87,8 +88,8 @@ class Engine(RuleBasedStateMachine):
         held = collections.Counter()
         for row in self.scheduler.rows:
             held.update(row.pages if row else ())
-        for node in self.prefixes._nodes.values():
-            held.update(node.pages)
+        for place in self.prefixes._places.values():
+            held.update(place.pages)
         assert [self.pool.holders(page) for page in range(PAGES)] == [
             held[page] for page in range(PAGES)
         ]
@@ -129,6 +130,122 @@ TestWithoutRings = EngineWithoutRings.TestCase
 TestWithoutRings.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
+class Kept:
+    """What is kept after prompts that came one after the other, from their texts alone.
+
+    Chunks and snapshots by the whole text before their end, each with when it was used last.
+    """
+
+    def __init__(self, *, num_pages, max_snapshots, every, tail):
+        self.num_pages, self.max_snapshots = num_pages, max_snapshots
+        self.every, self.tail = every, tail
+        self.chunks: dict[tuple[int, ...], int] = {}
+        self.snapshots: dict[tuple[int, ...], int] = {}
+        self.time = 0
+
+    def use(self, which, text):
+        self.time += 1
+        which[text] = self.time
+
+    def goes_first(self, texts):
+        return min(texts, key=texts.__getitem__)
+
+    def has_more_behind(self, text):
+        return any(len(each) > len(text) and each[: len(text)] == text for each in self.chunks)
+
+    def serve(self, prompt, new):
+        """Tokens of the prompt that are reused."""
+        last = (len(prompt) - self.tail) // CHUNK * CHUNK
+        known = [prompt[:end] for end in range(CHUNK, min(last + 1, len(prompt)), CHUNK)]
+        known = [text for text in known if text in self.chunks]
+        places = known if self.max_snapshots is None else [t for t in known if t in self.snapshots]
+        begin = max(places, key=len, default=())
+        for text in known:
+            self.use(self.chunks, text)
+        if begin in self.snapshots:
+            self.use(self.snapshots, begin)
+        own = -(-(len(prompt) + new) // PAGE) - len(begin) // PAGE
+        while (
+            self.num_pages is not None and len(self.chunks) * CHUNK // PAGE + own > self.num_pages
+        ):
+            can_go = {
+                text: time
+                for text, time in self.chunks.items()
+                if text != begin[: len(text)] and not self.has_more_behind(text)
+            }
+            gone = self.goes_first(can_go)
+            del self.chunks[gone]
+            self.snapshots.pop(gone, None)
+        for end in range(len(begin) + CHUNK, last + 1, CHUNK):
+            self.use(self.chunks, prompt[:end])
+            if self.takes_snapshot(end, last):
+                self.use(self.snapshots, prompt[:end])
+                if len(self.snapshots) > self.max_snapshots:
+                    self.let_snapshot_go()
+        return len(begin)
+
+    def takes_snapshot(self, end, last):
+        return self.max_snapshots is not None and (end == last or end // CHUNK % self.every == 0)
+
+    def let_snapshot_go(self):
+        text = self.goes_first(self.snapshots)
+        del self.snapshots[text]
+        while text and text not in self.snapshots and not self.has_more_behind(text):
+            del self.chunks[text]  # nobody can go on from here
+            text = text[:-CHUNK]
+
+
+@pytest.mark.parametrize("has_pages, has_rings", [(True, False), (False, True), (True, True)])
+@settings(max_examples=150)
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=18), max_size=30),
+    max_snapshots=st.integers(1, 4),
+    every=st.integers(1, 3),
+    tail=st.sampled_from([0, 1, 3, 5]),
+)
+def test_what_was_used_last_goes_last(has_pages, has_rings, prompts, max_snapshots, every, tail):
+    """What is reused of each prompt, and what is held in the end, as texts and times say."""
+    most = max_snapshots if has_rings else None
+    kept = Kept(num_pages=PAGES if has_pages else None, max_snapshots=most, every=every, tail=tail)
+    pool = PagePool(PAGES, PAGE) if has_pages else None
+    prefixes = PrefixCache(pool, chunk_size=CHUNK, max_snapshots=most, tail=tail)
+    scheduler = Scheduler(num_slots=1, max_tokens=MAX_TOKENS, pool=pool, prefixes=prefixes)
+    for prompt in map(tuple, prompts):
+        scheduler.submit(Request(tokens=prompt, max_new_tokens=2))
+        (slot,) = scheduler.admit()
+        row = scheduler.rows[slot]
+        assert row.reused.num_tokens == kept.serve(prompt, 2)
+        assert row.reused.snapshot == (prompt[: row.num_read] or None if has_rings else None)
+        last = prefixes.most_kept(len(prompt))
+        for end in range(row.num_read + CHUNK, last + 1, CHUNK):
+            snapshot = prompt[:end] if kept.takes_snapshot(end, last) else None
+            pages = row.pages[(end - CHUNK) // PAGE : end // PAGE]
+            row.place = prefixes.keep(
+                row.place, prompt[end - CHUNK : end], pages, snapshot=snapshot
+            )
+            assert row.place is not None
+        row.num_read = len(prompt)
+        scheduler.finish(slot)
+        assert len(prefixes) == len(kept.chunks)
+        assert prefixes.num_snapshots == len(kept.snapshots)
+        if pool is not None:
+            assert pool.num_free == PAGES - len(kept.chunks) * CHUNK // PAGE
+
+
+def test_a_row_whose_beginning_was_let_go_keeps_nothing_behind_it():
+    """The place that it read up to is gone, and what takes its place later is another."""
+    prefixes = PrefixCache(None, chunk_size=CHUNK, max_snapshots=1)
+    start = prefixes.find((0,) * 9).place
+    place = prefixes.keep(start, (0,) * CHUNK, (), snapshot="zeros")
+    assert prefixes.keep(start, (1,) * CHUNK, (), snapshot="ones") is not None
+    assert place.snapshot is None, "a place that was let go holds memory"
+    assert prefixes.keep(place, (2,) * CHUNK, (), snapshot="behind zeros") is None
+    prefixes.keep(start, (0,) * CHUNK, (), snapshot="zeros again")
+    assert prefixes.keep(place, (2,) * CHUNK, (), snapshot="behind zeros") is None
+    assert prefixes.keep(None, (2,) * CHUNK, ()) is None
+    assert len(prefixes) == prefixes.num_snapshots == 1
+
+
 @given(rounds=st.integers(1, 5))
 def test_a_prompt_read_twice_is_reused_up_to_its_last_chunk(rounds):
     """13 tokens in chunks of 4: 12 of them; 12 tokens: 8, since the last chunk gives the logits."""
@@ -136,8 +253,9 @@ def test_a_prompt_read_twice_is_reused_up_to_its_last_chunk(rounds):
     prefixes = PrefixCache(pool, chunk_size=CHUNK, max_snapshots=None)
     tokens = list(range(13))
     pages = pool.allocate(7)
+    place = prefixes.find(tokens).place
     for end in (4, 8, 12):
-        prefixes.keep(tokens[:end], pages)
+        place = prefixes.keep(place, tokens[end - 4 : end], pages[end // 2 - 2 : end // 2])
     for _ in range(rounds):
         assert prefixes.find(tokens).num_tokens == 12
         assert prefixes.find(tokens[:12]).num_tokens == 8

@@ -1,5 +1,6 @@
 """`serve.Engine`: models by name over one set of weights, arrival, cancelling, refusals, memory."""
 
+import dataclasses
 import functools
 
 import jax
@@ -169,7 +170,8 @@ def test_reused_tokens_are_told_for_each_request():
 MIB = 1 << 20
 
 
-def needs(name, pages=None, *, fixed=3 * MIB, page=MIB, most=10, snapshots=(0, 0)):
+def needs(name, pages=None, *, fixed=3 * MIB, page=MIB, most=10, snapshots=(0, 0), asked=None):
+    """`snapshots`: bytes of one, and how many can be of use; `asked`: how many were asked for."""
     return Needs(
         name=name,
         fixed_bytes=fixed,
@@ -178,6 +180,7 @@ def needs(name, pages=None, *, fixed=3 * MIB, page=MIB, most=10, snapshots=(0, 0
         pages=pages,
         most_pages=most,
         snapshot_bytes=snapshots[0],
+        snapshots=asked,
         most_snapshots=snapshots[1],
     )
 
@@ -200,14 +203,44 @@ def test_pools_get_what_weights_and_rings_leave():
     assert plan([rings], share=0.9) == [67 - 16]  # 8 snapshots: a quarter
     with pytest.raises(
         ValueError,
-        match=r"pool_tokens: expected at most 512 for 'b', as fit into 0.9 of a device's 0.0977 "
+        match=r"pool_tokens: expected at most 504 for 'b', as fit into 0.9 of a device's 0.0977 "
         r"GiB with weights of 0.0195 GiB and rows' own memory of 0.00586 GiB, got 520; ask for ",
     ):
         plan([needs("a"), needs("b", 65)], share=0.9)
+    assert plan([needs("a"), needs("b", 63)], share=0.9) == [1, 63]
     with pytest.raises(ValueError, match=r"memory_share: expected room for weights of 0.0195 GiB"):
         plan([needs("a")], share=0.2)
     with pytest.raises(ValueError, match=r"room for a page of 8 tokens .* for 'a' with weights"):
         plan([needs("a")], share=0.235)
+
+
+def test_snapshots_share_with_pools():
+    def plan(*wanted):
+        plans = plan_memory(wanted, weight_bytes=20 * MIB, memory=100 * MIB, share=0.9)
+        return [(plan.pages, plan.snapshots) for plan in plans]
+
+    two = {"snapshots": (2 * MIB, 100)}
+    assert plan(needs("a", most=1000, **two)) == [(51, 8)]  # of 67: a quarter, and the rest
+    assert plan(needs("a", most=10, **two)) == [(10, 28)]  # what the pool leaves
+    assert plan(needs("a", page=0, **two)) == [(10, 33)]  # rings alone: everything
+    assert plan(needs("a", page=0, snapshots=(2 * MIB, 5))) == [(10, 5)]
+    assert plan(needs("a", 60, **two)) == [(60, 3)]  # a pool that was asked for comes first
+    assert plan(needs("a", most=1000, asked=30, **two)) == [(7, 30)]  # and so do snapshots
+    assert plan(needs("a", most=1000, asked=33, **two)) == [(1, 33)]
+    assert plan(needs("a", most=1000, asked=30, snapshots=(0, 0))) == [(67, 0)]  # no rings
+    assert plan(needs("a", page=0, **two), needs("b", page=0, **two)) == [(10, 16), (10, 16)]
+    assert plan(needs("a", page=0, **two), needs("b", most=50)) == [(10, 8), (48, 0)]
+    with pytest.raises(
+        ValueError,
+        match=r"max_snapshots: expected at most 33 for 'a', as fit into 0.9 of .* weights of "
+        r"0.0195 GiB and rows' own memory of 0.00293 GiB, got 34; ask for fewer, or raise",
+    ):
+        plan(needs("a", most=1000, asked=34, **two))
+    with pytest.raises(
+        ValueError,
+        match=r"at most 3 for 'a', .* 0.00293 GiB, pool_tokens of 'a' of 0.0586 GiB, got 4; ask",
+    ):
+        plan(needs("a", 60, asked=4, **two))
 
 
 @given(
@@ -220,6 +253,7 @@ def test_pools_get_what_weights_and_rings_leave():
             page=st.integers(0, 5),
             most=st.integers(1, 30),
             snapshots=st.sampled_from([(0, 0), (2, 3), (5, 1), (7, 20)]),
+            asked=st.none() | st.integers(1, 10),
         ),
         min_size=1,
         max_size=4,
@@ -236,19 +270,36 @@ def test_plans_fit_and_leave_nothing_that_can_be_used(wanted, weights, memory, s
     fixed = weights + sum(each.fixed_bytes for each in wanted)
     pages = [plan.pages for plan in plans]
     used = sum(each.page_bytes * count for each, count in zip(wanted, pages, strict=True))
-    kept = [each.snapshot_bytes * plan.snapshots for each, plan in zip(wanted, plans, strict=True)]
-    assert all(
-        plan.snapshots <= each.most_snapshots for each, plan in zip(wanted, plans, strict=True)
+    used += sum(
+        each.snapshot_bytes * plan.snapshots for each, plan in zip(wanted, plans, strict=True)
     )
-    assert sum(kept) <= (int(share * memory) - fixed) // 4 or not sum(kept)
-    used += sum(kept)
     left = int(share * memory) - fixed - used
     assert left >= 0
-    for each, count in zip(wanted, pages, strict=True):
-        assert count == each.pages or 1 <= count <= each.most_pages
-        if each.pages is None and count < each.most_pages:
-            # Nobody could have more of it but for the rounding to pages.
-            assert left < sum(other.page_bytes for other in wanted) + len(wanted)
+    # Nobody could have more of it but for the rounding to pages and snapshots.
+    rest = sum(each.page_bytes + each.snapshot_bytes for each in wanted) + 2 * len(wanted)
+    free = int(share * memory) - fixed  # for those that did not say how many
+    for each, plan in zip(wanted, plans, strict=True):
+        asked = None if not each.snapshot_bytes else each.snapshots
+        assert plan.pages == each.pages or 1 <= plan.pages <= each.most_pages
+        assert plan.snapshots == asked or 0 <= plan.snapshots <= each.most_snapshots
+        if each.pages is not None and each.page_bytes:
+            assert plan.pages == each.pages
+            free -= each.page_bytes * each.pages
+        elif each.page_bytes and plan.pages < each.most_pages:
+            assert left < rest
+        if asked is not None:
+            assert plan.snapshots == asked
+            free -= each.snapshot_bytes * asked
+        elif each.snapshot_bytes and plan.snapshots < each.most_snapshots:
+            assert left < rest
+    # Pools whose slots can need it have three quarters.
+    pools = [
+        (each, plan.pages)
+        for each, plan in zip(wanted, plans, strict=True)
+        if each.pages is None and each.page_bytes
+    ]
+    if any(count < each.most_pages for each, count in pools):
+        assert sum(each.page_bytes * count for each, count in pools) > 0.75 * free - rest
 
 
 def test_the_memory_of_a_device_bounds_the_pool(monkeypatch):
@@ -277,6 +328,24 @@ def test_the_memory_of_a_device_bounds_the_pool(monkeypatch):
     assert both.cache_bytes == 20 * page_bytes
     with pytest.raises(ValueError, match="memory_share: expected a number above 0 and of at most"):
         Engine(model, options, memory_share=1.5)
+
+
+def test_the_memory_of_a_device_bounds_snapshots(monkeypatch):
+    """Rings alone: all that weights and rings leave, by default; what is said to fit does."""
+    model = swaa.AttentionPolicy(window=6, num_sink_tokens=2)
+    model = models()["full"].with_policy(model)
+    lane = engines.Lane.needs(engines.split_model(model), OPTIONS, name="model")
+    assert lane.snapshot_bytes == 2 * 8 * (2 * 2 * 16 + 1) * 4  # layers, slots, K and V, float32
+    weights = engines.bytes_of_arrays(engines.split_model(model).arrays.values())
+    room = weights + lane.fixed_bytes + 5 * lane.snapshot_bytes
+    monkeypatch.setattr(engines, "device_memory", lambda _: 2 * room)
+    for options, kept in ((OPTIONS, 5), (dataclasses.replace(OPTIONS, most_snapshots=3), 3)):
+        engine = Engine(model, options, memory_share=0.5)
+        answers(engine, [engine.submit(request(0, tokens=(at,) * 33)) for at in range(9)])
+        assert engine._lanes["model"]._prefixes.num_snapshots == kept
+    Engine(model, dataclasses.replace(OPTIONS, max_snapshots=5), memory_share=0.5)
+    with pytest.raises(ValueError, match="max_snapshots: expected at most 5 for 'model', as fit"):
+        Engine(model, dataclasses.replace(OPTIONS, max_snapshots=6), memory_share=0.5)
 
 
 def asked_of(options, tokens):

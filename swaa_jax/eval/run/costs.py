@@ -57,7 +57,7 @@ def cell_cost(
     full = sum(visible_pairs([LayerAttention()] * len(layers), one) for one in runs)
     flops = sum(model_flops.forward(layers, one, num_logits=1) for one in runs)
     per_step = None if timings is None else timings.time_per_output_token_s
-    decoded = 0 if timings is None else timings.new_tokens - timings.num_rows  # the first is drawn
+    decoded = 0 if timings is None else timings.decoded_tokens
     return CellCost(
         prefill_tokens_per_second=None if timings is None else timings.prefill_tokens_per_second,
         decode_tokens_per_second=(

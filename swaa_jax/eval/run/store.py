@@ -89,7 +89,7 @@ class CellStore:
         document = storage.read_json(path)
         with storage.kept_file(path):
             rows = [_checked(row, _ANSWER) for row in document["answers"]]
-            # Answers that were stored before beginnings of prompts were reused have no count of them.
+            # Answers that were stored before beginnings of prompts were reused lack their count.
             timings = {"reused_tokens": 0} | dict(mapping("timings", document["timings"]))
             known = dict.fromkeys(_TIMING_FIELDS, number(least=0))
             return AnswerBatch(rows=rows, timings=Timings(**_checked(timings, known)))
