@@ -13,6 +13,15 @@ def round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+def next_power_of_two(count: int) -> int:
+    """The smallest power of two that is at least ``count``.
+
+    >>> [next_power_of_two(n) for n in (0, 1, 3, 8, 9)]
+    [1, 1, 4, 8, 16]
+    """
+    return 1 << max(0, count - 1).bit_length()
+
+
 def pad_end(x: Array, count: int, *, axis: int, value: float = 0) -> Array:
     """``x`` with ``count`` entries of ``value`` behind it along ``axis``."""
     widths = [(0, 0)] * x.ndim

@@ -115,7 +115,7 @@ def rows_at(x_BS: Array, offset_B: Int[Array, " B"], num_rows: int) -> Array:
     """``x_BS[b, offset_B[b] : offset_B[b] + num_rows]``."""
     if num_rows == x_BS.shape[1]:
         return x_BS
-    return jax.vmap(lambda x, at: lax.dynamic_slice_in_dim(x, at, num_rows))(x_BS, offset_B)
+    return jax.vmap(lambda x, at: lax.dynamic_slice(x, (at,), (num_rows,)))(x_BS, offset_B)
 
 
 @jax.tree_util.register_dataclass

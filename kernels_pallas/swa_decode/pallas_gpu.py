@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.layout import pad_end, round_up
+from kernels_pallas.layout import next_power_of_two, pad_end
 from kernels_pallas.mask import per_row, visible
 from kernels_pallas.swa_decode.arguments import DecodeArguments
 from kernels_pallas.swa_decode.sums import LOWEST, Sums, joined
@@ -112,9 +112,7 @@ def _attend_to_cache(
     """Sums over each unit of each row; units come first."""
     num_batch, num_new, num_kv_heads, num_groups, head_dim = q_BnKGH.shape
     num_rows = num_new * num_groups
-    missing_rows = round_up(num_rows, _LEAST_ROWS) - num_rows
-    if num_rows + missing_rows & (num_rows + missing_rows - 1):
-        missing_rows = (1 << (num_rows - 1).bit_length()) - num_rows
+    missing_rows = max(_LEAST_ROWS, next_power_of_two(num_rows)) - num_rows
     unit_slots = tiles.block_slots * tiles.unit_blocks
     num_units = -(-arguments.num_slots // unit_slots)
     missing_slots = num_units * unit_slots - arguments.num_slots

@@ -8,11 +8,11 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from kernels_pallas.layout import next_power_of_two
 from swaa_jax.checkpoint.hf import read_generation_config
 from swaa_jax.checkpoint.tokenizer import opens_thinking
 from swaa_jax.engine import Engine, EngineClock, EngineOptions, Request, SamplingParams, Update
 from swaa_jax.fields import integer, list_of
-from swaa_jax.infer.buckets import next_power_of_two
 from swaa_jax.infer.options import GenerateOptions
 from swaa_jax.infer.stopping import AnswerRow, StopRules, TokenText, make_stop_rules
 from swaa_jax.infer.timings import Timings

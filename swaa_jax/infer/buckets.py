@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from kernels_pallas.layout import next_power_of_two
+
 MIN_LENGTH_BUCKET = 32
 
 
@@ -31,15 +33,6 @@ def length_bucket(length: int, *, limit: int | None = None) -> int:
     fits = midpoint >= length and midpoint > MIN_LENGTH_BUCKET
     bucket = midpoint if fits else power
     return bucket if limit is None else min(bucket, limit)
-
-
-def next_power_of_two(count: int) -> int:
-    """The smallest power of two that is at least `count`.
-
-    >>> [next_power_of_two(n) for n in (0, 1, 3, 8, 9)]
-    [1, 1, 4, 8, 16]
-    """
-    return 1 << max(0, count - 1).bit_length()
 
 
 def pad_right(

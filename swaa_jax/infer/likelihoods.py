@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels_pallas.layout import next_power_of_two
 from swaa_jax.attention import LayerKind, RowWindows
-from swaa_jax.infer.buckets import length_bucket, next_power_of_two, pad_right
+from swaa_jax.infer.buckets import length_bucket, pad_right
 from swaa_jax.infer.prompts import check_context
 from swaa_jax.losses import TargetLosses, target_losses
 from swaa_jax.models import CausalLM

@@ -1,5 +1,6 @@
 """Decode backends against a loop on positions, with NaN in every slot that is not seen."""
 
+import contextlib
 import functools
 from unittest import mock
 
@@ -11,17 +12,28 @@ import pytest
 from hypothesis import given, settings
 
 from kernels_pallas import backends, swa_decode, swa_prefill
-from kernels_pallas.swa_decode import pallas_tpu
+from kernels_pallas.swa_decode import pallas_gpu, pallas_tpu
 from kernels_pallas.swa_decode.xla import products_on
 from tests.support import bruteforce
 
-BACKENDS = ("reference", "xla", "pallas_tpu")
-# The TPU kernel, interpreted, in blocks so small that a cache has several, the last cut short.
-INTERPRETED = functools.partial(
-    pallas_tpu.decode_in_blocks,
-    blocks=pallas_tpu.DecodeBlocks(slots=5, splits=2),
-    interpret=True,
-)
+BACKENDS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
+# The kernels, interpreted, in blocks so small that a cache has several, the last cut short.
+INTERPRETED = {
+    pallas_tpu: functools.partial(
+        pallas_tpu.decode_in_blocks,
+        blocks=pallas_tpu.DecodeBlocks(slots=5, splits=2),
+        interpret=True,
+    ),
+    pallas_gpu: functools.partial(
+        pallas_gpu.decode_in_units,
+        tiles=pallas_gpu.Tiles(block_slots=5, unit_blocks=2),
+        interpret=True,
+    ),
+}
+TARGETS = {
+    "pallas_tpu": backends.Target(platform="tpu", device_kind="TPU v5 lite"),
+    "pallas_gpu": backends.Target(platform="gpu", device_kind="NVIDIA H100"),
+}
 # float32: see the prefill suite. 16-bit: the softmax weights are rounded once before they meet the
 # values and the result once after, a unit of 2^-8 (2^-11) each on entries of at most 4.
 ATOL = {"float32": 1e-5, "bfloat16": 8 * 2.0**-8, "float16": 8 * 2.0**-11}
@@ -52,11 +64,13 @@ CASES |= OTHER_DTYPES
 
 
 def run_decode(q, *cache, backend, **given):
-    """``swa_decode`` with the TPU kernel interpreted, as if for a TPU."""
-    if backend == "pallas_tpu":
-        given["target"] = backends.Target(platform="tpu", device_kind="TPU v5 lite")
-    anything = {"compute": INTERPRETED, "limits": backends.no_limits}
-    with mock.patch.multiple(pallas_tpu, **anything):
+    """``swa_decode`` with the kernels interpreted, as if for their platforms."""
+    if backend in TARGETS:
+        given["target"] = TARGETS[backend]
+    with contextlib.ExitStack() as stack:
+        for module, compute in INTERPRETED.items():
+            anything = {"compute": compute, "limits": backends.no_limits}
+            stack.enter_context(mock.patch.multiple(module, **anything))
         return swa_decode(q, *cache, backend=backend, **given)
 
 
@@ -152,7 +166,7 @@ def test_against_loop(name, backend, is_full, data):
     np.testing.assert_allclose(out, wanted.out, atol=ATOL[dtype], rtol=0)
 
 
-@pytest.mark.parametrize("backend", ("xla", "pallas_tpu"))
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("window, sinks", [(None, 0), (4, 0), (4, 2), (50, 1)])
 def test_decoding_continues_prefill(window, sinks, backend):
     """Prefill of 12 tokens, then blocks of 3, 1 and 4: the rows that one prefill of 20 gives."""
@@ -258,7 +272,7 @@ WRONG = {
     ),
     r"q_full: expected bool of shape \[2, 3\], got int32": dict(q_full=np.zeros((2, 3), np.int32)),
     "window: expected at least 1, got 0": dict(window=0),
-    "backend: expected one of 'auto', 'pallas_tpu', 'reference', 'xla' for swa_decode": dict(
+    "backend: expected one of 'auto', 'pallas_gpu', 'pallas_tpu', 'reference', 'xla' for swa_decode": dict(
         backend="cudnn"
     ),
 }

@@ -1,4 +1,4 @@
-"""The backends that `auto` takes on a GPU against the dense reference."""
+"""The backends that run on a GPU against the dense reference."""
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ pytestmark = [
     pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU"),
 ]
 
+BACKENDS = ("pallas_gpu", "cudnn", "xla")
 T = 300
 LENGTHS = jnp.array([T, T // 3, 1])
 FULL_ROWS = jnp.arange(T)[None] >= jnp.array([[T // 2], [T // 4], [0]])
@@ -38,13 +39,13 @@ CHUNKS = {
 }
 
 
-@pytest.mark.parametrize("backend", ("cudnn", "xla"))
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
 def test_output_and_gradients_equal_the_reference(case, backend):
     assert_equals_the_reference(backend, num_keys=T, **CASES[case])
 
 
-@pytest.mark.parametrize("backend", ("cudnn", "xla"))
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CHUNKS)
 def test_the_end_of_a_longer_sequence(case, backend):
     assert_equals_the_reference(backend, num_keys=S, **CHUNKS[case])
