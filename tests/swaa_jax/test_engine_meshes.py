@@ -10,6 +10,8 @@ import swaa_jax as swaa
 from swaa_jax import sharding
 from swaa_jax.attention import PagedCache, RingCache
 from swaa_jax.engine import Engine, EngineOptions, Request, SamplingParams
+from swaa_jax.engine.lane import Lane
+from swaa_jax.models.function import split_model
 from tests.support.compiles import counted
 from tests.support.random_models import HF_CONFIG, random_model
 
@@ -85,7 +87,9 @@ def on_one_device(policy, is_sparse=False):
 
 def check(policy, sizes, **overrides):
     mesh = sharding.make_mesh(jax.devices()[: int(np.prod(list(sizes.values())))], **sizes)
-    engine = Engine(model_of(policy, mesh, **overrides), OPTIONS)
+    model = model_of(policy, mesh, **overrides)
+    engine = Engine(model, OPTIONS)
+    needed = Lane.needs(split_model(model), OPTIONS, name="model")
     before = placement(engine)
     with counted() as compiles:
         found = answers(engine)
@@ -93,6 +97,7 @@ def check(policy, sizes, **overrides):
     assert compiles.count <= 4
     assert placement(engine) == before
     assert engine.clock.reused_tokens > 0
+    assert snapshot_bytes(engine) == {needed.snapshot_bytes}
     for one, anew, (tokens, logprobs) in zip(
         found, again, on_one_device(policy, bool(overrides)), strict=True
     ):
@@ -100,6 +105,15 @@ def check(policy, sizes, **overrides):
         # float32; partial sums over tensor-parallel devices are added in another order.
         np.testing.assert_allclose(one[1], logprobs, rtol=1e-4, atol=1e-4)
     return before
+
+
+def snapshot_bytes(engine):
+    """Of the kept copies of rings on the first device."""
+    (lane,) = engine._lanes.values()
+    kept = [place.snapshot for place in lane._prefixes._places.values() if place.snapshot]
+    return {
+        sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(rings)) for rings in kept
+    }
 
 
 def placement(engine):

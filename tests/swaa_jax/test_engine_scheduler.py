@@ -195,10 +195,21 @@ class Kept:
             text = text[:-CHUNK]
 
 
+@st.composite
+def prompts_of_chunks(draw):
+    """Chunks of two kinds, and some tokens more, so that many prompts begin alike."""
+    chunks = draw(st.lists(st.sampled_from([0, 0, 1]), max_size=4))
+    rest = draw(st.sampled_from([0, 0, 1, 2]))
+    return [kind for kind in chunks for _ in range(CHUNK)] + [2] * (rest or not chunks)
+
+
+PROMPTS = prompts_of_chunks()
+
+
 @pytest.mark.parametrize("has_pages, has_rings", [(True, False), (False, True), (True, True)])
 @settings(max_examples=150)
 @given(
-    prompts=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=18), max_size=30),
+    prompts=st.lists(PROMPTS, max_size=40),
     max_snapshots=st.integers(1, 4),
     every=st.integers(1, 3),
     tail=st.sampled_from([0, 1, 3, 5]),
@@ -232,6 +243,30 @@ def test_what_was_used_last_goes_last(has_pages, has_rings, prompts, max_snapsho
             assert pool.num_free == PAGES - len(kept.chunks) * CHUNK // PAGE
 
 
+@pytest.mark.parametrize("has_rings", [False, True])
+def test_what_is_read_again_was_used(has_rings):
+    """A prompt of one whole chunk is always read; the one that was not read again goes first."""
+    pool = None if has_rings else PagePool(3 * CHUNK // PAGE + 1, PAGE)  # and an answer's page
+    prefixes = PrefixCache(pool, chunk_size=CHUNK, max_snapshots=3 if has_rings else None)
+    scheduler = Scheduler(num_slots=1, max_tokens=MAX_TOKENS, pool=pool, prefixes=prefixes)
+
+    def serve(*prompt):
+        scheduler.submit(Request(tokens=prompt, max_new_tokens=PAGE))
+        (slot,) = scheduler.admit()
+        row = scheduler.rows[slot]
+        reused = row.reused.num_tokens
+        if not reused:
+            pages = row.pages[: CHUNK // PAGE]
+            prefixes.keep(row.place, prompt[:CHUNK], pages, snapshot="it" if has_rings else None)
+        scheduler.finish(slot)
+        return reused
+
+    zeros, ones, twos, threes = ((kind,) * CHUNK for kind in range(4))
+    assert [serve(*each) for each in (zeros, ones, zeros, twos, threes)] == [0] * 5
+    assert serve(*zeros, 9) == CHUNK
+    assert serve(*ones, 9) == 0
+
+
 def test_a_row_whose_beginning_was_let_go_keeps_nothing_behind_it():
     """The place that it read up to is gone, and what takes its place later is another."""
     prefixes = PrefixCache(None, chunk_size=CHUNK, max_snapshots=1)
@@ -244,6 +279,9 @@ def test_a_row_whose_beginning_was_let_go_keeps_nothing_behind_it():
     assert prefixes.keep(place, (2,) * CHUNK, (), snapshot="behind zeros") is None
     assert prefixes.keep(None, (2,) * CHUNK, ()) is None
     assert len(prefixes) == prefixes.num_snapshots == 1
+    (kept,) = prefixes._places.values()
+    prefixes.clear()
+    assert kept.snapshot is None and not len(prefixes) and not prefixes.num_snapshots
 
 
 @given(rounds=st.integers(1, 5))
