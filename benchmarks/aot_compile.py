@@ -205,7 +205,8 @@ def steps_program(program: Program, model: CausalLM, mesh: Mesh) -> tuple[Any, A
     arrays, state, on = engine_state(program, model, mesh)
     steps = EngineOptions().steps_per_call
     decode = functools.partial(decode_tokens, structure=Structure.of(model), max_steps=steps)
-    rest = _shapes((np.int32(steps), np.bool_(False)), on)
+    answering = np.zeros((program.batch,), bool)
+    rest = _shapes((answering, np.int32(steps), np.bool_(False)), on)
     return jax.jit(decode, donate_argnames="state"), (arrays, state, *rest)
 
 
@@ -224,11 +225,7 @@ def engine_state(program: Program, model: CausalLM, mesh: Mesh) -> tuple[Any, An
         )
     )
     state = jax.eval_shape(
-        functools.partial(
-            DecodeState.empty,
-            width=program.context + CHUNK_SIZE,
-            vocab_size=model.config.vocab_size,
-        ),
+        functools.partial(DecodeState.empty, width=program.context + CHUNK_SIZE, model=model),
         caches,
     )
     on = NamedSharding(mesh, PartitionSpec())

@@ -141,7 +141,7 @@ def alone(policy, at):
 @given(
     order=st.lists(st.integers(0, 20), min_size=2, max_size=16),
     steps=st.sampled_from([1, 4, 16]),
-    chunks=st.integers(1, 3),
+    chunks=st.sampled_from([1, 3, None]),
 )
 def test_company_order_and_reuse_change_no_bit(policy, order, steps, chunks):
     """Tokens and log-probabilities, equal to the bit."""
