@@ -220,6 +220,8 @@ def _room_for(
         chunk_size=chunk_size,
         page_size=page_size,
         most_pool_tokens=next_power_of_two(max(sum(rows[-num_slots:]), num_slots * _LEAST_ROOM)),
+        # All slots are read before a step: a step takes as long for one row as for all of them.
+        chunks_per_round=num_slots * -(-room // chunk_size),
         steps_per_call=options.chunk_size,
         steps_at_once=STREAM_STEPS if streaming else None,
         positions=options.positions,
