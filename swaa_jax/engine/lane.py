@@ -157,6 +157,11 @@ class Lane:
         Raises:
             ValueError: it can never be answered; the message says why.
         """
+        if self._options.plain and (request.logprobs or not request.params.is_plain):
+            raise ValueError(
+                "params: expected the likeliest token, no penalties and no log-probabilities in an "
+                "engine of plain requests, got others; make one with plain=False"
+            )
         self._settings(request)  # refuses to suppress what is not in the vocabulary
         ids, most = np.asarray(request.tokens), self._model.config.vocab_size - 1
         if ids.size and not (ids.dtype.kind in "iu" and ids.min() >= 0 and ids.max() <= most):
@@ -263,7 +268,7 @@ class Lane:
     def _call(self, program: Any, *args: Any, **static: Any) -> Drawn:
         model = self._model
         given = (model.arrays, self._state, *args)
-        static["structure"] = model.structure
+        static |= {"structure": model.structure, "plain": self._options.plain}
         start = time.perf_counter()
         if program not in self._compiled:  # the call then finds it done
             program.lower(*given, **static).compile()
@@ -343,9 +348,9 @@ def _joined(updates: Sequence[Update]) -> list[Update]:
     return list(joined.values())
 
 
-_read = jit_by_structure(read_chunk, donate_argnames=("state",))
+_read = jit_by_structure(read_chunk, static_argnames=("plain",), donate_argnames=("state",))
 _decode = jit_by_structure(
-    decode_tokens, static_argnames=("max_steps",), donate_argnames=("state",)
+    decode_tokens, static_argnames=("max_steps", "plain"), donate_argnames=("state",)
 )
 _snapshot = jax.jit(take_rings)
 _resume = jax.jit(resume_row, static_argnames=("mesh",), donate_argnames=("state",))

@@ -31,6 +31,9 @@ class EngineOptions:
         steps_per_call: decode steps of a call, at most; part of the program.
         steps_at_once: those that are run, for smooth streams; None: as many.
         positions: where new tokens stand; see `CausalLM.prefill`.
+        plain: every request takes the likeliest token as the model has it, and wants no
+            log-probabilities; others are refused. Programs that leave out the rest compile in
+            two thirds of the time, and are not those of engines that answer any request.
         reuse: keep chunks of prompts, for prompts that begin alike.
         max_snapshots: of the rings of windowed layers, which are kept for it; fewer where they
             would take more than a quarter of the memory that weights and rings leave.
@@ -48,6 +51,7 @@ class EngineOptions:
     steps_per_call: int = 16
     steps_at_once: int | None = None
     positions: Literal["text", "cache"] = "text"
+    plain: bool = False
     reuse: bool = True
     max_snapshots: int = 16
     snapshot_every: int = 8
@@ -65,6 +69,7 @@ class EngineOptions:
             steps_per_call=integer(least=1),
             steps_at_once=or_none(integer(least=1)),
             positions=one_of("text", "cache"),
+            plain=flag,
             reuse=flag,
             max_snapshots=integer(least=1),
             snapshot_every=integer(least=1),

@@ -194,6 +194,14 @@ class SamplingParams:
         """Whether the likeliest token is always taken."""
         return self.temperature < MIN_TEMPERATURE
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the likeliest token is always taken as the model has it: no penalties."""
+        neutral = SamplingParams()
+        return self.is_greedy and all(
+            (getattr(self, name) or None) == (getattr(neutral, name) or None) for name in _PENALTIES
+        )
+
     def for_row(self, vocab_size: int, *, seed: int, number: int) -> "Draws":
         """The settings of one row, in numpy.
 
@@ -234,6 +242,10 @@ class SamplingParams:
 SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
 """Names of the sampling settings."""
 
+_PENALTIES = (
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("no_repeat_ngram_size", "suppress_tokens"),
+)
 _ALWAYS_STORED = ("temperature", "top_k", "top_p")
 _NAMED = 8  # fields that one warning names
 _OF_DRAWS = {"temperature": 1.0, "top_k": _DEFAULT_TOP_K, "top_p": 1.0, "min_p": 0.0}
@@ -391,6 +403,13 @@ def sample(
     )
     token = jnp.where(draws.temperature > 0, token, likeliest)
     return jnp.where(is_number, token, NO_TOKEN)
+
+
+def take_likeliest(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """What `sample` gives where all settings are plain, in a fraction of its program."""
+    logits = logits.astype(jnp.float32)
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), token, NO_TOKEN)
 
 
 def _suppressed(logits: Float[Array, "B V"], packed: UInt[Array, "B words"]) -> Array:

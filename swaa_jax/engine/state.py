@@ -29,6 +29,7 @@ from swaa_jax.engine.sampling import (
     is_among,
     pack_ids,
     sample,
+    take_likeliest,
 )
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import Structure
@@ -175,6 +176,7 @@ def read_chunk(
     chunk: Chunk,
     *,
     structure: Structure[CausalLM],
+    plain: bool = False,
 ) -> tuple[DecodeState, Drawn]:
     """Reads a chunk; after a prompt's last one, draws the row's first token.
 
@@ -182,6 +184,7 @@ def read_chunk(
         arrays, structure: the model, split.
         state: donated.
         chunk: what is read.
+        plain: part of the program, see `EngineOptions`.
     """
     _TRACES["read"] += 1
     slot, position = chunk.slot, chunk.position
@@ -204,7 +207,10 @@ def read_chunk(
         tokens=jax.lax.dynamic_slice_in_dim(tokens, slot, 1),
         prompt_lengths=chunk.prompt_length[None],
     )
-    first = sample(read.logits, draws=one.draws, positions=end[None], history=history)
+    if plain:
+        first = take_likeliest(read.logits)
+    else:
+        first = sample(read.logits, draws=one.draws, positions=end[None], history=history)
     is_last = end >= chunk.prompt_length
     ends = is_among(first, one.ends)[0] | (first[0] == NO_TOKEN)
     left = jnp.where(is_last & ~ends, chunk.max_new_tokens - 1, 0)
@@ -223,10 +229,16 @@ def read_chunk(
     )
     drawn = Drawn(
         tokens=jnp.where(is_last, first, NOTHING),
-        logprobs=Logprobs.of(read.logits, first, one.wants_logprobs & is_last),
+        logprobs=_logprobs(read.logits, first, one.wants_logprobs & is_last, plain=plain),
         steps=jnp.int32(1),
     )
     return state.placed(model.mesh), drawn
+
+
+def _logprobs(logits: Array, tokens: Array, wanted: Array, *, plain: bool) -> Logprobs:
+    if plain:
+        return Logprobs.zeros(logits.shape[0], vocab_size=logits.shape[1])
+    return Logprobs.of(logits, tokens, wanted)
 
 
 def decode_tokens(
@@ -238,6 +250,7 @@ def decode_tokens(
     *,
     structure: Structure[CausalLM],
     max_steps: int,
+    plain: bool = False,
 ) -> tuple[DecodeState, Drawn]:
     """Draws up to `limit` tokens of every row that has some left.
 
@@ -247,6 +260,7 @@ def decode_tokens(
         answering: rows that somebody waits for; the others draw no more.
         limit: at most `max_steps`, which is part of the program.
         until_one_ends: come back as soon as a row ends, since others wait for its place.
+        plain: part of the program, see `EngineOptions`.
     """
     _TRACES["decode"] += 1
     num_rows = state.token.shape[0]
@@ -272,11 +286,14 @@ def decode_tokens(
             state.token[:, None], state.caches, lengths=active.astype(jnp.int32)
         )
         settings, logits = state.settings, logits[:, -1]
-        draws = settings.draws.of_rows(active)
-        token = sample(logits, draws=draws, positions=at + 1, history=history)
+        if plain:
+            token = take_likeliest(logits)
+        else:
+            draws = settings.draws.of_rows(active)
+            token = sample(logits, draws=draws, positions=at + 1, history=history)
         ends = is_among(token, settings.ends) | (token == NO_TOKEN)
         left = jnp.where(active & ~ends, state.tokens_left - 1, 0)
-        logprobs = Logprobs.of(logits, token, settings.wants_logprobs & active)
+        logprobs = _logprobs(logits, token, settings.wants_logprobs & active, plain=plain)
         drawn = Drawn(
             tokens=drawn.tokens.at[step].set(jnp.where(active, token, NOTHING)),
             logprobs=jax.tree.map(

@@ -12,7 +12,7 @@ from swaa_jax.checkpoint.hf import read_generation_config
 from swaa_jax.checkpoint.tokenizer import opens_thinking
 from swaa_jax.engine import Engine, EngineClock, EngineOptions, Request, SamplingParams, Update
 from swaa_jax.fields import integer, list_of
-from swaa_jax.infer.buckets import next_power_of_two
+from swaa_jax.infer.buckets import length_bucket, next_power_of_two
 from swaa_jax.infer.options import GenerateOptions
 from swaa_jax.infer.stopping import AnswerRow, StopRules, TokenText, make_stop_rules
 from swaa_jax.infer.timings import Timings
@@ -40,6 +40,8 @@ class Answerer:
         options: how prompts are answered; those that say how they are rendered have no part in it.
         lengths: tokens of the prompts that are to come, which say what there must be room for.
         streaming: come back often, for pieces of text.
+        own_programs: compile what these options ask for and no more. Worth it for many prompts, or
+            many policies, since answers that are asked for in other ways share no programs then.
 
     Raises:
         ValueError: `sampling="checkpoint"` without a generation config, or settings that do not
@@ -54,6 +56,7 @@ class Answerer:
         *,
         lengths: Sequence[int],
         streaming: bool = False,
+        own_programs: bool = False,
     ):
         self.options = options
         self._tok, self._text, self._streaming = tok, TokenText(tok), streaming
@@ -66,6 +69,8 @@ class Answerer:
             stop_in_thought=options.stop_in_thought,
         )
         room = _room_for(options, lengths, streaming=streaming)
+        if own_programs and self._params.is_plain and not options.logprobs:
+            room = dataclasses.replace(room, plain=True)
         self._engine, self._num_slots = Engine(model, room), room.num_slots
         self._compile_s = 0.0  # of it, what was told already
         if options.warmup:
@@ -208,18 +213,18 @@ def _room_for(
 ) -> EngineOptions:
     """An engine for prompts of these lengths; rounded, so that others share its programs."""
     chunk_size, page_size = EngineOptions().sizes
-    room = max(_LEAST_ROOM, next_power_of_two(max(lengths) + options.max_new_tokens))
+    room = max(_LEAST_ROOM, length_bucket(max(lengths) + options.max_new_tokens))
     # Short rows are read in short chunks, of half their room: padding is computed, too.
     chunk_size = max(page_size, min(chunk_size, room // 2 // page_size * page_size))
     num_slots = min(options.batch_size or DEFAULT_BATCH_SIZE, next_power_of_two(len(lengths)))
-    # A page more a row than its tokens need, at most; a power of two, for fewer programs.
+    # A page more a row than its tokens need, at most; rounded, for fewer programs.
     rows = [length + options.max_new_tokens + page_size for length in sorted(lengths)]
     return EngineOptions(
         num_slots=num_slots,
         max_tokens=room,
         chunk_size=chunk_size,
         page_size=page_size,
-        most_pool_tokens=next_power_of_two(max(sum(rows[-num_slots:]), num_slots * _LEAST_ROOM)),
+        most_pool_tokens=length_bucket(max(sum(rows[-num_slots:]), num_slots * _LEAST_ROOM)),
         # All slots are read before a step: a step takes as long for one row as for all of them.
         chunks_per_round=num_slots * -(-room // chunk_size),
         steps_per_call=options.chunk_size,

@@ -177,6 +177,24 @@ def test_penalties_read_what_was_reused():
     assert not {*again[0]} & {*asked.tokens}
 
 
+def test_an_engine_of_plain_requests_gives_the_same_tokens_and_refuses_others():
+    model, plain = model_of("1::2"), dataclasses.replace(OPTIONS, plain=True)
+    requests = [Request(tokens=one, max_new_tokens=9, ends=(11, 40)) for one in prompts()]
+    engine = Engine(model, plain)
+    assert answers(engine, requests) == answers(Engine(model, OPTIONS), requests)
+    with jax.debug_nans(False):
+        broken = jax.tree.map(lambda x: x * np.nan, engine._lanes["model"]._model.arrays)
+        split = dataclasses.replace(engine._lanes["model"]._model, arrays=broken)
+        assert [one[2] for one in answers(Engine(split, plain), requests[:1])] == ["not a number"]
+    for params in PARAMS[1:]:
+        with pytest.raises(ValueError, match="params: expected the likeliest token"):
+            engine.submit(Request(tokens=(5,), max_new_tokens=1, params=params))
+    with pytest.raises(ValueError, match="no log-probabilities in an engine of plain requests"):
+        engine.submit(Request(tokens=(5,), max_new_tokens=1, logprobs=True))
+    engine.submit(Request(tokens=(5,), max_new_tokens=1, params=SamplingParams(top_k=9)))
+    assert len(list(engine.run())) == 1
+
+
 @pytest.mark.parametrize("policy", ["1::2", "FA decode"])
 def test_four_programs_for_any_lengths_settings_and_ends(policy):
     """Reading, decoding, and two copies of rings for reuse; cancelling takes none."""

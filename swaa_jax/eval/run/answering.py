@@ -80,6 +80,7 @@ def answer_prompts(
             tokenizer,
             options,
             lengths=[len(prompts[row]) for number in numbers for row in batches[number]],
+            own_programs=True,
         )
         for number in numbers:
             rows = tuple(batches[number])
