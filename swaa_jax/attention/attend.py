@@ -233,6 +233,8 @@ def attend_cached(
             "decoding, or with a tail of prompts still to be read, got a RingCache; prefill again "
             "under this policy"
         )
+    if stage_ids is None and layer.full_decode:
+        layer = LayerAttention()  # to answers it is one: programs are those of full attention
     positions = pos_B[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
     q_full = full_new_rows(
         layer, positions=positions, stage_ids=stage_ids, prompt_lengths=prompt_lengths

@@ -13,6 +13,7 @@ from swaa_jax.checkpoint.hf import read_generation_config
 from swaa_jax.checkpoint.tokenizer import opens_thinking
 from swaa_jax.engine import Engine, EngineClock, EngineOptions, Request, SamplingParams, Update
 from swaa_jax.fields import integer, list_of
+from swaa_jax.infer.buckets import length_bucket
 from swaa_jax.infer.options import GenerateOptions
 from swaa_jax.infer.stopping import AnswerRow, StopRules, TokenText, make_stop_rules
 from swaa_jax.infer.timings import Timings
@@ -211,18 +212,18 @@ def _room_for(
 ) -> EngineOptions:
     """An engine for prompts of these lengths; rounded, so that others share its programs."""
     chunk_size, page_size = EngineOptions().sizes
-    room = max(_LEAST_ROOM, next_power_of_two(max(lengths) + options.max_new_tokens))
+    room = max(_LEAST_ROOM, length_bucket(max(lengths) + options.max_new_tokens))
     # Short rows are read in short chunks, of half their room: padding is computed, too.
     chunk_size = max(page_size, min(chunk_size, room // 2 // page_size * page_size))
     num_slots = min(options.batch_size or DEFAULT_BATCH_SIZE, next_power_of_two(len(lengths)))
-    # A page more a row than its tokens need, at most; a power of two, for fewer programs.
+    # A page more a row than its tokens need, at most; rounded, for fewer programs.
     rows = [length + options.max_new_tokens + page_size for length in sorted(lengths)]
     return EngineOptions(
         num_slots=num_slots,
         max_tokens=room,
         chunk_size=chunk_size,
         page_size=page_size,
-        most_pool_tokens=next_power_of_two(max(sum(rows[-num_slots:]), num_slots * _LEAST_ROOM)),
+        most_pool_tokens=length_bucket(max(sum(rows[-num_slots:]), num_slots * _LEAST_ROOM)),
         chunks_per_round=1 if streaming else None,
         most_snapshots=_MOST_SNAPSHOTS,
         steps_per_call=options.chunk_size,

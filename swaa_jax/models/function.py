@@ -82,6 +82,13 @@ class Structure(Generic[Module]):
             structure._last_as_long_as(leaves[0])
         return structure, dict(zip(structure.names, leaves, strict=True))
 
+    @classmethod
+    def let_go(cls, module: Module) -> None:
+        """The module's arrays hold its structure no longer; its programs go with its users."""
+        structure, arrays = cls.split(module)
+        for array in list(arrays.values())[:1]:
+            cls._held.get(id(array), {}).pop(structure, None)
+
     def _last_as_long_as(self, array: Array) -> None:
         held = self._held.get(id(array))
         if held is None:

@@ -217,6 +217,11 @@ class Asking:
             )
 
     @property
+    def task_name(self) -> str:
+        """The task's."""
+        return self._task.name
+
+    @property
     def _num_rows(self) -> int:
         return len(self._prompts) * self._config.attempts
 

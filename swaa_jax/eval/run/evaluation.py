@@ -30,6 +30,7 @@ from swaa_jax.eval.run.loading import (
     warn_of_difference,
 )
 from swaa_jax.models import CausalLM
+from swaa_jax.models.function import Structure
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.progress import ShowProgress
 from swaa_jax.runs import fingerprint
@@ -113,21 +114,19 @@ def evaluate(
         # A pair that two settings have is asked once.
         policies = [one for one in policies if (entry.label, one.policy) not in asked]
         asked |= {(entry.label, one.policy) for one in policies}
-        for task in config.tasks:
-            for thinking in config.thinking:
-                asking = Asking(
-                    config=config,
-                    entry=entry,
-                    model=model,
-                    tokenizer=tokenizer,
-                    identity=identity,
-                    task=task,
-                    thinking=thinking,
-                )
-                answered += asking.answer(policies, steps.show)
-                cells += asking.judge(policies, judges[task.name])
-                steps.advance()
-        del model
+        make = functools.partial(
+            Asking, config=config, entry=entry, model=model, tokenizer=tokenizer, identity=identity
+        )
+        askings = [
+            make(task=task, thinking=thinking)
+            for task in config.tasks
+            for thinking in config.thinking
+        ]
+        answered += _answer(askings, policies, model, steps)
+        cells += [
+            cell for asking in askings for cell in asking.judge(policies, judges[asking.task_name])
+        ]
+        del model, make, askings  # before the next one is loaded
     return Evaluation(
         config=config,
         cells=tuple(cells),
@@ -138,6 +137,23 @@ def evaluate(
         seconds=time.perf_counter() - start,
         answered=answered,
     )
+
+
+def _answer(
+    askings: Sequence[Asking], policies: Sequence[PolicyEntry], model: CausalLM, steps: "_Steps"
+) -> int:
+    """Answers all that is asked of a model, one policy after the other; how many answers it made.
+
+    Each policy has programs of its own, tens of megabytes or more, which are let go before the next
+    one's are compiled.
+    """
+    answered, each = 0, 1 / max(1, len(policies))
+    for policy in policies:
+        for asking in askings:
+            answered += asking.answer([policy], lambda what, part: steps.show(what, each * part))
+            steps.advance(each)
+        Structure.let_go(model.with_policy(policy.policy))
+    return answered
 
 
 def _check_output(directory: str) -> None:
@@ -162,14 +178,14 @@ class _Steps:
     """Adds up finished steps of equal weight and tells `progress`."""
 
     def __init__(self, progress: ShowProgress | None, total: int):
-        self._progress, self._total, self._done = progress, total, 0
+        self._progress, self._total, self._done = progress, total, 0.0
 
     def show(self, what: str, part: float) -> None:
         if self._progress is not None:
             self._progress(what, min(1.0, (self._done + part) / self._total))
 
-    def advance(self) -> None:
-        self._done += 1
+    def advance(self, steps: float) -> None:
+        self._done += steps
 
 
 def _policies(
