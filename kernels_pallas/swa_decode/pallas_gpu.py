@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.layout import next_power_of_two, pad_end
@@ -28,6 +27,11 @@ from kernels_pallas.mask import per_row, visible
 from kernels_pallas.swa_decode.arguments import DecodeArguments
 from kernels_pallas.swa_decode.sums import LOWEST, Sums, joined
 from kernels_pallas.swa_decode.xla import attend_apart, by_kv_head, products_on
+
+try:  # deprecated from JAX 0.11 on, in favour of Mosaic GPU
+    from jax.experimental.pallas import triton as plgpu
+except ImportError:
+    plgpu: Any = None
 
 NEVER = jnp.iinfo(jnp.int32).max
 
@@ -57,6 +61,8 @@ class Tiles:
 def limits(arguments: DecodeArguments) -> tuple[str, ...]:
     """What the kernel cannot compute."""
     found = []
+    if plgpu is None:
+        found.append("jax: expected one with Pallas's Triton backend, got a newer one without")
     dtype, head_dim = arguments.q.dtype, arguments.q.shape[3]
     if dtype not in (jnp.bfloat16, jnp.float16):
         found.append(f"q: expected bfloat16 or float16, got {dtype}")

@@ -19,13 +19,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.layout import next_power_of_two, pad_end
 from kernels_pallas.mask import per_row, visible
 from kernels_pallas.swa_prefill import xla
 from kernels_pallas.swa_prefill.arguments import AttentionOutput, PrefillArguments
+
+try:  # deprecated from JAX 0.11 on, in favour of Mosaic GPU
+    from jax.experimental.pallas import triton as plgpu
+except ImportError:
+    plgpu: Any = None
 
 _LOG2_E = math.log2(math.e)
 _LEAST_HEAD_DIM = 16
@@ -55,6 +59,8 @@ class _Static:
 def limits(arguments: PrefillArguments) -> tuple[str, ...]:
     """What the kernel cannot compute."""
     found = []
+    if plgpu is None:
+        found.append("jax: expected one with Pallas's Triton backend, got a newer one without")
     dtype, head_dim = arguments.q.dtype, arguments.q.shape[3]
     if dtype not in (jnp.bfloat16, jnp.float16):
         found.append(f"q: expected bfloat16 or float16, got {dtype}")

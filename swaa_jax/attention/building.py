@@ -193,8 +193,8 @@ def recast_caches(
 ) -> Caches:
     """The same tokens in the caches that another policy asks for.
 
-    Lets policies that differ only in `decode` share one prefill: run it with full caches, then
-    turn those of windowed layers into rings.
+    Prompts with a tail are read into full caches; once they are, those of windowed layers can be
+    rings.
 
     Args:
         caches: of a prefill.

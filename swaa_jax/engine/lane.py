@@ -5,8 +5,8 @@
                          | slot 2  r2  [prompt][answer done]  <- r3, as soon as its pages are free
 
 A round is: requests into free slots; some chunks of the prompts that are being read, the earliest
-first; then some decode steps of all rows that have been read. The host does not wait for a chunk,
-so that the device has the next one when it is done.
+first; then some decode steps of all rows that have been read. Between chunks the host does not
+wait, so that the device has the next one when one is done.
 """
 
 import collections
@@ -216,7 +216,8 @@ class Lane:
         tokens = np.zeros((self._state.history.tokens.shape[1],), np.int32)
         tokens[: row.num_read] = row.request.tokens[: row.num_read]
         rings = row.reused.snapshot or []
-        self._state = _resume(self._state, np.int32(slot), tokens, rings, mesh=self._model.mesh)
+        about = {"structure": self._model.structure, "mesh": self._model.mesh}
+        self._state = _resume(self._state, np.int32(slot), tokens, rings, **about)
         row.reused = dataclasses.replace(row.reused, snapshot=None)  # free to go from now on
 
     def _read(self, slot: int) -> None:
@@ -266,7 +267,8 @@ class Lane:
             return
         snapshot = None
         if self._has_rings and (end == most or end // size % self._options.snapshot_every == 0):
-            snapshot = _snapshot(self._state, np.int32(slot))
+            structure = self._model.structure
+            snapshot = _snapshot(self._state, np.int32(slot), structure=structure)
         tokens = row.request.tokens[end - size : end]
         pages = row.pages[(end - size) // page_size : end // page_size]
         row.place = self._prefixes.keep(row.place, tokens, pages, snapshot=snapshot)
@@ -290,6 +292,7 @@ class Lane:
         drawn = dataclasses.replace(drawn, tokens=to_host(drawn.tokens))
         self._add_seconds("decode_s", start)
         steps = int(drawn.steps)
+        assert steps, "rows are left that draw nothing"
         self._clock.decode_steps += steps
         return self._take(drawn, slots, steps=steps)
 
@@ -363,8 +366,8 @@ _read = jit_by_structure(read_chunk, donate_argnames=("state",))
 _decode = jit_by_structure(
     decode_tokens, static_argnames=("max_steps",), donate_argnames=("state",)
 )
-_snapshot = jax.jit(take_rings)
-_resume = jax.jit(resume_row, static_argnames=("mesh",), donate_argnames=("state",))
+_snapshot = jit_by_structure(take_rings)
+_resume = jit_by_structure(resume_row, static_argnames=("mesh",), donate_argnames=("state",))
 
 
 def _shapes(model: SplitModel, options: EngineOptions, num_pages: int) -> dict[str, Any]:

@@ -20,7 +20,8 @@ _MIB, _GIB = 1 << 20, 1 << 30
 def device_memory(array: jax.Array) -> int:
     """Bytes that a device of the array has for arrays; CPU devices share the machine's memory.
 
-    The processes of a run plan alike, so it is the least that any of them has, in whole MiB.
+    Processes that share the array plan alike, so it is the least that any of them has, in whole
+    MiB.
     """
     device = min(array.sharding.addressable_devices, key=lambda device: device.id)
     stats = device.memory_stats()
@@ -30,7 +31,7 @@ def device_memory(array: jax.Array) -> int:
         machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         memory = machine // len(jax.local_devices(backend=device.platform))
     least = np.int32(memory // _MIB)
-    if jax.process_count() > 1:
+    if not array.is_fully_addressable:
         from jax.experimental import multihost_utils
 
         least = np.min(multihost_utils.process_allgather(least))

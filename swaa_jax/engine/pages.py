@@ -1,5 +1,6 @@
 """Who has which page of the pool, and which prompts' pages are kept: bookkeeping on the host."""
 
+import array
 import collections
 import dataclasses
 from collections.abc import Hashable, Sequence
@@ -214,22 +215,29 @@ class PrefixCache(Generic[Snapshot]):
             at = at.parent
 
     def make_room(self, num_pages: int) -> None:
-        """Lets chunks go until so many pages are free, or nothing more can be let go."""
+        """Lets chunks go until so many pages are free; none if there would not be as many."""
         assert self._pool is not None
+        if self._pool.num_free + sum(map(self._num_unheld, self._places.values())) < num_pages:
+            return
         while self._pool.num_free < num_pages:
             # Oldest first; a page that a row still holds would not become free.
             victim = next(
                 (
                     place
                     for place in self._places.values()
-                    if not place.num_children
-                    and all(self._pool.holders(page) == 1 for page in place.pages)
+                    if not place.num_children and self._num_unheld(place)
                 ),
                 None,
             )
             if victim is None:
                 return
             self._drop(victim)
+
+    def _num_unheld(self, place: Place[Snapshot]) -> int:
+        """Pages that become free with the place: all, or none where a row holds them."""
+        assert self._pool is not None
+        is_held = any(self._pool.holders(page) > 1 for page in place.pages)
+        return 0 if is_held else len(place.pages)
 
     def clear(self) -> None:
         """Lets all go."""
@@ -248,4 +256,4 @@ class PrefixCache(Generic[Snapshot]):
 
 def _key(parent: Place[Any], tokens: Sequence[int]) -> Hashable:
     """Equal for equal tokens after the same chunks; a parent that is kept is one object."""
-    return id(parent), tuple(tokens)
+    return id(parent), array.array("q", tokens).tobytes()

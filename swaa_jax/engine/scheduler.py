@@ -8,7 +8,7 @@ from typing import Any
 
 from swaa_jax.engine.pages import PagePool, Place, PrefixCache, Reused
 from swaa_jax.engine.sampling import SamplingParams
-from swaa_jax.fields import check_fields, flag, integer, or_none, text
+from swaa_jax.fields import check_fields, flag, integer, list_of, or_none, set_field, text
 
 GREEDY = SamplingParams()
 
@@ -42,12 +42,14 @@ class Request:
     def __post_init__(self):
         check_fields(
             self,
+            ends=list_of(integer(least=0)),
             max_new_tokens=integer(least=1),
             seed=integer(least=0, most=2**32 - 1),
             number=integer(least=0, most=2**31 - 1),
             logprobs=flag,
             model=or_none(text),
         )
+        set_field(self, "tokens", tuple(self.tokens))  # the caller may go on with its list
 
 
 @dataclasses.dataclass(kw_only=True)

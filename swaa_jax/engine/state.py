@@ -103,7 +103,7 @@ class DecodeState:
                 prompt_lengths=jnp.asarray(integers),
             ),
             token=jnp.asarray(integers),
-            hidden=jnp.zeros((num_rows, model.config.hidden_size), model.dtype),
+            hidden=jnp.zeros((num_rows, model.config.hidden_size), model.activation_dtype),
             starts=jnp.zeros((num_rows,), bool),
             tokens_left=jnp.asarray(integers),
             settings=jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * num_rows), row),
@@ -249,7 +249,13 @@ def decode_tokens(
     """
     _TRACES["decode"] += 1
     num_rows = state.token.shape[0]
-    state = dataclasses.replace(state, tokens_left=jnp.where(answering, state.tokens_left, 0))
+    # The others hold nothing that is to be read: neither rows that ended nor those being read.
+    held_B = jnp.where(answering, state.caches.pos_B, 0)
+    state = dataclasses.replace(
+        state,
+        caches=dataclasses.replace(state.caches, pos_B=held_B),
+        tokens_left=jnp.where(answering, state.tokens_left, 0),
+    )
     busy = jnp.sum(state.tokens_left > 0)
 
     def unfinished(carry: tuple[Array, DecodeState, Drawn]) -> Array:
@@ -322,8 +328,11 @@ def _copied_rings(row: Caches) -> Caches:
     return dataclasses.replace(row, layers=tuple(map(copied, row.layers)))
 
 
-def take_rings(state: DecodeState, slot: Int[Array, ""]) -> list[RingCache]:
+def take_rings(
+    state: DecodeState, slot: Int[Array, ""], *, structure: Structure[CausalLM]
+) -> list[RingCache]:
     """A copy of the row's rings, in the order of layers."""
+    del structure  # with which the program goes
     caches = [cache for layer in state.caches.take(slot).layers for cache in layer.parts()]
     return [cache for cache in caches if isinstance(cache, RingCache)]
 
@@ -334,6 +343,7 @@ def resume_row(
     tokens: Int[Array, " width"],
     rings: list[RingCache],
     *,
+    structure: Structure[CausalLM],
     mesh: Mesh | None,
 ) -> DecodeState:
     """The row as it is after the beginning of its prompt, which was read before.
@@ -343,8 +353,9 @@ def resume_row(
         slot: the row.
         tokens: of the beginning; what is behind them does not matter.
         rings: from `take_rings`; none where there are no rings.
-        mesh: of the model.
+        structure, mesh: of the model.
     """
+    del structure  # with which the program goes
     kept = iter(rings)
 
     def put(cache: LayerCache) -> LayerCache:

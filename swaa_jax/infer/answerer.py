@@ -92,6 +92,10 @@ class Answerer:
                 on them.
             seed: in place of the options'.
         """
+        if not self._engine.is_idle:
+            raise RuntimeError(
+                "prompts: expected the last ones to be answered, got more beside them"
+            )
         numbers = range(len(prompts)) if numbers is None else numbers
         rows, requests = [], {}
         before = dataclasses.replace(self._engine.clock, compile_s=self._compile_s)

@@ -109,7 +109,7 @@ def stream(
 ) -> Stream:
     """Answer one prompt piece by piece; the arguments are those of `generate`.
 
-    The prompt is checked and read before this returns.
+    The prompt is checked before this returns, and read with the first piece.
 
     Raises:
         ValueError: as `generate`, or more than one prompt.

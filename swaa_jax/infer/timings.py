@@ -55,7 +55,7 @@ class Timings:
 
     @property
     def time_to_first_token_s(self) -> float:
-        """Seconds that a prompt is read until its first token, the mean over them."""
+        """Seconds until a prompt is read and its first token can be drawn, the mean over them."""
         return (self.prefill_s + self.first_token_s) / self.num_batches
 
     @property

@@ -145,6 +145,11 @@ class CausalLM(nnx.Module):
         """The parameters' dtype."""
         return self.embed_tokens.embedding.dtype
 
+    @property
+    def activation_dtype(self) -> jnp.dtype:
+        """That of hidden states: the norms'; a table that is trained may be in float32."""
+        return self.norm.scale.dtype
+
     def with_policy(self, policy: PolicyLike) -> "CausalLM":
         """The same model, with the same Param objects, under another policy.
 

@@ -55,7 +55,7 @@ class StandIn(CausalLM):
         self.table = nnx.Param(jnp.asarray(table) * 2)
 
     @property
-    def dtype(self):
+    def activation_dtype(self):
         return self.table[...].dtype
 
     def _logits(self, tokens_BS, end_B):

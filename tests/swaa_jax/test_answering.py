@@ -90,7 +90,7 @@ def test_timings_are_those_of_a_policy(tok, model, prompts):
     assert window.cache_bytes_per_row < partly.cache_bytes_per_row < full
     assert fa_decode.cache_bytes_per_row == full
     for timings in by_policy.values():
-        assert timings.decode_steps == 2
+        assert timings.decode_steps == 3
         assert timings.time_per_output_token_s > 0
         assert timings.prompt_tokens == len(prompts[0])
         assert timings.compile_s > 0 < timings.prefill_s

@@ -25,8 +25,8 @@ __all__ = [
 LEGEND = (
     "Scores in %, with 95% intervals: bootstrap over samples (Wilson's where all are right, or "
     "none). difference: to the baseline, in points; p: of a paired permutation test. prefill "
-    "pairs: query-key pairs of the prompts, of full attention's. Policies that differ only in FA "
-    "decode share one measured prefill; FA decode saves prefill time, not memory. KV: keys and "
+    "pairs: query-key pairs of the prompts, of full attention's. FA "
+    "decode saves prefill time, not memory. KV: keys and "
     "values of one sample as allocated. unfinished: thinking that never ended; cut off: answers "
     "that ended at their longest length."
 )

@@ -79,7 +79,8 @@ def answer_prompts(
             model.with_policy(policy),
             tokenizer,
             options,
-            lengths=[len(prompts[row]) for number in numbers for row in batches[number]],
+            # Of all batches, answered or not: a run that goes on has the programs of one that did.
+            lengths=[len(prompts[row]) for batch in batches for row in batch],
         )
         for number in numbers:
             rows = tuple(batches[number])
@@ -91,7 +92,7 @@ def answer_prompts(
             yield Answers(
                 policy=policy, batch=number, rows=rows, generation=generation_of(answering)
             )
-        del answerer  # with its caches, before the next one's are made
+        del answerer, answering  # with their caches, before the next ones are made
 
 
 def resolve_all(
