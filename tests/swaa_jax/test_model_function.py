@@ -11,7 +11,7 @@ import pytest
 
 import swaa_jax as swaa
 from swaa_jax.engine import Engine, EngineOptions, Request
-from swaa_jax.engine.engine import _decode, _read
+from swaa_jax.engine.lane import _decode, _read
 from swaa_jax.models import function
 from swaa_jax.models.function import ModelFunction, Structure, jit_by_structure, split_model
 from swaa_jax.models.stack import ScannedLayers
