@@ -1,5 +1,6 @@
 """Process start: several processes as one, which of them talks, logging, the compilation cache."""
 
+import ctypes
 import logging
 import os
 import pathlib
@@ -18,6 +19,9 @@ logger = logging.getLogger(__name__)
 _COORDINATOR = "JAX_COORDINATOR_ADDRESS"
 _NUM_PROCESSES = "JAX_NUM_PROCESSES"
 _PROCESS_ID = "JAX_PROCESS_ID"
+
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+_LARGE_BLOCK = 16 << 20  # bytes; smaller ones are what programs compute with, again and again
 
 
 def initialize_distributed(
@@ -284,6 +288,25 @@ def enable_compilation_cache(directory: epath.PathLike | None = None) -> str | N
         return None
     jax.config.update("jax_compilation_cache_dir", os.fspath(path))
     return os.fspath(path)
+
+
+def return_freed_arrays() -> bool:
+    """Has the C library give large blocks back to the system as soon as they are freed.
+
+    Once glibc has seen blocks of up to 32 MiB freed, it keeps such blocks for later ones. XLA's CPU
+    arrays come from many threads, each with its own store, so that the caches of one model stay
+    while the next one's are made. What the environment sets for this stays as it is.
+
+    Returns:
+        Whether it does; False where the C library is another one.
+    """
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return False
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(set_option(_M_MMAP_THRESHOLD, _LARGE_BLOCK))
 
 
 def _default_cache() -> pathlib.Path:

@@ -48,8 +48,8 @@ AnyCache = TypeVar("AnyCache", bound="Cache")
 class Cache(abc.ABC):
     """What one layer keeps of its rows' tokens: what all caches can do.
 
-    A pytree whose leaves start with the batch, or with the pages of a pool. Nothing is changed in place: under jit, donate what
-    is replaced.
+    A pytree whose leaves start with the batch, or with the pages of a pool. Nothing is changed in
+    place: under jit, donate what is replaced.
     """
 
     @property

@@ -143,6 +143,7 @@ def run(args: argparse.Namespace) -> int:
     from swaa_jax.storage import write_text_atomic
 
     process_args.start(args)
+    runtime.return_freed_arrays()
     config = EvalConfig.from_dict(_fields(args))
     config = dataclasses.replace(config, dtype=config.dtype or default_dtype())
     print(textwrap.fill(_introduction(config), 80))

@@ -108,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
 
     config = _config(args)
     process_args.start(args)
+    runtime.return_freed_arrays()
     with show_progress("starting", total=1, enabled=not args.quiet) as bar:
         done = evaluate(config, mesh=process_args.mesh_from_args(args), progress=bar.show)
     if not runtime.is_main_process():

@@ -90,6 +90,9 @@ def test_a_model_holds_the_programs_of_its_last_policies(monkeypatch):
     program(4)
     gc.collect()
     assert first() is not None and second() is None
+    function.Structure.let_go(model.with_policy("window=2"))
+    gc.collect()
+    assert first() is None
 
 
 @pytest.mark.parametrize("remat", ["none", "layer"])

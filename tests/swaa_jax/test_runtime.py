@@ -93,3 +93,35 @@ def test_asking_does_not_start_a_backend():
     )
     environment = {"JAX_PLATFORMS": "cpu", "PATH": ""}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=".")
+
+
+_KEPT_BLOCKS = """
+import sys
+import numpy as np
+from swaa_jax.runtime import return_freed_arrays
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 // 2**20
+
+if sys.argv[1] == "return":
+    assert return_freed_arrays()
+first = np.ones((25 << 20,), np.uint8)
+del first  # glibc has seen one of this size freed, and keeps the next ones
+blocks = [np.ones((24 << 20,), np.uint8) for _ in range(10)]
+last = [np.ones((1 << 14,), np.uint8) for _ in range(200)]  # behind them in the store
+before = resident()
+del blocks
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc")
+def test_freed_arrays_go_back_to_the_system():
+    def freed_mib(how: str) -> int:
+        command = [sys.executable, "-c", _KEPT_BLOCKS, how]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert freed_mib("return") >= 230  # of 240
+    assert freed_mib("keep") < 120
