@@ -1,5 +1,8 @@
 """Answers under many policies are those of separate runs, and what does not fit is refused."""
 
+import gc
+import weakref
+
 import pytest
 
 import swaa_jax as swaa
@@ -7,6 +10,7 @@ from swaa_jax import infer
 from swaa_jax.checkpoint._paths import SHIPPED
 from swaa_jax.eval.run.answering import answer_prompts, even_batches
 from swaa_jax.eval.tasks.ruler import niah_multiquery
+from swaa_jax.infer.answerer import Answerer
 from swaa_jax.policy import AttentionPolicy
 from tests.support.random_models import random_model
 
@@ -94,6 +98,32 @@ def test_timings_are_those_of_a_policy(tok, model, prompts):
         assert timings.time_per_output_token_s > 0
         assert timings.prompt_tokens == len(prompts[0])
         assert timings.compile_s > 0 < timings.prefill_s
+
+
+def test_a_policy_s_caches_go_before_the_next_one_s_are_made(tok, model, prompts, monkeypatch):
+    made, alive = [], []
+
+    class Watched(Answerer):
+        def __init__(self, *args, **kwargs):
+            gc.collect()
+            alive.append(sum(engine() is not None for engine in made))
+            super().__init__(*args, **kwargs)
+            made.append(weakref.ref(self._engine))
+
+    monkeypatch.setattr("swaa_jax.eval.run.answering.Answerer", Watched)
+    answers_by_policy(model, tok, prompts[:1], POLICIES[:3], max_new_tokens=2)
+    assert alive == [0, 0, 0]
+
+
+def test_what_is_answered_already_changes_no_program(tok, model, prompts):
+    """A run that goes on has the slots and the room of one that was not stopped."""
+    prompts = [prompts[0][:40], prompts[1]]
+    policy = AttentionPolicy(window=28)
+    answers_by_policy(model, tok, prompts, [policy], batch_size=1, max_new_tokens=3)
+    before = infer.compile_counts()
+    skip = lambda policy, number: number == 1  # noqa: E731
+    answers_by_policy(model, tok, prompts, [policy], batch_size=1, max_new_tokens=3, skip=skip)
+    assert infer.compile_counts() == before
 
 
 def test_even_batches_share_their_programs(tok, model, prompts):

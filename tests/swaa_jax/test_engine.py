@@ -200,3 +200,65 @@ def test_four_programs_for_any_lengths_settings_and_ends(policy):
     assert compiles.count == (4 if policy == "1::2" else 3)
     after = compile_counts()
     assert {name: after[name] - before.get(name, 0) for name in after} == {"read": 1, "decode": 1}
+
+
+def test_answers_go_on_while_a_prompt_is_read():
+    """A round is a chunk and a step of all rows: streams stop for no prompt, however long."""
+    engine = Engine(model_of("1::2"), dataclasses.replace(OPTIONS, reuse=False))
+    short = engine.submit(Request(tokens=prompts()[0], max_new_tokens=40))
+    (begun,) = engine.round()
+    long = engine.submit(Request(tokens=prompts()[5], max_new_tokens=2))  # four chunks of 16
+    given = []
+    while long in engine.unfinished:
+        before = dataclasses.replace(engine.clock)
+        updates = {update.request: update for update in engine.round()}
+        if long not in updates:
+            given.append(len(updates[short].tokens))
+            assert engine.clock.chunks == before.chunks + 1
+        read = engine.clock.read_tokens - before.read_tokens
+        assert read <= 16, "the budget of a round: a chunk, and a token of each row"
+    assert begun.request == short and given == [1] * 3
+
+
+def test_rows_that_ended_hold_nothing_that_is_read():
+    engine = Engine(model_of("FA decode"), OPTIONS)
+    requests = [
+        Request(tokens=prompts()[at], max_new_tokens=2 + 30 * (at == 2)) for at in (1, 5, 2)
+    ]
+    ids = [engine.submit(request) for request in requests]
+    while engine.unfinished != {ids[2]}:
+        engine.round()
+    engine.round()
+    (lane,) = engine._lanes.values()
+    assert lane._state.caches.pos_B[:2].tolist() == [0, 0]
+    assert lane._state.caches.pos_B[2] > len(prompts()[2])
+
+
+def test_requests_are_what_they_were_when_they_were_made():
+    """A caller may go on with its list, as chats do; and no token below 0 ends an answer."""
+    ids = list(prompts()[1])
+    (want,) = answers(Engine(model_of("1::2"), OPTIONS), [Request(tokens=ids, max_new_tokens=6)])
+    engine = Engine(model_of("1::2"), OPTIONS)
+    engine.submit(Request(tokens=ids, max_new_tokens=6))
+    found = []
+    for update in engine.run():
+        found += update.tokens
+        ids += update.tokens
+        ids[0] = 0
+    assert tuple(found) == want[0]
+    with pytest.raises(ValueError, match=r"ends\[0\]: expected .*, got -1"):
+        Request(tokens=[1], max_new_tokens=1, ends=[-1])
+
+
+def test_a_request_that_waits_lets_nothing_go_in_vain():
+    options = dataclasses.replace(OPTIONS, num_slots=2, pool_tokens=120)
+    engine = Engine(model_of("FA decode"), options)
+    answers(engine, [Request(tokens=prompts()[1], max_new_tokens=2)])  # two chunks are kept
+    engine.submit(Request(tokens=prompts()[4], max_new_tokens=30))
+    engine.round()
+    (lane,) = engine._lanes.values()
+    kept = len(lane._prefixes)
+    engine.submit(Request(tokens=prompts(1)[5], max_new_tokens=32))  # must wait for the other
+    engine.round()
+    assert len(lane._prefixes) >= kept
+    assert [update.reason for update in engine.run() if update.reason] == ["length"] * 2

@@ -11,7 +11,7 @@ import pytest
 
 import swaa_jax as swaa
 from swaa_jax.engine import Engine, EngineOptions, Request
-from swaa_jax.engine.lane import _decode, _read
+from swaa_jax.engine.lane import _decode, _read, _resume, _snapshot
 from swaa_jax.models import function
 from swaa_jax.models.function import ModelFunction, Structure, jit_by_structure, split_model
 from swaa_jax.models.stack import ScannedLayers
@@ -56,11 +56,14 @@ def test_programs_and_weights_of_a_model_go_with_it():
     def run(model):
         split = split_model(model)
         _states(split.arrays, TOKENS, structure=split.structure, times=2)
-        engine = Engine(model, EngineOptions(num_slots=2, max_tokens=64, chunk_size=16))
-        engine.submit(Request(tokens=(3, 4, 5), max_new_tokens=3))
-        assert list(engine.run())[-1].reason == "length"
-        programs = [each.of(split.structure) for each in (_states, _read, _decode)]
-        assert [program._cache_size() for program in programs] == [1, 1, 1]
+        options = EngineOptions(num_slots=2, max_tokens=64, chunk_size=16, max_snapshots=2)
+        engine = Engine(model, options)
+        for _ in range(2):  # the second begins where the first was kept
+            engine.submit(Request(tokens=range(3, 40), max_new_tokens=3))
+            assert list(engine.run())[-1].reason == "length"
+        compiled = (_states, _read, _decode, _snapshot, _resume)
+        programs = [each.of(split.structure) for each in compiled]
+        assert [program._cache_size() for program in programs] == [1] * 5
         held = [split.structure, split.arrays["norm.scale"], *programs]
         return [weakref.ref(each) for each in held]
 
@@ -69,7 +72,7 @@ def test_programs_and_weights_of_a_model_go_with_it():
     assert first[0]() is second[0]() and first[2:] == second[2:], "shared"
     del models[0]
     gc.collect()
-    assert [each() is None for each in first] == [False, True, False, False, False]
+    assert [each() is None for each in first] == [False, True, *[False] * 5]
     del models[0]
     gc.collect()
     assert all(each() is None for each in second)
