@@ -21,7 +21,7 @@ _NUM_PROCESSES = "JAX_NUM_PROCESSES"
 _PROCESS_ID = "JAX_PROCESS_ID"
 
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-_LARGE_BLOCK = 16 << 20  # bytes; smaller ones are what programs compute with, again and again
+_LARGE_BLOCK = 24 << 20  # bytes; smaller ones are what programs compute with, again and again
 
 
 def initialize_distributed(
