@@ -218,7 +218,7 @@ def _attend_to_keys(
             left = jnp.where(jnp.max(q_full.astype(jnp.int32)) > 0, 0, left)
     left, free = jnp.minimum(left, stop), jnp.minimum(free, stop)
     diagonal = jnp.clip((first + 1) // block_kv, free, stop)
-    num_sink_blocks = jnp.minimum(pl.cdiv(sinks, block_kv), left)
+    num_sink_blocks = jnp.minimum(pl.cdiv(jnp.minimum(sinks, num_keys), block_kv), left)
     num_left = num_sink_blocks + free - left
 
     def masked_block(step: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:

@@ -1,5 +1,6 @@
 """`Engine`: requests in, tokens out, for one model or for several over one set of weights."""
 
+import collections
 import itertools
 from collections.abc import Iterator, Mapping
 
@@ -7,7 +8,7 @@ from swaa_jax.engine.lane import EngineClock, Lane, Update
 from swaa_jax.engine.memory import bytes_of_arrays, device_memory, plan_memory
 from swaa_jax.engine.options import EngineOptions
 from swaa_jax.engine.scheduler import Request
-from swaa_jax.fields import check_keys, first_of, number, show
+from swaa_jax.fields import check_keys, first_of, number, show, wrong
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import SplitModel, split_model
 
@@ -55,9 +56,12 @@ class Engine:
         split = {name: split_model(model) for name, model in named.items()}
         if isinstance(options, Mapping):
             check_keys("options", options, list(split))
-            chosen = {name: options.get(name) or EngineOptions() for name in split}
+            chosen = {name: options.get(name, EngineOptions()) for name in split}
         else:
-            chosen = dict.fromkeys(split, options or EngineOptions())
+            chosen = dict.fromkeys(split, EngineOptions() if options is None else options)
+        for name, given in chosen.items():
+            if not isinstance(given, EngineOptions):
+                raise wrong("options", f"EngineOptions for {name!r}", given)
         for name, model in split.items():
             context = getattr(model.config, "max_position_embeddings", None)
             chosen[name] = chosen[name].within(context)
@@ -75,6 +79,7 @@ class Engine:
             for (name, model), plan in zip(split.items(), plans, strict=True)
         }
         self._at: dict[int, Lane] = {}  # of each request that is left
+        self._told: collections.deque[Update] = collections.deque()  # by `run`, not yet
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -102,6 +107,8 @@ class Engine:
         Raises:
             ValueError: it can never be answered; the message says why.
         """
+        if not isinstance(request, Request):
+            raise wrong("request", "a Request", request)
         name = self.names[0] if request.model is None else request.model
         lane = self._lanes.get(name)
         if lane is None:
@@ -113,17 +120,23 @@ class Engine:
         return new
 
     def cancel(self, request: int) -> None:
-        """Ends a request at once, and frees its slot and pages.
+        """Ends a request at once, and frees its slot and pages; no update of it follows.
 
         Raises:
             KeyError: no such request is left.
         """
-        self._at.pop(request).cancel(request)
+        waiting = len(self._told)
+        self._told = collections.deque(one for one in self._told if one.request != request)
+        if request in self._at or len(self._told) == waiting:
+            self._at.pop(request).cancel(request)
 
     def run(self) -> Iterator[Update]:
-        """Rounds, until no request is left."""
-        while not self.is_idle:
-            yield from self.round()
+        """Rounds, until no request is left; who stops and comes back misses no update."""
+        while self._told or not self.is_idle:
+            if not self._told:
+                self._told.extend(self.round())
+            while self._told:
+                yield self._told.popleft()
 
     def round(self) -> list[Update]:
         """A round of every model that has requests; what it gave."""

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -37,7 +37,6 @@ from swaa_jax.engine.state import (
     resume_row,
     take_rings,
 )
-from swaa_jax.fields import show
 from swaa_jax.models.function import SplitModel, jit_by_structure
 from swaa_jax.runtime import to_host
 
@@ -128,6 +127,7 @@ class Lane:
         )
         self._compiled: set[Any] = set()
         self._reading: collections.deque[jax.Array] = collections.deque()
+        self._drawing: tuple[Drawn, dict[int, Row]] | None = None
 
     @staticmethod
     def needs(model: SplitModel, options: EngineOptions, *, name: str) -> Needs:
@@ -171,10 +171,12 @@ class Lane:
             ValueError: it can never be answered; the message says why.
         """
         self._settings(request)  # refuses to suppress what is not in the vocabulary
-        ids, most = np.asarray(request.tokens), self._model.config.vocab_size - 1
-        if ids.size and not (ids.dtype.kind in "iu" and ids.min() >= 0 and ids.max() <= most):
+        most = self._model.config.vocab_size - 1
+        unknown = next((one for one in request.tokens if not 0 <= one <= most), None)
+        if unknown is not None:
             raise ValueError(
-                f"tokens: expected token ids from 0 to {most}, got {show(ids.tolist())}"
+                f"tokens: expected ids from 0 to {most}, got {unknown}; does the tokenizer belong "
+                "to the model?"
             )
         return self._scheduler.submit(request)
 
@@ -192,14 +194,12 @@ class Lane:
             row = self._scheduler.rows[slot]
             assert row is not None
             self._clock.reused_tokens += row.reused.num_tokens
-            if row.reused.num_tokens:
-                self._resume(slot, row)
         for _ in itertools.islice(itertools.count(), self._options.chunks_per_round):
             slot = self._scheduler.next_to_read()
             if slot is None:
                 break
             self._read(slot)
-        return self._decode() if self._scheduler.answering() else []
+        return self._decode() if self._drawing or self._scheduler.answering() else []
 
     def _settings(self, request: Request) -> RowSettings:
         ends = [end for end in request.ends if end < self._model.config.vocab_size]
@@ -219,11 +219,14 @@ class Lane:
         about = {"structure": self._model.structure, "mesh": self._model.mesh}
         self._state = _resume(self._state, np.int32(slot), tokens, rings, **about)
         row.reused = dataclasses.replace(row.reused, snapshot=None)  # free to go from now on
+        row.is_resumed = True
 
     def _read(self, slot: int) -> None:
         """Reads a chunk."""
         row, size = self._scheduler.rows[slot], self._options.sizes[0]
         assert row is not None
+        if row.reused.num_tokens and not row.is_resumed:
+            self._resume(slot, row)
         part = row.request.tokens[row.num_read : row.num_read + size]
         tokens = np.zeros((1, size), np.int32)
         tokens[0, : len(part)] = part
@@ -265,16 +268,30 @@ class Lane:
         most = self._prefixes.most_kept(len(row.request.tokens))
         if end > most:
             return
+        place, row.place = row.place, None  # should this fail, nothing more is kept of the prompt
         snapshot = None
         if self._has_rings and (end == most or end // size % self._options.snapshot_every == 0):
             structure = self._model.structure
             snapshot = _snapshot(self._state, np.int32(slot), structure=structure)
         tokens = row.request.tokens[end - size : end]
         pages = row.pages[(end - size) // page_size : end // page_size]
-        row.place = self._prefixes.keep(row.place, tokens, pages, snapshot=snapshot)
+        row.place = self._prefixes.keep(place, tokens, pages, snapshot=snapshot)
 
     def _decode(self) -> list[Update]:
         """Some steps of all rows that are read; an update a request."""
+        if self._drawing is None:
+            self._drawing = self._begin_decoding()
+        drawn, rows = self._drawing
+        start = time.perf_counter()
+        drawn = dataclasses.replace(drawn, tokens=to_host(drawn.tokens))
+        self._add_seconds("decode_s", start)
+        self._drawing = None  # not before: whoever interrupts the wait finds the tokens later
+        steps = int(drawn.steps)
+        self._clock.decode_steps += steps
+        return self._take(drawn, rows, steps=steps)
+
+    def _begin_decoding(self) -> tuple[Drawn, dict[int, Row]]:
+        """Hands some steps out; what they draw, and the rows that it is of."""
         self._wait_for_chunks(0)
         scheduler = self._scheduler
         is_reading = scheduler.next_to_read() is not None
@@ -282,19 +299,13 @@ class Lane:
         most = self._options.steps_per_call
         wanted = self._options.steps_while_reading if is_reading else self._options.steps_at_once
         limit = np.int32(min(wanted or most, most))
-        slots = scheduler.answering()
+        rows = {slot: scheduler.rows[slot] for slot in scheduler.answering()}
         answering = np.zeros((self._options.num_slots,), bool)
-        answering[slots] = True
+        answering[list(rows)] = True
         drawn = self._call(
             _decode, "decode_s", answering, limit, np.bool_(others_wait), max_steps=most
         )
-        start = time.perf_counter()
-        drawn = dataclasses.replace(drawn, tokens=to_host(drawn.tokens))
-        self._add_seconds("decode_s", start)
-        steps = int(drawn.steps)
-        assert steps, "rows are left that draw nothing"
-        self._clock.decode_steps += steps
-        return self._take(drawn, slots, steps=steps)
+        return drawn, {slot: row for slot, row in rows.items() if row is not None}
 
     def _call(self, program: Any, field: str, *args: Any, **static: Any) -> Any:
         """Hands a step out; the clock's field is told how long that took."""
@@ -315,14 +326,14 @@ class Lane:
         seconds = getattr(self._clock, field) + time.perf_counter() - start
         setattr(self._clock, field, seconds)
 
-    def _take(self, drawn: Drawn, slots: Sequence[int], *, steps: int) -> list[Update]:
-        """What came of the rows in these slots; those that ended are gone."""
+    def _take(self, drawn: Drawn, rows: Mapping[int, Row], *, steps: int) -> list[Update]:
+        """What came of the rows in their slots; those that ended are gone."""
         tokens = np.asarray(drawn.tokens)
         logprobs = None
         updates = []
-        for slot in slots:
-            row = self._scheduler.rows[slot]
-            assert row is not None
+        for slot, row in rows.items():
+            if self._scheduler.rows[slot] is not row:  # cancelled since
+                continue
             ids = tokens[:steps, slot]
             ids = ids[ids != NOTHING]
             is_bad = bool(len(ids)) and ids[-1] == NO_TOKEN

@@ -12,6 +12,8 @@ from swaa_jax.fields import check_fields, flag, integer, one_of, or_none, set_fi
 _SIZES = {"cpu": (256, 32), "gpu": (2048, 256), "tpu": (1024, 256)}
 """Tokens of a chunk and of a page, by platform."""
 
+_MOST_SLOTS, _MOST_STEPS = 4096, 4096  # beyond what a program is of any use for
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineOptions:
@@ -62,7 +64,7 @@ class EngineOptions:
     def __post_init__(self):
         check_fields(
             self,
-            num_slots=integer(least=1),
+            num_slots=integer(least=1, most=_MOST_SLOTS),
             max_tokens=integer(least=2),
             chunk_size=or_none(integer(least=1)),
             page_size=or_none(integer(least=1)),
@@ -70,7 +72,7 @@ class EngineOptions:
             most_pool_tokens=or_none(integer(least=1)),
             chunks_per_round=or_none(integer(least=1)),
             steps_while_reading=integer(least=1),
-            steps_per_call=integer(least=1),
+            steps_per_call=integer(least=1, most=_MOST_STEPS),
             steps_at_once=or_none(integer(least=1)),
             positions=one_of("text", "cache"),
             reuse=flag,
@@ -82,11 +84,18 @@ class EngineOptions:
         if self.page_size is None:
             set_field(self, "page_size", math.gcd(self.chunk_size or chunk_size, page_size))
         if self.chunk_size is None:
-            set_field(self, "chunk_size", round_up(chunk_size, self.sizes[1]))
+            chunk_size = min(round_up(chunk_size, self.sizes[1]), self.columns * self.sizes[1])
+            set_field(self, "chunk_size", chunk_size)
         if self.sizes[0] % self.sizes[1]:
             raise ValueError(
                 f"chunk_size: expected a multiple of page_size={self.page_size}, got "
                 f"{self.chunk_size}; change one of them"
+            )
+
+        if self.sizes[0] > self.columns * self.sizes[1]:
+            raise ValueError(
+                f"chunk_size: expected no more than max_tokens={self.max_tokens} in whole pages, "
+                f"{self.columns * self.sizes[1]}, got {self.chunk_size}; lower it, or leave it out"
             )
 
     @property
@@ -98,7 +107,8 @@ class EngineOptions:
         """The options for a model that was trained on so many positions; None: any number."""
         if context is None or self.positions == "cache" or self.max_tokens <= context:
             return self
-        return dataclasses.replace(self, max_tokens=context)
+        chunk_size = min(self.sizes[0], round_up(context, self.sizes[1]))
+        return dataclasses.replace(self, max_tokens=context, chunk_size=chunk_size)
 
     @property
     def pages(self) -> int | None:

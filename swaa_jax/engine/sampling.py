@@ -99,13 +99,13 @@ class SamplingParams:
     def __post_init__(self):
         check_fields(
             self,
-            temperature=number(least=0),
+            temperature=number(least=0, most=_LARGEST),
             top_k=or_none(integer(least=0)),
             top_p=or_none(number(above=0, most=1)),
             min_p=or_none(number(least=0, most=1)),
-            repetition_penalty=number(above=0),
-            presence_penalty=number(),
-            frequency_penalty=number(),
+            repetition_penalty=number(above=0, most=_LARGEST),
+            presence_penalty=number(least=-_LARGEST, most=_LARGEST),
+            frequency_penalty=number(least=-_LARGEST, most=_LARGEST),
             no_repeat_ngram_size=or_none(integer(least=0, most=_LONGEST_NGRAM)),
             suppress_tokens=list_of(integer(least=0)),
         )
@@ -221,9 +221,9 @@ class SamplingParams:
             number=np.int32(number),
             temperature=np.float32(0.0 if self.is_greedy else self.temperature),
             top_k=np.int32(min(self.top_k or vocab_size, vocab_size)),
-            top_p=np.float32(1.0 if self.top_p is None else self.top_p),
+            top_p=np.float32(1.0 if self.top_p is None else max(self.top_p, 1 / _LARGEST)),
             min_p=np.float32(self.min_p or 0.0),
-            repetition_penalty=np.float32(self.repetition_penalty),
+            repetition_penalty=np.float32(max(self.repetition_penalty, 1 / _LARGEST)),
             presence_penalty=np.float32(self.presence_penalty),
             frequency_penalty=np.float32(self.frequency_penalty),
             no_repeat_ngram_size=np.int32(self.no_repeat_ngram_size or 0),
@@ -234,6 +234,7 @@ class SamplingParams:
 SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
 """Names of the sampling settings."""
 
+_LARGEST = 1e30  # of settings that meet logits in float32, and its inverse the least
 _ALWAYS_STORED = ("temperature", "top_k", "top_p")
 _NAMED = 8  # fields that one warning names
 _OF_DRAWS = {"temperature": 1.0, "top_k": _DEFAULT_TOP_K, "top_p": 1.0, "min_p": 0.0}

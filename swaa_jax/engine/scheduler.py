@@ -6,9 +6,11 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from swaa_jax.engine.pages import PagePool, Place, PrefixCache, Reused
 from swaa_jax.engine.sampling import SamplingParams
-from swaa_jax.fields import check_fields, flag, integer, list_of, or_none, set_field, text
+from swaa_jax.fields import check_fields, flag, integer, list_of, or_none, set_field, text, wrong
 
 GREEDY = SamplingParams()
 
@@ -49,7 +51,25 @@ class Request:
             logprobs=flag,
             model=or_none(text),
         )
-        set_field(self, "tokens", tuple(self.tokens))  # the caller may go on with its list
+        set_field(self, "tokens", _ids_of(self.tokens))  # the caller may go on with its list
+        if not isinstance(self.params, SamplingParams):
+            raise wrong("params", "SamplingParams", self.params)
+
+
+def _ids_of(tokens: Any) -> tuple[int, ...]:
+    """The ids of a list or array, as they are now; whether they are in the vocabulary is not known.
+
+    Raises:
+        ValueError: they are not integers in one row.
+    """
+    try:
+        ids = np.asarray(tokens)
+    except ValueError:  # rows of several lengths
+        ids = np.empty((0, 0))
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise wrong("tokens", "the token ids of one prompt", tokens)
+    found: list[int] = ids.tolist()
+    return tuple(found)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -63,6 +83,7 @@ class Row:
         reused: the beginning of its prompt that was read before.
         place: where what is read next is kept behind; None: it is not kept.
         num_read: tokens of the prompt that the caches hold.
+        is_resumed: the slot holds what is reused.
         num_drawn: new tokens so far.
     """
 
@@ -73,6 +94,7 @@ class Row:
     place: Place[Any] | None
     num_read: int
     num_drawn: int = 0
+    is_resumed: bool = False
 
     @property
     def is_read(self) -> bool:

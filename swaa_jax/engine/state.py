@@ -106,7 +106,7 @@ class DecodeState:
             hidden=jnp.zeros((num_rows, model.config.hidden_size), model.activation_dtype),
             starts=jnp.zeros((num_rows,), bool),
             tokens_left=jnp.asarray(integers),
-            settings=jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * num_rows), row),
+            settings=jax.tree.map(lambda x: jnp.broadcast_to(x, (num_rows, *jnp.shape(x))), row),
         )
 
     def placed(self, mesh: Mesh | None) -> "DecodeState":

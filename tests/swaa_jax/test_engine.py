@@ -262,3 +262,58 @@ def test_a_request_that_waits_lets_nothing_go_in_vain():
     engine.round()
     assert len(lane._prefixes) >= kept
     assert [update.reason for update in engine.run() if update.reason] == ["length"] * 2
+
+
+@pytest.mark.parametrize("policy", ["1::2", "FA decode"])
+def test_rows_may_be_shorter_than_a_chunk_is_by_default(policy):
+    want = alone(policy, 0)
+    options = EngineOptions(num_slots=3, max_tokens=40, page_size=8)
+    assert options.chunk_size == 40
+    (found,) = answers(Engine(model_of(policy), options), [request(0)])
+    assert found[0] == want[0]
+    assert EngineOptions(chunk_size=64, page_size=8).within(50).chunk_size == 56
+    with pytest.raises(
+        ValueError, match="chunk_size: expected no more than max_tokens=40 in whole"
+    ):
+        EngineOptions(max_tokens=40, chunk_size=64, page_size=8)
+
+
+@pytest.mark.parametrize(
+    "tokens", [[[1, 2]], np.zeros((3, 3), int), [1.5], ["a"], 5, None, [[1], [2, 3]]], ids=str
+)
+def test_prompts_are_one_row_of_ids(tokens):
+    with pytest.raises(ValueError, match="tokens: expected the token ids of one prompt, got"):
+        Request(tokens=tokens, max_new_tokens=1)
+
+
+def test_an_interrupt_while_tokens_are_awaited_loses_none(monkeypatch):
+    engine = Engine(model_of("1::2"), dataclasses.replace(OPTIONS, steps_per_call=4))
+    asked = Request(tokens=prompts()[1], max_new_tokens=12)
+    (want,) = answers(Engine(model_of("1::2"), OPTIONS), [asked])
+    engine.submit(asked)
+    waited, found = [], []
+
+    def interrupted(array):
+        waited.append(array)
+        if len(waited) == 2:
+            raise KeyboardInterrupt
+        return np.asarray(array)
+
+    monkeypatch.setattr("swaa_jax.engine.lane.to_host", interrupted)
+    while not engine.is_idle:
+        try:
+            found += [token for update in engine.round() for token in update.tokens]
+        except KeyboardInterrupt:
+            continue
+    assert tuple(found) == want[0] and len(waited) > 2
+
+
+def test_who_stops_looking_finds_the_rest_later():
+    engine = Engine(model_of("1::2"), dataclasses.replace(OPTIONS, chunks_per_round=None))
+    first, second, third = (
+        engine.submit(Request(tokens=prompts()[at], max_new_tokens=4)) for at in (0, 2, 6)
+    )
+    seen = [next(engine.run()).request]
+    engine.cancel(third)  # which has ended, unseen
+    seen += [update.request for update in engine.run()]
+    assert seen == [first, second]

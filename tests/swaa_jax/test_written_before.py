@@ -45,7 +45,7 @@ def asked(monkeypatch):
 
         return call
 
-    for name in ("__call__", "prefill", "decode"):
+    for name in ("__call__", "prefill", "extend"):
         monkeypatch.setattr(CausalLM, name, seen(name, getattr(CausalLM, name)))
     return calls
 
