@@ -68,7 +68,7 @@ def _ids_of(tokens: Any) -> tuple[int, ...]:
         ids = np.empty((0, 0))
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise wrong("tokens", "the token ids of one prompt", tokens)
-    found: list[int] = ids.tolist()
+    found: Any = ids.tolist()
     return tuple(found)
 
 
