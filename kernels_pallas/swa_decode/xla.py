@@ -123,7 +123,7 @@ def _attend_to_pages(
     place_BU = jnp.cumsum(jnp.ravel(is_needed_BU)).reshape(is_needed_BU.shape) - 1
     q_BnKGH = by_kv_head(arguments)
     attend = functools.partial(
-        attend_apart, arguments, products=products_on(q.shape[1], platform=platform)
+        attend_apart, arguments, products=products_on(q.shape[1], platform=platform, is_copy=True)
     )
 
     def step(number: Array, sums: Sums) -> Sums:
@@ -210,7 +210,7 @@ def _scores(
     return jnp.where(mask_BnS[:, None, None], scores, -jnp.inf)
 
 
-def products_on(num_new: int, *, platform: str) -> tuple[Scores, Values]:
+def products_on(num_new: int, *, platform: str, is_copy: bool = False) -> tuple[Scores, Values]:
     """How to multiply, by platform.
 
     An accelerator's matrix products take the cache as it lies. XLA:CPU's only take leading batch
@@ -220,7 +220,11 @@ def products_on(num_new: int, *, platform: str) -> tuple[Scores, Values]:
     if platform != "cpu":
         return _einsum_scores, _einsum_values
     if num_new == 1:
-        return _one_token_scores, _one_token_values
+        # A product that reads a cache where it lies has XLA copy it in a loop of steps.
+        return (
+            functools.partial(_one_token_scores, is_copy=is_copy),
+            functools.partial(_one_token_values, is_copy=is_copy),
+        )
     return _heads_first_scores, _heads_first_values
 
 
@@ -244,8 +248,8 @@ def _einsum_values(weights_BKGnS: Array, v_BSKH: Array) -> Array:
     )
 
 
-def _one_token_scores(q_BnKGH: Array, k_BSKH: Array) -> Array:
-    if _multiplies_all_heads(k_BSKH):
+def _one_token_scores(q_BnKGH: Array, k_BSKH: Array, *, is_copy: bool) -> Array:
+    if is_copy and _multiplies_all_heads(k_BSKH):
         own_heads = jnp.eye(k_BSKH.shape[2], dtype=jnp.float32)
         q_BKHJG = jnp.einsum("BKGH,KJ->BKHJG", q_BnKGH[:, 0].astype(jnp.float32), own_heads)
         q_BDR = q_BKHJG.reshape(k_BSKH.shape[0], -1, own_heads.shape[0] * q_BnKGH.shape[3])
@@ -257,8 +261,8 @@ def _one_token_scores(q_BnKGH: Array, k_BSKH: Array) -> Array:
     return scores_BSKG.transpose(0, 2, 3, 1)[:, :, :, None]
 
 
-def _one_token_values(weights_BKGnS: Array, v_BSKH: Array) -> Array:
-    if _multiplies_all_heads(v_BSKH):
+def _one_token_values(weights_BKGnS: Array, v_BSKH: Array, *, is_copy: bool) -> Array:
+    if is_copy and _multiplies_all_heads(v_BSKH):
         num_batch, num_kv_heads, num_groups, _, num_keys = weights_BKGnS.shape
         weights_BRS = weights_BKGnS.reshape(num_batch, -1, num_keys)
         out_BRD = _highest("BRS,BSD->BRD", weights_BRS, _heads_beside(v_BSKH))

@@ -224,10 +224,12 @@ def test_every_way_to_multiply(num_new):
     weights = jnp.asarray(rng.random((2, 3, 2, num_new, 11)), jnp.float32)
     on_cpu = products_on(num_new, platform="cpu")
     elsewhere = products_on(num_new, platform="tpu")
+    of_copies = products_on(num_new, platform="cpu", is_copy=True)
     assert on_cpu[0] is not elsewhere[0]
     for index, arrays in enumerate(((q, k), (weights, v))):
-        results = (ways[index](*arrays) for ways in (on_cpu, elsewhere))
-        np.testing.assert_allclose(*results, atol=ATOL["float32"], rtol=0)
+        want = elsewhere[index](*arrays)
+        for ways in (on_cpu, of_copies):
+            np.testing.assert_allclose(ways[index](*arrays), want, atol=ATOL["float32"], rtol=0)
 
 
 def test_the_cache_is_not_copied():
