@@ -8,6 +8,10 @@ LANES = 128
 """Entries of a TPU's vector register along the last axis."""
 
 
+LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)
+"""Below every score, and finite: exp(-inf - LOWEST) is 0 where exp(-inf + inf) would be NaN."""
+
+
 def round_up(size: int, multiple: int) -> int:
     """The smallest multiple that holds ``size``."""
     return -(-size // multiple) * multiple

@@ -22,16 +22,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.layout import next_power_of_two, pad_end
+from kernels_pallas.layout import LOWEST, next_power_of_two, pad_end
 from kernels_pallas.mask import per_row, visible
 from kernels_pallas.swa_decode.arguments import DecodeArguments
-from kernels_pallas.swa_decode.sums import LOWEST, Sums, joined
+from kernels_pallas.swa_decode.sums import Sums, joined
 from kernels_pallas.swa_decode.xla import attend_apart, by_kv_head, products_on
-
-try:  # deprecated from JAX 0.11 on, in favour of Mosaic GPU
-    from jax.experimental.pallas import triton as plgpu
-except ImportError:
-    plgpu: Any = None
+from kernels_pallas.triton import triton as plgpu
+from kernels_pallas.triton import triton_limits
 
 NEVER = jnp.iinfo(jnp.int32).max
 
@@ -60,12 +57,7 @@ class Tiles:
 
 def limits(arguments: DecodeArguments) -> tuple[str, ...]:
     """What the kernel cannot compute."""
-    found = []
-    if plgpu is None:
-        found.append("jax: expected one with Pallas's Triton backend, got a newer one without")
-    dtype, head_dim = arguments.q.dtype, arguments.q.shape[3]
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        found.append(f"q: expected bfloat16 or float16, got {dtype}")
+    found, head_dim = triton_limits(arguments.q.dtype), arguments.q.shape[3]
     if head_dim < 16 or head_dim > 256 or head_dim & (head_dim - 1):
         found.append(f"q: expected a head dim of 16, 32, 64, 128 or 256, got {head_dim}")
     if arguments.page_table is not None and arguments.cache_k.shape[1] % _LEAST_ROWS:

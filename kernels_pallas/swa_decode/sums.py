@@ -6,9 +6,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)
-"""Below every score, and finite: exp(-inf - LOWEST) is 0 where exp(-inf + inf) would be NaN."""
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.backends import Target, no_limits
-from kernels_pallas.layout import pad_end, precision_of, round_up
+from kernels_pallas.layout import LOWEST, pad_end, precision_of, round_up
 from kernels_pallas.swa_decode.arguments import DecodeArguments
-from kernels_pallas.swa_decode.sums import LOWEST, Sums, joined
+from kernels_pallas.swa_decode.sums import Sums, joined
 
 # (q [B, n, K, G, H], k [B, S, K, H]) -> q.k, float32 [B, K, G, n, S]
 Scores = Callable[[Array, Array], Array]

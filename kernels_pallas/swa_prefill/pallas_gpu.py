@@ -21,19 +21,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.layout import next_power_of_two, pad_end
+from kernels_pallas.layout import LOWEST, next_power_of_two, pad_end
 from kernels_pallas.mask import per_row, visible
 from kernels_pallas.swa_prefill import xla
 from kernels_pallas.swa_prefill.arguments import AttentionOutput, PrefillArguments
-
-try:  # deprecated from JAX 0.11 on, in favour of Mosaic GPU
-    from jax.experimental.pallas import triton as plgpu
-except ImportError:
-    plgpu: Any = None
+from kernels_pallas.triton import triton as plgpu
+from kernels_pallas.triton import triton_limits
 
 _LOG2_E = math.log2(math.e)
 _LEAST_HEAD_DIM = 16
-_LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,12 +54,7 @@ class _Static:
 
 def limits(arguments: PrefillArguments) -> tuple[str, ...]:
     """What the kernel cannot compute."""
-    found = []
-    if plgpu is None:
-        found.append("jax: expected one with Pallas's Triton backend, got a newer one without")
-    dtype, head_dim = arguments.q.dtype, arguments.q.shape[3]
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        found.append(f"q: expected bfloat16 or float16, got {dtype}")
+    found, head_dim = triton_limits(arguments.q.dtype), arguments.q.shape[3]
     if head_dim > 256:
         found.append(f"q: expected a head dim of at most 256, got {head_dim}")
     if arguments.segment_ids is not None:
@@ -262,7 +253,7 @@ def _attend_to_keys(
         )
 
     sums = (
-        jnp.full((block_q,), _LOWEST, jnp.float32),
+        jnp.full((block_q,), LOWEST, jnp.float32),
         jnp.zeros((block_q,), jnp.float32),
         jnp.zeros(q_TH.shape, jnp.float32),
     )

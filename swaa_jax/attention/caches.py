@@ -137,8 +137,7 @@ class FullCache(Cache):
 
     def positions(self, pos_B: Int[Array, " B"]) -> Int[Array, "B S"]:
         """A slot is a position."""
-        slots = jnp.arange(self.num_slots, dtype=jnp.int32)[None, :]
-        return jnp.where(slots < pos_B[:, None], slots, EMPTY)
+        return _slots_as_positions(self.num_slots, pos_B)
 
     def write(
         self,
@@ -188,8 +187,7 @@ class PagedCache(Cache):
 
     def positions(self, pos_B: Int[Array, " B"]) -> Int[Array, "B S"]:
         """Page after page, a row's slots are its positions."""
-        slots = jnp.arange(self.num_slots, dtype=jnp.int32)[None, :]
-        return jnp.where(slots < pos_B[:, None], slots, EMPTY)
+        return _slots_as_positions(self.num_slots, pos_B)
 
     def write(
         self,
@@ -395,6 +393,12 @@ class SplitCache(Cache):
 
 LayerCache: TypeAlias = FullCache | PagedCache | RingCache | SplitCache
 """What a layer keeps."""
+
+
+def _slots_as_positions(num_slots: int, pos_B: Int[Array, " B"]) -> Int[Array, "B S"]:
+    """Where a slot is a position: its number, as far as it is written."""
+    slots = jnp.arange(num_slots, dtype=jnp.int32)[None, :]
+    return jnp.where(slots < pos_B[:, None], slots, EMPTY)
 
 
 def _new_positions(
