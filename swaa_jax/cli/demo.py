@@ -29,10 +29,13 @@ everything, a window alone nearly nothing; the rest shows what brings how much b
 
 examples:
   swaa demo
-      the shipped model, 16 prompts a mode of 1,024 tokens, window 64; on a CPU too
+      the shipped model, 8 prompts a mode of 1,024 tokens, window 64; two minutes on two cores
 
   swaa demo --quick
       four policies, four prompts a mode
+
+  swaa demo --all
+      every combination, 16 policies, 16 prompts a mode
 
   swaa demo --length 512 --window 128 --sinks 10 --haystack noise
       another setting, the same policies
@@ -70,7 +73,7 @@ def add_parser(subparsers: Commands) -> None:
     parser.set_defaults(run=run)
     task = parser.add_argument_group("task")
     task.add_argument(
-        "--samples", dest="num_samples", type=int, metavar="N", help="prompts a mode, default 16"
+        "--samples", dest="num_samples", type=int, metavar="N", help="prompts a mode, default 8"
     )
     task.add_argument("--length", type=int, metavar="T", help="tokens a prompt, default 1024")
     task.add_argument(
@@ -91,7 +94,7 @@ def add_parser(subparsers: Commands) -> None:
     policies.add_argument(
         "--policies",
         metavar="FILE",
-        help="a YAML file with a list `policies`, or a shipped one: demo (default), quick",
+        help="a YAML file with a list `policies`, or a shipped one: demo (default), quick, all",
     )
     policies.add_argument(
         "--window", type=int, metavar="N", help="in place of the list's window (64)"
@@ -99,8 +102,20 @@ def add_parser(subparsers: Commands) -> None:
     policies.add_argument(
         "--sinks", type=int, metavar="K", help="in place of the list's number of sinks (4)"
     )
-    policies.add_argument(
-        "--quick", action="store_true", help="the quick list, and 4 samples a mode"
+    size = policies.add_mutually_exclusive_group()
+    size.add_argument(
+        "--quick",
+        dest="preset",
+        action="store_const",
+        const="quick",
+        help="the quick list, and 4 samples a mode",
+    )
+    size.add_argument(
+        "--all",
+        dest="preset",
+        action="store_const",
+        const="all",
+        help="every combination, and 16 samples a mode",
     )
 
     model = parser.add_argument_group("model and output")
@@ -164,7 +179,7 @@ def _fields(args: argparse.Namespace) -> dict[str, object]:
     from swaa_jax.configs import config_path
     from swaa_jax.eval.run.config import read_document
 
-    fields = read_document(config_path("demo", "quick" if args.quick else "demo").read_text())
+    fields = read_document(config_path("demo", args.preset or "demo").read_text())
     (task,), (own, *trained) = fields["tasks"], fields["settings"]
     own["policies"] = _policies(args, own["policies"])
     is_preset = args.model is None and args.policies is None

@@ -107,17 +107,19 @@ def test_adapters_are_scored_beside_the_untrained_model(checkpoint, work, capsys
 
 
 def test_the_shipped_presets_are_evaluations():
-    assert list_configs("demo") == ["demo", "quick"]
-    for name in ("demo", "quick"):
+    assert list_configs("demo") == ["all", "demo", "quick"]
+    for name in list_configs("demo"):
         config = EvalConfig.load(config_path("demo", name))
         own, *trained = config.settings
         policies = policies_of(own)
         assert policies[0].is_full
         assert len({policy.resolve(8) for policy in policies}) == len(policies)
         assert config.thinking == (True, False)
-        assert len(trained) == (name == "demo")
-        assert config_of(*(["--quick"] if name == "quick" else [])) == config
-    assert set(policies_of(config.settings[0])) <= set(policies_of(config_of().settings[0]))
+        assert len(trained) == (name != "quick")
+        assert config_of(*([] if name == "demo" else [f"--{name}"])) == config
+    some, every = (policies_of(config_of(*flags).settings[0]) for flags in ([], ["--all"]))
+    assert set(some) < set(every)
+    assert set(policies_of(config.settings[0])) <= set(every)
 
 
 def test_flags_change_the_preset():

@@ -97,7 +97,8 @@ def evaluate(
         tell_default_dtype(config.dtype)
         load = functools.partial(load_entry, config=config, mesh=mesh)
     entries = [(setting, model) for setting in config.settings for model in setting.models]
-    steps = _Steps(progress, len(entries) * len(config.tasks) * len(config.thinking))
+    num_asked = len(config.tasks) * len(config.thinking)  # of each policy of a model
+    steps = _Steps(progress, sum(len(setting.policies) for setting, _ in entries) * num_asked)
     cells: list[Cell] = []
     asked: set[tuple[str, AttentionPolicy]] = set()
     models: dict[str, Mapping[str, object]] = {}
@@ -122,6 +123,7 @@ def evaluate(
             for task in config.tasks
             for thinking in config.thinking
         ]
+        steps.advance((len(setting.policies) - len(policies)) * num_asked)
         answered += _answer(askings, policies, model, steps)
         cells += [
             cell for asking in askings for cell in asking.judge(policies, judges[asking.task_name])
@@ -147,11 +149,11 @@ def _answer(
     Each policy has programs of its own, tens of megabytes or more, which are let go before the next
     one's are compiled.
     """
-    answered, each = 0, 1 / max(1, len(policies))
+    answered = 0
     for policy in policies:
         for asking in askings:
-            answered += asking.answer([policy], lambda what, part: steps.show(what, each * part))
-            steps.advance(each)
+            answered += asking.answer([policy], steps.show)
+            steps.advance(1)
         Structure.let_go(model.with_policy(policy.policy))
     return answered
 
@@ -178,13 +180,13 @@ class _Steps:
     """Adds up finished steps of equal weight and tells `progress`."""
 
     def __init__(self, progress: ShowProgress | None, total: int):
-        self._progress, self._total, self._done = progress, total, 0.0
+        self._progress, self._total, self._done = progress, total, 0
 
     def show(self, what: str, part: float) -> None:
         if self._progress is not None:
             self._progress(what, min(1.0, (self._done + part) / self._total))
 
-    def advance(self, steps: float) -> None:
+    def advance(self, steps: int) -> None:
         self._done += steps
 
 
