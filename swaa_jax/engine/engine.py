@@ -21,7 +21,7 @@ class Engine:
 
     Models that were made from one another (`with_policy`, `load_adapter`) share their weights.
     Each has its own slots, pool of pages and programs. Requests of one model are begun in order of
-    arrival; models take turns.
+    arrival; models take turns. An engine is for one thread.
 
     Args:
         models: a causal language model, or several by name; a request that names none is the

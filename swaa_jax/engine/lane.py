@@ -172,12 +172,13 @@ class Lane:
         """
         self._settings(request)  # refuses to suppress what is not in the vocabulary
         most = self._model.config.vocab_size - 1
-        unknown = next((one for one in request.tokens if not 0 <= one <= most), None)
-        if unknown is not None:
-            raise ValueError(
-                f"tokens: expected ids from 0 to {most}, got {unknown}; does the tokenizer belong "
-                "to the model?"
-            )
+        for name, ids in (("tokens", request.tokens), ("ends", request.ends)):
+            unknown = next((one for one in ids if not 0 <= one <= most), None)
+            if unknown is not None:
+                raise ValueError(
+                    f"{name}: expected ids from 0 to {most}, got {unknown}; does the tokenizer "
+                    "belong to the model?"
+                )
         return self._scheduler.submit(request)
 
     def cancel(self, number: int) -> None:
@@ -189,7 +190,16 @@ class Lane:
         self._scheduler.cancel(number)
 
     def round(self) -> list[Update]:
-        """One round; what it gave, an update a request."""
+        """One round; what it gave, an update a request.
+
+        Raises:
+            RuntimeError: a step failed before, and took the state of all rows with it.
+        """
+        if self._state.token.is_deleted():
+            raise RuntimeError(
+                "engine: expected the state of its rows, got none, since a step failed before; "
+                "make another Engine, with less room if memory ran out, and submit again"
+            )
         for slot in self._scheduler.admit():
             row = self._scheduler.rows[slot]
             assert row is not None
@@ -202,12 +212,11 @@ class Lane:
         return self._decode() if self._drawing or self._scheduler.answering() else []
 
     def _settings(self, request: Request) -> RowSettings:
-        ends = [end for end in request.ends if end < self._model.config.vocab_size]
         return RowSettings(
             draws=request.params.for_row(
                 self._model.config.vocab_size, seed=request.seed, number=request.number
             ),
-            ends=pack_ids(ends, self._model.config.vocab_size),
+            ends=pack_ids(request.ends, self._model.config.vocab_size),
             wants_logprobs=np.bool_(request.logprobs),
         )
 

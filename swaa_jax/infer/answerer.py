@@ -47,7 +47,7 @@ class Answerer:
 
     Raises:
         ValueError: `sampling="checkpoint"` without a generation config, or settings that do not
-            fit the model.
+            fit the model, such as stop tokens outside its vocabulary.
     """
 
     def __init__(
@@ -62,6 +62,13 @@ class Answerer:
         self.options = options
         self._tok, self._text, self._streaming = tok, TokenText(tok), streaming
         self._params = _sampling_params(model, options)
+        vocab_size = model.config.vocab_size
+        outside = [token for token in options.stop_token_ids if token >= vocab_size]
+        if outside:
+            raise ValueError(
+                f"stop_token_ids: expected ids from 0 to {vocab_size - 1} (the model's "
+                f"vocabulary), got {outside[0]}; leave it out"
+            )
         self._rules: StopRules = make_stop_rules(
             None if tok is None else self._text,
             eos_ids=() if options.ignore_eos else eos_token_ids(model, tok),
@@ -69,6 +76,8 @@ class Answerer:
             stop_token_ids=options.stop_token_ids,
             stop_in_thought=options.stop_in_thought,
         )
+        # A checkpoint may name ends that no token of the model can be.
+        self._ends = [token for token in self._rules.all_ids if token < vocab_size]
         room = _room_for(options, lengths, streaming=streaming)
         self._engine, self._num_slots = Engine(model, room), room.num_slots
         self._compile_s = 0.0  # of it, what was told already
@@ -115,7 +124,7 @@ class Answerer:
                     params=self._params,
                     seed=self.options.seed if seed is None else seed,
                     number=number,
-                    ends=sorted(self._rules.all_ids),
+                    ends=self._ends,
                     logprobs=self.options.logprobs,
                 )
             )

@@ -317,3 +317,30 @@ def test_who_stops_looking_finds_the_rest_later():
     engine.cancel(third)  # which has ended, unseen
     seen += [update.request for update in engine.run()]
     assert seen == [first, second]
+
+
+def test_ends_are_of_the_vocabulary():
+    engine = Engine(model_of("1::2"), OPTIONS)
+    with pytest.raises(ValueError, match=rf"ends: expected ids from 0 to {VOCAB - 1}, got {VOCAB}"):
+        engine.submit(Request(tokens=(1,), max_new_tokens=1, ends=[2, VOCAB]))
+    assert engine.is_idle
+
+
+def test_an_engine_whose_step_failed_says_so(monkeypatch):
+    """A program takes the state when it is handed out; an error in it leaves none."""
+    engine = Engine(model_of("1::2"), OPTIONS)
+    answers(engine, [request(0)])
+    engine.submit(request(1))
+    (lane,) = engine._lanes.values()
+
+    def out_of_memory(arrays, state, *args, **static):
+        jax.tree.map(lambda x: x.delete(), state)
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr("swaa_jax.engine.lane._read", out_of_memory)
+    lane._compiled.add(out_of_memory)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        engine.round()
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match=r"engine: expected the state .* make another Engine"):
+        engine.round()

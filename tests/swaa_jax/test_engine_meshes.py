@@ -1,5 +1,6 @@
 """The engine on meshes of virtual devices: one device's tokens, split caches, no new programs."""
 
+import dataclasses
 import functools
 
 import jax
@@ -22,6 +23,7 @@ POLICIES = {
         window=7, num_sink_tokens=2, full_attention_heads={0: [1], 1: [0]}
     ),
 }
+POLICIES["positions in the cache"] = swaa.AttentionPolicy(window=6, num_sink_tokens=2)
 EXPERTS = {
     "model_type": "qwen3_moe",
     "num_experts": 4,
@@ -76,20 +78,28 @@ def answers(engine):
     return [found[number] for number in numbers]
 
 
+def options_of(policy):
+    return dataclasses.replace(
+        OPTIONS, positions="cache" if policy == "positions in the cache" else "text"
+    )
+
+
 def model_of(policy, mesh=None, **overrides):
     return random_model(POLICIES[policy], num_hidden_layers=2, mesh=mesh, **overrides)
 
 
 @functools.cache
 def on_one_device(policy, is_sparse=False):
-    return answers(Engine(model_of(policy, **(EXPERTS if is_sparse else {})), OPTIONS))
+    model = model_of(policy, **(EXPERTS if is_sparse else {}))
+    return answers(Engine(model, options_of(policy)))
 
 
 def check(policy, sizes, **overrides):
     mesh = sharding.make_mesh(jax.devices()[: int(np.prod(list(sizes.values())))], **sizes)
     model = model_of(policy, mesh, **overrides)
-    engine = Engine(model, OPTIONS)
-    needed = Lane.needs(split_model(model), OPTIONS, name="model")
+    options = options_of(policy)
+    engine = Engine(model, options)
+    needed = Lane.needs(split_model(model), options, name="model")
     before = placement(engine)
     with counted() as compiles:
         found = answers(engine)

@@ -7,6 +7,7 @@ from flax import nnx
 
 import swaa_jax as swaa
 import swaa_jax.sharding as swaa_sharding
+from swaa_jax.engine import Engine, EngineOptions, Request
 from swaa_jax.infer import compile_counts, generate
 from swaa_jax.infer.buckets import pad_right
 from swaa_jax.policy import Stage
@@ -61,6 +62,20 @@ def test_greedy_is_transformers_token_for_token(pair):
     out = generate(model, None, PROMPTS, max_new_tokens=NEW)
     assert [list(tokens) for tokens in out.tokens] == want
     assert len({tuple(tokens) for tokens in want}) == len(want)
+
+
+def test_greedy_over_many_chunks_is_transformers(pair):
+    """Full attention and its own windows: prompts of several chunks, two slots for three."""
+    oracle, model = pair
+    prompts = [RNG.integers(3, 131, size=n).tolist() for n in (150, 33, 96)]
+    engine = Engine(model, EngineOptions(num_slots=2, max_tokens=192, chunk_size=32, page_size=16))
+    numbers = [engine.submit(Request(tokens=one, max_new_tokens=NEW)) for one in prompts]
+    answers = {number: [] for number in numbers}
+    for update in engine.run():
+        answers[update.request] += update.tokens
+    assert engine.clock.chunks == 5 + 2 + 3
+    wanted = [transformers_answer(oracle, one, eos_token_id=None) for one in prompts]
+    assert [answers[number] for number in numbers] == wanted
 
 
 @pytest.mark.parametrize("pair", ["qwen3", "llama"], indirect=True)
