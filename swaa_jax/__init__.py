@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from swaa_jax.checkpoint.tokenizer import load_tokenizer
-    from swaa_jax.infer import GenerateOptions, generate
+    from swaa_jax.infer import GenerateOptions, generate, stream
     from swaa_jax.lora import LoraConfig, add_lora, load_adapter, merge_lora, save_adapter
     from swaa_jax.models.auto import load_model, save_model
     from swaa_jax.policy import AttentionPolicy, Stage
@@ -38,6 +38,7 @@ __all__ = [
     "merge_lora",
     "save_adapter",
     "save_model",
+    "stream",
 ]
 
 _LAZY = {
@@ -53,6 +54,7 @@ _LAZY = {
     "merge_lora": "swaa_jax.lora",
     "save_adapter": "swaa_jax.lora",
     "save_model": "swaa_jax.models.auto",
+    "stream": "swaa_jax.infer",
 }
 
 _OLDEST_JAX = (0, 10)

@@ -66,7 +66,11 @@ def add_parser(subparsers: Commands) -> None:
         "prompts", metavar="PROMPT", nargs="*", help="default, and '-': standard input"
     )
     parser.add_argument(
-        "--file", metavar="PATH", action="append", default=[], help="a prompt from a text file"
+        "--file",
+        metavar="PATH",
+        action="append",
+        default=[],
+        help="a text file as one prompt; repeatable",
     )
 
     prompt = parser.add_argument_group("prompt")

@@ -8,7 +8,7 @@ from swaa_jax.engine.lane import EngineClock, Lane, Update
 from swaa_jax.engine.memory import bytes_of_arrays, device_memory, plan_memory
 from swaa_jax.engine.options import EngineOptions
 from swaa_jax.engine.scheduler import Request
-from swaa_jax.fields import check_keys, first_of, number, show, wrong
+from swaa_jax.fields import check_keys, first_of, nearest, number, show, text, wrong
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import SplitModel, split_model
 
@@ -31,6 +31,9 @@ class Engine:
         memory_share: of each device's memory, for weights, rings and pages together: pools that do
             not say how large they are get what is left, and no more than they can use.
 
+    Attributes:
+        options: of each model, as chosen.
+
     Raises:
         ValueError: no models, options for one that is not there, or more than fits the memory; the
             message says what would.
@@ -52,6 +55,10 @@ class Engine:
         named = models if isinstance(models, Mapping) else {"model": models}
         if not named:
             raise ValueError("models: expected at least one, got none")
+        for name, model in named.items():
+            text("models", name)
+            if not hasattr(model, "config"):
+                raise wrong("models", "a model, or models by name", model, "see load_model")
         number(above=0, most=1)("memory_share", memory_share)
         split = {name: split_model(model) for name, model in named.items()}
         if isinstance(options, Mapping):
@@ -65,6 +72,7 @@ class Engine:
         for name, model in split.items():
             context = getattr(model.config, "max_position_embeddings", None)
             chosen[name] = chosen[name].within(context)
+        self.options: Mapping[str, EngineOptions] = chosen
         arrays = [array for model in split.values() for array in model.arrays.values()]
         plans = plan_memory(
             [Lane.needs(model, chosen[name], name=name) for name, model in split.items()],
@@ -113,7 +121,8 @@ class Engine:
         lane = self._lanes.get(name)
         if lane is None:
             raise ValueError(
-                f"model: expected one of {first_of(self.names)}, got {show(name)}; name one of them"
+                f"model: expected one of {first_of(self.names)}, got {show(name)}"
+                f"{nearest(name, self.names)}; name one of them"
             )
         new = lane.submit(request)
         self._at[new] = lane
@@ -123,12 +132,16 @@ class Engine:
         """Ends a request at once, and frees its slot and pages; no update of it follows.
 
         Raises:
-            KeyError: no such request is left.
+            KeyError: no such request is left, as after its last update.
         """
         waiting = len(self._told)
         self._told = collections.deque(one for one in self._told if one.request != request)
-        if request in self._at or len(self._told) == waiting:
+        if request in self._at:
             self._at.pop(request).cancel(request)
+        elif len(self._told) == waiting:
+            raise KeyError(
+                f"request: expected the id of one that is left, see unfinished, got {show(request)}"
+            )
 
     def run(self) -> Iterator[Update]:
         """Rounds, until no request is left; who stops and comes back misses no update."""

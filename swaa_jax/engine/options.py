@@ -92,6 +92,11 @@ class EngineOptions:
                 f"{self.chunk_size}; change one of them"
             )
 
+        if self.steps_at_once is not None and self.steps_at_once > self.steps_per_call:
+            raise ValueError(
+                f"steps_at_once: expected at most steps_per_call={self.steps_per_call}, got "
+                f"{self.steps_at_once}; lower it, or raise steps_per_call"
+            )
         if self.sizes[0] > self.columns * self.sizes[1]:
             raise ValueError(
                 f"chunk_size: expected no more than max_tokens={self.max_tokens} in whole pages, "

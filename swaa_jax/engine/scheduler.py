@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,11 @@ def _ids_of(tokens: Any) -> tuple[int, ...]:
     except ValueError:  # rows of several lengths
         ids = np.empty((0, 0))
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-        raise wrong("tokens", "the token ids of one prompt", tokens)
+        has_ids = isinstance(tokens, Mapping) and "input_ids" in tokens
+        advice = 'pass its "input_ids"' if has_ids else ""
+        if ids.ndim == 2 and len(ids) == 1:
+            advice = "pass its one row"
+        raise wrong("tokens", "the token ids of one prompt", tokens, advice)
     found: Any = ids.tolist()
     return tuple(found)
 
@@ -153,7 +157,8 @@ class Scheduler:
         if count + new > self._max_tokens:
             raise ValueError(
                 f"tokens: expected prompt and answer of at most {self._max_tokens} tokens, which a "
-                f"row has room for, got {count} + {new}; shorten one, or raise max_tokens"
+                f"row has room for, got {count} + {new}; shorten one, or raise max_tokens if the "
+                "model's context is longer"
             )
         if self._pool is not None and self._pool.pages_for(count + new) > self._pool.num_pages:
             fits = self._pool.num_pages * self._pool.page_size

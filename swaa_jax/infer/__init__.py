@@ -6,7 +6,7 @@ after another.
 
 from swaa_jax.engine import compile_counts
 from swaa_jax.engine.sampling import SAMPLING, SamplingParams
-from swaa_jax.infer.answerer import Answerer, Answering
+from swaa_jax.infer.answerer import Answerer, Answering, eos_token_ids
 from swaa_jax.infer.generate import (
     Generation,
     Stream,
@@ -38,6 +38,7 @@ __all__ = [
     "check_prompts",
     "Answerer",
     "Answering",
+    "eos_token_ids",
     "generation_of",
     "compile_counts",
 ]

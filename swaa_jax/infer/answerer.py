@@ -76,7 +76,7 @@ class Answerer:
             stop_token_ids=options.stop_token_ids,
             stop_in_thought=options.stop_in_thought,
         )
-        # A checkpoint may name ends that no token of the model can be.
+        # A tokenizer may name special tokens that no token of the model can be.
         self._ends = [token for token in self._rules.all_ids if token < vocab_size]
         room = _room_for(options, lengths, streaming=streaming)
         self._engine, self._num_slots = Engine(model, room), room.num_slots
@@ -240,7 +240,7 @@ def _room_for(
         chunks_per_round=1 if streaming else None,
         most_snapshots=_MOST_SNAPSHOTS,
         steps_per_call=options.chunk_size,
-        steps_at_once=STREAM_STEPS if streaming else None,
+        steps_at_once=min(STREAM_STEPS, options.chunk_size) if streaming else None,
         positions=options.positions,
     )
 
@@ -272,7 +272,7 @@ def generation_config(model: CausalLM) -> dict[str, object]:
 
 def eos_token_ids(model: CausalLM, tok: "PreTrainedTokenizerBase | None") -> tuple[int, ...]:
     """Tokens that end an answer: an override's, the generation config's or the config's, whichever
-    comes first; and the tokenizer's.
+    comes first; and the tokenizer's. Ids that no token of the model can be are left out.
 
     Raises:
         ValueError: one that is no token id.
@@ -284,4 +284,5 @@ def eos_token_ids(model: CausalLM, tok: "PreTrainedTokenizerBase | None") -> tup
     ids = () if ids is None else (ids,) if isinstance(ids, int) else ids
     own = getattr(tok, "eos_token_id", None)
     ids = list_of(integer(least=0, most=MAX_TOKEN_ID))("eos_token_id", ids)
-    return tuple(sorted({*ids, *(() if own is None else (int(own),))}))
+    ends = {*ids, *(() if own is None else (int(own),))}
+    return tuple(sorted(end for end in ends if end < model.config.vocab_size))

@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from swaa_jax.attention import check_stream
+from swaa_jax.fields import wrong
 from swaa_jax.infer.answerer import Answerer, Answering, context_of
 from swaa_jax.infer.options import GenerateOptions
 from swaa_jax.infer.prompts import Prompts, check_context, encode_prompts
@@ -65,6 +66,7 @@ def generate(
             of the vocabulary, an unknown option, or one out of range.
     """
     options = GenerateOptions.of(options, overrides)
+    check_model(model)
     encoded = encode_prompts(tok, prompts, room=context_of(model), **options.template_options)
     limit = options.max_new_tokens
     check_prompts(model, encoded, max_new_tokens=limit, positions=options.positions)
@@ -115,6 +117,7 @@ def stream(
         ValueError: as `generate`, or more than one prompt.
     """
     options = GenerateOptions.of(options, overrides)
+    check_model(model)
     encoded = encode_prompts(tok, prompt, room=context_of(model), **options.template_options)
     if len(encoded) != 1:
         raise ValueError(f"prompt: expected one prompt to stream, got {len(encoded)}")
@@ -146,6 +149,12 @@ def check_prompts(
         vocab_size=model.config.vocab_size,
         context=context,
     )
+
+
+def check_model(model: Any) -> None:
+    """Refuses what is no model, such as a name or, where arguments are mixed up, a tokenizer."""
+    if not hasattr(model, "config"):
+        raise wrong("model", "a model", model, "load it with load_model")
 
 
 def generation_of(answering: Answering) -> Generation:

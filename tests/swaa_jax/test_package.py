@@ -22,6 +22,7 @@ PUBLIC = {
     "merge_lora",
     "save_adapter",
     "save_model",
+    "stream",
 }
 
 

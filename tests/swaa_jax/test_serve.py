@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import pathlib
+import re
 
 import jax
 import numpy as np
@@ -14,6 +16,7 @@ import swaa_jax as swaa
 from swaa_jax import lora
 from swaa_jax.engine import engine as engines
 from swaa_jax.engine.memory import Needs, plan_memory
+from swaa_jax.infer.generate import check_model
 from swaa_jax.serve import Engine, EngineOptions, Request
 from tests.support.random_models import HF_CONFIG, random_model
 
@@ -350,3 +353,52 @@ def test_the_memory_of_a_device_bounds_snapshots(monkeypatch):
 
 def asked_of(options, tokens):
     return EngineOptions(**fields(options), pool_tokens=tokens)
+
+
+@pytest.mark.parametrize(
+    "given_models, message",
+    [
+        (None, "models: expected a model, or models by name, got None"),
+        ("tiny-retriever", "models: expected a model, or models by name, got 'tiny-retriever'"),
+        ({"a": [1]}, r"models: expected a model, or models by name, got \[1\] .* load_model"),
+        ({1: None}, r"models: expected text, got 1 \(int\)"),
+    ],
+    ids=str,
+)
+def test_what_is_no_model_is_refused(given_models, message):
+    with pytest.raises(ValueError, match=message):
+        Engine(given_models, OPTIONS)
+
+
+def test_what_is_wrong_is_told_with_what_to_do():
+    engine = Engine(models(), {name: OPTIONS for name in models()})
+    with pytest.raises(ValueError, match=r"got 'windoww' \(did you mean 'window'\?\)"):
+        engine.submit(request(0, model="windoww"))
+    asked = engine.submit(request(0))
+    engine.cancel(asked)
+    with pytest.raises(KeyError, match="request: expected the id of one that is left, see unfin"):
+        engine.cancel(asked)
+    with pytest.raises(ValueError, match=r'got .*; pass its "input_ids"'):
+        request(0, tokens={"input_ids": [1, 2], "attention_mask": [1, 1]})
+    with pytest.raises(ValueError, match=r"got .*; pass its one row"):
+        request(0, tokens=np.ones((1, 4), np.int32))
+    with pytest.raises(ValueError, match="steps_at_once: expected at most steps_per_call=16, got"):
+        EngineOptions(steps_at_once=99)
+    with pytest.raises(ValueError, match="model: expected a model, got 'tiny-retriever'"):
+        check_model("tiny-retriever")
+
+
+def test_the_options_that_were_chosen_can_be_seen():
+    options = dataclasses.replace(OPTIONS, max_tokens=100_000)
+    engine = Engine(models()["full"], options)
+    assert engine.options["model"].max_tokens == HF_CONFIG["max_position_embeddings"]
+
+
+def test_the_page_s_example_runs(capsys):
+    page = pathlib.Path(__file__).parents[2] / "docs" / "engine.md"
+    (example,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    example = example.replace("enable_compilation_cache()  #", "#")  # the process's own setting
+    exec(example, {})
+    *answered, reused = capsys.readouterr().out.splitlines()
+    assert answered[0].startswith("full ")
+    assert reused.endswith("{64}")
