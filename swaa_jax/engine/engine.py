@@ -4,7 +4,7 @@ import collections
 import itertools
 from collections.abc import Iterator, Mapping
 
-from swaa_jax.engine.lane import EngineClock, Lane, Update
+from swaa_jax.engine.lane import EngineClock, Lane, Load, Update
 from swaa_jax.engine.memory import bytes_of_arrays, device_memory, plan_memory
 from swaa_jax.engine.options import EngineOptions
 from swaa_jax.engine.scheduler import Request
@@ -103,6 +103,15 @@ class Engine:
     def cache_bytes(self) -> int:
         """Of keys and values, of all rows of all models."""
         return sum(lane.cache_bytes for lane in self._lanes.values())
+
+    def row_bytes(self, name: str, num_tokens: int) -> int:
+        """Of keys and values of a model's row of so many tokens, on each device."""
+        return self._lanes[name].row_bytes(num_tokens)
+
+    @property
+    def loads(self) -> dict[str, Load]:
+        """What each model has to do now, and what is free."""
+        return {name: lane.load for name, lane in self._lanes.items()}
 
     @property
     def is_idle(self) -> bool:

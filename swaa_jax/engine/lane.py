@@ -82,6 +82,27 @@ class EngineClock:
     compile_s: float = 0.0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Load:
+    """What one model has to do, at one moment.
+
+    Attributes:
+        waiting: requests without a slot.
+        slots, slots_in_use: rows at a time, and those that are taken.
+        pages, pages_of_rows, pages_kept: of the pool; those that rows hold, and those that rows or
+            kept chunks hold.
+        snapshots: of rings that are kept.
+    """
+
+    waiting: int
+    slots: int
+    slots_in_use: int
+    pages: int
+    pages_of_rows: int
+    pages_kept: int
+    snapshots: int
+
+
 class Lane:
     """One model's requests.
 
@@ -105,6 +126,7 @@ class Lane:
         self._model, self._options, self._clock = model, options, clock
         chunk_size, page_size = options.sizes
         self._state = _empty_state(model.arrays, **_shapes(model, options, plan.pages))
+        self._cache_bytes = bytes_of_caches(self._state.caches, mesh=model.mesh)
         parts = [part for layer in self._state.caches.layers for part in layer.parts()]
         has_pages = any(isinstance(part, PagedCache) for part in parts)
         pool = PagePool(plan.pages, page_size) if has_pages else None
@@ -158,6 +180,26 @@ class Lane:
     def cache_bytes(self) -> int:
         """Of keys and values, of all rows."""
         return int(self._state.caches.nbytes)
+
+    def row_bytes(self, num_tokens: int) -> int:
+        """Of keys and values of a row of so many tokens, on each device."""
+        pages = -(-num_tokens // self._options.sizes[1])
+        rings = self._cache_bytes.fixed // self._options.num_slots
+        return rings + pages * self._cache_bytes.page
+
+    @property
+    def load(self) -> "Load":
+        """What it has to do now, and what is free."""
+        scheduler, pool, prefixes = self._scheduler, self._scheduler.pool, self._prefixes
+        return Load(
+            waiting=scheduler.num_waiting,
+            slots=self._options.num_slots,
+            slots_in_use=sum(row is not None for row in scheduler.rows),
+            pages=0 if pool is None else pool.num_pages,
+            pages_of_rows=len({page for row in scheduler.rows if row for page in row.pages}),
+            pages_kept=0 if pool is None else pool.num_pages - pool.num_free,
+            snapshots=0 if prefixes is None else prefixes.num_snapshots,
+        )
 
     @property
     def is_idle(self) -> bool:

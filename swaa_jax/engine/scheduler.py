@@ -130,7 +130,8 @@ class Scheduler:
         ids: Iterator[int] | None = None,
     ):
         self.rows: list[Row | None] = [None] * num_slots
-        self._max_tokens, self._pool, self._prefixes = max_tokens, pool, prefixes
+        self.pool = pool
+        self._max_tokens, self._prefixes = max_tokens, prefixes
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._ids = itertools.count() if ids is None else ids
 
@@ -160,8 +161,8 @@ class Scheduler:
                 f"row has room for, got {count} + {new}; shorten one, or raise max_tokens if the "
                 "model's context is longer"
             )
-        if self._pool is not None and self._pool.pages_for(count + new) > self._pool.num_pages:
-            fits = self._pool.num_pages * self._pool.page_size
+        if self.pool is not None and self.pool.pages_for(count + new) > self.pool.num_pages:
+            fits = self.pool.num_pages * self.pool.page_size
             raise ValueError(
                 f"tokens: expected prompt and answer of at most {fits} tokens, which all pages of "
                 f"the pool hold, got {count} + {new}; shorten one, or give the pool more"
@@ -202,7 +203,7 @@ class Scheduler:
         return slots
 
     def _pages_for(self, request: Request, reused: Reused[Any]) -> list[int] | None:
-        pool = self._pool
+        pool = self.pool
         if pool is None:
             return []
         count = pool.pages_for(len(request.tokens) + request.max_new_tokens) - len(reused.pages)
@@ -228,8 +229,8 @@ class Scheduler:
         """Frees a slot and its pages."""
         row = self.rows[slot]
         assert row is not None
-        if self._pool is not None:
-            self._pool.release(row.pages)
+        if self.pool is not None:
+            self.pool.release(row.pages)
         self.rows[slot] = None
 
     def cancel(self, number: int) -> int | None:

@@ -226,7 +226,7 @@ def test_little_room_changes_no_bit_and_what_was_let_go_is_free():
     assert num_copies_of_rings() - before == most
     kept.clear()
     assert num_copies_of_rings() == before
-    assert lane._scheduler._pool.num_free == SLOTS * MAX_TOKENS // 2 // PAGE
+    assert lane._scheduler.pool.num_free == SLOTS * MAX_TOKENS // 2 // PAGE
 
 
 def num_copies_of_rings():

@@ -1,0 +1,73 @@
+"""`run_server`: an application on a port, until somebody ends it."""
+
+import contextlib
+import ipaddress
+import signal
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from swaa_jax.fields import integer
+
+__all__ = ["is_local", "run_server"]
+
+
+def run_server(
+    app: ASGIApp, *, host: str, port: int, drain_s: float, announce: Callable[[str], None]
+) -> None:
+    """Serves until SIGTERM or SIGINT; answers that are being made then have `drain_s` seconds.
+
+    Args:
+        app: what is served.
+        host, port: where; port 0 is a free one.
+        drain_s: seconds.
+        announce: told the URL.
+
+    Raises:
+        ValueError: no such port.
+        OSError: the port is taken, or not ours to take.
+    """
+    integer(least=0, most=65535)("port", port)
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=max(1, round(drain_s)),
+        server_header=False,
+        lifespan="on",
+    )
+    socket = config.bind_socket()
+    with socket:
+        shown = f"[{host}]" if ":" in host else host
+        announce(f"http://{shown}:{socket.getsockname()[1]}")
+        _Server(config).run(sockets=[socket])
+
+
+class _Server(uvicorn.Server):
+    """Ends with its own exit code, not by the signal that ended it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Takes both signals, and gives them back afterwards."""
+        before = {one: signal.signal(one, self.handle_exit) for one in _SIGNALS}
+        try:
+            yield
+        finally:
+            for one, handler in before.items():
+                signal.signal(one, handler)
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def is_local(host: str) -> bool:
+    """Whether a server there is for this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
