@@ -49,8 +49,8 @@ PATTERN_CHARACTERS = 4096
 MAX_PATTERNS = 20_000
 """Of an adapter's ranks and scales by pattern: one for each module of the largest models."""
 
-JUDGE_BYTES = 4 << 20
-"""Of a judging server's reply: a word, after thinking of some thousands of tokens at most."""
+REPLY_BYTES = 4 << 20
+"""Of another server's reply: an answer, after thinking of some thousands of tokens at most."""
 
 MAX_HEADER_BYTES = 100_000_000
 """Of a safetensors header: the format's own limit."""

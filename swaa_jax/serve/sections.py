@@ -60,6 +60,7 @@ class Sections:
         self._state: Literal["start", "thought", "content", "call", "json"]
         self._state = "thought" if opened else "start"
         self._text = ""  # what is not given out yet
+        self._skips = False  # blanks that follow a thought or a call
 
     def push(self, piece: str) -> list[Part]:
         """The parts that this piece completes."""
@@ -79,9 +80,15 @@ class Sections:
             "call": self._in_call,
             "json": self._in_json,
         }
-        while step[self._state](parts, is_last):
+        while self._skip_blanks() and step[self._state](parts, is_last):
             pass
         return parts
+
+    def _skip_blanks(self) -> bool:
+        if self._skips:
+            self._text = self._text.lstrip()
+            self._skips = not self._text
+        return True
 
     # Each step takes what it can of the text, and says whether another step is to go on.
 
@@ -103,8 +110,8 @@ class Sections:
         found = CLOSING.search(self._text)
         if found:
             self._give(parts, "reasoning", self._text[: found.start()])
-            self._text, self._state = self._text[found.end() :].lstrip(), "start"
-            self._thoughts = False  # an answer thinks once
+            self._text, self._state = self._text[found.end() :], "start"
+            self._thoughts, self._skips = False, True  # an answer thinks once
             return True
         held = 0 if is_last else _may_begin(self._text, _CLOSINGS)
         self._give(parts, "reasoning", self._text[: len(self._text) - held])
@@ -135,7 +142,7 @@ class Sections:
         if end >= 0:
             inside, behind = self._text[:end], self._text[end + len(_CALL_CLOSING) :]
         call = _read_call(inside)
-        self._text, self._state = behind.lstrip() if call else behind, "content"
+        self._text, self._state, self._skips = behind, "content", call is not None
         if call is None:  # no call after all: what it said is not lost
             raw = _CALL_OPENING + inside + (_CALL_CLOSING if end >= 0 else "")
             self._give(parts, "content", raw)

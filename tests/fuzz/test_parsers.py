@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from swaa_jax.checkpoint import WeightReader
 from swaa_jax.documents import parse_json, parse_yaml
-from swaa_jax.eval.judging.language_model import read_verdict, retry_after
+from swaa_jax.eval.judging.language_model import read_verdict
 from swaa_jax.lora import LoraConfig
 from swaa_jax.policy import load_policy
 from swaa_jax.redact import redact
+from swaa_jax.remote import retry_after
 
 pytestmark = pytest.mark.usefixtures("_as_users_call_them")
 

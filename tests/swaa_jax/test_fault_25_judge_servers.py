@@ -11,9 +11,9 @@ import pytest
 
 from swaa_jax.cli.main import main
 from swaa_jax.eval.judging import Judged, LlmJudge, LlmJudgeConfig
-from swaa_jax.eval.judging.language_model import retry_after
 from swaa_jax.eval.report import remarks, summarize, write_evaluation
 from swaa_jax.eval.run import EvalConfig, TaskEntry, evaluate
+from swaa_jax.remote import retry_after
 from tests.support.evaluations import CountingTask
 from tests.support.judge_server import plain, says, status
 from tests.support.random_models import save_random_model

@@ -8,7 +8,8 @@ import time
 import pytest
 
 from swaa_jax.eval.judging import Judged, LlmJudge, LlmJudgeConfig
-from swaa_jax.eval.judging.language_model import read_verdict, retry_after
+from swaa_jax.eval.judging.language_model import read_verdict
+from swaa_jax.remote import retry_after
 from tests.support.judge_server import (
     breaks_off,
     completion,

@@ -1,32 +1,22 @@
 """A language model that judges, behind an OpenAI-compatible URL."""
 
-import asyncio
-import base64
-import concurrent.futures
 import dataclasses
-import datetime
-import email.utils
 import hashlib
 import json
-import logging
-import math
 import os
 import re
 import string
 import threading
 import time
-import urllib.parse
 from typing import Any
 
-import httpx2
 from etils import epath
 
 from swaa_jax import storage
 from swaa_jax.documents import parse_json
 from swaa_jax.eval.judging.judge import Judged, Verdict, answer_of, strip_thinking
 from swaa_jax.fields import check_fields, integer, number, or_none, text, wrong
-from swaa_jax.limits import JUDGE_BYTES
-from swaa_jax.redact import redact, redact_url
+from swaa_jax.remote import BROKEN, Endpoint, Reply, retry_after
 from swaa_jax.typing import PathLike
 
 _PROMPT = """\
@@ -41,17 +31,6 @@ Reference answer: {reference}
 Answer to grade: {answer}
 
 Reply with one word, CORRECT or INCORRECT."""
-
-
-def _without_secrets(record: logging.LogRecord) -> bool:
-    record.msg, record.args = redact(record.getMessage()), ()
-    return True
-
-
-# It logs every request with the whole URL.
-logging.getLogger("httpx2").addFilter(_without_secrets)
-
-_EXCERPT = 200  # characters of a reply in messages
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,8 +79,7 @@ class LlmJudgeConfig:
             attempts=integer(least=1),
             timeout_s=number(above=0),
         )
-        _check_url(self.url)
-        _check_key(self.api_key, self.url)
+        _ = self.endpoint  # is checked
         missing = [n for n in ("question", "reference", "answer") if f"{{{n}}}" not in self.prompt]
         if missing:
             raise ValueError(
@@ -110,6 +88,11 @@ class LlmJudgeConfig:
             )
         if self.cache is not None and not storage.is_local(self.cache):
             raise wrong("cache", "a file on this machine", os.fspath(self.cache))
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where it is asked."""
+        return Endpoint(url=self.url, api_key=self.api_key)
 
 
 class LlmJudge:
@@ -136,9 +119,7 @@ class LlmJudge:
         self._answered = False  # it takes our requests; what it refuses now, it refuses for itself
         self._torn = False  # the cache's last line has no end
         self._verdicts = self._read_cache()
-        self._shown_url = redact_url(config.url)
-        self._secrets = _secrets(config)
-        self._ssl = httpx2.create_ssl_context()
+        self._endpoint = config.endpoint
 
     def __call__(self, judged: Judged) -> Verdict:
         """The model's verdict, from the cache where it has been asked before."""
@@ -176,9 +157,9 @@ class LlmJudge:
                 reply = self._request(prompt, temperature)
                 if reply.status in (400, 413, 422) and self._answered:
                     return Verdict(accepted=False, failed=True, reason=str(self._refusal(reply)))
-                if reply.status not in (408, 409, 429) and 300 <= reply.status < 500:
+                if not reply.is_ok and not reply.is_worth_another_try:
                     raise self._refusal(reply)
-                if reply.status >= 300:
+                if not reply.is_ok:
                     problem = f"{reply.status} {reply.reason}"
                     pause = retry_after(reply.retry_after, default=pause)
                 else:
@@ -188,24 +169,24 @@ class LlmJudge:
                     if verdict is not None:
                         return verdict
                     unreadable = True
-                    problem = f"expected CORRECT or INCORRECT, got {self._excerpt(said)!r}"
+                    problem = f"expected CORRECT or INCORRECT, got {self._endpoint.excerpt(said)!r}"
                     if temperature is not None:
                         temperature = 1.0  # at 0 it would say the same again
             except _RefusedError:
                 raise
-            except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
-                problem = self._excerpt(f"{type(error).__name__}: {error}")
+            except BROKEN as error:
+                problem = self._endpoint.excerpt(f"{type(error).__name__}: {error}")
             if attempt + 1 < self._config.attempts:
                 time.sleep(pause)
         if unreadable:
             reason = f"{self._config.model}: no verdict in {self._config.attempts} attempts; the "
             return Verdict(accepted=False, failed=True, reason=f"{reason}last: {problem}")
         raise ValueError(
-            f"judge: no verdict from {self._shown_url} in {self._config.attempts} attempts; the "
-            f"last: {problem}. Start it, or pass another url; what was judged so far is kept"
+            f"judge: no verdict from {self._endpoint.shown} in {self._config.attempts} attempts; "
+            f"the last: {problem}. Start it, or pass another url; what was judged so far is kept"
         )
 
-    def _refusal(self, reply: "_Reply") -> "_RefusedError":
+    def _refusal(self, reply: Reply) -> "_RefusedError":
         advice = ""
         if reply.status < 400:
             advice = (
@@ -213,15 +194,11 @@ class LlmJudge:
                 "url that it leads to, if you trust it"
             )
         return _RefusedError(
-            f"judge: {self._shown_url} refused the request: {reply.status} {reply.reason}; "
-            f"{self._excerpt(reply.body.decode(errors='replace'))}{advice}"
+            f"judge: {self._endpoint.shown} refused the request: {reply.status} {reply.reason}; "
+            f"{self._endpoint.excerpt(reply.body.decode(errors='replace'))}{advice}"
         )
 
-    def _excerpt(self, text: str) -> str:
-        """A part of what a server said, or of an error, without our secrets."""
-        return _excerpt(redact(text, self._secrets))
-
-    def _request(self, prompt: str, temperature: float | None) -> "_Reply":
+    def _request(self, prompt: str, temperature: float | None) -> Reply:
         body: dict[str, Any] = {
             "model": self._config.model,
             "messages": [{"role": "user", "content": prompt}],
@@ -230,47 +207,7 @@ class LlmJudge:
             body["temperature"] = temperature
         if self._config.max_tokens is not None:
             body["max_tokens"] = self._config.max_tokens
-        # In a thread of its own: a notebook's has an event loop already.
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            return pool.submit(asyncio.run, self._post(json.dumps(body))).result()
-
-    async def _post(self, body: str) -> "_Reply":
-        """The reply, in full within the deadline and the limit of bytes.
-
-        Raises:
-            ValueError: beyond the limit, or the deadline.
-            httpx2.HTTPError: the connection broke.
-        """
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        if self._config.api_key is not None:
-            headers["Authorization"] = f"Bearer {self._config.api_key}"
-        url = urllib.parse.urlsplit(self._config.url)
-        url = url._replace(path=url.path.rstrip("/") + "/chat/completions", fragment="")
-        try:
-            async with (
-                asyncio.timeout(self._config.timeout_s),
-                httpx2.AsyncClient(
-                    verify=self._ssl, timeout=None, follow_redirects=False
-                ) as client,
-                client.stream("POST", url.geturl(), content=body, headers=headers) as response,
-            ):
-                found = b""
-                async for chunk in response.aiter_raw():
-                    found += chunk
-                    if len(found) > JUDGE_BYTES:
-                        raise ValueError(
-                            f"expected a reply of at most {JUDGE_BYTES} bytes, got more"
-                        )
-                return _Reply(
-                    status=response.status_code,
-                    reason=self._excerpt(response.reason_phrase),
-                    retry_after=response.headers.get("Retry-After"),
-                    body=found,
-                )
-        except TimeoutError:
-            raise ValueError(
-                f"expected the whole reply within {self._config.timeout_s:g} s (timeout_s)"
-            ) from None
+        return self._endpoint.post("/chat/completions", body, timeout_s=self._config.timeout_s)
 
     def _wait_for_turn(self) -> None:
         rate = self._config.requests_per_minute
@@ -312,54 +249,6 @@ class _RefusedError(ValueError):
     """The server will say the same again."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Reply:
-    """What a server said."""
-
-    status: int
-    reason: str
-    retry_after: str | None
-    body: bytes
-
-
-def _check_url(url: str) -> None:
-    """Refuses what is no URL of HTTP; what it holds is not echoed but for its host."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        is_url = False
-    if not is_url or not url.isprintable() or " " in url:
-        raise wrong("url", "http://... or https://...", redact_url(url))
-
-
-def _check_key(api_key: object, url: str) -> None:
-    if api_key is None:
-        return
-    if not isinstance(api_key, str) or not re.fullmatch(r"[!-~]+", api_key):
-        raise ValueError(
-            "api_key: expected visible ASCII characters without spaces, got others (the value is "
-            "not shown); a line end, perhaps: set it without"
-        )
-    if "@" in urllib.parse.urlsplit(url).netloc:
-        raise ValueError(
-            "api_key: expected none where the url has a user and a password, got both; leave out "
-            "one of them"
-        )
-
-
-def _secrets(config: LlmJudgeConfig) -> list[str]:
-    """All that must not be shown, in the forms in which a server may echo it."""
-    parts = urllib.parse.urlsplit(config.url)
-    user = parts.netloc.rpartition("@")[0]
-    found = [config.api_key or "", user, urllib.parse.unquote(parts.password or "")]
-    found += [parts.password or "", base64.b64encode(urllib.parse.unquote(user).encode()).decode()]
-    for part in parts.query.split("&"):  # a value, or all of a part that has no name
-        value = part.partition("=")[2] if "=" in part else part
-        found += [value, urllib.parse.unquote(value), urllib.parse.unquote_plus(value)]
-    return [secret for secret in found if secret]
-
-
 def read_verdict(reply: str) -> bool | None:
     """What a judge's reply says; None where it does not say it in the asked-for form.
 
@@ -375,26 +264,6 @@ def read_verdict(reply: str) -> bool | None:
     if last.upper() not in ("CORRECT", "INCORRECT") or words - {last.upper()}:
         return None
     return last.upper() == "CORRECT"
-
-
-def retry_after(header: str | None, *, default: float) -> float:
-    """Seconds that a server asks to wait, by a number or a date; ten minutes at most.
-
-    >>> retry_after("7", default=1.0), retry_after("soon", default=1.0)
-    (7.0, 1.0)
-    """
-    if header is None:
-        return default
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            until = email.utils.parsedate_to_datetime(header)
-            until = until if until.tzinfo else until.replace(tzinfo=datetime.UTC)
-            seconds = (until - datetime.datetime.now(datetime.UTC)).total_seconds()
-        except (ValueError, OverflowError, TypeError):
-            return default
-    return default if math.isnan(seconds) else min(max(seconds, 0.0), 600.0)
 
 
 def _content(body: bytes) -> str:
@@ -415,8 +284,3 @@ def _content(body: bytes) -> str:
 
 def _word(accepted: bool) -> str:
     return "CORRECT" if accepted else "INCORRECT"
-
-
-def _excerpt(text: str) -> str:
-    text = " ".join(text[: 4 * _EXCERPT].split())
-    return text if len(text) <= _EXCERPT else text[:_EXCERPT] + "..."
