@@ -1,6 +1,7 @@
 """What a client is told that something is wrong: OpenAI's shape, our words."""
 
 import re
+from collections.abc import Sequence
 
 from starlette.responses import JSONResponse, Response
 
@@ -36,12 +37,19 @@ class ApiError(Exception):
         self.code, self.param, self.retry_after = code, param, retry_after
 
 
-def refused(error: ValueError, *, code: str | None = None) -> ApiError:
-    """A `name: expected X, got Y` of ours for a client; the name is the field it is about."""
+def refused(error: ValueError, *, about: Sequence[str] = ()) -> ApiError:
+    """A `name: expected X, got Y` of ours for a client; the name is the field it is about.
+
+    Args:
+        error: ours.
+        about: fields of which it is one, if any are known; the last if it says none of them.
+    """
     message = str(error)
     name, _, rest = message.partition(": ")
     param = re.split(r"[.\[]", name)[0] if rest and _NAME.match(name) else None
-    return ApiError(message, param=param, code=code)
+    if about and param not in about:
+        param = about[-1]
+    return ApiError(message, param=param)
 
 
 def error_body(error: ApiError) -> dict[str, object]:

@@ -5,6 +5,7 @@ nobody knows is refused with the nearest that is known.
 """
 
 import dataclasses
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -117,6 +118,11 @@ class _Body:
             raise ValueError(
                 "stream_options: expected stream to be true, got false; leave stream_options out"
             )
+
+    @property
+    def field_names(self) -> tuple[str, ...]:
+        """Of the body."""
+        return tuple(field.name for field in dataclasses.fields(self))
 
     @property
     def include_usage(self) -> bool:
@@ -320,8 +326,13 @@ class Asked:
         Raises:
             ApiError: what cannot be answered.
         """
+        what = "messages" if isinstance(body, ChatBody) else "prompt"
         try:
             prompts = body.prompts(served)
+        except ValueError as error:
+            told = ValueError(re.sub(r"^prompt \d+(: |, )", "", str(error)))
+            raise refused(told, about=[*body.field_names, what]) from error
+        try:
             params, rules = body.params(served), body.rules(served)
         except ValueError as error:
             raise refused(error) from error
@@ -344,7 +355,7 @@ class Asked:
                     f"has {len(prompt)} tokens and the longest answer {max(1, wanted)}; shorten "
                     "the prompt, or lower max_tokens",
                     code="context_length_exceeded",
-                    param="messages" if isinstance(body, ChatBody) else "prompt",
+                    param=what,
                 )
             requests += [
                 Request(

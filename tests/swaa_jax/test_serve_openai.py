@@ -6,6 +6,7 @@ import pytest
 
 import swaa_jax as swaa
 from swaa_jax.engine import EngineOptions
+from swaa_jax.eval.tasks.ruler import niah_multiquery
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("starlette")
@@ -15,6 +16,7 @@ from tests.support.served import running  # noqa: E402
 
 KEY = "a-key-of-the-tests"
 NARROW = "window=64,sinks=4"
+PLAIN = {"chat_template_kwargs": {"enable_thinking": False}}
 CHAT = [{"role": "user", "content": "The magic number for brave-lantern is 1234567. Which is it?"}]
 
 
@@ -31,7 +33,7 @@ def tok():
 @pytest.fixture(scope="module")
 def server(model, tok):
     models = served_models(model, tok, name="tiny", policies={"narrow": NARROW})
-    room = EngineOptions(num_slots=4, max_tokens=512, chunk_size=64, page_size=32)
+    room = EngineOptions(num_slots=4, max_tokens=512, chunk_size=32, page_size=32)
     options = ServeOptions(default_longest=24, most_body_bytes=100_000)
     with running(make_app(models, room, options=options, keys=(KEY.encode(),))) as served:
         yield served
@@ -53,9 +55,16 @@ def test_models_are_listed_with_their_policies(client):
 @pytest.mark.parametrize("temperature", [0, 0.9])
 def test_chats_are_generate_s(client, model, tok, name, temperature):
     under = model if name == "tiny" else model.with_policy(NARROW)
-    want = swaa.generate(under, tok, [CHAT], max_new_tokens=12, temperature=temperature, seed=7)
+    want = swaa.generate(
+        under, tok, [CHAT], max_new_tokens=12, temperature=temperature, seed=7, **PLAIN
+    )
     answer = client.chat.completions.create(
-        model=name, messages=CHAT, max_completion_tokens=12, temperature=temperature, seed=7
+        model=name,
+        messages=CHAT,
+        max_completion_tokens=12,
+        temperature=temperature,
+        seed=7,
+        extra_body=PLAIN,
     )
     (choice,) = answer.choices
     assert choice.message.role == "assistant"
@@ -64,16 +73,39 @@ def test_chats_are_generate_s(client, model, tok, name, temperature):
     assert answer.model == name
 
 
+def test_thoughts_stand_apart(client, model, tok):
+    """The shipped model's template opens a thought, which the answer goes on with and closes."""
+    (sample,) = niah_multiquery(
+        tok, num_samples=1, target_length=300, seed=0, num_keys=1, num_queries=1,
+        enable_thinking=True,
+    )  # fmt: skip
+    chat = list(sample.messages)
+    (want,) = swaa.generate(model, tok, [chat], max_new_tokens=150).texts
+    thought, _, rest = want.partition("</think>")
+    assert sample.answers[0] in thought
+    assert sample.answers[0] in rest
+    asked = {"model": "tiny", "messages": chat, "max_tokens": 150, "temperature": 0}
+    message = client.chat.completions.create(**asked).choices[0].message
+    assert (message.reasoning_content, message.content) == (thought, rest.lstrip())
+    deltas = [
+        chunk.choices[0].delta for chunk in client.chat.completions.create(**asked, stream=True)
+    ]
+    assert "".join(getattr(one, "reasoning_content", None) or "" for one in deltas) == thought
+    assert "".join(one.content or "" for one in deltas) == rest.lstrip()
+
+
 def test_choices_draw_apart_as_generate_s_prompts_do(client, model, tok):
     asked = {"temperature": 1.0, "seed": 3, "top_p": 0.9}
-    want = swaa.generate(model, tok, [CHAT] * 3, max_new_tokens=9, **asked)
-    answer = client.chat.completions.create(model="tiny", messages=CHAT, max_tokens=9, n=3, **asked)
+    want = swaa.generate(model, tok, [CHAT] * 3, max_new_tokens=9, **asked, **PLAIN)
+    answer = client.chat.completions.create(
+        model="tiny", messages=CHAT, max_tokens=9, n=3, extra_body=PLAIN, **asked
+    )
     assert [one.message.content for one in answer.choices] == list(want.texts)
     assert len(set(want.texts)) > 1
 
 
 def test_streams_are_the_whole(client):
-    asked = {"model": "tiny", "messages": CHAT, "temperature": 0, "n": 2}
+    asked = {"model": "tiny", "messages": CHAT, "temperature": 0, "n": 2, "extra_body": PLAIN}
     whole = client.chat.completions.create(**asked)
     texts, reasons, usage = {0: "", 1: ""}, {}, None
     with client.chat.completions.create(
@@ -112,9 +144,15 @@ def test_completions_take_texts_and_ids(client, model, tok):
 
 
 def test_log_probabilities_are_generate_s(client, model, tok):
-    want = swaa.generate(model, tok, [CHAT], max_new_tokens=5, logprobs=True)
+    want = swaa.generate(model, tok, [CHAT], max_new_tokens=5, logprobs=True, **PLAIN)
     answer = client.chat.completions.create(
-        model="tiny", messages=CHAT, max_tokens=5, temperature=0, logprobs=True, top_logprobs=2
+        model="tiny",
+        messages=CHAT,
+        max_tokens=5,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=2,
+        extra_body=PLAIN,
     )
     found = answer.choices[0].logprobs.content
     assert [one.logprob for one in found] == pytest.approx(list(want.logprobs[0]), abs=1e-5)
@@ -124,7 +162,13 @@ def test_log_probabilities_are_generate_s(client, model, tok):
 
 
 def test_stop_texts_end_answers(client):
-    asked = {"model": "tiny", "messages": CHAT, "max_tokens": 20, "temperature": 0}
+    asked = {
+        "model": "tiny",
+        "messages": CHAT,
+        "max_tokens": 20,
+        "temperature": 0,
+        "extra_body": PLAIN,
+    }
     text = client.chat.completions.create(**asked).choices[0].message.content
     stop = text[4:7]
     choice = client.chat.completions.create(**asked, stop=[stop]).choices[0]
