@@ -79,6 +79,12 @@ def add_parser(subparsers: Commands) -> None:
         metavar="FILE",
         help="keys, a line each, of which a client needs one; also in SWAA_SERVE_KEYS",
     )
+    server.add_argument(
+        "--no-warm-up",
+        dest="warm_up",
+        action="store_false",
+        help="take requests before programs are compiled; the first of each model waits for that",
+    )
     server.add_argument("--log-prompts", action="store_true", help="write prompts to the log")
 
     room = parser.add_argument_group("room")
@@ -246,9 +252,9 @@ def _policies(texts: list[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for text in texts:
         label, equals, policy = text.partition("=")
-        # window=64 is a policy, short=window=64 a labelled one; so is all=full.
-        is_labelled = bool(equals) and ("=" in policy or label not in _POLICY_KEYS)
-        label, policy = (label, policy) if is_labelled else (text, text)
+        # window=64,sinks=4 is a policy, short=window=64 a labelled one; so is all=full.
+        if not equals or label in _POLICY_KEYS:
+            label = policy = text
         if label in found:
             raise ValueError(f"--also: expected each label once, got {label!r} twice; rename one")
         found[label] = policy

@@ -27,7 +27,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from swaa_jax.engine import Engine, EngineOptions
-from swaa_jax.fields import check_fields, integer, number
+from swaa_jax.fields import check_fields, flag, integer, number
 from swaa_jax.serve.answers import Choice, Piece
 from swaa_jax.serve.errors import ApiError, error_body, error_response, refused
 from swaa_jax.serve.guard import Guard, read_limited
@@ -55,7 +55,8 @@ class ServeOptions:
         default_longest: tokens of an answer where the request does not say.
         request_s: seconds that a request may take, waiting included.
         drain_s: seconds that what is being answered has left when the server ends.
-        log_prompts: write prompts and answers to the log.
+        log_prompts: write prompts to the log.
+        warm_up: compile all programs before the first request is taken.
 
     Raises:
         ValueError: a value out of range.
@@ -68,6 +69,7 @@ class ServeOptions:
     request_s: float = 600.0
     drain_s: float = 30.0
     log_prompts: bool = False
+    warm_up: bool = True
 
     def __post_init__(self):
         check_fields(
@@ -78,6 +80,8 @@ class ServeOptions:
             default_longest=integer(least=1),
             request_s=number(above=0),
             drain_s=number(least=0),
+            log_prompts=flag,
+            warm_up=flag,
         )
 
 
@@ -111,6 +115,8 @@ def make_app(
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         worker.start()
         try:
+            if options.warm_up:
+                await worker.warm_up(list(models))
             yield
         finally:
             left = await worker.stop(within=options.drain_s)

@@ -4,6 +4,7 @@ import contextlib
 import ipaddress
 import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -22,7 +23,7 @@ def run_server(
         app: what is served.
         host, port: where; port 0 is a free one.
         drain_s: seconds.
-        announce: told the URL.
+        announce: told the URL, once requests are taken.
 
     Raises:
         ValueError: no such port.
@@ -42,12 +43,22 @@ def run_server(
     socket = config.bind_socket()
     with socket:
         shown = f"[{host}]" if ":" in host else host
-        announce(f"http://{shown}:{socket.getsockname()[1]}")
-        _Server(config).run(sockets=[socket])
+        url = f"http://{shown}:{socket.getsockname()[1]}"
+        _Server(config, lambda: announce(url)).run(sockets=[socket])
 
 
 class _Server(uvicorn.Server):
-    """Ends with its own exit code, not by the signal that ended it."""
+    """Says when it is ready, and ends with its own exit code, not by the signal that ended it."""
+
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]):
+        super().__init__(config)
+        self._announce = announce
+
+    async def startup(self, sockets: list[Any] | None = None) -> None:
+        """Takes requests from here on."""
+        await super().startup(sockets)
+        if self.started:
+            self._announce()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from swaa_jax.engine import Engine, EngineClock, Request, Update
 
@@ -182,6 +182,13 @@ class EngineWorker:
                 self._engine.cancel(number)
 
         self._commands.put(cancel)
+
+    async def warm_up(self, names: Sequence[str]) -> None:
+        """Compiles and runs each model's programs once, so that no client waits for that."""
+        for name in names:
+            (feed,) = await self.submit(Request(tokens=(0,), max_new_tokens=2, model=name))
+            async for _ in feed:
+                pass
 
     async def stop(self, *, within: float) -> int:
         """Takes no more requests, and ends when none is left or the time is over.

@@ -1,0 +1,110 @@
+"""`swaa serve` as a process: it says where it is, drains on SIGTERM, and refuses what is wrong."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+
+import httpx2
+import pytest
+
+from swaa_jax.cli.main import main
+
+pytest.importorskip("starlette")
+
+COMMAND = [sys.executable, "-m", "swaa_jax.cli.main", "serve", "tiny-retriever"]
+ROOM = ["--dtype", "float32", "--slots", "2", "--max-tokens", "256", "--chunk-size", "32"]
+
+
+def started(*flags, **environment):
+    """The process and its URL."""
+    process = subprocess.Popen(
+        [*COMMAND, *ROOM, "--port", "0", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    line = process.stdout.readline()
+    found = re.search(r"on (http://127\.0\.0\.1:\d+)/v1", line)
+    if not found:
+        process.kill()
+        raise AssertionError(line + process.stderr.read())
+    return process, found[1], line
+
+
+def test_a_server_answers_drains_and_reports():
+    process, url, line = started(
+        "--also", "narrow=window=16,sinks=2", SWAA_SERVE_KEYS="secret-key-1"
+    )
+    try:
+        assert line.startswith("serving tiny-retriever, tiny-retriever:narrow on")
+        headers = {"Authorization": "Bearer secret-key-1"}
+        body = {"prompt": [5, 6, 7], "max_tokens": 200, "ignore_eos": True, "seed": 1}
+        assert httpx2.post(f"{url}/v1/completions", json=body).status_code == 401
+        replies = []
+
+        def ask():
+            replies.append(
+                httpx2.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60)
+            )
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        while "swaa_open" in httpx2.get(f"{url}/metrics").text and not in_use(url):
+            pass
+        process.send_signal(signal.SIGTERM)
+        thread.join()
+        _, told = process.communicate(timeout=60)
+        assert replies[0].json()["usage"]["completion_tokens"] == 200
+        assert process.returncode == 0
+        assert "served 2" in told
+        assert "nothing was cut off" in told
+        assert "secret-key-1" not in told
+    finally:
+        process.kill()
+
+
+def in_use(url):
+    text = httpx2.get(f"{url}/metrics").text
+    return re.search(r'swaa_engine\{[^}]*what="slots_in_use"\} 1\.0', text)
+
+
+def test_other_machines_without_keys_are_told_of(capsys, monkeypatch):
+    monkeypatch.setattr(
+        "swaa_jax.serve.running._Server.run", lambda self, sockets: self._announce()
+    )
+    assert main(["serve", "tiny-retriever", *ROOM, "--port", "0", "--host", "0.0.0.0"]) == 0
+    told = capsys.readouterr()
+    assert "0.0.0.0 lets in everybody who reaches this machine; --api-keys" in told.err
+    assert "serving tiny-retriever on http://0.0.0.0:" in told.out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--port", "70000"], "port: expected an integer of at least 0 and of at most 65535"),
+        (["--also", "full", "--also", "full"], "--also: expected each label once, got 'full' twi"),
+        (["--also", "x=nave"], "expected"),
+        (["--adapter", "x"], "--adapter: expected LABEL=DIR, got 'x'"),
+        (["--api-keys", "keys.txt"], "No such file or directory: keys.txt"),
+        (["--slots", "0"], "num_slots: expected an integer of at least 1"),
+        (["--name", "a/b"], "name: expected at most 100 letters"),
+        (["--request-seconds", "0"], "request_s: expected a number above 0"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_one_paragraph(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["serve", "tiny-retriever", *ROOM, *arguments]) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert message in told[-1]
+    assert told[-1].startswith("swaa serve: error: ")
+
+
+def test_short_keys_are_refused_unseen(tmp_path, capsys):
+    (tmp_path / "keys.txt").write_text("# ours\nshort\n")
+    assert main(["serve", "tiny-retriever", "--api-keys", str(tmp_path / "keys.txt")]) == 2
+    assert "short\n" not in capsys.readouterr().err.replace("shorter", "")
