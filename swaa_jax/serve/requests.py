@@ -188,7 +188,8 @@ class ChatBody(_Body):
             parallel_tool_calls=or_none(flag),
             response_format=or_none(_text_format),
             reasoning_effort=or_none(one_of("none")),
-            chat_template_kwargs=or_none(mapping),
+            tools=or_none(list_of(_tool)),
+            chat_template_kwargs=or_none(_variables),
         )
         if not isinstance(self.messages, list | tuple):
             raise wrong("messages", "a list of them", self.messages)
@@ -416,6 +417,25 @@ def _stops(name: str, value: object) -> tuple[str, ...]:
 def _top_k(name: str, value: object) -> int:
     found = integer(least=-1)(name, value)
     return max(0, found)  # -1: all, as elsewhere
+
+
+def _tool(name: str, value: object) -> Mapping[str, Any]:
+    found = mapping(name, value)
+    if found.get("type") != "function" or not isinstance(found.get("function"), Mapping):
+        raise wrong(name, '{"type": "function", "function": {"name": ...}}', value)
+    text(f"{name}.function.name", found["function"].get("name"))
+    return found
+
+
+def _variables(name: str, value: object) -> Mapping[str, Any]:
+    found = mapping(name, value)
+    taken = [one for one in ("messages", "tools", "add_generation_prompt") if one in found]
+    if taken:
+        raise ValueError(
+            f"{name}: expected variables beside those of the request, got {taken[0]!r}; leave it "
+            "out"
+        )
+    return found
 
 
 def _tool_choice(name: str, value: object) -> str:

@@ -259,3 +259,21 @@ def test_bodies_that_are_none_are_refused(server, content, status):
     error = json.loads(answer.content)["error"]
     assert error["type"] == "invalid_request_error"
     assert len(error["message"]) < 600
+
+
+def test_langchain_s_client_works(server):
+    langchain = pytest.importorskip("langchain_openai")
+    chat = langchain.ChatOpenAI(
+        base_url=f"{server.url}/v1",
+        api_key=KEY,
+        model="tiny",
+        temperature=0,
+        max_tokens=8,
+        seed=1,
+        extra_body=PLAIN,
+    )
+    whole = chat.invoke("The magic number for brave-lantern is 1234567. Which is it?")
+    pieces = list(chat.stream("The magic number for brave-lantern is 1234567. Which is it?"))
+    assert whole.content
+    assert "".join(piece.content for piece in pieces) == whole.content
+    assert whole.usage_metadata["output_tokens"] == 8

@@ -1,0 +1,102 @@
+"""Any body, at any endpoint: an answer or OpenAI's error, never a 5xx, a traceback or a hang."""
+
+import json
+
+import httpx2
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import swaa_jax as swaa
+from swaa_jax.engine import EngineOptions
+
+pytest.importorskip("starlette")
+from swaa_jax.serve.app import ServeOptions, make_app
+from swaa_jax.serve.models import served_models
+from swaa_jax.serve.requests import ChatBody, CompletionBody
+from tests.support.served import running
+
+ROOM = EngineOptions(num_slots=2, max_tokens=128, chunk_size=32, page_size=32)
+SECONDS = 20
+
+
+@pytest.fixture(scope="module")
+def url():
+    model = swaa.load_model("tiny-retriever", dtype="float32")
+    models = served_models(model, swaa.load_tokenizer("tiny-retriever"), name="tiny")
+    options = ServeOptions(default_longest=2, most_body_bytes=20_000)
+    with running(make_app(models, ROOM, options=options)) as served:
+        yield served.url
+
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(["auto", "none", "tiny", "user", "assistant", "tool", "\ud800", "<think>"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "name", "x"]), inner)
+    ),
+    max_leaves=6,
+)
+FIELDS = sorted({*ChatBody.__dataclass_fields__, *CompletionBody.__dataclass_fields__, "user", "q"})
+MESSAGES = [{"role": "user", "content": "Hi"}]
+SOUND = {
+    "chat/completions": {"messages": MESSAGES, "max_tokens": 2},
+    "completions": {"prompt": [5, 6], "max_tokens": 2},
+}
+
+
+def check(reply):
+    assert reply.status_code in (200, 400, 404, 405, 413), reply.text
+    assert "Traceback" not in reply.text
+    if reply.status_code != 200 and reply.status_code != 405:
+        error = reply.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert 0 < len(error["message"]) < 2000
+    assert len(reply.content) < 50_000
+
+
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    path=st.sampled_from(list(SOUND)),
+    changes=st.dictionaries(st.sampled_from(FIELDS), ANYTHING, min_size=1, max_size=3),
+)
+def test_any_fields(url, path, changes):
+    # What takes long by design is not asked for: that is the limits' affair.
+    changes = {k: v for k, v in changes.items() if k not in ("n", "stop") or v is None}
+    content = json.dumps({**SOUND[path], **changes})
+    check(httpx2.post(f"{url}/v1/{path}", content=content, timeout=SECONDS))
+
+
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
+@given(path=st.sampled_from([*SOUND, "models", "models/x", "", "../health"]), body=st.binary())
+def test_any_bytes_anywhere(url, path, body):
+    check(httpx2.post(f"{url}/v1/{path}", content=body, timeout=SECONDS))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": MESSAGES, "tools": [{"type": "function"}] * 300},
+        {"messages": MESSAGES * 200, "max_tokens": 1},
+        {"messages": [{"role": "user", "content": "x" * 15_000}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+        {"messages": MESSAGES, "stop": ["a"] * 17},
+        {"messages": MESSAGES, "stop": ""},
+        {"messages": MESSAGES, "n": 17},
+        {"messages": MESSAGES, "seed": 2**64},
+        {"messages": MESSAGES, "temperature": float("nan")},
+        {"messages": MESSAGES, "chat_template_kwargs": {"messages": 1}},
+        {"messages": MESSAGES, "stream_options": {"include_usage": True}},
+        {"messages": MESSAGES, "stream": True, "stream_options": {"x": 1}},
+    ],
+    ids=lambda one: str(one)[:50],
+)
+def test_what_is_beyond_limits_is_refused(url, body):
+    reply = httpx2.post(f"{url}/v1/chat/completions", content=json.dumps(body), timeout=SECONDS)
+    check(reply)
+    assert reply.status_code == 400
