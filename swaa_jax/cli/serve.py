@@ -174,10 +174,12 @@ def run(args: argparse.Namespace) -> int:
             f"swaa serve: expected the extra serve, got no module {error.name}; pip install "
             '"swaa-jax[serve]"'
         ) from error
+    from swaa_jax import runtime
     from swaa_jax.checkpoint.tokenizer import load_tokenizer
     from swaa_jax.models import load_model
-    from swaa_jax.serve.app import make_app
+    from swaa_jax.serve.app import make_app, make_engine
     from swaa_jax.serve.guard import read_keys
+    from swaa_jax.serve.hosts import follow
     from swaa_jax.serve.models import served_models
     from swaa_jax.serve.running import run_server
 
@@ -197,10 +199,12 @@ def run(args: argparse.Namespace) -> int:
     tok = load_tokenizer(args.model, revision=args.revision)
     name = args.name or pathlib.PurePath(args.model.rstrip("/")).name
     models = served_models(model, tok, name=name, policies=policies, adapters=adapters)
-    app = make_app(
-        models, _room(args, models[name].room), options=options, keys=keys,
-        memory_share=args.memory_share,
-    )  # fmt: skip
+    share = {} if args.memory_share is None else {"memory_share": args.memory_share}
+    engine = make_engine(models, _room(args, models[name].room), **share)
+    if not runtime.is_main_process():
+        follow(engine)
+        return 0
+    app = make_app(models, engine, options=options, keys=keys)
     run_server(
         app,
         host=args.host,

@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jax
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -27,17 +28,19 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from swaa_jax.engine import Engine, EngineOptions
+from swaa_jax.engine.engine import MEMORY_SHARE
 from swaa_jax.fields import check_fields, flag, integer, number
 from swaa_jax.serve.answers import Choice, Piece
 from swaa_jax.serve.errors import ApiError, error_body, error_response, refused
 from swaa_jax.serve.guard import Guard, read_limited
+from swaa_jax.serve.hosts import LeadingEngine
 from swaa_jax.serve.metrics import Metrics
 from swaa_jax.serve.models import ServedModels
 from swaa_jax.serve.replies import Reply, event, models_body
 from swaa_jax.serve.requests import Asked, ChatBody, CompletionBody, read_body
 from swaa_jax.serve.worker import BusyError, EngineFailedError, EngineWorker, Feed
 
-__all__ = ["ServeOptions", "make_app"]
+__all__ = ["ServeOptions", "make_app", "make_engine"]
 
 log = logging.getLogger(__name__)
 
@@ -85,31 +88,44 @@ class ServeOptions:
         )
 
 
-def make_app(
-    models: ServedModels,
-    room: EngineOptions,
-    *,
-    options: ServeOptions | None = None,
-    keys: tuple[bytes, ...] = (),
-    memory_share: float | None = None,
-) -> Starlette:
-    """The application.
+def make_engine(
+    models: ServedModels, room: EngineOptions, *, memory_share: float = MEMORY_SHARE
+) -> Engine:
+    """This process's engine of the models; in several processes, 0's leads and others `follow`.
 
     Args:
         models: by name.
-        room: of the engine, for each model.
-        options: limits.
-        keys: of which a client needs one; none: everybody is let in.
+        room: for each model.
         memory_share: of each device, for the engine.
 
     Raises:
         ValueError: rooms that do not fit the memory.
     """
+    kind = LeadingEngine if jax.process_count() > 1 and jax.process_index() == 0 else Engine
+    named = {name: one.model for name, one in models.items()}
+    return kind(named, room, memory_share=memory_share)
+
+
+def make_app(
+    models: ServedModels,
+    engine: Engine,
+    *,
+    options: ServeOptions | None = None,
+    keys: tuple[bytes, ...] = (),
+) -> Starlette:
+    """The application.
+
+    Args:
+        models: by name.
+        engine: of these models, from `make_engine`; the application's own from now on.
+        options: limits.
+        keys: of which a client needs one; none: everybody is let in.
+    """
     options = options or ServeOptions()
-    share = {} if memory_share is None else {"memory_share": memory_share}
-    engine = Engine({name: one.model for name, one in models.items()}, room, **share)
-    worker = EngineWorker(engine, most_requests=options.most_requests)
-    server = _Server(models, worker, options, room=room.max_tokens)
+    end = engine.end if isinstance(engine, LeadingEngine) else lambda: None
+    worker = EngineWorker(engine, most_requests=options.most_requests, on_end=end)
+    room = max(one.max_tokens for one in engine.options.values())
+    server = _Server(models, worker, options, room=room)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:

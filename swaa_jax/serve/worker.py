@@ -8,6 +8,7 @@ The engine belongs to the thread: nothing else touches it. Commands wait for the
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import logging
 import queue
@@ -19,6 +20,9 @@ from swaa_jax.engine import Engine, EngineClock, Request, Update
 __all__ = ["BusyError", "EngineFailedError", "EngineWorker", "Feed"]
 
 log = logging.getLogger(__name__)
+
+_BEAT_S = 1.0
+"""Between two rounds of an engine that has nothing to do."""
 
 
 class BusyError(Exception):
@@ -79,10 +83,13 @@ class EngineWorker:
     Args:
         engine: not to be used by anybody else from now on.
         most_requests: that may be left at a time, those that wait for a slot included.
+        on_end: called on the thread when it ends.
     """
 
-    def __init__(self, engine: Engine, *, most_requests: int):
-        self._engine, self._most = engine, most_requests
+    def __init__(
+        self, engine: Engine, *, most_requests: int, on_end: Callable[[], None] = lambda: None
+    ):
+        self._engine, self._most, self._on_end = engine, most_requests, on_end
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._feeds: dict[int, Feed] = {}  # of the event loop
@@ -214,13 +221,12 @@ class EngineWorker:
         try:
             while True:
                 self._obey(wait=self._engine.is_idle)
-                if not self._engine.is_idle:
-                    updates = self._engine.round()
-                    if updates:
-                        self._tell(self._deliver, updates)
+                updates = self._engine.round()  # an idle one's too: other processes wait for it
+                if updates:
+                    self._tell(self._deliver, updates)
                 self._loads = self._look()
         except _EndError:
-            return
+            self._on_end()
         except BaseException as error:
             log.exception("engine: a round failed; nothing is answered any more")
             failure = EngineFailedError(f"the engine failed: {type(error).__name__}")
@@ -231,15 +237,12 @@ class EngineWorker:
         return {name: dataclasses.asdict(load) for name, load in self._engine.loads.items()}
 
     def _obey(self, *, wait: bool) -> None:
-        """Runs the commands that are there; waits for one if there is nothing else to do."""
-        if wait:
-            self._commands.get()()
-        while True:
-            try:
-                command = self._commands.get_nowait()
-            except queue.Empty:
-                return
-            command()
+        """Runs the commands that are there; waits for one, a while, if nothing else is to do."""
+        with contextlib.suppress(queue.Empty):
+            if wait:
+                self._commands.get(timeout=_BEAT_S)()
+            while True:
+                self._commands.get_nowait()()
 
     def _refuse_commands(self) -> None:
         """Whoever comes later learns of the failure, and nothing waits for ever."""

@@ -1,5 +1,6 @@
 """`swaa serve` as a process: it says where it is, drains on SIGTERM, and refuses what is wrong."""
 
+import concurrent.futures
 import os
 import re
 import signal
@@ -8,9 +9,12 @@ import sys
 import threading
 
 import httpx2
+import numpy as np
 import pytest
 
+import swaa_jax as swaa
 from swaa_jax.cli.main import main
+from tests.support import processes
 
 pytest.importorskip("starlette")
 
@@ -18,16 +22,19 @@ COMMAND = [sys.executable, "-m", "swaa_jax.cli.main", "serve", "tiny-retriever"]
 ROOM = ["--dtype", "float32", "--slots", "2", "--max-tokens", "256", "--chunk-size", "32"]
 
 
-def started(*flags, **environment):
-    """The process and its URL."""
-    process = subprocess.Popen(
+def launched(*flags, **environment):
+    return subprocess.Popen(
         [*COMMAND, *ROOM, "--port", "0", *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **environment},
     )
-    line = process.stdout.readline()
+
+
+def started(process):
+    """The process and its URL."""
+    line = next(line for line in process.stdout if not line.startswith("[Gloo]"))
     found = re.search(r"on (http://127\.0\.0\.1:\d+)/v1", line)
     if not found:
         process.kill()
@@ -37,7 +44,7 @@ def started(*flags, **environment):
 
 def test_a_server_answers_drains_and_reports():
     process, url, line = started(
-        "--also", "narrow=window=16,sinks=2", SWAA_SERVE_KEYS="secret-key-1"
+        launched("--also", "narrow=window=16,sinks=2", SWAA_SERVE_KEYS="secret-key-1")
     )
     try:
         assert line.startswith("serving tiny-retriever, tiny-retriever:narrow on")
@@ -108,3 +115,65 @@ def test_short_keys_are_refused_unseen(tmp_path, capsys):
     (tmp_path / "keys.txt").write_text("# ours\nshort\n")
     assert main(["serve", "tiny-retriever", "--api-keys", str(tmp_path / "keys.txt")]) == 2
     assert "short\n" not in capsys.readouterr().err.replace("shorter", "")
+
+
+def test_two_processes_of_one_mesh_serve_as_one():
+    """Process 0 takes requests, the other does what it does; tokens are one process's."""
+    where = f"127.0.0.1:{processes.free_port()}"
+    flags = ["--mesh", "tensor=2", "--also", "narrow=window=16,sinks=2"]
+    pair = [
+        launched(
+            *flags,
+            "--coordinator", where, "--num-processes", "2", "--process-id", str(number),
+            **processes.environment(),
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    try:
+        url = started(pair[0])[1]
+        rng = np.random.default_rng(0)
+        # The last is longer than a round's first message has room for.
+        bodies = [
+            {
+                "model": ("tiny-retriever", "tiny-retriever:narrow")[at % 2],
+                "prompt": rng.integers(5, 2000, size=(7, 40, 20, 90)[at % 4]).tolist(),
+                "max_tokens": 12,
+                "temperature": at % 3 / 2,
+                "seed": at,
+            }
+            for at in range(8)
+        ]
+        bodies.append({**bodies[3], "prompt": [bodies[at]["prompt"] for at in (3, 1, 3, 1)] * 9})
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            replies = list(
+                pool.map(
+                    lambda b: httpx2.post(f"{url}/v1/completions", json=b, timeout=120), bodies
+                )
+            )
+        with httpx2.stream(
+            "POST", f"{url}/v1/completions", json={**bodies[0], "stream": True, "max_tokens": 99}
+        ) as left:
+            next(left.iter_lines())
+        for one in pair:  # as a cluster sends it: to all
+            one.send_signal(signal.SIGTERM)
+        ends = [one.communicate(timeout=60) for one in pair]
+        assert [one.returncode for one in pair] == [0, 0], ends
+    finally:
+        for one in pair:
+            one.kill()
+    model = swaa.load_model("tiny-retriever", dtype="float32")
+    tok = swaa.load_tokenizer("tiny-retriever")
+    for body, reply in zip(bodies[:8], replies, strict=False):
+        under = (
+            model if body["model"] == "tiny-retriever" else model.with_policy("window=16,sinks=2")
+        )
+        want = swaa.generate(
+            under,
+            tok,
+            [body["prompt"]],
+            max_new_tokens=12,
+            temperature=body["temperature"],
+            seed=body["seed"],
+        )
+        assert reply.json()["choices"][0]["text"] == want.texts[0]
+    assert len(replies[8].json()["choices"]) == 36

@@ -11,7 +11,7 @@ import swaa_jax as swaa
 from swaa_jax.engine import EngineOptions
 
 pytest.importorskip("starlette")
-from swaa_jax.serve.app import ServeOptions, make_app
+from swaa_jax.serve.app import ServeOptions, make_app, make_engine
 from swaa_jax.serve.models import served_models
 from swaa_jax.serve.requests import ChatBody, CompletionBody
 from tests.support.served import running
@@ -25,7 +25,7 @@ def url():
     model = swaa.load_model("tiny-retriever", dtype="float32")
     models = served_models(model, swaa.load_tokenizer("tiny-retriever"), name="tiny")
     options = ServeOptions(default_longest=2, most_body_bytes=20_000)
-    with running(make_app(models, ROOM, options=options)) as served:
+    with running(make_app(models, make_engine(models, ROOM), options=options)) as served:
         yield served.url
 
 

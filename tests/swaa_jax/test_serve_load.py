@@ -13,7 +13,7 @@ import swaa_jax as swaa
 from swaa_jax.engine import EngineOptions
 
 pytest.importorskip("starlette")
-from swaa_jax.serve.app import ServeOptions, make_app
+from swaa_jax.serve.app import ServeOptions, make_app, make_engine
 from swaa_jax.serve.models import served_models
 from tests.support.served import running
 
@@ -33,7 +33,9 @@ def server(model):
     tok = swaa.load_tokenizer("tiny-retriever")
     models = served_models(model, tok, name="tiny", policies=POLICIES)
     options = ServeOptions(most_requests=64, most_body_bytes=50_000)
-    with running(make_app(models, ROOM, options=options, keys=(KEY.encode(),))) as served:
+    with running(
+        make_app(models, make_engine(models, ROOM), options=options, keys=(KEY.encode(),))
+    ) as served:
         yield served
 
 

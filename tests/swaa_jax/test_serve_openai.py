@@ -10,7 +10,7 @@ from swaa_jax.eval.tasks.ruler import niah_multiquery
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("starlette")
-from swaa_jax.serve.app import ServeOptions, make_app  # noqa: E402
+from swaa_jax.serve.app import ServeOptions, make_app, make_engine  # noqa: E402
 from swaa_jax.serve.models import served_models  # noqa: E402
 from tests.support.served import running  # noqa: E402
 
@@ -35,7 +35,9 @@ def server(model, tok):
     models = served_models(model, tok, name="tiny", policies={"narrow": NARROW})
     room = EngineOptions(num_slots=4, max_tokens=512, chunk_size=32, page_size=32)
     options = ServeOptions(default_longest=24, most_body_bytes=100_000)
-    with running(make_app(models, room, options=options, keys=(KEY.encode(),))) as served:
+    with running(
+        make_app(models, make_engine(models, room), options=options, keys=(KEY.encode(),))
+    ) as served:
         yield served
 
 
