@@ -1,0 +1,249 @@
+"""What the server costs beside the bare engine, on one GPU, and what reuse saves.
+
+A Qwen3-4B-shaped model with random weights and a vocabulary of words, in bfloat16, greedy.
+
+- overhead: 32 clients, each with one request at a time, 96 requests of 512 to 4,096 tokens with 128
+  new ones; a bare engine that is kept as busy, and the server over HTTP, whole and streamed. The
+  clients are a process of their own. Output tokens a second.
+- reuse: a conversation of 30,000 tokens, asked once and once more with another turn. Seconds to the
+  first token of the stream.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from machine import version  # noqa: E402
+
+CLIENTS = 32
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--requests", type=int, default=96, metavar="N", help="default 96")
+    parser.add_argument("--steps-per-call", type=int, default=16, metavar="N", help="default 16")
+    parser.add_argument("--smoke", action="store_true", help="tiny, on the CPU, nothing kept")
+    parser.add_argument("--output", metavar="FILE", help="default: benchmarks/results/serve.json")
+    parser.add_argument("--load", nargs=2, help=argparse.SUPPRESS)  # the clients' own process
+    return parser.parse_args(argv)
+
+
+def words(count: int) -> Any:
+    """A tokenizer of so many words, with a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {f"w{number}": number for number in range(count - 1)} | {"<|end|>": count - 1}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tok = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    tok.chat_template = (
+        "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} <|end|> {% endfor %}assistant"
+    )
+    return tok
+
+
+def prompts_of(arguments: argparse.Namespace, vocab: int) -> list[list[int]]:
+    """Random tokens, short and long mixed."""
+    rng = np.random.default_rng(0)
+    shortest, longest = (16, 64) if arguments.smoke else (512, 4096)
+    lengths = np.geomspace(shortest, longest, arguments.requests).astype(int)
+    return [rng.integers(1, vocab - 1, n).tolist() for n in rng.permutation(lengths)]
+
+
+def bare(engine: Any, prompts: Sequence[Sequence[int]], new: int) -> float:
+    """Output tokens a second of an engine that has as many requests as there are clients."""
+    from swaa_jax.serve import Request
+
+    waiting, tokens, start = list(prompts), 0, time.perf_counter()
+    for _ in range(CLIENTS):
+        engine.submit(Request(tokens=waiting.pop(), max_new_tokens=new))
+    while not engine.is_idle:
+        for update in engine.round():
+            tokens += len(update.tokens)
+            if update.reason is not None and waiting:
+                engine.submit(Request(tokens=waiting.pop(), max_new_tokens=new))
+    return tokens / (time.perf_counter() - start)
+
+
+async def load(url: str, job: dict[str, Any]) -> dict[str, float]:
+    """Output tokens a second over HTTP, and the first token's seconds."""
+    import httpx2
+
+    waiting, tokens, firsts = list(job["prompts"]), 0, []
+
+    async def client(http: httpx2.AsyncClient) -> None:
+        nonlocal tokens
+        while waiting:
+            body = {"prompt": waiting.pop(), "max_tokens": job["new"], "temperature": 0}
+            body |= {"ignore_eos": True, "stream": job["stream"]}
+            if not job["stream"]:
+                reply = await http.post(f"{url}/v1/completions", json=body)
+                tokens += reply.json()["usage"]["completion_tokens"]
+                continue
+            body["stream_options"] = {"include_usage": True}
+            begun, seen = time.perf_counter(), False
+            async with http.stream("POST", f"{url}/v1/completions", json=body) as reply:
+                async for line in reply.aiter_lines():
+                    if line.startswith("data: {"):
+                        if not seen:
+                            firsts.append(time.perf_counter() - begun)
+                            seen = True
+                        usage = json.loads(line[6:]).get("usage")
+                        tokens += usage["completion_tokens"] if usage else 0
+
+    start = time.perf_counter()
+    async with httpx2.AsyncClient(timeout=600, limits=httpx2.Limits(max_connections=None)) as http:
+        await asyncio.gather(*(client(http) for _ in range(CLIENTS)))
+    return {
+        "tokens_per_s": tokens / (time.perf_counter() - start),
+        "first_token_s": float(np.median(firsts)) if firsts else 0.0,
+    }
+
+
+def in_clients(url: str, job: dict[str, Any], work: Path) -> dict[str, float]:
+    """`load` in a process of its own."""
+    path = work / "job.json"
+    path.write_text(json.dumps(job))
+    done = subprocess.run(
+        [sys.executable, __file__, "--load", url, str(path)],
+        capture_output=True, text=True, timeout=500, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    if done.returncode:
+        sys.exit(done.stderr[-2000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def first_token(url: str, messages: list[dict[str, str]]) -> tuple[float, int]:
+    """Seconds to a chat's first token, and how many of its tokens were cached."""
+    import httpx2
+
+    body = {"messages": messages, "max_tokens": 4, "temperature": 0, "stream": True}
+    body |= {"stream_options": {"include_usage": True}, "ignore_eos": True}
+    start, first, cached = time.perf_counter(), 0.0, 0
+    with httpx2.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=600) as reply:
+        for line in reply.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line[6:])
+            if chunk.get("usage"):
+                cached = chunk["usage"]["prompt_tokens_details"]["cached_tokens"]
+            elif not first and chunk["choices"][0]["delta"].get("content"):
+                first = time.perf_counter() - start
+    return first, cached
+
+
+def main() -> int:
+    """Runs all, prints and writes."""
+    arguments = parse_arguments()
+    if arguments.load:
+        url, path = arguments.load
+        print(json.dumps(asyncio.run(load(url, json.loads(Path(path).read_text())))))
+        return 0
+    import tempfile
+
+    import jax
+    import uvicorn
+    from model_shapes import MODELS
+
+    from swaa_jax.models import model_from_config
+    from swaa_jax.serve import EngineOptions
+    from swaa_jax.serve.app import ServeOptions, make_app, make_engine
+    from swaa_jax.serve.models import ServedModel, ServedModels
+
+    config = {**MODELS["Qwen3-4B"], "max_position_embeddings": 1 << 17}
+    new, long = 128, 30_000
+    if arguments.smoke:
+        config |= {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64}
+        config |= {"vocab_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+        new, long = 8, 1000
+    model = model_from_config(config, dtype="bfloat16")
+    tok = words(config["vocab_size"])
+    models = ServedModels([ServedModel.of("model", model, tok)])
+    room = EngineOptions(
+        num_slots=CLIENTS, max_tokens=8192 if not arguments.smoke else 256,
+        steps_per_call=arguments.steps_per_call,
+        chunk_size=64 if arguments.smoke else None,
+        reuse=False,
+    )  # fmt: skip
+    prompts = prompts_of(arguments, config["vocab_size"])
+    engine = make_engine(models, room)
+    bare(engine, [prompt[:40] for prompt in prompts[:CLIENTS]], 4)  # compiles
+    rates = {"engine": [bare(engine, prompts, new) for _ in range(2)]}
+
+    def serve(app: Any) -> tuple[uvicorn.Server, str, threading.Thread]:
+        config = uvicorn.Config(app, port=0, log_config=None, lifespan="on")
+        server, socket = uvicorn.Server(config), config.bind_socket()
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[socket])))
+        thread.start()
+        while not server.started:
+            time.sleep(0.05)
+        return server, f"http://127.0.0.1:{socket.getsockname()[1]}", thread
+
+    options = ServeOptions(most_body_bytes=1 << 26)
+    server, url, thread = serve(make_app(models, engine, options=options))
+    firsts = {}
+    with tempfile.TemporaryDirectory() as work:
+        for name, stream in (("whole", False), ("streamed", True)):
+            job = {"prompts": prompts, "new": new, "stream": stream}
+            runs = [in_clients(url, job, Path(work)) for _ in range(2)]
+            rates[name] = [run["tokens_per_s"] for run in runs]
+            firsts[name] = min(run["first_token_s"] for run in runs)
+    server.should_exit = True
+    thread.join()
+    del engine, server
+    room = EngineOptions(
+        num_slots=2, max_tokens=2 * long,
+        chunk_size=64 if arguments.smoke else None,
+    )  # fmt: skip
+    server, url, thread = serve(make_app(models, make_engine(models, room), options=options))
+    rng = random.Random(0)
+    text = " ".join(f"w{rng.randrange(1, config['vocab_size'] - 1)}" for _ in range(long))
+    first_token(url, [{"role": "user", "content": "w1 w2 w3"}])
+    turn = [{"role": "user", "content": text}]
+    first, _ = first_token(url, turn)
+    turn += [{"role": "assistant", "content": "w5 w6"}, {"role": "user", "content": "w7 w8"}]
+    again, cached = first_token(url, turn)
+    server.should_exit = True
+    thread.join()
+
+    best = {name: max(found) for name, found in rates.items()}
+    result = {
+        "command": "python benchmarks/serve.py",
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: version(name) for name in ("jax", "starlette", "uvicorn")},
+        "clients": CLIENTS,
+        "requests": arguments.requests,
+        "output_tokens_per_s": rates,
+        "overhead": {name: 1 - best[name] / best["engine"] for name in ("whole", "streamed")},
+        "median_first_token_s": firsts["streamed"],
+        "reuse": {"tokens": long, "first_s": first, "again_s": again, "cached": cached},
+    }
+    print(json.dumps(result, indent=1))
+    if not arguments.smoke or arguments.output:
+        output = Path(arguments.output or ROOT / "benchmarks/results/serve.json")
+        partial = output.with_suffix(".json.new")
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(partial, output)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
