@@ -16,6 +16,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps-per-call", type=int, default=16, metavar="N", help="default 16")
     parser.add_argument("--smoke", action="store_true", help="tiny, on the CPU, nothing kept")
     parser.add_argument("--output", metavar="FILE", help="default: benchmarks/results/serve.json")
+    parser.add_argument("--part", choices=["overhead", "reuse"], help=argparse.SUPPRESS)
     parser.add_argument("--load", nargs=2, help=argparse.SUPPRESS)  # the clients' own process
     return parser.parse_args(argv)
 
@@ -150,93 +152,124 @@ def first_token(url: str, messages: list[dict[str, str]]) -> tuple[float, int]:
     return first, cached
 
 
-def main() -> int:
-    """Runs all, prints and writes."""
-    arguments = parse_arguments()
-    if arguments.load:
-        url, path = arguments.load
-        print(json.dumps(asyncio.run(load(url, json.loads(Path(path).read_text())))))
-        return 0
-    import tempfile
-
-    import jax
+def served(engine: Any, models: Any) -> tuple[Any, str, threading.Thread]:
+    """A running server, its URL and its thread."""
     import uvicorn
+
+    from swaa_jax.serve.app import ServeOptions, make_app
+
+    app = make_app(models, engine, options=ServeOptions(most_body_bytes=1 << 26))
+    config = uvicorn.Config(app, port=0, log_config=None, lifespan="on")
+    server, socket = uvicorn.Server(config), config.bind_socket()
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[socket])))
+    thread.start()
+    while not server.started:
+        if not thread.is_alive():
+            sys.exit("the server did not start")
+        time.sleep(0.05)
+    return server, f"http://127.0.0.1:{socket.getsockname()[1]}", thread
+
+
+def made(*, smoke: bool) -> Any:
+    """The model, as it is served."""
     from model_shapes import MODELS
 
     from swaa_jax.models import model_from_config
-    from swaa_jax.serve import EngineOptions
-    from swaa_jax.serve.app import ServeOptions, make_app, make_engine
     from swaa_jax.serve.models import ServedModel, ServedModels
 
     config = {**MODELS["Qwen3-4B"], "max_position_embeddings": 1 << 17}
-    new, long = 128, 30_000
-    if arguments.smoke:
+    if smoke:
         config |= {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64}
         config |= {"vocab_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
-        new, long = 8, 1000
     model = model_from_config(config, dtype="bfloat16")
-    tok = words(config["vocab_size"])
-    models = ServedModels([ServedModel.of("model", model, tok)])
+    return ServedModels([ServedModel.of("model", model, words(config["vocab_size"]))])
+
+
+def overhead(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Rates of the bare engine, and of the server."""
+    from swaa_jax.serve import EngineOptions
+    from swaa_jax.serve.app import make_engine
+
+    models, new = made(smoke=arguments.smoke), 8 if arguments.smoke else 128
+    vocab = models["model"].model.config.vocab_size
     room = EngineOptions(
-        num_slots=CLIENTS, max_tokens=8192 if not arguments.smoke else 256,
+        num_slots=CLIENTS,
+        max_tokens=256 if arguments.smoke else 8192,
         steps_per_call=arguments.steps_per_call,
         chunk_size=64 if arguments.smoke else None,
         reuse=False,
-    )  # fmt: skip
-    prompts = prompts_of(arguments, config["vocab_size"])
+    )
+    prompts = prompts_of(arguments, vocab)
     engine = make_engine(models, room)
     bare(engine, [prompt[:40] for prompt in prompts[:CLIENTS]], 4)  # compiles
     rates = {"engine": [bare(engine, prompts, new) for _ in range(2)]}
-
-    def serve(app: Any) -> tuple[uvicorn.Server, str, threading.Thread]:
-        config = uvicorn.Config(app, port=0, log_config=None, lifespan="on")
-        server, socket = uvicorn.Server(config), config.bind_socket()
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[socket])))
-        thread.start()
-        while not server.started:
-            time.sleep(0.05)
-        return server, f"http://127.0.0.1:{socket.getsockname()[1]}", thread
-
-    options = ServeOptions(most_body_bytes=1 << 26)
-    server, url, thread = serve(make_app(models, engine, options=options))
-    firsts = {}
+    server, url, thread = served(engine, models)
     with tempfile.TemporaryDirectory() as work:
         for name, stream in (("whole", False), ("streamed", True)):
             job = {"prompts": prompts, "new": new, "stream": stream}
             runs = [in_clients(url, job, Path(work)) for _ in range(2)]
             rates[name] = [run["tokens_per_s"] for run in runs]
-            firsts[name] = min(run["first_token_s"] for run in runs)
     server.should_exit = True
     thread.join()
-    del engine, server
-    room = EngineOptions(
-        num_slots=2, max_tokens=2 * long,
-        chunk_size=64 if arguments.smoke else None,
-    )  # fmt: skip
-    server, url, thread = serve(make_app(models, make_engine(models, room), options=options))
-    rng = random.Random(0)
-    text = " ".join(f"w{rng.randrange(1, config['vocab_size'] - 1)}" for _ in range(long))
-    first_token(url, [{"role": "user", "content": "w1 w2 w3"}])
-    turn = [{"role": "user", "content": text}]
-    first, _ = first_token(url, turn)
-    turn += [{"role": "assistant", "content": "w5 w6"}, {"role": "user", "content": "w7 w8"}]
-    again, cached = first_token(url, turn)
-    server.should_exit = True
-    thread.join()
-
     best = {name: max(found) for name, found in rates.items()}
-    result = {
-        "command": "python benchmarks/serve.py",
-        "device": jax.devices()[0].device_kind,
-        "versions": {name: version(name) for name in ("jax", "starlette", "uvicorn")},
+    return {
         "clients": CLIENTS,
         "requests": arguments.requests,
         "output_tokens_per_s": rates,
         "overhead": {name: 1 - best[name] / best["engine"] for name in ("whole", "streamed")},
-        "median_first_token_s": firsts["streamed"],
-        "reuse": {"tokens": long, "first_s": first, "again_s": again, "cached": cached},
+        "median_first_token_s": min(run["first_token_s"] for run in runs),
     }
-    print(json.dumps(result, indent=1))
+
+
+def reuse(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds to the first token of a long conversation, and of its next turn."""
+    from swaa_jax.serve import EngineOptions
+    from swaa_jax.serve.app import make_engine
+
+    models, long = made(smoke=arguments.smoke), 1000 if arguments.smoke else 30_000
+    vocab = models["model"].model.config.vocab_size
+    room = EngineOptions(
+        num_slots=2, max_tokens=2 * long, chunk_size=64 if arguments.smoke else None
+    )
+    server, url, thread = served(make_engine(models, room), models)
+    rng = random.Random(0)
+    first_token(url, [{"role": "user", "content": "w1 w2 w3"}])
+    runs = []
+    for _ in range(3):
+        text = " ".join(f"w{rng.randrange(1, vocab - 1)}" for _ in range(long))
+        turn = [{"role": "user", "content": text}]
+        first, _ = first_token(url, turn)
+        turn += [{"role": "assistant", "content": "w5"}, {"role": "user", "content": "w7 w8"}]
+        again, cached = first_token(url, turn)
+        runs.append({"first_s": first, "again_s": again, "cached": cached})
+    server.should_exit = True
+    thread.join()
+    ratio = float(np.median([run["again_s"] / run["first_s"] for run in runs]))
+    return {"tokens": long, "runs": runs, "ratio": ratio}
+
+
+def main() -> int:
+    """Runs each part in a process of its own, prints and writes."""
+    arguments = parse_arguments()
+    if arguments.load:
+        url, path = arguments.load
+        print(json.dumps(asyncio.run(load(url, json.loads(Path(path).read_text())))))
+        return 0
+    if arguments.part:
+        import jax
+
+        found = {"overhead": overhead, "reuse": reuse}[arguments.part](arguments)
+        print(json.dumps({"device": jax.devices()[0].device_kind, **found}))
+        return 0
+    result: dict[str, Any] = {"command": "python benchmarks/serve.py"}
+    result["versions"] = {name: version(name) for name in ("jax", "starlette", "uvicorn")}
+    for part in ("overhead", "reuse"):
+        command = [sys.executable, __file__, *sys.argv[1:], "--part", part]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=500)
+        if done.returncode:
+            sys.exit(f"{part} failed")
+        result[part] = json.loads(done.stdout.splitlines()[-1])
+        print(json.dumps(result[part], indent=1), flush=True)
     if not arguments.smoke or arguments.output:
         output = Path(arguments.output or ROOT / "benchmarks/results/serve.json")
         partial = output.with_suffix(".json.new")
