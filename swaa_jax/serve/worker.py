@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import logging
 import queue
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -21,6 +22,7 @@ __all__ = ["BusyError", "EngineFailedError", "EngineWorker", "Feed"]
 
 log = logging.getLogger(__name__)
 
+_SWITCH_S = 5e-4
 _BEAT_S = 1.0
 """Between two rounds of an engine that has nothing to do."""
 
@@ -126,6 +128,8 @@ class EngineWorker:
     def start(self) -> None:
         """Begins, on the event loop that all other calls come from."""
         self._loop = asyncio.get_running_loop()
+        # Else the device waits up to 5 ms for the event loop to let the engine's thread go on.
+        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_S))
         self._thread.start()
 
     async def submit(self, *requests: Request) -> list[Feed]:
