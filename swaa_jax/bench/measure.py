@@ -162,7 +162,7 @@ class Summary:
         total_tokens_per_s: prompt and new tokens over the duration, as in the paper's table 5.
         requests_per_s: finished ones over the duration.
         ttft, tpot, latency, gap: of finished requests; None: there are none.
-        cache_bytes: of the request with the most, where a server tells.
+        request_cache_bytes: of keys and values of the request with the most, where a server tells.
     """
 
     asked: int
@@ -182,7 +182,7 @@ class Summary:
     tpot: Spread | None
     latency: Spread | None
     gap: Spread | None
-    cache_bytes: int | None
+    request_cache_bytes: int | None
 
     @classmethod
     def of(cls, timelines: Sequence[Timeline], duration_s: float) -> "Summary":
@@ -192,7 +192,10 @@ class Summary:
         began = [one for one in timelines if one.pieces]
         prompt_tokens = sum(one.prompt_tokens for one in began)
         output_tokens = sum(one.output_tokens for one in timelines)
-        per_s = 1 / duration_s if duration_s > 0 else 0.0
+
+        def per_s(count: int) -> float:
+            return count / duration_s if duration_s > 0 else 0.0
+
         caches = [one.cache_bytes for one in timelines if one.cache_bytes is not None]
         return cls(
             asked=len(timelines),
@@ -205,14 +208,14 @@ class Summary:
             reused_tokens=sum(one.reused_tokens for one in began),
             output_tokens=output_tokens,
             short_answers=sum(one.output_tokens < one.asked_tokens for one in finished),
-            output_tokens_per_s=output_tokens * per_s,
-            total_tokens_per_s=(prompt_tokens + output_tokens) * per_s,
-            requests_per_s=len(finished) * per_s,
+            output_tokens_per_s=per_s(output_tokens),
+            total_tokens_per_s=per_s(prompt_tokens + output_tokens),
+            requests_per_s=per_s(len(finished)),
             ttft=Spread.of(one.ttft for one in finished),
             tpot=Spread.of(one.tpot for one in finished),
             latency=Spread.of(one.latency for one in finished),
             gap=Spread.of(gap for one in finished for gap in one.gaps),
-            cache_bytes=max(caches, default=None),
+            request_cache_bytes=max(caches, default=None),
         )
 
 

@@ -29,7 +29,8 @@ LEGEND = (
     "Seconds (s) or milliseconds (ms): mean / p50 / p90 / p99 of finished requests. TTFT: from "
     "when a request was to be sent, waiting included, to its first token. TPOT: of each token "
     "behind the first. latency: to the last. new, all: tokens a second of answers, and of prompts "
-    "and answers together, over the whole run."
+    "and answers together, over the whole run. cache: set aside for keys and values of all "
+    "requests at a time; peak: that a device had in use at most, where it tells."
 )
 
 _GIB = 1 << 30
@@ -67,10 +68,6 @@ def _done(summary: Summary) -> str:
     return ", ".join([f"{summary.finished} of {summary.asked}", *more])
 
 
-def _cache(measurement: Measurement, summary: Summary) -> str:
-    return _gib(measurement.cache_bytes or summary.cache_bytes)
-
-
 _COLUMNS: tuple[tuple[str, Callable[[Measurement, Summary], str]], ...] = (
     ("finished", lambda _, summary: _done(summary)),
     ("TTFT s", lambda _, summary: _spread(summary.ttft)),
@@ -78,7 +75,8 @@ _COLUMNS: tuple[tuple[str, Callable[[Measurement, Summary], str]], ...] = (
     ("latency s", lambda _, summary: _spread(summary.latency)),
     ("new tok/s", lambda _, summary: _figure(summary.output_tokens_per_s)),
     ("all tok/s", lambda _, summary: _figure(summary.total_tokens_per_s)),
-    ("cache GiB", _cache),
+    ("cache GiB", lambda measurement, _: _gib(measurement.cache_bytes)),
+    ("GiB a request", lambda _, summary: _gib(summary.request_cache_bytes)),
     ("peak GiB", lambda measurement, _: _gib(measurement.peak_bytes)),
 )
 
@@ -223,8 +221,10 @@ def _chart(measurements: Sequence[Measurement], title: str, workload: Workload) 
             axis.set_yticks(range(len(names)), names)
             axis.margins(x=0.2)
             axis.spines[["top", "right"]].set_visible(False)
-            if len(series) > 1:
-                axis.legend(frameon=False, fontsize=8, loc="lower right")
+            if len(series) > 1:  # above the bars
+                axis.legend(
+                    frameon=False, fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1)
+                )
         axes[0].invert_yaxis()
         head = f"{title}\n{workload.describe()}".replace("$", r"\$")
         figure.suptitle(head, fontsize=10, x=0.01, ha="left")
