@@ -133,8 +133,10 @@ class _Client:
         """
         planned = workload.plan(vocab_size)
         async with self._endpoint.opened_client() as http:
-            length = len(planned[0].tokens)
-            self._wishes = await self._accepted(http, workload.warm_up(vocab_size, length))
+            prompt = workload.warm_up(vocab_size, workload.prompt.most)
+            self._wishes = await self._accepted(http, prompt)
+            if workload.shared_prefix:  # what goes on from a beginning may be a program of its own
+                await self._accepted(http, prompt)
             self._measurement.details = {"fields_taken": dict(self._wishes)}
             self._measurement.timelines = [Timeline.of(one) for one in planned]
             pairs = list(zip(planned, self._measurement.timelines, strict=True))
