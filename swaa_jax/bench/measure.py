@@ -254,7 +254,8 @@ class Measurement:
     @property
     def is_complete(self) -> bool:
         """Whether every request was answered."""
-        return self.error is None and all(one.is_finished for one in self.timelines)
+        answered = [one.is_finished for one in self.timelines]
+        return self.error is None and bool(answered) and all(answered)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""

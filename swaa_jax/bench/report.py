@@ -58,11 +58,17 @@ def _figure(value: float) -> str:
     return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
 
 
+def _rate(summary: Summary, value: float) -> str:
+    return _figure(value) if summary.asked else ""
+
+
 def _gib(count: int | None) -> str:
     return "" if count is None else _figure(count / _GIB)
 
 
 def _done(summary: Summary) -> str:
+    if not summary.asked:
+        return "not measured"
     more = [f"{summary.failed} failed"] if summary.failed else []
     more += [f"{summary.unfinished} cut off"] if summary.unfinished else []
     return ", ".join([f"{summary.finished} of {summary.asked}", *more])
@@ -73,8 +79,8 @@ _COLUMNS: tuple[tuple[str, Callable[[Measurement, Summary], str]], ...] = (
     ("TTFT s", lambda _, summary: _spread(summary.ttft)),
     ("TPOT ms", lambda _, summary: _spread(summary.tpot, scale=1e3)),
     ("latency s", lambda _, summary: _spread(summary.latency)),
-    ("new tok/s", lambda _, summary: _figure(summary.output_tokens_per_s)),
-    ("all tok/s", lambda _, summary: _figure(summary.total_tokens_per_s)),
+    ("new tok/s", lambda _, summary: _rate(summary, summary.output_tokens_per_s)),
+    ("all tok/s", lambda _, summary: _rate(summary, summary.total_tokens_per_s)),
     ("cache GiB", lambda measurement, _: _gib(measurement.cache_bytes)),
     ("GiB a request", lambda _, summary: _gib(summary.request_cache_bytes)),
     ("peak GiB", lambda measurement, _: _gib(measurement.peak_bytes)),

@@ -308,6 +308,8 @@ def test_the_report_of_anything_can_be_written(tmp_path):
     text = paths["bench.md"].read_text()
     assert r"a\|b &lt;c>$x^2$" in text and "not measured: no room" in text
     assert len(text) < 4000
+    assert "not measured |" in text and not strange.is_complete
+    assert not Measurement(name="interrupted before it began").is_complete
     assert json.loads(paths["bench.json"].read_text())["measurements"][1]["failed"] == 1
 
 
