@@ -26,7 +26,7 @@ from swaa_jax.fields import wrong
 from swaa_jax.limits import REPLY_BYTES
 from swaa_jax.redact import redact, redact_url
 
-__all__ = ["BROKEN", "Endpoint", "Reply", "excerpt", "retry_after", "run_apart"]
+__all__ = ["BROKEN", "Endpoint", "NoStreamError", "Reply", "excerpt", "retry_after", "run_apart"]
 
 BROKEN = (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError)
 """What `Endpoint` raises where a server cannot be talked to, or says what is no reply."""
@@ -44,6 +44,18 @@ def _without_secrets(record: logging.LogRecord) -> bool:
 
 # It logs every request with the whole URL.
 logging.getLogger("httpx2").addFilter(_without_secrets)
+
+
+class NoStreamError(ValueError):
+    """A server answered with something else than a stream.
+
+    Attributes:
+        status: of HTTP.
+    """
+
+    def __init__(self, message: str, *, status: int):
+        super().__init__(message)
+        self.status = status
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,7 +190,8 @@ class Endpoint:
         """The data of each server-sent event, as it comes.
 
         Raises:
-            ValueError: an answer that is no stream, too long a line, or the deadline.
+            NoStreamError: an answer that is no stream.
+            ValueError: too long a line, or the deadline.
             httpx2.HTTPError: the connection broke.
         """
         try:
@@ -189,9 +202,10 @@ class Endpoint:
                 kind = response.headers.get("Content-Type", "")
                 if response.status_code >= 300 or "text/event-stream" not in kind:
                     said = (await response.aread())[:_EXCERPT]
-                    raise ValueError(
+                    raise NoStreamError(
                         f"expected a stream, got {response.status_code} "
-                        f"{self.excerpt(said.decode(errors='replace'))}"
+                        f"{self.excerpt(said.decode(errors='replace'))}",
+                        status=response.status_code,
                     )
                 left = b""
                 async for chunk in response.aiter_raw():

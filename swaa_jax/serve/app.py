@@ -333,6 +333,8 @@ class _Answer:
                         yield event(chunk)
                     async for piece in self._pieces(feeds):
                         for chunk in self._reply.chunks(piece):
+                            if self._asked.body.has_usage_throughout:
+                                chunk["usage"] = self._reply.usage(self._choices)
                             yield event(chunk)
             except TimeoutError as error:
                 raise _TOO_LONG from error

@@ -50,14 +50,18 @@ class StreamOptions:
 
     Attributes:
         include_usage: end a stream with a piece that says how many tokens there were.
+        continuous_usage_stats: vLLM's and SGLang's; every piece says how many there are so far.
         include_obfuscation: OpenAI's padding against eavesdroppers; there is none here.
     """
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: bool = False
 
     def __post_init__(self):
-        check_fields(self, include_usage=flag, include_obfuscation=flag)
+        check_fields(
+            self, include_usage=flag, continuous_usage_stats=flag, include_obfuscation=flag
+        )
         if self.include_obfuscation:
             raise wrong("include_obfuscation", "false, or nothing", True)
 
@@ -128,6 +132,11 @@ class _Body:
     def include_usage(self) -> bool:
         """Whether a stream ends with its usage."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def has_usage_throughout(self) -> bool:
+        """Whether each piece of a stream says the usage so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     def params(self, served: ServedModel) -> SamplingParams:
         """How tokens are drawn: what the request says, else the model's own defaults."""

@@ -1,0 +1,1 @@
+"""Speed of models under attention policies, and of servers, under one workload; see README.md."""

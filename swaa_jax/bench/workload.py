@@ -1,0 +1,210 @@
+"""`Workload`: which requests are sent and when, the same for every policy and every server.
+
+    closed loop    --concurrency 3       open loop    --rate 2 (Poisson)
+    r0 [......]r3 [....                  r0 [........
+    r1 [...]r4 [......                      r1 [.....
+    r2 [..........]r5 [                               r2 [....
+    a request is sent when one ends      a request is sent at its time, whatever has ended
+
+All of it follows from the seed. Lengths, times and tokens have streams of draws of their own, so
+that changing one leaves the others as they were.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from swaa_jax.fields import check_fields, integer, list_of, number, or_none, show, wrong
+
+__all__ = ["Lengths", "Planned", "Workload", "parse_lengths"]
+
+_LENGTHS, _ARRIVALS, _TOKENS = range(3)
+_LENGTH = re.compile(r"([1-9]\d{0,9})(k?)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """How many tokens each request has.
+
+    Attributes:
+        values: one length; several, which take turns; or the least and the most of a range.
+        is_range: each length is drawn from the range, all of which are equally likely.
+
+    Raises:
+        ValueError: a length below 1, none at all, or no range.
+    """
+
+    values: tuple[int, ...]
+    is_range: bool = False
+
+    def __post_init__(self):
+        check_fields(self, values=list_of(integer(least=1)))
+        if not self.values:
+            raise wrong("values", "a length at least", self.values)
+        if self.is_range and (len(self.values) != 2 or self.values[0] > self.values[1]):
+            raise wrong("values", "the least and the most of a range", self.values)
+
+    @property
+    def most(self) -> int:
+        """The longest that may come."""
+        return max(self.values)
+
+    def draw(self, count: int, rng: np.random.Generator) -> list[int]:
+        """Lengths of so many requests."""
+        if self.is_range:
+            low, high = self.values
+            return rng.integers(low, high, count, endpoint=True).tolist()
+        return [self.values[at % len(self.values)] for at in range(count)]
+
+    def __str__(self) -> str:
+        return (":" if self.is_range else ",").join(map(str, self.values))
+
+
+def parse_lengths(name: str, text: str) -> Lengths:
+    """Lengths as they are typed: a number, a range, or a list.
+
+    >>> parse_lengths("prompt", "128k").values
+    (131072,)
+    >>> str(parse_lengths("prompt", "512:8k")), str(parse_lengths("prompt", "100,200"))
+    ('512:8192', '100,200')
+
+    Raises:
+        ValueError: malformed.
+    """
+    is_range = ":" in text
+    found = [_LENGTH.fullmatch(part.strip()) for part in re.split("[:,]", text)]
+    values = tuple(int(one[1]) * (1024 if one[2] else 1) for one in found if one is not None)
+    is_mixed = is_range and ("," in text or len(found) != 2)
+    if None in found or is_mixed or (is_range and values[0] > values[1]):
+        raise ValueError(
+            f"{name}: expected tokens such as 1024, a range such as 512:8k, or a list such as "
+            f"100,200,4k, got {show(text)}"
+        )
+    return Lengths(values=values, is_range=is_range)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A request before it is sent.
+
+    Attributes:
+        number: from 0.
+        tokens: of the prompt.
+        output_tokens: that the answer is to have.
+        arrival: seconds from the start; None: when an earlier request has ended.
+    """
+
+    number: int
+    tokens: Int[np.ndarray, " T"]
+    output_tokens: int
+    arrival: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Requests, and when they are sent.
+
+    Attributes:
+        prompt: tokens of prompts.
+        output: tokens of answers.
+        num_requests: how many there are.
+        concurrency: so many are under way at a time, and one is sent when one ends (closed loop).
+        rate: so many a second are sent on average, at the times of a Poisson process (open loop).
+        shared_prefix: the part of each prompt, from its beginning, that all prompts have alike.
+        seed: of lengths, times and tokens.
+
+    Raises:
+        ValueError: a value out of range, or not one of concurrency and rate.
+    """
+
+    prompt: Lengths
+    output: Lengths
+    num_requests: int = 32
+    concurrency: int | None = None
+    rate: float | None = None
+    shared_prefix: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        check_fields(
+            self,
+            num_requests=integer(least=1, most=1_000_000),
+            concurrency=or_none(integer(least=1, most=100_000)),
+            rate=or_none(number(above=0, most=1_000_000)),
+            shared_prefix=number(least=0, most=1),
+            seed=integer(least=0, most=2**32 - 1),
+        )
+        if (self.concurrency is None) == (self.rate is None):
+            both = "both" if self.rate is not None else "neither"
+            raise ValueError(f"concurrency: expected it or a rate, got {both}; give one of them")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and answer together."""
+        return self.prompt.most + self.output.most
+
+    def _rng(self, *stream: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *stream])
+
+    def lengths(self) -> list[tuple[int, int]]:
+        """Tokens of each request's prompt and answer."""
+        rng = self._rng(_LENGTHS)
+        prompts = self.prompt.draw(self.num_requests, rng)
+        return list(zip(prompts, self.output.draw(self.num_requests, rng), strict=True))
+
+    def arrivals(self) -> Float[np.ndarray, " R"] | None:
+        """Seconds from the start, of each request; None: they follow one another."""
+        if self.rate is None:
+            return None
+        return np.cumsum(self._rng(_ARRIVALS).exponential(1 / self.rate, self.num_requests))
+
+    def plan(self, vocab_size: int) -> list[Planned]:
+        """The requests, in order of arrival.
+
+        Args:
+            vocab_size: prompts are tokens below it, all equally likely.
+        """
+        lengths, arrivals = self.lengths(), self.arrivals()
+        common = self._rng(_TOKENS).integers(0, vocab_size, self.prompt.most, np.int32)
+        planned = []
+        for at, (prompt, output) in enumerate(lengths):
+            shared = round(self.shared_prefix * prompt)
+            own = self._rng(_TOKENS, at + 1).integers(0, vocab_size, prompt - shared, np.int32)
+            planned.append(
+                Planned(
+                    number=at,
+                    tokens=np.concatenate([common[:shared], own]),
+                    output_tokens=output,
+                    arrival=None if arrivals is None else float(arrivals[at]),
+                )
+            )
+        return planned
+
+    def warm_up(self, vocab_size: int, length: int) -> list[int]:
+        """A prompt that begins like none of the plan's, to be read before the clock starts."""
+        rng = self._rng(_TOKENS, 0, 1)
+        return rng.integers(0, vocab_size, length, np.int32).tolist()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data; lengths as they are typed."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return fields | {"prompt": str(self.prompt), "output": str(self.output)}
+
+    def describe(self) -> str:
+        """In a line, for titles."""
+
+        def tokens(lengths: Sequence[int]) -> str:
+            low, high = min(lengths), max(lengths)
+            return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+        found = self.lengths()
+        when = f"{self.rate:g} a second" if self.rate else f"{self.concurrency} at a time"
+        shared = f", {self.shared_prefix:.0%} of them alike" if self.shared_prefix else ""
+        return (
+            f"{self.num_requests} requests, {when}: prompts of {tokens([n for n, _ in found])} "
+            f"tokens{shared}, answers of {tokens([n for _, n in found])}"
+        )
