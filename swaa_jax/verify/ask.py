@@ -31,8 +31,10 @@ _PAUSE_S = 1.0
 _NOT_TAKEN = (400, 404, 405, 413, 415, 422, 501)  # the form of the request, perhaps
 
 
-def ask_model(record: Record, model: CausalLM, tok: "PreTrainedTokenizerBase") -> list[Reply]:
-    """What a model says under its own policy.
+def ask_model(
+    record: Record, model: CausalLM, tok: "PreTrainedTokenizerBase", *, logprobs: bool = True
+) -> list[Reply]:
+    """What a model says under its own policy, with log-probabilities or without.
 
     Raises:
         ValueError: it is not of the recorded model's shape.
@@ -49,7 +51,8 @@ def ask_model(record: Record, model: CausalLM, tok: "PreTrainedTokenizerBase") -
     prompts = [probe.tokens for probe in record.probes]
     ends = eos_token_ids(model, tok)
     paths = answer_paths(model, prompts, TokenText(tok), ends, longest, options)
-    return [Reply(text="") if path is None else path.as_reply() for path in paths]
+    replies = [Reply(text="") if path is None else path.as_reply() for path in paths]
+    return replies if logprobs else [Reply(text=one.text) for one in replies]
 
 
 def only_model(endpoint: Endpoint, *, timeout_s: float = 60.0) -> str:
@@ -187,7 +190,7 @@ class _Asker:
             raise wrong("reply", "a completion with a text", said)
         if isinstance(read, int) and read != len(probe.tokens):
             raise ValueError(
-                f"usage: expected {len(probe.tokens)} prompt tokens, as the record has, got {read}: "
+                f"usage: expected {len(probe.tokens)} prompt tokens, as recorded, got {read}: "
                 "the server reads the prompt otherwise, with another tokenizer or with tokens "
                 "added; serve the recorded model, or record this one"
             )

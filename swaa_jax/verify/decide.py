@@ -21,13 +21,10 @@ from typing import Literal
 
 from swaa_jax.fields import wrong
 from swaa_jax.verify.candidates import RECORDED
-from swaa_jax.verify.paths import Comparison, Reply, compare
+from swaa_jax.verify.paths import LARGE_JUMP, Comparison, Reply, compare
 from swaa_jax.verify.record import Record
 
-__all__ = ["LARGE_JUMP", "Evidence", "Verdict", "as_dict", "decide"]
-
-LARGE_JUMP = 6.0
-"""In units of the noise: a jump over such a gap is none of the noise's."""
+__all__ = ["Evidence", "Verdict", "as_dict", "decide"]
 
 _LARGE_RESIDUAL = 3.0  # the same of log-probabilities: half of them are further off
 _DECISIVE = math.log(100.0)  # of the likelihoods of the best candidate and of the next

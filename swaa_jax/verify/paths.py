@@ -14,10 +14,24 @@ from collections.abc import Mapping, Sequence
 from swaa_jax.fields import check_fields, integer, number, string
 from swaa_jax.infer.stopping import TokenText
 
-__all__ = ["END", "Comparison", "Option", "Path", "Reply", "Step", "compare", "make_path"]
+__all__ = [
+    "END",
+    "LARGE_JUMP",
+    "Comparison",
+    "Option",
+    "Path",
+    "Reply",
+    "Step",
+    "compare",
+    "make_path",
+    "margin",
+]
 
 END = "\x04"
 """Stands in texts for the token that ends an answer."""
+
+LARGE_JUMP = 6.0
+"""In units of the noise: a jump over such a gap is none of the noise's."""
 
 _PARTIAL = "\ufffd"  # bytes that are no character yet
 _ID_FORM = "token_id:"  # how vLLM names tokens when it is told to
@@ -127,6 +141,14 @@ def compare(path: Path, reply: Reply) -> Comparison:
     return Comparison(
         agreed=tuple(agreed), jumped=jumped, residuals=tuple(one for one in residuals if one)
     )
+
+
+def margin(one: Path, other: Path) -> float:
+    """How clearly tokens tell two paths apart: the least gap up to where they part."""
+    ab, ba = compare(one, other.as_reply()), compare(other, one.as_reply())
+    if ab.jumped is None or ba.jumped is None:
+        return 0.0
+    return min([ab.jumped, ba.jumped, *ab.agreed, *ba.agreed])
 
 
 def _residuals(step: Step, scores: Mapping[str, float]) -> tuple[float, ...]:

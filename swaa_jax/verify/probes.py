@@ -30,8 +30,7 @@ from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.progress import show_progress
 from swaa_jax.verify.candidates import Candidate, candidates
-from swaa_jax.verify.decide import LARGE_JUMP
-from swaa_jax.verify.paths import Path, compare, make_path
+from swaa_jax.verify.paths import LARGE_JUMP, Path, compare, make_path, margin
 from swaa_jax.verify.record import Probe, Record
 
 if TYPE_CHECKING:
@@ -43,6 +42,7 @@ log = logging.getLogger(__name__)
 
 _KINDS = ("few", "few", "few", "any", "period")
 _LEAST_NOISE = 1e-3
+_ATTEMPTS = 20  # at a prompt whose text encodes to as many tokens as are wanted
 _BEHIND = 8  # tokens of a prompt behind window and sinks, at least
 
 
@@ -226,7 +226,7 @@ def _choose(
     for row, at in enumerate(usable):
         for column, (a, b) in enumerate(pairs):
             one, other = _there(paths[a][at]), _there(paths[b][at])
-            clear[row, column] = _margin(one, other) / (LARGE_JUMP * noise)
+            clear[row, column] = margin(one, other) / (LARGE_JUMP * noise)
             seen[row, column] = _distance(one, other) / (LARGE_JUMP * noise)
     weights = np.array([2.0 if next(iter(paths)) in pair else 1.0 for pair in pairs])
     worth = np.minimum(clear, 2.0) * (clear >= 1.0)
@@ -246,14 +246,6 @@ def _choose(
     for a, b in weak:
         log.info("probes: %s and %s are not told apart %d times by tokens", a, b, options.times)
     return [usable[row] for row in chosen], not weak
-
-
-def _margin(one: Path, other: Path) -> float:
-    """How clearly tokens tell two paths apart: the least gap up to where they part."""
-    ab, ba = compare(one, other.as_reply()), compare(other, one.as_reply())
-    if ab.jumped is None or ba.jumped is None:
-        return 0.0
-    return min([ab.jumped, ba.jumped, *ab.agreed, *ba.agreed])
 
 
 def _distance(one: Path, other: Path) -> float:
@@ -299,6 +291,15 @@ class _Proposer:
             yield self._one()
 
     def _one(self) -> tuple[tuple[int, ...], str | None]:
+        """A prompt that is a text, too; after some attempts one that is token ids alone."""
+        ids: tuple[int, ...] = ()
+        for _ in range(_ATTEMPTS):
+            ids = self._ids_of_one()
+            if (found := self._as_text(ids)) is not None:
+                return found
+        return ids, None
+
+    def _ids_of_one(self) -> tuple[int, ...]:
         kind = _KINDS[int(self._rng.integers(len(_KINDS)))]
         size = int(self._rng.integers(self._least, self.longest + 1))
         if kind == "few":
@@ -309,12 +310,11 @@ class _Proposer:
         else:
             period = max(2, self._window + int(self._rng.integers(-3, 4)))
             tokens = np.resize(self._rng.choice(self._ids, period), size)
-        ids = tuple(int(one) for one in tokens)
-        return self._as_text(ids) or (ids, None)
+        return tuple(int(one) for one in tokens)
 
     def _as_text(self, ids: tuple[int, ...]) -> tuple[tuple[int, ...], str] | None:
         """The prompt as a text, and what the tokenizer makes of that; None: too short or long."""
-        text = str(self._tok.decode(ids, clean_up_tokenization_spaces=False))
+        text = str(self._tok.decode(list(ids), clean_up_tokenization_spaces=False))
         again = tuple(self._tok(text)["input_ids"])
         if not self._least <= len(again) <= self.longest:
             return None

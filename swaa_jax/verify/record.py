@@ -10,6 +10,7 @@ The prompts are token ids, and a text that encodes to them where the tokenizer h
 """
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ from swaa_jax.fields import (
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.typing import PathLike
 from swaa_jax.verify.candidates import Candidate
-from swaa_jax.verify.paths import Option, Path, Step
+from swaa_jax.verify.paths import LARGE_JUMP, Option, Path, Step, margin
 
 __all__ = ["Probe", "Record", "read_record", "write_record"]
 
@@ -107,6 +108,19 @@ class Record:
     def policy(self) -> AttentionPolicy:
         """That a server should run."""
         return self.candidates[0].policy
+
+    @property
+    def unclear(self) -> list[tuple[str, str]]:
+        """Each two candidates that no probe tells apart clearly by tokens alone."""
+        pairs = itertools.combinations(self.names, 2)
+        return [
+            (a, b)
+            for a, b in pairs
+            if all(
+                margin(probe.paths[a], probe.paths[b]) < LARGE_JUMP * self.noise
+                for probe in self.probes
+            )
+        ]
 
     def policy_of(self, name: str) -> AttentionPolicy:
         """The candidate's."""
