@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from swaa_jax.fields import wrong
-from swaa_jax.models.config import DecoderConfig
 from swaa_jax.policy import AttentionPolicy, LayerAttention
 
 __all__ = ["RECORDED", "Candidate", "candidates"]
@@ -27,7 +26,11 @@ class Candidate:
 
 
 def candidates(
-    policy: AttentionPolicy, config: DecoderConfig, *, against: Sequence[AttentionPolicy] = ()
+    policy: AttentionPolicy,
+    *,
+    num_layers: int,
+    num_kv_heads: int | None = None,
+    against: Sequence[AttentionPolicy] = (),
 ) -> list[Candidate]:
     """The policy, and what servers run by mistake in its place; the policy is the first.
 
@@ -35,7 +38,7 @@ def candidates(
 
     Args:
         policy: that a server should run.
-        config: of the model.
+        num_layers, num_kv_heads: of the model.
         against: further policies, named by their text.
 
     Raises:
@@ -43,21 +46,19 @@ def candidates(
             tell the policy from.
 
     Examples:
-        >>> from types import SimpleNamespace
-        >>> config = SimpleNamespace(num_layers=4, num_kv_heads=2)
         >>> policy = AttentionPolicy.parse("window=64,sinks=4,full_layers=1::2,decode=full")
-        >>> [one.name for one in candidates(policy, config)][:6]
+        >>> [one.name for one in candidates(policy, num_layers=4)][:6]
         ['the recorded policy', 'full attention', 'window - 1', 'window + 1', 'no sinks',
          'sinks - 1']
     """
 
     def resolved(one: AttentionPolicy) -> tuple[LayerAttention, ...]:
-        return one.resolve(config.num_layers, num_kv_heads=config.num_kv_heads)
+        return one.resolve(num_layers, num_kv_heads=num_kv_heads)
 
     found = {resolved(policy): Candidate(name=RECORDED, policy=policy)}
     for one in against:
         found.setdefault(resolved(one), Candidate(name=str(one), policy=one))
-    for name, fields in _changes(policy, config.num_layers):
+    for name, fields in _changes(policy, num_layers):
         try:
             other = AttentionPolicy() if not fields else dataclasses.replace(policy, **fields)
             found.setdefault(resolved(other), Candidate(name=name, policy=other))

@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 
-from swaa_jax.fields import check_fields, integer, number, string
 from swaa_jax.infer.stopping import TokenText
 
 __all__ = [
@@ -50,9 +49,6 @@ class Option:
     id: int
     logprob: float
     piece: str
-
-    def __post_init__(self):
-        check_fields(self, id=integer(least=0), logprob=number(most=1e-3), piece=string)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,12 +119,12 @@ def compare(path: Path, reply: Reply) -> Comparison:
     text = reply.text.removesuffix(END).rstrip(_PARTIAL) + (END if END in reply.text else "")
     text = text.lstrip()  # some servers strip it
     agreed, residuals, jumped, at = [], [], None, 0
-    for number_, step in enumerate(path.steps):
+    for number, step in enumerate(path.steps):
         rest = text[at:]
         if not rest:
             break
-        if number_ < len(reply.scores):
-            residuals.append(_residuals(step, reply.scores[number_]))
+        if number < len(reply.scores):
+            residuals.append(_residuals(step, reply.scores[number]))
         pieces = [one.piece if at else one.piece.lstrip() for one in step.options]
         if rest.startswith(pieces[0]):
             agreed.append(step.gap)

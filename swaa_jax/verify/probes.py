@@ -105,7 +105,10 @@ def make_record(
         ValueError: the policy does not fit the model, its window is as long as the model's
             context, or no probe tells it from anything.
     """
-    found = candidates(policy, model.config, against=against)
+    config = model.config
+    found = candidates(
+        policy, num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, against=against
+    )
     text, ends = TokenText(tok), eos_token_ids(model, tok)
     proposer = _Proposer(tok, text, found, context_of(model), options)
     paths: dict[str, list[Path | None]] = {one.name: [] for one in found}

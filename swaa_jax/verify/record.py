@@ -39,6 +39,7 @@ __all__ = ["Probe", "Record", "read_record", "write_record"]
 
 _FORMAT, _VERSION = "swaa-verify", 1
 _KEYS = ("format", "version", "noise", "new_tokens", "model", "versions", "candidates", "probes")
+_ID, _LOGPROB = integer(least=0), number(most=0)
 _PATHS = "lists of [id, log-probability, text], at least two a step"
 
 
@@ -217,8 +218,11 @@ def _path(name: str, value: object) -> Path:
 def _option(name: str, value: object) -> Option:
     if not isinstance(value, list) or len(value) != 3:
         raise wrong(name, "[id, log-probability, text]", value)
-    with naming(name):
-        return Option(id=value[0], logprob=value[1], piece=value[2])
+    return Option(
+        id=_ID(f"{name}[0]", value[0]),
+        logprob=_LOGPROB(f"{name}[1]", value[1]),
+        piece=string(f"{name}[2]", value[2]),
+    )
 
 
 def _plain(path: Path) -> list[list[list[object]]]:
