@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 
 import numpy as np
 import pytest
@@ -380,7 +379,7 @@ class FakeEndpoint(Endpoint):
         key = tuple(body["prompt"]) if is_ids else body["prompt"]
         (probe,) = [one for one in self.record.probes if key in (one.tokens, one.text)]
         answer = probe.paths["full attention"]
-        choice = {
+        choice: dict[str, object] = {
             "text": answer.text.removesuffix(END),
             "finish_reason": "stop" if answer.text.endswith(END) else "length",
         }
@@ -430,29 +429,35 @@ SERVERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_seven_servers_are_named_rightly_for_twenty_seeds(serving, tmp_path, dtype):
-    """Records in float32; `pytest -m slow -s` prints how clear it was."""
+def test_seven_servers_are_named_rightly_for_twenty_seeds(serving):
+    """Records in float32, servers in float32 and in bfloat16; `-s` prints how clear it was."""
     tok = swaa.load_tokenizer("tiny-retriever")
-    model = swaa.load_model("tiny-retriever", dtype="float32")
-    twin = swaa.load_model("tiny-retriever", dtype="bfloat16")
-    served_model = {"float32": model, "bfloat16": twin}[dtype].with_policy(POLICY)
+    model, twin = (
+        swaa.load_model("tiny-retriever", policy=POLICY, dtype=dtype)
+        for dtype in ("float32", "bfloat16")
+    )
     policies = {str(at): policy for at, policy in enumerate(SERVERS.values())}
-    wrong, least = [], {True: math.inf, False: math.inf}
-    with serving(served_model, tok, policies) as served:
-        endpoint = Endpoint(url=f"{served.url}/v1")
-        for seed in range(20 if dtype == "float32" else 5):
+    wrong = []
+    with serving(model, tok, policies) as one, serving(twin, tok, policies) as other:
+        for seed in range(20):
             options = ProbeOptions(seed=seed)
             record = make_record(model, tok, POLICY, twin=twin, options=options)
-            for at, name in enumerate(SERVERS):
-                for logprobs in (True, False):
-                    replies = ask_server(record, endpoint, model=f"m:{at}", logprobs=logprobs)
-                    verdict = decide(record, replies)
-                    first, second = verdict.evidence[:2]
-                    clear = first.log_likelihood - second.log_likelihood
-                    least[logprobs] = min(least[logprobs], clear)
+            print("seed", seed, len(record.probes), "probes; noise", record.noise, record.unclear)
+            for dtype, served in {"float32": one, "bfloat16": other}.items():
+                endpoint = Endpoint(url=f"{served.url}/v1")
+                for at, name in enumerate(SERVERS):
+                    replies = ask_server(record, endpoint, model=f"m:{at}")
+                    plain = [Reply(text=reply.text) for reply in replies]
+                    if seed == 0:
+                        asked = ask_server(record, endpoint, model=f"m:{at}", logprobs=False)
+                        assert asked == plain
                     right = "same" if name == RECORDED else "other"
-                    if (verdict.answer, verdict.name) != (right, name):
-                        wrong.append((seed, name, logprobs, verdict.answer, verdict.name, clear))
-            print(dtype, seed, len(record.probes), record.noise, record.unclear, least, wrong)
+                    for given in (replies, plain):
+                        verdict = decide(record, given)
+                        first, second = (one.log_likelihood for one in verdict.evidence[:2])
+                        told = (dtype, name, verdict.has_logprobs, round(first - second, 1))
+                        print("   ", *told)
+                        if (verdict.answer, verdict.name) != (right, name):
+                            wrong.append((seed, *told, verdict.answer, verdict.name))
+            print("wrong so far:", wrong, flush=True)
     assert not wrong
