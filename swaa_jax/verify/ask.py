@@ -184,10 +184,14 @@ class _Asker:
             said, reason = choice["text"], choice.get("finish_reason")
             read = (document.get("usage") or {}).get("prompt_tokens")
             scores = _scores(choice.get("logprobs"))
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise wrong("reply", "a completion with choices and a text", document) from error
-        if not isinstance(said, str):
-            raise wrong("reply", "a completion with a text", said)
+            if not isinstance(said, str):
+                raise TypeError(f"expected a text, got {describe(said)}")
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            got = self._endpoint.excerpt(content.decode(errors="replace"))
+            raise ValueError(
+                f"reply: expected a completion, with choices that have a text, got {got!r}; is it "
+                "an OpenAI-compatible server?"
+            ) from error
         if isinstance(read, int) and read != len(probe.tokens):
             raise ValueError(
                 f"usage: expected {len(probe.tokens)} prompt tokens, as recorded, got {read}: "

@@ -417,6 +417,49 @@ def test_a_server_that_reads_otherwise_is_told(small):
         ask_server(record, server, model="m")
 
 
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        (b"<html>", "expected a JSON|JSON"),
+        (b"[]", "reply: expected a completion"),
+        (b'{"choices": []}', "reply: expected a completion"),
+        (b'{"choices": [{"text": 5}]}', "reply: expected a completion"),
+        (b'{"choices": [{"text": ""}], "usage": [1]}', "reply: expected a completion"),
+        (b'{"choices": [{"text": "", "logprobs": {"tokens": 5}}]}', "reply: expected a comple"),
+        (
+            b'{"choices": [{"text": "", "logprobs": {"tokens": ["a"], "token_logprobs": [0],'
+            b' "top_logprobs": ["abc"]}}]}',
+            "reply: expected a completion",
+        ),
+    ],
+)
+def test_what_is_no_completion_is_told(small, monkeypatch, body, message):
+    record = read_record(small[1])
+    reply = HttpReply(status=200, reason="OK", retry_after=None, body=body)
+    monkeypatch.setattr(FakeEndpoint, "post", lambda *args, **kwargs: reply)
+    with pytest.raises(ValueError, match=message) as error:
+        ask_server(record, FakeEndpoint(record=record), model="m")
+    assert "http://fake/v1" in str(error.value) and len(str(error.value)) < 700
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_server_is_asked_again(small, monkeypatch, status):
+    record = read_record(small[1])
+    busy = HttpReply(status=status, reason="Busy", retry_after="0", body=b"{}")
+    answer, left = FakeEndpoint.post, [busy, busy]
+
+    def post(*args, **kwargs):
+        return left.pop() if left else answer(*args, **kwargs)
+
+    monkeypatch.setattr(FakeEndpoint, "post", post)
+    server = FakeEndpoint(record=record)
+    assert decide(record, ask_server(record, server, model="m")).name == "full attention"
+    assert not left
+    left += [busy] * 4
+    with pytest.raises(ValueError, match=f"in 4 attempts, got {status} Busy at last"):
+        ask_server(record, server, model="m")
+
+
 SERVERS = {
     RECORDED: str(POLICY),
     "full attention": "full",
