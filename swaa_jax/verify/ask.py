@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swaa_jax.documents import parse_json
-from swaa_jax.fields import describe, first_of, naming, show, wrong
+from swaa_jax.fields import describe, first_of, naming, show
 from swaa_jax.infer import eos_token_ids
 from swaa_jax.infer.stopping import TokenText
 from swaa_jax.models import CausalLM
