@@ -32,8 +32,11 @@ argument, or a server that cannot be talked to; 3 the replies do not tell.
 """
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_DTYPE = "float32"
 _TWINS = {"float32": "bfloat16", "bfloat16": "float16", "float16": "bfloat16"}
 _FOR_RECORD = ("against", "seed", "new_tokens", "rounds", "most")
+_FOR_MODEL = ("mesh", "coordinator", "num_processes", "process_id", "distributed")
+_FOR_MODEL += ("no_compilation_cache", "dtype", "revision", "config_override", "backend")
 _FOR_POLICY = ("policy", "window", "sinks", "full_layers", "full_heads", "decode", "tail")
 
 
@@ -93,15 +96,12 @@ def add_parser(subparsers: Commands) -> None:
     output.add_argument(
         "--dtype",
         choices=_DTYPES,
-        default="float32",
         help="of a model that is run here, default float32; a record measures the noise of "
         "bfloat16 (or of float16, where this is bfloat16), for which it loads the weights again",
     )
     output.add_argument("--revision", metavar="REV", help="of a hub id")
     process_args.add_config_override(output)
-    output.add_argument(
-        "--backend", metavar="NAME", default="auto", help="as in swaa generate, default auto"
-    )
+    output.add_argument("--backend", metavar="NAME", help="as in swaa generate, default auto")
     output.add_argument("--json", action="store_true", help="the verdict as JSON on stdout")
     output.add_argument("--verbose", action="store_true", help="log what is chosen and why")
 
@@ -133,6 +133,7 @@ def _check(args: argparse.Namespace, *, is_url: bool) -> None:
         flags += [name for name in _FOR_RECORD if getattr(args, name) is not None]
     if is_url:
         flags += [name for name in _FOR_POLICY if getattr(args, name) is not None]
+        flags += [name for name in _FOR_MODEL if getattr(args, name) not in (None, False, [])]
     else:
         flags += [name for name in ("model", "timeout") if getattr(args, name) is not None]
     if args.record is not None and args.no_logprobs:
@@ -146,12 +147,21 @@ def _check(args: argparse.Namespace, *, is_url: bool) -> None:
 
 
 def _record(args: argparse.Namespace) -> int:
+    from etils import epath
+
+    from swaa_jax import storage
     from swaa_jax.checkpoint.tokenizer import load_tokenizer
+    from swaa_jax.fields import first_of, show
     from swaa_jax.models import load_model
     from swaa_jax.policy import load_policy
     from swaa_jax.runtime import is_main_process
     from swaa_jax.verify import ProbeOptions, make_record, write_record
 
+    if storage.is_local(args.record) and not epath.Path(args.record).parent.is_dir():
+        raise ValueError(
+            f"--record: expected a file in a directory that is there, got {show(args.record)}; "
+            "make the directory first"
+        )
     names = ("seed", "new_tokens", "rounds", "most")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     options = ProbeOptions(**given)
@@ -166,9 +176,9 @@ def _record(args: argparse.Namespace) -> int:
             mesh=process_args.mesh_from_args(args),
             revision=args.revision,
             config_overrides=process_args.config_overrides_from_args(args),
-            backend=args.backend,
+            backend=args.backend or "auto",
         )
-        for dtype in (args.dtype, _TWINS[args.dtype])
+        for dtype in (args.dtype or _DTYPE, _TWINS[args.dtype or _DTYPE])
     )
     tok = load_tokenizer(args.target, revision=args.revision)
     record = make_record(model, tok, model.policy, twin=twin, against=against, options=options)
@@ -176,8 +186,9 @@ def _record(args: argparse.Namespace) -> int:
         write_record(args.record, record)
     names = ", ".join(record.names[1:])
     print(f"{args.record}: {len(record.probes)} probes that tell {record.policy} from {names}")
-    for one in record.unclear:
-        print(f"not told apart by tokens alone: {one[0]} and {one[1]}; a server needs logprobs")
+    if record.unclear:
+        pairs = first_of([f"{a} and {b}" for a, b in record.unclear])
+        print(f"told apart by log-probabilities only, which a server must give: {pairs}")
     return 0
 
 
@@ -211,11 +222,11 @@ def _ask_model(args: argparse.Namespace, record: "Record") -> "list[Reply]":
     model = load_model(
         args.target,
         policy=policy_from_args(args),
-        dtype=args.dtype,
+        dtype=args.dtype or _DTYPE,
         mesh=process_args.mesh_from_args(args),
         revision=args.revision,
         config_overrides=process_args.config_overrides_from_args(args),
-        backend=args.backend,
+        backend=args.backend or "auto",
     )
     tok = load_tokenizer(args.target, revision=args.revision)
     replies = ask_model(record, model, tok, logprobs=not args.no_logprobs)
