@@ -1,0 +1,494 @@
+"""`swaa verify`: candidates, the file, decisions on synthetic replies, and servers end to end."""
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import swaa_jax as swaa
+from swaa_jax.cli.main import main
+from swaa_jax.engine import EngineOptions
+from swaa_jax.policy import AttentionPolicy, load_policy
+from swaa_jax.remote import Endpoint
+from swaa_jax.remote import Reply as HttpReply
+from swaa_jax.verify import (
+    RECORDED,
+    Candidate,
+    Option,
+    Path,
+    Probe,
+    Record,
+    Reply,
+    Step,
+    ask_server,
+    candidates,
+    decide,
+    probes,
+    read_record,
+    write_record,
+)
+from swaa_jax.verify.paths import END, compare
+from tests.support.processes import ROOT, environment
+from tests.support.random_models import save_random_model
+
+POLICY = AttentionPolicy.parse("window=16,sinks=4,full_layers=1::2,decode=full")
+NAMES = [
+    RECORDED,
+    "full attention",
+    "window - 1",
+    "window + 1",
+    "no sinks",
+    "sinks - 1",
+    "sinks + 1",
+    "all layers windowed",
+    "full layers 0::2",
+    "window-only decode",
+]
+
+
+# Candidates.
+
+
+def test_candidates_are_the_usual_mistakes():
+    found = candidates(POLICY, num_layers=4)
+    assert [one.name for one in found] == NAMES
+    texts = {one.name: str(one.policy) for one in found}
+    assert texts["full attention"] == "full"
+    assert texts["window + 1"] == "window=17,sinks=4,full_layers=1::2,decode=full"
+    assert texts["full layers 0::2"] == "window=16,sinks=4,full_layers=0::2,decode=full"
+    assert texts["window-only decode"] == "window=16,sinks=4,full_layers=1::2"
+
+
+def test_candidates_that_come_to_the_same_are_one():
+    lone = AttentionPolicy(window=1, num_sink_tokens=1)
+    found = {one.name: str(one.policy) for one in candidates(lone, num_layers=4)}
+    # No window of 0, no layers to take instead; "sinks - 1" is "no sinks".
+    assert list(found) == [
+        RECORDED, "full attention", "window + 1", "no sinks", "sinks + 1", "FA decode",
+    ]  # fmt: skip
+    same = AttentionPolicy(
+        window=16, num_sink_tokens=4, full_attention_layers=[1, 3], decode="full"
+    )
+    assert [one.name for one in candidates(POLICY, num_layers=4, against=[same])] == NAMES
+    further = load_policy("window=8")
+    assert [one.name for one in candidates(POLICY, num_layers=4, against=[further])] == [
+        *NAMES,
+        "window=8",
+    ]
+
+
+def test_full_attention_needs_something_to_be_told_from():
+    with pytest.raises(ValueError, match=r"policy: expected one that differs .*--against"):
+        candidates(AttentionPolicy(), num_layers=4)
+    found = candidates(AttentionPolicy(), num_layers=4, against=[POLICY])
+    assert [one.name for one in found] == [RECORDED, str(POLICY)]
+
+
+# Replies along paths.
+
+
+def path(*steps):
+    """Of each step the texts and their log-probabilities; ids are made up."""
+    return Path(
+        steps=tuple(
+            Step(options=tuple(Option(id=i, logprob=lp, piece=p) for i, (p, lp) in enumerate(step)))
+            for step in steps
+        )
+    )
+
+
+TWO = path([("a", -0.1), ("b", -2.5)], [(" c", -0.2), (" d", -1.2), (" e", -4.0)])
+
+
+@pytest.mark.parametrize(
+    "text, agreed, jumped",
+    [
+        ("a c", [2.4, 1.0], None),
+        ("a d and on", [2.4], 1.0),
+        ("a e", [2.4], 3.8),
+        ("a?", [2.4], 3.8),  # at least: not among those that are known
+        ("b c", [], 2.4),
+        ("a", [2.4], None),  # the rest is not there yet
+        ("a" + END, [2.4], 3.8),  # it ended
+        ("", [], None),
+        (" a c", [2.4, 1.0], None),  # blanks before an answer
+    ],
+)
+def test_a_reply_goes_along_or_jumps(text, agreed, jumped):
+    found = compare(TWO, Reply(text=text))
+    assert found.agreed == pytest.approx(agreed)
+    assert found.jumped == (None if jumped is None else pytest.approx(jumped))
+    assert found.residuals == ()
+
+
+def test_log_probabilities_are_found_by_text_or_id():
+    scores = ({"a": -0.2, "b": -2.0}, {"c": -0.3, "token_id:1": -1.0, "x": -9.0})
+    found = compare(TWO, Reply(text="a c", scores=scores)).residuals
+    assert found[0] == pytest.approx([-0.1, 0.5]) and found[1] == pytest.approx([-0.1, 0.2])
+    # Behind a jump the prompt is another one.
+    assert len(compare(TWO, Reply(text="b c", scores=scores)).residuals) == 1
+
+
+# Decisions.
+
+
+def synthetic(rng, *, num_probes=16, spread=1.0, noise=0.1):
+    """A record of three candidates, whose log-probabilities differ by about `spread`."""
+    names = [RECORDED, "full attention", "window - 1"]
+    probes = []
+    for _ in range(num_probes):
+        base = rng.normal(0, 2, (4, 6))
+        paths = {}
+        for name in names:
+            logits = base + rng.normal(0, spread, base.shape)
+            logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            paths[name] = path(
+                *[
+                    [(f" {chr(97 + at)}", float(step[at])) for at in np.argsort(-step)]
+                    for step in logprobs
+                ]
+            )
+        probes.append(Probe(tokens=(1, 2), text=None, paths=paths))
+    policies = [POLICY, AttentionPolicy(), dataclasses.replace(POLICY, window=15)]
+    found = [Candidate(name=n, policy=p) for n, p in zip(names, policies, strict=True)]
+    return Record(
+        candidates=tuple(found), probes=tuple(probes), noise=noise, new_tokens=4, model={},
+        versions={},
+    )  # fmt: skip
+
+
+def noisy(rng, path, scale):
+    """What a server says whose logits are off by `scale`: independent of how it is judged."""
+    pieces, scores = [], []
+    for step in path.steps:
+        off = {one.piece: one.logprob + rng.normal(0, scale) for one in step.options}
+        best = max(off, key=lambda piece: off[piece])
+        pieces.append(best)
+        scores.append(off)
+        if best != step.options[0].piece:
+            pieces.append(" something else")  # another prompt from here on
+            break
+    return Reply(text="".join(pieces), scores=tuple(scores))
+
+
+@pytest.mark.parametrize("with_logprobs", [True, False])
+@pytest.mark.parametrize("scale", [0.0, 0.1])
+def test_the_candidate_that_a_noisy_reply_comes_from_is_named(with_logprobs, scale):
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        record = synthetic(rng)
+        for name, answer in zip(record.names, ["same", "other", "other"], strict=True):
+            replies = [noisy(rng, probe.paths[name], scale) for probe in record.probes]
+            if not with_logprobs:
+                replies = [Reply(text=one.text) for one in replies]
+            verdict = decide(record, replies)
+            assert (verdict.answer, verdict.name) == (answer, name)
+            assert verdict.has_logprobs == with_logprobs
+            assert verdict.evidence[0].large_jumps <= 1
+
+
+@pytest.mark.parametrize("with_logprobs", [True, False])
+def test_a_stranger_is_none_of_them(with_logprobs):
+    rng = np.random.default_rng(1)
+    for _ in range(8):
+        record, other = synthetic(rng), synthetic(rng)
+        replies = [probe.paths[RECORDED].as_reply() for probe in other.probes]
+        if not with_logprobs:
+            replies = [Reply(text=one.text) for one in replies]
+        assert decide(record, replies).answer == "none"
+
+
+def test_candidates_that_say_the_same_are_not_told():
+    rng = np.random.default_rng(2)
+    record = synthetic(rng, spread=1e-4)
+    replies = [noisy(rng, probe.paths[RECORDED], 0.1) for probe in record.probes]
+    for given in (replies, [Reply(text=one.text) for one in replies]):
+        assert decide(record, given).answer == "unclear"
+    assert record.unclear == [
+        (RECORDED, "full attention"), (RECORDED, "window - 1"), ("full attention", "window - 1"),
+    ]  # fmt: skip
+    assert decide(record, [Reply(text="") for _ in replies]).answer == "unclear"
+
+
+# The file.
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path):
+    record = synthetic(np.random.default_rng(3))
+    write_record(tmp_path / "probes.json", record)
+    assert read_record(tmp_path / "probes.json") == record
+
+
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        (["format"], "other", "format: expected swaa-verify, got 'other'"),
+        (["version"], 2, "version: expected 1, got 2"),
+        (["nosie"], 1, "expected keys among .*'nosie' .did you mean 'noise'"),
+        (["noise"], 0, "noise: expected a number above 0"),
+        (["noise"], None, "noise: expected a number"),
+        (["probes"], [], "probes: expected at least one, got none"),
+        (["probes", 0, "tokens"], [], "tokens: expected at least one"),
+        (["probes", 0, "tokens", 0], -1, r"probes\[0\]: tokens\[0\]: expected an integer of at"),
+        (["probes", 0, "paths", "window - 1"], 5, r"paths\['window - 1'\]: expected a list"),
+        (["probes", 0, "paths", RECORDED, 0], [], "at least two a step"),
+        (
+            ["probes", 0, "paths", RECORDED, 0, 0],
+            [1, "x", ""],
+            r"\[0\]\[0\]\[1\]: expected a number",
+        ),
+        (["probes", 0, "paths"], {}, r"probes\[0\].paths: expected one of each candidate"),
+        (["candidates", 0, "policy"], {"windw": 1}, "did you mean 'window'"),
+        (["candidates", 1, "name"], RECORDED, "candidates: expected at least two, of distinct"),
+    ],
+)
+def test_a_malformed_record_is_refused_by_name(tmp_path, place, value, message):
+    file = tmp_path / "probes.json"
+    write_record(file, synthetic(np.random.default_rng(3)))
+    document = json.loads(file.read_text())
+    at = document
+    for key in place[:-1]:
+        at = at[key]
+    at[place[-1]] = value
+    file.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=message) as error:
+        read_record(file)
+    assert "probes.json" in str(error.value) and len(str(error.value)) < 1200
+
+
+# The command, with a small model.
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A checkpoint of two layers, and a record that was made of it."""
+    directory = tmp_path_factory.mktemp("verify")
+    policy = "window=8,sinks=2,full_layers=1::2,decode=full"
+    model = save_random_model(
+        directory / "model", num_hidden_layers=2, policy=load_policy(policy), initializer_range=0.3
+    )
+    record = directory / "probes.json"
+    with pytest.MonkeyPatch.context() as patch:  # two programs are compiled for each candidate
+        few = (RECORDED, "full attention", "window - 1")
+        patch.setattr(
+            probes,
+            "candidates",
+            lambda *args, **kwargs: [one for one in candidates(*args, **kwargs) if one.name in few],
+        )
+        asked = ["--record", str(record), "--rounds", "1", "--new-tokens", "6", "--seed", "3"]
+        assert main(["verify", model, *asked]) == 0
+    return model, record
+
+
+@pytest.mark.parametrize(
+    "policy, code, name, further",
+    [
+        (None, 0, RECORDED, []),
+        ("window=7,sinks=2,full_layers=1::2,decode=full", 1, "window - 1", ["--no-logprobs"]),
+        ("window=4", 1, None, []),
+    ],
+)
+def test_a_checkpoint_s_policy_is_named(small, capsys, policy, code, name, further):
+    model, record = small
+    capsys.readouterr()
+    given = [] if policy is None else ["--policy", policy]
+    found = main(["verify", model, "--probes", str(record), "--json", *given, *further])
+    verdict = json.loads(capsys.readouterr().out)
+    assert (found, verdict["runs"]) == (code, name)
+    assert verdict["has_logprobs"] == ("--no-logprobs" not in further)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["http://x/v1", "--record", "r"], "--record: expected a model"),
+        (["http://x/v1", "--probes", "RECORD", "--window", "4"], "--window: expected no such"),
+        (["http://x/v1", "--probes", "RECORD", "--seed", "4"], "--seed: expected no such"),
+        (["http://x/v1", "--probes", "RECORD", "--mesh", "auto"], "--mesh: expected no such"),
+        (["http://x/v1", "--probes", "RECORD", "--dtype", "float32"], "--dtype: expected no such"),
+        (["MODEL", "--record", "nowhere/r"], "--record: expected a file in a directory"),
+        (["MODEL", "--probes", "RECORD", "--model", "x"], "--model: expected no such"),
+        (["MODEL", "--record", "r", "--no-logprobs"], "--no-logprobs: expected no such"),
+        (["MODEL", "--record", "r", "--policy", "full"], "name some with --against"),
+        (["MODEL", "--record", "r", "--window", "250"], "well below the model's context of 256"),
+        (["MODEL", "--probes", "nowhere.json"], "nowhere.json"),
+        (["http://127.0.0.1:9/v1", "--probes", "RECORD"], "--model: expected the name"),
+    ],
+)
+def test_wrong_arguments_are_told(small, capsys, argv, message):
+    model, record = small
+    places = {"MODEL": model, "RECORD": str(record)}
+    assert main(["verify", *[places.get(word, word) for word in argv]]) == 2
+    assert message in capsys.readouterr().err
+
+
+# Servers.
+
+
+@pytest.fixture(scope="module")
+def serving():
+    pytest.importorskip("starlette")
+    from swaa_jax.serve.app import make_app
+    from swaa_jax.serve.models import served_models
+    from tests.support.served import running
+
+    def start(model, tok, policies):
+        models = served_models(model, tok, name="m", policies=policies)
+        room = EngineOptions(num_slots=2, max_tokens=128, chunk_size=64, page_size=32)
+        return running(make_app(models, room))
+
+    return start
+
+
+def test_a_server_s_policy_is_named(small, serving, capsys):
+    directory, record = small
+    model = swaa.load_model(directory, dtype="float32")
+    tok = swaa.load_tokenizer(directory)
+    policies = {"other": "full"}
+    with serving(model, tok, policies) as served:
+        url = f"{served.url}/v1"
+        asked = ["verify", url, "--probes", str(record)]
+        assert main([*asked, "--model", "m"]) == 0
+        assert "runs the recorded policy: window=8" in capsys.readouterr().out
+        assert main([*asked, "--model", "m:other", "--no-logprobs"]) == 1
+        assert "runs full attention: full; recorded was window=8," in capsys.readouterr().out
+        assert main([*asked, "--model", "m:other", "--json"]) == 1
+        assert json.loads(capsys.readouterr().out)["runs"] == "full attention"
+        assert main(asked) == 2
+        assert "does not have exactly one" in capsys.readouterr().err
+        assert main([*asked, "--model", "other"]) == 2
+        assert "404" in capsys.readouterr().err
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FakeEndpoint(Endpoint):
+    """Stands for a server of full attention that takes some forms of requests only."""
+
+    url: str = "http://fake/v1"
+    record: Record
+    ids: bool = True
+    logprobs: bool = True
+    more_tokens: int = 0
+    asked: list = dataclasses.field(default_factory=list)
+
+    def post(self, path, body, *, timeout_s, most_bytes=0):
+        assert path == "/completions" and body["temperature"] == 0
+        self.asked.append(body)
+        is_ids = isinstance(body["prompt"], list)
+        if (is_ids and not self.ids) or ("logprobs" in body and not self.logprobs):
+            return HttpReply(status=400, reason="Bad Request", retry_after=None, body=b"{}")
+        key = tuple(body["prompt"]) if is_ids else body["prompt"]
+        (probe,) = [one for one in self.record.probes if key in (one.tokens, one.text)]
+        answer = probe.paths["full attention"]
+        choice: dict[str, object] = {
+            "text": answer.text.removesuffix(END),
+            "finish_reason": "stop" if answer.text.endswith(END) else "length",
+        }
+        if "logprobs" in body:
+            steps = answer.steps
+            choice["logprobs"] = {
+                "tokens": [one.options[0].piece for one in steps],
+                "token_logprobs": [one.options[0].logprob for one in steps],
+                "top_logprobs": [{o.piece: o.logprob for o in one.options[:5]} for one in steps],
+            }
+        usage = {"prompt_tokens": len(probe.tokens) + self.more_tokens}
+        document = json.dumps({"choices": [choice], "usage": usage})
+        return HttpReply(status=200, reason="OK", retry_after=None, body=document.encode())
+
+
+@pytest.mark.parametrize("ids", [True, False])
+@pytest.mark.parametrize("logprobs", [True, False])
+def test_servers_get_the_form_that_they_take(small, ids, logprobs):
+    record = read_record(small[1])
+    assert all(probe.text is not None for probe in record.probes)
+    server = FakeEndpoint(record=record, ids=ids, logprobs=logprobs)
+    verdict = decide(record, ask_server(record, server, model="m"))
+    assert verdict.name == "full attention" and verdict.has_logprobs == logprobs
+    refused = len(server.asked) - len(record.probes)
+    assert (
+        refused
+        == {(True, True): 0, (True, False): 1, (False, True): 2, (False, False): 3}[ids, logprobs]
+    )  # asked once, and remembered
+
+
+def test_a_server_that_reads_otherwise_is_told(small):
+    record = read_record(small[1])
+    server = FakeEndpoint(record=record, more_tokens=1)
+    with pytest.raises(ValueError, match=r"usage: expected .* prompt tokens, as recorded, got"):
+        ask_server(record, server, model="m")
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        (b"<html>", "expected a JSON|JSON"),
+        (b"[]", "reply: expected a completion"),
+        (b'{"choices": []}', "reply: expected a completion"),
+        (b'{"choices": [{"text": 5}]}', "reply: expected a completion"),
+        (b'{"choices": [{"text": ""}], "usage": [1]}', "reply: expected a completion"),
+        (b'{"choices": [{"text": "", "logprobs": {"tokens": 5}}]}', "reply: expected a comple"),
+        (
+            b'{"choices": [{"text": "", "logprobs": {"tokens": ["a"], "top_logprobs": "abc"}}]}',
+            "reply: expected a completion",
+        ),
+    ],
+)
+def test_what_is_no_completion_is_told(small, monkeypatch, body, message):
+    record = read_record(small[1])
+    reply = HttpReply(status=200, reason="OK", retry_after=None, body=body)
+    monkeypatch.setattr(FakeEndpoint, "post", lambda *args, **kwargs: reply)
+    with pytest.raises(ValueError, match=message) as error:
+        ask_server(record, FakeEndpoint(record=record), model="m")
+    assert "http://fake/v1" in str(error.value) and len(str(error.value)) < 700
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_server_is_asked_again(small, monkeypatch, status):
+    record = read_record(small[1])
+    busy = HttpReply(status=status, reason="Busy", retry_after="0", body=b"{}")
+    answer, left = FakeEndpoint.post, [busy, busy]
+
+    def post(*args, **kwargs):
+        return left.pop() if left else answer(*args, **kwargs)
+
+    monkeypatch.setattr(FakeEndpoint, "post", post)
+    server = FakeEndpoint(record=record)
+    assert decide(record, ask_server(record, server, model="m")).name == "full attention"
+    assert not left
+    left += [busy] * 4
+    with pytest.raises(ValueError, match=f"in 4 attempts, got {status} Busy at last"):
+        ask_server(record, server, model="m")
+
+
+@pytest.mark.slow
+def test_seven_servers_are_named_rightly_for_twenty_seeds():
+    """Of two number formats; some 40 minutes on two cores. `-s` prints how clear it was."""
+    pytest.importorskip("starlette")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.verify_servers", "20"],
+        env=environment(quick_compiles=False),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=3 * 3600,
+        check=True,
+    )
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(told) == 20 * 2 * 7 * 2
+    for with_logprobs, dtype in itertools.product([True, False], ["float32", "bfloat16"]):
+        kind = [
+            one for one in told if (one["with_logprobs"], one["dtype"]) == (with_logprobs, dtype)
+        ]
+        assert len(kind) == 20 * 7
+        print(dtype, with_logprobs, "clear by", min(one["clear"] for one in kind), "at least")
+    right = {True: "same", False: "other"}
+    wrong = [
+        one
+        for one in told
+        if (one["answer"], one["name"]) != (right[one["runs"] == RECORDED], one["runs"])
+    ]
+    assert not wrong
