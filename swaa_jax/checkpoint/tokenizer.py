@@ -1,12 +1,17 @@
 """Tokenizers, through Transformers' tokenizer classes (which need no torch)."""
 
+import array
+import collections
 import contextlib
+import functools
+import itertools
 import logging
 import os
+import re
 import tempfile
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
@@ -80,8 +85,82 @@ def special_tokens(tok: "PreTrainedTokenizerBase") -> dict[int, str]:
     return {token: name for token, name in found.items() if name not in markers}
 
 
+class PartEncoder:
+    """Encodes texts in parts, from one special token to the next, and remembers the long ones: of a
+    conversation's next turn only what is new is encoded.
+
+        <user> question <end> <assistant> answer <end> <user> another <end>
+        '-------------- '---- '------------------'---- '-------------'----   each by itself
+
+    A tokenizer looks for its special tokens first and works on what is between them piece by piece,
+    so the ids are those of the whole text. Where a special token takes blanks in front of it, or
+    must stand as a word, a cut could be seen, and texts are encoded whole. For one thread.
+
+    Args:
+        tok: the tokenizer, which gets no further tokens from now on.
+        most_characters: of all parts that are remembered; the one that was used least recently is
+            forgotten first.
+    """
+
+    def __init__(self, tok: "PreTrainedTokenizerBase", *, most_characters: int = 1 << 24):
+        self._tok, self._most = tok, most_characters
+        self._cut = _special_pattern(tok)
+        self._known: collections.OrderedDict[str, array.array[int]] = collections.OrderedDict()
+        self._num_characters = 0
+
+    def __call__(self, text: str) -> list[int]:
+        """A text's ids, without special tokens that the tokenizer adds by itself."""
+        if self._cut is None:
+            return _ids(self._tok, text)
+        cuts = [0, *(match.start() for match in self._cut.finditer(text)), len(text)]
+        found: list[int] = []
+        for begin, end in itertools.pairwise(cuts):
+            if begin < end:
+                found += self._part(text[begin:end])
+        return found
+
+    def _part(self, part: str) -> Sequence[int]:
+        if len(part) < _LONG_PART or len(part) > self._most:
+            return _ids(self._tok, part)
+        known = self._known.pop(part, None)
+        if known is None:
+            known = array.array("q", _ids(self._tok, part))
+            self._num_characters += len(part)
+        self._known[part] = known
+        while self._num_characters > self._most:
+            forgotten, _ = self._known.popitem(last=False)
+            self._num_characters -= len(forgotten)
+        return known
+
+
+_LONG_PART = 256  # characters, below which looking up is not worth it
+
+
+def _special_pattern(tok: "PreTrainedTokenizerBase") -> re.Pattern[str] | None:
+    """Finds what the tokenizer cuts texts at before all else: the longest that begins first. None:
+    a cut would change what is around it.
+    """
+    if not tok.is_fast:
+        return None
+    first = [one for one in tok.added_tokens_decoder.values() if not one.normalized]
+    if not first or any(one.lstrip or one.single_word or not one.content for one in first):
+        return None
+    contents = sorted({one.content for one in first}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, contents)))
+
+
+def _ids(tok: "PreTrainedTokenizerBase", text: str, *, special: bool = False) -> list[int]:
+    found: Any = tok(text, add_special_tokens=special, verbose=False)["input_ids"]
+    return list(found)
+
+
 def encode_up_to(
-    tok: "PreTrainedTokenizerBase", text: str, most: int | None, *, special: bool = False
+    tok: "PreTrainedTokenizerBase",
+    text: str,
+    most: int | None,
+    *,
+    special: bool = False,
+    encode: Callable[[str], list[int]] | None = None,
 ) -> list[int]:
     """A text's ids; of one that has more than `most` of them perhaps the first ones only, but more
     than `most`.
@@ -96,12 +175,9 @@ def encode_up_to(
         text: what to encode.
         most: ids that whoever asks has room for; None: all are wanted.
         special: with the special tokens that the tokenizer adds by itself.
+        encode: how a text becomes ids, such as a `PartEncoder`; None: as the tokenizer does it.
     """
-
-    def ids(part: str) -> list[int]:
-        found: Any = tok(part, add_special_tokens=special, verbose=False)["input_ids"]
-        return list(found)
-
+    ids = functools.partial(_ids, tok, special=special) if encode is None else encode
     if most is None or len(text) <= most:
         return ids(text)
     longest = _longest_token(tok)

@@ -1,7 +1,7 @@
 """Prompts to token ids: plain strings, chat messages, or ids; checked before any work is done."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import numpy as np
@@ -74,6 +74,7 @@ def encode_prompts(
     enable_thinking: bool | None = None,
     cot: bool | str = False,
     room: int | None = None,
+    encode: Callable[[str], list[int]] | None = None,
 ) -> list[list[int]]:
     """Token ids of each prompt.
 
@@ -89,6 +90,7 @@ def encode_prompts(
             `COT_INSTRUCTION`, or a text of your own.
         room: tokens that the model has room for; of a text that has more, perhaps only the first
             ones are given, but more than these.
+        encode: how a rendered chat becomes ids, such as a `PartEncoder` of the tokenizer.
 
     Raises:
         ValueError: an empty prompt, a template option for a prompt that is not a message list, or
@@ -123,6 +125,7 @@ def encode_prompts(
                 tools=tools,
                 variables=variables,
                 room=room,
+                encode=encode,
             )
         elif given:
             raise ValueError(
@@ -239,6 +242,7 @@ def _encode_chat(
     tools: Sequence[Any] | None,
     variables: Mapping[str, Any],
     room: int | None,
+    encode: Callable[[str], list[int]] | None,
 ) -> list[int]:
     tok = _needed(tok, index)
     if not getattr(tok, "chat_template", None):
@@ -260,7 +264,7 @@ def _encode_chat(
     except ChatError as error:
         behind = ", " if str(error).startswith("message ") else ": "
         raise ValueError(f"prompt {index}{behind}{error}") from error
-    return encode_up_to(tok, text, room)
+    return encode_up_to(tok, text, room, encode=encode)
 
 
 def _with_cot(messages: Messages, instruction: str) -> list[Mapping[str, Any]]:

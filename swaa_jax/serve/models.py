@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from swaa_jax.checkpoint.tokenizer import opens_thinking
+from swaa_jax.checkpoint.tokenizer import PartEncoder, opens_thinking
 from swaa_jax.engine import SamplingParams
 from swaa_jax.fields import first_of, nearest, show
 from swaa_jax.infer import eos_token_ids
@@ -39,6 +39,7 @@ class ServedModel:
         name: that clients give.
         model: with its policy and its adapters.
         tok: the tokenizer; its template renders chats.
+        encode: from rendered chats to ids.
         text: from ids to text.
         eos_ids: tokens that end an answer, of the vocabulary.
         defaults: how tokens are drawn where a request does not say.
@@ -48,14 +49,22 @@ class ServedModel:
     name: str
     model: CausalLM
     tok: "PreTrainedTokenizerBase"
+    encode: PartEncoder
     text: TokenText
     eos_ids: tuple[int, ...]
     defaults: SamplingParams
     room: int | None
 
     @classmethod
-    def of(cls, name: str, model: CausalLM, tok: "PreTrainedTokenizerBase") -> "ServedModel":
-        """The model under a name."""
+    def of(
+        cls,
+        name: str,
+        model: CausalLM,
+        tok: "PreTrainedTokenizerBase",
+        *,
+        encode: PartEncoder | None = None,
+    ) -> "ServedModel":
+        """The model under a name; `encode` is shared with others of its tokenizer."""
         config = generation_config(model)
         drawn = SamplingParams.from_generation_config(config) if config else SamplingParams()
         if not config:  # what OpenAI's own server does
@@ -65,6 +74,7 @@ class ServedModel:
             name=name,
             model=model,
             tok=tok,
+            encode=PartEncoder(tok) if encode is None else encode,
             text=TokenText(copy.deepcopy(tok)),  # one encodes while the other decodes
             eos_ids=tuple(ends),
             defaults=drawn,
@@ -143,15 +153,16 @@ def served_models(
         raise ValueError(
             f"name: expected at most 100 letters, digits, dots and dashes, got {show(name)}"
         )
-    found = [ServedModel.of(name, model, tok)]
+    encode = PartEncoder(tok)
+    found = [ServedModel.of(name, model, tok, encode=encode)]
     for label, policy in (policies or {}).items():
         under = model.with_policy(load_policy(policy))
-        found.append(ServedModel.of(f"{name}:{label}", under, tok))
+        found.append(ServedModel.of(f"{name}:{label}", under, tok, encode=encode))
     for label, directory in (adapters or {}).items():
         if not _NAME.fullmatch(label):
             raise ValueError(
                 f"adapters: expected names of letters, digits, dots and dashes, got {show(label)}"
             )
         adapted = load_adapter(model, directory, with_policy=True)
-        found.append(ServedModel.of(f"{name}@{label}", adapted, tok))
+        found.append(ServedModel.of(f"{name}@{label}", adapted, tok, encode=encode))
     return ServedModels(found)

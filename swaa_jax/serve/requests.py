@@ -242,6 +242,7 @@ class ChatBody(_Body):
             chat_template_kwargs=self.chat_template_kwargs,
             enable_thinking=thinking,
             room=served.room,
+            encode=served.encode,
         )
 
 
