@@ -31,6 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from machine import version  # noqa: E402
 
 CLIENTS = 32
+CHUNK = int(os.environ.get("CHUNK", "1024"))
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -89,20 +90,22 @@ async def load(url: str, job: dict[str, Any]) -> dict[str, float]:
     """Output tokens a second over HTTP, and the first token's seconds."""
     import httpx2
 
-    waiting, tokens, firsts = list(job["prompts"]), 0, []
+    tokens, firsts = 0, []
+    about = {"max_tokens": job["new"], "temperature": 0, "ignore_eos": True}
+    if job["stream"]:
+        about |= {"stream": True, "stream_options": {"include_usage": True}}
+    waiting = [json.dumps({"prompt": one, **about}).encode() for one in job["prompts"]]
 
     async def client(http: httpx2.AsyncClient) -> None:
         nonlocal tokens
         while waiting:
-            body = {"prompt": waiting.pop(), "max_tokens": job["new"], "temperature": 0}
-            body |= {"ignore_eos": True, "stream": job["stream"]}
+            asked: Any = {"url": f"{url}/v1/completions", "content": waiting.pop()}
             if not job["stream"]:
-                reply = await http.post(f"{url}/v1/completions", json=body)
+                reply = await http.post(**asked)
                 tokens += reply.json()["usage"]["completion_tokens"]
                 continue
-            body["stream_options"] = {"include_usage": True}
             begun, seen = time.perf_counter(), False
-            async with http.stream("POST", f"{url}/v1/completions", json=body) as reply:
+            async with http.stream("POST", **asked) as reply:
                 async for line in reply.aiter_lines():
                     if line.startswith("data: {"):
                         if not seen:
@@ -135,14 +138,12 @@ def in_clients(url: str, job: dict[str, Any], work: Path) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def first_token(url: str, messages: list[dict[str, str]]) -> tuple[float, int]:
+def first_token(http: Any, url: str, messages: list[dict[str, str]]) -> tuple[float, int]:
     """Seconds to a chat's first token, and how many of its tokens were cached."""
-    import httpx2
-
-    body = {"messages": messages, "max_tokens": 4, "temperature": 0, "stream": True}
+    body = {"messages": messages, "max_tokens": 64, "temperature": 0, "stream": True}
     body |= {"stream_options": {"include_usage": True}, "ignore_eos": True}
     start, first, cached = time.perf_counter(), 0.0, 0
-    with httpx2.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=600) as reply:
+    with http.stream("POST", f"{url}/v1/chat/completions", json=body) as reply:
         for line in reply.iter_lines():
             if not line.startswith("data: {"):
                 continue
@@ -225,29 +226,32 @@ def overhead(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def reuse(arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds to the first token of a long conversation, and of its next turn."""
+    import httpx2
+
     from swaa_jax.serve import EngineOptions
     from swaa_jax.serve.app import make_engine
 
     models, long = made(smoke=arguments.smoke), 1000 if arguments.smoke else 30_000
     vocab = models["model"].model.config.vocab_size
     room = EngineOptions(
-        num_slots=2, max_tokens=2 * long, chunk_size=64 if arguments.smoke else None
+        num_slots=2, max_tokens=2 * long, chunk_size=64 if arguments.smoke else CHUNK
     )
     server, url, thread = served(make_engine(models, room), models)
     rng = random.Random(0)
-    first_token(url, [{"role": "user", "content": "w1 w2 w3"}])
     runs = []
-    for _ in range(3):
-        text = " ".join(f"w{rng.randrange(1, vocab - 1)}" for _ in range(long))
-        turn = [{"role": "user", "content": text}]
-        first, _ = first_token(url, turn)
-        turn += [{"role": "assistant", "content": "w5"}, {"role": "user", "content": "w7 w8"}]
-        again, cached = first_token(url, turn)
-        runs.append({"first_s": first, "again_s": again, "cached": cached})
+    with httpx2.Client(timeout=600) as http:
+        first_token(http, url, [{"role": "user", "content": "w1 w2 w3"}])
+        for tokens in (long, long - long // 40, long + long // 40):  # ends within a chunk differ
+            text = " ".join(f"w{rng.randrange(1, vocab - 1)}" for _ in range(tokens))
+            turn = [{"role": "user", "content": text}]
+            first, _ = first_token(http, url, turn)
+            turn += [{"role": "assistant", "content": "w5"}, {"role": "user", "content": "w7 w8"}]
+            again, cached = first_token(http, url, turn)
+            runs.append({"tokens": tokens, "first_s": first, "again_s": again, "cached": cached})
     server.should_exit = True
     thread.join()
     ratio = float(np.median([run["again_s"] / run["first_s"] for run in runs]))
-    return {"tokens": long, "runs": runs, "ratio": ratio}
+    return {"runs": runs, "ratio": ratio}
 
 
 def main() -> int:

@@ -22,7 +22,7 @@ __all__ = ["BusyError", "EngineFailedError", "EngineWorker", "Feed"]
 
 log = logging.getLogger(__name__)
 
-_SWITCH_S = 5e-4
+_SWITCH_S = 1e-4
 _BEAT_S = 1.0
 """Between two rounds of an engine that has nothing to do."""
 
