@@ -2,7 +2,7 @@
 
 import collections
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from swaa_jax.engine.lane import EngineClock, Lane, Load, Update
 from swaa_jax.engine.memory import bytes_of_arrays, device_memory, plan_memory
@@ -160,11 +160,26 @@ class Engine:
             while self._told:
                 yield self._told.popleft()
 
-    def round(self) -> list[Update]:
-        """A round of every model that has requests; what it gave."""
-        updates = [
-            update for lane in self._lanes.values() if not lane.is_idle for update in lane.round()
-        ]
+    def round(self, *, meanwhile: Callable[[], None] = lambda: None) -> list[Update]:
+        """A round of every model that has requests; what it gave.
+
+        Args:
+            meanwhile: called once in any case, as a rule while the device is busy: what it begins
+                elsewhere holds up no device.
+        """
+        left = [meanwhile]
+
+        def once() -> None:
+            while left:
+                left.pop()()
+
+        updates: list[Update] = []
+        try:
+            for lane in self._lanes.values():
+                if not lane.is_idle:
+                    updates += lane.round(once)
+        finally:
+            once()
         for update in updates:
             if update.reason is not None:
                 del self._at[update.request]

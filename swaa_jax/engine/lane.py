@@ -5,11 +5,8 @@
                          | slot 2  r2  [prompt][answer done]  <- r3, as soon as its pages are free
 
 A round is: requests into free slots; some chunks of the prompts that are being read, the earliest
-first; then some decode steps of all rows that have been read. What these drew is taken by the next
-round, so that the device works while others deal with the last round's tokens:
-
-    host    | chunk | steps | updates to clients  | chunk | take | steps | ...
-    device          | chunk ........ | steps .... | chunk ........ | steps
+first; then some decode steps of all rows that have been read. Between chunks the host does not
+wait, so that the device has the next one when one is done.
 """
 
 import collections
@@ -17,7 +14,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -152,8 +149,7 @@ class Lane:
         )
         self._compiled: set[Any] = set()
         self._reading: collections.deque[jax.Array] = collections.deque()
-        self._drawing: _Drawing | None = None
-        self._updates: list[Update] = []  # that an interrupted round had
+        self._drawing: tuple[Drawn, dict[int, Row]] | None = None
 
     @staticmethod
     def needs(model: SplitModel, options: EngineOptions, *, name: str) -> Needs:
@@ -235,8 +231,11 @@ class Lane:
         """
         self._scheduler.cancel(number)
 
-    def round(self) -> list[Update]:
+    def round(self, meanwhile: Callable[[], None]) -> list[Update]:
         """One round; what it gave, an update a request.
+
+        Args:
+            meanwhile: called when the device has the chunks, before the host waits for it.
 
         Raises:
             RuntimeError: a step failed before, and took the state of all rows with it.
@@ -246,27 +245,17 @@ class Lane:
                 "engine: expected the state of its rows, got none, since a step failed before; "
                 "make another Engine, with less room if memory ran out, and submit again"
             )
-        most = self._options.chunks_per_round
-        num_read = self._read_some(most)  # of rows in slots, before there is anything to wait for
-        self._updates += self._take()
         for slot in self._scheduler.admit():
             row = self._scheduler.rows[slot]
             assert row is not None
             self._clock.reused_tokens += row.reused.num_tokens
-        self._read_some(None if most is None else most - num_read)
-        if self._scheduler.answering():
-            self._begin_drawing()
-        updates, self._updates = self._updates, []
-        return updates
-
-    def _read_some(self, most: int | None) -> int:
-        """Hands out the chunks that are next, so many at most; how many there were."""
-        for count in itertools.count() if most is None else range(most):
+        for _ in itertools.islice(itertools.count(), self._options.chunks_per_round):
             slot = self._scheduler.next_to_read()
             if slot is None:
-                return count
+                break
             self._read(slot)
-        return most or 0
+        meanwhile()
+        return self._decode() if self._drawing or self._scheduler.answering() else []
 
     def _settings(self, request: Request) -> RowSettings:
         return RowSettings(
@@ -315,15 +304,14 @@ class Lane:
         if len(part) == size:
             self._keep(slot, row)
         self._reading.append(end)
-        while len(self._reading) > _CHUNKS_AHEAD:
-            self._wait_for(self._reading[0])
-            self._reading.popleft()
+        self._wait_for_chunks(_CHUNKS_AHEAD)
 
-    def _wait_for(self, chunk: jax.Array) -> None:
-        """Waits until the device has read it."""
-        start = time.perf_counter()
-        chunk.block_until_ready()
-        self._add_seconds("read_s", start)
+    def _wait_for_chunks(self, most: int) -> None:
+        """Waits until no more chunks than this are on the device."""
+        while len(self._reading) > most:
+            start = time.perf_counter()
+            self._reading.popleft().block_until_ready()
+            self._add_seconds("read_s", start)
 
     def _keep(self, slot: int, row: Row) -> None:
         """Keeps the chunk that was just read; its rings at the last that is kept of the prompt, and
@@ -344,43 +332,40 @@ class Lane:
         pages = row.pages[(end - size) // page_size : end // page_size]
         row.place = self._prefixes.keep(place, tokens, pages, snapshot=snapshot)
 
-    def _begin_drawing(self) -> None:
-        """Hands out some steps of all rows that are read."""
+    def _decode(self) -> list[Update]:
+        """Some steps of all rows that are read; an update a request."""
+        if self._drawing is None:
+            self._drawing = self._begin_decoding()
+        drawn, rows = self._drawing
+        start = time.perf_counter()
+        drawn = dataclasses.replace(drawn, tokens=to_host(drawn.tokens))
+        self._add_seconds("decode_s", start)
+        self._drawing = None  # not before: whoever interrupts the wait finds the tokens later
+        steps = int(drawn.steps)
+        self._clock.decode_steps += steps
+        return self._take(drawn, rows, steps=steps)
+
+    def _begin_decoding(self) -> tuple[Drawn, dict[int, Row]]:
+        """Hands some steps out; what they draw, and the rows that it is of."""
+        self._wait_for_chunks(0)
         scheduler = self._scheduler
         is_reading = scheduler.next_to_read() is not None
         others_wait = scheduler.num_waiting > 0 or is_reading
         rows = {slot: row for slot in scheduler.answering() if (row := scheduler.rows[slot])}
         most = self._options.steps_per_call
-        steps = (self._options.steps_while_reading if is_reading else None) or (
-            self._options.steps_at_once or most
-        )
-        # A call costs all rows about a step's time; the first token is waited for by its row.
-        beginning = sum(not row.num_drawn for row in rows.values())
-        if beginning * (steps - 1) > len(rows):
+        steps = self._options.steps_at_once or most
+        # Another call costs all rows about a step; the first token is waited for by its row alone.
+        if sum(not row.num_drawn for row in rows.values()) * (steps - 1) > len(rows):
             steps = 1
+        if is_reading:
+            steps = self._options.steps_while_reading
         limit = np.int32(min(steps, most))
         answering = np.zeros((self._options.num_slots,), bool)
         answering[list(rows)] = True
         drawn = self._call(
             _decode, "decode_s", answering, limit, np.bool_(others_wait), max_steps=most
         )
-        self._drawing = _Drawing(drawn=drawn, rows=rows, chunks=tuple(self._reading))
-        self._reading.clear()
-
-    def _take(self) -> list[Update]:
-        """What the last round's steps drew, an update a request."""
-        if self._drawing is None:
-            return []
-        drawing = self._drawing
-        for chunk in drawing.chunks:
-            self._wait_for(chunk)
-        start = time.perf_counter()
-        drawn = dataclasses.replace(drawing.drawn, tokens=to_host(drawing.drawn.tokens))
-        self._add_seconds("decode_s", start)
-        self._drawing = None  # not before: whoever interrupts the wait finds the tokens later
-        steps = int(drawn.steps)
-        self._clock.decode_steps += steps
-        return self._updates_of(drawn, drawing.rows, steps=steps)
+        return drawn, rows
 
     def _call(self, program: Any, field: str, *args: Any, **static: Any) -> Any:
         """Hands a step out; the clock's field is told how long that took."""
@@ -401,7 +386,7 @@ class Lane:
         seconds = getattr(self._clock, field) + time.perf_counter() - start
         setattr(self._clock, field, seconds)
 
-    def _updates_of(self, drawn: Drawn, rows: Mapping[int, Row], *, steps: int) -> list[Update]:
+    def _take(self, drawn: Drawn, rows: Mapping[int, Row], *, steps: int) -> list[Update]:
         """What came of the rows in their slots; those that ended are gone."""
         tokens = np.asarray(drawn.tokens)
         logprobs = None
@@ -446,21 +431,6 @@ class Lane:
                     )
                 )
         return updates
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Drawing:
-    """Steps that the device works on.
-
-    Attributes:
-        drawn: what they will have drawn.
-        rows: that they are of, by slot.
-        chunks: those in front of them.
-    """
-
-    drawn: Drawn
-    rows: Mapping[int, Row]
-    chunks: tuple[jax.Array, ...]
 
 
 _read = jit_by_structure(read_chunk, donate_argnames=("state",))

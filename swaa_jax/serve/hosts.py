@@ -9,7 +9,7 @@ All engines see the same requests in the same order, and hence run the same prog
 import dataclasses
 import json
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -46,11 +46,11 @@ class LeadingEngine(Engine):
         super().cancel(request)
         self._news.append(["cancel", request])
 
-    def round(self) -> list[Update]:
+    def round(self, *, meanwhile: Callable[[], None] = lambda: None) -> list[Update]:
         """Tells the others what is new, and runs a round with them."""
         news, self._news = self._news, []
         _tell(news)
-        return super().round()
+        return super().round(meanwhile=meanwhile)
 
     def end(self) -> None:
         """Lets the others go."""

@@ -10,10 +10,13 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
+import math
 import queue
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from swaa_jax.engine import Engine, EngineClock, Request, Update
@@ -25,6 +28,8 @@ log = logging.getLogger(__name__)
 _SWITCH_S = 1e-4
 _BEAT_S = 1.0
 """Between two rounds of an engine that has nothing to do."""
+_LOOK_S = 0.2
+"""Between two looks at what there is to do."""
 
 
 class BusyError(Exception):
@@ -98,7 +103,9 @@ class EngineWorker:
         self._pending = 0  # submitted and not known to the engine yet; of the event loop
         self._failure: EngineFailedError | None = None
         self._ends = False
-        self._loads = self._look()
+        self._loads: dict[str, dict[str, int]] = {}
+        self._looked = -math.inf
+        self._look()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
@@ -122,7 +129,7 @@ class EngineWorker:
 
     @property
     def loads(self) -> dict[str, dict[str, int]]:
-        """What each model has to do, for all to look at; it may be a round old."""
+        """What each model has to do, for all to look at; it may be a moment old."""
         return self._loads
 
     def start(self) -> None:
@@ -222,13 +229,18 @@ class EngineWorker:
         raise _EndError
 
     def _run(self) -> None:
+        updates: list[Update] = []
         try:
             while True:
                 self._obey(wait=self._engine.is_idle)
-                updates = self._engine.round()  # an idle one's too: other processes wait for it
-                if updates:
-                    self._tell(self._deliver, updates)
-                self._loads = self._look()
+                # Clients are told of a round when the device has the next one, so that the event
+                # loop and this thread are not busy at the same time. An idle engine's rounds count,
+                # too: other processes wait for them.
+                updates = self._engine.round(meanwhile=functools.partial(self._hand_out, updates))
+                if self._engine.is_idle:
+                    self._hand_out(updates)
+                    updates = []
+                self._look()
         except _EndError:
             self._on_end()
         except BaseException as error:
@@ -237,8 +249,17 @@ class EngineWorker:
             self._tell(self._fail_all, failure)
             self._refuse_commands()
 
-    def _look(self) -> dict[str, dict[str, int]]:
-        return {name: dataclasses.asdict(load) for name, load in self._engine.loads.items()}
+    def _hand_out(self, updates: list[Update]) -> None:
+        if updates:
+            self._tell(self._deliver, updates)
+
+    def _look(self) -> None:
+        """Now and then, and when there is nothing to do any more."""
+        now = time.monotonic()
+        if self._engine.is_idle or now > self._looked + _LOOK_S:
+            loads = self._engine.loads
+            self._loads = {name: dataclasses.asdict(load) for name, load in loads.items()}
+            self._looked = now
 
     def _obey(self, *, wait: bool) -> None:
         """Runs the commands that are there; waits for one, a while, if nothing else is to do."""
