@@ -1,6 +1,9 @@
 """`EvalConfig`: which models, under which policies, are asked what, from one file."""
 
 import dataclasses
+import os
+import re
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -17,6 +20,7 @@ from swaa_jax.fields import (
     list_of,
     mapping,
     naming,
+    number,
     one_of,
     or_none,
     path,
@@ -25,13 +29,17 @@ from swaa_jax.fields import (
 )
 from swaa_jax.infer import SamplingParams
 from swaa_jax.policy import AttentionPolicy, load_policy
+from swaa_jax.remote import Endpoint
 from swaa_jax.storage import read_text
 from swaa_jax.typing import PathLike
 
 __all__ = [
+    "API_KEY",
     "EvalConfig",
     "ModelEntry",
     "PolicyEntry",
+    "RemoteEntry",
+    "ServedPolicy",
     "Setting",
     "TaskEntry",
     "policy_entry",
@@ -41,6 +49,10 @@ __all__ = [
 
 T = TypeVar("T")
 
+API_KEY = "SWAA_EVAL_API_KEY"
+"""The environment variable of a server's key; the key is never written anywhere."""
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _NOTES = ("description", "source")
 _WHAT_TO_SAY = (
     "say which checkpoints (models: [...]) under which policies (policies: [full, ...]) are asked "
@@ -77,6 +89,100 @@ class ModelEntry:
         last = self.path.rstrip("/").rpartition("/")[2]
         return last if self.adapter is None else f"{last} + {epath.Path(self.adapter).name}"
 
+    @property
+    def source(self) -> str:
+        """Where it is, for messages."""
+        return self.path
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the config has it."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RemoteEntry:
+    """A model of a server that speaks OpenAI's API, under the policy that it is served with.
+
+    Attributes:
+        url: of the API, as in `http://localhost:8000/v1`. A password or a query in it is never
+            shown.
+        model: its name there; None: the server's only one.
+        name: in results; None: the model's, with the server's host.
+        tokenizer: the served model's, as `load_tokenizer` finds it. Prompts are then rendered and
+            encoded here, as a local model's are. None: the server renders chats.
+        api: "completions", which is sent token ids, or "chat"; None: completions where there is a
+            tokenizer, else chat.
+        concurrency: requests under way at a time.
+        attempts: requests for one answer before the run is given up.
+        timeout_s: of one request, from the connection to the reply's last byte.
+        api_key_env: the environment variable of the server's key; None: `SWAA_EVAL_API_KEY`.
+
+    Raises:
+        ValueError: a value out of range, no URL of HTTP, or completions without a tokenizer.
+    """
+
+    url: str = dataclasses.field(repr=False)
+    model: str | None = None
+    name: str | None = None
+    tokenizer: str | None = None
+    api: str | None = None
+    concurrency: int = 8
+    attempts: int = 5
+    timeout_s: float = 3600.0
+    api_key_env: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            url=text,
+            model=or_none(text),
+            name=_name,
+            tokenizer=or_none(text),
+            api=or_none(one_of("completions", "chat")),
+            concurrency=integer(least=1, most=1024),
+            attempts=integer(least=1),
+            timeout_s=number(above=0),
+            api_key_env=or_none(text),
+        )
+        _ = Endpoint(url=self.url)  # is checked
+        if self.api_key_env is not None and not _VARIABLE.fullmatch(self.api_key_env):
+            raise ValueError(
+                "api_key_env: expected the name of an environment variable, got something else "
+                "(the value is not shown); put the key into a variable, and name that"
+            )
+        if self.api == "completions" and self.tokenizer is None:
+            raise ValueError(
+                "api: expected a tokenizer with completions, which is sent token ids, got none; "
+                "give the served model's, or take api: chat"
+            )
+
+    @property
+    def label(self) -> str:
+        """Its name in results."""
+        if self.name:
+            return self.name
+        host = urllib.parse.urlsplit(self.url).netloc.rpartition("@")[2]
+        return f"{self.model} at {host}" if self.model else host
+
+    @property
+    def source(self) -> str:
+        """The URL without secrets."""
+        return Endpoint(url=self.url).shown
+
+    @property
+    def sends_chats(self) -> bool:
+        """Whether the server renders the prompts."""
+        return self.api == "chat" or self.tokenizer is None
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where it is asked, with the key from the environment."""
+        return Endpoint(url=self.url, api_key=os.environ.get(self.api_key_env or API_KEY) or None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the config has it, without secrets."""
+        return {**dataclasses.asdict(self), "url": self.source}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyEntry:
@@ -84,6 +190,14 @@ class PolicyEntry:
 
     name: str
     policy: AttentionPolicy
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServedPolicy:
+    """The policy of a server's model, which is the server's to know."""
+
+    name: str = "as served"
+    policy: None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,16 +232,30 @@ class Setting:
     """Models, each of which is asked under each of the policies.
 
     A policy's entry may be the reference's configuration, `{swaa_config: {...}}`, which is read
-    when the model's depth is known: the reference names layers that a model may lack.
+    when the model's depth is known: the reference names layers that a model may lack. A server's
+    models have their own policies; a setting of nothing else has none.
     """
 
-    models: tuple[ModelEntry, ...]
-    policies: tuple[PolicyEntry | Mapping[str, object], ...]
+    models: tuple[ModelEntry | RemoteEntry, ...]
+    policies: tuple[PolicyEntry | Mapping[str, object], ...] = ()
 
     def __post_init__(self) -> None:
+        if self.local_models and not self.policies:
+            raise ValueError(f"evaluation: expected a value for policies, got none; {_WHAT_TO_SAY}")
+        if self.policies and not self.local_models:
+            raise ValueError(
+                f"policies: expected none where all models are asked by their url, got "
+                f"{len(self.policies)}; leave them out, since a server has its own, or add a local "
+                "model"
+            )
         _distinct("models", [model.label for model in self.models])
         entries = [entry for entry in self.policies if isinstance(entry, PolicyEntry)]
         _distinct("policies", [entry.name for entry in entries])
+
+    @property
+    def local_models(self) -> list[ModelEntry]:
+        """Those that are loaded here."""
+        return [model for model in self.models if isinstance(model, ModelEntry)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,18 +317,66 @@ class EvalConfig(SamplingParams):
         )
         self.check_attempts(self.attempts)
         _distinct("tasks", [entry.name for entry in self.tasks])
-        known: dict[str, ModelEntry] = {}
-        for model in (model for setting in self.settings for model in setting.models):
+        known: dict[str, ModelEntry | RemoteEntry] = {}
+        for model in self.models:
             if known.setdefault(model.label, model) != model:
+                key = "path" if isinstance(model, ModelEntry) else "url"
                 raise ValueError(
-                    f"models: expected distinct names, got {model.label!r} for {model.path} and "
-                    f"for {known[model.label].path}; give one a name, {{path: ..., name: ...}}"
+                    f"models: expected distinct names, got {model.label!r} for {model.source} and "
+                    f"for {known[model.label].source}; give one a name, {{{key}: ..., name: ...}}"
                 )
+        if self.remote_models:
+            self._check_remote(self.remote_models)
+
+    def _check_remote(self, remote: "Sequence[RemoteEntry]") -> None:
+        """Refuses settings that no server takes, and a key that several would be sent.
+
+        Raises:
+            ValueError: they are named.
+        """
+        given = [name for name in ("no_repeat_ngram_size", "suppress_tokens") if vars(self)[name]]
+        if given:
+            raise ValueError(
+                f"{given[0]}: expected nothing with {remote[0].label}, since servers do not take "
+                f"it, got {vars(self)[given[0]]}; leave it out, or ask local models alone"
+            )
+        hosts = {urllib.parse.urlsplit(m.url).netloc for m in remote if m.api_key_env is None}
+        if len(hosts) > 1 and os.environ.get(API_KEY):
+            raise ValueError(
+                f"{API_KEY}: expected one server that it is the key of, got {len(hosts)}; give "
+                "each model that needs a key an api_key_env, the name of a variable of its own"
+            )
+
+    @property
+    def models(self) -> "list[ModelEntry | RemoteEntry]":
+        """Of all settings, in their order."""
+        return [model for setting in self.settings for model in setting.models]
+
+    @property
+    def local_models(self) -> list[ModelEntry]:
+        """Those that are loaded here."""
+        return [model for model in self.models if isinstance(model, ModelEntry)]
+
+    @property
+    def remote_models(self) -> list[RemoteEntry]:
+        """Those of servers."""
+        return [model for model in self.models if isinstance(model, RemoteEntry)]
 
     def with_config_overrides(self, overrides: Mapping[str, object]) -> "EvalConfig":
-        """The same evaluation of models whose configs have these values, over their own ones."""
+        """The same evaluation of models whose configs have these values, over their own ones.
 
-        def changed(model: ModelEntry) -> ModelEntry:
+        Raises:
+            ValueError: all models are a server's.
+        """
+        if overrides and not self.local_models:
+            raise ValueError(
+                f"config_overrides: expected none where all models are asked by their url, got "
+                f"{', '.join(map(str, overrides))}; leave them out"
+            )
+
+        def changed(model: ModelEntry | RemoteEntry) -> ModelEntry | RemoteEntry:
+            if isinstance(model, RemoteEntry):
+                return model
             own = {**model.config_overrides, **overrides}
             return dataclasses.replace(model, config_overrides=own)
 
@@ -212,7 +388,7 @@ class EvalConfig(SamplingParams):
 
     def without_adapter(self, label: str) -> str:
         """The label of the same checkpoint without adapters, where it is among the models."""
-        entries = {m.label: m for setting in self.settings for m in setting.models}
+        entries = {m.label: m for m in self.local_models}
         if label not in entries or entries[label].adapter is None:
             return label
         bare = dataclasses.replace(entries[label], adapter=None, name=None)
@@ -220,6 +396,22 @@ class EvalConfig(SamplingParams):
             name for name, entry in entries.items() if dataclasses.replace(entry, name=None) == bare
         )
         return next(same, label)
+
+    def compared_with(self, label: str) -> str:
+        """The label of the model whose baseline this one's answers are tested against.
+
+        A local model has its own, or that of the same checkpoint without adapters. A server's model
+        is compared with the local one whose tokenizer it has, with the first local one where the
+        server renders the same chats itself; else with the first one of a server that is asked
+        alike.
+        """
+        entry = next((m for m in self.remote_models if m.label == label), None)
+        if entry is None:
+            return self.without_adapter(label)
+        alike = [m.label for m in self.local_models if entry.tokenizer in (None, m.path)] or [
+            m.label for m in self.remote_models if m.tokenizer == entry.tokenizer
+        ]
+        return self.without_adapter(alike[0])
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, object]) -> "EvalConfig":
@@ -239,12 +431,12 @@ class EvalConfig(SamplingParams):
         if "settings" not in values:
             pair = {key: values.pop(key, None) for key in ("models", "policies")}
             missing = [key for key, value in pair.items() if not value]
-            if missing:
+            if "models" in missing:
                 raise ValueError(
                     f"evaluation: expected a value for {' and '.join(missing)}, got none; "
                     f"{_WHAT_TO_SAY}"
                 )
-            values["settings"] = [pair]
+            values["settings"] = [{key: value for key, value in pair.items() if value}]
         readers = {"settings": _several(_setting)}
         return from_mapping(cls, values, "evaluation", readers=readers, advice=_WHAT_TO_SAY)
 
@@ -340,9 +532,13 @@ def _setting(name: str, entry: object) -> Setting:
     return from_mapping(Setting, entry, name, readers=readers)
 
 
-def _model(name: str, entry: object) -> ModelEntry:
-    if isinstance(entry, ModelEntry):
+def _model(name: str, entry: object) -> ModelEntry | RemoteEntry:
+    if isinstance(entry, ModelEntry | RemoteEntry):
         return entry
+    if isinstance(entry, Mapping) and "url" in entry:
+        return from_mapping(RemoteEntry, entry, name)
+    if isinstance(entry, str) and entry.startswith(("http://", "https://")):
+        return from_mapping(RemoteEntry, {"url": entry}, name)
     return from_mapping(ModelEntry, {"path": entry} if isinstance(entry, str) else entry, name)
 
 
