@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _LIST_SECONDS = 60.0
+_PAUSE_S = 1.0
+"""Before a second request, where the first one failed; twice as long each time."""
 _REFUSALS = (400, 422)
 _NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 """What changes nothing, in servers' words; left unsaid, a server takes the checkpoint's own."""
@@ -69,14 +71,13 @@ class RemoteModel:
 
     Args:
         entry: which.
-        pause_s: before a second request, where the first one failed; twice as long each time.
 
     Raises:
         ValueError: the server cannot be talked to, or has no such model.
     """
 
-    def __init__(self, entry: RemoteEntry, *, pause_s: float = 1.0):
-        self._entry, self._endpoint, self._pause_s = entry, entry.endpoint, pause_s
+    def __init__(self, entry: RemoteEntry):
+        self._entry, self._endpoint = entry, entry.endpoint
         listed = _run(self._listed())
         self.name = self._chosen(listed)
         """Of the model, at the server."""
@@ -211,7 +212,7 @@ class RemoteModel:
         """
         problem = ""
         for attempt in range(self._entry.attempts):
-            pause = self._pause_s * 2**attempt
+            pause = _PAUSE_S * 2**attempt
             try:
                 reply = await self._endpoint.request(
                     method, path, body, timeout_s=timeout_s or self._entry.timeout_s, client=http
@@ -223,6 +224,7 @@ class RemoteModel:
             except BROKEN as error:
                 problem = self._endpoint.excerpt(f"{type(error).__name__}: {error}")
             if attempt + 1 < self._entry.attempts:
+                log.info("%s: %s; again in %.3g s", self._entry.label, problem, pause)
                 await asyncio.sleep(pause)
         raise ValueError(
             f"{self._entry.label}: expected a reply from {self._endpoint.shown}{path} in "
