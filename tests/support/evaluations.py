@@ -4,8 +4,8 @@ import dataclasses
 from typing import Any, ClassVar
 
 from swaa_jax.eval.run import Cell, EvalConfig, Evaluation, PolicyEntry, Setting, TaskEntry
-from swaa_jax.eval.run.config import ModelEntry
 from swaa_jax.eval.run.costs import CellCost
+from swaa_jax.eval.run.entries import ModelEntry
 from swaa_jax.eval.tasks import Sample, Task
 from swaa_jax.policy import AttentionPolicy
 

@@ -165,6 +165,7 @@ def test_the_judge_asks_swaa_serve(server):
 class Stub(http.server.BaseHTTPRequestHandler):
     """A server of OpenAI's own fields alone, which answers with the word it is asked to say."""
 
+    server_state: "State"
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
@@ -274,9 +275,12 @@ def test_thoughts_are_joined_as_a_model_writes_them(plain, data, tmp_path):
     state.known |= {"chat_template_kwargs", "top_k", "min_p", "repetition_penalty"}
     said = {"role": "assistant", "reasoning_content": "yes, no or maybe", "content": "yes"}
     state.choice = {"message": said}
-    words = ("--url", url, "--data", data, "--thinking", "yes")
+    words = ("--url", url, "--data", data, "--thinking", "both")
+    evaluate(config_of(*words, "--output", tmp_path / "both"))
+    modes = [body["chat_template_kwargs"]["enable_thinking"] for body in state.bodies]
+    assert modes == [True] * 3 + [False] * 3
+    words = (*words[:-1], "yes")
     (cell,) = evaluate(config_of(*words, "--output", tmp_path / "a")).cells
-    assert state.bodies[0]["chat_template_kwargs"] == {"enable_thinking": True}
     assert [one["answer"] for one in cell.answers] == ["yes"] * 3
     assert [one["score"] for one in cell.answers] == [1.0, 0.0, 0.0]  # of the answer alone
     # A thought that was cut off is no answer: told apart by the server, or not.

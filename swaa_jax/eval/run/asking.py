@@ -16,16 +16,9 @@ from swaa_jax import runtime
 from swaa_jax.checkpoint.tokenizer import opens_thinking
 from swaa_jax.eval.judging import Judge, Judged, strip_thinking
 from swaa_jax.eval.run.answering import answer_prompts, even_batches
-from swaa_jax.eval.run.config import (
-    EvalConfig,
-    ModelEntry,
-    PolicyEntry,
-    RemoteEntry,
-    ServedPolicy,
-    TaskEntry,
-)
-from swaa_jax.eval.run.costs import CellCost, cell_cost, remote_cost
-from swaa_jax.eval.run.remote import Prompt, RemoteModel
+from swaa_jax.eval.run.config import EvalConfig, PolicyEntry, ServedPolicy, TaskEntry
+from swaa_jax.eval.run.costs import CellCost, cell_cost
+from swaa_jax.eval.run.entries import ModelEntry, RemoteEntry
 from swaa_jax.eval.run.store import AnswerBatch, AnswerRecord, CellStore, fingerprint
 from swaa_jax.eval.tasks import Sample, encode_sample
 from swaa_jax.fields import show
@@ -37,7 +30,7 @@ from swaa_jax.progress import ShowProgress
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Asking", "Cell", "LocalAsking", "RemoteAsking"]
+__all__ = ["Asking", "Cell", "LocalAsking"]
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +43,6 @@ answers are found by them."""
 
 _JUDGE_THREADS = 8
 """Answers that are judged at once: one that is a model behind a URL takes its time."""
-
-_ROWS_A_FILE = 8
-"""Answers of a server that are kept in one file. A constant: other files than those of a stopped
-run would be looked for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -466,88 +455,6 @@ class LocalAsking(Asking):
             prompt_lengths=[len(ids) for ids in self._prompts],
             timings=Timings.total(timings) if timings else None,
         )
-
-
-class RemoteAsking(Asking):
-    """A server's model.
-
-    Args:
-        model: asks the server.
-        others: as `Asking` takes them.
-    """
-
-    _entry: RemoteEntry
-
-    def __init__(self, *, model: RemoteModel, **others: Any):
-        self._model = model
-        super().__init__(room=model.room, **others)
-        prefixed = any(sample.answer_prefix for sample in self._samples)
-        if self._entry.sends_chats and prefixed and not self._thinking:
-            log.warning(
-                "task %s: expected api: completions with %s, since the task begins the answers, "
-                "got chat, which has no place for that; the beginning is left out",
-                self._task.name,
-                self._entry.label,
-            )
-        self._sent = [
-            Prompt(tokens=None, messages=one.messages, tools=one.tools, thinking=self._thinking)
-            if self._entry.sends_chats or self._prompts is None
-            else Prompt(tokens=self._prompts[index])
-            for index, one in enumerate(self._samples)
-        ]
-        self._kept_under = self._identity_of(
-            model.describe(),
-            prompts=fingerprint([one.to_dict() for one in self._sent]),
-            tokenizer=self._entry.tokenizer,
-        )
-
-    @property
-    def _identity(self) -> Mapping[str, object]:
-        return self._kept_under
-
-    @property
-    def _policy_note(self) -> str:
-        return self._model.policy_text
-
-    def _make_batches(self) -> list[list[int]]:
-        rows = range(self._num_rows)
-        return [list(rows[at : at + _ROWS_A_FILE]) for at in range(0, len(rows), _ROWS_A_FILE)]
-
-    def answer(self, policies: Sequence[PolicyEntry | ServedPolicy], progress: ShowProgress) -> int:
-        """See `Asking.answer`. Files are written as they are full: a run that is stopped loses
-        answers that are under way, and those of files that are not full yet.
-        """
-        del policies  # it has one
-        store = self._store(None)
-        left = {
-            row: number
-            for number, rows in enumerate(self._batches)
-            if not store.has_answers(number)
-            for row in rows
-        }
-        found: dict[int, list[AnswerRecord]] = {}
-        count = 0
-
-        def keep(record: AnswerRecord) -> None:
-            nonlocal count
-            count += 1
-            number = left[record["row"]]
-            rows = found.setdefault(number, [])
-            rows.append(record)
-            if len(rows) == len(self._batches[number]):
-                by_row = sorted(found.pop(number), key=lambda one: one["row"])
-                store.write_answers(number, AnswerBatch(rows=by_row, timings=None))
-            progress(f"{self._where}: {count} of {len(left)} answers", count / len(left))
-
-        if left:
-            attempts = self._config.attempts
-            prompts = {row: self._sent[row // attempts] for row in left}
-            self._model.answer(prompts, self._options, keep)
-        return count
-
-    def _cost(self, entry: PolicyEntry | ServedPolicy, batches: Sequence[AnswerBatch]) -> CellCost:
-        del entry
-        return remote_cost([row for batch in batches for row in batch.rows])
 
 
 def _options(config: EvalConfig, task: TaskEntry, thinking: bool) -> GenerateOptions:

@@ -2,14 +2,12 @@
 
 import dataclasses
 import os
-import re
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from etils import epath
-
 from swaa_jax.documents import parse_yaml, with_overrides
+from swaa_jax.eval.run.entries import API_KEY, ModelEntry, RemoteEntry, name_or_none
 from swaa_jax.eval.tasks import Task, make_task
 from swaa_jax.fields import (
     Check,
@@ -20,25 +18,19 @@ from swaa_jax.fields import (
     list_of,
     mapping,
     naming,
-    number,
     one_of,
     or_none,
     path,
-    text,
     wrong,
 )
 from swaa_jax.infer import SamplingParams
 from swaa_jax.policy import AttentionPolicy, load_policy
-from swaa_jax.remote import Endpoint
 from swaa_jax.storage import read_text
 from swaa_jax.typing import PathLike
 
 __all__ = [
-    "API_KEY",
     "EvalConfig",
-    "ModelEntry",
     "PolicyEntry",
-    "RemoteEntry",
     "ServedPolicy",
     "Setting",
     "TaskEntry",
@@ -49,139 +41,11 @@ __all__ = [
 
 T = TypeVar("T")
 
-API_KEY = "SWAA_EVAL_API_KEY"
-"""The environment variable of a server's key; the key is never written anywhere."""
-
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _NOTES = ("description", "source")
 _WHAT_TO_SAY = (
     "say which checkpoints (models: [...]) under which policies (policies: [full, ...]) are asked "
     "what (tasks: [{task: qa, files: mine.jsonl}]), and where the results go (output_dir)"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelEntry:
-    """A checkpoint that is asked.
-
-    Attributes:
-        path: a directory, a hub id, gs://... or a shipped model.
-        name: in results; None: the path's last part, with the adapter's.
-        adapter: LoRA adapters in PEFT's layout, merged into it.
-        revision: of a hub id.
-        config_overrides: as `load_model` takes them (YaRN beyond 32k, say).
-    """
-
-    path: str
-    name: str | None = None
-    adapter: str | None = None
-    revision: str | None = None
-    config_overrides: Mapping[str, object] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        check_fields(self, path=text, name=_name, config_overrides=mapping)
-
-    @property
-    def label(self) -> str:
-        """Its name in results."""
-        if self.name:
-            return self.name
-        last = self.path.rstrip("/").rpartition("/")[2]
-        return last if self.adapter is None else f"{last} + {epath.Path(self.adapter).name}"
-
-    @property
-    def source(self) -> str:
-        """Where it is, for messages."""
-        return self.path
-
-    def to_dict(self) -> dict[str, Any]:
-        """As the config has it."""
-        return dataclasses.asdict(self)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RemoteEntry:
-    """A model of a server that speaks OpenAI's API, under the policy that it is served with.
-
-    Attributes:
-        url: of the API, as in `http://localhost:8000/v1`. A password or a query in it is never
-            shown.
-        model: its name there; None: the server's only one.
-        name: in results; None: the model's, with the server's host.
-        tokenizer: the served model's, as `load_tokenizer` finds it. Prompts are then rendered and
-            encoded here, as a local model's are. None: the server renders chats.
-        api: "completions", which is sent token ids, or "chat"; None: completions where there is a
-            tokenizer, else chat.
-        concurrency: requests under way at a time.
-        attempts: requests for one answer before the run is given up.
-        timeout_s: of one request, from the connection to the reply's last byte.
-        api_key_env: the environment variable of the server's key; None: `SWAA_EVAL_API_KEY`.
-
-    Raises:
-        ValueError: a value out of range, no URL of HTTP, or completions without a tokenizer.
-    """
-
-    url: str = dataclasses.field(repr=False)
-    model: str | None = None
-    name: str | None = None
-    tokenizer: str | None = None
-    api: str | None = None
-    concurrency: int = 8
-    attempts: int = 5
-    timeout_s: float = 3600.0
-    api_key_env: str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(
-            self,
-            url=text,
-            model=or_none(text),
-            name=_name,
-            tokenizer=or_none(text),
-            api=or_none(one_of("completions", "chat")),
-            concurrency=integer(least=1, most=1024),
-            attempts=integer(least=1),
-            timeout_s=number(above=0),
-            api_key_env=or_none(text),
-        )
-        _ = Endpoint(url=self.url)  # is checked
-        if self.api_key_env is not None and not _VARIABLE.fullmatch(self.api_key_env):
-            raise ValueError(
-                "api_key_env: expected the name of an environment variable, got something else "
-                "(the value is not shown); put the key into a variable, and name that"
-            )
-        if self.api == "completions" and self.tokenizer is None:
-            raise ValueError(
-                "api: expected a tokenizer with completions, which is sent token ids, got none; "
-                "give the served model's, or take api: chat"
-            )
-
-    @property
-    def label(self) -> str:
-        """Its name in results."""
-        if self.name:
-            return self.name
-        host = urllib.parse.urlsplit(self.url).netloc.rpartition("@")[2]
-        return f"{self.model} at {host}" if self.model else host
-
-    @property
-    def source(self) -> str:
-        """The URL without secrets."""
-        return Endpoint(url=self.url).shown
-
-    @property
-    def sends_chats(self) -> bool:
-        """Whether the server renders the prompts."""
-        return self.api == "chat" or self.tokenizer is None
-
-    @property
-    def endpoint(self) -> Endpoint:
-        """Where it is asked, with the key from the environment."""
-        return Endpoint(url=self.url, api_key=os.environ.get(self.api_key_env or API_KEY) or None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As the config has it, without secrets."""
-        return {**dataclasses.asdict(self), "url": self.source}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -518,7 +382,7 @@ def task_entry(name: str, entry: object) -> TaskEntry:
     longest = settings.pop("max_new_tokens", None)
     task = make_task(kind, **settings)
     return TaskEntry(
-        name=_name("name", given) or task.label,
+        name=name_or_none("name", given) or task.label,
         task=task,
         judge={"name": judge} if isinstance(judge, str) else judge,
         max_new_tokens=longest,
@@ -559,11 +423,6 @@ def _modes(name: str, value: Any) -> tuple[bool, ...]:
     if not modes or not all(isinstance(mode, bool) for mode in modes):
         raise wrong(name, "true, false or a list of both", value)
     return tuple(dict.fromkeys(modes))
-
-
-def _name(name: str, value: object) -> str | None:
-    """A text; numbers, as YAML has them, are written out."""
-    return None if value is None else text(name, str(value))
 
 
 def _distinct(what: str, names: Sequence[str]) -> None:

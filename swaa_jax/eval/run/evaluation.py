@@ -23,16 +23,9 @@ from swaa_jax.checkpoint.provenance import describe_device, describe_versions
 from swaa_jax.eval.judging import Judge, make_judge
 from swaa_jax.eval.judging.rules import CHOICES
 from swaa_jax.eval.run.answering import resolve_all
-from swaa_jax.eval.run.asking import Asking, Cell, LocalAsking, RemoteAsking
-from swaa_jax.eval.run.config import (
-    EvalConfig,
-    ModelEntry,
-    PolicyEntry,
-    RemoteEntry,
-    ServedPolicy,
-    Setting,
-    TaskEntry,
-)
+from swaa_jax.eval.run.asking import Asking, Cell, LocalAsking
+from swaa_jax.eval.run.config import EvalConfig, PolicyEntry, ServedPolicy, Setting, TaskEntry
+from swaa_jax.eval.run.entries import ModelEntry, RemoteEntry
 from swaa_jax.eval.run.loading import (
     describe,
     identity_of,
@@ -41,6 +34,7 @@ from swaa_jax.eval.run.loading import (
     warn_of_difference,
 )
 from swaa_jax.eval.run.remote import RemoteModel
+from swaa_jax.eval.run.remote_asking import RemoteAsking
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import Structure
 from swaa_jax.policy import AttentionPolicy

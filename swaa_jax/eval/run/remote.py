@@ -18,7 +18,7 @@ import httpx2
 
 from swaa_jax.chats import CLOSING
 from swaa_jax.documents import parse_json
-from swaa_jax.eval.run.config import API_KEY, RemoteEntry
+from swaa_jax.eval.run.entries import API_KEY, RemoteEntry
 from swaa_jax.eval.run.store import AnswerRecord
 from swaa_jax.fields import describe, first_of, nearest, show
 from swaa_jax.infer import GenerateOptions
@@ -90,7 +90,7 @@ class RemoteModel:
             for name in ("policy", "root", "max_model_len")
             if isinstance(about.get(name), str | int)
         }
-        self._extras: list[dict[str, Any]] | None = None
+        self._refused: frozenset[str] | None = None  # fields; None: nothing was asked yet
 
     @property
     def policy_text(self) -> str:
@@ -150,30 +150,33 @@ class RemoteModel:
         self, http: httpx2.AsyncClient, row: int, prompt: Prompt, options: GenerateOptions
     ) -> dict[str, Any]:
         path = "/chat/completions" if prompt.tokens is None else "/completions"
-        rungs = self._extras or _ladder(prompt, options)
-        first: ValueError | None = None
+        rungs = _ladder(prompt, options)
+        wanted = rungs[0]
+        if self._refused is not None:
+            rungs = [{k: v for k, v in wanted.items() if k not in self._refused}]
+        refusal: ValueError | None = None
         for extras in rungs:
             start = time.perf_counter()
             body = {**self._body(row, prompt, options), **extras}
             reply = await self._reply(http, "POST", path, body)
             if reply.is_ok:
-                self._settle(extras, rungs[0])
-                record = self._read(reply.body, row, prompt)
-                left_out = sorted(set(_ladder(prompt, options)[0]) - set(extras))
                 seconds = round(time.perf_counter() - start, 6)
+                left_out = sorted(set(wanted) - set(extras))
+                self._settle(left_out)
+                record = self._read(reply.body, row, prompt)
                 return record | {"seconds": seconds, "left_out": left_out}
-            first = self._refusal(path, reply)
+            refusal = self._refusal(path, reply)
             if reply.status not in _REFUSALS:
                 break
-        assert first is not None
-        raise first
+        assert refusal is not None
+        raise refusal
 
-    def _settle(self, extras: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-        """Sends no more than what was taken, from now on; says what is left out."""
-        if self._extras is not None:
+    def _settle(self, left_out: Sequence[str]) -> None:
+        """Leaves out what was not taken, from now on, and says so."""
+        if self._refused is not None:
             return
-        self._extras = [dict(extras)]
-        if left_out := [name for name in wanted if name not in extras]:
+        self._refused = frozenset(left_out)
+        if left_out:
             log.warning(
                 "%s: expected a server that takes %s, got one that refuses; left out, so that its "
                 "own defaults hold",
