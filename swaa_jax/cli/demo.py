@@ -259,7 +259,7 @@ def _check(config: "EvalConfig", summaries: "Sequence[CellSummary]") -> int:
     scores = [
         summary.score.mean
         for summary in summaries
-        if summary.cell.policy.is_full and summary.cell.model == _SHIPPED
+        if summary.cell.is_full and summary.cell.model == _SHIPPED
     ]
     is_at_home = (task.length, task.haystack) == (_LENGTH, _HAYSTACK)
     if not scores or not is_at_home or min(scores) >= _SOUND:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from swaa_jax.eval.run import EvalConfig, Evaluation
     from swaa_jax.typing import PathLike
 
+_NEEDED = "expected a CONFIG, or --model or --url with --data or --task, got "
 _POLICIES = ("full", "naive", "instruct-no-train")
 _EPILOG = """\
 examples:
@@ -47,6 +48,15 @@ examples:
   swaa eval mine.yaml --config-override max_position_embeddings=65536
       every model's config.json changed; in the file one model's: {path: ..., config_overrides: ...}
 
+  swaa eval --model ./my-model --policies full,naive --data mine.jsonl \
+      --url http://localhost:8000/v1 --served my-model,my-model:full
+      models of a server (swaa serve, vLLM, SGLang, any OpenAI-compatible one) in the same report;
+      with --url alone no model is loaded here. In the file, one with other settings:
+          models: [./my-model, {url: "http://localhost:30000/v1", model: mine, name: SGLang,
+                   tokenizer: ./my-model, concurrency: 16, api_key_env: SGLANG_KEY}]
+      with a tokenizer prompts are made here and sent as token ids, exactly as a local model gets
+      them; without, as chats. Tasks that count tokens (ruler, longmemeval) need one: --tokenizer
+
   swaa eval tiny-table-1
       a shipped config: the paper's Table 1 in tiny form; paper-table-1 is the real one
 
@@ -58,7 +68,7 @@ tasks or models it does only what is new, and another judge is asked about answe
 Answers to a file that changed, or to more of it, are made anew. output_dir then holds report.html
 (open it in a browser), report.md, score_against_cost.png, answers.jsonl and .parquet, results.json,
 run.json.
-SWAA_JUDGE_API_KEY is a judging model's key.
+SWAA_JUDGE_API_KEY is a judging model's key, SWAA_EVAL_API_KEY that of the server of --url.
 """
 
 
@@ -89,6 +99,18 @@ def add_parser(subparsers: Commands) -> None:
         help="shipped names, files, or fields as in full,window=64,window=64,decode=full; default: "
         + ",".join(_POLICIES),
     )
+    ask.add_argument(
+        "--url",
+        action="append",
+        metavar="URL",
+        help="ask models of this server, as in http://localhost:8000/v1; repeatable",
+    )
+    ask.add_argument(
+        "--served", metavar="NAMES", help="at --url, with commas; default: its only model"
+    )
+    ask.add_argument(
+        "--tokenizer", metavar="PATH", help="of the models at --url: prompts go as token ids"
+    )
     add_task_arguments(ask)
     ask.add_argument("--thinking", choices=["no", "yes", "both"], help="default: no")
     ask.add_argument("--output", metavar="DIR", help="default: eval_output")
@@ -107,6 +129,8 @@ def run(args: argparse.Namespace) -> int:
     from swaa_jax.redact import typed_command
 
     config = _config(args)
+    if not config.local_models:
+        _leave_devices_alone()
     process_args.start(args)
     runtime.return_freed_arrays()
     with show_progress("starting", total=1, enabled=not args.quiet) as bar:
@@ -143,7 +167,37 @@ def print_results(
     print("Open the report in a browser; answers, numbers and charts lie beside it:")
     shown = ("report.html", "report.md", "score_against_cost.png", "answers.jsonl", "results.json")
     for name in shown:
-        print(f"  {paths[name]}")
+        if name in paths:  # there is no chart where nothing was answered here
+            print(f"  {paths[name]}")
+
+
+def _leave_devices_alone() -> None:
+    """Keeps JAX from the accelerator, which the server on this machine may be using."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
+def _remote_models(args: argparse.Namespace) -> list[dict[str, object]]:
+    """Entries of the servers' models.
+
+    Raises:
+        ValueError: names without the one server that has them, or a tokenizer without any.
+    """
+    from swaa_jax.fields import show
+
+    urls = args.url or []
+    for flag, value in (("--served", args.served), ("--tokenizer", args.tokenizer)):
+        if value is not None and not urls:
+            raise ValueError(f"{flag}: expected --url with it, got none; give one")
+    names = [name.strip() for name in (args.served or "").split(",") if name.strip()]
+    if args.served is not None and (len(urls) != 1 or not names):
+        raise ValueError(
+            f"--served: expected names of one server's models, got {show(args.served)} for "
+            f"{len(urls)}; name the models of several servers in a CONFIG"
+        )
+    entries = [{"url": url, "model": name} for url in urls for name in names or [None]]
+    return [{**entry, "tokenizer": args.tokenizer} for entry in entries]
 
 
 def _config(args: argparse.Namespace) -> "EvalConfig":
@@ -167,12 +221,11 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
     path = args.config
     if path is not None and "=" in path and not epath.Path(path).exists():
         path, overrides = None, [path, *overrides]
-    if path is None and not args.model:
+    if path is None and not args.model and not args.url:
         given = [flag for flag, value in (("--data", args.data), ("--task", args.task)) if value]
         raise ValueError(
-            "expected a CONFIG, or --model with --data or --task, got "
-            f"{' and '.join(given) + ' without --model' if given else 'none of them'}; see swaa "
-            "eval --help for examples"
+            f"{_NEEDED}{' and '.join(given) + ' without a model' if given else 'none of them'}; "
+            "see swaa eval --help for examples"
         )
     if path is not None and path.endswith((".jsonl", ".parquet")):
         raise ValueError(
@@ -185,10 +238,13 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
         path = str(find_config("eval", path))
     try:
         fields = {} if path is None else read_document(read_text(path))
-        if args.model:
+        if args.model or args.url:
             fields.pop("settings", None)
-            fields["models"] = args.model
-            fields.setdefault("policies", list(_POLICIES))
+            fields["models"] = [*(args.model or []), *_remote_models(args)]
+            if args.model:
+                fields.setdefault("policies", list(_POLICIES))
+            elif policies is None:  # those of a file are for its local models
+                fields.pop("policies", None)
         if policies is not None:
             fields["policies"] = policies
             if "settings" in fields:

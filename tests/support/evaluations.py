@@ -4,8 +4,8 @@ import dataclasses
 from typing import Any, ClassVar
 
 from swaa_jax.eval.run import Cell, EvalConfig, Evaluation, PolicyEntry, Setting, TaskEntry
-from swaa_jax.eval.run.config import ModelEntry
 from swaa_jax.eval.run.costs import CellCost
+from swaa_jax.eval.run.entries import ModelEntry
 from swaa_jax.eval.tasks import Sample, Task
 from swaa_jax.policy import AttentionPolicy
 
@@ -83,7 +83,9 @@ def cell(name: str, policy: AttentionPolicy, rows: list[dict[str, Any]], **chang
 def evaluation(cells: list[Cell], output_dir: Any = "out", **config: Any) -> Evaluation:
     """A finished evaluation of these cells."""
     entries = {
-        one.policy_name: PolicyEntry(name=one.policy_name, policy=one.policy) for one in cells
+        one.policy_name: PolicyEntry(name=one.policy_name, policy=one.policy)
+        for one in cells
+        if one.policy is not None
     }
     setting = Setting(models=(ModelEntry(path="toy"),), policies=tuple(entries.values()))
     return Evaluation(

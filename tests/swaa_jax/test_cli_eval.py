@@ -118,8 +118,8 @@ def test_values_of_settings_may_hold_commas():
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "expected a CONFIG, or --model with --data or --task, got none of them"),
-        (["--data", "DATA"], "got --data without --model"),
+        ([], "expected a CONFIG, or --model or --url with --data or --task, got none of them"),
+        (["--data", "DATA"], "got --data without a model"),
         (["mine.jsonl"], "CONFIG: expected YAML or JSON, got mine.jsonl; questions go to --data"),
         (["--model", "m", "--data", "DATA", "--policies", ""], "--policies: expected at least one"),
         (

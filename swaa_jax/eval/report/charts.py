@@ -67,21 +67,28 @@ class Dot:
     cache_bytes: int | None
 
 
-def group_chart(group: Group) -> Chart:
-    """Score against cost of one model, task and mode."""
+def group_chart(group: Group) -> Chart | None:
+    """Score against cost of one model, task and mode, of what was answered here: what a server's
+    answers cost is not known. None: there is nothing else.
+    """
     dots = []
     for summary in group.summaries:
         name, text = group.name(summary), summary.cell.policy_text
+        policy, share = summary.cell.policy, summary.cell.cost.prefill_share
+        if policy is None or share is None:
+            continue
         dots.append(
             Dot(
-                policy=summary.cell.policy,
+                policy=policy,
                 label=str(summary.number),
                 name=f"{name}: {text}" if text else name,
                 score=summary.score,
-                prefill_share=summary.cell.cost.prefill_share,
+                prefill_share=share,
                 cache_bytes=summary.cell.cost.cache_bytes_per_sample,
             )
         )
+    if not dots:
+        return None
     return policy_chart(dots, title=group.title, heading="Row of the table")
 
 

@@ -26,7 +26,7 @@ def html_report(
     evaluation: Evaluation,
     groups: Sequence[Group],
     *,
-    charts: Sequence[Chart],
+    charts: Sequence[Chart | None],
     title: str,
     command: str,
     provenance: Mapping[str, object],
@@ -36,7 +36,7 @@ def html_report(
     Args:
         evaluation: the answers.
         groups: of the cells.
-        charts: score against cost, one a group.
+        charts: score against cost, one a group; None: there is nothing to draw.
         title: of the page.
         command: what ran it.
         provenance: shown, and embedded as JSON under the id "provenance".
@@ -88,7 +88,11 @@ def markdown_report(
         left=[column.left for column in COLUMNS],
     )
     lines += ["", LEGEND, ""]
-    named = {s.cell.policy_name: s.cell.policy_text for s in summaries if s.cell.policy_text}
+    named = {
+        s.cell.policy_name if s.cell.policy is not None else s.cell.model: s.cell.policy_text
+        for s in summaries
+        if s.cell.policy_text
+    }
     lines += [f"- {shown(f'{name}: {text}')}" for name, text in named.items()] + [""] * bool(named)
     for group in groups:
         for matrix in _matrices(group):
@@ -119,17 +123,20 @@ def _setting(evaluation: Evaluation) -> str:
     settings = config.sampling_identity.items()
     drawn += "".join(f", {k} {show(one)}" for k, one in settings if one and k != "temperature")
     judges = "; ".join(f"{one.name}: {one.judge_settings['name']}" for one in config.tasks)
+    where = f"{evaluation.device['description']}, {evaluation.dtype}"
+    if not evaluation.dtype:
+        where = "answered by servers"
     return (
-        f"{evaluation.device['description']}, {evaluation.dtype}, {drawn}; swaa_jax "
+        f"{where}, {drawn}; swaa_jax "
         f"{versions['swaa_jax']}, JAX {versions['jax']}. Judged by {judges}."
     )
 
 
-def _group_view(group: Group, chart: Chart, *, seed: int) -> dict[str, object]:
+def _group_view(group: Group, chart: Chart | None, *, seed: int) -> dict[str, object]:
     several = len(_part_names(group, "by_length")) > 1
     return {
         "title": group.title,
-        "pareto": chart.svg,
+        "pareto": "" if chart is None else chart.svg,
         "matrices": _matrices(group),
         "lengths": length_chart(group).svg if several else "",
         "examples": _examples(group, seed),
@@ -220,14 +227,14 @@ def _examples(group: Group, seed: int) -> list[dict[str, object]]:
         {answer["sample"]: answer for answer in summary.cell.answers if answer["attempt"] == 0}
         for summary in group.summaries
     ]
-    samples = list(first[0])
+    samples = [sample for sample in first[0] if all(sample in answers for answers in first)]
     random.Random(seed).shuffle(samples)
     samples.sort(key=lambda sample: len({answers[sample]["accepted"] for answers in first}) < 2)
     return [
         {
             "sample": sample,
             "kind": first[0][sample]["kind"],
-            "prompt_tokens": f"{first[0][sample]['prompt_tokens']:,}",
+            "prompt_tokens": _counted(first[0][sample]["prompt_tokens"]),
             "question": _clipped(first[0][sample]["question"], 300),
             "references": "; ".join(first[0][sample]["references"]),
             "answers": [
@@ -244,12 +251,17 @@ def _answer_view(policy: str, answer: AnswerRecord) -> dict[str, object]:
         "policy": policy,
         "accepted": answer["accepted"],
         "score": f"{answer['score']:.2f}",
-        "num_tokens": answer["num_tokens"],
+        "num_tokens": _counted(answer["num_tokens"]),
         "cut": answer["finish_reason"] == "length",
         "finished": answer["finished"],
         "reason": _clipped(answer["reason"], 120),
         "text": _clipped(answer["response"], _SHOWN) or "(nothing)",
     }
+
+
+def _counted(number: int | None) -> str:
+    """A number of tokens, for people; a server may not tell."""
+    return "an unknown number of" if number is None else f"{number:,}"
 
 
 def _clipped(text: str, limit: int) -> str:

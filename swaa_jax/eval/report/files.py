@@ -66,6 +66,7 @@ def write_evaluation(
     ]
     groups = group_summaries(summaries)
     charts = [group_chart(group) for group in groups]
+    drawn = [chart for chart in charts if chart is not None]
     about = {"title": _TITLE, "command": command}
     results = {"schema_version": SCHEMA_VERSION, "cells": [s.to_dict() for s in summaries]}
     run = {**provenance, "seconds": evaluation.seconds, "costs": costs}
@@ -79,8 +80,8 @@ def write_evaluation(
     }
     contents = {name: text.encode() for name, text in texts.items()}
     contents["answers.parquet"] = _parquet(answers)
-    if charts:
-        contents["score_against_cost.png"] = png(charts)
+    if drawn:
+        contents["score_against_cost.png"] = png(drawn)
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         storage.write_bytes_atomic(directory / name, content)
@@ -103,7 +104,7 @@ def _plain_config(evaluation: Evaluation) -> dict[str, object]:
         **json.loads(json.dumps(fields)),
         "settings": [
             {
-                "models": [dataclasses.asdict(model) for model in setting.models],
+                "models": [model.to_dict() for model in setting.models],
                 "policies": [
                     {"name": entry.name, **entry.policy.to_dict()}
                     if isinstance(entry, PolicyEntry)

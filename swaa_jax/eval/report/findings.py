@@ -56,8 +56,11 @@ def _best(group: Group, others: Sequence[CellSummary]) -> str:
 
 
 def _front(group: Group) -> str:
-    points = [(s.cell.cost.prefill_share, s.score.mean) for s in group.summaries]
-    front = [group.summaries[index] for index in pareto_front(points)]
+    costs = [(s.cell.cost.prefill_share, s) for s in group.summaries]
+    known = [(cost, s) for cost, s in costs if cost is not None]
+    if len(known) < 2:
+        return ""
+    front = [known[at][1] for at in pareto_front([(cost, s.score.mean) for cost, s in known])]
     listed = ", ".join(_named(group, summary) for summary in front)
     return f"No other policy has both more score and less prefill work than: {listed}."
 
@@ -65,15 +68,17 @@ def _front(group: Group) -> str:
 def _near(group: Group, others: Sequence[CellSummary]) -> str:
     """The smallest caches and the least prefill work among the policies near the baseline."""
     base = group.baseline
+    others = [s for s in others if s.cell.cost.is_local]
     near = [s for s in others if s.score.mean >= base.score.mean - NEAR]
     where = f"within {100 * NEAR:.0f} points of {group.name(base)}"
-    if not base.score.mean:
+    if not base.score.mean or not others:
         return ""
     if not near:
         return f"None of the others is {where}."
-    quick = min(near, key=lambda s: s.cell.cost.prefill_share)
+    quick = min(near, key=lambda s: s.cell.cost.prefill_share or 0.0)
     small = min(near, key=lambda s: s.cell.cost.cache_bytes_per_sample or math.inf)
-    share = f"{100 * quick.cell.cost.prefill_share:.0f}% of full attention's (row {quick.number})"
+    percent = 100 * (quick.cell.cost.prefill_share or 0.0)
+    share = f"{percent:.0f}% of full attention's (row {quick.number})"
     text = f"The least prefill work {where} is {share}"
     size, base_size = (s.cell.cost.cache_bytes_per_sample for s in (small, base))
     if size and base_size and size < base_size:
@@ -86,6 +91,8 @@ def _near(group: Group, others: Sequence[CellSummary]) -> str:
 def _adapters(group: Group, summary: CellSummary) -> str:
     """What the same policy scores without the adapters that this one has."""
     cell, base = summary.cell, group.baseline.cell
+    if cell.policy is None:
+        return ""
     without = [
         s for s in group.summaries if s.cell.policy == cell.policy and s.cell.model == base.model
     ]
@@ -120,7 +127,8 @@ def remarks(summaries: Sequence[CellSummary], cells: Sequence[Cell]) -> list[str
             f"{_rows_of(failed)}: the judge came to no verdict on {counts} answers, which are left "
             "out of scores; the same command asks it about them again."
         )
-    seen = [s for s in summaries if not s.cell.policy.is_full and s.cell.cost.prefill_share >= 1]
+    found += [_of_server(s) for s in summaries if not s.cell.cost.is_local]
+    seen = [s for s in summaries if not s.cell.is_full and (s.cell.cost.prefill_share or 0.0) >= 1]
     if seen:
         found.append(
             f"{_rows_of(seen)}: no prompt is longer than the window, so these policies read all of "
@@ -133,6 +141,21 @@ def remarks(summaries: Sequence[CellSummary], cells: Sequence[Cell]) -> list[str
             "max_new_tokens (or max_thinking_tokens)."
         )
     return found
+
+
+def _of_server(summary: CellSummary) -> str:
+    """Where a row was answered, and what is known of that."""
+    cost = summary.cell.cost
+    text = f"{_rows_of([summary])} was answered by {summary.cell.policy_text}"
+    if cost.seconds_per_request is not None:
+        text += f" ({cost.seconds_per_request:,.2f} s a request, waiting included)"
+    text += "; its work and memory are not known here."
+    if cost.left_out:
+        text += (
+            f" It did not take {', '.join(cost.left_out)}, so that its own defaults hold in their "
+            "place."
+        )
+    return text
 
 
 def _rows_of(summaries: Sequence[CellSummary]) -> str:

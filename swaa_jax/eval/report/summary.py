@@ -35,7 +35,7 @@ class CellSummary:
         pass_at: by k, the chance that one of k attempts is right; empty for single attempts.
         unfinished: answers whose thinking never ended.
         cut_off: answers that ended at their longest length.
-        mean_tokens: of an answer, thinking included.
+        mean_tokens: of an answer, thinking included; None: a server does not tell.
         by_kind, by_length: the score of the samples of each kind, and of each range of prompt
             tokens.
         difference: of the score to the baseline's; None for the baseline.
@@ -52,7 +52,7 @@ class CellSummary:
     pass_at: Mapping[int, float]
     unfinished: float
     cut_off: float
-    mean_tokens: float
+    mean_tokens: float | None
     by_kind: Mapping[str, Part]
     by_length: Mapping[str, Part]
     difference: float | None
@@ -64,7 +64,8 @@ class CellSummary:
         return {
             "model": cell.model,
             "policy": cell.policy_name,
-            "policy_fields": cell.policy.to_dict(),
+            "policy_fields": None if cell.policy is None else cell.policy.to_dict(),
+            **({"served": cell.policy_text} if cell.policy is None else {}),
             "task": cell.task,
             "thinking": cell.thinking,
             "num_samples": self.num_samples,
@@ -109,8 +110,12 @@ class Group:
         return f"{cell.model}: {cell.task}, {cell.mode}"
 
     def name(self, summary: CellSummary) -> str:
-        """The policy's name; with the model's where that is another one's adapters."""
+        """The policy's name; with the model's where that is another one's adapters; a server's
+        model has its own.
+        """
         cell = summary.cell
+        if cell.policy is None:
+            return cell.model
         same = cell.model == self.baseline.cell.model
         return cell.policy_name if same else f"{cell.policy_name} ({cell.model})"
 
@@ -155,6 +160,7 @@ def _summary(
     by_sample = _by_sample(cell)
     samples = list(by_sample.values())
     scores = _means(samples, "score")
+    known = [one["num_tokens"] for one in cell.answers if one["num_tokens"] is not None]
     difference = p_value = None
     if compared_with is not cell:
         others = _by_sample(compared_with)
@@ -176,7 +182,7 @@ def _summary(
         pass_at=_pass_at(samples),
         unfinished=_mean([not answer["finished"] for answer in cell.answers]),
         cut_off=_mean([answer["finish_reason"] == "length" for answer in cell.answers]),
-        mean_tokens=_mean([answer["num_tokens"] for answer in cell.answers]),
+        mean_tokens=_mean(known) if len(known) == len(cell.answers) else None,
         by_kind=_parts(samples, scores, lambda answer: answer["kind"], interval),
         by_length=_parts(
             samples, scores, lambda answer: length_bin(answer["prompt_tokens"]), interval
@@ -186,12 +192,15 @@ def _summary(
     )
 
 
-def length_bin(num_tokens: int) -> str:
-    """The range between powers of two that a length is in; ranges sort as text.
+def length_bin(num_tokens: int | None) -> str:
+    """The range between powers of two that a length is in; ranges sort as text. None: a server
+    does not tell the length.
 
     >>> length_bin(1), length_bin(1023), length_bin(24_000)
     ('        1-1', '      512-1,023', '   16,384-32,767')
     """
+    if not num_tokens:
+        return "not known"
     low = 1 << (num_tokens.bit_length() - 1)
     return f"{low:>9,}-{2 * low - 1:,}"
 
@@ -255,17 +264,18 @@ def _baseline(config: EvalConfig, cells: Sequence[Cell], cell: Cell) -> int:
     """The index of the cell that this one is tested against, of the same task and mode.
 
     It is the named baseline, else full attention, of the same model, else of the same checkpoint
-    without adapters; else the model's first cell.
+    without adapters; else the model's first cell. A server's model has that of the model that it
+    is compared with.
     """
 
     def peers(model: str) -> list[int]:
         asked = (model, cell.task, cell.thinking)
         return [i for i, c in enumerate(cells) if (c.model, c.task, c.thinking) == asked]
 
-    own = peers(cell.model)
-    for indices in (own, peers(config.without_adapter(cell.model))):
+    own, other = peers(cell.model), peers(config.compared_with(cell.model))
+    for indices in (own, other):
         named = [i for i in indices if cells[i].policy_name == config.baseline]
-        full = [i for i in indices if cells[i].policy.is_full]
+        full = [i for i in indices if cells[i].is_full]
         if named or full:
             return (named or full)[0]
-    return own[0]
+    return (other if cell.policy is None and other else own)[0]

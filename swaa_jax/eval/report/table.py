@@ -28,7 +28,8 @@ LEGEND = (
     "pairs: query-key pairs of the prompts, of full attention's. FA "
     "decode saves prefill time, not memory. KV: keys and "
     "values of one sample as allocated. unfinished: thinking that never ended; cut off: answers "
-    "that ended at their longest length."
+    "that ended at their longest length. not known: a server's model, whose work and memory only "
+    "the server sees."
 )
 
 
@@ -111,6 +112,19 @@ def _p_value(summary: CellSummary) -> TableCell:
     )
 
 
+def _cost(
+    form: str, value: Callable[[CellSummary], float | None]
+) -> "Callable[[CellSummary], TableCell]":
+    """Cells of costs, which are not known of a server's model."""
+    shown = _number(form, value)
+
+    def cell(summary: CellSummary) -> TableCell:
+        known = summary.cell.cost.is_local
+        return shown(summary) if known else TableCell(text="not known", value="")
+
+    return cell
+
+
 def _times(factor: float, value: float | None) -> float | None:
     return None if value is None else factor * value
 
@@ -161,35 +175,35 @@ COLUMNS = (
         name="prefill pairs",
         help="query-key pairs, % of full attention's",
         width=0,
-        cell=_number(".1f", lambda s: 100 * s.cell.cost.prefill_share),
+        cell=_cost(".1f", lambda s: _times(100, s.cell.cost.prefill_share)),
     ),
     Column(
         name="prefill GFLOP",
         help="operations to read one prompt",
-        cell=_number(",.2f", lambda s: s.cell.cost.prefill_flops / 1e9),
+        cell=_cost(",.2f", lambda s: _times(1e-9, s.cell.cost.prefill_flops)),
     ),
     Column(
         name="prefill tok/s",
         help="prompt tokens a second, measured",
         width=130,
-        cell=_number(",.0f", lambda s: s.cell.cost.prefill_tokens_per_second),
+        cell=_cost(",.0f", lambda s: s.cell.cost.prefill_tokens_per_second),
     ),
     Column(
         name="decode tok/s",
         help="new tokens a second, all rows of a batch, measured",
-        cell=_number(",.0f", lambda s: s.cell.cost.decode_tokens_per_second),
+        cell=_cost(",.0f", lambda s: s.cell.cost.decode_tokens_per_second),
     ),
     Column(
         name="ms per token",
         help="one decode step, measured",
         width=130,
-        cell=_number(".2f", lambda s: s.cell.cost.ms_per_token),
+        cell=_cost(".2f", lambda s: s.cell.cost.ms_per_token),
     ),
     Column(
         name="KV MiB",
         help="keys and values of one sample",
         width=0,
-        cell=_number(",.2f", lambda s: _times(2**-20, s.cell.cost.cache_bytes_per_sample)),
+        cell=_cost(",.2f", lambda s: _times(2**-20, s.cell.cost.cache_bytes_per_sample)),
     ),
 )
 

@@ -4,19 +4,21 @@ The samples are encoded, sorted by length into batches, answered under each poli
 is filed already is not done again.
 """
 
+import abc
 import concurrent.futures
 import dataclasses
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from swaa_jax import runtime
 from swaa_jax.checkpoint.tokenizer import opens_thinking
 from swaa_jax.eval.judging import Judge, Judged, strip_thinking
 from swaa_jax.eval.run.answering import answer_prompts, even_batches
-from swaa_jax.eval.run.config import EvalConfig, ModelEntry, PolicyEntry, TaskEntry
+from swaa_jax.eval.run.config import EvalConfig, PolicyEntry, ServedPolicy, TaskEntry
 from swaa_jax.eval.run.costs import CellCost, cell_cost
+from swaa_jax.eval.run.entries import ModelEntry, RemoteEntry
 from swaa_jax.eval.run.store import AnswerBatch, AnswerRecord, CellStore, fingerprint
 from swaa_jax.eval.tasks import Sample, encode_sample
 from swaa_jax.fields import show
@@ -28,7 +30,7 @@ from swaa_jax.progress import ShowProgress
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Asking", "Cell"]
+__all__ = ["Asking", "Cell", "LocalAsking"]
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,8 @@ class Cell:
 
     Attributes:
         model, policy_name, task: as results call them.
-        policy: the policy.
+        policy: the policy; None: a server's, who knows it.
+        policy_note: where the server is, and what it says.
         thinking: the mode.
         answers: one a sample and attempt, in the order of the samples, with their verdicts, as
             JSON's types.
@@ -59,7 +62,8 @@ class Cell:
 
     model: str
     policy_name: str
-    policy: AttentionPolicy
+    policy: AttentionPolicy | None
+    policy_note: str = ""
     task: str
     thinking: bool
     answers: tuple[AnswerRecord, ...]
@@ -72,116 +76,127 @@ class Cell:
         return "thinking" if self.thinking else "non-thinking"
 
     @property
+    def is_full(self) -> bool:
+        """Whether it is known to be full attention."""
+        return self.policy is not None and self.policy.is_full
+
+    @property
     def policy_text(self) -> str:
         """What the policy is, or nothing where its name says that already."""
-        text = str(self.policy)
+        text = self.policy_note if self.policy is None else str(self.policy)
         return "" if text == self.policy_name else text
 
 
-class Asking:
-    """One model and one task in one mode: encoded samples, their batches, and their files."""
+class Asking(abc.ABC):
+    """One model and one task in one mode: encoded samples, their batches, and their files.
+
+    Args:
+        config: the evaluation.
+        entry: the model.
+        tokenizer: the model's; None: there is none, so that a server must render the chats.
+        room: tokens of prompt and answer together; None: not known.
+        task: the task.
+        thinking: the mode.
+    """
 
     def __init__(
         self,
         *,
         config: EvalConfig,
-        entry: ModelEntry,
-        model: CausalLM,
-        tokenizer: "PreTrainedTokenizerBase",
-        identity: Mapping[str, object],
+        entry: ModelEntry | RemoteEntry,
+        tokenizer: "PreTrainedTokenizerBase | None",
+        room: int | None,
         task: TaskEntry,
         thinking: bool,
     ):
-        self._config, self._entry, self._model = config, entry, model
+        self._config, self._entry, self._room = config, entry, room
         self._tokenizer, self._task, self._thinking = tokenizer, task, thinking
         self._options = _options(config, task, thinking)
         at_least = task.task.prompt_tokens
         if at_least is not None and not self._is_room_for(at_least):
             self._refuse_long("all", at_least)  # a long text takes a minute to make
-        samples = task.task.samples(tokenizer, thinking=thinking)[config.skip_samples :]
+        if tokenizer is None and task.task.needs_tokenizer:
+            raise ValueError(
+                f"task {task.name}: expected a tokenizer for {entry.label}, since prompts are made "
+                "by their length in tokens, got none; give the served model's, {url: ..., "
+                "tokenizer: ...} or --tokenizer"
+            )
+        given: Any = tokenizer  # a task that needs none takes None
+        samples = task.task.samples(given, thinking=thinking)[config.skip_samples :]
         samples = samples[: config.limit]
-        room = getattr(model.config, "max_position_embeddings", None)
-        prompts = [encode_sample(one, tokenizer, thinking=thinking, room=room) for one in samples]
+        prompts: list[list[int]] | None = None
+        if tokenizer is not None:
+            prompts = [
+                encode_sample(one, tokenizer, thinking=thinking, room=room) for one in samples
+            ]
+        opened = self._which_open_thoughts(prompts or [[]] * len(samples))
+        fits = self._fitting(samples, prompts)
+        self._skipped = len(samples) - len(fits)
+        self._samples = [samples[index] for index in fits]
+        self._prompts = None if prompts is None else [prompts[index] for index in fits]
+        self._opened = [opened[index] for index in fits]
+        self._batches = self._make_batches()
+
+    def _identity_of(self, model: Mapping[str, Any], **more: object) -> dict[str, object]:
+        """All that the answers depend on but the policy."""
+        return {
+            "model": dict(model),
+            "task": {"kind": self._task.task.name, **dataclasses.asdict(self._task.task)},
+            "thinking": self._thinking,
+            "options": {
+                **{name: getattr(self._options, name) for name in _OPTIONS},
+                **self._options.sampling_identity,
+            },
+            "attempts": self._config.attempts,
+            **more,
+        }
+
+    def _which_open_thoughts(self, prompts: Sequence[Sequence[int]]) -> list[bool]:
+        """Of each prompt, whether it ends within a thought; a warning where that is unexpected."""
+        tokenizer, thinking = self._tokenizer, self._thinking
+        if tokenizer is None:
+            return [False] * len(prompts)
         opened = [opens_thinking(tokenizer, ids) for ids in prompts]
         if any(opened) and not thinking:
             log.warning(
                 "task %s: expected a chat template that asks %s for an answer without thinking, "
                 "got one that opens a thought all the same; answers get no prefix, and those whose "
                 "thought does not end within max_new_tokens are wrong; set thinking: true",
-                task.name,
-                entry.label,
+                self._task.name,
+                self._entry.label,
             )
         if thinking and not any(opened):
-            warn_of_thinking(tokenizer, f"task {task.name}, thinking")
-        fits = self._fitting(samples, prompts)
-        self._skipped = len(samples) - len(fits)
-        self._samples = [samples[index] for index in fits]
-        self._prompts = [prompts[index] for index in fits]
-        self._opened = [opened[index] for index in fits]
-        # A row is an attempt at a sample; its number seeds its draws.
-        attempts = config.attempts
-        by_length = sorted(
-            range(len(fits) * attempts), key=lambda row: (-len(self._prompts[row // attempts]), row)
-        )
-        self._batches = [
-            [by_length[at] for at in batch]
-            for batch in even_batches(len(by_length), config.batch_size)
-        ]
-        self._identity = {
-            "model": dict(identity),
-            "task": {"kind": task.task.name, **dataclasses.asdict(task.task)},
-            "thinking": thinking,
-            "prompts": fingerprint(self._prompts),
-            "options": {
-                **{name: getattr(self._options, name) for name in _OPTIONS},
-                **self._options.sampling_identity,
-            },
-            "attempts": attempts,
-            "batch_size": config.batch_size,
-        }
+            warn_of_thinking(tokenizer, f"task {self._task.name}, thinking")
+        return opened
 
-    def answer(self, policies: Sequence[PolicyEntry], progress: ShowProgress) -> int:
+    @abc.abstractmethod
+    def _make_batches(self) -> list[list[int]]:
+        """Rows that are kept in one file. A row is an attempt at a sample; its number seeds its
+        draws.
+        """
+
+    @abc.abstractmethod
+    def answer(self, policies: Sequence[PolicyEntry | ServedPolicy], progress: ShowProgress) -> int:
         """Answer what is not answered yet; how many answers that were."""
-        if not self._prompts:
-            return 0
-        by_policy = {entry.policy: entry for entry in policies}
-        stores = {policy: self._store(policy) for policy in by_policy}
-        where = f"{self._entry.label}, {self._task.name}"
-        where += ", thinking" if self._thinking else ""
-        count = 0
-        for done in answer_prompts(
-            self._model,
-            self._tokenizer,
-            [self._prompts[row // self._config.attempts] for row in range(self._num_rows)],
-            list(by_policy),
-            batches=self._batches,
-            options=self._options,
-            skip=lambda policy, batch: stores[policy].has_answers(batch),
-            progress=lambda what, part: progress(f"{where}: {what}", part),
-        ):
-            rows = [
-                {
-                    "row": row,
-                    "response": text,
-                    "num_tokens": len(tokens),
-                    "finish_reason": reason,
-                }
-                for row, text, tokens, reason in zip(
-                    done.rows,
-                    done.generation.texts,
-                    done.generation.tokens,
-                    done.generation.finish_reasons,
-                    strict=True,
-                )
-            ]
-            stores[done.policy].write_answers(
-                done.batch, AnswerBatch(rows=rows, timings=done.generation.timings)
-            )
-            count += len(rows)
-        runtime.wait_for_all("evaluation: answers")
-        return count
 
-    def judge(self, policies: Sequence[PolicyEntry], judge: tuple[str, Judge]) -> list[Cell]:
+    @abc.abstractmethod
+    def _cost(self, entry: PolicyEntry | ServedPolicy, batches: Sequence[AnswerBatch]) -> CellCost:
+        """What the answers took."""
+
+    @property
+    @abc.abstractmethod
+    def _identity(self) -> Mapping[str, object]:
+        """See `_identity_of`."""
+
+    @property
+    def _where(self) -> str:
+        """What is asked, for people who wait."""
+        where = f"{self._entry.label}, {self._task.name}"
+        return where + (", thinking" if self._thinking else "")
+
+    def judge(
+        self, policies: Sequence[PolicyEntry | ServedPolicy], judge: tuple[str, Judge]
+    ) -> list[Cell]:
         """Judge what is not judged yet, on process 0, and give a cell for each policy.
 
         Where the judge failed before, it is asked again.
@@ -223,12 +238,15 @@ class Asking:
 
     @property
     def _num_rows(self) -> int:
-        return len(self._prompts) * self._config.attempts
+        return len(self._samples) * self._config.attempts
 
-    def _store(self, policy: AttentionPolicy) -> CellStore:
-        return CellStore(self._config.output_dir, {**self._identity, "policy": policy.to_dict()})
+    def _store(self, policy: AttentionPolicy | None) -> CellStore:
+        fields = None if policy is None else policy.to_dict()
+        return CellStore(self._config.output_dir, {**self._identity, "policy": fields})
 
-    def _fitting(self, samples: Sequence[Sample], prompts: Sequence[Sequence[int]]) -> list[int]:
+    def _fitting(
+        self, samples: Sequence[Sample], prompts: Sequence[Sequence[int]] | None
+    ) -> list[int]:
         """Indices of the samples that the model has room for.
 
         Raises:
@@ -241,6 +259,8 @@ class Asking:
                     f"task {self._task.name}: expected distinct ids, got {sample.id!r} twice"
                 )
             seen.add(sample.id)
+        if prompts is None:
+            return list(range(len(samples)))
         fits = [index for index, ids in enumerate(prompts) if self._is_room_for(len(ids))]
         if len(fits) < len(samples):
             longest = max(len(ids) for ids in prompts)
@@ -248,27 +268,26 @@ class Asking:
         return fits
 
     def _is_room_for(self, prompt_tokens: int) -> bool:
-        context = getattr(self._model.config, "max_position_embeddings", None)
-        return context is None or prompt_tokens + self._options.max_new_tokens <= context
+        return self._room is None or prompt_tokens + self._options.max_new_tokens <= self._room
 
     def _refuse_long(self, how_many: str, longest: int) -> None:
         if self._config.too_long == "error":
             raise ValueError(
                 f"task {self._task.name}: expected prompts that fit {self._entry.label}'s context "
-                f"of {self._model.config.max_position_embeddings} tokens with answers of up to "
+                f"of {self._room} tokens with answers of up to "
                 f"{self._options.max_new_tokens}, got {how_many} that do not (the longest has at "
                 f"least {longest} tokens); set too_long=skip to leave them out, lower "
                 "max_new_tokens or max_thinking_tokens, or extend the model's context by "
                 "config_overrides"
             )
 
-    def _cell(self, entry: PolicyEntry, judge_key: str) -> Cell:
+    def _cell(self, entry: PolicyEntry | ServedPolicy, judge_key: str) -> Cell:
         store = self._store(entry.policy)
         records: dict[int, AnswerRecord] = {}
-        timings = []
+        batches = []
         for number in range(len(self._batches)):
             batch = store.read_answers(number)
-            timings.append(batch.timings)
+            batches.append(batch)
             verdicts = store.read_verdicts(judge_key, number)
             wanted = sorted(self._batches[number])
             rows = sorted(answer["row"] for answer in batch.rows)
@@ -280,23 +299,22 @@ class Asking:
                 )
             for answer, verdict in zip(batch.rows, verdicts, strict=True):
                 records[answer["row"]] = self._record(entry, answer, verdict)
-        config = self._model.config
-        layers = entry.policy.resolve(config.num_layers, num_kv_heads=config.num_kv_heads)
         return Cell(
             model=self._entry.label,
             policy_name=entry.name,
             policy=entry.policy,
+            policy_note=self._policy_note,
             task=self._task.name,
             thinking=self._thinking,
             answers=tuple(records[row] for row in sorted(records)),
             skipped=self._skipped,
-            cost=cell_cost(
-                self._model,
-                layers,
-                prompt_lengths=[len(ids) for ids in self._prompts],
-                timings=Timings.total(timings) if timings else None,
-            ),
+            cost=self._cost(entry, batches),
         )
+
+    @property
+    def _policy_note(self) -> str:
+        """See `Cell`."""
+        return ""
 
     def _verdict(self, answer: AnswerRecord, *, judge: Judge) -> dict[str, object]:
         index = answer["row"] // self._config.attempts
@@ -306,7 +324,7 @@ class Asking:
                 question=sample.question,
                 references=sample.references,
                 response=answer["response"],
-                thinking=self._opened[index],
+                thinking=answer.get("opened", self._opened[index]),
                 grading=sample.grading,
             )
         )
@@ -318,11 +336,13 @@ class Asking:
         }
 
     def _record(
-        self, entry: PolicyEntry, answer: AnswerRecord, verdict: AnswerRecord
+        self, entry: PolicyEntry | ServedPolicy, answer: AnswerRecord, verdict: AnswerRecord
     ) -> dict[str, object]:
         index, attempt = divmod(answer["row"], self._config.attempts)
         sample = self._samples[index]
-        said = strip_thinking(answer["response"], thinking=self._opened[index])
+        opened = answer.get("opened", self._opened[index])
+        said = strip_thinking(answer["response"], thinking=opened)
+        read = answer.get("prompt_tokens")
         return {
             "model": self._entry.label,
             "policy": entry.name,
@@ -331,7 +351,7 @@ class Asking:
             "sample": sample.id,
             "attempt": attempt,
             "kind": sample.kind,
-            "prompt_tokens": len(self._prompts[index]),
+            "prompt_tokens": read if self._prompts is None else len(self._prompts[index]),
             "question": sample.question,
             "references": list(sample.references),
             "response": answer["response"],
@@ -342,6 +362,99 @@ class Asking:
             "info": dict(sample.info),
             **verdict,
         }
+
+
+class LocalAsking(Asking):
+    """A model of this process.
+
+    Args:
+        model: the model.
+        identity: all of it that answers depend on.
+        others: as `Asking` takes them.
+    """
+
+    _entry: ModelEntry
+    _prompts: list[list[int]]
+
+    def __init__(
+        self,
+        *,
+        model: CausalLM,
+        tokenizer: "PreTrainedTokenizerBase",
+        identity: Mapping[str, object],
+        **others: Any,
+    ):
+        self._model, self._tokenizer = model, tokenizer
+        room = getattr(model.config, "max_position_embeddings", None)
+        super().__init__(tokenizer=tokenizer, room=room, **others)
+        self._kept_under = self._identity_of(
+            identity,
+            prompts=fingerprint(self._prompts),
+            batch_size=self._config.batch_size,
+        )
+
+    @property
+    def _identity(self) -> Mapping[str, object]:
+        return self._kept_under
+
+    def _make_batches(self) -> list[list[int]]:
+        attempts = self._config.attempts
+        by_length = sorted(
+            range(self._num_rows), key=lambda row: (-len(self._prompts[row // attempts]), row)
+        )
+        return [
+            [by_length[at] for at in batch]
+            for batch in even_batches(len(by_length), self._config.batch_size)
+        ]
+
+    def answer(self, policies: Sequence[PolicyEntry | ServedPolicy], progress: ShowProgress) -> int:
+        """See `Asking.answer`."""
+        if not self._prompts:
+            return 0
+        stores = {one.policy: self._store(one.policy) for one in policies if one.policy is not None}
+        count = 0
+        for done in answer_prompts(
+            self._model,
+            self._tokenizer,
+            [self._prompts[row // self._config.attempts] for row in range(self._num_rows)],
+            list(stores),
+            batches=self._batches,
+            options=self._options,
+            skip=lambda policy, batch: stores[policy].has_answers(batch),
+            progress=lambda what, part: progress(f"{self._where}: {what}", part),
+        ):
+            rows = [
+                {
+                    "row": row,
+                    "response": text,
+                    "num_tokens": len(tokens),
+                    "finish_reason": reason,
+                }
+                for row, text, tokens, reason in zip(
+                    done.rows,
+                    done.generation.texts,
+                    done.generation.tokens,
+                    done.generation.finish_reasons,
+                    strict=True,
+                )
+            ]
+            stores[done.policy].write_answers(
+                done.batch, AnswerBatch(rows=rows, timings=done.generation.timings)
+            )
+            count += len(rows)
+        runtime.wait_for_all("evaluation: answers")
+        return count
+
+    def _cost(self, entry: PolicyEntry | ServedPolicy, batches: Sequence[AnswerBatch]) -> CellCost:
+        config = self._model.config
+        assert entry.policy is not None  # of a local model
+        timings = [batch.timings for batch in batches if batch.timings is not None]
+        return cell_cost(
+            self._model,
+            entry.policy.resolve(config.num_layers, num_kv_heads=config.num_kv_heads),
+            prompt_lengths=[len(ids) for ids in self._prompts],
+            timings=Timings.total(timings) if timings else None,
+        )
 
 
 def _options(config: EvalConfig, task: TaskEntry, thinking: bool) -> GenerateOptions:

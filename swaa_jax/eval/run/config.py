@@ -1,12 +1,13 @@
 """`EvalConfig`: which models, under which policies, are asked what, from one file."""
 
 import dataclasses
+import os
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from etils import epath
-
 from swaa_jax.documents import parse_yaml, with_overrides
+from swaa_jax.eval.run.entries import API_KEY, ModelEntry, RemoteEntry, name_or_none
 from swaa_jax.eval.tasks import Task, make_task
 from swaa_jax.fields import (
     Check,
@@ -20,7 +21,6 @@ from swaa_jax.fields import (
     one_of,
     or_none,
     path,
-    text,
     wrong,
 )
 from swaa_jax.infer import SamplingParams
@@ -30,8 +30,8 @@ from swaa_jax.typing import PathLike
 
 __all__ = [
     "EvalConfig",
-    "ModelEntry",
     "PolicyEntry",
+    "ServedPolicy",
     "Setting",
     "TaskEntry",
     "policy_entry",
@@ -49,41 +49,19 @@ _WHAT_TO_SAY = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelEntry:
-    """A checkpoint that is asked.
-
-    Attributes:
-        path: a directory, a hub id, gs://... or a shipped model.
-        name: in results; None: the path's last part, with the adapter's.
-        adapter: LoRA adapters in PEFT's layout, merged into it.
-        revision: of a hub id.
-        config_overrides: as `load_model` takes them (YaRN beyond 32k, say).
-    """
-
-    path: str
-    name: str | None = None
-    adapter: str | None = None
-    revision: str | None = None
-    config_overrides: Mapping[str, object] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        check_fields(self, path=text, name=_name, config_overrides=mapping)
-
-    @property
-    def label(self) -> str:
-        """Its name in results."""
-        if self.name:
-            return self.name
-        last = self.path.rstrip("/").rpartition("/")[2]
-        return last if self.adapter is None else f"{last} + {epath.Path(self.adapter).name}"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyEntry:
     """A policy, and what results call it."""
 
     name: str
     policy: AttentionPolicy
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServedPolicy:
+    """The policy of a server's model, which is the server's to know."""
+
+    name: str = "as served"
+    policy: None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,16 +96,30 @@ class Setting:
     """Models, each of which is asked under each of the policies.
 
     A policy's entry may be the reference's configuration, `{swaa_config: {...}}`, which is read
-    when the model's depth is known: the reference names layers that a model may lack.
+    when the model's depth is known: the reference names layers that a model may lack. A server's
+    models have their own policies; a setting of nothing else has none.
     """
 
-    models: tuple[ModelEntry, ...]
-    policies: tuple[PolicyEntry | Mapping[str, object], ...]
+    models: tuple[ModelEntry | RemoteEntry, ...]
+    policies: tuple[PolicyEntry | Mapping[str, object], ...] = ()
 
     def __post_init__(self) -> None:
+        if self.local_models and not self.policies:
+            raise ValueError(f"evaluation: expected a value for policies, got none; {_WHAT_TO_SAY}")
+        if self.policies and not self.local_models:
+            raise ValueError(
+                f"policies: expected none where all models are asked by their url, got "
+                f"{len(self.policies)}; leave them out, since a server has its own, or add a local "
+                "model"
+            )
         _distinct("models", [model.label for model in self.models])
         entries = [entry for entry in self.policies if isinstance(entry, PolicyEntry)]
         _distinct("policies", [entry.name for entry in entries])
+
+    @property
+    def local_models(self) -> list[ModelEntry]:
+        """Those that are loaded here."""
+        return [model for model in self.models if isinstance(model, ModelEntry)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,18 +181,66 @@ class EvalConfig(SamplingParams):
         )
         self.check_attempts(self.attempts)
         _distinct("tasks", [entry.name for entry in self.tasks])
-        known: dict[str, ModelEntry] = {}
-        for model in (model for setting in self.settings for model in setting.models):
+        known: dict[str, ModelEntry | RemoteEntry] = {}
+        for model in self.models:
             if known.setdefault(model.label, model) != model:
+                key = "path" if isinstance(model, ModelEntry) else "url"
                 raise ValueError(
-                    f"models: expected distinct names, got {model.label!r} for {model.path} and "
-                    f"for {known[model.label].path}; give one a name, {{path: ..., name: ...}}"
+                    f"models: expected distinct names, got {model.label!r} for {model.source} and "
+                    f"for {known[model.label].source}; give one a name, {{{key}: ..., name: ...}}"
                 )
+        if self.remote_models:
+            self._check_remote(self.remote_models)
+
+    def _check_remote(self, remote: "Sequence[RemoteEntry]") -> None:
+        """Refuses settings that no server takes, and a key that several would be sent.
+
+        Raises:
+            ValueError: they are named.
+        """
+        given = [name for name in ("no_repeat_ngram_size", "suppress_tokens") if vars(self)[name]]
+        if given:
+            raise ValueError(
+                f"{given[0]}: expected nothing with {remote[0].label}, since servers do not take "
+                f"it, got {vars(self)[given[0]]}; leave it out, or ask local models alone"
+            )
+        hosts = {urllib.parse.urlsplit(m.url).netloc for m in remote if m.api_key_env is None}
+        if len(hosts) > 1 and os.environ.get(API_KEY):
+            raise ValueError(
+                f"{API_KEY}: expected one server that it is the key of, got {len(hosts)}; give "
+                "each model that needs a key an api_key_env, the name of a variable of its own"
+            )
+
+    @property
+    def models(self) -> "list[ModelEntry | RemoteEntry]":
+        """Of all settings, in their order."""
+        return [model for setting in self.settings for model in setting.models]
+
+    @property
+    def local_models(self) -> list[ModelEntry]:
+        """Those that are loaded here."""
+        return [model for model in self.models if isinstance(model, ModelEntry)]
+
+    @property
+    def remote_models(self) -> list[RemoteEntry]:
+        """Those of servers."""
+        return [model for model in self.models if isinstance(model, RemoteEntry)]
 
     def with_config_overrides(self, overrides: Mapping[str, object]) -> "EvalConfig":
-        """The same evaluation of models whose configs have these values, over their own ones."""
+        """The same evaluation of models whose configs have these values, over their own ones.
 
-        def changed(model: ModelEntry) -> ModelEntry:
+        Raises:
+            ValueError: all models are a server's.
+        """
+        if overrides and not self.local_models:
+            raise ValueError(
+                f"config_overrides: expected none where all models are asked by their url, got "
+                f"{', '.join(map(str, overrides))}; leave them out"
+            )
+
+        def changed(model: ModelEntry | RemoteEntry) -> ModelEntry | RemoteEntry:
+            if isinstance(model, RemoteEntry):
+                return model
             own = {**model.config_overrides, **overrides}
             return dataclasses.replace(model, config_overrides=own)
 
@@ -212,7 +252,7 @@ class EvalConfig(SamplingParams):
 
     def without_adapter(self, label: str) -> str:
         """The label of the same checkpoint without adapters, where it is among the models."""
-        entries = {m.label: m for setting in self.settings for m in setting.models}
+        entries = {m.label: m for m in self.local_models}
         if label not in entries or entries[label].adapter is None:
             return label
         bare = dataclasses.replace(entries[label], adapter=None, name=None)
@@ -220,6 +260,22 @@ class EvalConfig(SamplingParams):
             name for name, entry in entries.items() if dataclasses.replace(entry, name=None) == bare
         )
         return next(same, label)
+
+    def compared_with(self, label: str) -> str:
+        """The label of the model whose baseline this one's answers are tested against.
+
+        A local model has its own, or that of the same checkpoint without adapters. A server's model
+        is compared with the local one whose tokenizer it has, with the first local one where the
+        server renders the same chats itself; else with the first one of a server that is asked
+        alike.
+        """
+        entry = next((m for m in self.remote_models if m.label == label), None)
+        if entry is None:
+            return self.without_adapter(label)
+        alike = [m.label for m in self.local_models if entry.tokenizer in (None, m.path)] or [
+            m.label for m in self.remote_models if m.tokenizer == entry.tokenizer
+        ]
+        return self.without_adapter(alike[0])
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, object]) -> "EvalConfig":
@@ -239,12 +295,12 @@ class EvalConfig(SamplingParams):
         if "settings" not in values:
             pair = {key: values.pop(key, None) for key in ("models", "policies")}
             missing = [key for key, value in pair.items() if not value]
-            if missing:
+            if "models" in missing:
                 raise ValueError(
                     f"evaluation: expected a value for {' and '.join(missing)}, got none; "
                     f"{_WHAT_TO_SAY}"
                 )
-            values["settings"] = [pair]
+            values["settings"] = [{key: value for key, value in pair.items() if value}]
         readers = {"settings": _several(_setting)}
         return from_mapping(cls, values, "evaluation", readers=readers, advice=_WHAT_TO_SAY)
 
@@ -326,7 +382,7 @@ def task_entry(name: str, entry: object) -> TaskEntry:
     longest = settings.pop("max_new_tokens", None)
     task = make_task(kind, **settings)
     return TaskEntry(
-        name=_name("name", given) or task.label,
+        name=name_or_none("name", given) or task.label,
         task=task,
         judge={"name": judge} if isinstance(judge, str) else judge,
         max_new_tokens=longest,
@@ -340,9 +396,13 @@ def _setting(name: str, entry: object) -> Setting:
     return from_mapping(Setting, entry, name, readers=readers)
 
 
-def _model(name: str, entry: object) -> ModelEntry:
-    if isinstance(entry, ModelEntry):
+def _model(name: str, entry: object) -> ModelEntry | RemoteEntry:
+    if isinstance(entry, ModelEntry | RemoteEntry):
         return entry
+    if isinstance(entry, Mapping) and "url" in entry:
+        return from_mapping(RemoteEntry, entry, name)
+    if isinstance(entry, str) and entry.startswith(("http://", "https://")):
+        return from_mapping(RemoteEntry, {"url": entry}, name)
     return from_mapping(ModelEntry, {"path": entry} if isinstance(entry, str) else entry, name)
 
 
@@ -363,11 +423,6 @@ def _modes(name: str, value: Any) -> tuple[bool, ...]:
     if not modes or not all(isinstance(mode, bool) for mode in modes):
         raise wrong(name, "true, false or a list of both", value)
     return tuple(dict.fromkeys(modes))
-
-
-def _name(name: str, value: object) -> str | None:
-    """A text; numbers, as YAML has them, are written out."""
-    return None if value is None else text(name, str(value))
 
 
 def _distinct(what: str, names: Sequence[str]) -> None:

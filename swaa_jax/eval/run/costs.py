@@ -6,18 +6,20 @@ by `swaa_jax.costs`.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from swaa_jax.costs import ModelFlops, Runs, visible_pairs
+from swaa_jax.eval.run.store import AnswerRecord
 from swaa_jax.infer import Timings
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import LayerAttention
 
-__all__ = ["CellCost", "cell_cost"]
+__all__ = ["CellCost", "cell_cost", "remote_cost"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CellCost:
-    """What one cell cost; measured values are None where nothing was measured.
+    """What one cell cost; values are None where nothing was measured, or a server does not tell.
 
     Attributes:
         prefill_tokens_per_second: prompt tokens that were read, not reused.
@@ -26,14 +28,23 @@ class CellCost:
         cache_bytes_per_sample: keys and values as allocated, of one slot.
         prefill_share: (query, key) pairs of the prompts, as a part of full attention's.
         prefill_flops: operations that reading one prompt takes, the mean over the prompts.
+        seconds_per_request: of a server, from a request to the whole answer, the mean.
+        left_out: fields that the server did not take.
     """
 
     prefill_tokens_per_second: float | None
     decode_tokens_per_second: float | None
     ms_per_token: float | None
     cache_bytes_per_sample: int | None
-    prefill_share: float
-    prefill_flops: float
+    prefill_share: float | None
+    prefill_flops: float | None
+    seconds_per_request: float | None = None
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the answers were made in this process."""
+        return self.prefill_share is not None
 
 
 def cell_cost(
@@ -68,3 +79,15 @@ def cell_cost(
         prefill_share=seen / full,
         prefill_flops=flops / len(runs),
     )
+
+
+def remote_cost(answers: Sequence[AnswerRecord]) -> CellCost:
+    """The costs of a cell that a server answered: what a client can see of them."""
+    seconds = [one["seconds"] for one in answers if one.get("seconds") is not None]
+    unknown: dict[str, Any] = dict.fromkeys(f.name for f in dataclasses.fields(CellCost))
+    left_out = {name for one in answers for name in one.get("left_out", ())}
+    known = {
+        "seconds_per_request": sum(seconds) / len(seconds) if seconds else None,
+        "left_out": tuple(sorted(left_out)),
+    }
+    return CellCost(**{**unknown, **known})

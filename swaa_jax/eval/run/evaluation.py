@@ -6,22 +6,26 @@ was stopped.
 
 import dataclasses
 import functools
+import logging
 import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import jax
 from etils import epath
 from jax.sharding import Mesh
 
 from swaa_jax import storage
+from swaa_jax.checkpoint import load_tokenizer
 from swaa_jax.checkpoint.provenance import describe_device, describe_versions
 from swaa_jax.eval.judging import Judge, make_judge
 from swaa_jax.eval.judging.rules import CHOICES
 from swaa_jax.eval.run.answering import resolve_all
-from swaa_jax.eval.run.asking import Asking, Cell
-from swaa_jax.eval.run.config import EvalConfig, ModelEntry, PolicyEntry, TaskEntry
+from swaa_jax.eval.run.asking import Asking, Cell, LocalAsking
+from swaa_jax.eval.run.config import EvalConfig, PolicyEntry, ServedPolicy, Setting, TaskEntry
+from swaa_jax.eval.run.entries import ModelEntry, RemoteEntry
 from swaa_jax.eval.run.loading import (
     describe,
     identity_of,
@@ -29,6 +33,8 @@ from swaa_jax.eval.run.loading import (
     tell_default_dtype,
     warn_of_difference,
 )
+from swaa_jax.eval.run.remote import RemoteModel
+from swaa_jax.eval.run.remote_asking import RemoteAsking
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import Structure
 from swaa_jax.policy import AttentionPolicy
@@ -39,6 +45,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Evaluation", "evaluate"]
+
+logger = logging.getLogger(__name__)
 
 API_KEY = "SWAA_JUDGE_API_KEY"
 """The environment variable of a judging model's key; it is never written anywhere."""
@@ -52,7 +60,7 @@ class Evaluation:
         config: what was asked.
         cells: in the order of the config: models, tasks, modes, policies.
         models: by label, what is known of each checkpoint.
-        dtype: of weights and activations, of all models.
+        dtype: of weights and activations, of all models; empty: servers alone were asked.
         device, versions: what the last run computed on.
         seconds: of the last run.
         answered: answers that the last run made, the rest was there.
@@ -79,13 +87,15 @@ def evaluate(
 
     Args:
         config: what is asked.
-        load: gives a model and its tokenizer; None: `load_entry`.
+        load: gives a local model and its tokenizer; None: `load_entry`.
         mesh: as `load_model` takes it.
         progress: told how far it is.
 
     Raises:
         ValueError: a policy that does not fit a model, prompts beyond its context, malformed data,
-            or a judge that gave no verdict (what was judged so far is kept).
+            a judge that gave no verdict (what was judged so far is kept), or a server that does
+            not answer (what was answered so far is kept).
+        NotImplementedError: servers are to be asked from several processes.
         FileNotFoundError: a checkpoint or a data file that is not there.
     """
     start = time.perf_counter()
@@ -93,37 +103,49 @@ def evaluate(
     judges = {entry.name: _judge(entry, config) for entry in config.tasks}
     for task in config.tasks:
         task.task.check()
+    _check_remote(config, mesh)
     if load is None:
-        tell_default_dtype(config.dtype)
+        if config.local_models:
+            tell_default_dtype(config.dtype)
         load = functools.partial(load_entry, config=config, mesh=mesh)
     entries = [(setting, model) for setting in config.settings for model in setting.models]
     num_asked = len(config.tasks) * len(config.thinking)  # of each policy of a model
-    steps = _Steps(progress, sum(len(setting.policies) for setting, _ in entries) * num_asked)
+    steps = _Steps(progress, sum(_num_policies(*one) for one in entries) * num_asked)
     cells: list[Cell] = []
-    asked: set[tuple[str, AttentionPolicy]] = set()
+    asked: set[tuple[str, AttentionPolicy | None]] = set()
     models: dict[str, Mapping[str, object]] = {}
     answered = 0
     dtypes: dict[str, None] = {}
     for setting, entry in entries:
-        steps.show(f"loading {entry.label}", 0.0)
-        model, tokenizer = load(entry)
-        identity = identity_of(model, entry)
-        models[entry.label] = describe(model, entry)
-        warn_of_difference(model, entry, config)
-        dtypes[str(model.dtype)] = None
-        policies = _policies(setting.policies, model, baseline=config.baseline)
+        model = None
+        if isinstance(entry, RemoteEntry):
+            steps.show(f"looking for {entry.label}", 0.0)
+            remote = RemoteModel(entry)
+            tokenizer = None if entry.tokenizer is None else load_tokenizer(entry.tokenizer)
+            models[entry.label] = remote.describe()
+            policies: Sequence[PolicyEntry | ServedPolicy] = [ServedPolicy()]
+            make = functools.partial(RemoteAsking, model=remote, tokenizer=tokenizer)
+        else:
+            steps.show(f"loading {entry.label}", 0.0)
+            model, tokenizer = load(entry)
+            identity = identity_of(model, entry)
+            models[entry.label] = describe(model, entry)
+            warn_of_difference(model, entry, config)
+            dtypes[str(model.dtype)] = None
+            policies = _policies(setting.policies, model, baseline=config.baseline)
+            make = functools.partial(
+                LocalAsking, model=model, tokenizer=tokenizer, identity=identity
+            )
+        num_policies = len(policies)
         # A pair that two settings have is asked once.
         policies = [one for one in policies if (entry.label, one.policy) not in asked]
         asked |= {(entry.label, one.policy) for one in policies}
-        make = functools.partial(
-            Asking, config=config, entry=entry, model=model, tokenizer=tokenizer, identity=identity
-        )
         askings = [
-            make(task=task, thinking=thinking)
-            for task in config.tasks
+            make(config=config, entry=entry, task=task, thinking=thinking)
+            for task in (config.tasks if policies else ())
             for thinking in config.thinking
         ]
-        steps.advance((len(setting.policies) - len(policies)) * num_asked)
+        steps.advance((num_policies - len(policies)) * num_asked)
         answered += _answer(askings, policies, model, steps)
         cells += [
             cell for asking in askings for cell in asking.judge(policies, judges[asking.task_name])
@@ -142,7 +164,10 @@ def evaluate(
 
 
 def _answer(
-    askings: Sequence[Asking], policies: Sequence[PolicyEntry], model: CausalLM, steps: "_Steps"
+    askings: Sequence[Asking],
+    policies: Sequence[PolicyEntry | ServedPolicy],
+    model: CausalLM | None,
+    steps: "_Steps",
 ) -> int:
     """Answers all that is asked of a model, one policy after the other; how many answers it made.
 
@@ -154,8 +179,42 @@ def _answer(
         for asking in askings:
             answered += asking.answer([policy], steps.show)
             steps.advance(1)
-        Structure.let_go(model.with_policy(policy.policy))
+        if model is not None and policy.policy is not None:
+            Structure.let_go(model.with_policy(policy.policy))
     return answered
+
+
+def _num_policies(setting: Setting, entry: ModelEntry | RemoteEntry) -> int:
+    """Under which a model of a setting is asked."""
+    return 1 if isinstance(entry, RemoteEntry) else len(setting.policies)
+
+
+def _check_remote(config: EvalConfig, mesh: Mesh | str | None) -> None:
+    """Says which settings change nothing where servers alone are asked.
+
+    Raises:
+        NotImplementedError: several processes, of which each would ask.
+    """
+    if not config.remote_models:
+        return
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        raise NotImplementedError(
+            f"{config.remote_models[0].label}: expected one process, got {jax.process_count()}, "
+            "where a model is asked by its url; ask it in a run of its own, with the same "
+            "output_dir"
+        )
+    if config.local_models:
+        return
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    idle = ("batch_size", "dtype", "backend", "baseline")
+    given = [name for name in idle if getattr(config, name) != defaults[name]]
+    given += ["mesh"] * (mesh is not None)
+    if given:
+        logger.warning(
+            "%s: expected nothing where all models are asked by their url, got a value; without "
+            "effect",
+            ", ".join(given),
+        )
 
 
 def _check_output(directory: str) -> None:

@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 
 from swaa_jax.checkpoint import load_tokenizer
 from swaa_jax.checkpoint.provenance import describe_model, weight_marks
-from swaa_jax.eval.run.config import EvalConfig, ModelEntry
+from swaa_jax.eval.run.config import EvalConfig
+from swaa_jax.eval.run.entries import ModelEntry
 from swaa_jax.lora import load_adapter, merge_lora
 from swaa_jax.models import CausalLM, load_model
 from swaa_jax.models.source import (

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 from etils import epath
 
 from swaa_jax import runtime, storage
-from swaa_jax.fields import Check, flag, integer, mapping, number, string
+from swaa_jax.fields import Check, flag, integer, list_of, mapping, number, or_none, string
 from swaa_jax.infer import Timings
 from swaa_jax.runs import fingerprint
 from swaa_jax.typing import PathLike
@@ -32,7 +32,13 @@ _ANSWER: Mapping[str, Check[Any]] = {
     "row": integer(least=0),
     "response": string,
     "finish_reason": string,
-    "num_tokens": integer(least=0),
+    "num_tokens": or_none(integer(least=0)),  # a server may not tell
+}
+_OF_SERVERS: Mapping[str, Check[Any]] = {
+    "prompt_tokens": integer(least=0),
+    "opened": flag,
+    "seconds": number(least=0),
+    "left_out": list_of(string),
 }
 _VERDICT: Mapping[str, Check[Any]] = {
     "score": number(least=0, most=1),
@@ -44,10 +50,12 @@ _TIMING_FIELDS = tuple(field.name for field in dataclasses.fields(Timings))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnswerBatch:
-    """The answers of one batch, one a row, as JSON's types, and what they cost."""
+    """The answers of one batch, one a row, as JSON's types, and what they cost; a server's say
+    themselves how long they took.
+    """
 
     rows: Sequence[AnswerRecord]
-    timings: Timings
+    timings: Timings | None
 
 
 class CellStore:
@@ -79,8 +87,9 @@ class CellStore:
         note = self._directory / "cell.json"
         if not note.exists():
             storage.write_json_atomic(note, self._identity)
-        fields = {name: getattr(answers.timings, name) for name in _TIMING_FIELDS}
-        document = {"answers": [dict(row) for row in answers.rows], "timings": fields}
+        document: dict[str, object] = {"answers": [dict(row) for row in answers.rows]}
+        if answers.timings is not None:
+            document["timings"] = {n: getattr(answers.timings, n) for n in _TIMING_FIELDS}
         storage.write_json_atomic(self._answers(batch), document)
 
     def read_answers(self, batch: int) -> AnswerBatch:
@@ -89,6 +98,11 @@ class CellStore:
         document = storage.read_json(path)
         with storage.kept_file(path):
             rows = [_checked(row, _ANSWER) for row in document["answers"]]
+            rows = [
+                _checked(row, {n: c for n, c in _OF_SERVERS.items() if n in row}) for row in rows
+            ]
+            if "timings" not in document:
+                return AnswerBatch(rows=rows, timings=None)
             # Answers that were stored before beginnings of prompts were reused lack their count.
             timings = {"reused_tokens": 0} | dict(mapping("timings", document["timings"]))
             known = dict.fromkeys(_TIMING_FIELDS, number(least=0))

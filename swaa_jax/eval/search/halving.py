@@ -207,7 +207,9 @@ def search_policies(
         part = dataclasses.replace(asked, settings=(setting,), skip_samples=start, limit=size)
         cells = evaluate(part, load=lambda _: loaded, progress=progress).cells
         rounds += 1
-        known |= {cell.policy: _grown(known.get(cell.policy), cell, rounds) for cell in cells}
+        for cell in cells:
+            assert cell.policy is not None  # of a local model
+            known[cell.policy] = _grown(known.get(cell.policy), cell, rounds)
         answers += sum(len(cell.answers) for cell in cells)
         start += size
         alive = _within(alive, known, config)
@@ -252,6 +254,7 @@ def _grown(before: Candidate | None, cell: Cell, rounds: int) -> Candidate:
     scores = tuple(sum(scores) / len(scores) for scores in by_sample.values())
     lengths = {answer["sample"]: answer["prompt_tokens"] for answer in cell.answers}
     full_pairs = sum(length * (length + 1) / 2 for length in lengths.values())
+    assert cell.policy is not None and cell.cost.prefill_share is not None
     pairs = cell.cost.prefill_share * full_pairs
     cache_bytes = cell.cost.cache_bytes_per_sample or 0
     if before is not None:

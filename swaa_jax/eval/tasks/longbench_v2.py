@@ -93,6 +93,11 @@ class LongBenchV2Task(FileTask):
             parts.append(f"up to {self.max_tokens}")
         return " ".join([self.name, *parts])
 
+    @property
+    def needs_tokenizer(self) -> bool:
+        """See `Task.needs_tokenizer`."""
+        return self.max_tokens is not None
+
     def samples(self, tokenizer: "PreTrainedTokenizerBase", *, thinking: bool) -> list[Sample]:
         """See `Task.samples`."""
         del thinking

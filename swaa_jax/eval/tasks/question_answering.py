@@ -83,6 +83,11 @@ class QaTask(FileTask):
         """The name, with the first file's."""
         return f"{self.name} {epath.Path(self.paths[0]).stem}"
 
+    @property
+    def needs_tokenizer(self) -> bool:
+        """See `Task.needs_tokenizer`."""
+        return False
+
     def check(self) -> None:
         """See `Task.check`: every record is read."""
         _questions(itertools.islice(self.records(), self.limit))

@@ -75,6 +75,13 @@ class Task(abc.ABC):
         """Tokens that every prompt has at least, if that is known before it is made."""
         return None
 
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether `samples` counts tokens; where not, it takes None in a tokenizer's place, and a
+        server's model can be asked without one.
+        """
+        return True
+
     def check(self) -> None:
         """See, before any model is loaded, whether there is something to ask.
 
