@@ -101,7 +101,8 @@ def add_parser(subparsers: Commands) -> None:
         "--chunk-size",
         type=int,
         metavar="N",
-        help="prompt tokens read at a time, default by device",
+        help="prompt tokens read at a time, default by device and at most 1024; a conversation's "
+        "next turn reads anew what is behind its last whole chunk",
     )
     room.add_argument(
         "--pool-tokens", type=int, metavar="N", help="of full caches, default what memory holds"
@@ -238,10 +239,15 @@ def _room(args: argparse.Namespace, context: int | None) -> "EngineOptions":
 
     given = _given(args, EngineOptions)
     given.setdefault("max_tokens", min(context or _MOST_TOKENS, _MOST_TOKENS))
-    return EngineOptions(**given)
+    room = EngineOptions(**given)
+    if args.chunk_size is None and room.sizes[0] > _MOST_CHUNK:
+        room = EngineOptions(**given, chunk_size=_MOST_CHUNK)
+    return room
 
 
 _MOST_TOKENS = 32768
+_MOST_CHUNK = 1024
+"""Long chunks are read a little faster; short ones let turns reuse more."""
 
 
 def _given(args: argparse.Namespace, kind: Any) -> dict[str, Any]:

@@ -202,11 +202,17 @@ class EngineWorker:
         self._commands.put(cancel)
 
     async def warm_up(self, names: Sequence[str]) -> None:
-        """Compiles and runs each model's programs once, so that no client waits for that."""
+        """Compiles and runs each model's programs once, so that no client waits for that: a chunk is
+        read and kept, and reused by the one that asks the same.
+        """
         for name in names:
-            (feed,) = await self.submit(Request(tokens=(0,), max_new_tokens=2, model=name))
-            async for _ in feed:
-                pass
+            options = self._engine.options[name]
+            count = options.sizes[0] + 1
+            tokens = (0,) * count if count + 2 <= options.max_tokens else (0,)
+            for _ in range(2):
+                (feed,) = await self.submit(Request(tokens=tokens, max_new_tokens=2, model=name))
+                async for _ in feed:
+                    pass
 
     async def stop(self, *, within: float) -> int:
         """Takes no more requests, and ends when none is left or the time is over.

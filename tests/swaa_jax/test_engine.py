@@ -203,7 +203,9 @@ def test_four_programs_for_any_lengths_settings_and_ends(policy):
 
 
 def test_answers_go_on_while_a_prompt_is_read():
-    """A round is a chunk and a step of all rows: streams stop for no prompt, however long."""
+    """A round is a chunk and a step of all rows: streams stop for no prompt, however long. Nor does
+    a first token wait for the sixteen of a call.
+    """
     engine = Engine(model_of("1::2"), dataclasses.replace(OPTIONS, reuse=False))
     short = engine.submit(Request(tokens=prompts()[0], max_new_tokens=40))
     (begun,) = engine.round()
@@ -217,7 +219,25 @@ def test_answers_go_on_while_a_prompt_is_read():
             assert engine.clock.chunks == before.chunks + 1
         read = engine.clock.read_tokens - before.read_tokens
         assert read <= 16, "the budget of a round: a chunk, and a token of each row"
-    assert begun.request == short and given == [1] * 3
+    assert begun.request == short and len(begun.tokens) == 1 and given == [1] * 3
+
+
+def test_what_need_not_hold_up_the_device_is_called_once_a_round():
+    engine = Engine({"a": model_of("1::2"), "b": model_of("1::2")}, OPTIONS)
+    called = []
+    engine.round(meanwhile=lambda: called.append("idle"))
+    for name in ("a", "b"):
+        engine.submit(Request(tokens=prompts()[0], max_new_tokens=2, model=name))
+    while not engine.is_idle:
+        before = len(called)
+        engine.round(meanwhile=lambda: called.append("busy"))
+        assert len(called) == before + 1
+    for lane in engine._lanes.values():
+        jax.tree.map(lambda x: x.delete(), lane._state)
+    engine.submit(Request(tokens=prompts()[0], max_new_tokens=2))
+    with pytest.raises(RuntimeError, match="a step failed before"):
+        engine.round(meanwhile=lambda: called.append("failed"))
+    assert (called[0], called[-1]) == ("idle", "failed")
 
 
 def test_rows_that_ended_hold_nothing_that_is_read():
@@ -228,7 +248,8 @@ def test_rows_that_ended_hold_nothing_that_is_read():
     ids = [engine.submit(request) for request in requests]
     while engine.unfinished != {ids[2]}:
         engine.round()
-    engine.round()
+    for _ in range(2):  # its first token comes alone
+        engine.round()
     (lane,) = engine._lanes.values()
     assert lane._state.caches.pos_B[:2].tolist() == [0, 0]
     assert lane._state.caches.pos_B[2] > len(prompts()[2])
@@ -311,7 +332,7 @@ def test_an_interrupt_while_tokens_are_awaited_loses_none(monkeypatch):
 def test_who_stops_looking_finds_the_rest_later():
     engine = Engine(model_of("1::2"), dataclasses.replace(OPTIONS, chunks_per_round=None))
     first, second, third = (
-        engine.submit(Request(tokens=prompts()[at], max_new_tokens=4)) for at in (0, 2, 6)
+        engine.submit(Request(tokens=prompts()[at], max_new_tokens=1)) for at in (0, 2, 6)
     )
     seen = [next(engine.run()).request]
     engine.cancel(third)  # which has ended, unseen
