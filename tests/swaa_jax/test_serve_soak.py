@@ -21,6 +21,8 @@ from tests.support import processes
 from tests.support.serve_clients import KEY, WANTED, Clients, asked, held, right_answers
 
 pytest.importorskip("starlette")
+# The bare engine answers some thousand requests once more.
+pytestmark = pytest.mark.usefixtures("no_type_checks")
 
 ADAPTER = pathlib.Path(swaa.__file__).parent / "assets" / "tiny-retriever-lora"
 POLICIES = {"narrow": "window=32,sinks=4", "every": "window=32,full_layers=1::2,decode=full"}
@@ -74,7 +76,7 @@ class ServerProcess:
         self._command = [
             sys.executable, "-m", "swaa_jax.cli.main", "serve", "tiny-retriever",
             "--dtype", "float32", "--slots", "4", "--max-tokens", "256", "--chunk-size", "32",
-            "--max-snapshots", "16", "--port", str(self.port), *also, f"--adapter=lora={ADAPTER}",
+            "--max-snapshots", "4", "--port", str(self.port), *also, f"--adapter=lora={ADAPTER}",
             "--api-keys", str(directory / "keys.txt"), "--most-requests", "64",
         ]  # fmt: skip
         self.start()
@@ -238,5 +240,6 @@ def test_it_all_holds_for_ten_minutes(server):
     print(dict(kinds))
     assert (after.threads, after.files) <= (idle.threads, idle.files)
     assert max(usage.files for _, usage in late) <= idle.files + 2 * NUM_CLIENTS
-    # At some 5 requests/s, 2 KiB of each that stayed would be more.
-    assert slope < 0.5
+    # At some 5 requests/s, 2 KiB of each that stayed would be more. What is kept for reuse is
+    # full long before: 4 snapshots of each name, and all pages.
+    assert abs(slope) < 0.5
