@@ -107,6 +107,13 @@ def add_parser(subparsers: Commands) -> None:
     room.add_argument(
         "--pool-tokens", type=int, metavar="N", help="of full caches, default what memory holds"
     )
+    room.add_argument(
+        "--max-snapshots",
+        type=int,
+        metavar="N",
+        help="of windowed layers' rings, kept for prompts that begin alike, default what memory "
+        "holds, at most 2048",
+    )
     room.add_argument("--memory-share", type=float, metavar="X", help="of each device, default 0.9")
     room.add_argument(
         "--steps-per-call",

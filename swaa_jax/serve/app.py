@@ -249,6 +249,12 @@ class _Server:
         asked = await asyncio.get_running_loop().run_in_executor(
             self._encoder, self._encode, body, served
         )
+        if len(asked.requests) > self._options.most_requests:  # however long it waited
+            raise ApiError(
+                f"n: expected at most {self._options.most_requests} answers to a request, got "
+                f"{len(asked.requests)}; send several requests",
+                param="n",
+            )
         if self._options.log_prompts:
             log.info("prompts: %r", [served.text.decode(ids) for ids in asked.prompts])
         reply = Reply(
@@ -422,7 +428,7 @@ def _unavailable(error: EngineFailedError) -> ApiError:
     )
 
 
-def _refusal(_: Request, error: Exception) -> Response:
+async def _refusal(_: Request, error: Exception) -> Response:  # a plain one is given a thread
     if isinstance(error, HTTPException):
         error = ApiError(str(error.detail), status=error.status_code, code="not_found")
     return error_response(error if isinstance(error, ApiError) else _INTERNAL)

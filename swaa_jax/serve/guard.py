@@ -72,13 +72,16 @@ class Guard:
                 status = message["status"]
             await send(message)
 
+        is_protected = scope["path"].startswith(self._protected)
+        self._metrics.open.inc(is_protected)
         try:
-            if scope["path"].startswith(self._protected) and not self._is_known(Request(scope)):
+            if is_protected and not self._is_known(Request(scope)):
                 await error_response(_NO_KEY)(scope, receive, sent)
             else:
                 await self._app(scope, receive, sent)
         finally:
             seconds = time.perf_counter() - start
+            self._metrics.open.dec(is_protected)
             self._metrics.request(scope["path"], status, seconds)
             log.info("%s %s %s %.3f s", scope["method"], _shown(scope["path"]), status, seconds)
 

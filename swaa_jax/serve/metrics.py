@@ -18,6 +18,7 @@ class Metrics:
     Attributes:
         first_token, token: seconds, histograms.
         cancelled: requests whose client left.
+        open: requests that are being answered, those that need no key apart.
     """
 
     def __init__(self, worker: EngineWorker):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx2
+import jaxtyping
 import uvicorn
 from starlette.applications import Starlette
 
@@ -35,13 +36,19 @@ class Served:
 
 @contextlib.contextmanager
 def running(app: Starlette) -> Iterator[Served]:
-    """Serves until the block ends, which waits for what is being answered."""
+    """Serves until the block ends, which waits for what is being answered.
+
+    Annotations are not checked meanwhile, as they are not where users serve: what a client sends
+    must meet the server's own checks.
+    """
+    checked = jaxtyping.config.jaxtyping_disable
     config = uvicorn.Config(
         app, port=0, log_config=None, lifespan="on", timeout_graceful_shutdown=20
     )
     server = uvicorn.Server(config)
     socket = config.bind_socket()
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[socket])))
+    jaxtyping.config.update("jaxtyping_disable", True)
     thread.start()
     try:
         while not server.started and thread.is_alive():
@@ -52,4 +59,5 @@ def running(app: Starlette) -> Iterator[Served]:
         server.should_exit = True
         thread.join(timeout=60)
         socket.close()
+        jaxtyping.config.update("jaxtyping_disable", checked)
         assert not thread.is_alive()

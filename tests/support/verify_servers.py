@@ -14,7 +14,7 @@ import swaa_jax as swaa
 from swaa_jax.engine import EngineOptions
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.remote import Endpoint
-from swaa_jax.serve.app import make_app
+from swaa_jax.serve.app import make_app, make_engine
 from swaa_jax.serve.models import served_models
 from swaa_jax.verify import RECORDED, ProbeOptions, Reply, ask_server, decide, make_record
 from tests.support.served import running
@@ -39,10 +39,8 @@ def main(num_seeds: int) -> None:
     )
     policies = {str(at): policy for at, policy in enumerate(SERVERS.values())}
     room = EngineOptions(num_slots=2, max_tokens=128, chunk_size=64, page_size=32)
-    apps = [
-        make_app(served_models(one, tok, name="m", policies=policies), room)
-        for one in (model, twin)
-    ]
+    named = [served_models(one, tok, name="m", policies=policies) for one in (model, twin)]
+    apps = [make_app(models, make_engine(models, room)) for models in named]
     with running(apps[0]) as one, running(apps[1]) as other:
         for seed in range(num_seeds):
             options = ProbeOptions(seed=seed)

@@ -40,7 +40,7 @@ def measured(url, names, workload=WORK, **kwargs):
 def url():
     """Our server, of a random model under two policies."""
     pytest.importorskip("starlette")
-    from swaa_jax.serve.app import make_app
+    from swaa_jax.serve.app import make_app, make_engine
     from swaa_jax.serve.models import served_models
     from tests.support.served import running
 
@@ -48,7 +48,8 @@ def url():
     tok = byte_tokenizer.build()
     models = served_models(model, tok, name="tiny", policies={"narrow": "window=16,sinks=2"})
     room = EngineOptions(num_slots=3, max_tokens=96, chunk_size=32, page_size=32)
-    with running(make_app(models, room, keys=(KEY.encode(),))) as served:
+    app = make_app(models, make_engine(models, room), keys=(KEY.encode(),))
+    with running(app) as served:
         yield f"{served.url}/v1"
 
 

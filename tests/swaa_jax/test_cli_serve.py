@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -15,16 +16,17 @@ import pytest
 import swaa_jax as swaa
 from swaa_jax.cli.main import main
 from tests.support import processes
+from tests.support.random_models import save_random_model
 
 pytest.importorskip("starlette")
 
-COMMAND = [sys.executable, "-m", "swaa_jax.cli.main", "serve", "tiny-retriever"]
+COMMAND = [sys.executable, "-m", "swaa_jax.cli.main", "serve"]
 ROOM = ["--dtype", "float32", "--slots", "2", "--max-tokens", "256", "--chunk-size", "32"]
 
 
-def launched(*flags, **environment):
+def launched(model, *flags, **environment):
     return subprocess.Popen(
-        [*COMMAND, *ROOM, "--port", "0", *flags],
+        [*COMMAND, model, *ROOM, "--port", "0", *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -42,14 +44,29 @@ def started(process):
     return process, found[1], line
 
 
-def test_a_server_answers_drains_and_reports():
+ADAPTER = pathlib.Path(swaa.__file__).parent / "assets" / "tiny-retriever-lora"
+
+
+def test_a_server_with_an_adapter_answers_drains_and_reports():
+    flags = ["--also", "narrow=window=16,sinks=2", "--adapter", f"tuned={ADAPTER}"]
     process, url, line = started(
-        launched("--also", "narrow=window=16,sinks=2", SWAA_SERVE_KEYS="secret-key-1")
+        # Programs of names that nobody asks for are not made.
+        launched("tiny-retriever", *flags, "--no-warm-up", SWAA_SERVE_KEYS="secret-key-1")
     )
+    names = ["tiny-retriever", "tiny-retriever:narrow", "tiny-retriever@tuned"]
     try:
-        assert line.startswith("serving tiny-retriever, tiny-retriever:narrow on")
+        assert line.startswith(f"serving {', '.join(names)} on")
         headers = {"Authorization": "Bearer secret-key-1"}
-        body = {"prompt": [5, 6, 7], "max_tokens": 200, "ignore_eos": True, "seed": 1}
+        listed = httpx2.get(f"{url}/v1/models", headers=headers).json()["data"]
+        assert [one["id"] for one in listed] == names
+        body = {
+            "model": "tiny-retriever@tuned",
+            "prompt": list(range(5, 55)),
+            "max_tokens": 200,
+            "ignore_eos": True,
+            "seed": 1,
+            "temperature": 1,
+        }
         assert httpx2.post(f"{url}/v1/completions", json=body).status_code == 401
         replies = []
 
@@ -72,6 +89,19 @@ def test_a_server_answers_drains_and_reports():
         assert "secret-key-1" not in told
     finally:
         process.kill()
+    base = swaa.load_model("tiny-retriever", dtype="float32")
+    tuned = swaa.load_adapter(base, ADAPTER, with_policy=True)
+    assert listed[2]["policy"] == str(tuned.policy) == "window=16,full_layers=1::2"
+    want = swaa.generate(
+        tuned,
+        swaa.load_tokenizer("tiny-retriever"),
+        [body["prompt"]],
+        max_new_tokens=200,
+        ignore_eos=True,
+        temperature=1,
+        seed=1,
+    )
+    assert replies[0].json()["choices"][0]["text"] == want.texts[0]
 
 
 def in_use(url):
@@ -117,12 +147,14 @@ def test_short_keys_are_refused_unseen(tmp_path, capsys):
     assert "short\n" not in capsys.readouterr().err.replace("shorter", "")
 
 
-def test_two_processes_of_one_mesh_serve_as_one():
+def test_two_processes_of_one_mesh_serve_as_one(tmp_path):
     """Process 0 takes requests, the other does what it does; tokens are one process's."""
     where = f"127.0.0.1:{processes.free_port()}"
+    saved = save_random_model(tmp_path / "small", num_hidden_layers=2, max_position_embeddings=512)
     flags = ["--mesh", "tensor=2", "--also", "narrow=window=16,sinks=2"]
     pair = [
         launched(
+            saved,
             *flags,
             "--coordinator", where, "--num-processes", "2", "--process-id", str(number),
             **processes.environment(),
@@ -135,8 +167,8 @@ def test_two_processes_of_one_mesh_serve_as_one():
         # The last is longer than a round's first message has room for.
         bodies = [
             {
-                "model": ("tiny-retriever", "tiny-retriever:narrow")[at % 2],
-                "prompt": rng.integers(5, 2000, size=(7, 40, 20, 90)[at % 4]).tolist(),
+                "model": ("small", "small:narrow")[at % 2],
+                "prompt": rng.integers(7, 260, size=(7, 40, 20, 90)[at % 4]).tolist(),
                 "max_tokens": 12,
                 "temperature": at % 3 / 2,
                 "seed": at,
@@ -161,12 +193,9 @@ def test_two_processes_of_one_mesh_serve_as_one():
     finally:
         for one in pair:
             one.kill()
-    model = swaa.load_model("tiny-retriever", dtype="float32")
-    tok = swaa.load_tokenizer("tiny-retriever")
+    model, tok = swaa.load_model(saved, dtype="float32"), swaa.load_tokenizer(saved)
     for body, reply in zip(bodies[:8], replies, strict=False):
-        under = (
-            model if body["model"] == "tiny-retriever" else model.with_policy("window=16,sinks=2")
-        )
+        under = model if body["model"] == "small" else model.with_policy("window=16,sinks=2")
         want = swaa.generate(
             under,
             tok,

@@ -14,6 +14,7 @@ pytest.importorskip("starlette")
 from swaa_jax.serve.app import ServeOptions, make_app, make_engine
 from swaa_jax.serve.models import served_models
 from swaa_jax.serve.requests import ChatBody, CompletionBody
+from tests.support.random_models import random_model
 from tests.support.served import running
 
 ROOM = EngineOptions(num_slots=2, max_tokens=128, chunk_size=32, page_size=32)
@@ -22,7 +23,7 @@ SECONDS = 20
 
 @pytest.fixture(scope="module")
 def url():
-    model = swaa.load_model("tiny-retriever", dtype="float32")
+    model = random_model(num_hidden_layers=2, vocab_size=2304)
     models = served_models(model, swaa.load_tokenizer("tiny-retriever"), name="tiny")
     options = ServeOptions(default_longest=2, most_body_bytes=20_000)
     with running(make_app(models, make_engine(models, ROOM), options=options)) as served:

@@ -7,11 +7,13 @@ import pytest
 import swaa_jax as swaa
 from swaa_jax.engine import EngineOptions
 from swaa_jax.eval.tasks.ruler import niah_multiquery
+from swaa_jax.infer import encode_prompts
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("starlette")
 from swaa_jax.serve.app import ServeOptions, make_app, make_engine  # noqa: E402
 from swaa_jax.serve.models import served_models  # noqa: E402
+from tests.support.random_models import random_model  # noqa: E402
 from tests.support.served import running  # noqa: E402
 
 KEY = "a-key-of-the-tests"
@@ -21,29 +23,37 @@ CHAT = [{"role": "user", "content": "The magic number for brave-lantern is 12345
 
 
 @pytest.fixture(scope="module")
-def model():
-    return swaa.load_model("tiny-retriever", dtype="float32")
-
-
-@pytest.fixture(scope="module")
 def tok():
     return swaa.load_tokenizer("tiny-retriever")
 
 
 @pytest.fixture(scope="module")
-def server(model, tok):
-    models = served_models(model, tok, name="tiny", policies={"narrow": NARROW})
+def model(tok):
+    """Random, over the shipped tokenizer's words."""
+    return random_model(num_hidden_layers=2, vocab_size=2304, max_position_embeddings=512)
+
+
+def serving(model, tok, **policies):
+    models = served_models(model, tok, name="tiny", policies=policies)
     room = EngineOptions(num_slots=4, max_tokens=512, chunk_size=32, page_size=32)
     options = ServeOptions(default_longest=24, most_body_bytes=100_000)
-    with running(
-        make_app(models, make_engine(models, room), options=options, keys=(KEY.encode(),))
-    ) as served:
+    engine = make_engine(models, room)
+    return running(make_app(models, engine, options=options, keys=(KEY.encode(),)))
+
+
+@pytest.fixture(scope="module")
+def server(model, tok):
+    with serving(model, tok, narrow=NARROW) as served:
         yield served
+
+
+def client_of(server):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
 
 
 @pytest.fixture(scope="module")
 def client(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
+    return client_of(server)
 
 
 def test_models_are_listed_with_their_policies(client):
@@ -75,23 +85,25 @@ def test_chats_are_generate_s(client, model, tok, name, temperature):
     assert answer.model == name
 
 
-def test_thoughts_stand_apart(client, model, tok):
+def test_thoughts_stand_apart(tok):
     """The shipped model's template opens a thought, which the answer goes on with and closes."""
     (sample,) = niah_multiquery(
         tok, num_samples=1, target_length=300, seed=0, num_keys=1, num_queries=1,
         enable_thinking=True,
     )  # fmt: skip
-    chat = list(sample.messages)
-    (want,) = swaa.generate(model, tok, [chat], max_new_tokens=150).texts
-    thought, _, rest = want.partition("</think>")
+    chat, model = list(sample.messages), swaa.load_model("tiny-retriever", dtype="float32")
+    (prompt,) = encode_prompts(tok, [chat])
+    about = {"model": "tiny", "max_tokens": 150, "temperature": 0}
+    asked = {**about, "messages": chat}
+    with serving(model, tok) as served:
+        text = client_of(served).completions.create(**about, prompt=prompt).choices[0].text
+        completions = client_of(served).chat.completions
+        message = completions.create(**asked).choices[0].message
+        deltas = [one.choices[0].delta for one in completions.create(**asked, stream=True)]
+    thought, _, rest = text.partition("</think>")
     assert sample.answers[0] in thought
     assert sample.answers[0] in rest
-    asked = {"model": "tiny", "messages": chat, "max_tokens": 150, "temperature": 0}
-    message = client.chat.completions.create(**asked).choices[0].message
     assert (message.reasoning_content, message.content) == (thought, rest.lstrip())
-    deltas = [
-        chunk.choices[0].delta for chunk in client.chat.completions.create(**asked, stream=True)
-    ]
     assert "".join(getattr(one, "reasoning_content", None) or "" for one in deltas) == thought
     assert "".join(one.content or "" for one in deltas) == rest.lstrip()
 

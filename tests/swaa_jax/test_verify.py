@@ -332,14 +332,14 @@ def test_wrong_arguments_are_told(small, capsys, argv, message):
 @pytest.fixture(scope="module")
 def serving():
     pytest.importorskip("starlette")
-    from swaa_jax.serve.app import make_app
+    from swaa_jax.serve.app import make_app, make_engine
     from swaa_jax.serve.models import served_models
     from tests.support.served import running
 
     def start(model, tok, policies):
         models = served_models(model, tok, name="m", policies=policies)
         room = EngineOptions(num_slots=2, max_tokens=128, chunk_size=64, page_size=32)
-        return running(make_app(models, room))
+        return running(make_app(models, make_engine(models, room)))
 
     return start
 
