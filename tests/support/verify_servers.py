@@ -1,6 +1,6 @@
 """Records of many seeds against servers of seven policies: a line for each verdict.
 
-    python -m tests.support.verify_servers NUM_SEEDS     some 100 s a seed on two cores
+    python -m tests.support.verify_servers FIRST LAST     seeds; some 100 s each on two cores
 
 Records are made in float32; servers run in float32 and in bfloat16, and are judged with their
 log-probabilities and without. A process of its own: that of the tests compiles quickly and runs
@@ -31,7 +31,7 @@ SERVERS = {
 }
 
 
-def main(num_seeds: int) -> None:
+def main(seeds: range) -> None:
     tok = swaa.load_tokenizer("tiny-retriever")
     model, twin = (
         swaa.load_model("tiny-retriever", policy=POLICY, dtype=dtype)
@@ -42,7 +42,7 @@ def main(num_seeds: int) -> None:
     named = [served_models(one, tok, name="m", policies=policies) for one in (model, twin)]
     apps = [make_app(models, make_engine(models, room)) for models in named]
     with running(apps[0]) as one, running(apps[1]) as other:
-        for seed in range(num_seeds):
+        for seed in seeds:
             options = ProbeOptions(seed=seed)
             record = make_record(model, tok, POLICY, twin=twin, options=options)
             for dtype, served in {"float32": one, "bfloat16": other}.items():
@@ -50,7 +50,7 @@ def main(num_seeds: int) -> None:
                 for at, name in enumerate(SERVERS):
                     replies = ask_server(record, endpoint, model=f"m:{at}")
                     plain = [Reply(text=reply.text) for reply in replies]
-                    if seed == 0:  # else it is the same text
+                    if seed == seeds[0]:  # else it is the same text
                         asked = ask_server(record, endpoint, model=f"m:{at}", logprobs=False)
                         assert asked == plain
                     for given in (replies, plain):
@@ -71,4 +71,4 @@ def main(num_seeds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(range(int(sys.argv[1]), int(sys.argv[2]) + 1))
