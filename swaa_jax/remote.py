@@ -17,7 +17,7 @@ import math
 import re
 import ssl
 import urllib.parse
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import httpx2
@@ -186,7 +186,7 @@ class Endpoint:
         *,
         timeout_s: float,
         client: httpx2.AsyncClient,
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str]:
         """The data of each server-sent event, as it comes.
 
         Raises:
@@ -201,7 +201,11 @@ class Endpoint:
             ):
                 kind = response.headers.get("Content-Type", "")
                 if response.status_code >= 300 or "text/event-stream" not in kind:
-                    said = (await response.aread())[:_EXCERPT]
+                    said = b""
+                    async for chunk in response.aiter_raw():
+                        said += chunk
+                        if len(said) > 4 * _EXCERPT:  # as much as an excerpt is of
+                            break
                     raise NoStreamError(
                         f"expected a stream, got {response.status_code} "
                         f"{self.excerpt(said.decode(errors='replace'))}",

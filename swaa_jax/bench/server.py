@@ -1,6 +1,7 @@
 """Models of a server that speaks OpenAI's API, asked over `/v1/completions` with token ids."""
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -230,10 +231,10 @@ class _Client:
             **wishes,
         }
         answer = _Answer(timeline)
-        async for data in self._endpoint.events(
-            "/completions", body, timeout_s=self._request_s, client=http
-        ):
-            answer.read(data, self._now())
+        events = self._endpoint.events("/completions", body, timeout_s=self._request_s, client=http)
+        async with contextlib.aclosing(events):  # at once, also where an event is wrong
+            async for data in events:
+                answer.read(data, self._now())
         answer.finish()
 
 

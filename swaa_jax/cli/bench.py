@@ -204,6 +204,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError: they are named.
     """
+    from swaa_jax.fields import show
+
     given = [
         name for name in (*_LOCAL, *_REMOTE) if getattr(args, name) not in (None, [])
     ]  # fmt: skip
@@ -212,7 +214,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
         where = "with" if args.url else "without"
         raise ValueError(
             f"{_flag(idle[0])}: expected nothing {where} --url, got "
-            f"{getattr(args, idle[0])}; leave it out"
+            f"{show(getattr(args, idle[0]))}; leave it out"
         )
     named = [name for name in ("model", "shape") if getattr(args, name)]
     if not args.url and len(named) != 1:

@@ -266,14 +266,20 @@ def _given(args: argparse.Namespace, kind: Any) -> dict[str, Any]:
 
 def _policies(texts: list[str]) -> dict[str, str]:
     """By label; a policy without one is its own label."""
+    from swaa_jax.fields import show
+
     found: dict[str, str] = {}
     for text in texts:
         label, equals, policy = text.partition("=")
+        if not label:
+            raise ValueError(f"--also: expected [LABEL=]POLICY, got {show(text)}; name it")
         # window=64,sinks=4 is a policy, short=window=64 a labelled one; so is all=full.
         if not equals or label in _POLICY_KEYS:
             label = policy = text
         if label in found:
-            raise ValueError(f"--also: expected each label once, got {label!r} twice; rename one")
+            raise ValueError(
+                f"--also: expected each label once, got {show(label)} twice; rename one"
+            )
         found[label] = policy
     return found
 
@@ -282,14 +288,16 @@ _POLICY_KEYS = ("window", "sinks", "full_layers", "full_heads", "decode", "tail"
 
 
 def _adapters(texts: list[str]) -> dict[str, str]:
+    from swaa_jax.fields import show
+
     found: dict[str, str] = {}
     for text in texts:
         label, equals, directory = text.partition("=")
         if not equals or not label or not directory:
-            raise ValueError(f"--adapter: expected LABEL=DIR, got {text!r}; name it")
+            raise ValueError(f"--adapter: expected LABEL=DIR, got {show(text)}; name it")
         if label in found:
             raise ValueError(
-                f"--adapter: expected each label once, got {label!r} twice; rename one"
+                f"--adapter: expected each label once, got {show(label)} twice; rename one"
             )
         found[label] = directory
     return found

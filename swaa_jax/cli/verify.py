@@ -127,7 +127,7 @@ def _check(args: argparse.Namespace, *, is_url: bool) -> None:
     if args.record is not None and is_url:
         raise ValueError(
             f"--record: expected a model, whose weights say what to expect, got the URL "
-            f"{args.target[:60]!r}; give the checkpoint, and the URL with --probes"
+            f"{_shown(args.target)}; give the checkpoint, and the URL with --probes"
         )
     if args.record is None:
         flags += [name for name in _FOR_RECORD if getattr(args, name) is not None]
@@ -141,9 +141,16 @@ def _check(args: argparse.Namespace, *, is_url: bool) -> None:
     if args.record is not None and args.json:
         flags.append("json")
     if flags:
-        what = "--record" if args.record is not None else f"--probes and {args.target[:60]!r}"
+        what = "--record" if args.record is not None else f"--probes and {_shown(args.target)}"
         named = ", ".join(f"--{name.replace('_', '-')}" for name in flags)
         raise ValueError(f"{named}: expected no such flag with {what}, got it; leave it out")
+
+
+def _shown(target: str) -> str:
+    from swaa_jax.fields import show
+    from swaa_jax.redact import redact_url
+
+    return show(redact_url(target) if target.startswith("http") else target)
 
 
 def _record(args: argparse.Namespace) -> int:

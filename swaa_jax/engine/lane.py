@@ -188,7 +188,7 @@ class Lane:
         return rings + pages * self._cache_bytes.page
 
     @property
-    def load(self) -> "Load":
+    def load(self) -> Load:
         """What it has to do now, and what is free."""
         scheduler, pool, prefixes = self._scheduler, self._scheduler.pool, self._prefixes
         return Load(
@@ -235,7 +235,8 @@ class Lane:
         """One round; what it gave, an update a request.
 
         Args:
-            meanwhile: called when the device has the chunks, before the host waits for it.
+            meanwhile: called when the device has the chunks, before the steps are handed out: on
+                GPUs that alone holds the host until they are done.
 
         Raises:
             RuntimeError: a step failed before, and took the state of all rows with it.

@@ -113,7 +113,7 @@ def make_app(
     options: ServeOptions | None = None,
     keys: tuple[bytes, ...] = (),
 ) -> Starlette:
-    """The application.
+    """The application; `app.state.drain` ends its answers, for who serves it (`run_server`).
 
     Args:
         models: by name.
@@ -126,6 +126,12 @@ def make_app(
     worker = EngineWorker(engine, most_requests=options.most_requests, on_end=end)
     room = max(one.max_tokens for one in engine.options.values())
     server = _Server(models, worker, options, room=room)
+    num_left = 0
+
+    async def drain() -> None:
+        """Takes no more requests; those that are left are told when the time is over."""
+        nonlocal num_left
+        num_left += await worker.stop(within=options.drain_s)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -135,7 +141,7 @@ def make_app(
                 await worker.warm_up(list(models))
             yield
         finally:
-            left = await worker.stop(within=options.drain_s)
+            await drain()  # where `run_server` has not done it
             server.close()
             clock = worker.clock
             log.warning(
@@ -143,13 +149,13 @@ def make_app(
                 clock.new_tokens,
                 clock.read_tokens,
                 clock.reused_tokens,
-                f"{left} requests were cut off" if left else "nothing was cut off",
+                f"{num_left} requests were cut off" if num_left else "nothing was cut off",
             )
 
     def route(path: str, handler: Callable[[Request], Awaitable[Response]], method: str) -> Route:
         return Route(path, handler, methods=[method])
 
-    return Starlette(
+    app = Starlette(
         routes=[
             route("/v1/models", server.list_models, "GET"),
             route("/v1/models/{name:path}", server.show_model, "GET"),
@@ -169,6 +175,8 @@ def make_app(
         },
         lifespan=lifespan,
     )
+    app.state.drain = drain
+    return app
 
 
 class _Server:
@@ -317,7 +325,7 @@ class _Answer:
             if leaving in done:
                 self._metrics.cancelled.inc()
                 return Response(status_code=499)
-            raise _TOO_LONG
+            raise _too_long()
         except EngineFailedError as error:
             raise _unavailable(error) from error
         finally:
@@ -343,7 +351,7 @@ class _Answer:
                                 chunk["usage"] = self._reply.usage(self._choices)
                             yield event(chunk)
             except TimeoutError as error:
-                raise _TOO_LONG from error
+                raise _too_long() from error
             except EngineFailedError as error:
                 raise _unavailable(error) from error
             for chunk in self._reply.last(self._choices):
@@ -434,13 +442,16 @@ async def _refusal(_: Request, error: Exception) -> Response:  # a plain one is 
     return error_response(error if isinstance(error, ApiError) else _INTERNAL)
 
 
-_TOO_LONG = ApiError(
-    "the request took longer than this server allows; ask for less, or try again later",
-    status=503,
-    kind="server_error",
-    code="timeout",
-    retry_after=_RETRY_AFTER,
-)
+def _too_long() -> ApiError:  # a new one each time: its traceback holds the request
+    return ApiError(
+        "the request took longer than this server allows; ask for less, or try again later",
+        status=503,
+        kind="server_error",
+        code="timeout",
+        retry_after=_RETRY_AFTER,
+    )
+
+
 _INTERNAL = ApiError(
     "the server failed; its log says why", status=500, kind="server_error", code="internal_error"
 )

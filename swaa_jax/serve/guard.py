@@ -114,7 +114,7 @@ async def read_limited(request: Request, *, most: int) -> bytes:
         code="request_too_large",
     )
     said = request.headers.get("content-length", "")
-    if said.isdigit() and int(said[:20]) > most:
+    if said.isdecimal() and int(said[:20]) > most:
         raise too_large
     content = bytearray()
     async for piece in request.stream():

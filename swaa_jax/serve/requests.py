@@ -442,7 +442,7 @@ def _variables(name: str, value: object) -> Mapping[str, Any]:
     taken = [one for one in ("messages", "tools", "add_generation_prompt") if one in found]
     if taken:
         raise ValueError(
-            f"{name}: expected variables beside those of the request, got {taken[0]!r}; leave it "
+            f"{name}: expected variables besides those of the request, got {taken[0]!r}; leave it "
             "out"
         )
     return found

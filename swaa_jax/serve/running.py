@@ -1,13 +1,15 @@
 """`run_server`: an application on a port, until somebody ends it."""
 
+import asyncio
 import contextlib
 import ipaddress
 import signal
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.applications import Starlette
 
 from swaa_jax.fields import integer
 
@@ -15,12 +17,14 @@ __all__ = ["is_local", "run_server"]
 
 
 def run_server(
-    app: ASGIApp, *, host: str, port: int, drain_s: float, announce: Callable[[str], None]
+    app: Starlette, *, host: str, port: int, drain_s: float, announce: Callable[[str], None]
 ) -> None:
     """Serves until SIGTERM or SIGINT; answers that are being made then have `drain_s` seconds.
 
+    Whoever is left gets an error, and so does who comes meanwhile. A second SIGINT ends at once.
+
     Args:
-        app: what is served.
+        app: from `make_app`.
         host, port: where; port 0 is a free one.
         drain_s: seconds.
         announce: told the URL, once requests are taken.
@@ -36,7 +40,6 @@ def run_server(
         port=port,
         log_config=None,
         access_log=False,
-        timeout_graceful_shutdown=max(1, round(drain_s)),
         server_header=False,
         lifespan="on",
     )
@@ -44,21 +47,39 @@ def run_server(
     with socket:
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{socket.getsockname()[1]}"
-        _Server(config, lambda: announce(url)).run(sockets=[socket])
+        server = _Server(config, lambda: announce(url), drain=app.state.drain, drain_s=drain_s)
+        server.run(sockets=[socket])
 
 
 class _Server(uvicorn.Server):
     """Says when it is ready, and ends with its own exit code, not by the signal that ended it."""
 
-    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]):
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        announce: Callable[[], None],
+        *,
+        drain: Callable[[], Awaitable[None]],
+        drain_s: float,
+    ):
         super().__init__(config)
-        self._announce = announce
+        self._announce, self._drain, self._drain_s = announce, drain, drain_s
 
     async def startup(self, sockets: list[Any] | None = None) -> None:
         """Takes requests from here on."""
         await super().startup(sockets)
         if self.started:
             self._announce()
+
+    async def shutdown(self, sockets: list[Any] | None = None) -> None:
+        """Ends answers first: uvicorn alone would cut connections, and nobody be told why."""
+        end = time.monotonic() + self._drain_s
+        draining = asyncio.ensure_future(self._drain())
+        while not draining.done() and not self.force_exit:
+            await asyncio.wait({draining}, timeout=0.1)
+        # What is not sent yet, to slow readers.
+        self.config.timeout_graceful_shutdown = max(1, round(end - time.monotonic()))
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

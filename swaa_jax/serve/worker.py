@@ -162,7 +162,7 @@ class EngineWorker:
             try:
                 for request in requests:
                     numbers.append(self._engine.submit(request))
-            except ValueError as error:
+            except Exception as error:  # whatever it is, the caller waits for it
                 for number in numbers:
                     self._engine.cancel(number)
                 loop.call_soon_threadsafe(refuse, error)
@@ -202,8 +202,8 @@ class EngineWorker:
         self._commands.put(cancel)
 
     async def warm_up(self, names: Sequence[str]) -> None:
-        """Compiles and runs each model's programs once, so that no client waits for that: a chunk is
-        read and kept, and reused by the one that asks the same.
+        """Compiles and runs each model's programs once, so that no client waits for that: a chunk
+        is read and kept, and reused by the one that asks the same.
         """
         for name in names:
             options = self._engine.options[name]
@@ -239,9 +239,9 @@ class EngineWorker:
         try:
             while True:
                 self._obey(wait=self._engine.is_idle)
-                # Clients are told of a round when the device has the next one, so that the event
-                # loop and this thread are not busy at the same time. An idle engine's rounds count,
-                # too: other processes wait for them.
+                # Clients are told of a round in the next one, when the host is about to wait for
+                # the device, so that the event loop holds up no device. An idle engine's rounds
+                # count, too: other processes wait for them.
                 updates = self._engine.round(meanwhile=functools.partial(self._hand_out, updates))
                 if self._engine.is_idle:
                     self._hand_out(updates)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import httpx2
 import numpy as np
@@ -77,8 +78,8 @@ def test_a_server_with_an_adapter_answers_drains_and_reports():
 
         thread = threading.Thread(target=ask)
         thread.start()
-        while "swaa_open" in httpx2.get(f"{url}/metrics").text and not in_use(url):
-            pass
+        while thread.is_alive() and not in_use(url):
+            time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         thread.join()
         _, told = process.communicate(timeout=60)
@@ -104,9 +105,36 @@ def test_a_server_with_an_adapter_answers_drains_and_reports():
     assert replies[0].json()["choices"][0]["text"] == want.texts[0]
 
 
+def test_whoever_is_left_when_the_time_is_over_is_told():
+    process, url, _ = started(launched("tiny-retriever", "--drain-seconds", "0.1"))
+    body = {"prompt": list(range(5, 55)), "max_tokens": 200, "ignore_eos": True, "n": 16}
+    try:
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            whole, stream = (
+                pool.submit(
+                    httpx2.post, f"{url}/v1/completions", json={**body, "stream": yes}, timeout=60
+                )
+                for yes in (False, True)
+            )
+            while "swaa_open_requests 2.0" not in httpx2.get(f"{url}/metrics").text:
+                time.sleep(0.01)
+            while not in_use(url):
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert "32 requests were cut off" in " ".join(log.split()) and "Traceback" not in log
+    finally:
+        process.kill()
+    assert whole.result().status_code == 503
+    assert whole.result().json()["error"]["code"] == "engine_unavailable"
+    last = [line for line in stream.result().text.splitlines() if line][-1]
+    assert '"engine_unavailable"' in last and "the server is shutting down" in last
+
+
 def in_use(url):
     text = httpx2.get(f"{url}/metrics").text
-    return re.search(r'swaa_engine\{[^}]*what="slots_in_use"\} 1\.0', text)
+    return re.search(r'swaa_engine\{[^}]*what="slots_in_use"\} [12]\.0', text)
 
 
 def test_other_machines_without_keys_are_told_of(capsys, monkeypatch):
@@ -125,6 +153,7 @@ def test_other_machines_without_keys_are_told_of(capsys, monkeypatch):
         (["--port", "70000"], "port: expected an integer of at least 0 and of at most 65535"),
         (["--also", "full", "--also", "full"], "--also: expected each label once, got 'full' twi"),
         (["--also", "x=nave"], "expected"),
+        (["--also", "=full"], "--also: expected [LABEL=]POLICY, got '=full'"),
         (["--adapter", "x"], "--adapter: expected LABEL=DIR, got 'x'"),
         (["--api-keys", "keys.txt"], "No such file or directory: keys.txt"),
         (["--slots", "0"], "num_slots: expected an integer of at least 1"),

@@ -222,6 +222,27 @@ def test_answers_go_on_while_a_prompt_is_read():
     assert begun.request == short and len(begun.tokens) == 1 and given == [1] * 3
 
 
+def test_a_first_token_comes_alone_where_that_is_worth_a_call():
+    """It saves each new row the other steps, and costs all rows about one."""
+    engine = Engine(
+        model_of("1::2"), dataclasses.replace(OPTIONS, num_slots=4, steps_per_call=3, reuse=False)
+    )
+
+    def first_tokens(count):
+        asked = [
+            engine.submit(Request(tokens=prompts()[0], max_new_tokens=80, number=number))
+            for number in range(count)
+        ]
+        while True:
+            counts = {one.request: len(one.tokens) for one in engine.round()}
+            if asked[-1] in counts:
+                return [counts.get(one) for one in asked]
+
+    assert first_tokens(1) == [1]  # 2 steps saved, 1 row waits
+    engine.round()
+    assert first_tokens(1) == [3]  # 2 steps saved, 2 rows wait
+
+
 def test_what_need_not_hold_up_the_device_is_called_once_a_round():
     engine = Engine({"a": model_of("1::2"), "b": model_of("1::2")}, OPTIONS)
     called = []

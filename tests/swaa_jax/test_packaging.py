@@ -79,6 +79,7 @@ def test_metadata(wheel):
         "cuda",
         "gcs",
         "harness",
+        "serve",
         "test",
         "dev",
     }
@@ -86,6 +87,7 @@ def test_metadata(wheel):
     names = {re.match(r"[\w.-]+", need)[0] for need in needed}
     assert {"jax", "flax", "jinja2", "transformers"} <= names
     assert "torch" not in names
+    assert not {"starlette", "uvicorn", "prometheus-client"} & names, "they are of an extra"
     entry_points = wheel.read(f"{folder}/entry_points.txt").decode()
     assert "swaa = swaa_jax.cli.main:main" in entry_points
 

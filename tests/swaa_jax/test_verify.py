@@ -306,7 +306,9 @@ def test_a_checkpoint_s_policy_is_named(small, capsys, policy, code, name, furth
     "argv, message",
     [
         (["http://x/v1", "--record", "r"], "--record: expected a model"),
+        (["http://me:pw-secret@x/v1", "--record", "r"], "got the URL 'http://x/v1'; give"),
         (["http://x/v1", "--probes", "RECORD", "--window", "4"], "--window: expected no such"),
+        (["http://me:pw-secret@x/v1", "--probes", "RECORD", "--seed", "4"], "and 'http://x/v1', g"),
         (["http://x/v1", "--probes", "RECORD", "--seed", "4"], "--seed: expected no such"),
         (["http://x/v1", "--probes", "RECORD", "--mesh", "auto"], "--mesh: expected no such"),
         (["http://x/v1", "--probes", "RECORD", "--dtype", "float32"], "--dtype: expected no such"),
@@ -323,7 +325,8 @@ def test_wrong_arguments_are_told(small, capsys, argv, message):
     model, record = small
     places = {"MODEL": model, "RECORD": str(record)}
     assert main(["verify", *[places.get(word, word) for word in argv]]) == 2
-    assert message in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert message in told and "secret" not in told
 
 
 # Servers.
