@@ -22,11 +22,21 @@ from typing import Any, TypeVar
 
 import httpx2
 
+from swaa_jax.documents import parse_json
 from swaa_jax.fields import wrong
 from swaa_jax.limits import REPLY_BYTES
 from swaa_jax.redact import redact, redact_url
 
-__all__ = ["BROKEN", "Endpoint", "NoStreamError", "Reply", "excerpt", "retry_after", "run_apart"]
+__all__ = [
+    "BROKEN",
+    "Endpoint",
+    "NoStreamError",
+    "Reply",
+    "excerpt",
+    "listed_models",
+    "retry_after",
+    "run_apart",
+]
 
 BROKEN = (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError)
 """What `Endpoint` raises where a server cannot be talked to, or says what is no reply."""
@@ -259,6 +269,18 @@ class _Kept:
 
     async def __aexit__(self, *_: object) -> None:
         return None
+
+
+def listed_models(reply: Reply) -> dict[str, Mapping[str, Any]]:
+    """What a reply to `/models` says of each model, by name; empty where it is no such list."""
+    try:
+        found = parse_json(reply.body) if reply.is_ok else None
+    except ValueError:
+        return {}
+    entries = found.get("data") if isinstance(found, Mapping) else None
+    entries = entries if isinstance(entries, list) else []
+    named = [(one.get("id"), one) for one in entries if isinstance(one, Mapping)]
+    return {name: one for name, one in named if isinstance(name, str)}
 
 
 def run_apart(what: Coroutine[Any, Any, T]) -> T:

@@ -14,7 +14,7 @@ from swaa_jax.bench.measure import Measurement, Timeline
 from swaa_jax.bench.workload import Planned, Workload
 from swaa_jax.documents import parse_json
 from swaa_jax.fields import first_of, nearest, show
-from swaa_jax.remote import BROKEN, Endpoint, NoStreamError
+from swaa_jax.remote import BROKEN, Endpoint, NoStreamError, listed_models
 
 __all__ = ["server_cells", "server_models"]
 
@@ -42,7 +42,7 @@ def server_models(endpoint: Endpoint, names: Sequence[str]) -> list[str]:
     """
     try:
         reply = endpoint.get("/models", timeout_s=_LIST_SECONDS)
-        listed = _listed(reply.body) if reply.is_ok else []
+        listed = list(listed_models(reply))
     except BROKEN as error:
         raise _unanswered(endpoint, error) from error
     if not reply.is_ok and not names:
@@ -65,15 +65,6 @@ def server_models(endpoint: Endpoint, names: Sequence[str]) -> list[str]:
             f"{first_of(listed) or 'not listed'}, got none; name one, or several with commas"
         )
     return listed
-
-
-def _listed(body: bytes) -> list[str]:
-    found = parse_json(body)
-    entries = found.get("data") if isinstance(found, Mapping) else None
-    if not isinstance(entries, list):
-        return []
-    ids = [entry.get("id") for entry in entries if isinstance(entry, Mapping)]
-    return [one for one in ids if isinstance(one, str)]
 
 
 def server_cells(

@@ -61,6 +61,7 @@ class Sections:
         self._state = "thought" if opened else "start"
         self._text = ""  # what is not given out yet
         self._skips = False  # blanks that follow a thought or a call
+        self._num_tried = 0  # characters of a beginning that is no whole call
 
     def push(self, piece: str) -> list[Part]:
         """The parts that this piece completes."""
@@ -152,6 +153,9 @@ class Sections:
 
     def _in_json(self, parts: list[Part], is_last: bool) -> bool:
         """Calls in Llama's form: JSON from the answer's beginning, one after the other."""
+        tried, self._num_tried = self._num_tried, len(self._text)
+        if tried and not is_last and "}" not in self._text[tried:]:
+            return False
         text = self._text.lstrip().removeprefix(";").lstrip()
         try:
             value, end = json.JSONDecoder().raw_decode(text)
@@ -160,7 +164,7 @@ class Sections:
         call = _call_of(value)
         if call is not None:
             parts.append(Part(kind="call", call=call))
-            self._text = text[end:]
+            self._text, self._num_tried = text[end:], 0
             return bool(self._text.strip())
         if end or is_last or (text and not text.startswith("{")):
             self._state = "content"

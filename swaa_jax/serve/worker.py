@@ -85,7 +85,8 @@ class Feed(AsyncIterator[Update]):
 
 
 class EngineWorker:
-    """Runs an engine as long as there is something to do.
+    """Runs an engine as long as there is something to do. In the whole process threads take turns
+    more often from `start` on, for the engine's sake.
 
     Args:
         engine: not to be used by anybody else from now on.
@@ -281,6 +282,7 @@ class EngineWorker:
             try:
                 self._commands.get()()
             except _EndError:
+                self._on_end()  # other processes may wait for the next round
                 return
             except Exception:
                 continue

@@ -14,7 +14,7 @@ from swaa_jax.fields import describe, first_of, naming, show
 from swaa_jax.infer import eos_token_ids
 from swaa_jax.infer.stopping import TokenText
 from swaa_jax.models import CausalLM
-from swaa_jax.remote import BROKEN, Endpoint, retry_after
+from swaa_jax.remote import BROKEN, Endpoint, listed_models, retry_after
 from swaa_jax.remote import Reply as HttpReply
 from swaa_jax.verify.paths import END, Reply
 from swaa_jax.verify.probes import ProbeOptions, answer_paths
@@ -61,14 +61,11 @@ def only_model(endpoint: Endpoint, *, timeout_s: float = 60.0) -> str:
     Raises:
         ValueError: it has several, or does not say.
     """
-    problem = ""
     try:
         reply = endpoint.get("/models", timeout_s=timeout_s)
-        names = [one["id"] for one in parse_json(reply.body)["data"]] if reply.is_ok else []
-        problem = f"{reply.status} {reply.reason}"
-    except (*BROKEN, KeyError, TypeError) as error:
+        names, problem = list(listed_models(reply)), f"{reply.status} {reply.reason}"
+    except BROKEN as error:
         names, problem = [], endpoint.excerpt(f"{type(error).__name__}: {error}")
-    names = [one for one in names if isinstance(one, str)]
     if len(names) == 1:
         return names[0]
     got = first_of([show(endpoint.excerpt(one)) for one in names]) if names else problem

@@ -22,7 +22,7 @@ from swaa_jax.eval.run.entries import API_KEY, RemoteEntry
 from swaa_jax.eval.run.store import AnswerRecord
 from swaa_jax.fields import describe, first_of, nearest, show
 from swaa_jax.infer import GenerateOptions
-from swaa_jax.remote import BROKEN, Reply, retry_after, run_apart
+from swaa_jax.remote import BROKEN, Reply, listed_models, retry_after, run_apart
 
 __all__ = ["Prompt", "RemoteModel"]
 
@@ -252,17 +252,11 @@ class RemoteModel:
     async def _listed(self) -> dict[str, Mapping[str, Any]] | None:
         """What the server lists of each model; None: it has no list."""
         reply = await self._reply(None, "GET", "/models", None, _LIST_SECONDS)
-        if not reply.is_ok:
-            if reply.status in (404, 405, 501) and self._entry.model is not None:
-                return None
+        found = listed_models(reply)
+        has_none = reply.is_ok or reply.status in (404, 405, 501)
+        if not found and not (has_none and self._entry.model is not None):
             raise self._refusal("/models", reply)
-        try:
-            entries = parse_json(reply.body)["data"]
-            return {one["id"]: one for one in entries if isinstance(one["id"], str)}
-        except (ValueError, KeyError, TypeError):
-            if self._entry.model is not None:
-                return None
-            raise self._refusal("/models", reply) from None
+        return found or None
 
     def _chosen(self, listed: Mapping[str, object] | None) -> str:
         """The model's name.
