@@ -30,7 +30,8 @@ LEGEND = (
     "when a request was to be sent, waiting included, to its first token. TPOT: of each token "
     "behind the first. latency: to the last. new, all: tokens a second of answers, and of prompts "
     "and answers together, over the whole run. cache: set aside for keys and values of all "
-    "requests at a time; peak: that a device had in use at most, where it tells."
+    "requests at a time; a request: keys and values of the one with most, where the server tells; "
+    "peak: that a device had in use at most, where it tells."
 )
 
 _GIB = 1 << 30

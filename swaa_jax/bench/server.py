@@ -303,6 +303,7 @@ class _Answer:
 
 def _unanswered(endpoint: Endpoint, error: BaseException) -> ValueError:
     told = endpoint.excerpt(str(error) or type(error).__name__)
+    told = told.removeprefix("expected a stream, got ")
     return ValueError(
         f"--url: expected a server that answers at {endpoint.shown}, got {told}; check the URL, "
         "which ends with /v1 as a rule, and SWAA_BENCH_API_KEY"

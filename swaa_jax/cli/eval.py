@@ -48,7 +48,7 @@ examples:
   swaa eval mine.yaml --config-override max_position_embeddings=65536
       every model's config.json changed; in the file one model's: {path: ..., config_overrides: ...}
 
-  swaa eval --model ./my-model --policies full,naive --data mine.jsonl \
+  swaa eval --model ./my-model --policies full,naive --data mine.jsonl \\
       --url http://localhost:8000/v1 --served my-model,my-model:full
       models of a server (swaa serve, vLLM, SGLang, any OpenAI-compatible one) in the same report;
       with --url alone no model is loaded here. In the file, one with other settings:

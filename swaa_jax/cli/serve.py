@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import logging
 import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
@@ -195,6 +196,8 @@ def run(args: argparse.Namespace) -> int:
     options = _options(args)
     policies, adapters = _policies(args.also), _adapters(args.adapter)
     process_args.start(args)
+    # A server logs its requests whether or not --verbose asks for what is chosen.
+    logging.getLogger("swaa_jax.serve").setLevel(logging.INFO)
     model = load_model(
         args.model,
         policy=policy_from_args(args),

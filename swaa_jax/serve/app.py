@@ -138,13 +138,14 @@ def make_app(
         worker.start()
         try:
             if options.warm_up:
+                log.info("compiling the programs of %s", ", ".join(models))
                 await worker.warm_up(list(models))
             yield
         finally:
             await drain()  # where `run_server` has not done it
             server.close()
             clock = worker.clock
-            log.warning(
+            log.info(
                 "served %d new tokens to %d prompt tokens (%d more reused); %s",
                 clock.new_tokens,
                 clock.read_tokens,

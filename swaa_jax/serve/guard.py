@@ -83,7 +83,15 @@ class Guard:
             seconds = time.perf_counter() - start
             self._metrics.open.dec(is_protected)
             self._metrics.request(scope["path"], status, seconds)
-            log.info("%s %s %s %.3f s", scope["method"], _shown(scope["path"]), status, seconds)
+            log.log(
+                # What watches the server asks every few seconds.
+                logging.INFO if is_protected else logging.DEBUG,
+                "%s %s %s %.3f s",
+                scope["method"],
+                _shown(scope["path"]),
+                status,
+                seconds,
+            )
 
     def _is_known(self, request: Request) -> bool:
         if not self._keys:

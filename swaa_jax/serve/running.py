@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ipaddress
 import signal
+import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
@@ -30,8 +31,7 @@ def run_server(
         announce: told the URL, once requests are taken.
 
     Raises:
-        ValueError: no such port.
-        OSError: the port is taken, or not ours to take.
+        ValueError: no such port, or it is taken, or not ours to take.
     """
     integer(least=0, most=65535)("port", port)
     config = uvicorn.Config(
@@ -43,12 +43,26 @@ def run_server(
         server_header=False,
         lifespan="on",
     )
-    socket = config.bind_socket()
-    with socket:
+    with _bound(host, port) as bound:
         shown = f"[{host}]" if ":" in host else host
-        url = f"http://{shown}:{socket.getsockname()[1]}"
+        url = f"http://{shown}:{bound.getsockname()[1]}"
         server = _Server(config, lambda: announce(url), drain=app.state.drain, drain_s=drain_s)
-        server.run(sockets=[socket])
+        server.run(sockets=[bound])
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket of ours, since uvicorn's binding ends the process with the system's message."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise ValueError(
+            f"--host, --port: expected an address of this machine and a free port, got {host} and "
+            f"{port} ({error.strerror or error}); choose another port, or 0 for any"
+        ) from error
+    return bound
 
 
 class _Server(uvicorn.Server):

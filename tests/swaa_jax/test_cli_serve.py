@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -87,6 +88,9 @@ def test_a_server_with_an_adapter_answers_drains_and_reports():
         assert process.returncode == 0
         assert "served 2" in told
         assert "nothing was cut off" in told
+        assert "POST /v1/completions 401" in told
+        assert "POST /v1/completions 200" in told
+        assert "GET /metrics" not in told
         assert "secret-key-1" not in told
     finally:
         process.kill()
@@ -168,6 +172,15 @@ def test_wrong_arguments_are_one_paragraph(arguments, message, capsys, tmp_path,
     told = capsys.readouterr().err.strip().splitlines()
     assert message in told[-1]
     assert told[-1].startswith("swaa serve: error: ")
+
+
+def test_a_port_that_is_taken_is_a_wrong_argument(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        assert main(["serve", "tiny-retriever", *ROOM, "--port", port]) == 2
+    told = capsys.readouterr().err
+    assert "swaa serve: error: --host, --port: expected an address of this machine" in told
+    assert port in told
 
 
 def test_short_keys_are_refused_unseen(tmp_path, capsys):
