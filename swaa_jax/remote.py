@@ -32,6 +32,7 @@ BROKEN = (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError)
 """What `Endpoint` raises where a server cannot be talked to, or says what is no reply."""
 
 _EXCERPT = 200  # characters of a reply in messages
+_MOST_REFUSAL = 10_000  # bytes that are read of an answer that is not the wanted one
 _LONGEST_WAIT = 600.0
 
 T = TypeVar("T")
@@ -201,7 +202,11 @@ class Endpoint:
             ):
                 kind = response.headers.get("Content-Type", "")
                 if response.status_code >= 300 or "text/event-stream" not in kind:
-                    said = (await response.aread())[:_EXCERPT]
+                    said = bytearray()
+                    async for chunk in response.aiter_raw():  # it may never end
+                        said += chunk
+                        if len(said) > _MOST_REFUSAL:
+                            break
                     raise NoStreamError(
                         f"expected a stream, got {response.status_code} "
                         f"{self.excerpt(said.decode(errors='replace'))}",
@@ -284,8 +289,13 @@ def retry_after(header: str | None, *, default: float) -> float:
 
 
 def excerpt(text: str) -> str:
-    """The beginning of a text, on one line."""
+    """The beginning of a text, on one line, without what steers a terminal.
+
+    >>> excerpt("a\\n\\x1b[31mb")
+    'a ?[31mb'
+    """
     text = " ".join(text[: 4 * _EXCERPT].split())
+    text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= _EXCERPT else text[:_EXCERPT] + "..."
 
 

@@ -202,8 +202,8 @@ class EngineWorker:
         self._commands.put(cancel)
 
     async def warm_up(self, names: Sequence[str]) -> None:
-        """Compiles and runs each model's programs once, so that no client waits for that: a chunk is
-        read and kept, and reused by the one that asks the same.
+        """Compiles and runs each model's programs once, so that no client waits for that: a chunk
+        is read and kept, and reused by the one that asks the same.
         """
         for name in names:
             options = self._engine.options[name]
