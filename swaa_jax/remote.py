@@ -289,7 +289,7 @@ def retry_after(header: str | None, *, default: float) -> float:
 
 
 def excerpt(text: str) -> str:
-    """The beginning of a text, on one line, without what steers a terminal.
+    r"""The beginning of a text, on one line, without what steers a terminal.
 
     >>> excerpt("a\\n\\x1b[31mb")
     'a ?[31mb'

@@ -316,8 +316,9 @@ class _Answer:
 
 
 def _is_count(value: object) -> TypeGuard[int]:
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    return is_int and 0 <= value <= _MOST_COUNT
+    if not isinstance(value, int) or isinstance(value, bool):
+        return False
+    return 0 <= value <= _MOST_COUNT
 
 
 def _unanswered(endpoint: Endpoint, error: BaseException) -> ValueError:

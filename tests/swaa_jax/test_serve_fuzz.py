@@ -13,6 +13,7 @@ from swaa_jax.engine import EngineOptions
 
 pytest.importorskip("starlette")
 from swaa_jax.serve.app import ServeOptions, make_app, make_engine
+from swaa_jax.serve.guard import read_keys
 from swaa_jax.serve.models import served_models
 from swaa_jax.serve.requests import ChatBody, CompletionBody
 from tests.support.random_models import random_model
@@ -145,3 +146,25 @@ def test_a_body_that_never_ends_is_refused_in_time():
             head = f"POST /v1/completions HTTP/1.1\r\nHost: {at.host}\r\nContent-Length: 99\r\n"
             client.sendall(head.encode() + b'\r\n{"prompt": [1')
             assert client.recv(1000).startswith(b"HTTP/1.1 408 ")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"a secret key", "visible ASCII"),
+        ("sécret-key-one".encode(), "visible ASCII"),
+        (b"\xff\xfe", "keys.txt: "),
+        (b"# none\n", "a key a line"),
+    ],
+    ids=["blanks", "beyond ASCII", "no UTF-8", "comments alone"],
+)
+def test_keys_that_no_client_can_send_are_refused(tmp_path, content, said):
+    (tmp_path / "keys.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=said) as error:
+        read_keys(str(tmp_path / "keys.txt"))
+    assert "cret" not in str(error.value)
+
+
+def test_a_windows_editor_wrote_the_keys(tmp_path):
+    (tmp_path / "keys.txt").write_bytes(b"\xef\xbb\xbfsecret-key-one\r\n\r\nsecret-key-two\r\n")
+    assert read_keys(str(tmp_path / "keys.txt")) == (b"secret-key-one", b"secret-key-two")
