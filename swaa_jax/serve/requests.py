@@ -304,11 +304,11 @@ class CompletionBody(_Body):
     @property
     def num_given_ids(self) -> int:
         """Of the longest prompt that is given as token ids."""
-        if not isinstance(self.prompt, list | tuple):
+        if not isinstance(self.prompt, list | tuple) or not self.prompt:
             return 0
-        lists = [self.prompt] if self.num_prompts == 1 else []
-        lists += [one for one in self.prompt if isinstance(one, list | tuple)]
-        return max(len(one) for one in lists) if lists else 0
+        if not isinstance(self.prompt[0], list | str):
+            return len(self.prompt)
+        return max((len(one) for one in self.prompt if isinstance(one, list)), default=0)
 
     def prompts(self, served: ServedModel) -> list[list[int]]:
         """Token ids of each prompt."""
