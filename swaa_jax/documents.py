@@ -118,7 +118,7 @@ def problem_within(value: object) -> str | None:
     "expected Unicode text, got a lone surrogate, '\\ud800', at character 1 of 'c\\ud800'"
     """
     level, depth = [value], 0
-    while level:
+    while level := [one for one in level if type(one) not in _PLAIN]:  # there may be millions
         below: list[object] = []
         for one in level:
             if isinstance(one, str):
@@ -128,11 +128,14 @@ def problem_within(value: object) -> str | None:
                 below += [*one.keys(), *one.values()]
             elif isinstance(one, list | tuple):
                 below += one
-        depth += any(isinstance(one, Mapping | list | tuple) for one in level)
+        depth += any(type(one) is not str for one in level)
         if depth > DEEPEST_NESTING:
             return f"expected {_NOT_DEEPER}, got more"
         level = below
     return None
+
+
+_PLAIN = frozenset({int, float, bool, type(None)})
 
 
 def _not_unicode(text: str) -> str | None:

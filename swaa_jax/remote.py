@@ -211,8 +211,8 @@ class Endpoint:
             ):
                 kind = response.headers.get("Content-Type", "")
                 if response.status_code >= 300 or "text/event-stream" not in kind:
-                    said = b""
-                    async for chunk in response.aiter_raw():
+                    said = bytearray()
+                    async for chunk in response.aiter_raw():  # it may never end
                         said += chunk
                         if len(said) > 4 * _EXCERPT:  # as much as an excerpt is of
                             break
@@ -310,8 +310,13 @@ def retry_after(header: str | None, *, default: float) -> float:
 
 
 def excerpt(text: str) -> str:
-    """The beginning of a text, on one line."""
+    r"""The beginning of a text, on one line, without what steers a terminal.
+
+    >>> excerpt("a\\n\\x1b[31mb")
+    'a ?[31mb'
+    """
     text = " ".join(text[: 4 * _EXCERPT].split())
+    text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= _EXCERPT else text[:_EXCERPT] + "..."
 
 

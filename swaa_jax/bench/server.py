@@ -5,7 +5,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import httpx2
 
@@ -31,6 +31,8 @@ and how many tokens there are, in every event or at the end."""
 _REFUSALS = (400, 422)
 _TOKENS_TO_WARM_UP = 2
 _LIST_SECONDS = 60.0
+_SPARE_PIECES = 16
+_MOST_COUNT = 2**53  # tokens, or bytes; more is no count
 
 
 def server_models(endpoint: Endpoint, names: Sequence[str]) -> list[str]:
@@ -257,7 +259,7 @@ class _Answer:
         choice = choices[0] if isinstance(choices, list) and choices else None
         count = usage.get("completion_tokens")
         if isinstance(choice, Mapping):
-            self._piece(choice, count if isinstance(count, int) else None, now)
+            self._piece(choice, count if _is_count(count) else None, now)
         self._read_usage(usage)
 
     def _piece(self, choice: Mapping[str, Any], count: int | None, now: float) -> None:
@@ -269,6 +271,10 @@ class _Answer:
             new = 1 if choice.get("text") else 0
         if new > 0:
             self._timeline.pieces.append((now, new))
+            if len(self._timeline.pieces) > 2 * self._timeline.asked_tokens + _SPARE_PIECES:
+                raise ValueError(
+                    f"expected at most {self._timeline.asked_tokens} tokens, as asked, got more"
+                )
 
     def _read_usage(self, usage: Mapping[str, Any]) -> None:
         timeline, details = self._timeline, usage.get("prompt_tokens_details")
@@ -279,7 +285,7 @@ class _Answer:
             ("reused_tokens", reused),
             ("cache_bytes", usage.get("swaa_cache_bytes")),
         ):
-            if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            if _is_count(value):
                 setattr(timeline, field, value)
 
     def finish(self) -> None:
@@ -299,6 +305,12 @@ class _Answer:
         if not timeline.pieces:  # tokens without text
             timeline.pieces.append((end, timeline.reported_tokens or 0))
         timeline.end = end
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    if not isinstance(value, int) or isinstance(value, bool):
+        return False
+    return 0 <= value <= _MOST_COUNT
 
 
 def _unanswered(endpoint: Endpoint, error: BaseException) -> ValueError:

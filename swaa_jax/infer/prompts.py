@@ -14,7 +14,7 @@ from swaa_jax.chats import (
 )
 from swaa_jax.checkpoint.tokenizer import encode_up_to
 from swaa_jax.documents import problem_within
-from swaa_jax.fields import describe, wrong
+from swaa_jax.fields import describe, first_of, show, wrong
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -194,8 +194,9 @@ def _given(enable_thinking: bool | None) -> dict[str, bool]:
 
 
 def _warn_of_unused(tok: "PreTrainedTokenizerBase | None", variables: Mapping[str, Any]) -> None:
-    for name in unused_variables(tok, variables):
-        log.warning("the chat template has no %s variable: it has no effect", name)
+    unused = [show(name) for name in unused_variables(tok, variables)]  # perhaps a client's words
+    if unused:
+        log.warning("the chat template has no variable %s: no effect", first_of(unused))
 
 
 def _is_id(value: Any) -> bool:

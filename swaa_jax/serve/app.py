@@ -249,9 +249,12 @@ class _Server:
 
     async def _answer(self, request: Request, kind: Any, prefix: str) -> Response:
         try:
-            content = await read_limited(request, most=self._options.most_body_bytes)
+            async with asyncio.timeout(self._options.request_s):
+                content = await read_limited(request, most=self._options.most_body_bytes)
         except ClientDisconnect:
             return Response(status_code=499)
+        except TimeoutError as error:
+            raise _too_slow() from error
         body = read_body(kind, content)
         first = next(iter(self._models))
         served = self._models.find(first if body.model is None else body.model)
@@ -439,7 +442,11 @@ def _unavailable(error: EngineFailedError) -> ApiError:
 
 async def _refusal(_: Request, error: Exception) -> Response:  # a plain one is given a thread
     if isinstance(error, HTTPException):
-        error = ApiError(str(error.detail), status=error.status_code, code="not_found")
+        code = "method_not_allowed" if error.status_code == 405 else "not_found"
+        told = ApiError(str(error.detail), status=error.status_code, code=code)
+        response = error_response(told)
+        response.headers.update(error.headers or {})  # which methods are allowed
+        return response
     return error_response(error if isinstance(error, ApiError) else _INTERNAL)
 
 
@@ -450,6 +457,14 @@ def _too_long() -> ApiError:  # a new one each time: its traceback holds the req
         kind="server_error",
         code="timeout",
         retry_after=_RETRY_AFTER,
+    )
+
+
+def _too_slow() -> ApiError:
+    return ApiError(
+        "body: expected all of it within the time of a request, got a part; send it faster",
+        status=408,
+        code="timeout",
     )
 
 

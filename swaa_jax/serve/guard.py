@@ -4,12 +4,14 @@ import hmac
 import logging
 import os
 import pathlib
+import re
 import time
 from collections.abc import Sequence
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from swaa_jax.fields import naming
 from swaa_jax.serve.errors import ApiError, error_response
 from swaa_jax.serve.metrics import Metrics
 
@@ -30,7 +32,10 @@ def read_keys(path: str | None) -> tuple[bytes, ...]:
         ValueError: a key too short to be one; it is not shown. A file without any.
         OSError: the file cannot be read.
     """
-    lines = [] if path is None else pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+    lines = []
+    if path is not None:
+        with naming(path):
+            lines = pathlib.Path(path).read_text(encoding="utf-8-sig").splitlines()
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if path is not None and not keys:
         raise ValueError(f"api_keys: expected a key a line in {path}, got none; write one")
@@ -39,6 +44,11 @@ def read_keys(path: str | None) -> tuple[bytes, ...]:
         raise ValueError(
             f"api_keys: expected keys of at least {_LEAST_KEY} characters, got a shorter one; "
             "choose another"
+        )
+    if not all(re.fullmatch(r"[!-~]+", key) for key in keys):  # no client could send it
+        raise ValueError(
+            "api_keys: expected visible ASCII characters without spaces, got others (the key is "
+            "not shown); choose another, and put comments on lines of their own"
         )
     return tuple(key.encode() for key in keys)
 

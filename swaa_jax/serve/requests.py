@@ -7,7 +7,7 @@ nobody knows is refused with the nearest that is known.
 import dataclasses
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any, TypeVar
 
 from swaa_jax.documents import parse_json
@@ -38,7 +38,7 @@ __all__ = ["Asked", "ChatBody", "CompletionBody", "StreamOptions", "read_body"]
 UNUSED = ("user", "metadata", "service_tier", "prompt_cache_key", "safety_identifier")
 """Fields of OpenAI's that change no answer: they are for its bills and its caches."""
 
-MOST_CHOICES, _MOST_STOPS, _LONGEST_STOP = 16, 16, 1000
+MOST_CHOICES, _MOST_STOPS, _LONGEST_STOP, _MOST_STOP_IDS = 16, 16, 1000, 1000
 _SEED = 2**32
 
 Body = TypeVar("Body", bound="_Body")
@@ -107,7 +107,7 @@ class _Body:
             n=integer(least=1, most=MOST_CHOICES),
             stream=flag,
             stop=_stops,
-            stop_token_ids=lambda name, value: list_of(integer(least=0))(name, value or ()),
+            stop_token_ids=_stop_ids,
             seed=or_none(integer(least=-(2**63), most=2**63 - 1)),
             temperature=or_none(number(least=0, most=2)),
             top_k=or_none(_top_k),
@@ -202,6 +202,9 @@ class ChatBody(_Body):
         )
         if not isinstance(self.messages, list | tuple):
             raise wrong("messages", "a list of them", self.messages)
+        for at, one in enumerate(self.messages):  # a list of something else would be other prompts
+            if not isinstance(one, Mapping):
+                raise wrong(f"messages[{at}]", "a message, with role and content", one)
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: expected logprobs to be true, got false; set it")
         both = (self.max_tokens, self.max_completion_tokens)
@@ -292,6 +295,21 @@ class CompletionBody(_Body):
         """How many likeliest tokens are wanted with log-probabilities; None: none are wanted."""
         return self.logprobs
 
+    @property
+    def num_prompts(self) -> int:
+        """How many there are, from a look at the first."""
+        is_list = isinstance(self.prompt, list | tuple) and self.prompt
+        return len(self.prompt) if is_list and isinstance(self.prompt[0], list | str) else 1
+
+    @property
+    def num_given_ids(self) -> int:
+        """Of the longest prompt that is given as token ids."""
+        if not isinstance(self.prompt, list | tuple) or not self.prompt:
+            return 0
+        if not isinstance(self.prompt[0], list | str):
+            return len(self.prompt)
+        return max((len(one) for one in self.prompt if isinstance(one, list)), default=0)
+
     def prompts(self, served: ServedModel) -> list[list[int]]:
         """Token ids of each prompt."""
         return encode_prompts(served.tok, self.prompt, room=served.room)
@@ -338,6 +356,26 @@ class Asked:
             ApiError: what cannot be answered.
         """
         what = "messages" if isinstance(body, ChatBody) else "prompt"
+        room = min(room, served.room or room)
+
+        def too_long(prompt: int, answer: int) -> ApiError:
+            return ApiError(
+                f"This model's maximum context length is {room} tokens. However, the prompt "
+                f"has {prompt} tokens and the longest answer {answer}; shorten the prompt, or "
+                "lower max_tokens",
+                code="context_length_exceeded",
+                param=what,
+            )
+
+        if isinstance(body, CompletionBody):  # before any is encoded, which others wait for
+            if body.num_prompts > most_prompts:
+                raise ApiError(
+                    f"prompt: expected at most {most_prompts} prompts, got {body.num_prompts}; "
+                    "send several requests",
+                    param="prompt",
+                )
+            if body.num_given_ids >= room:
+                raise too_long(body.num_given_ids, body.longest or 1)
         try:
             prompts = body.prompts(served)
         except ValueError as error:
@@ -347,13 +385,6 @@ class Asked:
             params, rules = body.params(served), body.rules(served)
         except ValueError as error:
             raise refused(error) from error
-        if len(prompts) > most_prompts:
-            raise ApiError(
-                f"prompt: expected at most {most_prompts} prompts, got {len(prompts)}; send "
-                "several requests",
-                param="prompt",
-            )
-        room = min(room, served.room or room)
         ends = [end for end in rules.all_ids if end < served.model.config.vocab_size]
         seed = secrets.randbelow(_SEED) if body.seed is None else body.seed % _SEED
         requests = []
@@ -361,26 +392,23 @@ class Asked:
             left = room - len(prompt)
             wanted = body.longest if body.longest is not None else min(default_longest, left)
             if left < 1 or wanted > left:
-                raise ApiError(
-                    f"This model's maximum context length is {room} tokens. However, the prompt "
-                    f"has {len(prompt)} tokens and the longest answer {max(1, wanted)}; shorten "
-                    "the prompt, or lower max_tokens",
-                    code="context_length_exceeded",
-                    param=what,
-                )
-            requests += [
-                Request(
-                    tokens=prompt,
-                    max_new_tokens=wanted,
-                    params=params,
-                    seed=seed,
-                    number=at * body.n + choice,
-                    ends=ends,
-                    logprobs=body.num_top is not None,
-                    model=served.name,
-                )
-                for choice in range(body.n)
-            ]
+                raise too_long(len(prompt), max(1, wanted))
+            try:
+                requests += [
+                    Request(
+                        tokens=prompt,
+                        max_new_tokens=wanted,
+                        params=params,
+                        seed=seed,
+                        number=at * body.n + choice,
+                        ends=ends,
+                        logprobs=body.num_top is not None,
+                        model=served.name,
+                    )
+                    for choice in range(body.n)
+                ]
+            except ValueError as error:  # ids that no integer of 64 bits holds
+                raise refused(error, about=[*body.field_names, what]) from error
         return cls(body=body, served=served, prompts=prompts, requests=requests, rules=rules)
 
 
@@ -422,6 +450,12 @@ def _stops(name: str, value: object) -> tuple[str, ...]:
     if len(found) > _MOST_STOPS or any(len(one) > _LONGEST_STOP for one in found):
         raise wrong(name, f"at most {_MOST_STOPS} texts of {_LONGEST_STOP} characters", value)
     return found
+
+
+def _stop_ids(name: str, value: Any) -> tuple[int, ...]:
+    if isinstance(value, Sized) and len(value) > _MOST_STOP_IDS:
+        raise wrong(name, f"at most {_MOST_STOP_IDS:,} ids", value)
+    return list_of(integer(least=0))(name, value or ())
 
 
 def _top_k(name: str, value: object) -> int:

@@ -206,8 +206,9 @@ def _call_of(value: Any) -> Call | None:
             return None
     if not isinstance(arguments, Mapping):
         return None
-    return Call(
-        id=f"call_{secrets.token_hex(12)}",
-        name=value["name"],
-        arguments=json.dumps(arguments, ensure_ascii=False),
-    )
+    try:  # a model may write NaN, or half of a character, which no answer can hold
+        written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        (value["name"] + written).encode()
+    except (ValueError, RecursionError):
+        return None
+    return Call(id=f"call_{secrets.token_hex(12)}", name=value["name"], arguments=written)

@@ -156,7 +156,7 @@ class _Asker:
                 if not reply.is_worth_another_try or reply.status in _NOT_TAKEN:
                     return reply
                 problem = f"{reply.status} {reply.reason}"
-                pause = retry_after(reply.retry_after, default=pause)
+                pause = min(retry_after(reply.retry_after, default=pause), self._timeout_s)
             except BROKEN as error:
                 problem = self._endpoint.excerpt(f"{type(error).__name__}: {error}")
             if attempt + 1 < _ATTEMPTS:
@@ -229,4 +229,4 @@ def _list(value: object) -> Sequence[Any]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > -1e4
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e4 < value < 1e4

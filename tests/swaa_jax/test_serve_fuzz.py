@@ -1,6 +1,7 @@
 """Any body, at any endpoint: an answer or OpenAI's error, never a 5xx, a traceback or a hang."""
 
 import json
+import socket
 
 import httpx2
 import pytest
@@ -12,6 +13,7 @@ from swaa_jax.engine import EngineOptions
 
 pytest.importorskip("starlette")
 from swaa_jax.serve.app import ServeOptions, make_app, make_engine
+from swaa_jax.serve.guard import read_keys
 from swaa_jax.serve.models import served_models
 from swaa_jax.serve.requests import ChatBody, CompletionBody
 from tests.support.random_models import random_model
@@ -90,6 +92,8 @@ def test_any_bytes_anywhere(url, path, body):
         {"messages": MESSAGES, "stop": ""},
         {"messages": MESSAGES, "n": 17},
         {"messages": MESSAGES, "seed": 2**64},
+        {"messages": [5, 6]},
+        {"messages": MESSAGES, "stop_token_ids": [1] * 1001},
         {"messages": MESSAGES, "temperature": float("nan")},
         {"messages": MESSAGES, "chat_template_kwargs": {"messages": 1}},
         {"messages": MESSAGES, "stream_options": {"include_usage": True}},
@@ -101,3 +105,66 @@ def test_what_is_beyond_limits_is_refused(url, body):
     reply = httpx2.post(f"{url}/v1/chat/completions", content=json.dumps(body), timeout=SECONDS)
     check(reply)
     assert reply.status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ([2**70], "token ids"),
+        ([1, 2**63], "token ids"),
+        ([1] * 6000, "the prompt has 6000 tokens"),
+        ([[1], [1] * 6000], "the prompt has 6000 tokens"),
+        (["a"] * 65, "at most 64 prompts"),
+        ([[1]] * 65, "at most 64 prompts"),
+    ],
+    ids=lambda one: str(one)[:30],
+)
+def test_prompts_are_refused_before_they_are_encoded(url, prompt, said):
+    body = {"prompt": prompt, "max_tokens": 2}
+    reply = httpx2.post(f"{url}/v1/completions", content=json.dumps(body), timeout=SECONDS)
+    check(reply)
+    assert reply.status_code == 400
+    assert said in reply.json()["error"]["message"]
+
+
+def test_another_method_is_told_which_there_are(url):
+    reply = httpx2.put(f"{url}/v1/completions", timeout=SECONDS)
+    assert (reply.status_code, reply.headers["allow"]) == (405, "POST")
+    assert reply.json()["error"]["code"] == "method_not_allowed"
+
+
+def test_a_body_that_never_ends_is_refused_in_time():
+    models = served_models(
+        random_model(num_hidden_layers=2, vocab_size=2304),
+        swaa.load_tokenizer("tiny-retriever"),
+        name="tiny",
+    )
+    options = ServeOptions(request_s=0.3, warm_up=False)
+    with running(make_app(models, make_engine(models, ROOM), options=options)) as served:
+        at = httpx2.URL(served.url)
+        with socket.create_connection((at.host, at.port), timeout=SECONDS) as client:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: {at.host}\r\nContent-Length: 99\r\n"
+            client.sendall(head.encode() + b'\r\n{"prompt": [1')
+            assert client.recv(1000).startswith(b"HTTP/1.1 408 ")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"a secret key", "visible ASCII"),
+        ("sécret-key-one".encode(), "visible ASCII"),
+        (b"\xff\xfe", "keys.txt: "),
+        (b"# none\n", "a key a line"),
+    ],
+    ids=["blanks", "beyond ASCII", "no UTF-8", "comments alone"],
+)
+def test_keys_that_no_client_can_send_are_refused(tmp_path, content, said):
+    (tmp_path / "keys.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=said) as error:
+        read_keys(str(tmp_path / "keys.txt"))
+    assert "cret" not in str(error.value)
+
+
+def test_a_windows_editor_wrote_the_keys(tmp_path):
+    (tmp_path / "keys.txt").write_bytes(b"\xef\xbb\xbfsecret-key-one\r\n\r\nsecret-key-two\r\n")
+    assert read_keys(str(tmp_path / "keys.txt")) == (b"secret-key-one", b"secret-key-two")

@@ -54,6 +54,21 @@ CASES = {
     ),
     "JSON that is no call": ('{"sum": 3} is it', {}, ("", '{"sum": 3} is it', [])),
     "JSON that never ends": ('{"name": "add"', {}, ("", '{"name": "add"', [])),
+    "a call with half of a character": (
+        r'<tool_call>{"name": "a", "arguments": {"x": "\ud800"}}</tool_call>',
+        {},
+        ("", r'<tool_call>{"name": "a", "arguments": {"x": "\ud800"}}</tool_call>', []),
+    ),
+    "a name with half of a character": (
+        r'{"name": "\udfff", "parameters": {}}',
+        {},
+        ("", r'{"name": "\udfff", "parameters": {}}', []),
+    ),
+    "a call with what JSON has no number for": (
+        '{"name": "a", "parameters": {"x": NaN}}',
+        {},
+        ("", '{"name": "a", "parameters": {"x": NaN}}', []),
+    ),
     "arguments as text": (
         '<tool_call>{"name": "a", "arguments": "{\\"x\\": 1}"}</tool_call>',
         {},
