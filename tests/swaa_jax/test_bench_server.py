@@ -207,7 +207,7 @@ def test_times_are_those_of_the_server(standin):
 
 def test_a_refusal_without_end_is_read_in_part(standin):
     url, _ = standin
-    with pytest.raises(ValueError, match=r"--url: expected .* got expected a stream, got 500 no"):
+    with pytest.raises(ValueError, match=r"--url: expected .*, got 500 no"):
         measured(url, ["endless"], request_s=60.0)
 
 
