@@ -131,7 +131,7 @@ def add_parser(subparsers: Commands) -> None:
         help="answered or waiting, default 256; more are told to come back",
     )
     limits.add_argument(
-        "--most-body-bytes", type=int, metavar="N", help="of a request, default 32 MiB"
+        "--most-body-bytes", type=int, metavar="N", help="of a request, default 8 MiB"
     )
     limits.add_argument(
         "--default-longest",
@@ -183,7 +183,6 @@ def run(args: argparse.Namespace) -> int:
             f"swaa serve: expected the extra serve, got no module {error.name}; pip install "
             '"swaa-jax[serve]"'
         ) from error
-    from swaa_jax import runtime
     from swaa_jax.checkpoint.tokenizer import load_tokenizer
     from swaa_jax.models import load_model
     from swaa_jax.serve.app import make_app, make_engine
@@ -212,14 +211,13 @@ def run(args: argparse.Namespace) -> int:
     models = served_models(model, tok, name=name, policies=policies, adapters=adapters)
     share = {} if args.memory_share is None else {"memory_share": args.memory_share}
     engine = make_engine(models, _room(args, models[name].room), **share)
-    if not runtime.is_main_process():
+    if bound is None:
         follow(engine)
         return 0
     app = make_app(models, engine, options=options, keys=keys)
     run_server(
         app,
-        host=args.host,
-        port=args.port,
+        bound=bound,
         drain_s=options.drain_s,
         announce=lambda url: _announce(url, list(models), args.host, has_keys=bool(keys)),
     )
@@ -248,6 +246,11 @@ def _room(args: argparse.Namespace, context: int | None) -> "EngineOptions":
     from swaa_jax.engine import EngineOptions
 
     given = _given(args, EngineOptions)
+    if context is not None and given.get("max_tokens", 0) > context:
+        raise ValueError(
+            f"--max-tokens: expected at most the model's context of {context} tokens, got "
+            f"{args.max_tokens}; lower it, or extend the context by --config-override"
+        )
     given.setdefault("max_tokens", min(context or _MOST_TOKENS, _MOST_TOKENS))
     room = EngineOptions(**given)
     if args.chunk_size is None and room.sizes[0] > _MOST_CHUNK:

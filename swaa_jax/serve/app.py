@@ -29,7 +29,7 @@ from starlette.routing import Route
 
 from swaa_jax.engine import Engine, EngineOptions
 from swaa_jax.engine.engine import MEMORY_SHARE
-from swaa_jax.fields import check_fields, flag, integer, number
+from swaa_jax.fields import check_fields, flag, integer, number, show
 from swaa_jax.serve.answers import Choice, Piece
 from swaa_jax.serve.errors import ApiError, error_body, error_response, refused
 from swaa_jax.serve.guard import Guard, read_limited
@@ -45,6 +45,7 @@ __all__ = ["ServeOptions", "make_app", "make_engine"]
 log = logging.getLogger(__name__)
 
 _RETRY_AFTER = 1
+_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class ServeOptions:
     """
 
     most_requests: int = 256
-    most_body_bytes: int = 32 << 20
+    most_body_bytes: int = 8 << 20
     most_prompts: int = 64
     default_longest: int = 2048
     request_s: float = 600.0
@@ -176,6 +177,7 @@ def make_app(
         },
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False  # else a host that the client names is in the answer
     app.state.drain = drain
     return app
 
@@ -196,6 +198,7 @@ class _Server:
         self._models, self._worker, self._options, self._room = models, worker, options, room
         self._created = int(time.time())
         self.metrics = Metrics(worker)
+        self._num_reading = 0  # bodies that come, or are being encoded
         # One thread: tokenizers change settings of their own while they encode.
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._page = (importlib.resources.files("swaa_jax.serve") / "page.html").read_text("utf-8")
@@ -248,19 +251,22 @@ class _Server:
         return await self._answer(request, CompletionBody, "cmpl-")
 
     async def _answer(self, request: Request, kind: Any, prefix: str) -> Response:
+        if self._worker.num_requests + self._num_reading >= self._options.most_requests:
+            raise self._busy()  # before it takes memory
+        self._num_reading += 1
         try:
             async with asyncio.timeout(self._options.request_s):
                 content = await read_limited(request, most=self._options.most_body_bytes)
+            asked = await asyncio.get_running_loop().run_in_executor(
+                self._encoder, self._asked, kind, content
+            )
         except ClientDisconnect:
             return Response(status_code=499)
         except TimeoutError as error:
             raise _too_slow() from error
-        body = read_body(kind, content)
-        first = next(iter(self._models))
-        served = self._models.find(first if body.model is None else body.model)
-        asked = await asyncio.get_running_loop().run_in_executor(
-            self._encoder, self._encode, body, served
-        )
+        finally:
+            self._num_reading -= 1
+        served = asked.served
         if len(asked.requests) > self._options.most_requests:  # however long it waited
             raise ApiError(
                 f"n: expected at most {self._options.most_requests} answers to a request, got "
@@ -278,14 +284,7 @@ class _Server:
         try:
             feeds = await self._worker.submit(*asked.requests)
         except BusyError as error:
-            raise ApiError(
-                f"expected at most {self._options.most_requests} requests at a time, got more; "
-                "come back later",
-                status=429,
-                kind="rate_limit_error",
-                code="rate_limit_exceeded",
-                retry_after=_RETRY_AFTER,
-            ) from error
+            raise self._busy() from error
         except EngineFailedError as error:
             raise _unavailable(error) from error
         except ValueError as error:
@@ -297,13 +296,26 @@ class _Server:
             )
         return await answer.whole(feeds, request, within=self._options.request_s)
 
-    def _encode(self, body: ChatBody | CompletionBody, served: Any) -> Asked:
+    def _asked(self, kind: type[ChatBody | CompletionBody], content: bytes) -> Asked:
+        """On the encoder's thread: a long body takes seconds, and the event loop has others."""
+        body = read_body(kind, content)
+        first = next(iter(self._models))
         return Asked.of(
             body,
-            served,
+            self._models.find(first if body.model is None else body.model),
             room=self._room,
             default_longest=self._options.default_longest,
             most_prompts=self._options.most_prompts,
+        )
+
+    def _busy(self) -> ApiError:
+        return ApiError(
+            f"expected at most {self._options.most_requests} requests at a time, got more; come "
+            "back later",
+            status=429,
+            kind="rate_limit_error",
+            code="rate_limit_exceeded",
+            retry_after=_RETRY_AFTER,
         )
 
 
@@ -440,10 +452,14 @@ def _unavailable(error: EngineFailedError) -> ApiError:
     )
 
 
-async def _refusal(_: Request, error: Exception) -> Response:  # a plain one is given a thread
+async def _refusal(request: Request, error: Exception) -> Response:  # a plain one has a thread
     if isinstance(error, HTTPException):
-        code = "method_not_allowed" if error.status_code == 405 else "not_found"
-        told = ApiError(str(error.detail), status=error.status_code, code=code)
+        got = f"got {request.method} {show(request.url.path)}"
+        if error.status_code == 405:
+            what, code = "method: expected one that the path takes", "method_not_allowed"
+        else:
+            what, code = f"path: expected one of {', '.join(_PATHS)}", "not_found"
+        told = ApiError(f"{what}, {got}", status=error.status_code, code=code)
         response = error_response(told)
         response.headers.update(error.headers or {})  # which methods are allowed
         return response

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from swaa_jax.fields import naming
+from swaa_jax.fields import naming, show
 from swaa_jax.serve.errors import ApiError, error_response
 from swaa_jax.serve.metrics import Metrics
 
@@ -124,8 +124,15 @@ async def read_limited(request: Request, *, most: int) -> bytes:
     """The body of a request.
 
     Raises:
-        ApiError: 413, it has more bytes than allowed.
+        ApiError: 413, it has more bytes than allowed; 415, it is compressed.
     """
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.lower() != "identity":
+        raise ApiError(
+            f"body: expected one that is not compressed, got {show(coding)}; send it plain",
+            status=415,
+            code="unsupported_media_type",
+        )
     too_large = ApiError(
         f"body: expected at most {most:,} bytes, got more; send less, or several requests",
         status=413,

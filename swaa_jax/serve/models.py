@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["ServedModel", "ServedModels", "served_models"]
 
 _NAME = re.compile(r"[\w.-]{1,100}")
+_LABEL = re.compile(r"[\w.,=:/+-]{1,200}")  # of a policy, which may be the policy itself
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,6 +157,11 @@ def served_models(
     encode = PartEncoder(tok)
     found = [ServedModel.of(name, model, tok, encode=encode)]
     for label, policy in (policies or {}).items():
+        if not _LABEL.fullmatch(label):
+            raise ValueError(
+                "policies: expected labels of at most 200 letters, digits and .,=:/+-, got "
+                f"{show(label)}; rename it"
+            )
         under = model.with_policy(load_policy(policy))
         found.append(ServedModel.of(f"{name}:{label}", under, tok, encode=encode))
     for label, directory in (adapters or {}).items():

@@ -202,6 +202,8 @@ class ChatBody(_Body):
         )
         if not isinstance(self.messages, list | tuple):
             raise wrong("messages", "a list of them", self.messages)
+        if not self.messages:
+            raise ValueError("messages: expected at least one, got none; add one")
         for at, one in enumerate(self.messages):  # a list of something else would be other prompts
             if not isinstance(one, Mapping):
                 raise wrong(f"messages[{at}]", "a message, with role and content", one)

@@ -14,11 +14,11 @@ from starlette.applications import Starlette
 
 from swaa_jax.fields import integer
 
-__all__ = ["is_local", "run_server"]
+__all__ = ["bind", "is_local", "run_server"]
 
 
 def run_server(
-    app: Starlette, *, host: str, port: int, drain_s: float, announce: Callable[[str], None]
+    app: Starlette, *, bound: socket.socket, drain_s: float, announce: Callable[[str], None]
 ) -> None:
     """Serves until SIGTERM or SIGINT; answers that are being made then have `drain_s` seconds.
 
@@ -26,32 +26,27 @@ def run_server(
 
     Args:
         app: from `make_app`.
-        host, port: where; port 0 is a free one.
+        bound: where, from `bind`; closed at the end.
         drain_s: seconds.
         announce: told the URL, once requests are taken.
+    """
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, server_header=False, lifespan="on"
+    )
+    with bound:
+        host, port = bound.getsockname()[:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        server = _Server(config, lambda: announce(url), drain=app.state.drain, drain_s=drain_s)
+        server.run(sockets=[bound])
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address of this machine, which takes nobody in yet; port 0 is a free one.
 
     Raises:
         ValueError: no such port, or it is taken, or not ours to take.
     """
     integer(least=0, most=65535)("port", port)
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="on",
-    )
-    with _bound(host, port) as bound:
-        shown = f"[{host}]" if ":" in host else host
-        url = f"http://{shown}:{bound.getsockname()[1]}"
-        server = _Server(config, lambda: announce(url), drain=app.state.drain, drain_s=drain_s)
-        server.run(sockets=[bound])
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket of ours, since uvicorn's binding ends the process with the system's message."""
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
