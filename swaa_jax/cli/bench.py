@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from swaa_jax.cli import Commands, process_args
 
 if TYPE_CHECKING:
     from swaa_jax.bench.cells import Cell
+    from swaa_jax.bench.measure import Measurement
     from swaa_jax.bench.workload import Workload
     from swaa_jax.models import CausalLM
     from swaa_jax.typing import PathLike
@@ -39,7 +41,7 @@ examples:
 
 Prompts are random tokens, and answers are greedy and of full length; all follows from --seed. The
 output directory gets bench.json (every figure, every request), bench.md and bench.png, after each
-policy, and on Ctrl-C with what there is.
+policy, and on Ctrl-C with what there is; if no answer came at all, it stays as it was.
 
 exit codes: 0 all requests were answered; 1 some failed or were cut off, or a policy did not fit;
 2 for a wrong argument or a server that does not answer; 130 after Ctrl-C.
@@ -184,6 +186,8 @@ def run(args: argparse.Namespace) -> int:
     paths: dict[str, PathLike] = {}
 
     def keep() -> None:
+        if not any(one.has_answers for one in shown):
+            return  # an earlier run's files are worth more
         paths.update(write_report(shown, workload, about, directory=args.output, title=title))
 
     total = workload.num_requests * len(cells)
@@ -193,8 +197,11 @@ def run(args: argparse.Namespace) -> int:
         ) as progress:
             run_cells(cells, progress=progress, keep=keep)
     finally:
+        is_tried = any(one.timelines or one.error for one in shown)
         if paths and not args.quiet:
-            _print(shown, workload, title, paths)
+            _print(shown, workload, title)
+        if is_tried and not (paths and args.quiet):
+            _print_remarks(shown, args.output, paths)
     return 0 if all(one.is_complete for one in shown) else 1
 
 
@@ -371,22 +378,27 @@ def _in_order(cells: "Sequence[Cell]", args: argparse.Namespace) -> "list[Cell]"
     return sorted(cells, key=lambda cell: order.index(cell.measurement.name))
 
 
-def _print(
-    measurements: Sequence[Any],
-    workload: "Workload",
-    title: str,
-    paths: "Mapping[str, PathLike]",
-) -> None:
+def _print(measurements: "Sequence[Measurement]", workload: "Workload", title: str) -> None:
     from rich.console import Console
 
-    from swaa_jax.bench.report import LEGEND, remarks, terminal_table
+    from swaa_jax.bench.report import LEGEND, terminal_table
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
-    width = min(console.width, 100)
     console.print(terminal_table(measurements, title=f"{title}\n{workload.describe()}"))
-    print(textwrap.fill(LEGEND, width), end="\n\n")
+    print(textwrap.fill(LEGEND, min(console.width, 100)), end="\n\n")
+
+
+def _print_remarks(
+    measurements: "Sequence[Measurement]", directory: str, paths: "Mapping[str, PathLike]"
+) -> None:
+    from swaa_jax.bench.report import remarks
+
+    width = min(shutil.get_terminal_size((100, 24)).columns, 100)
     for remark in remarks(measurements):
         print(textwrap.fill(remark, width), file=sys.stderr)
-    print("written: " + ", ".join(str(path) for path in paths.values()))
+    if paths:
+        print("written: " + ", ".join(str(path) for path in paths.values()))
+    else:
+        print(f"nothing is written to {directory}: no answer came", file=sys.stderr)

@@ -361,7 +361,10 @@ def test_a_shape_with_random_weights(run, tmp_path, monkeypatch):
     assert found["shape"] == "Qwen3-4B"
     lines = [(one["name"], one["finished"]) for one in found["measurements"]]
     assert lines == [("full", 2), ("window=16", 2)]  # as they were asked for
-    assert run(*words, "--memory-share", "1e-7")[0] == 1
+    code, out, err = run(*words[:-1], "--memory-share", "1e-7")
+    assert code == 1 and out == "" and "full: not measured: " in err
+    assert "out: no answer came" in err
+    assert json.loads((tmp_path / "out" / "bench.json").read_text()) == found  # as it was
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -386,7 +389,9 @@ def test_every_shape_is_one_that_a_family_reads(name):
         (["x", "--policies", "ful"], "did you mean 'full'"),
         (["x", "--policies", "full,full"], "--policies: expected each policy once"),
         (["x", "--max-seconds", "0"], "--max-seconds: expected a number above 0"),
-        (["--url", "localhost:8000/v1"], "url: expected http://... or https://..."),
+        (["--url", "localhost:8000/v1"], "did you mean http://localhost:8000/v1?"),
+        (["--url", "me:pw@x:8000/v1?k=v"], "got 'x:8000/v1?k=(hidden)' (str); did you mean http"),
+        (["--url", "ftp://x/v1"], "got 'ftp://x/v1' (str); give it as in http://localhost:8000/v1"),
     ],
 )
 def test_mistakes_are_told(run, words, message, tmp_path):
