@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swaa_jax.cli import Commands, process_args
+from swaa_jax.cli.flags import flag_of, naming_flags
 
 if TYPE_CHECKING:
     from swaa_jax.bench.cells import Cell
@@ -220,7 +221,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if idle:
         where = "with" if args.url else "without"
         raise ValueError(
-            f"{_flag(idle[0])}: expected nothing {where} --url, got "
+            f"{flag_of(idle[0])}: expected nothing {where} --url, got "
             f"{show(getattr(args, idle[0]))}; leave it out"
         )
     named = [name for name in ("model", "shape") if getattr(args, name)]
@@ -229,11 +230,6 @@ def _check_arguments(args: argparse.Namespace) -> None:
             f"MODEL: expected a model, --shape or --url, got "
             f"{'MODEL and --shape' if named else 'none of them'}; give one of them"
         )
-
-
-def _flag(name: str) -> str:
-    names = {"num_slots": "slots", "vocab_size": "vocab", "request_s": "request-seconds"}
-    return "--" + names.get(name, name).replace("_", "-")
 
 
 def _workload(args: argparse.Namespace) -> "Workload":
@@ -245,15 +241,18 @@ def _workload(args: argparse.Namespace) -> "Workload":
     if args.max_seconds is not None:
         number(above=0)("--max-seconds", args.max_seconds)
     closed = args.rate is None
-    return Workload(
-        prompt=parse_lengths("--prompt-tokens", args.prompt_tokens),
-        output=parse_lengths("--output-tokens", args.output_tokens),
-        num_requests=args.requests,
-        concurrency=(8 if args.concurrency is None else args.concurrency) if closed else None,
-        rate=args.rate,
-        shared_prefix=args.shared_prefix,
-        seed=args.seed,
-    )
+    prompt = parse_lengths("--prompt-tokens", args.prompt_tokens)
+    output = parse_lengths("--output-tokens", args.output_tokens)
+    with naming_flags(args):
+        return Workload(
+            prompt=prompt,
+            output=output,
+            num_requests=args.requests,
+            concurrency=(8 if args.concurrency is None else args.concurrency) if closed else None,
+            rate=args.rate,
+            shared_prefix=args.shared_prefix,
+            seed=args.seed,
+        )
 
 
 def _server(
@@ -266,7 +265,9 @@ def _server(
     from swaa_jax.remote import Endpoint
 
     vocab = integer(least=1)("--vocab", _VOCAB if args.vocab_size is None else args.vocab_size)
-    seconds = number(above=0)("--request-seconds", args.request_s or 3600.0)
+    seconds = number(above=0)(
+        "--request-seconds", 3600.0 if args.request_s is None else args.request_s
+    )
     runtime.setup_logging("INFO" if args.verbose else "WARNING")
     endpoint = Endpoint(url=args.url, api_key=os.environ.get(_API_KEY) or None)
     names = [name.strip() for name in (args.model or "").split(",") if name.strip()]
@@ -302,7 +303,8 @@ def _local(
     runtime.return_freed_arrays()
     names = ("num_slots", "chunk_size", "pool_tokens", "steps_per_call", "chunks_per_round")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    room = room_for(workload, **given)
+    with naming_flags(args):
+        room = room_for(workload, **given)
     model, title = _model(args, workload)
     cells = local_cells(
         model,

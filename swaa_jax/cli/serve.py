@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from swaa_jax.cli import Commands, process_args
+from swaa_jax.cli.flags import naming_flags
 from swaa_jax.cli.policy_args import add_policy_arguments, policy_from_args
 
 if TYPE_CHECKING:
@@ -241,7 +242,8 @@ def _announce(url: str, names: list[str], host: str, *, has_keys: bool) -> None:
 def _options(args: argparse.Namespace) -> "ServeOptions":
     from swaa_jax.serve.app import ServeOptions
 
-    return ServeOptions(**_given(args, ServeOptions))
+    with naming_flags(args):
+        return ServeOptions(**_given(args, ServeOptions))
 
 
 def _room(args: argparse.Namespace, context: int | None) -> "EngineOptions":
@@ -249,9 +251,10 @@ def _room(args: argparse.Namespace, context: int | None) -> "EngineOptions":
 
     given = _given(args, EngineOptions)
     given.setdefault("max_tokens", min(context or _MOST_TOKENS, _MOST_TOKENS))
-    room = EngineOptions(**given)
-    if args.chunk_size is None and room.sizes[0] > _MOST_CHUNK:
-        room = EngineOptions(**given, chunk_size=_MOST_CHUNK)
+    with naming_flags(args):
+        room = EngineOptions(**given)
+        if args.chunk_size is None and room.sizes[0] > _MOST_CHUNK:
+            room = EngineOptions(**given, chunk_size=_MOST_CHUNK)
     return room
 
 

@@ -160,9 +160,9 @@ def test_other_machines_without_keys_are_told_of(capsys, monkeypatch):
         (["--also", "=full"], "--also: expected [LABEL=]POLICY, got '=full'"),
         (["--adapter", "x"], "--adapter: expected LABEL=DIR, got 'x'"),
         (["--api-keys", "keys.txt"], "No such file or directory: keys.txt"),
-        (["--slots", "0"], "num_slots: expected an integer of at least 1"),
+        (["--slots", "0"], "error: --slots: expected an integer of at least 1"),
         (["--name", "a/b"], "name: expected at most 100 letters"),
-        (["--request-seconds", "0"], "request_s: expected a number above 0"),
+        (["--request-seconds", "0"], "error: --request-seconds: expected a number above 0"),
     ],
     ids=str,
 )
