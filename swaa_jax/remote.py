@@ -43,6 +43,7 @@ BROKEN = (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError)
 
 _EXCERPT = 200  # characters of a reply in messages
 _LONGEST_WAIT = 600.0
+_MESSAGE = re.compile(r'"message"\s*:\s*"((?:[^"\\]|\\.)*)')
 
 T = TypeVar("T")
 
@@ -135,6 +136,20 @@ class Endpoint:
         """A part of what a server said, or of an error, without our secrets."""
         return excerpt(redact(text, self.secrets))
 
+    def message_of(self, body: bytes) -> str:
+        """What a refusal says: its error's message where it has one, else its beginning.
+
+        The body may be cut off anywhere.
+        """
+        said = self.excerpt(body[: 20 * _EXCERPT].decode(errors="replace"))
+        found = _MESSAGE.search(body[: 20 * _EXCERPT].decode(errors="replace"))
+        if found is None:
+            return said
+        try:
+            return self.excerpt(json.loads(f'"{found[1]}"')) or said
+        except ValueError:  # cut off within an escape
+            return said
+
     def post(
         self, path: str, body: Mapping[str, Any], *, timeout_s: float, most_bytes: int = REPLY_BYTES
     ) -> Reply:
@@ -218,7 +233,7 @@ class Endpoint:
                             break
                     raise NoStreamError(
                         f"expected a stream, got {response.status_code} "
-                        f"{self.excerpt(said.decode(errors='replace'))}",
+                        f"{self.message_of(bytes(said))}",
                         status=response.status_code,
                     )
                 left = b""
@@ -327,13 +342,22 @@ def _tls() -> ssl.SSLContext:
 
 def _check_url(url: str) -> None:
     """Refuses what is no URL of HTTP; what it holds is not echoed but for its host."""
+    if _is_url(url):
+        return
+    shown, advice = redact_url(url), "give it as in http://localhost:8000/v1"
+    if "://" not in url and _is_url(f"http://{url}"):
+        meant = redact_url(f"http://{url}")
+        shown, advice = meant.removeprefix("http://"), f"did you mean {excerpt(meant)}?"
+    raise wrong("url", "http://... or https://...", shown, advice)
+
+
+def _is_url(text: str) -> bool:
     try:
-        parts = urllib.parse.urlsplit(url)
+        parts = urllib.parse.urlsplit(text)
         is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
-        is_url = False
-    if not is_url or not url.isprintable() or " " in url:
-        raise wrong("url", "http://... or https://...", redact_url(url))
+        return False
+    return is_url and text.isprintable() and " " not in text
 
 
 def _check_key(api_key: object, url: str) -> None:

@@ -5,6 +5,7 @@ import logging
 import os
 import pathlib
 import socket
+import sys
 import threading
 import time
 
@@ -219,7 +220,8 @@ def setup_logging(level: int | str = logging.INFO, *, rich: bool = True) -> None
 
     Args:
         level: `logging`'s level, by number or name.
-        rich: colours, where the `rich` package is there; plain lines otherwise.
+        rich: colours, where stderr is a terminal and the `rich` package is there; otherwise plain
+            lines, each as long as it is, as logs of services want them.
     """
     handler = _handler(rich)
     handler.addFilter(lambda record: is_main_process())
@@ -234,7 +236,7 @@ def setup_logging(level: int | str = logging.INFO, *, rich: bool = True) -> None
 
 
 def _handler(rich: bool) -> logging.Handler:
-    if rich:
+    if rich and sys.stderr.isatty():
         try:
             from rich.console import Console
             from rich.logging import RichHandler
@@ -243,7 +245,7 @@ def _handler(rich: bool) -> logging.Handler:
         else:
             return RichHandler(console=Console(stderr=True), show_path=False)
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     return handler
 
 

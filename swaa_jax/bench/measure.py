@@ -252,6 +252,11 @@ class Measurement:
         return Summary.of(self.timelines, self.duration_s)
 
     @property
+    def has_answers(self) -> bool:
+        """Whether a part of any answer came; without one there is nothing to tell."""
+        return any(one.pieces for one in self.timelines)
+
+    @property
     def is_complete(self) -> bool:
         """Whether every request was answered."""
         answered = [one.is_finished for one in self.timelines]

@@ -29,6 +29,9 @@ _WISHES: tuple[dict[str, Any], ...] = (
 and how many tokens there are, in every event or at the end."""
 
 _REFUSALS = (400, 422)
+_TOO_MUCH = (*_REFUSALS, 413)
+_NO_ENTRY = (401, 403)
+_KEY_ADVICE = "set a key that it takes in SWAA_BENCH_API_KEY"
 _TOKENS_TO_WARM_UP = 2
 _LIST_SECONDS = 60.0
 _SPARE_PIECES = 16
@@ -48,10 +51,11 @@ def server_models(endpoint: Endpoint, names: Sequence[str]) -> list[str]:
     except BROKEN as error:
         raise _unanswered(endpoint, error) from error
     if not reply.is_ok and not names:
+        advice = "check the URL, which ends with /v1 as a rule, or name a model"
         raise ValueError(
             f"--url: expected {endpoint.shown}/models to list the server's models, got "
-            f"{reply.status} {endpoint.excerpt(reply.body[:500].decode(errors='replace'))}; check "
-            "the URL, which ends with /v1 as a rule, or name a model"
+            f"{reply.status} {endpoint.message_of(reply.body)}; "
+            f"{_KEY_ADVICE if reply.status in _NO_ENTRY else advice}"
         )
     unknown = next((name for name in names if listed and name not in listed), None)
     if unknown is not None:
@@ -162,7 +166,9 @@ class _Client:
                 error = broken
                 break
         assert error is not None
-        raise _unanswered(self._endpoint, error) from error
+        raise _unanswered(
+            self._endpoint, error, asked=f"a prompt of {len(prompt)} tokens"
+        ) from error
 
     async def _send_all(
         self,
@@ -313,10 +319,15 @@ def _is_count(value: object) -> TypeGuard[int]:
     return 0 <= value <= _MOST_COUNT
 
 
-def _unanswered(endpoint: Endpoint, error: BaseException) -> ValueError:
+def _unanswered(endpoint: Endpoint, error: BaseException, *, asked: str = "") -> ValueError:
     told = endpoint.excerpt(str(error) or type(error).__name__)
     told = told.removeprefix("expected a stream, got ")
-    return ValueError(
-        f"--url: expected a server that answers at {endpoint.shown}, got {told}; check the URL, "
-        "which ends with /v1 as a rule, and SWAA_BENCH_API_KEY"
-    )
+    status = error.status if isinstance(error, NoStreamError) else None
+    expected = f"a server that answers at {endpoint.shown}"
+    advice = "check the URL, which ends with /v1 as a rule"
+    if status in _TOO_MUCH:
+        expected = f"{endpoint.shown} to take {asked}"
+        advice = "see --prompt-tokens, --output-tokens and --vocab"
+    elif status in _NO_ENTRY:
+        advice = _KEY_ADVICE
+    return ValueError(f"--url: expected {expected}, got {told}; {advice}")

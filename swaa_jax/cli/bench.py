@@ -2,15 +2,18 @@
 
 import argparse
 import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swaa_jax.cli import Commands, process_args
+from swaa_jax.cli.flags import flag_of, naming_flags
 
 if TYPE_CHECKING:
     from swaa_jax.bench.cells import Cell
+    from swaa_jax.bench.measure import Measurement
     from swaa_jax.bench.workload import Workload
     from swaa_jax.models import CausalLM
     from swaa_jax.typing import PathLike
@@ -39,7 +42,7 @@ examples:
 
 Prompts are random tokens, and answers are greedy and of full length; all follows from --seed. The
 output directory gets bench.json (every figure, every request), bench.md and bench.png, after each
-policy, and on Ctrl-C with what there is.
+policy, and on Ctrl-C with what there is; if no answer came at all, it stays as it was.
 
 exit codes: 0 all requests were answered; 1 some failed or were cut off, or a policy did not fit;
 2 for a wrong argument or a server that does not answer; 130 after Ctrl-C.
@@ -184,6 +187,8 @@ def run(args: argparse.Namespace) -> int:
     paths: dict[str, PathLike] = {}
 
     def keep() -> None:
+        if not any(one.has_answers for one in shown):
+            return  # an earlier run's files are worth more
         paths.update(write_report(shown, workload, about, directory=args.output, title=title))
 
     total = workload.num_requests * len(cells)
@@ -193,8 +198,11 @@ def run(args: argparse.Namespace) -> int:
         ) as progress:
             run_cells(cells, progress=progress, keep=keep)
     finally:
+        is_tried = any(one.timelines or one.error for one in shown)
         if paths and not args.quiet:
-            _print(shown, workload, title, paths)
+            _print(shown, workload, title)
+        if is_tried and not (paths and args.quiet):
+            _print_remarks(shown, args.output, paths)
     return 0 if all(one.is_complete for one in shown) else 1
 
 
@@ -213,7 +221,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if idle:
         where = "with" if args.url else "without"
         raise ValueError(
-            f"{_flag(idle[0])}: expected nothing {where} --url, got "
+            f"{flag_of(idle[0])}: expected nothing {where} --url, got "
             f"{show(getattr(args, idle[0]))}; leave it out"
         )
     named = [name for name in ("model", "shape") if getattr(args, name)]
@@ -222,11 +230,6 @@ def _check_arguments(args: argparse.Namespace) -> None:
             f"MODEL: expected a model, --shape or --url, got "
             f"{'MODEL and --shape' if named else 'none of them'}; give one of them"
         )
-
-
-def _flag(name: str) -> str:
-    names = {"num_slots": "slots", "vocab_size": "vocab", "request_s": "request-seconds"}
-    return "--" + names.get(name, name).replace("_", "-")
 
 
 def _workload(args: argparse.Namespace) -> "Workload":
@@ -238,15 +241,18 @@ def _workload(args: argparse.Namespace) -> "Workload":
     if args.max_seconds is not None:
         number(above=0)("--max-seconds", args.max_seconds)
     closed = args.rate is None
-    return Workload(
-        prompt=parse_lengths("--prompt-tokens", args.prompt_tokens),
-        output=parse_lengths("--output-tokens", args.output_tokens),
-        num_requests=args.requests,
-        concurrency=(8 if args.concurrency is None else args.concurrency) if closed else None,
-        rate=args.rate,
-        shared_prefix=args.shared_prefix,
-        seed=args.seed,
-    )
+    prompt = parse_lengths("--prompt-tokens", args.prompt_tokens)
+    output = parse_lengths("--output-tokens", args.output_tokens)
+    with naming_flags(args):
+        return Workload(
+            prompt=prompt,
+            output=output,
+            num_requests=args.requests,
+            concurrency=(8 if args.concurrency is None else args.concurrency) if closed else None,
+            rate=args.rate,
+            shared_prefix=args.shared_prefix,
+            seed=args.seed,
+        )
 
 
 def _server(
@@ -259,7 +265,9 @@ def _server(
     from swaa_jax.remote import Endpoint
 
     vocab = integer(least=1)("--vocab", _VOCAB if args.vocab_size is None else args.vocab_size)
-    seconds = number(above=0)("--request-seconds", args.request_s or 3600.0)
+    seconds = number(above=0)(
+        "--request-seconds", 3600.0 if args.request_s is None else args.request_s
+    )
     runtime.setup_logging("INFO" if args.verbose else "WARNING")
     endpoint = Endpoint(url=args.url, api_key=os.environ.get(_API_KEY) or None)
     names = [name.strip() for name in (args.model or "").split(",") if name.strip()]
@@ -295,7 +303,8 @@ def _local(
     runtime.return_freed_arrays()
     names = ("num_slots", "chunk_size", "pool_tokens", "steps_per_call", "chunks_per_round")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    room = room_for(workload, **given)
+    with naming_flags(args):
+        room = room_for(workload, **given)
     model, title = _model(args, workload)
     cells = local_cells(
         model,
@@ -371,22 +380,27 @@ def _in_order(cells: "Sequence[Cell]", args: argparse.Namespace) -> "list[Cell]"
     return sorted(cells, key=lambda cell: order.index(cell.measurement.name))
 
 
-def _print(
-    measurements: Sequence[Any],
-    workload: "Workload",
-    title: str,
-    paths: "Mapping[str, PathLike]",
-) -> None:
+def _print(measurements: "Sequence[Measurement]", workload: "Workload", title: str) -> None:
     from rich.console import Console
 
-    from swaa_jax.bench.report import LEGEND, remarks, terminal_table
+    from swaa_jax.bench.report import LEGEND, terminal_table
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
-    width = min(console.width, 100)
     console.print(terminal_table(measurements, title=f"{title}\n{workload.describe()}"))
-    print(textwrap.fill(LEGEND, width), end="\n\n")
+    print(textwrap.fill(LEGEND, min(console.width, 100)), end="\n\n")
+
+
+def _print_remarks(
+    measurements: "Sequence[Measurement]", directory: str, paths: "Mapping[str, PathLike]"
+) -> None:
+    from swaa_jax.bench.report import remarks
+
+    width = min(shutil.get_terminal_size((100, 24)).columns, 100)
     for remark in remarks(measurements):
         print(textwrap.fill(remark, width), file=sys.stderr)
-    print("written: " + ", ".join(str(path) for path in paths.values()))
+    if paths:
+        print("written: " + ", ".join(str(path) for path in paths.values()))
+    else:
+        print(f"nothing is written to {directory}: no answer came", file=sys.stderr)

@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from swaa_jax.cli import Commands, process_args
+from swaa_jax.cli.flags import naming_flags
 from swaa_jax.cli.policy_args import add_policy_arguments, policy_from_args
 
 if TYPE_CHECKING:
@@ -183,13 +184,14 @@ def run(args: argparse.Namespace) -> int:
             f"swaa serve: expected the extra serve, got no module {error.name}; pip install "
             '"swaa-jax[serve]"'
         ) from error
+    from swaa_jax import runtime
     from swaa_jax.checkpoint.tokenizer import load_tokenizer
     from swaa_jax.models import load_model
     from swaa_jax.serve.app import make_app, make_engine
     from swaa_jax.serve.guard import read_keys
     from swaa_jax.serve.hosts import follow
     from swaa_jax.serve.models import served_models
-    from swaa_jax.serve.running import run_server
+    from swaa_jax.serve.running import bind, run_server
 
     keys = read_keys(args.api_keys)
     options = _options(args)
@@ -197,6 +199,8 @@ def run(args: argparse.Namespace) -> int:
     process_args.start(args)
     # A server logs its requests whether or not --verbose asks for what is chosen.
     logging.getLogger("swaa_jax.serve").setLevel(logging.INFO)
+    # Before the weights, which may be long in coming.
+    bound = bind(args.host, args.port) if runtime.is_main_process() else None
     model = load_model(
         args.model,
         policy=policy_from_args(args),
@@ -239,7 +243,8 @@ def _announce(url: str, names: list[str], host: str, *, has_keys: bool) -> None:
 def _options(args: argparse.Namespace) -> "ServeOptions":
     from swaa_jax.serve.app import ServeOptions
 
-    return ServeOptions(**_given(args, ServeOptions))
+    with naming_flags(args):
+        return ServeOptions(**_given(args, ServeOptions))
 
 
 def _room(args: argparse.Namespace, context: int | None) -> "EngineOptions":
@@ -252,9 +257,10 @@ def _room(args: argparse.Namespace, context: int | None) -> "EngineOptions":
             f"{args.max_tokens}; lower it, or extend the context by --config-override"
         )
     given.setdefault("max_tokens", min(context or _MOST_TOKENS, _MOST_TOKENS))
-    room = EngineOptions(**given)
-    if args.chunk_size is None and room.sizes[0] > _MOST_CHUNK:
-        room = EngineOptions(**given, chunk_size=_MOST_CHUNK)
+    with naming_flags(args):
+        room = EngineOptions(**given)
+        if args.chunk_size is None and room.sizes[0] > _MOST_CHUNK:
+            room = EngineOptions(**given, chunk_size=_MOST_CHUNK)
     return room
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 from typing import TYPE_CHECKING
 
 from swaa_jax.cli import Commands, process_args
@@ -108,7 +109,11 @@ def add_parser(subparsers: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    from swaa_jax.remote import Endpoint
+
     is_url = args.target.startswith(("http://", "https://"))
+    if not is_url and _looks_like_a_server(args.target):
+        Endpoint(url=args.target)  # says how to write it
     _check(args, is_url=is_url)
     if args.record is not None:
         return _record(args)
@@ -121,8 +126,24 @@ def run(args: argparse.Namespace) -> int:
     return {"same": 0, "other": 1, "none": 1, "unclear": 3}[verdict.answer]
 
 
+def _looks_like_a_server(target: str) -> bool:
+    """Whether it is a host, with a port unless it is this machine, and no directory.
+
+    >>> _looks_like_a_server("localhost:8000/v1"), _looks_like_a_server("org/name")
+    (True, False)
+    """
+    found = re.match(
+        r"(localhost|[^/:\s]+:[^/\s]*:\d+|[\w.-]+:\d+|\[[\da-f:]+\](:\d+)?)(/|$)", target
+    )
+    return found is not None and not os.path.exists(target)
+
+
 def _check(args: argparse.Namespace, *, is_url: bool) -> None:
-    """Refuses flags that would change nothing."""
+    """Refuses flags that would change nothing, and a time that is none."""
+    from swaa_jax.fields import number
+
+    if args.timeout is not None:
+        number(above=0)("--timeout", args.timeout)
     flags = []
     if args.record is not None and is_url:
         raise ValueError(

@@ -289,7 +289,7 @@ class _Server:
             raise _unavailable(error) from error
         except ValueError as error:
             raise refused(error) from error
-        if body.stream:
+        if asked.body.stream:
             stream = answer.stream(feeds, within=self._options.request_s)
             return StreamingResponse(
                 stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swaa_jax.documents import parse_json
-from swaa_jax.fields import describe, first_of, naming, show
+from swaa_jax.fields import describe, first_of, naming, nearest, show
 from swaa_jax.infer import eos_token_ids
 from swaa_jax.infer.stopping import TokenText
 from swaa_jax.models import CausalLM
@@ -28,6 +28,7 @@ __all__ = ["ask_model", "ask_server", "only_model"]
 _TOP = 5  # log-probabilities; OpenAI's own server and vLLM give no more
 _ATTEMPTS = 4
 _PAUSE_S = 1.0
+_LIST_SECONDS = 60.0
 _NOT_TAKEN = (400, 404, 405, 413, 415, 422, 501)  # the form of the request, perhaps
 
 
@@ -55,7 +56,7 @@ def ask_model(
     return replies if logprobs else [Reply(text=one.text) for one in replies]
 
 
-def only_model(endpoint: Endpoint, *, timeout_s: float = 60.0) -> str:
+def only_model(endpoint: Endpoint, *, timeout_s: float = _LIST_SECONDS) -> str:
     """The name of the one model that a server has.
 
     Raises:
@@ -108,6 +109,14 @@ def ask_server(
     return replies
 
 
+def _listed(endpoint: Endpoint) -> list[str]:
+    """The names of a server's models; none where it does not say."""
+    try:
+        return list(listed_models(endpoint.get("/models", timeout_s=_LIST_SECONDS)))
+    except BROKEN:
+        return []
+
+
 class _Asker:
     """Knows which form of request the server takes, once it has taken one."""
 
@@ -123,6 +132,7 @@ class _Asker:
     ):
         self._new_tokens, self._endpoint, self._model = record.new_tokens, endpoint, model
         self._timeout_s, self._pause_s = timeout_s, pause_s
+        self._longest = max(len(probe.tokens) for probe in record.probes) + record.new_tokens
         has_text = all(probe.text is not None for probe in record.probes)
         # Each as (token ids, log-probabilities), what tells most first.
         forms = itertools.product((True, False) if has_text else (True,), (True, False))
@@ -167,11 +177,20 @@ class _Asker:
         )
 
     def _refusal(self, reply: HttpReply) -> ValueError:
-        said = self._endpoint.excerpt(reply.body.decode(errors="replace"))
+        if reply.status == 404 and (names := _listed(self._endpoint)) and self._model not in names:
+            shown = [self._endpoint.excerpt(name) for name in names]
+            return ValueError(
+                f"--model: expected one of the server's models, {first_of(shown)}, got "
+                f"{show(self._model)}{nearest(self._model, shown)}; name one of them"
+            )
+        advice = "see the URL (it ends in /v1 as a rule) and --model"
+        if reply.status in (401, 403):
+            advice = "set a key that it takes in SWAA_VERIFY_API_KEY"
+        elif reply.status in (400, 413, 422):
+            advice = f"it must take {self._longest} tokens of prompt and answer, as recorded"
         return ValueError(
             f"url: expected {self._endpoint.shown}/completions to take a prompt, got "
-            f"{reply.status} {reply.reason}: {said}; see the URL (it ends in /v1 as a rule), "
-            "--model, and the key in SWAA_VERIFY_API_KEY"
+            f"{reply.status} {reply.reason}: {self._endpoint.message_of(reply.body)}; {advice}"
         )
 
     def _read(self, content: bytes, probe: Probe) -> Reply:

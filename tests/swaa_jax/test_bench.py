@@ -361,7 +361,10 @@ def test_a_shape_with_random_weights(run, tmp_path, monkeypatch):
     assert found["shape"] == "Qwen3-4B"
     lines = [(one["name"], one["finished"]) for one in found["measurements"]]
     assert lines == [("full", 2), ("window=16", 2)]  # as they were asked for
-    assert run(*words, "--memory-share", "1e-7")[0] == 1
+    code, out, err = run(*words[:-1], "--memory-share", "1e-7")
+    assert code == 1 and out == "" and "full: not measured: " in err
+    assert "out: no answer came" in err
+    assert json.loads((tmp_path / "out" / "bench.json").read_text()) == found  # as it was
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -381,12 +384,21 @@ def test_every_shape_is_one_that_a_family_reads(name):
         (["x", "--url", "http://127.0.0.1:9", "--slots", "3"], "--slots: expected nothing with"),
         (["x", "--vocab", "3"], "--vocab: expected nothing without --url, got 3"),
         (["x", "--rate", "1", "--concurrency", "2"], "--rate: expected it or --concurrency"),
-        (["x", "--rate", "0"], "rate: expected a number above 0"),
+        (["x", "--rate", "0"], "error: --rate: expected a number above 0"),
+        (["x", "--requests", "0"], "error: --requests: expected an integer of at least 1"),
+        (["x", "--concurrency", "0"], "error: --concurrency: expected an integer of at least 1"),
+        (["x", "--shared-prefix", "2"], "error: --shared-prefix: expected a number of at least 0"),
+        (["x", "--seed", "-1"], "error: --seed: expected an integer of at least 0"),
+        (["x", "--slots", "0"], "error: --slots: expected an integer of at least 1"),
+        (["x", "--chunk-size", "0"], "error: --chunk-size: expected an integer of at least 1"),
+        (["x", "--url", "http://x", "--request-seconds", "0"], "error: --request-seconds: expect"),
         (["x", "--prompt-tokens", "many"], "--prompt-tokens: expected tokens such as 1024"),
         (["x", "--policies", "ful"], "did you mean 'full'"),
         (["x", "--policies", "full,full"], "--policies: expected each policy once"),
         (["x", "--max-seconds", "0"], "--max-seconds: expected a number above 0"),
-        (["--url", "localhost:8000/v1"], "url: expected http://... or https://..."),
+        (["--url", "localhost:8000/v1"], "did you mean http://localhost:8000/v1?"),
+        (["--url", "me:pw@x:8000/v1?k=v"], "got 'x:8000/v1?k=(hidden)' (str); did you mean http"),
+        (["--url", "ftp://x/v1"], "got 'ftp://x/v1' (str); give it as in http://localhost:8000/v1"),
     ],
 )
 def test_mistakes_are_told(run, words, message, tmp_path):

@@ -100,9 +100,27 @@ def test_the_command_on_our_server(url, tmp_path, monkeypatch, capsys):
     assert KEY not in (tmp_path / "out" / "bench.json").read_text()
     shown = capsys.readouterr().out
     assert "4 requests, 50 a second" in shown and "4 of 4" in shown
+    # What goes wrong before an answer leaves the files as they were.
+    files = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def mistaken(*further):
+        code = main([*words, *further])
+        out, said = capsys.readouterr()
+        assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
+        assert out == "" and KEY not in said
+        return code, said
+
+    code, said = mistaken("--prompt-tokens", "500")
+    assert code == 2 and "got 400 " in said and "--prompt-tokens, --output-tokens and" in said
+    assert "{" not in said and "SWAA_BENCH_API_KEY" not in said
+    code, said = mistaken("--vocab", "100000")
+    assert code == 2 and "got 400 " in said and "--vocab" in said
+    code, said = mistaken("--output-tokens", "500")
+    assert code == 1 and "4 requests of 4 failed" in said and "no answer came" in said
     monkeypatch.setenv("SWAA_BENCH_API_KEY", "another-key-of-the-tests")
-    assert main(words) == 2
-    assert "--url: expected" in (said := capsys.readouterr().err) and "401" in said
+    code, said = mistaken()
+    assert code == 2 and "got 401 " in said and "a key that it takes in SWAA_BENCH_API_KEY" in said
+    assert "--vocab" not in said
 
 
 class Standin(http.server.BaseHTTPRequestHandler):
@@ -205,9 +223,30 @@ def test_times_are_those_of_the_server(standin):
         assert np.isclose(timeline.tpot, seconds / (timeline.output_tokens - 1))
 
 
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        (
+            b'{"error": {"message": "too long: \\"9\\"\\n\\u001b[2J", "type": "x"}}',
+            'too long: "9" ?[2J',
+        ),
+        (b'{"object": "error", "message": "no room", "code": 400}', "no room"),
+        (b'{"message": "cut off: ' + b"x" * 9000, "cut off: xxx"),
+        (b'{"message": "cut off \\u00', '{"message": "cut off'),
+        (b'{"message": ["a"]}', '{"message": ["a"]}'),
+        (b'{"message": ""}', '{"message": ""}'),
+        (b'{"message": "not \\u0061-key-of-the-tests"}', "not (hidden)"),
+        (b"<html>\xff", "<html>"),
+    ],
+)
+def test_a_refusal_s_own_message_is_told(body, message):
+    told = Endpoint(url="http://x/v1", api_key=KEY).message_of(body)
+    assert told.startswith(message) and len(told) <= 203 and KEY not in told
+
+
 def test_a_refusal_without_end_is_read_in_part(standin):
     url, _ = standin
-    with pytest.raises(ValueError, match=r"--url: expected .*, got 500 no"):
+    with pytest.raises(ValueError, match=r"--url: expected .* got 500 no no"):
         measured(url, ["endless"], request_s=60.0)
 
 

@@ -1,6 +1,7 @@
 """Logging, the main process, the compilation cache."""
 
 import logging
+import re
 import subprocess
 import sys
 
@@ -67,12 +68,23 @@ def test_one_handler_however_often(loggers, capsys):
     assert "quiet" not in err
 
 
-def test_rich_logging_goes_to_stderr(loggers, capsys):
+def test_rich_logging_goes_to_stderr(loggers, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     runtime.setup_logging()
+    assert [type(one).__name__ for one in logging.getLogger("swaa_jax").handlers] == ["RichHandler"]
     logging.getLogger("swaa_jax").info("hello")
     out, err = capsys.readouterr()
     assert out == ""
     assert "hello" in err
+
+
+def test_a_line_of_the_log_is_one_line_where_there_is_no_terminal(loggers, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    runtime.setup_logging()
+    logging.getLogger("swaa_jax").warning("word " * 60 + "[bold]%d", 1)
+    (line,) = capsys.readouterr().err.splitlines()
+    line_of = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} WARNING (word ){60}\[bold\]1"
+    assert re.fullmatch(line_of, line)
 
 
 def test_other_processes_are_silent(loggers, capsys, monkeypatch):

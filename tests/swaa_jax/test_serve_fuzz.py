@@ -168,3 +168,26 @@ def test_keys_that_no_client_can_send_are_refused(tmp_path, content, said):
 def test_a_windows_editor_wrote_the_keys(tmp_path):
     (tmp_path / "keys.txt").write_bytes(b"\xef\xbb\xbfsecret-key-one\r\n\r\nsecret-key-two\r\n")
     assert read_keys(str(tmp_path / "keys.txt")) == (b"secret-key-one", b"secret-key-two")
+
+
+def test_a_compressed_body_is_refused(server):
+    reply = httpx2.post(
+        f"{server.url}/v1/completions", content=b"{}", headers={"Content-Encoding": "gzip"}
+    )
+    assert reply.status_code == 415
+    assert reply.json()["error"]["message"] == (
+        "body: expected one that is not compressed, got 'gzip'; send it plain"
+    )
+
+
+@pytest.mark.parametrize("path", ["/v1/chat", "/health/", "//v1/models", "/x%0ay"])
+def test_other_paths_are_told_what_there_is(server, path):
+    reply = httpx2.get(f"{server.url}{path}")
+    assert reply.status_code == 404
+    assert "path: expected one of /v1/chat/completions, " in reply.json()["error"]["message"]
+
+
+def test_no_messages_are_no_chat(server):
+    reply = server.post("/v1/chat/completions", {"messages": []})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == "messages"

@@ -319,6 +319,12 @@ def test_a_checkpoint_s_policy_is_named(small, capsys, policy, code, name, furth
         (["MODEL", "--record", "r", "--window", "250"], "well below the model's context of 256"),
         (["MODEL", "--probes", "nowhere.json"], "nowhere.json"),
         (["http://127.0.0.1:9/v1", "--probes", "RECORD"], "--model: expected the name"),
+        (["localhost:8000/v1", "--probes", "r"], "did you mean http://localhost:8000/v1?"),
+        (["10.0.0.1:80", "--record", "r"], "did you mean http://10.0.0.1:80?"),
+        (["me:pw-secret@x:80/v1", "--probes", "r"], "got 'x:80/v1' (str); did you mean http://x:8"),
+        (["http://x/v1", "--probes", "r", "--timeout", "0"], "--timeout: expected a number above"),
+        (["http://x/v1", "--probes", "r", "--timeout", "-1"], "--timeout: expected a number abov"),
+        (["http://x/v1", "--probes", "r", "--timeout", "nan"], "above 0, got nan (float)"),
     ],
 )
 def test_wrong_arguments_are_told(small, capsys, argv, message):
@@ -363,8 +369,10 @@ def test_a_server_s_policy_is_named(small, serving, capsys):
         assert json.loads(capsys.readouterr().out)["runs"] == "full attention"
         assert main(asked) == 2
         assert "does not have exactly one" in capsys.readouterr().err
-        assert main([*asked, "--model", "other"]) == 2
-        assert "404" in capsys.readouterr().err
+        assert main([*asked, "--model", "m:othr"]) == 2
+        told = capsys.readouterr().err
+        assert "--model: expected one of the server's models, m, m:other, got 'm:othr'" in told
+        assert "did you mean 'm:other'" in told
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -416,6 +424,34 @@ def test_servers_get_the_form_that_they_take(small, ids, logprobs):
         refused
         == {(True, True): 0, (True, False): 1, (False, True): 2, (False, False): 3}[ids, logprobs]
     )  # asked once, and remembered
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RefusingEndpoint(Endpoint):
+    """Stands for a server that takes nothing."""
+
+    url: str = "http://fake/v1"
+    status: int
+
+    def post(self, path, body, *, timeout_s, most_bytes=0):
+        said = b'{"error": {"message": "no, says it", "type": "x"}}'
+        return HttpReply(status=self.status, reason="No", retry_after=None, body=said)
+
+    def get(self, path, *, timeout_s, most_bytes=0):
+        return HttpReply(status=404, reason="Not Found", retry_after=None, body=b"")
+
+
+@pytest.mark.parametrize(
+    "status, advice",
+    [
+        (400, r"it must take \d+ tokens of prompt and answer, as recorded"),
+        (401, "set a key that it takes in SWAA_VERIFY_API_KEY"),
+        (404, r"see the URL \(it ends in /v1 as a rule\) and --model"),
+    ],
+)
+def test_what_a_server_refuses_is_told(small, status, advice):
+    with pytest.raises(ValueError, match=f"got {status} No: no, says it; {advice}$"):
+        ask_server(read_record(small[1]), RefusingEndpoint(status=status), model="m")
 
 
 def test_a_server_that_reads_otherwise_is_told(small):

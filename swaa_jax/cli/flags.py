@@ -1,0 +1,39 @@
+"""Messages name the flag that was typed, not the field that it became."""
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+
+_OTHERWISE = {
+    "drain_s": "--drain-seconds",
+    "num_requests": "--requests",
+    "num_slots": "--slots",
+    "request_s": "--request-seconds",
+    "vocab_size": "--vocab",
+}
+"""Fields whose flags have other names."""
+
+
+def flag_of(field: str) -> str:
+    """The flag of a field.
+
+    >>> flag_of("num_slots"), flag_of("chunk_size")
+    ('--slots', '--chunk-size')
+    """
+    return _OTHERWISE.get(field, "--" + field.replace("_", "-"))
+
+
+@contextlib.contextmanager
+def naming_flags(args: argparse.Namespace) -> Iterator[None]:
+    """Puts a flag in place of the field that a message of the block begins with.
+
+    Args:
+        args: with the command's flags; a field that has none keeps its name.
+    """
+    try:
+        yield
+    except ValueError as error:
+        field, colon, said = str(error).partition(":")
+        if not colon or (field not in _OTHERWISE and field not in vars(args)):
+            raise
+        raise ValueError(f"{flag_of(field)}:{said}") from error
