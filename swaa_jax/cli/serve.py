@@ -1,6 +1,7 @@
 """`swaa serve`: an OpenAI-compatible server of one set of weights under several policies."""
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import pathlib
@@ -199,33 +200,35 @@ def run(args: argparse.Namespace) -> int:
     process_args.start(args)
     # A server logs its requests whether or not --verbose asks for what is chosen.
     logging.getLogger("swaa_jax.serve").setLevel(logging.INFO)
-    # Before the weights, which may be long in coming.
-    bound = bind(args.host, args.port) if runtime.is_main_process() else None
-    model = load_model(
-        args.model,
-        policy=policy_from_args(args),
-        dtype=args.dtype,
-        mesh=process_args.mesh_from_args(args),
-        revision=args.revision,
-        config_overrides=process_args.config_overrides_from_args(args),
-        backend=args.backend,
-    )
-    tok = load_tokenizer(args.model, revision=args.revision)
-    name = args.name or pathlib.PurePath(args.model.rstrip("/")).name
-    models = served_models(model, tok, name=name, policies=policies, adapters=adapters)
-    share = {} if args.memory_share is None else {"memory_share": args.memory_share}
-    engine = make_engine(models, _room(args, models[name].room), **share)
-    if bound is None:
-        follow(engine)
+    with contextlib.ExitStack() as held:
+        # Before the weights, which may be long in coming.
+        is_first = runtime.is_main_process()
+        bound = held.enter_context(bind(args.host, args.port)) if is_first else None
+        model = load_model(
+            args.model,
+            policy=policy_from_args(args),
+            dtype=args.dtype,
+            mesh=process_args.mesh_from_args(args),
+            revision=args.revision,
+            config_overrides=process_args.config_overrides_from_args(args),
+            backend=args.backend,
+        )
+        tok = load_tokenizer(args.model, revision=args.revision)
+        name = args.name or pathlib.PurePath(args.model.rstrip("/")).name
+        models = served_models(model, tok, name=name, policies=policies, adapters=adapters)
+        share = {} if args.memory_share is None else {"memory_share": args.memory_share}
+        engine = make_engine(models, _room(args, models[name].room), **share)
+        if bound is None:
+            follow(engine)
+            return 0
+        app = make_app(models, engine, options=options, keys=keys)
+        run_server(
+            app,
+            bound=bound,
+            drain_s=options.drain_s,
+            announce=lambda url: _announce(url, list(models), args.host, has_keys=bool(keys)),
+        )
         return 0
-    app = make_app(models, engine, options=options, keys=keys)
-    run_server(
-        app,
-        bound=bound,
-        drain_s=options.drain_s,
-        announce=lambda url: _announce(url, list(models), args.host, has_keys=bool(keys)),
-    )
-    return 0
 
 
 def _announce(url: str, names: list[str], host: str, *, has_keys: bool) -> None:

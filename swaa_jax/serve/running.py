@@ -26,18 +26,17 @@ def run_server(
 
     Args:
         app: from `make_app`.
-        bound: where, from `bind`; closed at the end.
+        bound: where, from `bind`.
         drain_s: seconds.
         announce: told the URL, once requests are taken.
     """
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, lifespan="on"
     )
-    with bound:
-        host, port = bound.getsockname()[:2]
-        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        server = _Server(config, lambda: announce(url), drain=app.state.drain, drain_s=drain_s)
-        server.run(sockets=[bound])
+    host, port = bound.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    server = _Server(config, lambda: announce(url), drain=app.state.drain, drain_s=drain_s)
+    server.run(sockets=[bound])
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -170,9 +170,9 @@ def test_a_windows_editor_wrote_the_keys(tmp_path):
     assert read_keys(str(tmp_path / "keys.txt")) == (b"secret-key-one", b"secret-key-two")
 
 
-def test_a_compressed_body_is_refused(server):
+def test_a_compressed_body_is_refused(url):
     reply = httpx2.post(
-        f"{server.url}/v1/completions", content=b"{}", headers={"Content-Encoding": "gzip"}
+        f"{url}/v1/completions", content=b"{}", headers={"Content-Encoding": "gzip"}
     )
     assert reply.status_code == 415
     assert reply.json()["error"]["message"] == (
@@ -181,13 +181,13 @@ def test_a_compressed_body_is_refused(server):
 
 
 @pytest.mark.parametrize("path", ["/v1/chat", "/health/", "//v1/models", "/x%0ay"])
-def test_other_paths_are_told_what_there_is(server, path):
-    reply = httpx2.get(f"{server.url}{path}")
+def test_other_paths_are_told_what_there_is(url, path):
+    reply = httpx2.get(f"{url}{path}")
     assert reply.status_code == 404
     assert "path: expected one of /v1/chat/completions, " in reply.json()["error"]["message"]
 
 
-def test_no_messages_are_no_chat(server):
-    reply = server.post("/v1/chat/completions", {"messages": []})
+def test_no_messages_are_no_chat(url):
+    reply = httpx2.post(f"{url}/v1/chat/completions", json={"messages": []})
     assert reply.status_code == 400
     assert reply.json()["error"]["param"] == "messages"
