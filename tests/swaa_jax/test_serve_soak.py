@@ -153,7 +153,7 @@ def check_flat(before, after):
     and tokens would be if they were kept.
     """
     assert after.threads <= before.threads
-    assert after.files <= before.files
+    assert after.files <= before.files + 2, "but for who has just asked for the figures"
     assert after.rss - before.rss < 16 * MIB
 
 
@@ -253,7 +253,8 @@ def test_it_all_holds_for_ten_minutes(server):
     assert not any(one.breaks for one in outcomes.values())
     kinds = check(outcomes, bodies)
     print(dict(kinds))
-    assert (after.threads, after.files) <= (idle.threads, idle.files)
+    assert after.threads <= idle.threads
+    assert after.files <= idle.files + 2, "but for who has just asked for the figures"
     assert max(usage.files for usage in late) <= idle.files + 2 * NUM_CLIENTS
     # A thousand bodies, prompts and answers that stayed would be more than either. What is kept
     # for reuse is full long before: 4 snapshots of each name, and all pages.
