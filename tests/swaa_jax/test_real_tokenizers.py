@@ -18,6 +18,7 @@ import pytest
 
 import swaa_jax as swaa
 from swaa_jax.chats import render_chat
+from swaa_jax.checkpoint.tokenizer import PartEncoder
 from swaa_jax.data import DataConfig, DataError, Encoder
 from swaa_jax.eval.tasks import encode_sample, make_task
 from swaa_jax.eval.tasks.ruler.task import RULER_VARIANTS
@@ -190,6 +191,15 @@ def test_texts_are_encoded_as_by_auto_tokenizer(ours, theirs, name, text):
     assert shown == (
         theirs.backend_tokenizer.normalizer.normalize_str(text) if name == "qwen3" else text
     )
+
+
+def test_parts_of_chats_are_encoded_as_the_whole(ours, name):
+    encode = PartEncoder(ours)
+    chat = ""
+    for text in TEXTS.values():
+        chat += f"{text}{END_OF_TURN[name]}{text}\n" * 20  # long enough to be remembered
+        assert encode(chat) == ours(chat, add_special_tokens=False)["input_ids"]
+    assert encode._known
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)

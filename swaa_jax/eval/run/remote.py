@@ -236,7 +236,7 @@ class RemoteModel:
         )
 
     def _refusal(self, path: str, reply: Reply) -> ValueError:
-        said = self._endpoint.excerpt(reply.body.decode(errors="replace"))
+        said = self._endpoint.message_of(reply.body)
         advice = "see the url, which ends in /v1 as a rule, the model and the settings"
         if reply.status in (401, 403):
             advice = f"set the environment's {self._entry.api_key_env or API_KEY} to the key"
