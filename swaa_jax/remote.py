@@ -327,7 +327,7 @@ def retry_after(header: str | None, *, default: float) -> float:
 def excerpt(text: str) -> str:
     r"""The beginning of a text, on one line, without what steers a terminal.
 
-    >>> excerpt("a\\n\\x1b[31mb")
+    >>> excerpt("a\n\x1b[31mb")
     'a ?[31mb'
     """
     text = " ".join(text[: 4 * _EXCERPT].split())

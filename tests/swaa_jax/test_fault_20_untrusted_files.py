@@ -122,7 +122,7 @@ def test_fault_29_secrets_in_every_form():
     ):
         assert redact(f"got {echoed}!", [secret]).endswith("(hidden)!"), echoed
     judge = make_judge("llm", url="http://127.0.0.1:9/v1?key=se+cret%2f9&BARE", model="m")
-    assert {"se+cret%2f9", "se cret/9", "BARE"} <= set(judge._secrets)
+    assert {"se+cret%2f9", "se cret/9", "BARE"} <= set(judge._endpoint.secrets)
 
 
 def test_fault_30_messages_hold_no_control_characters():

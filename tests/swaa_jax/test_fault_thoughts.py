@@ -12,7 +12,7 @@ from swaa_jax.data import DataConfig, prepare_samples
 from swaa_jax.distill import DistillConfig, distill
 from swaa_jax.eval.judging import Judged, make_judge, strip_thinking
 from swaa_jax.eval.judging.language_model import read_verdict
-from swaa_jax.eval.run.asking import Asking
+from swaa_jax.eval.run.asking import LocalAsking
 from swaa_jax.eval.run.config import EvalConfig
 from swaa_jax.eval.tasks import Sample, encode_sample, make_task
 from swaa_jax.infer import generate, stream
@@ -79,7 +79,7 @@ def asking_with(template, *, thinking):
             "output_dir": "nowhere",
         }
     )
-    return Asking(
+    return LocalAsking(
         config=config,
         entry=config.settings[0].models[0],
         model=StandIn(byte_tokenizer.VOCAB_SIZE, max_position_embeddings=6000),
