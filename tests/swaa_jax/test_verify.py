@@ -504,12 +504,16 @@ def test_a_busy_server_is_asked_again(small, monkeypatch, status):
 
 
 @pytest.mark.slow
-def test_seven_servers_are_named_rightly_for_twenty_seeds():
-    """Of two number formats; some 40 minutes on two cores. `-s` prints how clear it was."""
+def test_seven_servers_are_named_rightly_for_twenty_seeds(tmp_path):
+    """Of two number formats; some 20 minutes on two cores. `-s` prints how clear it was."""
     pytest.importorskip("starlette")
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.verify_servers", "0", "19"],
-        env=environment(quick_compiles=False),
+        env=environment(quick_compiles=False)
+        | {  # each seed's programs are the first one's
+            "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        },
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
