@@ -509,11 +509,11 @@ def test_seven_servers_are_named_rightly_for_twenty_seeds(tmp_path):
     pytest.importorskip("starlette")
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.verify_servers", "0", "19"],
-        env=environment(quick_compiles=False)
-        | {  # each seed's programs are the first one's
-            "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-        },
+        env=environment(
+            quick_compiles=False,
+            JAX_COMPILATION_CACHE_DIR=str(tmp_path),  # each seed's programs are the first one's
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.2",
+        ),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
