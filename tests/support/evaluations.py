@@ -1,8 +1,11 @@
 """A task of few words and a finished evaluation made by hand, for the tests of `swaa eval`."""
 
 import dataclasses
+import json
 from typing import Any, ClassVar
 
+from swaa_jax.cli import eval as command
+from swaa_jax.cli.main import build_parser
 from swaa_jax.eval.run import Cell, EvalConfig, Evaluation, PolicyEntry, Setting, TaskEntry
 from swaa_jax.eval.run.costs import CellCost
 from swaa_jax.eval.run.entries import ModelEntry
@@ -103,3 +106,15 @@ def evaluation(cells: list[Cell], output_dir: Any = "out", **config: Any) -> Eva
         seconds=1.0,
         answered=0,
     )
+
+
+def config_of(*words: object) -> EvalConfig:
+    """What a command line of `swaa eval` comes to."""
+    return command._config(build_parser().parse_args(["eval", *map(str, words)]))
+
+
+def questions_file(directory: Any, rows: Any) -> Any:
+    """A file of questions, one a line."""
+    file = directory / "mine.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file

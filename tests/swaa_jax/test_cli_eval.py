@@ -8,10 +8,10 @@ import yaml
 
 import swaa_jax as swaa
 from swaa_jax import redact, runtime
-from swaa_jax.cli import eval as command
-from swaa_jax.cli.main import build_parser, main
+from swaa_jax.cli.main import main
 from swaa_jax.cli.task_args import named
 from swaa_jax.eval.run import EvalConfig
+from tests.support.evaluations import config_of, questions_file
 
 QUESTIONS = [
     {"question": "What is one and one?", "answer": ["two", "2"], "type": "sum"},
@@ -29,14 +29,7 @@ def _in_process(monkeypatch):
 
 @pytest.fixture
 def data(tmp_path):
-    file = tmp_path / "mine.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
-    return file
-
-
-def config_of(*words):
-    args = build_parser().parse_args(["eval", *map(str, words)])
-    return command._config(args)
+    return questions_file(tmp_path, QUESTIONS)
 
 
 def policies_of(config):

@@ -9,8 +9,6 @@ import threading
 import pytest
 
 import swaa_jax as swaa
-from swaa_jax.cli import eval as command
-from swaa_jax.cli.main import build_parser
 from swaa_jax.engine import EngineOptions
 from swaa_jax.eval.judging import make_judge
 from swaa_jax.eval.judging.judge import Judged
@@ -18,6 +16,7 @@ from swaa_jax.eval.report import summarize, write_evaluation
 from swaa_jax.eval.run import EvalConfig, TaskEntry, evaluate
 from swaa_jax.eval.run import remote as remotes
 from swaa_jax.eval.tasks import RulerTask, encode_sample
+from tests.support.evaluations import config_of, questions_file
 from tests.support.serving import serving
 
 POLICY = "window=128,sinks=4"
@@ -232,13 +231,7 @@ def plain(monkeypatch):
 
 @pytest.fixture
 def data(tmp_path):
-    file = tmp_path / "mine.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
-    return file
-
-
-def config_of(*words):
-    return command._config(build_parser().parse_args(["eval", *map(str, words)]))
+    return questions_file(tmp_path, QUESTIONS)
 
 
 def test_a_server_of_openai_s_fields_alone_is_asked_without_a_model_here(

@@ -505,7 +505,7 @@ def test_a_busy_server_is_asked_again(small, monkeypatch, status):
 
 @pytest.mark.slow
 def test_seven_servers_are_named_rightly_for_twenty_seeds(tmp_path):
-    """Of two number formats; some 20 minutes on two cores. `-s` prints how clear it was."""
+    """Of two number formats; about a minute a seed on two cores. `-s` prints how clear it was."""
     pytest.importorskip("starlette")
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.verify_servers", "0", "19"],
