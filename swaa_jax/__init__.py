@@ -17,45 +17,47 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from swaa_jax.checkpoint.tokenizer import load_tokenizer
+    from swaa_jax.distill.run import DistillConfig, distill
+    from swaa_jax.eval.run import EvalConfig, evaluate
+    from swaa_jax.eval.search import recipes, search_policy
     from swaa_jax.infer import GenerateOptions, generate, stream
     from swaa_jax.lora import LoraConfig, add_lora, load_adapter, merge_lora, save_adapter
     from swaa_jax.models.auto import load_model, save_model
-    from swaa_jax.policy import AttentionPolicy, Stage
+    from swaa_jax.policy import AttentionPolicy, Stage, load_policy
+    from swaa_jax.selection import select_layers
+    from swaa_jax.train.run import train
+    from swaa_jax.train.run_config import TrainConfig
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AttentionPolicy",
-    "GenerateOptions",
-    "LoraConfig",
-    "Stage",
-    "__version__",
-    "add_lora",
-    "generate",
-    "load_adapter",
-    "load_model",
-    "load_tokenizer",
-    "merge_lora",
-    "save_adapter",
-    "save_model",
-    "stream",
-]
-
 _LAZY = {
     "AttentionPolicy": "swaa_jax.policy",
+    "DistillConfig": "swaa_jax.distill",
+    "EvalConfig": "swaa_jax.eval.run",
     "GenerateOptions": "swaa_jax.infer",
     "LoraConfig": "swaa_jax.lora",
     "Stage": "swaa_jax.policy",
+    "TrainConfig": "swaa_jax.train",
     "add_lora": "swaa_jax.lora",
+    "evaluate": "swaa_jax.eval.run",
     "generate": "swaa_jax.infer",
     "load_adapter": "swaa_jax.lora",
     "load_model": "swaa_jax.models.auto",
+    "load_policy": "swaa_jax.policy",
     "load_tokenizer": "swaa_jax.checkpoint.tokenizer",
     "merge_lora": "swaa_jax.lora",
+    "recipes": "swaa_jax.eval.search",
     "save_adapter": "swaa_jax.lora",
     "save_model": "swaa_jax.models.auto",
+    "search_policy": "swaa_jax.eval.search",
+    "select_layers": "swaa_jax.selection",
     "stream": "swaa_jax.infer",
 }
+
+_CALLABLE = ("bench", "distill", "train")
+"""Rooms that are also functions; see `callable_package`."""
+
+__all__ = ["__version__", *_LAZY, *_CALLABLE]  # pyright: ignore[reportUnsupportedDunderAll]
 
 _OLDEST_JAX = (0, 10)
 
@@ -95,6 +97,8 @@ _check_jax(
 
 
 def __getattr__(name: str) -> Any:
+    if name in _CALLABLE:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_LAZY[name]), name)

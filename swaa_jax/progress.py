@@ -1,11 +1,15 @@
-"""How far something is, on stderr: a bar on a screen, elsewhere a line now and then.
+"""How far something is, on stderr: a bar on a screen or in a notebook, elsewhere a line now and then.
 
-    with show_progress("generating", total=240, unit="tokens") as bar:
+    with show_progress("generating", total=240, unit="tokens", enabled=progress) as bar:
         for token in tokens:
             bar.advance()
 
 A log file gets a line every half minute, and one at the end of what took that long: what is quick
 is quiet there. Process 0 shows it, the others nothing.
+
+Everything that takes long takes `progress`, a `ProgressLike`: None, the default, draws a bar where
+somebody looks, True also writes the lines of a log, False shows nothing, and a function is told
+what is being done and how much of it is done.
 """
 
 import contextlib
@@ -19,10 +23,13 @@ from swaa_jax import runtime
 if TYPE_CHECKING:
     import rich.progress
 
-__all__ = ["Progress", "ShowProgress", "show_progress"]
+__all__ = ["Progress", "ProgressLike", "ShowProgress", "is_notebook", "show_progress"]
 
 ShowProgress: TypeAlias = Callable[[str, float], None]
 """Told what is being done and how much is done, 0 to 1: `Progress.show` of a total of 1."""
+
+ProgressLike: TypeAlias = bool | ShowProgress | None
+"""Who is told: None a screen or a notebook, True a log as well, False nobody, or a function."""
 
 _LINE_SECONDS = 30.0
 
@@ -81,6 +88,18 @@ class _Bar(Progress):
         self.rich.update(self._task, description=text, completed=done, count=str(self))
 
 
+class _Told(Progress):
+    """Progress that a function is told."""
+
+    def __init__(self, tell: ShowProgress, text: str, *, total: float, unit: str, done: float):
+        super().__init__(text, total=total, unit=unit, done=done)
+        self._tell = tell
+
+    def show(self, text: str, done: float) -> None:
+        super().show(text, done)
+        self._tell(text, done / (self.total or 1))
+
+
 class _Lines(Progress):
     """Progress in a file or a pipe."""
 
@@ -98,7 +117,7 @@ class _Lines(Progress):
 
 @contextlib.contextmanager
 def show_progress(
-    text: str, *, total: float, unit: str = "", done: float = 0, enabled: bool = True
+    text: str, *, total: float, unit: str = "", done: float = 0, enabled: ProgressLike = True
 ) -> Iterator[Progress]:
     """Shows how far the block is.
 
@@ -107,13 +126,29 @@ def show_progress(
         total: how much there is to do.
         unit: of what; see `Progress`.
         done: how much is done already.
-        enabled: False shows nothing.
+        enabled: who is told.
     """
-    if not enabled or not runtime.is_main_process():
+    if callable(enabled):
+        yield _Told(enabled, text, total=total, unit=unit, done=done)
+    elif enabled is False or not runtime.is_main_process():
         yield Progress(text, total=total, unit=unit, done=done)
-    elif not sys.stderr.isatty():
-        yield _Lines(text, total=total, unit=unit, done=done)
-    else:
+    elif _is_watched():
         bar = _Bar(text, total=total, unit=unit, done=done)
         with bar.rich:
             yield bar
+    elif enabled:
+        yield _Lines(text, total=total, unit=unit, done=done)
+    else:
+        yield Progress(text, total=total, unit=unit, done=done)
+
+
+def _is_watched() -> bool:
+    """Whether a bar can be drawn: on a terminal, or in a notebook."""
+    return sys.stderr.isatty() or is_notebook()
+
+
+def is_notebook() -> bool:
+    """Whether this process is a notebook's kernel: Jupyter's, Colab's or Kaggle's."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return shell is not None and hasattr(shell, "kernel")

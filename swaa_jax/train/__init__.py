@@ -1,5 +1,6 @@
 """Training under an attention policy: losses, optimizer, the jitted step, the loop around it."""
 
+from swaa_jax.callable_package import make_callable
 from swaa_jax.losses import LossConfig
 from swaa_jax.train.checkpoints import CheckpointMismatchError, Checkpoints
 from swaa_jax.train.config import OptimizerConfig, StepConfig
@@ -40,3 +41,5 @@ __all__ = [
     "run_loop",
     "train",
 ]
+
+make_callable(__name__, train)

@@ -10,19 +10,30 @@ import swaa_jax
 
 PUBLIC = {
     "AttentionPolicy",
+    "DistillConfig",
+    "EvalConfig",
     "GenerateOptions",
     "LoraConfig",
     "Stage",
+    "TrainConfig",
     "__version__",
     "add_lora",
+    "bench",
+    "distill",
+    "evaluate",
     "generate",
     "load_adapter",
     "load_model",
+    "load_policy",
     "load_tokenizer",
     "merge_lora",
+    "recipes",
     "save_adapter",
     "save_model",
+    "search_policy",
+    "select_layers",
     "stream",
+    "train",
 }
 
 
