@@ -20,6 +20,7 @@ CORE := $(VENV)/.stamp-$(TAG)-core
 TEST := $(VENV)/.stamp-$(TAG)-test
 TORCH := $(VENV)/.stamp-$(TAG)-torch
 DEV := $(VENV)/.stamp-$(TAG)-dev
+DOCS := $(VENV)/.stamp-$(TAG)-docs
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint smoke bench install lock clean
@@ -62,7 +63,8 @@ lock:  ## make requirements/lock-*.txt again (needs uv; UPGRADE=1 moves to newer
 	    $(if $(UPGRADE),--upgrade) pyproject.toml requirements/build.in"; \
 	  $$compile -o $$name.txt && \
 	  $$compile --extra test -c $$name.txt -o $$name-test.txt && \
-	  $$compile --extra test --extra dev -c $$name-test.txt -o $$name-dev.txt || exit 1; \
+	  $$compile --extra test --extra dev -c $$name-test.txt -o $$name-dev.txt && \
+	  $$compile --extra test --extra docs -c $$name-test.txt -o $$name-docs.txt || exit 1; \
 	  echo "$$name: $$(grep -oE '^(jax|flax)==[^ ]+' $$name.txt | tr '\n' ' ')"; \
 	done
 
@@ -108,6 +110,11 @@ endif
 $(DEV): $(LOCK)-dev.txt $(TEST)
 	@echo "Installing $(LOCK)-dev.txt in $(VENV)"
 	@$(PIP) --require-hashes -r $(LOCK)-dev.txt
+	@touch $@
+
+$(DOCS): $(LOCK)-docs.txt $(TEST)
+	@echo "Installing $(LOCK)-docs.txt in $(VENV)"
+	@$(PIP) --require-hashes -r $(LOCK)-docs.txt
 	@touch $@
 
 requirements/lock-%.txt:
