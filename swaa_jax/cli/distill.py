@@ -29,7 +29,6 @@ def add_parser(subparsers: Commands) -> None:
         description="Let the full-attention model answer questions several times, and keep the "
         "answers that a judge accepts.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, hub id or gs://...")
@@ -37,7 +36,7 @@ def add_parser(subparsers: Commands) -> None:
     parser.add_argument("output", metavar="OUT", help="a directory: new, or that of the same run")
     answers = parser.add_argument_group("answers")
     answers.add_argument("--attempts", type=int, default=4, metavar="N", help="default 4")
-    add_sampling_arguments(answers, temperature=1)
+    add_sampling_arguments(parser, answers, temperature=1)
     answers.add_argument("--max-new-tokens", type=int, default=2048, metavar="N", help="2048")
     answers.add_argument(
         "--thinking",
@@ -71,7 +70,9 @@ def add_parser(subparsers: Commands) -> None:
     )
     judge.add_argument("--keep", choices=["all", "first"], default="all", help="default all")
     add_policy_arguments(parser)
-    process_args.add_model_run_arguments(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+    process_args.add_loading_arguments(parser)
+    process_args.add_process_arguments(parser, mesh=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -111,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
         mesh=process_args.mesh_from_args(args),
         revision=args.revision,
         config_overrides=overrides,
+        backend=args.backend,
     )
     done = distill(
         model,
