@@ -25,7 +25,7 @@ KINDS = {
     "choose": ("recipes", "eval", "select", "lm-eval"),
     "adapt": ("distill", "train", "convert"),
     "serve": ("serve",),
-    "check": ("bench", "verify", "doctor"),
+    "check": ("bench", "verify", "doctor", "completion"),
 }
 """The commands by what people do with them."""
 

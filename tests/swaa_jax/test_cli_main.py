@@ -283,7 +283,10 @@ def test_flags_alone_and_beside_a_policy():
             "swaa generate: --positions: .*did you mean 'text'",
         ),
         ("eval --nope", "swaa eval: expected no further arguments, got '--nope'; see"),
-        ("generate m p --top-k " + "x" * 5000, "swaa generate: --top-k: expected an integer, got .*x{40}.*; see"),
+        (
+            "generate m p --top-k " + "x" * 5000,
+            "swaa generate: --top-k: expected an integer, got .*x{40}.*; see",
+        ),
         ("generate", "swaa generate: the following arguments are required: MODEL, PROMPT"),
     ],
 )
