@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import swaa_jax
 import swaa_jax.cli
+from swaa_jax.cli.environment import unknown_variables
 from swaa_jax.cli.errors import run_command
 from swaa_jax.cli.parser import RootParser
 
@@ -28,6 +29,8 @@ KINDS = {
     "check": ("bench", "verify", "doctor", "completion"),
 }
 """The commands by what people do with them."""
+
+_QUIET = ("completion", "doctor")  # a shell reads the one, and the other tells of them itself
 
 
 def build_parser() -> RootParser:
@@ -57,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
+    if args.command not in _QUIET:
+        for told in unknown_variables():
+            print(f"swaa {args.command}: {told}", file=sys.stderr)
     return run_command(lambda: args.run(args), name=f"swaa {args.command}")
 
 
