@@ -155,11 +155,7 @@ def add_parser(subparsers: Commands) -> None:
     process_args.add_process_arguments(parser, mesh=True)
     output = parser.add_argument_group("model and output")
     add = output.add_argument
-    add(
-        "--dtype",
-        choices=["bfloat16", "float32", "float16"],
-        help="of weights and activations, default bfloat16",
-    )
+    process_args.add_dtype(output)
     add("--revision", metavar="REV", help="of a hub id: a branch, a tag or a commit")
     process_args.add_config_override(output)
     add("--backend", metavar="NAME", help="as in swaa generate, default auto")
@@ -315,7 +311,7 @@ def _local(
         max_seconds=args.max_seconds,
     )
     about = {"model": describe_model(model), "shape": args.shape}
-    about |= {"dtype": args.dtype or "bfloat16", "mesh": args.mesh}
+    about |= {"dtype": process_args.dtype_from_args(args), "mesh": args.mesh}
     return cells, about, title
 
 
@@ -338,7 +334,7 @@ def _model(args: argparse.Namespace, workload: "Workload") -> "tuple[CausalLM, s
     from swaa_jax.models import load_model, model_from_config
 
     overrides = process_args.config_overrides_from_args(args)
-    dtype, backend = args.dtype or "bfloat16", args.backend or "auto"
+    dtype, backend = process_args.dtype_from_args(args), args.backend or "auto"
     mesh = process_args.mesh_from_args(args)
     if args.shape is None:
         model = load_model(

@@ -118,12 +118,7 @@ def add_parser(subparsers: Commands) -> None:
     process_args.add_process_arguments(parser, mesh=True)
 
     output = parser.add_argument_group("model and output")
-    output.add_argument(
-        "--dtype",
-        choices=["bfloat16", "float32", "float16"],
-        default="bfloat16",
-        help="of weights and activations, default bfloat16",
-    )
+    process_args.add_dtype(output)
     output.add_argument(
         "--revision", metavar="REV", help="of a hub id: a branch, a tag or a commit"
     )
@@ -169,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(
         args.model,
         policy=policy,
-        dtype=args.dtype,
+        dtype=process_args.dtype_from_args(args),
         mesh=mesh,
         revision=args.revision,
         config_overrides=process_args.config_overrides_from_args(args),

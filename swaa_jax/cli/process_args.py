@@ -59,6 +59,22 @@ def add_config_override(parser: "argparse._ActionsContainer") -> None:
     )
 
 
+def add_dtype(parser: "argparse._ActionsContainer") -> None:
+    """Add `--dtype`, for every command that loads a model."""
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32", "float16"],
+        help="of weights and activations, default float32 on a CPU, bfloat16 elsewhere",
+    )
+
+
+def dtype_from_args(args: argparse.Namespace) -> str:
+    """What `load_model` takes as `dtype`; call `start` before."""
+    from swaa_jax.models import default_dtype
+
+    return args.dtype or default_dtype()
+
+
 def config_overrides_from_args(args: argparse.Namespace) -> dict[str, object]:
     """What `load_model` takes as `config_overrides`.
 
@@ -82,9 +98,7 @@ def config_overrides_from_args(args: argparse.Namespace) -> dict[str, object]:
 def add_model_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of process start, and how to load the model and what to print."""
     add_process_arguments(parser, mesh=True)
-    parser.add_argument(
-        "--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16", help="bfloat16"
-    )
+    add_dtype(parser)
     parser.add_argument("--revision", metavar="REV", help="of a hub id")
     add_config_override(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
@@ -110,7 +124,9 @@ def start(args: argparse.Namespace) -> None:
         detect=args.distributed,
         timeout_s=args.distributed_timeout,
     )
-    if not args.no_compilation_cache:
+    if args.no_compilation_cache:
+        runtime.disable_compilation_cache()
+    else:
         runtime.enable_compilation_cache()
     if not runtime.is_main_process():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
