@@ -155,7 +155,7 @@ def add_parser(subparsers: Commands) -> None:
     add = output.add_argument
     add("--output", default="bench_output", metavar="DIR", help="default: bench_output")
     add("--quiet", action="store_true", help="no progress bar and no table")
-    process_args.add_loading_arguments(parser, dtype=None, backend=None)
+    process_args.add_loading_arguments(parser, backend=None)
     process_args.add_process_arguments(parser, mesh=True)
 
 
@@ -306,7 +306,7 @@ def _local(
         max_seconds=args.max_seconds,
     )
     about = {"model": describe_model(model), "shape": args.shape}
-    about |= {"dtype": args.dtype or "bfloat16", "mesh": args.mesh}
+    about |= {"dtype": process_args.dtype_from_args(args), "mesh": args.mesh}
     return cells, about, title
 
 
@@ -329,7 +329,7 @@ def _model(args: argparse.Namespace, workload: "Workload") -> "tuple[CausalLM, s
     from swaa_jax.models import load_model, model_from_config
 
     overrides = process_args.config_overrides_from_args(args)
-    dtype, backend = args.dtype or "bfloat16", args.backend or "auto"
+    dtype, backend = process_args.dtype_from_args(args), args.backend or "auto"
     mesh = process_args.mesh_from_args(args)
     if args.shape is None:
         model = load_model(

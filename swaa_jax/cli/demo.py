@@ -150,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
     from swaa_jax.cli.eval import print_results
     from swaa_jax.eval.report import summarize, write_evaluation
     from swaa_jax.eval.run import EvalConfig, evaluate
-    from swaa_jax.eval.run.loading import default_dtype
+    from swaa_jax.models import default_dtype
     from swaa_jax.progress import show_progress
     from swaa_jax.redact import typed_command
     from swaa_jax.storage import write_text_atomic

@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(
         args.model,
         policy=policy,
-        dtype=args.dtype,
+        dtype=process_args.dtype_from_args(args),
         mesh=process_args.mesh_from_args(args),
         revision=args.revision,
         config_overrides=overrides,
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
         config=config,
         settings={
             "model": args.model,
-            "dtype": args.dtype,
+            "dtype": process_args.dtype_from_args(args),
             "policy": policy.to_dict(),
             **({"config_overrides": overrides} if overrides else {}),
             "judge": {"name": args.judge, **without_secrets(settings)},

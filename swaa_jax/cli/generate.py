@@ -150,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(
         args.model,
         policy=policy,
-        dtype=args.dtype,
+        dtype=process_args.dtype_from_args(args),
         mesh=mesh,
         revision=args.revision,
         config_overrides=process_args.config_overrides_from_args(args),

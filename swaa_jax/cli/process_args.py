@@ -58,20 +58,18 @@ def add_process_arguments(parser: argparse.ArgumentParser, *, mesh: bool) -> Non
 def add_loading_arguments(
     parser: argparse.ArgumentParser,
     *,
-    dtype: str | None = "bfloat16",
-    dtype_help: str = "of weights and activations, default bfloat16",
+    dtype_help: str = "of weights and activations, default float32 on a CPU, bfloat16 elsewhere",
     backend: str | None = "auto",
 ) -> None:
     """Add the flags that say how a model is loaded, folded.
 
     Args:
         parser: the command's.
-        dtype: the default.
         dtype_help: the help of `--dtype`.
         backend: the default.
     """
     group = fold(parser.add_argument_group("loading the model"))
-    group.add_argument("--dtype", choices=DTYPES, default=dtype, help=dtype_help)
+    group.add_argument("--dtype", choices=DTYPES, help=dtype_help)
     group.add_argument("--revision", metavar="REV", help="of a hub id: a branch, a tag or a commit")
     add_config_override(group)
     group.add_argument(
@@ -93,6 +91,13 @@ def add_config_override(parser: "argparse._ActionsContainer") -> None:
         help="a value of config.json in place of the model's, as JSON or plain text; repeatable; "
         "one that other fields make idle is refused",
     )
+
+
+def dtype_from_args(args: argparse.Namespace) -> str:
+    """What `load_model` takes as `dtype`; call `start` before."""
+    from swaa_jax.models import default_dtype
+
+    return args.dtype or default_dtype()
 
 
 def config_overrides_from_args(args: argparse.Namespace) -> dict[str, object]:
@@ -134,7 +139,9 @@ def start(args: argparse.Namespace) -> None:
         detect=args.distributed,
         timeout_s=args.distributed_timeout,
     )
-    if not args.no_compilation_cache:
+    if args.no_compilation_cache:
+        runtime.disable_compilation_cache()
+    else:
         runtime.enable_compilation_cache()
     if not runtime.is_main_process():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115

@@ -93,7 +93,6 @@ def add_parser(subparsers: Commands) -> None:
     parser.add_argument("--json", action="store_true", help="the verdict as JSON on stdout")
     process_args.add_loading_arguments(
         parser,
-        dtype=None,
         dtype_help="of a model that is run here, default float32; a record measures the noise of "
         "bfloat16 (or of float16, where this is bfloat16), for which it loads the weights again",
         backend=None,
