@@ -25,7 +25,15 @@ from swaa_jax.fields import describe, show
 from swaa_jax.limits import PARQUET_BYTES, PARQUET_TIMES
 from swaa_jax.storage import CheckpointError, is_local, reading
 
-__all__ = ["DataError", "Record", "Records", "find_files", "open_records", "records_of"]
+__all__ = [
+    "DataError",
+    "Record",
+    "Records",
+    "find_files",
+    "mappings_in",
+    "open_records",
+    "records_of",
+]
 
 # What a directory or a pattern means; a file that is named may also be .json, or have no ending.
 _USUAL = (".parquet", ".jsonl", ".ndjson")
@@ -200,6 +208,43 @@ def records_of(mappings: Sequence[Mapping[str, object]]) -> Records:
         DataError: there are none.
     """
     return _records([_InMemory("the list of records", mappings)])
+
+
+def mappings_in(name: str, data: object) -> Sequence[Mapping[str, object]] | None:
+    """Data that is in memory as a sequence of mappings; None where it is a path, or several.
+
+    Args:
+        name: what it is, for messages.
+        data: a list of dicts, a Hugging Face `datasets.Dataset`, a pandas frame, a path, or a list
+            of paths.
+
+    Raises:
+        ValueError: something else.
+    """
+    given: Any = list(data) if isinstance(data, Iterator) else data
+    expected = "a list of dicts, a datasets.Dataset, a pandas frame, or a file"
+    if isinstance(data, str | os.PathLike):
+        return None
+    if isinstance(data, Mapping):  # a DatasetDict is one, too
+        keys = ", ".join(map(show, list(data)[:6]))
+        raise ValueError(
+            f"{name}: expected {expected}, got a mapping with the keys {keys}; give one of its "
+            "values (a split), or for one record a list with it"
+        )
+    if hasattr(given, "iloc") and hasattr(given, "to_dict"):
+        return given.to_dict("records")
+    if all(hasattr(given, one) for one in ("column_names", "__getitem__", "__len__")):
+        return given
+    if not isinstance(given, list | tuple):
+        raise ValueError(f"{name}: expected {expected}, got {type(data).__name__}")
+    if not given:
+        raise ValueError(f"{name}: expected at least one record, got an empty list")
+    if all(isinstance(one, str | os.PathLike) for one in given):
+        return None
+    at = next((at for at, one in enumerate(given) if not isinstance(one, Mapping)), None)
+    if at is not None:
+        raise ValueError(f"{name}[{at}]: expected a dict, got {describe(given[at])}")
+    return given
 
 
 def _records(files: Sequence["_JsonLines | _Parquet | _InMemory"]) -> Records:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 _OTHERWISE = {
     "drain_s": "--drain-seconds",
+    "num_full_layers": "--full-layers-count",
     "num_requests": "--requests",
     "num_slots": "--slots",
     "request_s": "--request-seconds",
