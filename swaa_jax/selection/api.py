@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from swaa_jax.data import Sample
-from swaa_jax.fields import check_keys, integer, or_none, wrong
+from swaa_jax.fields import check_keys, flag, integer, or_none, path, wrong
 from swaa_jax.models import CausalLM
 from swaa_jax.models.given import ModelLike, model_given, tokenizer_given
 from swaa_jax.policy import PolicyLike, load_policy
@@ -99,9 +99,13 @@ def select_layers(
     References:
         "add_one" is arXiv 2606.27791; "periodic" is section 3.3 of arXiv 2512.10411.
     """
-    options = _checked_options(method, options)
+    checked = _checked_options(method, options)
     chosen_policy = load_policy(policy)
     _check_size(share, num_full_layers)
+    or_none(flag)("thinking", thinking)
+    integer(least=2)("max_length", max_length)
+    or_none(integer(least=1))("rows_at_once", rows_at_once)
+    or_none(path)("directory", directory)
     if tok is not None and data is None and isinstance(tok, list | tuple):
         raise ValueError(
             "data: expected data behind the tokenizer, got none; the order is model, tok, data, "
@@ -128,7 +132,7 @@ def select_layers(
         identity=identity,
         rows_at_once=rows_at_once,
         progress=progress,
-        options=options,
+        options=checked,
         name=name,
     )
 
@@ -180,10 +184,17 @@ def _num_full_layers(share: object, num_full_layers: int | None, num_layers: int
 
 def _checked_options(method: str, options: Mapping[str, object]) -> dict[str, Any]:
     """The method's options; a word that is none is told with the nearest argument or option."""
-    if method in METHODS and (
-        unknown := [one for one in options if one not in option_names(method)]
-    ):
-        check_keys("select_layers", unknown, [*option_names(method), *_OWN])
+    if method not in METHODS:
+        return check_options(method, options)
+    known = option_names(method)
+    for name in options:
+        others = [one for one in METHODS if name in option_names(one)]
+        if name not in known and others:
+            raise ValueError(
+                f"{name}: expected an option of {method} ({', '.join(known) or 'it has none'}), "
+                f"got one of {', '.join(others)}; leave it out, or give that method"
+            )
+    check_keys("select_layers", [one for one in options if one not in known], [*known, *_OWN])
     return check_options(method, options)
 
 
@@ -193,8 +204,9 @@ def _are_samples(data: object) -> bool:
             "data: expected prompts with answers (a list of dicts, a datasets.Dataset, a pandas "
             "frame, or a file), got None; the order is model, tok, data"
         )
+    given: Any = data
     is_list = isinstance(data, Sequence) and not isinstance(data, str) and len(data) > 0
-    return is_list and isinstance(data[0], Sample)
+    return is_list and isinstance(given[0], Sample)
 
 
 def _data_fields(data_config: Mapping[str, object] | None, thinking: bool | None) -> dict[str, Any]:
