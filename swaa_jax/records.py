@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,15 +25,7 @@ from swaa_jax.fields import describe, show
 from swaa_jax.limits import PARQUET_BYTES, PARQUET_TIMES
 from swaa_jax.storage import CheckpointError, is_local, reading
 
-__all__ = [
-    "DataError",
-    "Record",
-    "Records",
-    "find_files",
-    "mappings_in",
-    "open_records",
-    "records_of",
-]
+__all__ = ["DataError", "Record", "Records", "find_files", "open_records", "records_of"]
 
 # What a directory or a pattern means; a file that is named may also be .json, or have no ending.
 _USUAL = (".parquet", ".jsonl", ".ndjson")
@@ -201,50 +193,50 @@ def open_records(files: Sequence[epath.PathLike]) -> Records:
     return _records([_open(os.fspath(file)) for file in files])
 
 
-def records_of(mappings: Sequence[Mapping[str, object]]) -> Records:
+def records_of(data: Any) -> Records:
     """Records that are in memory.
 
-    Raises:
-        DataError: there are none.
-    """
-    return _records([_InMemory("the list of records", mappings)])
-
-
-def mappings_in(name: str, data: object) -> Sequence[Mapping[str, object]] | None:
-    """Data that is in memory as a sequence of mappings; None where it is a path, or several.
-
     Args:
-        name: what it is, for messages.
-        data: a list of dicts, a Hugging Face `datasets.Dataset`, a pandas frame, a path, or a list
-            of paths.
+        data: a list (or an iterable) of mappings, a Hugging Face `datasets.Dataset`, a pandas frame
+            or a pyarrow table.
 
     Raises:
-        ValueError: something else.
+        DataError: there are none, or it is something else: the message says what to do with it.
+
+    Examples:
+        >>> records_of([{"prompt": "1 + 1 =", "answer": "2"}])[0].text("answer")
+        '2'
     """
-    given: Any = list(data) if isinstance(data, Iterator) else data
-    expected = "a list of dicts, a datasets.Dataset, a pandas frame, or a file"
-    if isinstance(data, str | os.PathLike):
-        return None
-    if isinstance(data, Mapping):  # a DatasetDict is one, too
-        keys = ", ".join(map(show, list(data)[:6]))
-        raise ValueError(
-            f"{name}: expected {expected}, got a mapping with the keys {keys}; give one of its "
-            "values (a split), or for one record a list with it"
+    return _records([_InMemory("the list of records", _mappings(data))])
+
+
+def _mappings(data: Any) -> Sequence[Any]:
+    """The records of an object, by number."""
+    expected = "a list of records, a datasets.Dataset or a pandas frame"
+    if isinstance(data, Mapping):
+        splits = [key for key, value in data.items() if hasattr(value, "column_names")]
+        advice = f"take one split, data[{splits[0]!r}]" if splits else 'write [{"prompt": ...}]'
+        raise DataError(f"data: expected {expected}, got a {type(data).__name__}; {advice}")
+    if hasattr(data, "to_pylist"):  # pyarrow's
+        return data.to_pylist()
+    if hasattr(data, "columns") and callable(getattr(data, "to_dict", None)):  # a frame of pandas'
+        records = data.to_dict("records")
+        return [{str(name): _plain(value) for name, value in one.items()} for one in records]
+    if hasattr(data, "column_names") and not hasattr(data, "__len__"):
+        raise DataError(
+            f"data: expected {expected}, got a {type(data).__name__}, which has no length; take "
+            "some of it, list(data.take(1000))"
         )
-    if hasattr(given, "iloc") and hasattr(given, "to_dict"):
-        return given.to_dict("records")
-    if all(hasattr(given, one) for one in ("column_names", "__getitem__", "__len__")):
-        return given
-    if not isinstance(given, list | tuple):
-        raise ValueError(f"{name}: expected {expected}, got {type(data).__name__}")
-    if not given:
-        raise ValueError(f"{name}: expected at least one record, got an empty list")
-    if all(isinstance(one, str | os.PathLike) for one in given):
-        return None
-    at = next((at for at, one in enumerate(given) if not isinstance(one, Mapping)), None)
-    if at is not None:
-        raise ValueError(f"{name}[{at}]: expected a dict, got {describe(given[at])}")
-    return given
+    if isinstance(data, str | bytes) or not isinstance(data, Iterable):
+        raise DataError(f"data: expected {expected}, got {describe(data)}")
+    return data if hasattr(data, "__getitem__") and hasattr(data, "__len__") else list(data)
+
+
+def _plain(value: Any) -> Any:
+    """A frame's cell as Python has it: lists for arrays."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    return [_plain(one) for one in value] if isinstance(value, list) else value
 
 
 def _records(files: Sequence["_JsonLines | _Parquet | _InMemory"]) -> Records:

@@ -15,7 +15,6 @@ from swaa_jax.infer.buckets import length_bucket
 from swaa_jax.infer.prompts import check_context
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy, Stage
-from swaa_jax.records import mappings_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +53,7 @@ def read_calibration(
         ValueError: an unknown field, a record that cannot be read, or no sample within the length.
     """
     limit = or_none(integer(least=1))("limit", limit)
-    records = mappings_in("data", files)
+    records = None if _are_files(files) else files
     given: Any = files if records is None else ()
     several = [given] if isinstance(given, str | os.PathLike) else given
     fields = {
@@ -65,9 +64,16 @@ def read_calibration(
         "answers": answers,
     }
     config = DataConfig.from_dict({**fields, **data})
-    samples = prepare_samples(config, tok, records=records)
+    in_memory: Any = records
+    samples = prepare_samples(config, tok, records=in_memory)
     count = len(samples) if limit is None else min(limit, len(samples))
     return [samples[number] for number in range(count)]
+
+
+def _are_files(data: object) -> bool:
+    """Whether data is a path or several, rather than records in memory."""
+    several = data if isinstance(data, list | tuple) and data else [data]
+    return all(isinstance(one, str | os.PathLike) for one in several)
 
 
 def check_samples(model: CausalLM, samples: Sequence[Sample], policy: AttentionPolicy) -> None:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from swaa_jax.figures import finished, new_figure
+from swaa_jax.figures import new_figure, save_figure
 from swaa_jax.selection.selection import SCORE_LABELS, Selection
 from swaa_jax.typing import PathLike
 
@@ -19,7 +19,7 @@ _WIDTH, _HEIGHT, _LEFT = 640, 70, 8
 def figure_of(selection: Selection, path: PathLike | None = None) -> "Figure":
     """A bar a layer, those that keep full attention in blue; of heads, a row of squares a head."""
     width = max(6.5, min(16.0, 2.5 + 0.28 * len(selection.scores)))
-    figure = new_figure(figsize=(width, 4.0), layout="constrained")
+    figure = new_figure(width=width, height=4.0, layout="constrained")
     axis = figure.subplots()
     axis.spines[["top", "right"]].set_visible(False)
     (_draw_heads if selection.heads else _draw_layers)(axis, selection)
@@ -28,7 +28,7 @@ def figure_of(selection: Selection, path: PathLike | None = None) -> "Figure":
     axis.set_title(title.replace("$", r"\$"), loc="left", fontsize=12)
     note = f"{selection.what} full; {selection.likelihoods}; {selection.num_samples} samples."
     figure.text(0.0, -0.01, note, fontsize=8, va="top", wrap=True)
-    return finished(figure, path)
+    return save_figure(figure, path)
 
 
 def _draw_layers(axis: "Axes", selection: Selection) -> None:

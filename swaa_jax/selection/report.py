@@ -1,12 +1,12 @@
 """What a selection leaves behind: a policy file, all numbers, and a chart."""
 
 import dataclasses
+import io
 import json
 
 from etils import epath
 
 from swaa_jax import storage
-from swaa_jax.figures import image_bytes
 from swaa_jax.selection.selection import SCORE_LABELS, Selection
 from swaa_jax.typing import PathLike
 
@@ -33,7 +33,9 @@ def write_selection(
     selection = dataclasses.replace(selection, model=model)
     document = {"model": model, "command": command, **selection.to_dict()}
     storage.write_json_atomic(paths["selection.json"], document)
-    storage.write_bytes_atomic(paths["scores.png"], image_bytes(selection.plot(), dpi=130))
+    picture = io.BytesIO()
+    selection.plot().savefig(picture, format="png", dpi=130, bbox_inches="tight")
+    storage.write_bytes_atomic(paths["scores.png"], picture.getvalue())
     note = (
         f"{selection.what} full, selected for {model} by {selection.method} on "
         f"{selection.num_samples} samples; {selection.likelihoods}."
