@@ -3,6 +3,7 @@
 import argparse
 
 from swaa_jax.cli import Commands, process_args
+from swaa_jax.cli.json_output import add_json, print_json
 from swaa_jax.cli.policy_args import add_policy_arguments, policy_from_args
 from swaa_jax.cli.sampling_args import add_sampling_arguments, sampling_from_args
 
@@ -71,6 +72,7 @@ def add_parser(subparsers: Commands) -> None:
     judge.add_argument("--keep", choices=["all", "first"], default="all", help="default all")
     add_policy_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+    add_json(parser, "what it came to")
     process_args.add_loading_arguments(parser)
     process_args.add_process_arguments(parser, mesh=True)
 
@@ -130,7 +132,9 @@ def run(args: argparse.Namespace) -> int:
         },
         progress=not args.quiet,
     )
-    if not args.quiet:
+    if args.json:
+        print_json(done.to_dict())
+    elif not args.quiet:
         print(
             f"{done.path}: {done.kept} answers kept; {done.accepted} of {done.answers} accepted, "
             f"{done.questions_answered} of {done.questions} questions answered"
