@@ -6,6 +6,7 @@ shows everything.
 
 import argparse
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -186,7 +187,7 @@ class _HelpAll(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
         assert isinstance(parser, CommandParser)
-        parser._print_message(parser.format_help_all())
+        parser._print_message(parser.format_help_all(), sys.stdout)
         parser.exit()
 
 
