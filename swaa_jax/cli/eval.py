@@ -9,8 +9,8 @@ from swaa_jax.cli import Commands, process_args
 from swaa_jax.cli.task_args import add_task_arguments, tasks_from_args, with_judge
 
 if TYPE_CHECKING:
-    from swaa_jax.eval.report import CellSummary
-    from swaa_jax.eval.run import EvalConfig, Evaluation
+    from swaa_jax.eval.report import CellSummary, Evaluation
+    from swaa_jax.eval.run import EvalConfig
     from swaa_jax.typing import PathLike
 
 _NEEDED = "expected a CONFIG, or --model or --url with --data or --task, got "
@@ -115,6 +115,7 @@ def add_parser(subparsers: Commands) -> None:
     ask.add_argument("--thinking", choices=["no", "yes", "both"], help="default: no")
     ask.add_argument("--output", metavar="DIR", help="default: eval_output")
     process_args.add_config_override(ask)
+    add("--json", action="store_true", help="print the table as JSON, and nothing else")
     add("--quiet", action="store_true", help="no progress bar and no table")
     add("--verbose", action="store_true", help="log what is chosen and why")
     process_args.add_process_arguments(parser, mesh=True)
@@ -123,9 +124,8 @@ def add_parser(subparsers: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from swaa_jax import runtime
-    from swaa_jax.eval.report import summarize, write_evaluation
-    from swaa_jax.eval.run import evaluate
-    from swaa_jax.progress import show_progress
+    from swaa_jax.eval.evaluation import evaluate
+    from swaa_jax.eval.report import write_evaluation
     from swaa_jax.redact import typed_command
 
     config = _config(args)
@@ -133,14 +133,14 @@ def run(args: argparse.Namespace) -> int:
         _leave_devices_alone()
     process_args.start(args)
     runtime.return_freed_arrays()
-    with show_progress("starting", total=1, enabled=not args.quiet) as bar:
-        done = evaluate(config, mesh=process_args.mesh_from_args(args), progress=bar.show)
+    done = evaluate(config, mesh=process_args.mesh_from_args(args), progress=not args.quiet)
     if not runtime.is_main_process():
         return 0
-    summaries = summarize(done)
-    paths = write_evaluation(done, summaries, command=typed_command())
-    if not args.quiet:
-        print_results(done, summaries, paths)
+    paths = write_evaluation(done, done.summaries, command=typed_command())
+    if args.json:
+        print(done.table().to_json())
+    elif not args.quiet:
+        print_results(done, done.summaries, paths)
     return 0
 
 

@@ -10,10 +10,11 @@ import pytest
 
 import swaa_jax as swaa
 from swaa_jax.engine import EngineOptions
+from swaa_jax.eval.evaluation import evaluate
 from swaa_jax.eval.judging import make_judge
 from swaa_jax.eval.judging.judge import Judged
 from swaa_jax.eval.report import summarize, write_evaluation
-from swaa_jax.eval.run import EvalConfig, TaskEntry, evaluate
+from swaa_jax.eval.run import EvalConfig, TaskEntry
 from swaa_jax.eval.run import remote as remotes
 from swaa_jax.eval.tasks import RulerTask, encode_sample
 from tests.support.evaluations import config_of, questions_file

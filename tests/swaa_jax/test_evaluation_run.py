@@ -14,9 +14,10 @@ import time
 import pytest
 
 import swaa_jax as swaa
+from swaa_jax.eval import evaluation as running
+from swaa_jax.eval.evaluation import evaluate
 from swaa_jax.eval.report import summarize, write_evaluation
-from swaa_jax.eval.run import EvalConfig, TaskEntry, evaluate
-from swaa_jax.eval.run import evaluation as running
+from swaa_jax.eval.run import EvalConfig, TaskEntry
 from swaa_jax.eval.run.store import CellStore
 from swaa_jax.eval.tasks import RulerTask, encode_sample
 from tests.support import byte_tokenizer

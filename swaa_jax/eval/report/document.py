@@ -6,11 +6,11 @@ import random
 from collections.abc import Mapping, Sequence
 from importlib import resources
 
-from swaa_jax.eval.report.charts import Chart, length_chart
+from swaa_jax.eval.report.charts import Chart
 from swaa_jax.eval.report.findings import findings, remarks
+from swaa_jax.eval.report.result import Evaluation
 from swaa_jax.eval.report.summary import CellSummary, Group, Part
 from swaa_jax.eval.report.table import COLUMNS, LEGEND, markdown_table, markdown_text
-from swaa_jax.eval.run import Evaluation
 from swaa_jax.eval.run.store import AnswerRecord
 from swaa_jax.fields import show
 
@@ -133,12 +133,10 @@ def _setting(evaluation: Evaluation) -> str:
 
 
 def _group_view(group: Group, chart: Chart | None, *, seed: int) -> dict[str, object]:
-    several = len(_part_names(group, "by_length")) > 1
     return {
         "title": group.title,
         "pareto": "" if chart is None else chart.svg,
         "matrices": _matrices(group),
-        "lengths": length_chart(group).svg if several else "",
         "examples": _examples(group, seed),
     }
 

@@ -15,9 +15,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from swaa_jax.eval.evaluation import evaluate
 from swaa_jax.eval.report.statistics import Interval, bootstrap_interval
 from swaa_jax.eval.run import Cell, EvalConfig, ModelEntry, PolicyEntry, Setting, TaskEntry
-from swaa_jax.eval.run.evaluation import evaluate
 from swaa_jax.eval.run.loading import load_entry
 from swaa_jax.fields import check_fields, integer, number, or_none
 from swaa_jax.policy import AttentionPolicy, LayerSelection
