@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from swaa_jax.typing import PathLike
 
 _NEEDED = "expected a CONFIG, or --model or --url with --data or --task, got "
-_POLICIES = ("full", "naive", "instruct-no-train")
 _EPILOG = """\
 examples:
   swaa eval --model ./my-model --data mine.jsonl --policies full,naive,instruct-no-train
@@ -97,7 +96,7 @@ def add_parser(subparsers: Commands) -> None:
         "--policies",
         metavar="LIST",
         help="shipped names, files, or fields as in full,window=64,window=64,decode=full; default: "
-        + ",".join(_POLICIES),
+        "full,naive,instruct-no-train",
     )
     ask.add_argument(
         "--url",
@@ -211,6 +210,7 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
 
     from swaa_jax.configs import find_config
     from swaa_jax.documents import with_overrides
+    from swaa_jax.eval.evaluation import DEFAULT_POLICIES
     from swaa_jax.eval.run import EvalConfig
     from swaa_jax.eval.run.config import read_document
     from swaa_jax.fields import list_of, mapping
@@ -242,7 +242,7 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
             fields.pop("settings", None)
             fields["models"] = [*(args.model or []), *_remote_models(args)]
             if args.model:
-                fields.setdefault("policies", list(_POLICIES))
+                fields.setdefault("policies", list(DEFAULT_POLICIES))
             elif policies is None:  # those of a file are for its local models
                 fields.pop("policies", None)
         if policies is not None:

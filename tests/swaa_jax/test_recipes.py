@@ -8,7 +8,7 @@ import pytest
 
 from swaa_jax.cli.main import main
 from swaa_jax.costs import cache_bytes
-from swaa_jax.eval.search import recipes
+from swaa_jax.eval.search import shipped as recipes
 from swaa_jax.lora import without_lora
 from swaa_jax.policy import Needs, load_policy
 from tests.support.training import lora_model
