@@ -161,8 +161,8 @@ def _asked(
     )
     if len(asked.local_models) != 1 or asked.remote_models:
         raise ValueError(
-            f"model: expected one that is loaded here, got {len(asked.models)}; search for one at a "
-            "time"
+            f"model: expected one that is loaded here, got {len(asked.models)}; search for one "
+            "at a time"
         )
     if len(asked.tasks) != 1:
         raise ValueError(

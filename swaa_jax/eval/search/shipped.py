@@ -6,7 +6,6 @@ model is for `swaa demo` and an evaluation of one's own to say.
 """
 
 import dataclasses
-import functools
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -363,7 +362,7 @@ def list_recipes(
             head_dim=size.head_dim,
             itemsize=size.cache_itemsize,
         )
-        activations = functools.partial(_activations, size, layers, context)
+        in_chunks, in_one_piece = memory_of(size, layers, context, rows=rows)
         found.append(
             Recipe(
                 file=file,
@@ -371,10 +370,8 @@ def list_recipes(
                     layers, context, num_kv_heads=size.num_kv_heads
                 ),
                 cache_bytes=row,
-                memory=size.weight_bytes + rows * row + activations(_CHUNK, is_paged=True),
-                memory_in_one_piece=(
-                    size.weight_bytes + rows * (row + activations(context, is_paged=False))
-                ),
+                memory=in_chunks,
+                memory_in_one_piece=in_one_piece,
             )
         )
     if not found:
@@ -387,20 +384,37 @@ def list_recipes(
     return sorted(found, key=lambda recipe: (recipe.file.name != "full", recipe.file.name))
 
 
-def _activations(
-    size: ModelSize, layers: Sequence[LayerAttention], context: int, read: int, *, is_paged: bool
-) -> int:
-    return activation_bytes(
+def memory_of(
+    size: ModelSize, layers: Sequence[LayerAttention], context: int, *, rows: int = 1
+) -> tuple[int, int]:
+    """Bytes of weights, caches and activations: a prompt read in chunks, and in one piece.
+
+    The engine reads a chunk of one row at a time; in one piece all rows are read together.
+    """
+    row = cache_bytes(
         layers,
-        hidden_size=size.hidden_size,
-        ffw_size=size.ffw_size,
-        num_heads=size.num_heads,
+        tokens=context,
         num_kv_heads=size.num_kv_heads,
         head_dim=size.head_dim,
-        context=context,
-        read=read,
-        is_paged=is_paged,
+        itemsize=size.cache_itemsize,
     )
+
+    def activations(read: int, *, is_paged: bool) -> int:
+        return activation_bytes(
+            layers,
+            hidden_size=size.hidden_size,
+            ffw_size=size.ffw_size,
+            num_heads=size.num_heads,
+            num_kv_heads=size.num_kv_heads,
+            head_dim=size.head_dim,
+            context=context,
+            read=read,
+            is_paged=is_paged,
+        )
+
+    kept = size.weight_bytes + rows * row
+    in_chunks = kept + activations(_CHUNK, is_paged=True)
+    return in_chunks, kept + rows * activations(context, is_paged=False)
 
 
 def recommend(
