@@ -97,8 +97,8 @@ def run_search(args: argparse.Namespace) -> int:
     console = Console()
     (console if console.is_terminal else Console(width=140)).print(table)
     print(
-        f"{len(found.candidates)} candidates and full attention: {found.num_answers:,} answers; all "
-        f"candidates on all samples would have been {found.exhaustive_answers:,}."
+        f"{len(found.candidates)} candidates and full attention: {found.num_answers:,} answers; "
+        f"all candidates on all samples would have been {found.exhaustive_answers:,}."
     )
     print(found.told)
     if not found.full.score.mean:

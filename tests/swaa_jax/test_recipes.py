@@ -104,7 +104,7 @@ def test_memory_is_near_what_the_tpu_compiler_says():
     assert compared == 5
 
 
-def test_recipes_in_python():
+def test_recipes_in_python(no_type_checks):
     found = swaa.recipes(training=False, thinking=True, prefer="efficiency")
     assert [one.name for one in found] == ["thinking-no-train-efficient"]
     assert found.table().columns[:2] == ("name", "policy")
@@ -167,8 +167,8 @@ def test_the_command(capsys):
     "arguments, message",
     [
         (["trained-qualty"], "did you mean 'trained-quality'"),
-        (["--memory", "1"], "--memory: expected at least 9.9 GiB"),
-        (["--context", "0"], "context: expected at least 1, got 0"),
+        (["--memory", "1"], "--memory: expected at least 10.5 GiB"),
+        (["--context", "0"], "--context: expected an integer of at least 1, got 0"),
         (["--model", "./nowhere"], "nowhere"),
     ],
 )
