@@ -11,6 +11,7 @@ beats in both goes first.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from swaa_jax.eval.run.loading import load_entry
 from swaa_jax.fields import check_fields, integer, number, or_none
 from swaa_jax.figures import save_figure
 from swaa_jax.policy import AttentionPolicy, LayerSelection
-from swaa_jax.progress import ProgressLike
+from swaa_jax.progress import ProgressLike, ShowProgress, show_progress
 from swaa_jax.tables import Table
 from swaa_jax.typing import PathLike
 
@@ -276,7 +277,6 @@ def search_policies(
         ValueError: no candidate, or none within the ceilings.
     """
     config = config or SearchConfig()
-    full = AttentionPolicy()
     alive = list(dict.fromkeys(policy for policy in space if not policy.is_full))
     if not alive:
         raise ValueError("space: expected at least one policy with a window, got none")
@@ -286,7 +286,23 @@ def search_policies(
         output_dir=output_dir,
         **{"thinking": (False,), **(options or {})},
     )
-    given = loaded or load_entry(model, config=asked)
+    with show_progress("searching", total=1, enabled=progress) as bar:
+        given = loaded or load_entry(model, config=asked)
+        return _search(model, given, task, alive, config, asked, show=bar.show)
+
+
+def _search(
+    model: ModelEntry,
+    given: "tuple[CausalLM, PreTrainedTokenizerBase]",
+    task: TaskEntry,
+    alive: list[AttentionPolicy],
+    config: SearchConfig,
+    asked: EvalConfig,
+    *,
+    show: ShowProgress,
+) -> SearchResult:
+    """See `search_policies`."""
+    full = AttentionPolicy()
     total = len(task.task.samples(given[1], thinking=asked.thinking[0])[: asked.limit])
     if not total:
         raise ValueError(f"limit: expected at least one sample to search with, got {asked.limit}")
@@ -298,8 +314,11 @@ def search_policies(
             policies=tuple(PolicyEntry(name=str(p), policy=p) for p in (full, *alive)),
         )
         part = dataclasses.replace(asked, settings=(setting,), skip_samples=start, limit=size)
-        cells = evaluate(part, load=lambda _: given, progress=progress).cells
         rounds += 1
+        told = functools.partial(
+            _tell, show, f"round {rounds}", done=start / total, part=size / total
+        )
+        cells = evaluate(part, load=lambda _: given, progress=told).cells
         for cell in cells:
             assert cell.policy is not None  # of a local model
             known[cell.policy] = _grown(known.get(cell.policy), cell, rounds)
@@ -327,6 +346,10 @@ def search_policies(
         exhaustive_answers=(1 + len(others)) * total * asked.attempts,
         task=task.name,
     )
+
+
+def _tell(show: ShowProgress, where: str, text: str, share: float, *, done: float, part: float):
+    show(f"{where}: {text}", done + share * part)
 
 
 def suggest_windows(prompt_lengths: Sequence[int]) -> tuple[int, ...]:
