@@ -155,7 +155,8 @@ def _config(config: Any, given: dict[str, Any]) -> EvalConfig:
         asked = several_models("models", given["models"]) if "models" in given else ()
         if any(isinstance(one, ModelEntry) for one in asked):
             given.setdefault("policies", list(DEFAULT_POLICIES))
-        return EvalConfig(**given | ({"models": asked} if asked else {}))
+        given |= {"models": asked} if asked else {}
+        return EvalConfig(**given)
     if not isinstance(config, EvalConfig):
         raise ValueError(
             f"config: expected an EvalConfig, a mapping, a file or None, got a "
@@ -181,9 +182,7 @@ def _run(
 ) -> Evaluation:
     """Run an evaluation, or what is left of it, in its directory."""
     start = time.perf_counter()
-    directory = config.output_dir
-    assert directory is not None
-    _check_output(directory)  # before any work, all that can be told before
+    _check_output(config.directory)  # before any work, all that can be told before
     judges = {entry.name: _judge(entry, config) for entry in config.tasks}
     for task in config.tasks:
         task.task.check()
@@ -363,9 +362,9 @@ def _judge(task: TaskEntry, config: EvalConfig) -> tuple[str, Judge]:
     if settings.get("name") == "llm":
         if os.environ.get(API_KEY):
             settings.setdefault("api_key", os.environ[API_KEY])
-        if "cache" not in settings and "://" not in str(config.output_dir):
-            epath.Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-            settings["cache"] = str(epath.Path(config.output_dir) / "judge_cache.jsonl")
+        if "cache" not in settings and "://" not in config.directory:
+            epath.Path(config.directory).mkdir(parents=True, exist_ok=True)
+            settings["cache"] = str(epath.Path(config.directory) / "judge_cache.jsonl")
     try:
         return name, make_judge(**settings)
     except ValueError as error:

@@ -96,7 +96,7 @@ def evaluation(cells: list[Cell], output_dir: Any = "out", **config: Any) -> Eva
         config=EvalConfig(
             settings=(setting,),
             tasks=(TaskEntry(name="counting", task=CountingTask()),),
-            output_dir=str(output_dir),
+            output_dir=None if output_dir is None else str(output_dir),
             **config,
         ),
         cells=tuple(cells),

@@ -13,7 +13,7 @@ import pytest
 import swaa_jax as swaa
 from swaa_jax.eval.evaluation import _config
 from swaa_jax.eval.run import EvalConfig
-from swaa_jax.eval.tasks import QaTask, RulerTask
+from swaa_jax.eval.tasks import QaTask, RulerTask, encode_sample
 from tests.support import byte_tokenizer
 from tests.support.evaluations import CountingTask, cell, evaluation, row
 from tests.support.random_models import random_model
@@ -47,12 +47,14 @@ def test_objects_in_and_out(mine, tmp_path, monkeypatch):
     done = swaa.evaluate(models={"m": mine}, policies=policies, data=QUESTIONS, **options)
     assert list(tmp_path.iterdir()) == []
     assert done.config.output_dir is None
+    samples = QaTask(data=QUESTIONS).samples(tok, thinking=False)
+    prompts = [encode_sample(one, tok, thinking=False) for one in samples]
     for cell_, name in zip(done.cells, policies, strict=True):
         assert (cell_.model, cell_.policy_name, cell_.task) == ("m", name, "qa data")
         alone = swaa.generate(
             model.with_policy(cell_.policy),
             tok,
-            [one["prompt"] for one in QUESTIONS],
+            prompts,
             max_new_tokens=4,
             batch_size=3,
             progress=False,

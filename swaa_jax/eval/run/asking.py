@@ -246,7 +246,7 @@ class Asking(abc.ABC):
 
     def _store(self, policy: AttentionPolicy | None) -> CellStore:
         fields = None if policy is None else policy.to_dict()
-        return CellStore(self._config.output_dir, {**self._identity, "policy": fields})
+        return CellStore(self._config.directory, {**self._identity, "policy": fields})
 
     def _fitting(
         self, samples: Sequence[Sample], prompts: Sequence[Sequence[int]] | None

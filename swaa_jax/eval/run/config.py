@@ -242,6 +242,12 @@ class EvalConfig(SamplingParams):
             )
 
     @property
+    def directory(self) -> str:
+        """The `output_dir` of an evaluation that runs, which has one, if only for that long."""
+        assert self.output_dir is not None
+        return self.output_dir
+
+    @property
     def models(self) -> "list[ModelEntry | RemoteEntry]":
         """Of all settings, in their order."""
         return [model for setting in self.settings for model in setting.models]

@@ -41,6 +41,12 @@ def several(item: Check[T]) -> Check[tuple[T, ...]]:
     return check
 
 
+def _some(name: str, found: list[T]) -> tuple[T, ...]:
+    if not found:
+        raise wrong(name, "at least one", found)
+    return tuple(found)
+
+
 def models(name: str, value: Any) -> tuple[ModelEntry | RemoteEntry, ...]:
     """Models that are asked.
 
@@ -52,7 +58,7 @@ def models(name: str, value: Any) -> tuple[ModelEntry | RemoteEntry, ...]:
             dataclasses.replace(_model(f"{name}[{show(label)}]", one), name=str(label))
             for label, one in value.items()
         ]
-        return several(lambda _, one: one)(name, found)
+        return _some(name, found)
     return several(_model)(name, [value] if _is_pair(value) else value)
 
 
@@ -195,7 +201,7 @@ def data_entries(name: str, value: Any) -> tuple[TaskEntry, ...]:
             dataclasses.replace(_questions(f"{name}[{show(label)}]", one), name=str(label))
             for label, one in value.items()
         ]
-        return several(lambda _, one: one)(name, found)
+        return _some(name, found)
     files = list(value) if _is_files(value) else [value]
     entries = [_questions(name, file) for file in files]
     labels = [one.name for one in entries]
