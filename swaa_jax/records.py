@@ -229,7 +229,8 @@ def _mappings(data: Any) -> Sequence[Any]:
         )
     if isinstance(data, str | bytes) or not isinstance(data, Iterable):
         raise DataError(f"data: expected {expected}, got {describe(data)}")
-    return data if hasattr(data, "__getitem__") and hasattr(data, "__len__") else list(data)
+    by_number: Any = data
+    return by_number if hasattr(data, "__getitem__") and hasattr(data, "__len__") else list(data)
 
 
 def _plain(value: Any) -> Any:
