@@ -23,7 +23,7 @@ from swaa_jax import runtime
 if TYPE_CHECKING:
     import rich.progress
 
-__all__ = ["Progress", "ProgressLike", "ShowProgress", "is_notebook", "show_progress"]
+__all__ = ["Progress", "ProgressLike", "ShowProgress", "is_notebook", "say", "show_progress"]
 
 ShowProgress: TypeAlias = Callable[[str, float], None]
 """Told what is being done and how much is done, 0 to 1: `Progress.show` of a total of 1."""
@@ -140,6 +140,20 @@ def show_progress(
         yield _Lines(text, total=total, unit=unit, done=done)
     else:
         yield Progress(text, total=total, unit=unit, done=done)
+
+
+def say(text: str, *, enabled: ProgressLike = True) -> None:
+    """Prints lines where progress is shown: above a bar, or in a log with True; else nothing.
+
+    Args:
+        text: one line or several.
+        enabled: who is told; a function is not.
+    """
+    if enabled is False or callable(enabled) or not runtime.is_main_process():
+        return
+    if enabled or _is_watched():
+        # A notebook marks what comes on stderr as an error.
+        print(text, file=sys.stdout if is_notebook() else sys.stderr, flush=True)
 
 
 def _is_watched() -> bool:

@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         )
         return 0
     loss = f", loss {result.metrics['loss']:.4f}" if "loss" in result.metrics else ""
-    print(f"{result.total_steps} steps done{loss}")
+    print(f"{result.step} of {result.total_steps} steps{loss}: {result.ended}")
     for directory in result.exports:
         print(f"  {directory}")
     return 0
