@@ -32,7 +32,15 @@ from swaa_jax.examples import is_nan, warn_unused
 from swaa_jax.fields import show
 from swaa_jax.policy import Stage
 from swaa_jax.progress import ProgressLike, show_progress
-from swaa_jax.records import DataError, Record, Records, find_files, open_records, records_of
+from swaa_jax.records import (
+    SHIPPED,
+    DataError,
+    Record,
+    Records,
+    find_files,
+    open_records,
+    records_of,
+)
 from swaa_jax.runs import fingerprint
 from swaa_jax.storage import (
     CheckpointError,
@@ -474,7 +482,7 @@ def _cache_place(
         chosen = epath.Path(config.cache_dir).expanduser() / key
         return (chosen, None) if is_local(chosen) else (user, chosen)
     parent = files[0].parent
-    if is_local(parent) and os.access(parent, os.W_OK):
+    if files[0] not in SHIPPED.values() and is_local(parent) and os.access(parent, os.W_OK):
         return parent / ".swaa_cache" / key, None
     return user, None
 

@@ -225,3 +225,8 @@ def test_two_processes_train_to_the_same(inputs, tmp_path):
     expected = adapter(one)
     for name, value in adapter(two).items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-3, atol=1e-4, err_msg=name)
+    shares = [
+        [r["padding_share"] for r in train_runs.read_lines(output / "metrics.jsonl") if "loss" in r]
+        for output in (one, two)
+    ]
+    assert shares[0] == shares[1]  # of all rows, not of process 0's
