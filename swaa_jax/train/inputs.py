@@ -85,12 +85,12 @@ def gather(
         loaded = _fill_in(values, loaded, base)
     if values.get("output_dir") is None and jax.process_count() == 1:
         values["output_dir"] = tempfile.mkdtemp(prefix="swaa-train-")
-    made = config if isinstance(config, TrainConfig) and values == base else None
-    made = TrainConfig.from_dict(values) if made is None else made
-    if not made.data.files and records is None:
+    if records is None and not _has_files(values.get("data")):
         raise ValueError(
             f"data: expected {_DATA} fields, got none; give data=[{{'prompt': ..., 'answer': ...}}]"
         )
+    made = config if isinstance(config, TrainConfig) and values == base else None
+    made = TrainConfig.from_dict(values) if made is None else made
     if loaded is not None and made.policy is not None and made.policy != loaded.policy:
         loaded = loaded.with_policy(made.policy)
     return Inputs(
@@ -113,9 +113,14 @@ def _check_kinds(config: Any, model: Any, tok: Any) -> None:
     if config is not None and not isinstance(config, TrainConfig | Mapping | str | os.PathLike):
         raise wrong("config", "a TrainConfig, a mapping of its fields, a file or None", config)
     if model is not None and not isinstance(model, CausalLM | str | os.PathLike):
-        raise wrong("model", "a model from load_model, or what it loads by", model)
+        raise _other_kind("model", "a model from load_model, or what it loads by", model)
     if tok is not None and not isinstance(tok, str | os.PathLike) and not hasattr(tok, "encode"):
-        raise wrong("tok", "a tokenizer from load_tokenizer, or None for the model's", tok)
+        raise _other_kind("tok", "a tokenizer from load_tokenizer, or None for the model's", tok)
+
+
+def _other_kind(name: str, expected: str, got: object) -> ValueError:
+    """The error of a thing that is known by its type; all of it would be pages."""
+    return ValueError(f"{name}: expected {expected}, got a {type(got).__name__}")
 
 
 def _base(config: Any) -> dict[str, Any]:
@@ -144,6 +149,11 @@ def _is_records(data: Any) -> bool:
     if isinstance(data, list | tuple):
         return not all(isinstance(one, str | os.PathLike) for one in data)
     return True
+
+
+def _has_files(data: Any) -> bool:
+    """Whether a config's `data` names files."""
+    return bool(data.get("files") if isinstance(data, Mapping) else getattr(data, "files", data))
 
 
 def _name_of(model: Any) -> str:

@@ -181,12 +181,12 @@ NOT_BUILT = {
     "config: expected a TrainConfig, a file or None, got a model; pass it as model=": lambda m, t: (
         train(m)
     ),
-    "config: expected a TrainConfig, a file or None, got [{'prompt'": lambda m, t: train(RECORDS),
+    "config: expected a TrainConfig, a file or None, got [{'": lambda m, t: train(RECORDS),
     "config: expected a TrainConfig, a mapping of its fields, a file or None, got 7": lambda m, t: (
         train(7)
     ),
     "got 'tiny-retriever'": lambda m, t: train("tiny-retriever"),
-    "model: expected a model from load_model, or what it loads by, got": lambda m, t: train(
+    "model: expected a model from load_model, or what it loads by, got a": lambda m, t: train(
         **{**GOOD, "model": t}
     ),
     "tok: expected a tokenizer from load_tokenizer, or None": lambda m, t: train(**GOOD, tok=m),
@@ -200,7 +200,7 @@ NOT_BUILT = {
     ),
     "tok: expected the model's tokenizer, got None": lambda m, t: train(**{**GOOD, "model": m}),
     # Values.
-    "policy: expected": lambda m, t: train(**GOOD, policy=7),
+    "'windw' (did you mean 'window'?)": lambda m, t: train(**GOOD, policy={"windw": 7}),
     "got 'nope'": lambda m, t: train(**GOOD, policy="nope"),
     "lora: expected a mapping, got 3": lambda m, t: train(**GOOD, lora=3),
     "lora.rank: expected an integer": lambda m, t: train(**GOOD, lora={"rank": "4"}),
@@ -303,14 +303,9 @@ def test_others_names_are_told_with_ours(section):
 
 def test_the_best_of_numbers():
     losses = Best(BestConfig(min_delta=0.1))
-    assert [
-        losses.update(n, {"loss": x}) for n, x in enumerate((1.0, 0.95, 0.8, float("nan")))
-    ] == [
-        True,
-        False,
-        True,
-        False,
-    ]
+    values = (1.0, 0.95, 0.8, float("nan"))
+    is_best = [losses.update(step, {"loss": value}) for step, value in enumerate(values)]
+    assert is_best == [True, False, True, False]
     again = Best(BestConfig(min_delta=0.1, patience=2))
     again.set_state(json.loads(json.dumps(losses.get_state())))
     assert (again.step, again.value, again.stale, again.is_over) == (2, 0.8, 1, False)
