@@ -12,6 +12,7 @@ import pytest
 import swaa_jax as swaa
 from swaa_jax.lora import lora_state
 from swaa_jax.train import Best, BestConfig, TrainConfig, train
+from swaa_jax.train.inputs import gather
 from swaa_jax.train.names import OTHERS
 from swaa_jax.train.report import SaveClock
 from tests.support import byte_tokenizer, train_runs
@@ -186,8 +187,8 @@ NOT_BUILT = {
         train(7)
     ),
     "got 'tiny-retriever'": lambda m, t: train("tiny-retriever"),
-    "model: expected a model from load_model, or what it loads by, got a": lambda m, t: train(
-        **{**GOOD, "model": t}
+    "model: expected a model from load_model, or what it loads by, got a": lambda m, t: gather(
+        None, model=t, tok=m, data=RECORDS, eval_data=None, fields={}
     ),
     "tok: expected a tokenizer from load_tokenizer, or None": lambda m, t: train(**GOOD, tok=m),
     "data: expected a list of dicts": lambda m, t: train(model="tiny-retriever", output_dir="x"),
