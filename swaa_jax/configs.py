@@ -69,7 +69,9 @@ def find_config(kind: str, name_or_path: PathLike) -> PathLike:
     others = [f"{stem}{one}" for one in _ENDINGS if one != ending and os.path.isfile(stem + one)]
     if ending in _ENDINGS:
         if others and "://" not in name and not os.path.exists(name):
-            raise FileNotFoundError(f"{name}: there is no such file; did you mean {others[0]}?")
+            raise FileNotFoundError(
+                f"{name}: expected a file that is there, got none; say {others[0]}, which is"
+            )
         return name_or_path
     try:
         return config_path(kind, name)

@@ -324,18 +324,20 @@ class TrainConfig:
         return cls.from_dict(parse_yaml(text))
 
     @classmethod
-    def load(cls, path: PathLike, overrides: Sequence[str] = ()) -> "TrainConfig":
-        """Reads a YAML file, with `KEY.SUB=VALUE` overrides.
+    def load(cls, path: PathLike | None, overrides: Sequence[str] = ()) -> "TrainConfig":
+        """Reads a YAML file, with `KEY.SUB=VALUE` overrides; or these alone, without a file.
 
         Raises:
             ValueError: the file is malformed, which the message names, or an override is.
             FileNotFoundError: there is no such file.
         """
+        named = {"policy": lambda name: load_policy(name).to_dict()}
+        if path is None:
+            return cls.from_dict(with_overrides({}, overrides, named=named))
         file = epath.Path(path)
         document = read_text(file)
         with naming(file):
             fields = mapping("training config", parse_yaml(document))
-            named = {"policy": lambda name: load_policy(name).to_dict()}
             return cls.from_dict(with_overrides(fields, overrides, named=named))
 
 

@@ -50,7 +50,7 @@ def test_unknown_keys(inputs, tmp_path, capsys, override, message):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["mesh.fsdp=3"], "product is the number of devices"),
+        (["mesh.fsdp=3"], "set XLA_FLAGS=--xla_force_host_platform_device_count="),
         (["rows_per_device=3", "data.batch_size=8"], "rows_per_device: expected"),
         (["config_overrides.max_position_embeddings=16"], "expected samples of at most 16 tokens"),
         (["data.seq_len=20", "data.bucket_widths=[20]"], "record 0 (line 1): expected a sample"),
@@ -64,6 +64,28 @@ def test_what_does_not_fit(inputs, tmp_path, capsys, overrides, message):
         overrides = [f"mesh.fsdp={jax.device_count() + 1}"]
     assert run(inputs, tmp_path, *overrides) == 2
     assert message in error(capsys)
+
+
+def test_files_that_are_nearly_there(tmp_path, monkeypatch, capsys):
+    """An ending of another kind, or none."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.yml").write_text("model: tiny-retriever\n")
+    for typed in ("job.yaml", "job"):
+        assert main.main(["train", typed]) == 2
+        assert error(capsys).endswith(("say job.yml, which is", "for the file say job.yml"))
+    assert main.main(["train"]) == 2
+    assert "CONFIG: expected a file, a shipped name, or KEY=VALUE" in error(capsys)
+
+
+def test_no_file_at_all(inputs, tmp_path, capsys):
+    words = [f"model={inputs.parent / 'model'}", f"data.files={inputs.parent / 'data.jsonl'}"]
+    words += ["policy=window=8,sinks=2", f"output_dir={tmp_path / 'out'}", "--dry-run"]
+    assert main.main(["train", *words, "--no-compilation-cache"]) == 0
+    out = capsys.readouterr().out
+    assert "policy      window=8,sinks=2" in out
+    assert "rows of up to 128 tokens" in out  # the longest sample's, rounded up
+    assert main.main(["train", *words, "optimizer.lr=1"]) == 2
+    assert "'lr', which is optimizer.learning_rate here" in error(capsys)
 
 
 def test_a_row_without_an_answer(inputs, tmp_path, capsys):
