@@ -63,8 +63,11 @@ def _expanded(nav: Any, files: Files) -> Any:
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Links and lists as the site needs them; badges are pictures from elsewhere and are left."""
     generated = page.file.src_uri.startswith("reference/")
+    if generated:
+        return markdown
+    markdown = re.sub(r"<!-- snippet:.*?-->\n", "", markdown, flags=re.DOTALL)  # for tests
     without_badges = re.sub(r"\[!\[([^\]]*)\]\(https?:[^)]*\)\]", r"[\1]", markdown)
-    return without_badges if generated else links.for_site(without_badges, page.file.src_uri)
+    return links.for_site(without_badges, page.file.src_uri)
 
 
 def on_page_content(html: str, page: Page, **_: Any) -> str:
