@@ -62,6 +62,7 @@ dist: $(DEV)  ## build the wheel and the sdist into dist/, and check them
 
 install: $(DEV) $(TORCH)  ## everything that development needs
 
+# Those with -tpu and -cuda are for the images of docker/; libtpu asks for a newer glibc than the rest.
 # A line of a lock has the hashes of its files: what is installed is what was locked, whatever an
 # index says. Without hashes stays torch.txt alone, whose files differ by index (CPU or CUDA).
 lock:  ## make requirements/lock-*.txt again (needs uv; UPGRADE=1 moves to newer versions)
@@ -76,6 +77,12 @@ lock:  ## make requirements/lock-*.txt again (needs uv; UPGRADE=1 moves to newer
 	  $$compile --extra test --extra dev -c $$name-test.txt -o $$name-dev.txt && \
 	  $$compile --extra test --extra docs -c $$name-test.txt -o $$name-docs.txt || exit 1; \
 	  echo "$$name: $$(grep -oE '^(jax|flax)==[^ ]+' $$name.txt | tr '\n' ' ')"; \
+	done
+	@for extra in tpu cuda; do \
+	  $(UV) pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_31 \
+	    --no-emit-index-url --no-header --no-annotate --generate-hashes pyproject.toml \
+	    requirements/build.in --extra $$extra --extra gcs --extra serve \
+	    -c requirements/lock-py311.txt -o requirements/lock-py311-$$extra.txt || exit 1; \
 	done
 
 clean:  ## remove environments, caches and outputs

@@ -68,7 +68,6 @@ def add_parser(subparsers: Commands) -> None:
         description="Score attention policies on needles in a haystack: a table, a plot and JSON "
         "of what each one finds and what it costs.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     task = parser.add_argument_group("task")
@@ -141,7 +140,6 @@ def add_parser(subparsers: Commands) -> None:
         help="of the report and all answers, default demo_output",
     )
     model.add_argument("--markdown", metavar="FILE", help="the report in Markdown, here too")
-    model.add_argument("--verbose", action="store_true", help="log what is chosen and why")
     process_args.add_process_arguments(parser, mesh=False)
 
 
@@ -152,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
     from swaa_jax.cli.eval import print_results
     from swaa_jax.eval.report import summarize, write_evaluation
     from swaa_jax.eval.run import EvalConfig, evaluate
-    from swaa_jax.eval.run.loading import default_dtype
+    from swaa_jax.models import default_dtype
     from swaa_jax.progress import show_progress
     from swaa_jax.redact import typed_command
     from swaa_jax.storage import write_text_atomic

@@ -51,7 +51,6 @@ def add_parser(subparsers: Commands) -> None:
         help="fine-tune under an attention policy: adapters or all parameters, resumable",
         description="Fine-tune a model under an attention policy, on one device or many.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     parser.add_argument(
@@ -68,7 +67,6 @@ def add_parser(subparsers: Commands) -> None:
         action="store_true",
         help="print the whole config, samples, steps, padding, parameters and memory, and stop",
     )
-    parser.add_argument("--verbose", action="store_true", help="log what is chosen and why")
     process_args.add_process_arguments(parser, mesh=False)
 
 

@@ -8,8 +8,9 @@ What a record asks and what is right is read as `swaa_jax.examples` says: `promp
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from etils import epath
 
@@ -18,8 +19,7 @@ from swaa_jax.eval.tasks.files import FileTask
 from swaa_jax.eval.tasks.task import Sample
 from swaa_jax.examples import Example, read_example, warn_unused
 from swaa_jax.fields import integer, or_none
-from swaa_jax.records import Record, find_files, open_records
-from swaa_jax.typing import PathLike
+from swaa_jax.records import Record, find_files, open_records, records_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,11 +50,13 @@ class Question:
     tools: Tools = None
 
 
-def read_questions(path: PathLike, *, limit: int | None = None) -> list[Question]:
-    """The questions of a file, of a directory of files, or of those that match a pattern.
+def read_questions(path: Any, *, limit: int | None = None) -> list[Question]:
+    """The questions of a file, of a directory of files, of those that match a pattern, or of
+    records in memory.
 
     Args:
-        path: of .parquet, .jsonl or .json files; local or gs://.
+        path: of .parquet, .jsonl or .json files; local or gs://. Or what `records_of` takes: a list
+            of dicts, a `datasets.Dataset`, a pandas frame.
         limit: the first so many; None: all.
 
     Raises:
@@ -62,7 +64,9 @@ def read_questions(path: PathLike, *, limit: int | None = None) -> list[Question
         ValueError: another kind of file, no records, or one that lacks a question or an answer.
     """
     limit = or_none(integer(least=1))("limit", limit)
-    return _questions(itertools.islice(open_records(find_files([path])), limit))
+    is_path = isinstance(path, str | os.PathLike)
+    records = open_records(find_files([path])) if is_path else records_of(path)
+    return _questions(itertools.islice(records, limit))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
