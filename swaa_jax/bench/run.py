@@ -218,8 +218,11 @@ def _of_server(
     vocab = integer(least=1)("vocab_size", DEFAULT_VOCAB if vocab_size is None else vocab_size)
     seconds = number(above=0)("request_s", 3600.0 if request_s is None else request_s)
     names = [models] if isinstance(models, str) else list(_listed(models))
-    if not all(isinstance(name, str) for name in names):
-        raise wrong("models", "names of the server's models, with url", models)
+    odd = next((name for name in names if not isinstance(name, str)), None)
+    if odd is not None:
+        raise ValueError(
+            f"models: expected names of the server's models, with url, got a {type(odd).__name__}"
+        )
     endpoint = Endpoint(url=url, api_key=api_key or os.environ.get(API_KEY) or None)
     given: Any = names
     cells = server_cells(
@@ -254,6 +257,7 @@ def _of_models(
     from swaa_jax.checkpoint.provenance import describe_device, describe_model, describe_versions
 
     under = _policies(policies)
+    or_none(number(above=0, most=1))("memory_share", memory_share)
     room_options = {name: loading.pop(name) for name in _ROOM}
     room = room_for(
         workload, **{name: value for name, value in room_options.items() if value is not None}
