@@ -382,7 +382,7 @@ def test_every_shape_is_one_that_a_family_reads(name):
         (["tiny-retriever", "--shape", "Qwen3-4B"], "got models and shape"),
         (["--shape", "Qwen3-4"], "did you mean 'Qwen3-4B'"),
         (["x", "--url", "http://127.0.0.1:9", "--slots", "3"], "--slots: expected nothing with"),
-        (["x", "--vocab", "3"], "--vocab: expected nothing without url, got 3"),
+        (["x", "--vocab", "3"], "--vocab-size: expected nothing without url, got 3"),
         (["x", "--rate", "1", "--concurrency", "2"], "--rate: expected it or concurrency"),
         (["x", "--rate", "0"], "error: --rate: expected a number above 0"),
         (["x", "--requests", "0"], "error: --requests: expected an integer of at least 1"),
