@@ -57,7 +57,6 @@ def add_parser(subparsers: Commands) -> None:
         description="Send the same requests to a model under each policy, or to models of a "
         "server: time to first token, time per token, throughput, memory.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
@@ -145,21 +144,13 @@ def add_parser(subparsers: Commands) -> None:
         help="that a request may take, default 3600; then it has failed",
     )
 
-    process_args.add_process_arguments(parser, mesh=True)
-    output = parser.add_argument_group("model and output")
+    output = parser.add_argument_group("output")
     add = output.add_argument
-    add(
-        "--dtype",
-        choices=["bfloat16", "float32", "float16"],
-        help="of weights and activations, default bfloat16",
-    )
-    add("--revision", metavar="REV", help="of a hub id: a branch, a tag or a commit")
-    process_args.add_config_override(output)
-    add("--backend", metavar="NAME", help="as in swaa generate, default auto")
     add("--output", default="bench_output", metavar="DIR", help="default: bench_output")
     add("--quiet", action="store_true", help="no progress bar and no table")
-    add("--verbose", action="store_true", help="log what is chosen and why")
     add_json(output, "the table")
+    process_args.add_loading_arguments(parser, backend=None)
+    process_args.add_process_arguments(parser, mesh=True)
 
 
 def run(args: argparse.Namespace) -> int:

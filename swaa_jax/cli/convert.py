@@ -47,7 +47,6 @@ def add_parser(subparsers: Commands) -> None:
         description="Write a checkpoint again, in Hugging Face layout: to another place, in "
         "another dtype, in other files, under another attention policy.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     parser.add_argument(

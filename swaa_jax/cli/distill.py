@@ -30,7 +30,6 @@ def add_parser(subparsers: Commands) -> None:
         description="Let the full-attention model answer questions several times, and keep the "
         "answers that a judge accepts.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, hub id or gs://...")
@@ -38,7 +37,7 @@ def add_parser(subparsers: Commands) -> None:
     parser.add_argument("output", metavar="OUT", help="a directory: new, or that of the same run")
     answers = parser.add_argument_group("answers")
     answers.add_argument("--attempts", type=int, default=4, metavar="N", help="default 4")
-    add_sampling_arguments(answers, temperature=1)
+    add_sampling_arguments(parser, answers, temperature=1)
     answers.add_argument("--max-new-tokens", type=int, default=2048, metavar="N", help="2048")
     answers.add_argument(
         "--thinking",
@@ -72,8 +71,10 @@ def add_parser(subparsers: Commands) -> None:
     )
     judge.add_argument("--keep", choices=["all", "first"], default="all", help="default all")
     add_policy_arguments(parser)
-    process_args.add_model_run_arguments(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
     add_json(parser, "what it came to")
+    process_args.add_loading_arguments(parser)
+    process_args.add_process_arguments(parser, mesh=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -109,10 +110,11 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(
         args.model,
         policy=policy,
-        dtype=args.dtype,
+        dtype=process_args.dtype_from_args(args),
         mesh=process_args.mesh_from_args(args),
         revision=args.revision,
         config_overrides=overrides,
+        backend=args.backend,
     )
     done = distill(
         model,
@@ -123,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
         config=config,
         settings={
             "model": args.model,
-            "dtype": args.dtype,
+            "dtype": process_args.dtype_from_args(args),
             "policy": policy.to_dict(),
             **({"config_overrides": overrides} if overrides else {}),
             "judge": {"name": args.judge, **without_secrets(settings)},

@@ -54,7 +54,6 @@ def add_parser(subparsers: Commands) -> None:
         description="Choose the layers that keep full attention, from how a model answers "
         "calibration samples.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, hub id or gs://...")
@@ -69,7 +68,9 @@ def add_parser(subparsers: Commands) -> None:
             *("greedy", "backward", "pairwise", "gates"),
         ],
         default="add_one",
-        help="see below; default add_one",
+        metavar="METHOD",
+        help="periodic, lazy_ratio, add_one, remove_one, greedy, backward, pairwise or gates, as "
+        "--help-all tells; default add_one",
     )
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--full-layers-count", type=int, metavar="K", help="full layers")
@@ -132,8 +133,10 @@ def add_parser(subparsers: Commands) -> None:
         metavar="N",
         help="samples times sets in one batch; default: by a rough count of memory",
     )
-    process_args.add_model_run_arguments(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
     add_json(parser, "the selection")
+    process_args.add_loading_arguments(parser)
+    process_args.add_process_arguments(parser, mesh=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -158,10 +161,11 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(
         args.model,
         policy=AttentionPolicy(),
-        dtype=args.dtype,
+        dtype=process_args.dtype_from_args(args),
         mesh=process_args.mesh_from_args(args),
         revision=args.revision,
         config_overrides=process_args.config_overrides_from_args(args),
+        backend=args.backend,
     )
     with naming_flags(args):
         found = select_layers(

@@ -33,7 +33,6 @@ exit codes: 0 the recorded policy; 1 another one, which is named, or none of tho
 argument, or a server that cannot be talked to; 3 the replies do not tell.
 """
 
-_DTYPES = ("float32", "bfloat16", "float16")
 _DTYPE = "float32"
 _TWINS = {"float32": "bfloat16", "bfloat16": "float16", "float16": "bfloat16"}
 _FOR_RECORD = ("against", "seed", "new_tokens", "rounds", "most")
@@ -52,7 +51,6 @@ def add_parser(subparsers: Commands) -> None:
         "decoding. Probes are recorded once, with the weights at hand; a server is asked them "
         "over /v1/completions, with or without log-probabilities.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     parser.add_argument(
@@ -93,19 +91,14 @@ def add_parser(subparsers: Commands) -> None:
     )
 
     add_policy_arguments(parser)
-    process_args.add_process_arguments(parser, mesh=True)
-    output = parser.add_argument_group("model and output")
-    output.add_argument(
-        "--dtype",
-        choices=_DTYPES,
-        help="of a model that is run here, default float32; a record measures the noise of "
+    add_json(parser, "the verdict, or what was recorded,")
+    process_args.add_loading_arguments(
+        parser,
+        dtype_help="of a model that is run here, default float32; a record measures the noise of "
         "bfloat16 (or of float16, where this is bfloat16), for which it loads the weights again",
+        backend=None,
     )
-    output.add_argument("--revision", metavar="REV", help="of a hub id")
-    process_args.add_config_override(output)
-    output.add_argument("--backend", metavar="NAME", help="as in swaa generate, default auto")
-    add_json(output, "the verdict, or what was recorded,")
-    output.add_argument("--verbose", action="store_true", help="log what is chosen and why")
+    process_args.add_process_arguments(parser, mesh=True)
 
 
 def run(args: argparse.Namespace) -> int:
