@@ -58,7 +58,33 @@ _LAZY = {
 _CALLABLE = ("bench", "distill", "train")
 """Rooms that are also functions; see `callable_package`."""
 
-__all__ = ["__version__", *_LAZY, *_CALLABLE]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
+    "AttentionPolicy",
+    "DistillConfig",
+    "EvalConfig",
+    "GenerateOptions",
+    "LoraConfig",
+    "Stage",
+    "TrainConfig",
+    "__version__",
+    "add_lora",
+    "bench",
+    "distill",
+    "evaluate",
+    "generate",
+    "load_adapter",
+    "load_model",
+    "load_policy",
+    "load_tokenizer",
+    "merge_lora",
+    "recipes",
+    "save_adapter",
+    "save_model",
+    "search_policy",
+    "select_layers",
+    "stream",
+    "train",
+]
 
 _OLDEST_JAX = (0, 10)
 

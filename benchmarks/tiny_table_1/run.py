@@ -185,13 +185,13 @@ def _select(
     """What each method chooses, and what it took."""
     from swaa_jax import AttentionPolicy
     from swaa_jax.progress import show_progress
-    from swaa_jax.selection import select_layers
+    from swaa_jax.selection import select_from_samples
 
     policy = AttentionPolicy(window=WINDOW, decode=decode)
     found = {}
     for method in ("periodic", *METHODS):
         with show_progress(method, total=1) as bar:
-            one = select_layers(
+            one = select_from_samples(
                 model,
                 samples,
                 method=method,

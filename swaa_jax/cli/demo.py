@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from swaa_jax.cli import Commands, process_args
+from swaa_jax.cli.json_output import add_json
 
 if TYPE_CHECKING:
     from swaa_jax.eval.report import CellSummary
@@ -68,7 +69,6 @@ def add_parser(subparsers: Commands) -> None:
         description="Score attention policies on needles in a haystack: a table, a plot and JSON "
         "of what each one finds and what it costs.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     task = parser.add_argument_group("task")
@@ -141,10 +141,7 @@ def add_parser(subparsers: Commands) -> None:
         help="of the report and all answers, default demo_output",
     )
     model.add_argument("--markdown", metavar="FILE", help="the report in Markdown, here too")
-    model.add_argument(
-        "--json", action="store_true", help="print the table as JSON, and nothing else"
-    )
-    model.add_argument("--verbose", action="store_true", help="log what is chosen and why")
+    add_json(model, "the table")
     process_args.add_process_arguments(parser, mesh=False)
 
 
@@ -156,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
     from swaa_jax.eval.evaluation import evaluate
     from swaa_jax.eval.report import write_evaluation
     from swaa_jax.eval.run import EvalConfig
-    from swaa_jax.eval.run.loading import default_dtype
+    from swaa_jax.models import default_dtype
     from swaa_jax.redact import typed_command
     from swaa_jax.storage import write_text_atomic
 

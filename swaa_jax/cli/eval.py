@@ -79,7 +79,6 @@ def add_parser(subparsers: Commands) -> None:
         description="Ask models under attention policies, judge the answers, and compare scores "
         "and costs.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
@@ -116,7 +115,6 @@ def add_parser(subparsers: Commands) -> None:
     process_args.add_config_override(ask)
     add("--json", action="store_true", help="print the table as JSON, and nothing else")
     add("--quiet", action="store_true", help="no progress bar and no table")
-    add("--verbose", action="store_true", help="log what is chosen and why")
     process_args.add_process_arguments(parser, mesh=True)
 
 

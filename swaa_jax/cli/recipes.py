@@ -55,7 +55,6 @@ def add_parser(subparsers: Commands) -> None:
         help="the shipped policies, what they are for, and which one to begin with",
         description="List the shipped attention policies, or recommend some by need.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("name", nargs="?", metavar="NAME", help="one recipe: show all of it")

@@ -40,7 +40,6 @@ from swaa_jax.eval.run.loading import (
     describe,
     identity_of,
     load_entry,
-    tell_default_dtype,
     warn_of_difference,
 )
 from swaa_jax.eval.run.readers import models as several_models
@@ -188,8 +187,6 @@ def _run(
         task.task.check()
     _check_remote(config, mesh)
     if load is None:
-        if any(model.loaded is None for model in config.local_models):
-            tell_default_dtype(config.dtype)
         load = functools.partial(load_entry, config=config, mesh=mesh)
     entries = [(setting, model) for setting in config.settings for model in setting.models]
     num_asked = len(config.tasks) * len(config.thinking)  # of each policy of a model
