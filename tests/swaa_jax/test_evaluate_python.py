@@ -242,6 +242,12 @@ def test_mistakes_with_objects(mine, no_type_checks):
         with pytest.raises(ValueError, match=message) as told:
             _config(None, {"policies": "full", "tasks": RULER, **arguments})
         assert "\n" not in str(told.value) and len(str(told.value)) < 600
+    with pytest.raises(TypeError, match="evaluate: expected 1 arguments without a name, got"):
+        swaa.evaluate(None, tok, data=QUESTIONS)
+    with pytest.raises(ValueError, match="progress: expected True, False, None"):
+        swaa.evaluate(models=model, data=QUESTIONS, progress="yes")
+    with pytest.raises(ValueError, match="tok: expected a tokenizer, got a .*; the model comes"):
+        swaa.search_policy(tok, model, data=QUESTIONS)
     with pytest.raises(
         ValueError, match="config: expected an EvalConfig, a mapping, a file or None"
     ):
@@ -254,7 +260,8 @@ def test_mistakes_with_objects(mine, no_type_checks):
     for arguments, message in [
         ({}, "search_policy: expected data or task, got neither"),
         ({"data": QUESTIONS, "task": RULER}, "expected data or task, got both"),
-        ({"task": RULER, "flor": 0.9}, "flor"),
+        ({"task": RULER, "flor": 0.9}, "search_policy: expected keys among"),
+        ({"tasks": RULER}, r"'tasks' \(did you mean 'task'\?\)"),
         ({"task": RULER, "floor": 2}, "floor: expected a number"),
         ({"task": RULER, "thinking": "yes"}, "thinking: expected true or false"),
         ({"task": [RULER, RULER + ",seed=1"]}, "expected one task|expected distinct names"),
