@@ -124,6 +124,8 @@ def evaluate(
         >>> print(done)  # doctest: +SKIP
     """
     progress = progress_like("progress", progress)
+    if load is not None and not callable(load):
+        raise wrong("load", "a function of a ModelEntry, or None", load, "give models loaded")
     given = {"models": models, "policies": policies, "tasks": tasks, "data": data}
     given["output_dir"] = output_dir
     config = _config(config, {k: v for k, v in given.items() if v is not None} | settings)

@@ -236,6 +236,10 @@ def test_mistakes_with_objects(mine, no_type_checks):
         assert "\n" not in str(told.value) and len(str(told.value)) < 600
     with pytest.raises(TypeError, match="evaluate: expected 1 arguments without a name, got"):
         swaa.evaluate(None, tok, data=QUESTIONS)
+    with pytest.raises(TypeError, match="EvalConfig: expected arguments by name, got 'full'"):
+        EvalConfig("full")
+    with pytest.raises(ValueError, match="load: expected a function"):
+        swaa.evaluate(models=model, data=QUESTIONS, load=3)
     with pytest.raises(ValueError, match="progress: expected True, False, None"):
         swaa.evaluate(models=model, data=QUESTIONS, progress="yes")
     with pytest.raises(ValueError, match="tok: expected a tokenizer, got a .*; the model comes"):
