@@ -45,7 +45,6 @@ def add_parser(subparsers: Commands) -> None:
         description="Serve a model under one or several attention policies, with OpenAI's "
         "endpoints: chat, completions, streams, tools, log-probabilities. Needs the extra `serve`.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     parser.add_argument(
@@ -156,17 +155,8 @@ def add_parser(subparsers: Commands) -> None:
         help="that answers have left after SIGTERM, default 30",
     )
 
+    process_args.add_loading_arguments(parser)
     process_args.add_process_arguments(parser, mesh=True)
-    output = parser.add_argument_group("model and output")
-    process_args.add_dtype(output)
-    output.add_argument(
-        "--revision", metavar="REV", help="of a hub id: a branch, a tag or a commit"
-    )
-    process_args.add_config_override(output)
-    output.add_argument(
-        "--backend", metavar="NAME", default="auto", help="as in swaa generate, default auto"
-    )
-    output.add_argument("--verbose", action="store_true", help="log what is chosen and why")
 
 
 def run(args: argparse.Namespace) -> int:
