@@ -190,7 +190,9 @@ NOT_BUILT = {
     "model: expected a model from load_model, or what it loads by, got a": lambda m, t: gather(
         None, model=t, tok=m, data=RECORDS, eval_data=None, fields={}
     ),
-    "tok: expected a tokenizer from load_tokenizer, or None": lambda m, t: train(**GOOD, tok=m),
+    "tok: expected a tokenizer from load_tokenizer, its name, or None": lambda m, t: train(
+        **GOOD, tok=m
+    ),
     "data: expected a list of dicts": lambda m, t: train(model="tiny-retriever", output_dir="x"),
     "(did you mean 'policy'?)": lambda m, t: train(**GOOD, polices="naive"),
     "revision: expected none with a loaded model": lambda m, t: train(
