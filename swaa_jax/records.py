@@ -249,9 +249,11 @@ def _mappings(data: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A frame's cell as Python has it: lists for arrays."""
+    """A frame's cell as Python has it: lists for arrays, however deep."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
     return [_plain(one) for one in value] if isinstance(value, list) else value
 
 
