@@ -23,7 +23,7 @@ DEV := $(VENV)/.stamp-$(TAG)-dev
 DOCS := $(VENV)/.stamp-$(TAG)-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint smoke bench docs install lock clean
+.PHONY: help demo test lint smoke bench notebooks docs dist install lock clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -45,7 +45,8 @@ smoke:  ## a short run on the JAX that this PYTHON's lock has, in its own enviro
 	@$(MAKE) --no-print-directory VENV=.venv-$(TAG) .venv-$(TAG)/.stamp-$(TAG)-test
 	@.venv-$(TAG)/bin/python -m pytest -m "not slow" -n $(WORKERS) $(PYTEST_ARGS) \
 	    tests/swaa_jax/test_smoke.py tests/swaa_jax/test_load_memory.py tests/swaa_jax/test_runtime.py \
-	    tests/swaa_jax/test_old_jax.py $(wildcard tests/kernels_pallas)
+	    tests/swaa_jax/test_old_jax.py $(wildcard tests/kernels_pallas) tests/notebooks/test_execution.py \
+	    --deselect tests/notebooks/test_execution.py::test_the_others_run
 
 bench: $(CORE) $(TORCH)  ## attention time and memory against context length, on this machine
 	@$(BIN)/python benchmarks/attention_scaling.py
@@ -53,8 +54,18 @@ bench: $(CORE) $(TORCH)  ## attention time and memory against context length, on
 docs: $(DOCS)  ## the documentation as a site, in site/, which needs no network
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
+notebooks: $(TEST)  ## execute the notebooks and keep what they print
+	@$(BIN)/python notebooks/execute.py
+
+dist: $(DEV)  ## build the wheel and the sdist into dist/, and check them
+	@rm -rf dist
+	@$(BIN)/python -m hatchling build -d dist
+	@$(BIN)/twine check --strict dist/*
+	@$(BIN)/check-wheel-contents dist/*.whl
+
 install: $(DEV) $(TORCH)  ## everything that development needs
 
+# Those with -tpu and -cuda are for the images of docker/; libtpu asks for a newer glibc than the rest.
 # A line of a lock has the hashes of its files: what is installed is what was locked, whatever an
 # index says. Without hashes stays torch.txt alone, whose files differ by index (CPU or CUDA).
 lock:  ## make requirements/lock-*.txt again (needs uv; UPGRADE=1 moves to newer versions)
@@ -69,6 +80,12 @@ lock:  ## make requirements/lock-*.txt again (needs uv; UPGRADE=1 moves to newer
 	  $$compile --extra test --extra dev -c $$name-test.txt -o $$name-dev.txt && \
 	  $$compile --extra test --extra docs -c $$name-test.txt -o $$name-docs.txt || exit 1; \
 	  echo "$$name: $$(grep -oE '^(jax|flax)==[^ ]+' $$name.txt | tr '\n' ' ')"; \
+	done
+	@for extra in tpu cuda; do \
+	  $(UV) pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_31 \
+	    --no-emit-index-url --no-header --no-annotate --generate-hashes pyproject.toml \
+	    requirements/build.in --extra $$extra --extra gcs --extra serve \
+	    -c requirements/lock-py311.txt -o requirements/lock-py311-$$extra.txt || exit 1; \
 	done
 
 clean:  ## remove environments, caches and outputs

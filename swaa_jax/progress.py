@@ -1,4 +1,4 @@
-"""How far something is, on stderr: a bar on a screen or in a notebook, elsewhere a line now and then.
+"""How far something is: a bar on a screen or in a notebook, else lines on stderr now and then.
 
     with show_progress("generating", total=240, unit="tokens", enabled=progress) as bar:
         for token in tokens:
@@ -13,17 +13,28 @@ what is being done and how much of it is done.
 """
 
 import contextlib
+import html
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from swaa_jax import runtime
+from swaa_jax.fields import wrong
+from swaa_jax.runtime import is_notebook, is_watched
 
 if TYPE_CHECKING:
     import rich.progress
 
-__all__ = ["Progress", "ProgressLike", "ShowProgress", "is_notebook", "show_progress"]
+__all__ = [
+    "Progress",
+    "ProgressLike",
+    "ShowProgress",
+    "is_notebook",
+    "progress_like",
+    "say",
+    "show_progress",
+]
 
 ShowProgress: TypeAlias = Callable[[str, float], None]
 """Told what is being done and how much is done, 0 to 1: `Progress.show` of a total of 1."""
@@ -32,6 +43,20 @@ ProgressLike: TypeAlias = bool | ShowProgress | None
 """Who is told: None a screen or a notebook, True a log as well, False nobody, or a function."""
 
 _LINE_SECONDS = 30.0
+_NOTEBOOK_SECONDS = 0.2  # between two pictures of a bar
+_drawn: list["Progress"] = []  # the bar that is on the screen; another one within it is not drawn
+
+
+def progress_like(name: str, value: Any) -> Any:
+    """The check of an argument that is a `ProgressLike`.
+
+    Raises:
+        ValueError: something else.
+    """
+    if value is None or isinstance(value, bool) or callable(value):
+        return value
+    expected = "True, False, None for a bar where somebody looks, or a function (text, share)"
+    raise wrong(name, expected, value)
 
 
 class Progress:
@@ -66,7 +91,7 @@ class Progress:
 class _Bar(Progress):
     """Progress on a screen."""
 
-    def __init__(self, text: str, *, total: float, unit: str, done: float):
+    def __init__(self, text: str, *, total: float, unit: str, done: float, leave: bool):
         super().__init__(text, total=total, unit=unit, done=done)
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -79,13 +104,65 @@ class _Bar(Progress):
             TimeRemainingColumn(),
             TextColumn("{task.description}", markup=False),
             console=Console(stderr=True),
+            transient=not leave,
         )
         self._task: rich.progress.TaskID = self.rich.add_task(text, total=total, count=str(self))
         self.show(text, done)
+        self.rich.start()
 
     def show(self, text: str, done: float) -> None:
         super().show(text, done)
         self.rich.update(self._task, description=text, completed=done, count=str(self))
+
+    def close(self) -> None:
+        """Draws it for the last time."""
+        self.rich.stop()
+
+
+class _NotebookBar(Progress):
+    """Progress in a notebook: one output that is replaced, and at the end says how long it took.
+
+    Jupyter, Colab and Kaggle all show it, with nothing installed. (Rich and tqdm want ipywidgets,
+    whose bars are gone from a notebook that is saved.)
+    """
+
+    def __init__(self, text: str, *, total: float, unit: str, done: float, leave: bool):
+        super().__init__(text, total=total, unit=unit, done=done)
+        from IPython.display import display
+
+        self._leave = leave
+
+        self._start = self._shown = time.monotonic()
+        self._handle = display(self._bundle(), raw=True, display_id=True)
+
+    def show(self, text: str, done: float) -> None:
+        is_new = text != self.text
+        super().show(text, done)
+        if is_new or time.monotonic() - self._shown > _NOTEBOOK_SECONDS:
+            self._shown = time.monotonic()
+            self._update(self._bundle())
+
+    def close(self) -> None:
+        """Leaves one line of text, or nothing."""
+        line = f"{self._line()} in {self._seconds()}" if self._leave else ""
+        self._update({"text/plain": line, "text/html": html.escape(line)})
+
+    def _update(self, bundle: dict[str, str]) -> None:
+        if self._handle is not None:
+            self._handle.update(bundle, raw=True)
+
+    def _bundle(self) -> dict[str, str]:
+        share = min(1.0, self.done / (self.total or 1))
+        bar = f'<progress value="{share:.4f}" max="1"></progress>'
+        words = html.escape(f"{self._line()}, {self._seconds()}")
+        return {"text/plain": f"{self._line()}, {self._seconds()}", "text/html": f"{bar} {words}"}
+
+    def _line(self) -> str:
+        return f"{self.text}: {str(self).strip()}"
+
+    def _seconds(self) -> str:
+        seconds = time.monotonic() - self._start
+        return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
 
 
 class _Told(Progress):
@@ -117,7 +194,13 @@ class _Lines(Progress):
 
 @contextlib.contextmanager
 def show_progress(
-    text: str, *, total: float, unit: str = "", done: float = 0, enabled: ProgressLike = True
+    text: str,
+    *,
+    total: float,
+    unit: str = "",
+    done: float = 0,
+    enabled: ProgressLike = True,
+    leave: bool = True,
 ) -> Iterator[Progress]:
     """Shows how far the block is.
 
@@ -127,28 +210,34 @@ def show_progress(
         unit: of what; see `Progress`.
         done: how much is done already.
         enabled: who is told.
+        leave: keep the bar in sight when the block ends.
     """
+    about = {"total": total, "unit": unit, "done": done}
     if callable(enabled):
-        yield _Told(enabled, text, total=total, unit=unit, done=done)
-    elif enabled is False or not runtime.is_main_process():
-        yield Progress(text, total=total, unit=unit, done=done)
-    elif _is_watched():
-        bar = _Bar(text, total=total, unit=unit, done=done)
-        with bar.rich:
+        yield _Told(enabled, text, **about)
+    elif enabled is False or not runtime.is_main_process() or _drawn:
+        yield Progress(text, **about)
+    elif is_watched():
+        bar = (_NotebookBar if is_notebook() else _Bar)(text, **about, leave=leave)
+        _drawn.append(bar)
+        try:
             yield bar
-    elif enabled:
-        yield _Lines(text, total=total, unit=unit, done=done)
+        finally:
+            _drawn.clear()
+            bar.close()
     else:
-        yield Progress(text, total=total, unit=unit, done=done)
+        yield (_Lines if enabled else Progress)(text, **about)
 
 
-def _is_watched() -> bool:
-    """Whether a bar can be drawn: on a terminal, or in a notebook."""
-    return sys.stderr.isatty() or is_notebook()
+def say(text: str, *, enabled: ProgressLike = True) -> None:
+    """Prints lines where progress is shown: above a bar, or in a log with True; else nothing.
 
-
-def is_notebook() -> bool:
-    """Whether this process is a notebook's kernel: Jupyter's, Colab's or Kaggle's."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    return shell is not None and hasattr(shell, "kernel")
+    Args:
+        text: one line or several.
+        enabled: who is told; a function is not.
+    """
+    if enabled is False or callable(enabled) or not runtime.is_main_process():
+        return
+    if enabled or is_watched():
+        # A notebook marks what comes on stderr as an error.
+        print(text, file=sys.stdout if is_notebook() else sys.stderr, flush=True)

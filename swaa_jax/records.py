@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,12 +25,24 @@ from swaa_jax.fields import describe, show
 from swaa_jax.limits import PARQUET_BYTES, PARQUET_TIMES
 from swaa_jax.storage import CheckpointError, is_local, reading
 
-__all__ = ["DataError", "Record", "Records", "find_files", "open_records", "records_of"]
+__all__ = [
+    "SHIPPED",
+    "DataError",
+    "Record",
+    "Records",
+    "find_files",
+    "open_records",
+    "records_of",
+]
 
 # What a directory or a pattern means; a file that is named may also be .json, or have no ending.
 _USUAL = (".parquet", ".jsonl", ".ndjson")
 _ENDINGS = (*_USUAL, ".json", "")
 _LONGEST = 400  # characters of names in a message
+
+_ASSETS = epath.resource_path("swaa_jax") / "assets"
+SHIPPED = {name: _ASSETS / f"{name}.jsonl" for name in ("tiny-needles", "tiny-needles-held-out")}
+"""Files inside this package, by the name that stands for them: needles for tiny-retriever."""
 
 T = TypeVar("T")
 
@@ -132,7 +144,8 @@ def find_files(patterns: Sequence[epath.PathLike]) -> list[epath.Path]:
     """The files that are meant, in the order given, those of a directory or pattern sorted.
 
     Args:
-        patterns: files, directories of them, or glob patterns; local or ``gs://``.
+        patterns: files, directories of them, or glob patterns; local or ``gs://``. Or names of
+            `SHIPPED`, unless there is a file of that name.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -144,6 +157,9 @@ def find_files(patterns: Sequence[epath.PathLike]) -> list[epath.Path]:
     found: list[epath.Path] = []
     for pattern in patterns:
         pattern = os.fspath(pattern)
+        if pattern in SHIPPED and not os.path.exists(pattern):
+            found.append(SHIPPED[pattern])
+            continue
         with reading(pattern):
             path = epath.Path(pattern).expanduser()
             if any(c in pattern for c in "*?["):
@@ -193,13 +209,51 @@ def open_records(files: Sequence[epath.PathLike]) -> Records:
     return _records([_open(os.fspath(file)) for file in files])
 
 
-def records_of(mappings: Sequence[Mapping[str, object]]) -> Records:
+def records_of(data: Any) -> Records:
     """Records that are in memory.
 
+    Args:
+        data: a list (or an iterable) of mappings, a Hugging Face `datasets.Dataset`, a pandas frame
+            or a pyarrow table.
+
     Raises:
-        DataError: there are none.
+        DataError: there are none, or it is something else: the message says what to do with it.
+
+    Examples:
+        >>> records_of([{"prompt": "1 + 1 =", "answer": "2"}])[0].text("answer")
+        '2'
     """
-    return _records([_InMemory("the list of records", mappings)])
+    return _records([_InMemory("the list of records", _mappings(data))])
+
+
+def _mappings(data: Any) -> Sequence[Any]:
+    """The records of an object, by number."""
+    expected = "a list of records, a datasets.Dataset or a pandas frame"
+    if isinstance(data, Mapping):
+        splits = [key for key, value in data.items() if hasattr(value, "column_names")]
+        advice = f"take one split, data[{splits[0]!r}]" if splits else 'write [{"prompt": ...}]'
+        raise DataError(f"data: expected {expected}, got a {type(data).__name__}; {advice}")
+    if hasattr(data, "to_pylist"):  # pyarrow's
+        return data.to_pylist()
+    if hasattr(data, "columns") and callable(getattr(data, "to_dict", None)):  # a frame of pandas'
+        records = data.to_dict("records")
+        return [{str(name): _plain(value) for name, value in one.items()} for one in records]
+    if hasattr(data, "column_names") and not hasattr(data, "__len__"):
+        raise DataError(
+            f"data: expected {expected}, got a {type(data).__name__}, which has no length; take "
+            "some of it, list(data.take(1000))"
+        )
+    if isinstance(data, str | bytes) or not isinstance(data, Iterable):
+        raise DataError(f"data: expected {expected}, got {describe(data)}")
+    by_number: Any = data
+    return by_number if hasattr(data, "__getitem__") and hasattr(data, "__len__") else list(data)
+
+
+def _plain(value: Any) -> Any:
+    """A frame's cell as Python has it: lists for arrays."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    return [_plain(one) for one in value] if isinstance(value, list) else value
 
 
 def _records(files: Sequence["_JsonLines | _Parquet | _InMemory"]) -> Records:

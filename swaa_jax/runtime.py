@@ -21,6 +21,9 @@ _COORDINATOR = "JAX_COORDINATOR_ADDRESS"
 _NUM_PROCESSES = "JAX_NUM_PROCESSES"
 _PROCESS_ID = "JAX_PROCESS_ID"
 
+_CACHE_DIR = "JAX_COMPILATION_CACHE_DIR"
+_asked_for_cache = False  # by this process
+
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _LARGE_BLOCK = 24 << 20  # bytes; smaller ones are what programs compute with, again and again
 
@@ -290,6 +293,47 @@ def enable_compilation_cache(directory: epath.PathLike | None = None) -> str | N
         return None
     jax.config.update("jax_compilation_cache_dir", os.fspath(path))
     return os.fspath(path)
+
+
+def keep_compiled_programs() -> None:
+    """What `load_model` does once a process: `enable_compilation_cache`, unless the user said
+    otherwise, and one line on a screen or in a notebook that says so when the cache is new.
+
+    JAX's own settings go first: `JAX_COMPILATION_CACHE_DIR` (empty: none), and
+    `JAX_ENABLE_COMPILATION_CACHE=false` or `jax.config.update("jax_enable_compilation_cache",
+    False)`, which turn it off.
+    """
+    global _asked_for_cache
+    is_on = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    if _asked_for_cache or not is_on or _CACHE_DIR in os.environ:
+        return
+    _asked_for_cache = True
+    is_new = not _default_cache().exists()
+    where = enable_compilation_cache()
+    logger.info("compiled programs are kept in %s", where)
+    if where and is_new and is_main_process() and is_watched():
+        print(  # noqa: T201
+            f"swaa_jax keeps compiled programs in {where}, for the next process; "
+            "JAX_ENABLE_COMPILATION_CACHE=false turns it off",
+            file=sys.stderr,
+        )
+
+
+def disable_compilation_cache() -> None:
+    """Compiles everything anew in this process."""
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
+def is_watched() -> bool:
+    """Whether somebody looks on: stderr is a terminal, or this is a notebook."""
+    return sys.stderr.isatty() or is_notebook()
+
+
+def is_notebook() -> bool:
+    """Whether this process is a notebook's kernel: Jupyter's, Colab's or Kaggle's."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return shell is not None and hasattr(shell, "kernel")
 
 
 def return_freed_arrays() -> bool:

@@ -92,9 +92,7 @@ class Table:
         )
         caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
         rest = "".join(f"<p>{html.escape(text)}</p>" for text in self._left_out())
-        return (
-            f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{rest}"
-        )
+        return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{rest}"
 
     def _shown(self) -> Sequence[tuple[Any, ...]]:
         return self.lines[:_MOST_SHOWN]

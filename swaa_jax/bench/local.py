@@ -76,15 +76,15 @@ def local_cells(
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and workload.longest > context:
         raise ValueError(
-            f"--prompt-tokens: expected prompt and answer of at most {context} tokens, the model's "
+            f"prompt_tokens: expected prompt and answer of at most {context} tokens, the model's "
             f"context, got {workload.longest}; shorten them, or raise the context with "
-            "--config-override max_position_embeddings=N"
+            "the config value max_position_embeddings"
         )
     share = {} if memory_share is None else {"memory_share": memory_share}
     cells = []
     for name, policy in policies.items():
         under = model.with_policy(load_policy(policy))
-        measurement = Measurement(name=name, policy=str(under.policy))
+        measurement = Measurement(name=name, policy=str(under.policy), policy_name=name)
 
         def run(
             tell: Callable[[], None],

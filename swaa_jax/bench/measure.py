@@ -226,6 +226,8 @@ class Measurement:
     Attributes:
         name: of the policy or the model.
         policy: its fields, as text; empty where a server does not say.
+        policy_name: what the policy was called when it was asked for; empty with a server.
+        model: its name.
         timelines: of all requests, in order of arrival.
         duration_s: see `Summary`.
         stopped: what cut it off; None: nothing.
@@ -238,6 +240,8 @@ class Measurement:
 
     name: str
     policy: str = ""
+    policy_name: str = ""
+    model: str = ""
     timelines: list[Timeline] = dataclasses.field(default_factory=list)
     duration_s: float = 0.0
     stopped: Literal["time", "interrupt"] | None = None
@@ -266,6 +270,7 @@ class Measurement:
         """As plain data."""
         return {
             "name": self.name,
+            "model": self.model,
             "policy": self.policy,
             "stopped": self.stopped,
             "error": self.error,

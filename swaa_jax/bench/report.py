@@ -8,7 +8,7 @@ bench.png    throughput and latencies as bars
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 from rich import box
@@ -18,10 +18,22 @@ from rich.text import Text
 from swaa_jax.bench.measure import Measurement, Spread, Summary
 from swaa_jax.bench.workload import Workload
 from swaa_jax.fields import first_of, one_line, plural
+from swaa_jax.figures import new_figure
 from swaa_jax.storage import write_bytes_atomic, write_json_atomic, write_text_atomic
 from swaa_jax.typing import PathLike
 
-__all__ = ["LEGEND", "SCHEMA_VERSION", "remarks", "terminal_table", "write_report"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "LEGEND",
+    "SCHEMA_VERSION",
+    "document_of",
+    "figure_of",
+    "remarks",
+    "terminal_table",
+    "write_report",
+]
 
 SCHEMA_VERSION = 1
 
@@ -126,7 +138,7 @@ def remarks(measurements: Sequence[Measurement]) -> list[str]:
                 f"failed: {first_of(told, limit=3)}"
             )
         if measurement.stopped is not None:
-            by = {"time": "--max-seconds", "interrupt": "an interrupt"}[measurement.stopped]
+            by = {"time": "the time limit", "interrupt": "an interrupt"}[measurement.stopped]
             found.append(
                 f"{name}: cut off by {by}: {summary.unfinished} of {summary.asked} requests did "
                 "not end, and latencies are of those that did, which favours short ones"
@@ -169,18 +181,26 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     names = ("bench.json", "bench.md", "bench.png")
     paths = {name: epath.Path(os.fspath(folder / name)) for name in names}
-    document = {
+    write_json_atomic(paths["bench.json"], document_of(measurements, workload, about))
+    write_text_atomic(
+        paths["bench.md"], _markdown(measurements, title, workload, about.get("command", ""))
+    )
+    picture = io.BytesIO()
+    figure_of(measurements, title, workload).savefig(picture, dpi=150, format="png")
+    write_bytes_atomic(paths["bench.png"], picture.getvalue())
+    return paths
+
+
+def document_of(
+    measurements: Sequence[Measurement], workload: Workload, about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What bench.json has: every figure, and every request."""
+    return {
         "schema_version": SCHEMA_VERSION,
         **about,
         "workload": workload.to_dict(),
         "measurements": [one.to_dict() for one in measurements],
     }
-    write_json_atomic(paths["bench.json"], document)
-    write_text_atomic(
-        paths["bench.md"], _markdown(measurements, title, workload, about.get("command", ""))
-    )
-    write_bytes_atomic(paths["bench.png"], _chart(measurements, title, workload))
-    return paths
 
 
 def _markdown(
@@ -200,13 +220,8 @@ def _cell(text: str) -> str:
     return one_line(text).replace("|", r"\|").replace("<", "&lt;")
 
 
-def _chart(measurements: Sequence[Measurement], title: str, workload: Workload) -> bytes:
+def figure_of(measurements: Sequence[Measurement], title: str, workload: Workload) -> "Figure":
     """Bars: tokens a second, TTFT and TPOT, each with an axis of its own."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display
-    from matplotlib import pyplot
-
     names = [one_line(one.name)[:_LONGEST_NAME].replace("$", r"\$") for one in measurements]
     summaries = [one.summary for one in measurements]
     panels: list[tuple[str, list[tuple[str, list[float]]]]] = [
@@ -214,33 +229,27 @@ def _chart(measurements: Sequence[Measurement], title: str, workload: Workload) 
         ("TTFT, s", _quantiles([one.ttft for one in summaries], 1.0)),
         ("TPOT, ms", _quantiles([one.tpot for one in summaries], 1e3)),
     ]
-    height = 1.9 + 0.62 * len(names)
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(12, height), sharey=True)
-    try:
-        for axis, (label, series) in zip(axes, panels, strict=True):
-            size = 0.8 / len(series)
-            for at, (name, values) in enumerate(series):
-                places = [place - 0.4 + size * (at + 0.5) for place in range(len(names))]
-                bars = axis.barh(places, values, size, color=_COLORS[at], label=name)
-                shown = [_figure(value) if value else "" for value in values]
-                axis.bar_label(bars, shown, padding=3, fontsize=8)
-            axis.set_xlabel(label)
-            axis.set_yticks(range(len(names)), names)
-            axis.margins(x=0.2)
-            axis.spines[["top", "right"]].set_visible(False)
-            if len(series) > 1:  # above the bars
-                axis.legend(
-                    frameon=False, fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1)
-                )
-        axes[0].invert_yaxis()
-        head = f"{title}\n{workload.describe()}".replace("$", r"\$")
-        figure.suptitle(head, fontsize=10, x=0.01, ha="left")
-        figure.tight_layout()
-        buffer = io.BytesIO()
-        figure.savefig(buffer, dpi=150, format="png")
-    finally:
-        pyplot.close(figure)
-    return buffer.getvalue()
+    figure = new_figure(width=12.0, height=1.9 + 0.62 * len(names), layout="tight")
+    axes = figure.subplots(1, len(panels), sharey=True)
+    for axis, (label, series) in zip(axes, panels, strict=True):
+        size = 0.8 / len(series)
+        for at, (name, values) in enumerate(series):
+            places = [place - 0.4 + size * (at + 0.5) for place in range(len(names))]
+            bars = axis.barh(places, values, size, color=_COLORS[at], label=name)
+            shown = [_figure(value) if value else "" for value in values]
+            axis.bar_label(bars, shown, padding=3, fontsize=8)
+        axis.set_xlabel(label)
+        axis.set_yticks(range(len(names)), names)
+        axis.margins(x=0.2)
+        axis.spines[["top", "right"]].set_visible(False)
+        if len(series) > 1:  # above the bars
+            axis.legend(
+                frameon=False, fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1)
+            )
+    axes[0].invert_yaxis()
+    head = f"{title}\n{workload.describe()}".replace("$", r"\$")
+    figure.suptitle(head, fontsize=10, x=0.01, ha="left")
+    return figure
 
 
 def _quantiles(found: Sequence[Spread | None], scale: float) -> list[tuple[str, list[float]]]:

@@ -53,22 +53,22 @@ def server_models(endpoint: Endpoint, names: Sequence[str]) -> list[str]:
     if not reply.is_ok and not names:
         advice = "check the URL, which ends with /v1 as a rule, or name a model"
         raise ValueError(
-            f"--url: expected {endpoint.shown}/models to list the server's models, got "
+            f"url: expected {endpoint.shown}/models to list the server's models, got "
             f"{reply.status} {endpoint.message_of(reply.body)}; "
             f"{_KEY_ADVICE if reply.status in _NO_ENTRY else advice}"
         )
     unknown = next((name for name in names if listed and name not in listed), None)
     if unknown is not None:
         raise ValueError(
-            f"MODEL: expected one of the server's models, {first_of(listed)}, got {show(unknown)}"
+            f"models: expected one of the server's models, {first_of(listed)}, got {show(unknown)}"
             f"{nearest(unknown, listed)}; name one of them"
         )
     if names:
         return list(names)
     if len(listed) != 1:
         raise ValueError(
-            f"MODEL: expected names of the server's models, which are "
-            f"{first_of(listed) or 'not listed'}, got none; name one, or several with commas"
+            f"models: expected names of the server's models, which are "
+            f"{first_of(listed) or 'not listed'}, got none; name one or several"
         )
     return listed
 
@@ -94,7 +94,7 @@ def server_cells(
     """
     cells = []
     for name in names:
-        measurement = Measurement(name=name)
+        measurement = Measurement(name=name, model=name)
 
         def run(
             tell: Callable[[], None], name: str = name, measurement: Measurement = measurement
@@ -327,7 +327,7 @@ def _unanswered(endpoint: Endpoint, error: BaseException, *, asked: str = "") ->
     advice = "check the URL, which ends with /v1 as a rule"
     if status in _TOO_MUCH:
         expected = f"{endpoint.shown} to take {asked}"
-        advice = "see --prompt-tokens, --output-tokens and --vocab"
+        advice = "ask for shorter prompts and answers, or for tokens of a smaller vocabulary"
     elif status in _NO_ENTRY:
         advice = _KEY_ADVICE
-    return ValueError(f"--url: expected {expected}, got {told}; {advice}")
+    return ValueError(f"url: expected {expected}, got {told}; {advice}")

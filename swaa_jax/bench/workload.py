@@ -13,14 +13,14 @@ that changing one leaves the others as they were.
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from swaa_jax.fields import check_fields, integer, list_of, number, or_none, show, wrong
 
-__all__ = ["Lengths", "Planned", "Workload", "parse_lengths"]
+__all__ = ["Lengths", "LengthsLike", "Planned", "Workload", "lengths_given", "parse_lengths"]
 
 _LENGTHS, _ARRIVALS, _TOKENS = range(3)
 _LENGTH = re.compile(r"([1-9]\d{0,9})(k?)")
@@ -85,6 +85,32 @@ def parse_lengths(name: str, text: str) -> Lengths:
             f"100,200,4k, got {show(text)}"
         )
     return Lengths(values=values, is_range=is_range)
+
+
+LengthsLike: TypeAlias = "Lengths | int | str | Sequence[int]"
+"""Lengths, or what `lengths_given` makes them of."""
+
+
+def lengths_given(name: str, value: LengthsLike) -> Lengths:
+    """Lengths, however they are given: a number, a list that takes turns, or as they are typed.
+
+    >>> str(lengths_given("prompt_tokens", [100, 200])), lengths_given("prompt_tokens", 9).values
+    ('100,200', (9,))
+
+    Raises:
+        ValueError: something else.
+    """
+    if isinstance(value, Lengths):
+        return value
+    if isinstance(value, str):
+        return parse_lengths(name, value)
+    if isinstance(value, list | tuple) and value:
+        return Lengths(
+            values=tuple(integer(least=1)(f"{name}[{at}]", one) for at, one in enumerate(value))
+        )
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise wrong(name, 'tokens such as 1024, "512:8k" or [100, 200]', value)
+    return Lengths(values=(integer(least=1)(name, value),))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

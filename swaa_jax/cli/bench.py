@@ -1,26 +1,20 @@
 """`swaa bench`: how fast a model is under attention policies, or a server, under one workload."""
 
 import argparse
-import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from swaa_jax.cli import Commands, process_args
-from swaa_jax.cli.flags import flag_of, naming_flags
+from swaa_jax.cli.flags import naming_flags
+from swaa_jax.cli.json_output import add_json
 
 if TYPE_CHECKING:
-    from swaa_jax.bench.cells import Cell
-    from swaa_jax.bench.measure import Measurement
-    from swaa_jax.bench.workload import Workload
-    from swaa_jax.models import CausalLM
+    from swaa_jax.bench import BenchResult
     from swaa_jax.typing import PathLike
 
-_POLICIES = "full,naive,instruct-no-train"
-_API_KEY = "SWAA_BENCH_API_KEY"
-_VOCAB = 1000
 _EPILOG = """\
 examples:
   swaa bench tiny-retriever --prompt-tokens 512 --output-tokens 32 \\
@@ -48,12 +42,11 @@ exit codes: 0 all requests were answered; 1 some failed or were cut off, or a po
 2 for a wrong argument or a server that does not answer; 130 after Ctrl-C.
 """
 
-_LOCAL = (
-    "shape", "policies", "num_slots", "chunk_size", "pool_tokens", "memory_share",
-    "steps_per_call", "chunks_per_round", "mesh", "dtype", "revision", "backend",
-    "config_override",
-)  # fmt: skip
-_REMOTE = ("vocab_size", "request_s")
+_OPTIONS = (
+    *("shape", "policies", "num_slots", "chunk_size", "pool_tokens", "memory_share"),
+    *("steps_per_call", "chunks_per_round", "dtype", "revision", "backend"),
+    *("vocab_size", "request_s", "concurrency", "rate", "max_seconds"),
+)
 
 
 def add_parser(subparsers: Commands) -> None:
@@ -64,7 +57,6 @@ def add_parser(subparsers: Commands) -> None:
         description="Send the same requests to a model under each policy, or to models of a "
         "server: time to first token, time per token, throughput, memory.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
@@ -115,7 +107,7 @@ def add_parser(subparsers: Commands) -> None:
         "--policies",
         metavar="LIST",
         help="shipped names, files, or fields as in full,window=64,window=64,decode=full; default: "
-        + _POLICIES,
+        "full,naive,instruct-no-train",
     )
     add(
         "--slots",
@@ -142,7 +134,7 @@ def add_parser(subparsers: Commands) -> None:
         dest="vocab_size",
         type=int,
         metavar="N",
-        help=f"prompts are token ids below it, default {_VOCAB}, which every model has",
+        help="prompts are token ids below it, default 1000, which every model has",
     )
     add(
         "--request-seconds",
@@ -152,235 +144,85 @@ def add_parser(subparsers: Commands) -> None:
         help="that a request may take, default 3600; then it has failed",
     )
 
-    process_args.add_process_arguments(parser, mesh=True)
-    output = parser.add_argument_group("model and output")
+    output = parser.add_argument_group("output")
     add = output.add_argument
-    add(
-        "--dtype",
-        choices=["bfloat16", "float32", "float16"],
-        help="of weights and activations, default bfloat16",
-    )
-    add("--revision", metavar="REV", help="of a hub id: a branch, a tag or a commit")
-    process_args.add_config_override(output)
-    add("--backend", metavar="NAME", help="as in swaa generate, default auto")
     add("--output", default="bench_output", metavar="DIR", help="default: bench_output")
     add("--quiet", action="store_true", help="no progress bar and no table")
-    add("--verbose", action="store_true", help="log what is chosen and why")
+    add_json(output, "the table")
+    process_args.add_loading_arguments(parser, backend=None)
+    process_args.add_process_arguments(parser, mesh=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from swaa_jax.bench.cells import run_cells
-    from swaa_jax.bench.report import write_report
-    from swaa_jax.checkpoint.provenance import describe_device, describe_versions
-    from swaa_jax.progress import show_progress
+    from swaa_jax import runtime
+    from swaa_jax.bench.run import prepare
     from swaa_jax.redact import typed_command
 
-    _check_arguments(args)
-    workload = _workload(args)
-    cells, about, title = (_server if args.url else _local)(args, workload)
-    shown = [cell.measurement for cell in _in_order(cells, args)]
-    about |= {"command": typed_command(), "versions": describe_versions()}
-    if not args.url:
-        about["device"] = describe_device()
-        title = f"{title} on {about['device']['description']}"
+    options: dict[str, Any] = {
+        name: value for name in _OPTIONS if (value := getattr(args, name)) is not None
+    }
+    overrides = process_args.config_overrides_from_args(args)
+    if args.url:
+        runtime.setup_logging("INFO" if args.verbose else "WARNING")
+        models: object = [name.strip() for name in (args.model or "").split(",") if name.strip()]
+        given = {"mesh": args.mesh, "config_overrides": overrides}
+    else:
+        models, given = args.model, {"config_overrides": overrides}
+    with naming_flags(args):
+        prepared = prepare(
+            models or None,
+            url=args.url,
+            prompt_tokens=args.prompt_tokens,
+            output_tokens=args.output_tokens,
+            requests=args.requests,
+            shared_prefix=args.shared_prefix,
+            seed=args.seed,
+            start=lambda: _start(args),
+            **given,
+            **options,
+        )
+    result = prepared.result
+    result.about["command"] = typed_command()
     paths: dict[str, PathLike] = {}
 
     def keep() -> None:
-        if not any(one.has_answers for one in shown):
-            return  # an earlier run's files are worth more
-        paths.update(write_report(shown, workload, about, directory=args.output, title=title))
+        if result.has_answers:  # else an earlier run's files are worth more
+            paths.update(result.save(args.output))
 
-    total = workload.num_requests * len(cells)
     try:
-        with show_progress(
-            "starting", total=total, unit="requests", enabled=not args.quiet
-        ) as progress:
-            run_cells(cells, progress=progress, keep=keep)
+        with naming_flags(args):
+            prepared.run(progress=not args.quiet, keep=keep)
     finally:
-        is_tried = any(one.timelines or one.error for one in shown)
-        if paths and not args.quiet:
-            _print(shown, workload, title)
-        if is_tried and not (paths and args.quiet):
-            _print_remarks(shown, args.output, paths)
-    return 0 if all(one.is_complete for one in shown) else 1
+        _print(result, paths, args)
+    return 0 if result.is_complete else 1
 
 
-def _check_arguments(args: argparse.Namespace) -> None:
-    """Refuses flags that do not go together.
-
-    Raises:
-        ValueError: they are named.
-    """
-    from swaa_jax.fields import show
-
-    given = [
-        name for name in (*_LOCAL, *_REMOTE) if getattr(args, name) not in (None, [])
-    ]  # fmt: skip
-    idle = [name for name in given if name in (_LOCAL if args.url else _REMOTE)]
-    if idle:
-        where = "with" if args.url else "without"
-        raise ValueError(
-            f"{flag_of(idle[0])}: expected nothing {where} --url, got "
-            f"{show(getattr(args, idle[0]))}; leave it out"
-        )
-    named = [name for name in ("model", "shape") if getattr(args, name)]
-    if not args.url and len(named) != 1:
-        raise ValueError(
-            f"MODEL: expected a model, --shape or --url, got "
-            f"{'MODEL and --shape' if named else 'none of them'}; give one of them"
-        )
-
-
-def _workload(args: argparse.Namespace) -> "Workload":
-    from swaa_jax.bench.workload import Workload, parse_lengths
-    from swaa_jax.fields import number
-
-    if args.rate is not None and args.concurrency is not None:
-        raise ValueError("--rate: expected it or --concurrency, got both; leave one out")
-    if args.max_seconds is not None:
-        number(above=0)("--max-seconds", args.max_seconds)
-    closed = args.rate is None
-    prompt = parse_lengths("--prompt-tokens", args.prompt_tokens)
-    output = parse_lengths("--output-tokens", args.output_tokens)
-    with naming_flags(args):
-        return Workload(
-            prompt=prompt,
-            output=output,
-            num_requests=args.requests,
-            concurrency=(8 if args.concurrency is None else args.concurrency) if closed else None,
-            rate=args.rate,
-            shared_prefix=args.shared_prefix,
-            seed=args.seed,
-        )
-
-
-def _server(
-    args: argparse.Namespace, workload: "Workload"
-) -> "tuple[list[Cell], dict[str, Any], str]":
-    """What to measure of a server, what to write of it, and its name."""
-    from swaa_jax import runtime
-    from swaa_jax.bench.server import server_cells, server_models
-    from swaa_jax.fields import integer, number
-    from swaa_jax.remote import Endpoint
-
-    vocab = integer(least=1)("--vocab", _VOCAB if args.vocab_size is None else args.vocab_size)
-    seconds = number(above=0)(
-        "--request-seconds", 3600.0 if args.request_s is None else args.request_s
-    )
-    runtime.setup_logging("INFO" if args.verbose else "WARNING")
-    endpoint = Endpoint(url=args.url, api_key=os.environ.get(_API_KEY) or None)
-    names = [name.strip() for name in (args.model or "").split(",") if name.strip()]
-    cells = server_cells(
-        endpoint,
-        server_models(endpoint, names),
-        workload,
-        vocab_size=vocab,
-        request_s=seconds,
-        max_seconds=args.max_seconds,
-    )
-    about = {"url": endpoint.shown, "vocab_size": vocab}
-    return cells, about, endpoint.shown
-
-
-def _local(
-    args: argparse.Namespace, workload: "Workload"
-) -> "tuple[list[Cell], dict[str, Any], str]":
-    """What to measure of a model here, what to write of it, and its name."""
-    import jax
-
-    from swaa_jax import runtime
-    from swaa_jax.bench.local import local_cells, room_for
-    from swaa_jax.checkpoint.provenance import describe_model
-
-    policies = _policies(args)
+def _start(args: argparse.Namespace) -> "dict[str, Any]":
+    """Joins the other processes, and says how models are loaded."""
     process_args.start(args)
-    if jax.process_count() > 1:
-        raise NotImplementedError(
-            f"swaa bench: expected one process, got {jax.process_count()}; time a server of "
-            "several with --url"
-        )
-    runtime.return_freed_arrays()
-    names = ("num_slots", "chunk_size", "pool_tokens", "steps_per_call", "chunks_per_round")
-    given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    with naming_flags(args):
-        room = room_for(workload, **given)
-    model, title = _model(args, workload)
-    cells = local_cells(
-        model,
-        policies,
-        workload,
-        room,
-        memory_share=args.memory_share,
-        max_seconds=args.max_seconds,
-    )
-    about = {"model": describe_model(model), "shape": args.shape}
-    about |= {"dtype": args.dtype or "bfloat16", "mesh": args.mesh}
-    return cells, about, title
+    return {"mesh": process_args.mesh_from_args(args)}
 
 
-def _policies(args: argparse.Namespace) -> dict[str, str]:
-    from swaa_jax.policy import load_policy, split_policies
-
-    texts = split_policies(_POLICIES if args.policies is None else args.policies)
-    if not texts or len(set(texts)) < len(texts):
-        got = "none" if not texts else "one twice"
-        raise ValueError(f"--policies: expected each policy once, got {got}; see --help")
-    for text in texts:
-        load_policy(text)  # before any weights are read
-    return {text: text for text in texts}
-
-
-def _model(args: argparse.Namespace, workload: "Workload") -> "tuple[CausalLM, str]":
-    """The model, and what it is called."""
-    from swaa_jax.bench.shapes import SHAPES
-    from swaa_jax.fields import nearest, show
-    from swaa_jax.models import load_model, model_from_config
-
-    overrides = process_args.config_overrides_from_args(args)
-    dtype, backend = args.dtype or "bfloat16", args.backend or "auto"
-    mesh = process_args.mesh_from_args(args)
-    if args.shape is None:
-        model = load_model(
-            args.model,
-            dtype=dtype,
-            mesh=mesh,
-            revision=args.revision,
-            config_overrides=overrides,
-            backend=backend,
-        )
-        return model, f"{args.model}, {dtype},"
-    if args.shape not in SHAPES:
-        raise ValueError(
-            f"--shape: expected one of {', '.join(SHAPES)}, got {show(args.shape)}"
-            f"{nearest(args.shape, SHAPES)}"
-        )
-    if args.revision:
-        raise ValueError(f"--revision: expected nothing with --shape, got {show(args.revision)}")
-    config = SHAPES[args.shape]
-    unknown = next((key for key in overrides if key not in config), None)
-    if unknown is not None:
-        raise ValueError(
-            f"--config-override: expected a key of the shape, {', '.join(config)}, got "
-            f"{show(unknown)}{nearest(unknown, config)}"
-        )
-    config = {**config, **overrides}
-    if isinstance(context := config["max_position_embeddings"], int):
-        # Random weights know nothing of positions.
-        config["max_position_embeddings"] = max(context, workload.longest)
-    model = model_from_config(config, dtype=dtype, mesh=mesh, backend=backend)
-    return model, f"{args.shape}'s shape with random weights, {dtype},"
+def _print(
+    result: "BenchResult", paths: "Mapping[str, PathLike]", args: argparse.Namespace
+) -> None:
+    is_tried = any(one.timelines or one.error for one in result)
+    width = min(shutil.get_terminal_size((100, 24)).columns, 100)
+    if args.json:
+        print(result.table().to_json())
+    elif paths and not args.quiet:
+        _print_table(result)
+    if is_tried and not (paths and args.quiet):
+        for remark in result.remarks():
+            print(textwrap.fill(remark, width), file=sys.stderr)
+        if not paths:
+            print(f"nothing is written to {args.output}: no answer came", file=sys.stderr)
+        elif not args.json:
+            print("written: " + ", ".join(str(path) for path in paths.values()))
 
 
-def _in_order(cells: "Sequence[Cell]", args: argparse.Namespace) -> "list[Cell]":
-    """As the user gave them, whatever is measured first."""
-    if args.url:
-        return list(cells)
-    order = list(_policies(args))
-    return sorted(cells, key=lambda cell: order.index(cell.measurement.name))
-
-
-def _print(measurements: "Sequence[Measurement]", workload: "Workload", title: str) -> None:
+def _print_table(result: "BenchResult") -> None:
     from rich.console import Console
 
     from swaa_jax.bench.report import LEGEND, terminal_table
@@ -388,19 +230,6 @@ def _print(measurements: "Sequence[Measurement]", workload: "Workload", title: s
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
-    console.print(terminal_table(measurements, title=f"{title}\n{workload.describe()}"))
+    title = f"{result.title}\n{result.workload.describe()}"
+    console.print(terminal_table(result.measurements, title=title))
     print(textwrap.fill(LEGEND, min(console.width, 100)), end="\n\n")
-
-
-def _print_remarks(
-    measurements: "Sequence[Measurement]", directory: str, paths: "Mapping[str, PathLike]"
-) -> None:
-    from swaa_jax.bench.report import remarks
-
-    width = min(shutil.get_terminal_size((100, 24)).columns, 100)
-    for remark in remarks(measurements):
-        print(textwrap.fill(remark, width), file=sys.stderr)
-    if paths:
-        print("written: " + ", ".join(str(path) for path in paths.values()))
-    else:
-        print(f"nothing is written to {directory}: no answer came", file=sys.stderr)

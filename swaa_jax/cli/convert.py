@@ -1,9 +1,11 @@
 """`swaa convert`: write a checkpoint again, elsewhere or otherwise."""
 
 import argparse
+import dataclasses
 import re
 
 from swaa_jax.cli import Commands, process_args
+from swaa_jax.cli.json_output import add_json, print_json
 from swaa_jax.cli.policy_args import add_policy_arguments, policy_from_args
 
 _EPILOG = """\
@@ -45,7 +47,6 @@ def add_parser(subparsers: Commands) -> None:
         description="Write a checkpoint again, in Hugging Face layout: to another place, in "
         "another dtype, in other files, under another attention policy.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     parser.add_argument(
@@ -78,6 +79,7 @@ def add_parser(subparsers: Commands) -> None:
     add_policy_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
     parser.add_argument("--verbose", action="store_true", help="log what is chosen and why")
+    add_json(parser, "what was written")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -100,7 +102,9 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         progress=not args.quiet,
     )
-    if not args.quiet:
+    if args.json:
+        print_json(dataclasses.asdict(done))
+    elif not args.quiet:
         print(
             f"{done.directory}: {done.num_tensors} tensors, {done.nbytes / 1e9:.3f} GB "
             f"in {sum(name.endswith('.safetensors') for name in done.files)} file(s)"

@@ -3,6 +3,7 @@
 import argparse
 
 from swaa_jax.cli import Commands, process_args
+from swaa_jax.cli.json_output import add_json, print_json
 from swaa_jax.cli.policy_args import add_policy_arguments, policy_from_args
 from swaa_jax.cli.sampling_args import add_sampling_arguments, sampling_from_args
 
@@ -29,7 +30,6 @@ def add_parser(subparsers: Commands) -> None:
         description="Let the full-attention model answer questions several times, and keep the "
         "answers that a judge accepts.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, hub id or gs://...")
@@ -37,7 +37,7 @@ def add_parser(subparsers: Commands) -> None:
     parser.add_argument("output", metavar="OUT", help="a directory: new, or that of the same run")
     answers = parser.add_argument_group("answers")
     answers.add_argument("--attempts", type=int, default=4, metavar="N", help="default 4")
-    add_sampling_arguments(answers, temperature=1)
+    add_sampling_arguments(parser, answers, temperature=1)
     answers.add_argument("--max-new-tokens", type=int, default=2048, metavar="N", help="2048")
     answers.add_argument(
         "--thinking",
@@ -71,7 +71,10 @@ def add_parser(subparsers: Commands) -> None:
     )
     judge.add_argument("--keep", choices=["all", "first"], default="all", help="default all")
     add_policy_arguments(parser)
-    process_args.add_model_run_arguments(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+    add_json(parser, "what it came to")
+    process_args.add_loading_arguments(parser)
+    process_args.add_process_arguments(parser, mesh=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -107,10 +110,11 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(
         args.model,
         policy=policy,
-        dtype=args.dtype,
+        dtype=process_args.dtype_from_args(args),
         mesh=process_args.mesh_from_args(args),
         revision=args.revision,
         config_overrides=overrides,
+        backend=args.backend,
     )
     done = distill(
         model,
@@ -121,14 +125,16 @@ def run(args: argparse.Namespace) -> int:
         config=config,
         settings={
             "model": args.model,
-            "dtype": args.dtype,
+            "dtype": process_args.dtype_from_args(args),
             "policy": policy.to_dict(),
             **({"config_overrides": overrides} if overrides else {}),
             "judge": {"name": args.judge, **without_secrets(settings)},
         },
         progress=not args.quiet,
     )
-    if not args.quiet:
+    if args.json:
+        print_json(done.to_dict())
+    elif not args.quiet:
         print(
             f"{done.path}: {done.kept} answers kept; {done.accepted} of {done.answers} accepted, "
             f"{done.questions_answered} of {done.questions} questions answered"

@@ -5,7 +5,10 @@ import contextlib
 from collections.abc import Iterator
 
 _OTHERWISE = {
+    "config_overrides": "--config-override",
     "drain_s": "--drain-seconds",
+    "models": "MODEL",
+    "num_full_layers": "--full-layers-count",
     "num_requests": "--requests",
     "num_slots": "--slots",
     "request_s": "--request-seconds",

@@ -53,7 +53,6 @@ def add_parser(subparsers: Commands) -> None:
         description="Answer prompts under an attention policy. One prompt is answered as it is "
         "generated; several are run as a batch.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     parser.add_argument(
@@ -96,14 +95,14 @@ def add_parser(subparsers: Commands) -> None:
 
     answer = parser.add_argument_group("answer")
     answer.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default 256")
-    add_sampling_arguments(answer, temperature=0)
+    sampling = add_sampling_arguments(parser, answer, temperature=0)
     answer.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws, default 0")
-    answer.add_argument(
+    sampling.add_argument(
         "--sampling",
         choices=["checkpoint"],
         help="temperature, top-k, penalties, ... from the checkpoint's generation config",
     )
-    answer.add_argument(
+    sampling.add_argument(
         "--positions",
         choices=["text", "cache"],
         default="text",
@@ -115,26 +114,7 @@ def add_parser(subparsers: Commands) -> None:
     )
 
     add_policy_arguments(parser)
-    process_args.add_process_arguments(parser, mesh=True)
-
-    output = parser.add_argument_group("model and output")
-    output.add_argument(
-        "--dtype",
-        choices=["bfloat16", "float32", "float16"],
-        default="bfloat16",
-        help="of weights and activations, default bfloat16",
-    )
-    output.add_argument(
-        "--revision", metavar="REV", help="of a hub id: a branch, a tag or a commit"
-    )
-    process_args.add_config_override(output)
-    output.add_argument(
-        "--backend",
-        metavar="NAME",
-        default="auto",
-        help="what computes attention and experts: auto (default; the environment's SWAA_BACKEND "
-        "if set), xla, pallas_tpu, reference, or by op: swa_prefill=pallas_tpu,swa_decode=xla",
-    )
+    output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="a line of JSON for each prompt")
     output.add_argument(
         "--logprobs",
@@ -145,7 +125,8 @@ def add_parser(subparsers: Commands) -> None:
     output.add_argument(
         "--stats", action="store_true", help="speed and memory on stderr, compilation apart"
     )
-    output.add_argument("--verbose", action="store_true", help="log what is chosen and why")
+    process_args.add_loading_arguments(parser)
+    process_args.add_process_arguments(parser, mesh=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -169,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(
         args.model,
         policy=policy,
-        dtype=args.dtype,
+        dtype=process_args.dtype_from_args(args),
         mesh=mesh,
         revision=args.revision,
         config_overrides=process_args.config_overrides_from_args(args),

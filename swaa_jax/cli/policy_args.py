@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING
 
+from swaa_jax.cli.parser import add_old_name, fold
+
 if TYPE_CHECKING:
     from swaa_jax.policy import AttentionPolicy
 
@@ -12,14 +14,14 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--policy` and the flags for its fields."""
     group = parser.add_argument_group(
         "attention policy",
-        "Default: the checkpoint's attention_policy.json, else its own config. With field flags "
-        "alone, what they leave out is as in a new policy; beside --policy they change it.",
+        "Default: the checkpoint's attention_policy.json, else its own config. Field flags change "
+        "--policy, or make a new one.",
     )
     group.add_argument(
         "--policy",
         metavar="POLICY",
-        help="a shipped name (full, naive, ...), a .yaml or .json file, or fields: "
-        "window=64,sinks=4,full_layers=1::2,full_heads=0:1+3,decode=full,tail=2",
+        help="a name of `swaa recipes` (full, naive, ...), a .yaml or .json file, or fields: "
+        "window=64,sinks=4,full_layers=1::2,decode=full",
     )
     group.add_argument(
         "--window", metavar="N", help="keys a query sees, itself included; 'full' for all"
@@ -29,21 +31,18 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
         "--full-layers", metavar="LAYERS", help="layers that keep full attention: 1::2 or 0+3+5"
     )
     group.add_argument(
-        "--full-heads",
-        metavar="HEADS",
-        help="KV heads that keep full attention in windowed layers: 3:0+2/5:1",
-    )
-    group.add_argument(
         "--decode",
         metavar="HOW",
         help="what answer tokens see: window, full (FA decode), or the layers where it is full",
     )
-    group.add_argument(
-        "--full-attention-tail",
-        dest="tail",
-        metavar="N",
-        help="last prompt tokens that see everything",
+    others = fold(parser.add_argument_group("more of the policy"))
+    others.add_argument(
+        "--full-heads",
+        metavar="HEADS",
+        help="KV heads that keep full attention in windowed layers: 3:0+2/5:1",
     )
+    others.add_argument("--tail", metavar="N", help="last prompt tokens that see everything")
+    add_old_name(others, "--full-attention-tail", dest="tail")
 
 
 def policy_from_args(args: argparse.Namespace) -> "AttentionPolicy | None":

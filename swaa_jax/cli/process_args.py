@@ -5,8 +5,12 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from swaa_jax.cli.parser import fold
+
 if TYPE_CHECKING:
     from jax.sharding import Mesh
+
+DTYPES = ("bfloat16", "float32", "float16")
 
 _MESH_HELP = (
     "how the devices split the model: 'auto' (all along fsdp), or sizes such as fsdp=4,tensor=2 "
@@ -15,12 +19,15 @@ _MESH_HELP = (
 
 
 def add_process_arguments(parser: argparse.ArgumentParser, *, mesh: bool) -> None:
-    """Add the flags of process start, and `--mesh` where the command can use one."""
-    group = parser.add_argument_group(
-        "devices and processes",
-        "Alone on this machine by default. Several processes run the same command, each with its "
-        "own --process-id; process 0 prints and writes. The environment's JAX_COORDINATOR_ADDRESS, "
-        "JAX_NUM_PROCESSES and JAX_PROCESS_ID stand in for flags that are left out.",
+    """Add the flags of process start, folded, and `--mesh` where the command can use one."""
+    group = fold(
+        parser.add_argument_group(
+            "devices, processes, log",
+            "Alone on this machine by default. Several processes run the same command, each with "
+            "its own --process-id; process 0 prints and writes. The environment's "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID stand in for flags that "
+            "are left out.",
+        )
     )
     if mesh:
         group.add_argument("--mesh", metavar="SIZES", help=_MESH_HELP)
@@ -45,6 +52,33 @@ def add_process_arguments(parser: argparse.ArgumentParser, *, mesh: bool) -> Non
         help="compile everything anew; by default compiled programs are kept in "
         "JAX_COMPILATION_CACHE_DIR, else ~/.cache/swaa_jax/compiled",
     )
+    group.add_argument("--verbose", action="store_true", help="log what is chosen and why")
+
+
+def add_loading_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    dtype_help: str = "of weights and activations, default float32 on a CPU, bfloat16 elsewhere",
+    backend: str | None = "auto",
+) -> None:
+    """Add the flags that say how a model is loaded, folded.
+
+    Args:
+        parser: the command's.
+        dtype_help: the help of `--dtype`.
+        backend: the default.
+    """
+    group = fold(parser.add_argument_group("loading the model"))
+    group.add_argument("--dtype", choices=DTYPES, help=dtype_help)
+    group.add_argument("--revision", metavar="REV", help="of a hub id: a branch, a tag or a commit")
+    add_config_override(group)
+    group.add_argument(
+        "--backend",
+        metavar="NAME",
+        default=backend,
+        help="what computes attention and experts: auto (default; the environment's SWAA_BACKEND "
+        "if set), xla, pallas_tpu, reference, or by op: swa_prefill=pallas_tpu,swa_decode=xla",
+    )
 
 
 def add_config_override(parser: "argparse._ActionsContainer") -> None:
@@ -57,6 +91,13 @@ def add_config_override(parser: "argparse._ActionsContainer") -> None:
         help="a value of config.json in place of the model's, as JSON or plain text; repeatable; "
         "one that other fields make idle is refused",
     )
+
+
+def dtype_from_args(args: argparse.Namespace) -> str:
+    """What `load_model` takes as `dtype`; call `start` before."""
+    from swaa_jax.models import default_dtype
+
+    return args.dtype or default_dtype()
 
 
 def config_overrides_from_args(args: argparse.Namespace) -> dict[str, object]:
@@ -79,18 +120,6 @@ def config_overrides_from_args(args: argparse.Namespace) -> dict[str, object]:
     return found
 
 
-def add_model_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of process start, and how to load the model and what to print."""
-    add_process_arguments(parser, mesh=True)
-    parser.add_argument(
-        "--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16", help="bfloat16"
-    )
-    parser.add_argument("--revision", metavar="REV", help="of a hub id")
-    add_config_override(parser)
-    parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
-    parser.add_argument("--verbose", action="store_true", help="log what is chosen and why")
-
-
 def start(args: argparse.Namespace) -> None:
     """Set up logging, join the other processes if any, and set the compilation cache.
 
@@ -110,7 +139,9 @@ def start(args: argparse.Namespace) -> None:
         detect=args.distributed,
         timeout_s=args.distributed_timeout,
     )
-    if not args.no_compilation_cache:
+    if args.no_compilation_cache:
+        runtime.disable_compilation_cache()
+    else:
         runtime.enable_compilation_cache()
     if not runtime.is_main_process():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115

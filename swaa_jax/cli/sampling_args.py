@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from swaa_jax.cli.parser import fold
+
 
 def _ids(text: str) -> tuple[int, ...]:
     try:
@@ -26,22 +28,32 @@ _FLAGS = {
 }
 """Type, placeholder and help of each field; the package itself is slow to import."""
 
+_USUAL = ("temperature", "top_k", "top_p")
 
-def add_sampling_arguments(parser: "argparse._ActionsContainer", *, temperature: int) -> None:
+
+def add_sampling_arguments(
+    parser: argparse.ArgumentParser, group: "argparse._ArgumentGroup", *, temperature: int
+) -> "argparse._ArgumentGroup":
     """Add the flags; what is not given is absent from the arguments.
 
     Args:
-        parser: a parser or a group of one.
+        parser: the command's.
+        group: gets the usual ones.
         temperature: the command's default, for the help.
+
+    Returns:
+        The group of the other ones, which is folded.
     """
+    others = fold(parser.add_argument_group("sampling"))
     for name, (kind, metavar, text) in _FLAGS.items():
-        parser.add_argument(
+        (group if name in _USUAL else others).add_argument(
             f"--{name.replace('_', '-')}",
             type=kind,
             metavar=metavar,
             default=argparse.SUPPRESS,
             help=text or f"default {temperature}{'' if temperature else ', greedy'}",
         )
+    return others
 
 
 def sampling_from_args(args: argparse.Namespace) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from swaa_jax.cli import Commands, process_args
+from swaa_jax.cli.flags import naming_flags
+from swaa_jax.cli.json_output import add_json, print_json
 
 if TYPE_CHECKING:
     from swaa_jax.selection import Selection
@@ -52,7 +54,6 @@ def add_parser(subparsers: Commands) -> None:
         description="Choose the layers that keep full attention, from how a model answers "
         "calibration samples.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, hub id or gs://...")
@@ -67,7 +68,9 @@ def add_parser(subparsers: Commands) -> None:
             *("greedy", "backward", "pairwise", "gates"),
         ],
         default="add_one",
-        help="see below; default add_one",
+        metavar="METHOD",
+        help="periodic, lazy_ratio, add_one, remove_one, greedy, backward, pairwise or gates, as "
+        "--help-all tells; default add_one",
     )
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--full-layers-count", type=int, metavar="K", help="full layers")
@@ -130,7 +133,10 @@ def add_parser(subparsers: Commands) -> None:
         metavar="N",
         help="samples times sets in one batch; default: by a rough count of memory",
     )
-    process_args.add_model_run_arguments(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+    add_json(parser, "the selection")
+    process_args.add_loading_arguments(parser)
+    process_args.add_process_arguments(parser, mesh=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -139,7 +145,6 @@ def run(args: argparse.Namespace) -> int:
     process_args.start(args)
 
     from swaa_jax import AttentionPolicy, load_model, load_tokenizer, runtime
-    from swaa_jax.progress import show_progress
     from swaa_jax.redact import typed_command
     from swaa_jax.selection import check_options, read_calibration, select_layers
     from swaa_jax.selection.report import write_selection
@@ -147,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
     options = check_options(args.method, options)
     policy = AttentionPolicy(window=args.window, num_sink_tokens=args.sinks, decode=args.decode)
     samples = read_calibration(
-        [args.data],
+        args.data,
         load_tokenizer(args.model, revision=args.revision),
         limit=args.samples,
         max_length=args.max_length,
@@ -156,28 +161,34 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(
         args.model,
         policy=AttentionPolicy(),
-        dtype=args.dtype,
+        dtype=process_args.dtype_from_args(args),
         mesh=process_args.mesh_from_args(args),
         revision=args.revision,
         config_overrides=process_args.config_overrides_from_args(args),
+        backend=args.backend,
     )
-    with show_progress("starting", total=1, enabled=not args.quiet) as bar:
+    with naming_flags(args):
         found = select_layers(
             model,
+            None,
             samples,
-            method=args.method,
-            num_full_layers=_num_full_layers(args, model.config.num_layers),
             policy=policy,
+            share=args.share,
+            num_full_layers=args.full_layers_count,
+            method=args.method,
             directory=args.output,
-            identity={"model": args.model, "revision": args.revision},
             rows_at_once=args.rows_at_once,
-            progress=bar.show,
-            options=options,
+            identity={"model": args.model, "revision": args.revision},
+            progress=not args.quiet,
+            **options,
         )
     if not runtime.is_main_process():
         return 0
     paths = write_selection(found, args.output, model=args.model, command=typed_command())
-    if not args.quiet:
+    if args.json:
+        files = {name: str(path) for name, path in paths.items()}
+        print_json({**found.to_dict(), "model": args.model, "files": files})
+    elif not args.quiet:
         _print(found)
         for path in paths.values():
             print(f"  {path}")
@@ -192,24 +203,6 @@ def _print(found: "Selection") -> None:
         f"{found.num_samples} samples, {found.num_evaluations} sets of layers compared, "
         f"{found.num_new} evaluated now, {found.seconds:.0f} s"
     )
-
-
-def _num_full_layers(args: argparse.Namespace, num_layers: int) -> int:
-    if args.full_layers_count is not None:
-        return args.full_layers_count
-    from fractions import Fraction
-
-    try:
-        share = Fraction(args.share)
-        count = round(share * num_layers)
-    except (ValueError, ZeroDivisionError):
-        share, count = Fraction(0), 0
-    if not 0 < share < 1 or not 0 < count < num_layers:
-        raise ValueError(
-            f"--share: expected a part of the {num_layers} layers, as in 1/4 or 0.25, that leaves "
-            f"full and windowed ones, got {args.share!r}"
-        )
-    return count
 
 
 def _data_fields(args: argparse.Namespace) -> dict[str, Any]:

@@ -45,7 +45,6 @@ def add_parser(subparsers: Commands) -> None:
         description="Serve a model under one or several attention policies, with OpenAI's "
         "endpoints: chat, completions, streams, tools, log-probabilities. Needs the extra `serve`.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     parser.add_argument(
@@ -156,22 +155,8 @@ def add_parser(subparsers: Commands) -> None:
         help="that answers have left after SIGTERM, default 30",
     )
 
+    process_args.add_loading_arguments(parser)
     process_args.add_process_arguments(parser, mesh=True)
-    output = parser.add_argument_group("model and output")
-    output.add_argument(
-        "--dtype",
-        choices=["bfloat16", "float32", "float16"],
-        default="bfloat16",
-        help="of weights and activations, default bfloat16",
-    )
-    output.add_argument(
-        "--revision", metavar="REV", help="of a hub id: a branch, a tag or a commit"
-    )
-    process_args.add_config_override(output)
-    output.add_argument(
-        "--backend", metavar="NAME", default="auto", help="as in swaa generate, default auto"
-    )
-    output.add_argument("--verbose", action="store_true", help="log what is chosen and why")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -207,7 +192,7 @@ def run(args: argparse.Namespace) -> int:
         model = load_model(
             args.model,
             policy=policy_from_args(args),
-            dtype=args.dtype,
+            dtype=process_args.dtype_from_args(args),
             mesh=process_args.mesh_from_args(args),
             revision=args.revision,
             config_overrides=process_args.config_overrides_from_args(args),

@@ -1,18 +1,19 @@
 """`swaa verify`: which policy does a server really run?"""
 
 import argparse
-import json
 import os
 import re
 from typing import TYPE_CHECKING
 
 from swaa_jax.cli import Commands, process_args
+from swaa_jax.cli.flags import naming_flags
+from swaa_jax.cli.json_output import add_json, print_json
 from swaa_jax.cli.policy_args import add_policy_arguments, policy_from_args
 
 if TYPE_CHECKING:
     from swaa_jax.verify import Record, Reply, Verdict
 
-API_KEY = "SWAA_VERIFY_API_KEY"
+API_KEY = "SWAA_VERIFY_API_KEY"  # swaa_jax.verify.ask has it too, and is slow to import
 
 _EPILOG = f"""\
 examples:
@@ -32,7 +33,6 @@ exit codes: 0 the recorded policy; 1 another one, which is named, or none of tho
 argument, or a server that cannot be talked to; 3 the replies do not tell.
 """
 
-_DTYPES = ("float32", "bfloat16", "float16")
 _DTYPE = "float32"
 _TWINS = {"float32": "bfloat16", "bfloat16": "float16", "float16": "bfloat16"}
 _FOR_RECORD = ("against", "seed", "new_tokens", "rounds", "most")
@@ -51,7 +51,6 @@ def add_parser(subparsers: Commands) -> None:
         "decoding. Probes are recorded once, with the weights at hand; a server is asked them "
         "over /v1/completions, with or without log-probabilities.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     parser.add_argument(
@@ -92,19 +91,14 @@ def add_parser(subparsers: Commands) -> None:
     )
 
     add_policy_arguments(parser)
-    process_args.add_process_arguments(parser, mesh=True)
-    output = parser.add_argument_group("model and output")
-    output.add_argument(
-        "--dtype",
-        choices=_DTYPES,
-        help="of a model that is run here, default float32; a record measures the noise of "
+    add_json(parser, "the verdict, or what was recorded,")
+    process_args.add_loading_arguments(
+        parser,
+        dtype_help="of a model that is run here, default float32; a record measures the noise of "
         "bfloat16 (or of float16, where this is bfloat16), for which it loads the weights again",
+        backend=None,
     )
-    output.add_argument("--revision", metavar="REV", help="of a hub id")
-    process_args.add_config_override(output)
-    output.add_argument("--backend", metavar="NAME", help="as in swaa generate, default auto")
-    output.add_argument("--json", action="store_true", help="the verdict as JSON on stdout")
-    output.add_argument("--verbose", action="store_true", help="log what is chosen and why")
+    process_args.add_process_arguments(parser, mesh=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -122,7 +116,10 @@ def run(args: argparse.Namespace) -> int:
     record = read_record(args.probes)
     replies = _ask_server(args, record) if is_url else _ask_model(args, record)
     verdict = decide(record, replies)
-    _print(verdict, record, as_json=args.json)
+    if args.json:
+        print_json(verdict.to_dict())
+    else:
+        _print(verdict)
     return {"same": 0, "other": 1, "none": 1, "unclear": 3}[verdict.answer]
 
 
@@ -159,8 +156,6 @@ def _check(args: argparse.Namespace, *, is_url: bool) -> None:
         flags += [name for name in ("model", "timeout") if getattr(args, name) is not None]
     if args.record is not None and args.no_logprobs:
         flags.append("no_logprobs")
-    if args.record is not None and args.json:
-        flags.append("json")
     if flags:
         what = "--record" if args.record is not None else f"--probes and {_shown(args.target)}"
         named = ", ".join(f"--{name.replace('_', '-')}" for name in flags)
@@ -209,9 +204,15 @@ def _record(args: argparse.Namespace) -> int:
         for dtype in (args.dtype or _DTYPE, _TWINS[args.dtype or _DTYPE])
     )
     tok = load_tokenizer(args.target, revision=args.revision)
-    record = make_record(model, tok, model.policy, twin=twin, against=against, options=options)
+    with naming_flags(args):
+        record = make_record(
+            model, tok, model.policy, twin=twin, against=against, options=options, progress=True
+        )
     if is_main_process():
         write_record(args.record, record)
+    if args.json:
+        print_json({"file": args.record, **record.summary()})
+        return 0
     names = ", ".join(record.names[1:])
     print(f"{args.record}: {len(record.probes)} probes that tell {record.policy} from {names}")
     if record.unclear:
@@ -221,23 +222,20 @@ def _record(args: argparse.Namespace) -> int:
 
 
 def _ask_server(args: argparse.Namespace, record: "Record") -> "list[Reply]":
-    from swaa_jax.progress import show_progress
     from swaa_jax.remote import Endpoint
     from swaa_jax.runtime import setup_logging
-    from swaa_jax.verify import ask_server, only_model
+    from swaa_jax.verify import ask_server
 
     setup_logging("INFO" if args.verbose else "WARNING")
     endpoint = Endpoint(url=args.target, api_key=os.environ.get(API_KEY) or None)
-    timeout_s = 120.0 if args.timeout is None else args.timeout
-    name = args.model or only_model(endpoint)
-    with show_progress("asking", total=len(record.probes), unit="probes") as bar:
+    with naming_flags(args):
         return ask_server(
             record,
             endpoint,
-            model=name,
+            model=args.model,
             logprobs=not args.no_logprobs,
-            timeout_s=timeout_s,
-            on_reply=bar.advance,
+            timeout_s=120.0 if args.timeout is None else args.timeout,
+            progress=True,
         )
 
 
@@ -261,21 +259,8 @@ def _ask_model(args: argparse.Namespace, record: "Record") -> "list[Reply]":
     return replies
 
 
-def _print(verdict: "Verdict", record: "Record", *, as_json: bool) -> None:
-    from swaa_jax.verify import as_dict
-
-    if as_json:
-        print(json.dumps(as_dict(verdict, record), indent=2, ensure_ascii=False))
-        return
-    policy = record.policy_of(verdict.name)
-    said = {
-        "same": f"runs the recorded policy: {policy}",
-        "other": f"runs {verdict.name}: {policy}; recorded was {record.policy}",
-        "none": f"runs none of the {len(record.names)} policies of the record, or other weights; "
-        f"the nearest is {verdict.name}",
-        "unclear": f"cannot tell {verdict.name} from {verdict.rival}",
-    }
-    print(said[verdict.answer])
+def _print(verdict: "Verdict") -> None:
+    print(verdict)
     how = "tokens and log-probabilities" if verdict.has_logprobs else "tokens alone"
     print(f"by {how} of {verdict.num_probes} probes:")
     for one in verdict.evidence:

@@ -1,6 +1,6 @@
 """Generate, judge, keep: the paper's self-distilled training data (arXiv 2512.10411, section 3.5).
 
-A run writes into a directory of its own, a part at a time, and goes on where it was stopped::
+A run that has a directory writes there, a part at a time, and goes on where it was stopped::
 
     out/run.json                the questions' and the settings' fingerprint
     out/attempts/00000.parquet  every answer to the first few questions, and its verdict
@@ -15,17 +15,31 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
 from swaa_jax import runtime, storage
 from swaa_jax.checkpoint.provenance import weight_marks
 from swaa_jax.checkpoint.tokenizer import opens_thinking
-from swaa_jax.eval.judging import Judge, Judged
-from swaa_jax.eval.tasks.question_answering import Question
-from swaa_jax.fields import Check, check_fields, flag, integer, one_of, or_none, string
+from swaa_jax.distill.summary import DistillSummary
+from swaa_jax.eval.judging import JUDGES, Judge, Judged, Verdict, make_judge
+from swaa_jax.eval.tasks.question_answering import Question, read_questions
+from swaa_jax.fields import (
+    Check,
+    check_fields,
+    check_keys,
+    flag,
+    integer,
+    mapping,
+    one_of,
+    or_none,
+    string,
+    wrong,
+)
+from swaa_jax.fields import path as path_text
 from swaa_jax.infer import (
     SAMPLING,
     Answerer,
@@ -37,9 +51,12 @@ from swaa_jax.infer import (
     warn_of_thinking,
 )
 from swaa_jax.models import CausalLM
+from swaa_jax.models.given import ModelLike, model_given, tokenizer_given
 from swaa_jax.models.source import running_backend, since_loading
-from swaa_jax.progress import show_progress
+from swaa_jax.policy import AttentionPolicy
+from swaa_jax.progress import ProgressLike, show_progress
 from swaa_jax.records import open_records
+from swaa_jax.redact import without_secrets
 from swaa_jax.runs import claim
 from swaa_jax.storage import listing
 from swaa_jax.typing import PathLike
@@ -84,49 +101,130 @@ class DistillConfig(SamplingParams):
         self.check_attempts(self.attempts)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DistillSummary:
-    """What a run came to; `questions_answered` have at least one accepted answer."""
-
-    questions: int
-    answers: int
-    accepted: int
-    questions_answered: int
-    kept: int
-    path: str
-
-
 def distill(
+    model: ModelLike,
+    tok: "PreTrainedTokenizerBase | PathLike | None" = None,
+    questions: object = None,
+    judge: Judge | str | Mapping[str, object] = "exact",
+    directory: PathLike | None = None,
+    *,
+    config: DistillConfig | None = None,
+    limit: int | None = None,
+    settings: Mapping[str, object] | None = None,
+    progress: ProgressLike = None,
+    **fields: object,
+) -> DistillSummary:
+    """Answer the questions, judge the answers, and keep those that were accepted.
+
+    Args:
+        model: from `load_model`, under the policy that the answers are to come from; or what it
+            loads by, then with full attention, as in the paper.
+        tok: its tokenizer; None: that of the model's files. Prompts go through its chat template,
+            where it has one.
+        questions: a list of dicts, a `datasets.Dataset`, a pandas frame or a file, with `prompt`
+            (or `context` and `question`) and `answer`; or `Question`s.
+        judge: "exact", "includes", "regex", "ruler" or "llm"; with settings as a mapping,
+            ``{"name": "regex", "pattern": "answer: (.*)"}``; or a function of a `Judged` that gives
+            a `Verdict`, or True or False. See `swaa_jax.eval.judging`.
+        directory: new, or that of the same run, which then goes on; gets the answers and
+            `train.parquet`. None: nothing is written.
+        config: how questions are answered.
+        limit: the first so many questions; None: all.
+        settings: what else makes this run what it is (the model's name), so that another one does
+            not go on in its directory. What the model computes with (arrays, adapters, config,
+            policy, dtype, backend) and a judge that is no function always belong to it.
+        progress: who is told how far it is; see `swaa_jax.progress`.
+        fields: of `DistillConfig`, in place of those of `config`: attempts, max_new_tokens, ...
+
+    Returns:
+        What it came to; `summary.records()` is data for `swaa_jax.train`.
+
+    Raises:
+        ValueError: something that is not as above, a directory that holds another run (the message
+            names what differs), or a question that is a chat of several messages, which training
+            data has no column for.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> done = swaa.distill(
+        ...     "tiny-retriever", questions=[{"prompt": "One?", "answer": "one"}],
+        ...     judge=lambda judged: True, attempts=2, max_new_tokens=8, seed=1,
+        ... )
+        >>> done.answers
+        2
+
+    References:
+        Section 3.5 of arXiv 2512.10411.
+    """
+    config = _config(config, fields)
+    judging, judge_settings = _judge(judge)
+    or_none(path_text)("directory", directory)
+    asked = _questions(questions, limit)
+    loaded = model_given(model, policy=AttentionPolicy())
+    tok = tokenizer_given(tok, model)
+    settings = {**judge_settings, **mapping("settings", {} if settings is None else settings)}
+    if not isinstance(model, CausalLM):
+        settings = {"model": os.fspath(model), **settings}
+    return _distill(
+        loaded, tok, asked, judging, directory, config=config, settings=settings, progress=progress
+    )
+
+
+def _config(config: DistillConfig | None, fields: Mapping[str, object]) -> DistillConfig:
+    """The config with fields in place of its own; a word that is none is told."""
+    if config is not None and not isinstance(config, DistillConfig):
+        raise wrong("config", "a DistillConfig", config, "give its fields as keywords")
+    known = [field.name for field in dataclasses.fields(DistillConfig)]
+    check_keys("distill", fields, [*known, "directory", "config", "limit", "settings", "progress"])
+    values: dict[str, Any] = dict(fields)
+    return DistillConfig(**values) if config is None else dataclasses.replace(config, **values)
+
+
+def _judge(judge: object) -> tuple[Judge, dict[str, object]]:
+    """The judge, and what belongs to the run's identity of it."""
+    if isinstance(judge, str | Mapping):
+        given: dict[str, Any] = {"name": judge} if isinstance(judge, str) else dict(judge)
+        if "name" not in given:
+            raise wrong("judge", "a mapping with a name, {name: regex, ...}", judge)
+        return make_judge(**given), {"judge": without_secrets(given)}
+    if not callable(judge):
+        raise wrong("judge", f"one of {', '.join(JUDGES)}, a mapping or a function", judge)
+
+    def verdict(judged: Judged) -> Verdict:
+        found = judge(judged)
+        if isinstance(found, bool):
+            return Verdict(accepted=found, reason="")
+        if not isinstance(found, Verdict):
+            raise wrong("judge", "a function that gives a Verdict, True or False", found)
+        return found
+
+    return verdict, {}
+
+
+def _questions(questions: object, limit: int | None) -> Sequence[Question]:
+    limit = or_none(integer(least=1))("limit", limit)
+    if questions is None:
+        raise ValueError(
+            "questions: expected a list of dicts, a datasets.Dataset, a pandas frame, or a file, "
+            "got None; the order is model, tok, questions, judge"
+        )
+    given: Any = questions
+    if isinstance(questions, list | tuple) and all(isinstance(one, Question) for one in questions):
+        return given[:limit]
+    return read_questions(given, limit=limit)
+
+
+def _distill(
     model: CausalLM,
     tok: "PreTrainedTokenizerBase",
     questions: Sequence[Question],
     judge: Judge,
-    directory: PathLike,
+    directory: PathLike | None,
     *,
-    config: DistillConfig | None = None,
-    settings: Mapping[str, object] | None = None,
-    progress: bool = False,
+    config: DistillConfig,
+    settings: Mapping[str, object],
+    progress: ProgressLike,
 ) -> DistillSummary:
-    """Answer the questions, judge the answers, and write those that were accepted.
-
-    Args:
-        model: from `load_model`, under the policy that the answers are to come from: the paper's
-            is full attention.
-        tok: its tokenizer. Prompts go through its chat template, where it has one.
-        questions: see `read_questions`.
-        judge: see `swaa_jax.eval.judging`.
-        directory: new, or that of the same run, which then goes on.
-        config: how questions are answered.
-        settings: what else makes this run what it is (the model's name, the judge's settings), so
-            that another one does not go on in its directory. What the model computes with (arrays,
-            adapters, config, policy, dtype, backend) always belongs to it.
-        progress: show a bar on stderr.
-
-    Raises:
-        ValueError: the directory holds another run (the message names what differs), or a question
-            is a chat of several messages, which training data has no column for.
-    """
-    config = config or DistillConfig()
     for question in questions:
         if len(question.messages) > 1:
             raise ValueError(
@@ -140,46 +238,66 @@ def distill(
             )
     if config.enable_thinking is not None and not getattr(tok, "chat_template", None):
         warn_of_thinking(tok, "enable_thinking")
-    directory = epath.Path(directory)
-    _check_directory(directory)
-    parts = [
-        questions[start : start + config.questions_per_part]
-        for start in range(0, len(questions), config.questions_per_part)
-    ]
-    identity = _identity(model, questions, config, settings or {})
-    claim(directory, identity, file="run.json", what="the answers", optional=("model",))
-    if runtime.is_main_process():
-        (directory / "attempts").mkdir(parents=True, exist_ok=True)
-    runtime.wait_for_all("distill: the directory")
-    paths = [directory / "attempts" / f"{number:05d}.parquet" for number in range(len(parts))]
+    starts = range(0, len(questions), config.questions_per_part)
+    parts = [questions[start : start + config.questions_per_part] for start in starts]
+    kept = None
+    if directory is not None:
+        identity = _identity(model, questions, config, settings)
+        kept = _Directory(epath.Path(directory), identity)
     prompts = _encode(model, tok, questions, config)
     answerer = None
+    attempts: list[Mapping[str, object]] = []
     with show_progress("distilling", total=len(parts), unit="parts", enabled=progress) as bar:
-        for number, (part, path) in enumerate(zip(parts, paths, strict=True)):
-            if not path.exists():
+        for number, part in enumerate(parts):
+            if kept is None or not kept.part(number).exists():
                 # Its room is that of all questions, so that a run that goes on is like another.
                 answerer = answerer or _answerer(model, tok, prompts, config)
-                start = number * config.questions_per_part
-                asked = prompts[start : start + len(part)]
+                asked = prompts[starts[number] : starts[number] + len(part)]
                 answers = _answer(answerer, tok, part, asked, judge, config, number)
-                if runtime.is_main_process():
-                    _write_parquet(path, answers)
+                if kept is None:
+                    attempts += answers
+                else:
+                    kept.write(kept.part(number), answers)
             bar.advance()
-    runtime.wait_for_all("distill: the last part")
-    attempts = _read_attempts(paths)
-    kept = _keep(attempts, config)
-    target = directory / "train.parquet"
-    if runtime.is_main_process():
-        _write_parquet(target, kept)
+    if kept is not None:
+        runtime.wait_for_all("distill: the last part")
+        attempts = _read_attempts([kept.part(number) for number in range(len(parts))])
+    training = _keep(attempts, config)
+    if kept is not None:
+        kept.write(kept.data, training)
     accepted = [answer for answer in attempts if answer["judge"]]
     return DistillSummary(
         questions=len(questions),
         answers=len(attempts),
         accepted=len(accepted),
         questions_answered=len({answer["question_id"] for answer in accepted}),
-        kept=len(kept),
-        path=str(target),
+        kept=len(training),
+        path=None if kept is None else str(kept.data),
+        attempts=tuple(attempts),
+        training=tuple(training),
     )
+
+
+class _Directory:
+    """A run's files, after a check that they are this run's."""
+
+    def __init__(self, directory: epath.Path, identity: Mapping[str, object]):
+        self._directory = directory
+        _check_directory(directory)
+        claim(directory, identity, file="run.json", what="the answers", optional=("model",))
+        if runtime.is_main_process():
+            (directory / "attempts").mkdir(parents=True, exist_ok=True)
+        runtime.wait_for_all("distill: the directory")
+        self.data = directory / "train.parquet"
+
+    def part(self, number: int) -> epath.Path:
+        """Of a part's answers."""
+        return self._directory / "attempts" / f"{number:05d}.parquet"
+
+    def write(self, path: epath.Path, records: Sequence[Mapping[str, object]]) -> None:
+        """Process 0 writes."""
+        if runtime.is_main_process():
+            _write_parquet(path, records)
 
 
 def _encode(

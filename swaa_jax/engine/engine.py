@@ -9,6 +9,7 @@ from swaa_jax.engine.memory import bytes_of_arrays, device_memory, plan_memory
 from swaa_jax.engine.options import EngineOptions
 from swaa_jax.engine.scheduler import Request
 from swaa_jax.fields import check_keys, first_of, nearest, number, show, text, wrong
+from swaa_jax.given import model_of
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import SplitModel, split_model
 
@@ -57,8 +58,7 @@ class Engine:
             raise ValueError("models: expected at least one, got none")
         for name, model in named.items():
             text("models", name)
-            if not hasattr(model, "config"):
-                raise wrong("models", "a model, or models by name", model, "see load_model")
+            model_of("models", model)
         number(above=0, most=1)("memory_share", memory_share)
         split = {name: split_model(model) for name, model in named.items()}
         if isinstance(options, Mapping):

@@ -43,6 +43,9 @@ from swaa_jax.runtime import to_host
 _CHUNKS_AHEAD = 2
 """Chunks that the host hands out before the device has read the first of them."""
 
+_STAGES = {"read_s": "reading", "decode_s": "generating"}
+"""What each of the clock's times is of."""
+
 EndReason = Literal["end", "length", "not a number"]
 """Why a request ended: a token that ends it, its longest answer, or bad logits."""
 
@@ -70,7 +73,11 @@ class Update:
 
 @dataclasses.dataclass(kw_only=True)
 class EngineClock:
-    """What was done so far, and how long it took."""
+    """What was done so far, and how long it took.
+
+    Attributes:
+        tell: called with what is begun: "compiling", "reading" a chunk, "generating".
+    """
 
     read_tokens: int = 0
     reused_tokens: int = 0
@@ -80,6 +87,7 @@ class EngineClock:
     decode_s: float = 0.0
     decode_steps: int = 0
     compile_s: float = 0.0
+    tell: Callable[[str], None] = lambda stage: None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -370,15 +378,17 @@ class Lane:
 
     def _call(self, program: Any, field: str, *args: Any, **static: Any) -> Any:
         """Hands a step out; the clock's field is told how long that took."""
-        model = self._model
+        model, stage = self._model, _STAGES[field]
         given = (model.arrays, self._state, *args)
         static["structure"] = model.structure
         start = time.perf_counter()
         if program not in self._compiled:  # the call then finds it done
+            self._clock.tell("compiling")
             program.lower(*given, **static).compile()
             self._compiled.add(program)
             self._clock.compile_s += time.perf_counter() - start
             start = time.perf_counter()
+        self._clock.tell(stage)
         self._state, drawn = program(*given, **static)
         self._add_seconds(field, start)
         return drawn

@@ -8,6 +8,7 @@ import jax
 
 from kernels_pallas.layout import round_up
 from swaa_jax.fields import check_fields, flag, integer, one_of, or_none, set_field
+from swaa_jax.given import told_keywords
 
 _SIZES = {"cpu": (256, 32), "gpu": (2048, 256), "tpu": (1024, 256)}
 """Tokens of a chunk and of a page, by platform."""
@@ -15,6 +16,7 @@ _SIZES = {"cpu": (256, 32), "gpu": (2048, 256), "tpu": (1024, 256)}
 _MOST_SLOTS, _MOST_STEPS = 4096, 4096  # beyond what a program is of any use for
 
 
+@told_keywords({"batch_size": "num_slots", "max_seqs": "num_slots", "max_model_len": "max_tokens"})
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """What an engine has room for under one policy.

@@ -11,10 +11,12 @@ import numpy as np
 from swaa_jax.engine.pages import PagePool, Place, PrefixCache, Reused
 from swaa_jax.engine.sampling import SamplingParams
 from swaa_jax.fields import check_fields, flag, integer, list_of, or_none, set_field, text, wrong
+from swaa_jax.given import told_keywords
 
 GREEDY = SamplingParams()
 
 
+@told_keywords({"max_tokens": "max_new_tokens", "prompt": "tokens", "sampling_params": "params"})
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
     """A prompt, and how it is to be answered.

@@ -25,7 +25,6 @@ from swaa_jax.checkpoint import load_tokenizer
 from swaa_jax.checkpoint.tokenizer import opens_thinking
 from swaa_jax.documents import key_value, problem_within
 from swaa_jax.eval.judging import strip_thinking
-from swaa_jax.eval.run.loading import default_dtype, tell_default_dtype
 from swaa_jax.fields import mapping, show
 from swaa_jax.infer import SAMPLING, GenerateOptions, generate, warn_of_thinking
 from swaa_jax.infer.likelihoods import Continuation, score_continuations
@@ -99,11 +98,10 @@ class SwaaLM(TemplateLM):
         chosen = _policy(policy, policy_fields)
         longest = None if max_length is None else _integer("max_length", max_length, minimum=2)
         self.batch_size = _rows_at_once(batch_size)
-        tell_default_dtype(dtype)
         model = load_model(
             pretrained,
             policy=chosen,
-            dtype=dtype or default_dtype(),
+            dtype=dtype,
             revision=revision,
             config_overrides=_overrides(config_overrides),
             backend=backend,

@@ -5,7 +5,7 @@ prompts --requests--> engine --tokens--> AnswerRow: text, stop strings
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from kernels_pallas.layout import next_power_of_two
@@ -85,6 +85,10 @@ class Answerer:
             self._engine.submit(Request(tokens=(0,), max_new_tokens=2))
             for _ in self._engine.run():
                 pass
+
+    def tell_stages(self, tell: Callable[[str], None]) -> None:
+        """Has a function told what is begun: "compiling", "reading" or "generating"."""
+        self._engine.clock.tell = tell
 
     def start(
         self,

@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from swaa_jax.attention import check_stream
-from swaa_jax.fields import wrong
+from swaa_jax.given import model_of, tokenizer_of, told_keywords
 from swaa_jax.infer.answerer import Answerer, Answering, context_of
 from swaa_jax.infer.options import GenerateOptions
 from swaa_jax.infer.prompts import Prompts, check_context, encode_prompts
@@ -38,6 +38,7 @@ class Generation:
     logprobs: tuple[tuple[float, ...], ...] | None = None
 
 
+@told_keywords()
 def generate(
     model: CausalLM,
     tok: "PreTrainedTokenizerBase | None",
@@ -66,13 +67,15 @@ def generate(
             of the vocabulary, an unknown option, or one out of range.
     """
     options = GenerateOptions.of(options, overrides)
-    check_model(model)
+    model_of("model", model)
+    tokenizer_of("tok", tok)
     encoded = encode_prompts(tok, prompts, room=context_of(model), **options.template_options)
     limit = options.max_new_tokens
     check_prompts(model, encoded, max_new_tokens=limit, positions=options.positions)
-    answerer = Answerer(model, tok, options, lengths=[len(ids) for ids in encoded])
     total, show = len(encoded) * limit, options.progress
-    with show_progress("generating", total=total, unit="tokens", enabled=show) as bar:
+    with show_progress("compiling", total=total, unit="tokens", enabled=show) as bar:
+        answerer = Answerer(model, tok, options, lengths=[len(ids) for ids in encoded])
+        answerer.tell_stages(lambda stage: bar.show(stage, bar.done))
         answering = answerer.start(encoded)
         for progress in answering:
             bar.show(bar.text, progress)
@@ -86,21 +89,29 @@ class Stream(Iterator[str]):
     `generation` is None until the last piece is out.
     """
 
-    def __init__(self, answering: Answering):
+    def __init__(self, answerer: Answerer, prompt: Sequence[int]):
         self.generation: Generation | None = None
-        self._pieces = self._produce(answering)
+        self._pieces = self._produce(answerer, prompt)
 
-    def _produce(self, answering: Answering) -> Iterator[str]:
-        for _ in answering:
-            piece = answering.rows[0].take_text()
-            if piece:
-                yield piece
+    def _produce(self, answerer: Answerer, prompt: Sequence[int]) -> Iterator[str]:
+        answering = answerer.start([prompt])
+        pieces = (piece for _ in answering if (piece := answering.rows[0].take_text()))
+        show = answerer.options.progress
+        # Until the first piece only, with which the bar's place is somebody else's.
+        with show_progress("compiling", total=1, enabled=show, leave=False) as bar:
+            answerer.tell_stages(lambda stage: bar.show(stage, bar.done))
+            first = next(pieces, None)
+        answerer.tell_stages(lambda stage: None)
+        if first is not None:
+            yield first
+        yield from pieces
         self.generation = generation_of(answering)
 
     def __next__(self) -> str:
         return next(self._pieces)
 
 
+@told_keywords()
 def stream(
     model: CausalLM,
     tok: "PreTrainedTokenizerBase | None",
@@ -117,7 +128,8 @@ def stream(
         ValueError: as `generate`, or more than one prompt.
     """
     options = GenerateOptions.of(options, overrides)
-    check_model(model)
+    model_of("model", model)
+    tokenizer_of("tok", tok)
     encoded = encode_prompts(tok, prompt, room=context_of(model), **options.template_options)
     if len(encoded) != 1:
         raise ValueError(f"prompt: expected one prompt to stream, got {len(encoded)}")
@@ -125,7 +137,7 @@ def stream(
         model, encoded, max_new_tokens=options.max_new_tokens, positions=options.positions
     )
     answerer = Answerer(model, tok, options, lengths=[len(encoded[0])], streaming=True)
-    return Stream(answerer.start(encoded))
+    return Stream(answerer, encoded[0])
 
 
 def check_prompts(
@@ -149,12 +161,6 @@ def check_prompts(
         vocab_size=model.config.vocab_size,
         context=context,
     )
-
-
-def check_model(model: Any) -> None:
-    """Refuses what is no model, such as a name or, where arguments are mixed up, a tokenizer."""
-    if not hasattr(model, "config"):
-        raise wrong("model", "a model", model, "load it with load_model")
 
 
 def generation_of(answering: Answering) -> Generation:

@@ -15,12 +15,27 @@ from swaa_jax.fields import (
     or_none,
     show,
     texts,
+    wrong,
 )
+from swaa_jax.given import told_keywords
 from swaa_jax.limits import MAX_TOKEN_ID
+from swaa_jax.progress import ProgressLike, progress_like
 
 __all__ = ["GenerateOptions"]
 
 
+_ELSEWHERE = {
+    "max_tokens": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "do_sample": "temperature",
+    "stop_strings": "stop",
+    "eos_token_id": "stop_token_ids",
+    "verbose": "progress",
+}
+"""What others call it."""
+
+
+@told_keywords(_ELSEWHERE)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateOptions(SamplingParams):
     """How prompts are rendered, answered and run; how tokens are drawn is in `SamplingParams`.
@@ -43,7 +58,7 @@ class GenerateOptions(SamplingParams):
         cot: True or a text: an instruction to reason, appended to the last user message.
         batch_size: prompts answered at a time; None: at most 8. Where one ends, the next begins.
         logprobs: give the log-probability of each new token, too.
-        progress: show a progress bar on stderr.
+        progress: who is told how far it is; None: a screen or a notebook. See `swaa_jax.progress`.
         warmup: run each program once before the timed runs; see `Timings` for what is measured.
         chunk_size: the most decode steps between two looks at the stop strings.
 
@@ -69,7 +84,7 @@ class GenerateOptions(SamplingParams):
     cot: bool | str = False
     batch_size: int | None = None
     logprobs: bool = False
-    progress: bool = False
+    progress: ProgressLike = None
     warmup: bool = False
     chunk_size: int = 32
 
@@ -88,7 +103,7 @@ class GenerateOptions(SamplingParams):
             enable_thinking=or_none(flag),
             batch_size=or_none(integer(least=1)),
             logprobs=flag,
-            progress=flag,
+            progress=progress_like,
             warmup=flag,
             chunk_size=integer(least=1),
         )
@@ -112,9 +127,18 @@ class GenerateOptions(SamplingParams):
         """The options, or the defaults, with some fields replaced.
 
         Raises:
-            ValueError: an override that is not a field; the nearest one is named.
+            ValueError: an override that is not a field, the nearest one is named; or options of
+                another kind.
         """
-        check_keys("options", overrides, [field.name for field in dataclasses.fields(cls)])
+        if not isinstance(options, cls | None):
+            advice = "write GenerateOptions(...), or the settings themselves: max_new_tokens=64"
+            raise wrong("options", "GenerateOptions", options, advice)
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in overrides:
+            if name not in known and name in _ELSEWHERE:
+                near = f"(did you mean {_ELSEWHERE[name]!r}?)"
+                raise ValueError(f"options: expected a setting of generate, got {name!r} {near}")
+        check_keys("options", overrides, known)
         return dataclasses.replace(options or cls(), **overrides)
 
     @property

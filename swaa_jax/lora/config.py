@@ -24,12 +24,21 @@ from swaa_jax.fields import (
     text,
     wrong,
 )
+from swaa_jax.given import told_keywords
 from swaa_jax.limits import MAX_PATTERNS, MAX_RANK
 from swaa_jax.patterns import check_pattern, is_fullmatch
 from swaa_jax.storage import read_text
 from swaa_jax.typing import PathLike
 
+_IN_PEFT = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_rslora": "rslora",
+}
 
+
+@told_keywords(_IN_PEFT)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     r"""Low-rank adapters (arXiv 2106.09685): `y = x W + scale * dropout(x) A B`, W frozen.

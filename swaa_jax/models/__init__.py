@@ -2,6 +2,7 @@
 
 from swaa_jax.models.auto import (
     Blueprint,
+    default_dtype,
     load_model,
     model_from_config,
     read_blueprint,
@@ -20,6 +21,7 @@ __all__ = [
     "ModelFamily",
     "Prefill",
     "convert_checkpoint",
+    "default_dtype",
     "load_model",
     "model_from_config",
     "read_blueprint",

@@ -18,14 +18,15 @@ from swaa_jax import checkpoint
 from swaa_jax.attention import check_backend
 from swaa_jax.checkpoint import WeightReader, WeightRule
 from swaa_jax.checkpoint.keymap import Expected
-from swaa_jax.fields import show, wrong
+from swaa_jax.fields import nearest, show, wrong
+from swaa_jax.given import model_of, place_of, tokenizer_of, told_keywords
 from swaa_jax.models.causal_lm import CausalLM
 from swaa_jax.models.config import WINDOW_FIELDS, DecoderConfig, refuse_idle_overrides
 from swaa_jax.models.config_types import HfConfig, check_config_types
 from swaa_jax.models.families import FAMILIES, ModelFamily
 from swaa_jax.models.source import config_overrides, file_stamps, note_source
 from swaa_jax.policy import AttentionPolicy, PolicyLike, load_policy
-from swaa_jax.runtime import is_main_process, wait_for_all
+from swaa_jax.runtime import is_main_process, keep_compiled_programs, wait_for_all
 from swaa_jax.sharding import resolve_mesh, sharding_for, target_of
 from swaa_jax.storage import atomic_directory
 from swaa_jax.typing import PathLike
@@ -38,12 +39,14 @@ logger = logging.getLogger(__name__)
 
 _TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 _DTYPES = ("bfloat16", "float16", "float32")
+_IS_LOADED = "it is loaded already; with_policy gives it another policy"
 
 
+@told_keywords({"torch_dtype": "dtype", "name": "path", "attention_policy": "policy"})
 def load_model(
     path: PathLike,
     policy: PolicyLike | None = None,
-    dtype: jnp.dtype | str = "bfloat16",
+    dtype: jnp.dtype | str | None = None,
     mesh: Mesh | str | None = None,
     revision: str | None = None,
     config_overrides: Mapping[str, object] | None = None,
@@ -60,7 +63,8 @@ def load_model(
             as "window=64,sinks=4" or the name of a shipped one. None takes `attention_policy.json`
             if the directory has one, else the checkpoint's own window, else full attention; the
             choice is logged.
-        dtype: of parameters and activations: bfloat16, float16 or float32.
+        dtype: of parameters and activations: bfloat16, float16 or float32. None, as everywhere in
+            this package: `default_dtype`, float32 on a CPU and bfloat16 elsewhere.
         mesh: None (one device), `"auto"` (all devices along fsdp), or a mesh with the axes of
             `swaa_jax.sharding.MESH_AXES`. Each device then reads only its own slices.
         revision: of a hub id: a branch, a tag or a commit; a directory has none.
@@ -83,9 +87,12 @@ def load_model(
         >>> model(jnp.array([[1, 2, 3]]), logits_at="last").shape == (1, model.config.vocab_size)
         True
     """
-    dtype = check_dtype(dtype)
-    directory = checkpoint.open_checkpoint(path, revision)
+    place_of("path", path, expected="a directory or a name to load from", advice=_IS_LOADED)
+    policy = None if policy is None else load_policy(policy)
     mesh = resolve_mesh(mesh)
+    dtype = check_dtype(default_dtype(mesh) if dtype is None else dtype)
+    keep_compiled_programs()
+    directory = checkpoint.open_checkpoint(path, revision)
     _check_backend(backend, mesh)
     reader = WeightReader(directory)
     plan = read_blueprint(
@@ -190,7 +197,7 @@ def read_blueprint(
 def model_from_config(
     hf_config: HfConfig,
     *,
-    policy: AttentionPolicy | None = None,
+    policy: PolicyLike | None = None,
     dtype: jnp.dtype | str = "float32",
     mesh: Mesh | str | None = None,
     seed: int = 0,
@@ -201,13 +208,14 @@ def model_from_config(
     Weights are normal with the config's `initializer_range` (0.02 where it has none), norm scales
     one, biases zero.
     """
+    keep_compiled_programs()
     family = _family(hf_config)
     _check_range(family, check_dtype(dtype))
     mesh = resolve_mesh(mesh)
     _check_backend(backend, mesh)
     model = family.model_class(
         family.config_class.from_hf(hf_config),
-        policy=policy,
+        policy=None if policy is None else load_policy(policy),
         dtype=check_dtype(dtype),
         mesh=mesh,
         backend=backend,
@@ -222,6 +230,7 @@ def model_from_config(
     return model
 
 
+@told_keywords({"path": "directory", "tok": "tokenizer"})
 def save_model(
     model: CausalLM,
     directory: PathLike,
@@ -249,6 +258,9 @@ def save_model(
         CheckpointError: the directory exists and `overwrite` is false, or it holds no model.
         ValueError: the model has adapters: merge them, or save them alone.
     """
+    model_of("model", model)
+    place_of("directory", directory)
+    tokenizer_of("tokenizer", tokenizer)
     if model.lora_config is not None:
         raise ValueError(
             "model: expected one without adapters, got one with LoRA adapters, which a checkpoint "
@@ -373,10 +385,26 @@ def _check_range(family: ModelFamily, dtype: jnp.dtype) -> None:
 
 def check_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
     """A dtype that models can have, by name or as it is."""
-    name = str(np.dtype(dtype)) if not isinstance(dtype, str) else dtype
+    try:
+        name = dtype if isinstance(dtype, str) else str(np.dtype(dtype))
+    except TypeError:  # such as torch.bfloat16
+        raise wrong("dtype", f"one of {list(_DTYPES)}", dtype, "write its name") from None
     if name not in _DTYPES:
-        raise wrong("dtype", f"one of {list(_DTYPES)}", name)
+        error = wrong("dtype", f"one of {list(_DTYPES)}", name)
+        raise ValueError(f"{error}{nearest(name, _DTYPES)}")
     return jnp.dtype(name)
+
+
+def default_dtype(mesh: Mesh | None = None) -> str:
+    """What a model is loaded in where nobody says it: float32 on a CPU, which computes in bfloat16
+    more slowly than that, and bfloat16 on TPUs and GPUs, half of the memory.
+
+    Args:
+        mesh: what the model is for; None: this process's devices.
+    """
+    target = target_of(mesh)
+    platform = jax.default_backend() if target is None else target.platform
+    return "float32" if platform == "cpu" else "bfloat16"
 
 
 def _join(path: Sequence[object]) -> str:

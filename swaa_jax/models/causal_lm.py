@@ -44,7 +44,7 @@ from swaa_jax.models.config import DecoderConfig
 from swaa_jax.models.head import VocabHead
 from swaa_jax.models.rope import rotation
 from swaa_jax.models.stack import Blocks, Ran, Tap, run_layers
-from swaa_jax.policy import AttentionPolicy, LayerAttention, PolicyLike, Stage, load_policy
+from swaa_jax.policy import LayerAttention, PolicyLike, Stage, load_policy
 from swaa_jax.sharding import constrain_batch
 from swaa_jax.typing import PathLike
 
@@ -105,14 +105,14 @@ class CausalLM(nnx.Module):
         self,
         config: DecoderConfig,
         *,
-        policy: AttentionPolicy | None = None,
+        policy: PolicyLike | None = None,
         dtype: jnp.dtype | str = "float32",
         mesh: Mesh | None = None,
         backend: str = "auto",
         initializer_range: float = 0.02,
         rngs: nnx.Rngs | None,
     ):
-        policy = config.own if policy is None else policy
+        policy = config.own if policy is None else load_policy(policy)
         dtype = jnp.dtype(dtype)
         initial = Initial(dtype=dtype, std=initializer_range, rngs=rngs)
         self.config = config

@@ -15,8 +15,8 @@ from swaa_jax import checkpoint
 from swaa_jax.checkpoint import WeightReader
 from swaa_jax.fields import wrong
 from swaa_jax.models.auto import check_dtype, hf_config_under, read_blueprint
-from swaa_jax.policy import AttentionPolicy
-from swaa_jax.progress import show_progress
+from swaa_jax.policy import PolicyLike
+from swaa_jax.progress import ProgressLike, show_progress
 from swaa_jax.storage import atomic_directory, check_space, is_local
 from swaa_jax.typing import PathLike
 
@@ -40,10 +40,10 @@ def convert_checkpoint(
     dtype: jnp.dtype | str | None = None,
     max_shard_size: int = 5 * 10**9,
     revision: str | None = None,
-    policy: AttentionPolicy | None = None,
+    policy: PolicyLike | None = None,
     config_overrides: Mapping[str, object] | None = None,
     overwrite: bool = False,
-    progress: bool = False,
+    progress: ProgressLike = None,
 ) -> Converted:
     """Write a checkpoint again: another place, dtype, size of shards, policy or config.
 
@@ -61,7 +61,7 @@ def convert_checkpoint(
         policy: to be kept in `attention_policy.json`. None: the source's.
         config_overrides: config values under their HF names that replace the source's.
         overwrite: replace the directory, once the new one is complete.
-        progress: show a bar on stderr.
+        progress: who is told how far it is; see `swaa_jax.progress`.
 
     Raises:
         CheckpointError: the source is incomplete or contradicts itself, or the destination is

@@ -29,6 +29,7 @@ from swaa_jax.fields import (
     one_of,
     or_none,
     section,
+    show,
     text,
     wrong,
 )
@@ -137,7 +138,10 @@ def load_policy(policy: PolicyLike) -> AttentionPolicy:
         except ValueError as error:
             raise ValueError(f"policy: {error}") from error
     if not isinstance(policy, str | os.PathLike):
-        raise wrong("policy", "a name, a file, fields or a mapping of them", policy)
+        is_window = isinstance(policy, int) and not isinstance(policy, bool)
+        advice = f'write "window={show(policy)}"' if is_window else ""
+        expected = "a name, a file, fields in a text or a mapping, or an AttentionPolicy"
+        raise wrong("policy", expected, policy, advice)
     if "=" in (name := os.fspath(policy)) and not name.endswith((".yaml", ".yml", ".json")):
         return AttentionPolicy.parse(name)
     return load_policy_file(policy).policy

@@ -33,6 +33,7 @@ from swaa_jax.fields import (
     set_field,
     show,
 )
+from swaa_jax.given import told_keywords
 from swaa_jax.limits import MAX_KEYS
 from swaa_jax.policy.layers import (
     HeadPairs,
@@ -54,6 +55,20 @@ from swaa_jax.typing import PathLike
 
 __all__ = ["AttentionPolicy", "HfExpressible", "LayerAttention"]
 
+_ELSEWHERE = {
+    "window_size": "window",
+    "sliding_window": "window",
+    "sliding_window_size": "window",
+    "sinks": "num_sink_tokens",
+    "keep_first": "num_sink_tokens",
+    "full_layers": "full_attention_layers",
+    "non_sliding_layers": "full_attention_layers",
+    "full_heads": "full_attention_heads",
+    "force_fa_decode": "decode",
+    "tail": "full_attention_tail",
+}
+"""Names of the fields on the command line, in the reference and in Transformers."""
+
 # Keys of a policy file besides the policy's own fields; see `swaa_jax.policy.files`.
 _FILE_NOTES = ("description", "source", "needs", "evidence")
 
@@ -69,6 +84,7 @@ def _window(name: str, value: object) -> int | None:
         raise ValueError(f"{error}; None, or null, means full attention") from None
 
 
+@told_keywords(_ELSEWHERE | {"decode": "full_decode"})
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerAttention:
     """The attention of one layer, after `AttentionPolicy.resolve`.
@@ -134,6 +150,7 @@ class HfExpressible(Protocol):
         ...
 
 
+@told_keywords(_ELSEWHERE)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionPolicy:
     """Window, sink tokens, full layers and FA decode of a model (arXiv 2512.10411, section 3).

@@ -4,17 +4,17 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from swaa_jax.data import DataConfig, Sample, prepare_samples
+from swaa_jax.fields import integer, or_none
 from swaa_jax.infer.buckets import length_bucket
 from swaa_jax.infer.prompts import check_context
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy, Stage
-from swaa_jax.typing import PathLike
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def read_calibration(
-    files: Sequence[PathLike],
+    files: object,
     tok: "PreTrainedTokenizerBase",
     *,
     limit: int | None = 64,
@@ -38,10 +38,11 @@ def read_calibration(
     answers: str = "verbatim",
     **data: object,
 ) -> list[Sample]:
-    """Samples from files that `swaa train` reads and `swaa distill` writes.
+    """Samples from data that `swaa train` reads and `swaa distill` writes.
 
     Args:
-        files: parquet or jsonl, directories or patterns.
+        files: parquet or jsonl files, directories or patterns, one or several; or records in
+            memory: a list of dicts, a `datasets.Dataset` or a pandas frame.
         tok: the model's tokenizer.
         limit: the first so many samples; None: all.
         max_length: tokens of prompt and answer; longer samples are left out, never cut.
@@ -51,17 +52,28 @@ def read_calibration(
     Raises:
         ValueError: an unknown field, a record that cannot be read, or no sample within the length.
     """
+    limit = or_none(integer(least=1))("limit", limit)
+    records = None if _are_files(files) else files
+    given: Any = files if records is None else ()
+    several = [given] if isinstance(given, str | os.PathLike) else given
     fields = {
-        "files": [os.fspath(file) for file in files],
+        "files": [os.fspath(file) for file in several],
         "seq_len": max_length,
         "batch_size": 1,
         "on_too_long": "drop",
         "answers": answers,
     }
     config = DataConfig.from_dict({**fields, **data})
-    samples = prepare_samples(config, tok)
+    in_memory: Any = records
+    samples = prepare_samples(config, tok, records=in_memory)
     count = len(samples) if limit is None else min(limit, len(samples))
     return [samples[number] for number in range(count)]
+
+
+def _are_files(data: object) -> bool:
+    """Whether data is a path or several, rather than records in memory."""
+    several = data if isinstance(data, list | tuple) and data else [data]
+    return all(isinstance(one, str | os.PathLike) for one in several)
 
 
 def check_samples(model: CausalLM, samples: Sequence[Sample], policy: AttentionPolicy) -> None:

@@ -1,4 +1,7 @@
-"""`select_layers`: which layers keep full attention."""
+"""Which layers keep full attention: the methods, and `select_from_samples`, which runs one.
+
+`swaa_jax.selection.api` has `select_layers`, which is given a model by name, and data.
+"""
 
 import dataclasses
 import hashlib
@@ -14,7 +17,7 @@ from swaa_jax.fields import Check, check_keys, from_mapping, integer, number, on
 from swaa_jax.models import CausalLM
 from swaa_jax.models.source import running_backend, since_loading
 from swaa_jax.policy import AttentionPolicy
-from swaa_jax.progress import ShowProgress
+from swaa_jax.progress import ProgressLike, ShowProgress, show_progress
 from swaa_jax.runs import claim
 from swaa_jax.selection.calibration import check_samples, digest
 from swaa_jax.selection.gates import GatesConfig, gates
@@ -23,10 +26,11 @@ from swaa_jax.selection.one_layer import add_one, remove_one
 from swaa_jax.selection.per_row import RowScorer
 from swaa_jax.selection.periodic import periodic
 from swaa_jax.selection.refine import backward, check_layers, greedy, pairwise
-from swaa_jax.selection.store import Layers, Ranking, ScoreStore
+from swaa_jax.selection.selection import Selection
+from swaa_jax.selection.store import Ranking, ScoreStore
 from swaa_jax.typing import PathLike
 
-__all__ = ["METHODS", "Selection", "check_options", "select_layers"]
+__all__ = ["METHODS", "check_options", "option_names", "select_from_samples"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,55 +103,7 @@ METHODS: Mapping[str, Method] = {
 """Methods by name: another is a function in a file beside this one, and a line here."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Selection:
-    """Which layers keep full attention, and why.
-
-    Attributes:
-        method: one of `METHODS`.
-        policy: the base policy with the layers, or heads, that were chosen.
-        chosen: those layers, sorted; empty where heads were chosen.
-        heads: chosen KV heads by layer; empty where layers were.
-        scores: of each layer; more is better, and only their order means anything.
-        nll_none, nll_chosen, nll_all: mean answer NLL with no layer full, with the chosen ones (or
-            heads), and with all; nats a token.
-        num_samples: calibration samples.
-        num_evaluations: sets of full layers that the method compared.
-        num_new: sets that had to be run, those of the three NLLs above included.
-        num_compiles: programs they were compiled to, in this call.
-        seconds: of all of it.
-        details: what else the method found, as JSON's types.
-    """
-
-    method: str
-    policy: AttentionPolicy
-    chosen: Layers
-    heads: Mapping[int, tuple[int, ...]]
-    scores: tuple[float, ...]
-    nll_none: float
-    nll_chosen: float
-    nll_all: float
-    num_samples: int
-    num_evaluations: int
-    num_new: int
-    num_compiles: int
-    seconds: float
-    details: Mapping[str, Any]
-
-    def to_dict(self) -> dict[str, object]:
-        """All of it as JSON's types."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {
-            **fields,
-            "policy": self.policy.to_dict(),
-            "chosen": list(self.chosen),
-            "scores": list(self.scores),
-            "heads": {str(layer): list(heads) for layer, heads in self.heads.items()},
-            "details": dict(self.details),
-        }
-
-
-def select_layers(
+def select_from_samples(
     model: CausalLM,
     samples: Sequence[Sample],
     *,
@@ -157,10 +113,11 @@ def select_layers(
     directory: PathLike | None = None,
     identity: Mapping[str, object] | None = None,
     rows_at_once: int | None = None,
-    progress: ShowProgress | None = None,
+    progress: ProgressLike = None,
     options: Mapping[str, object] | None = None,
+    name: str = "",
 ) -> Selection:
-    """Choose the layers that keep full attention.
+    """Choose the layers that keep full attention, from samples that are tokens.
 
     Args:
         model: from `load_model`; its own policy does not matter.
@@ -176,10 +133,11 @@ def select_layers(
             with its arrays in memory, always belongs to it.
         rows_at_once: samples times candidates that run at once; None: what fits into memory by a
             rough count.
-        progress: told what is being done, and which part of it is done.
+        progress: who is told how far it is; see `swaa_jax.progress`.
         options: of the method: `offset` (periodic), `max_evaluations` (greedy, backward,
             pairwise), `start` and `least_gain` (pairwise), and the fields of `LazyRatioConfig` and
             `GatesConfig`.
+        name: what the selection calls the model.
 
     Returns:
         The selection; `selection.policy` is ready for `model.with_policy`.
@@ -199,24 +157,25 @@ def select_layers(
         about = _identity(model, samples, policy, identity or {})
         claim(directory, about, file="selection_run.json", what="the scores")
     scorer = RowScorer(model, samples, policy=policy, rows_at_once=rows_at_once)
-    store = ScoreStore(scorer, directory=directory, progress=progress)
-    work = Work(
-        model=model,
-        samples=samples,
-        policy=policy,
-        store=store,
-        directory=directory,
-        progress=progress,
-    )
-    ranking = METHODS[method].run(work, num_full_layers, **options)
-    chosen_policy = _with_chosen(policy, ranking)
-    none, every = (), tuple(range(count))
-    compared = [none, every] if ranking.heads is not None else [none, every, ranking.chosen]
-    nll = store.nll(compared, what="the chosen layers")
-    if ranking.heads is None:
-        nll_chosen = nll[ranking.chosen]
-    else:  # rows cannot tell heads apart
-        nll_chosen = float(np.mean(scorer.of_policy(chosen_policy)))
+    with show_progress(f"{method}: compiling", total=1, enabled=progress) as bar:
+        store = ScoreStore(scorer, directory=directory, progress=bar.show)
+        work = Work(
+            model=model,
+            samples=samples,
+            policy=policy,
+            store=store,
+            directory=directory,
+            progress=bar.show,
+        )
+        ranking = METHODS[method].run(work, num_full_layers, **options)
+        chosen_policy = _with_chosen(policy, ranking)
+        none, every = (), tuple(range(count))
+        compared = [none, every] if ranking.heads is not None else [none, every, ranking.chosen]
+        nll = store.nll(compared, what="the chosen layers")
+        if ranking.heads is None:
+            nll_chosen = nll[ranking.chosen]
+        else:  # rows cannot tell heads apart
+            nll_chosen = float(np.mean(scorer.of_policy(chosen_policy)))
     return Selection(
         method=method,
         policy=chosen_policy,
@@ -232,6 +191,7 @@ def select_layers(
         num_compiles=scorer.num_compiles,
         seconds=time.perf_counter() - started,
         details=ranking.details,
+        model=name,
     )
 
 
@@ -259,6 +219,14 @@ def check_options(method: str, options: Mapping[str, object]) -> dict[str, Any]:
     check_keys(name, options, list(checks))
     given = {option: value for option, value in options.items() if value is not None}
     return {option: checks[option](option, value) for option, value in given.items()}
+
+
+def option_names(method: str) -> tuple[str, ...]:
+    """The names of a method's options."""
+    checks = METHODS[method].options
+    if isinstance(checks, type):
+        return tuple(field.name for field in dataclasses.fields(checks))
+    return tuple(checks)
 
 
 def _identity(

@@ -2,7 +2,7 @@
 
 from swaa_jax.verify.ask import ask_model, ask_server, only_model
 from swaa_jax.verify.candidates import RECORDED, Candidate, candidates
-from swaa_jax.verify.decide import Evidence, Verdict, as_dict, decide
+from swaa_jax.verify.decide import Evidence, Verdict, decide
 from swaa_jax.verify.paths import Option, Path, Reply, Step
 from swaa_jax.verify.probes import ProbeOptions, make_record
 from swaa_jax.verify.record import Probe, Record, read_record, write_record
@@ -21,7 +21,6 @@ __all__ = [
     "Verdict",
     "ask_model",
     "ask_server",
-    "as_dict",
     "candidates",
     "decide",
     "make_record",

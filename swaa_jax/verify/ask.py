@@ -5,8 +5,9 @@ log-probabilities, then token ids, in place of which it gets the text that encod
 """
 
 import itertools
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swaa_jax.documents import parse_json
@@ -14,6 +15,7 @@ from swaa_jax.fields import describe, first_of, naming, nearest, show
 from swaa_jax.infer import eos_token_ids
 from swaa_jax.infer.stopping import TokenText
 from swaa_jax.models import CausalLM
+from swaa_jax.progress import ProgressLike, show_progress
 from swaa_jax.remote import BROKEN, Endpoint, listed_models, retry_after
 from swaa_jax.remote import Reply as HttpReply
 from swaa_jax.verify.paths import END, Reply
@@ -23,7 +25,10 @@ from swaa_jax.verify.record import Probe, Record
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ask_model", "ask_server", "only_model"]
+__all__ = ["API_KEY", "ask_model", "ask_server", "only_model"]
+
+API_KEY = "SWAA_VERIFY_API_KEY"
+"""The environment's variable with a server's key."""
 
 _TOP = 5  # log-probabilities; OpenAI's own server and vLLM give no more
 _ATTEMPTS = 4
@@ -71,42 +76,51 @@ def only_model(endpoint: Endpoint, *, timeout_s: float = _LIST_SECONDS) -> str:
         return names[0]
     got = first_of([show(endpoint.excerpt(one)) for one in names]) if names else problem
     raise ValueError(
-        f"--model: expected the name of a model, since {endpoint.shown} does not have exactly one, "
+        f"model: expected the name of a model, since {endpoint.shown} does not have exactly one, "
         f"got none; its /models: {got}"
     )
 
 
 def ask_server(
     record: Record,
-    endpoint: Endpoint,
+    endpoint: Endpoint | str,
     *,
-    model: str,
+    model: str | None = None,
     logprobs: bool = True,
     timeout_s: float = 120.0,
     pause_s: float = _PAUSE_S,
-    on_reply: Callable[[], None] = lambda: None,
+    progress: ProgressLike = None,
 ) -> list[Reply]:
     """What a server says to each probe, greedily.
 
     Args:
         record: with the probes.
-        endpoint: its URL, which ends in `/v1` as a rule.
-        model: its name there.
+        endpoint: its URL, which ends in `/v1` as a rule; as a text, the key is read from the
+            environment's ``SWAA_VERIFY_API_KEY``.
+        model: its name there; None: the only one it has.
         logprobs: ask for log-probabilities; a server that refuses is asked without.
         timeout_s: of a request.
         pause_s: before a second attempt, where it is busy; longer each time.
-        on_reply: called after each.
+        progress: who is told how far it is; see `swaa_jax.progress`.
+
+    Returns:
+        A reply to each probe, for `decide`.
 
     Raises:
         ValueError: it cannot be talked to, refuses every form of the request, reads another number
             of tokens than it was sent, or replies with something that is no completion.
     """
-    asker = _Asker(record, endpoint, model, timeout_s, pause_s, logprobs=logprobs)
-    replies = []
-    for probe in record.probes:
-        replies.append(asker.ask(probe))
-        on_reply()
-    return replies
+    if isinstance(endpoint, str):
+        endpoint = Endpoint(url=endpoint, api_key=os.environ.get(API_KEY) or None)
+    name = only_model(endpoint) if model is None else model
+    asker = _Asker(record, endpoint, name, timeout_s, pause_s, logprobs=logprobs)
+    total = len(record.probes)
+    with show_progress("asking", total=total, unit="probes", enabled=progress) as bar:
+        replies = []
+        for probe in record.probes:
+            replies.append(asker.ask(probe))
+            bar.advance()
+        return replies
 
 
 def _listed(endpoint: Endpoint) -> list[str]:
@@ -180,12 +194,12 @@ class _Asker:
         if reply.status == 404 and (names := _listed(self._endpoint)) and self._model not in names:
             shown = [self._endpoint.excerpt(name) for name in names]
             return ValueError(
-                f"--model: expected one of the server's models, {first_of(shown)}, got "
+                f"model: expected one of the server's models, {first_of(shown)}, got "
                 f"{show(self._model)}{nearest(self._model, shown)}; name one of them"
             )
-        advice = "see the URL (it ends in /v1 as a rule) and --model"
+        advice = "see the URL, which ends in /v1 as a rule, and the model's name"
         if reply.status in (401, 403):
-            advice = "set a key that it takes in SWAA_VERIFY_API_KEY"
+            advice = f"set a key that it takes in {API_KEY}"
         elif reply.status in (400, 413, 422):
             advice = f"it must take {self._longest} tokens of prompt and answer, as recorded"
         return ValueError(

@@ -69,7 +69,7 @@ def candidates(
             "policy",
             "one that differs from full attention, or others to tell it from",
             str(policy),
-            "name some with --against",
+            "name some in against",
         )
     # What was asked for by hand stands behind the usual mistakes.
     named = {str(one) for one in against}

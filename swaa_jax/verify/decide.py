@@ -16,15 +16,22 @@ the record was made. The log-likelihoods of all candidates are then compared.
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 from swaa_jax.fields import wrong
+from swaa_jax.policy import AttentionPolicy
+from swaa_jax.tables import Table
+from swaa_jax.typing import PathLike
 from swaa_jax.verify.candidates import RECORDED
 from swaa_jax.verify.paths import LARGE_JUMP, Comparison, Reply, compare
 from swaa_jax.verify.record import Record
 
-__all__ = ["Evidence", "Verdict", "as_dict", "decide"]
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+__all__ = ["Evidence", "Verdict", "decide"]
 
 _LARGE_RESIDUAL = 3.0  # the same of log-probabilities: half of them are further off
 _DECISIVE = math.log(100.0)  # of the likelihoods of the best candidate and of the next
@@ -53,7 +60,10 @@ class Evidence:
     residual: float | None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+_EXPLAINED = ("same", "other")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Verdict:
     """What a server runs.
 
@@ -65,6 +75,9 @@ class Verdict:
         evidence: of all candidates, the best first.
         num_probes: replies that were compared.
         has_logprobs: whether the server gave log-probabilities.
+        best_policy: of the candidate that explains the replies best.
+        recorded_policy: that it should run.
+        noise: of the record.
     """
 
     answer: Answer
@@ -73,6 +86,94 @@ class Verdict:
     evidence: tuple[Evidence, ...]
     num_probes: int
     has_logprobs: bool
+    best_policy: AttentionPolicy
+    recorded_policy: AttentionPolicy
+    noise: float
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether it is the recorded policy."""
+        return self.answer == "same"
+
+    @property
+    def policy(self) -> AttentionPolicy | None:
+        """That the server runs; None: the replies do not tell."""
+        return self.best_policy if self.answer in _EXPLAINED else None
+
+    def __str__(self) -> str:
+        return {
+            "same": f"runs the recorded policy: {self.best_policy}",
+            "other": f"runs {self.name}: {self.best_policy}; recorded was {self.recorded_policy}",
+            "none": f"runs none of the {len(self.evidence)} policies of the record, or other "
+            f"weights; the nearest is {self.name}",
+            "unclear": f"cannot tell {self.name} from {self.rival}",
+        }[self.answer]
+
+    def __repr__(self) -> str:
+        return f"Verdict({self.answer}: {self}; {self.num_probes} probes)"
+
+    def table(self) -> Table:
+        """A line a candidate, the best first: how the replies go with it."""
+        how = "tokens and log-probabilities" if self.has_logprobs else "tokens alone"
+        records = [
+            {
+                "policy": one.name,
+                "log_likelihood": one.log_likelihood,
+                "agreed": one.agreed,
+                "large_jumps": one.large_jumps,
+                "residual": one.residual,
+            }
+            for one in self.evidence
+        ]
+        caption = f"{self}; by {how} of {self.num_probes} probes."
+        return Table.of(records, caption=caption)
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """`table()` as a frame."""
+        return self.table().to_pandas()
+
+    def to_dict(self) -> dict[str, object]:
+        """All of it as JSON's types, as `swaa verify --json` prints it."""
+        policy = self.policy
+        return {
+            "answer": self.answer,
+            "runs": None if policy is None else self.name,
+            "runs_policy": None if policy is None else str(policy),
+            "recorded_policy": str(self.recorded_policy),
+            "best": self.name,
+            "rival": self.rival,
+            "num_probes": self.num_probes,
+            "has_logprobs": self.has_logprobs,
+            "noise": self.noise,
+            "evidence": [dataclasses.asdict(one) for one in self.evidence],
+        }
+
+    def plot(self, path: PathLike | None = None) -> "Figure":
+        """How much less likely the replies are under each candidate than under the best.
+
+        Args:
+            path: where to save it too, such as ``"verdict.png"``.
+        """
+        from swaa_jax.figures import new_figure, save_figure
+
+        best = self.evidence[0].log_likelihood
+        names = [one.name for one in self.evidence]
+        figure = new_figure(width=7.0, height=1.4 + 0.3 * len(names), layout="constrained")
+        axis = figure.subplots()
+        behind = [best - one.log_likelihood for one in self.evidence]
+        bars = axis.barh(range(len(names)), behind, color="#0072B2")
+        axis.bar_label(bars, [f"{value:,.1f}" for value in behind], padding=3, fontsize=8)
+        axis.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in names])
+        axis.invert_yaxis()
+        axis.axvline(_DECISIVE, color="#777777", linewidth=0.8, linestyle=":")
+        axis.set_xlabel("log-likelihood behind the best; right of the dotted line it is ruled out")
+        axis.set_title(str(self).replace("$", r"\$"), loc="left", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.15)
+        return save_figure(figure, path)
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
 
 def decide(record: Record, replies: Sequence[Reply]) -> Verdict:
@@ -80,11 +181,18 @@ def decide(record: Record, replies: Sequence[Reply]) -> Verdict:
 
     Args:
         record: with the probes.
-        replies: to each probe, in their order.
+        replies: to each probe, in their order; from `ask_server` or `ask_model`.
+
+    Returns:
+        The verdict: `answer`, the `policy` that runs, and the evidence as a table.
 
     Raises:
-        ValueError: not as many replies as probes.
+        ValueError: not as many replies as probes, or something that is no record or no reply.
     """
+    if not isinstance(record, Record):
+        raise wrong("record", "a Record, from make_record or read_record", type(record).__name__)
+    if not isinstance(replies, Sequence) or not all(isinstance(one, Reply) for one in replies):
+        raise wrong("replies", "what ask_server or ask_model gave", type(replies).__name__)
     if len(replies) != len(record.probes):
         raise wrong("replies", f"{len(record.probes)}, one of each probe", len(replies))
     compared = {
@@ -109,6 +217,9 @@ def decide(record: Record, replies: Sequence[Reply]) -> Verdict:
         evidence=tuple(evidence),
         num_probes=len(replies),
         has_logprobs=best.residual is not None,
+        best_policy=record.policy_of(best.name),
+        recorded_policy=record.policy,
+        noise=record.noise,
     )
 
 
@@ -143,20 +254,3 @@ def _log_likelihood(compared: Comparison, scale: float) -> float:
 def _softplus(x: float) -> float:
     """log(1 + exp(x))."""
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
-
-
-def as_dict(verdict: Verdict, record: Record) -> Mapping[str, object]:
-    """A verdict as JSON's types."""
-    found = verdict.answer in ("same", "other")
-    return {
-        "answer": verdict.answer,
-        "runs": verdict.name if found else None,
-        "runs_policy": str(record.policy_of(verdict.name)) if found else None,
-        "recorded_policy": str(record.policy),
-        "best": verdict.name,
-        "rival": verdict.rival,
-        "num_probes": verdict.num_probes,
-        "has_logprobs": verdict.has_logprobs,
-        "noise": record.noise,
-        "evidence": [dataclasses.asdict(one) for one in verdict.evidence],
-    }

@@ -15,10 +15,13 @@ import dataclasses
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from swaa_jax.checkpoint.provenance import describe_model, describe_versions
 from swaa_jax.engine import Engine, EngineOptions, Request
@@ -27,8 +30,8 @@ from swaa_jax.infer import eos_token_ids
 from swaa_jax.infer.answerer import context_of
 from swaa_jax.infer.stopping import TokenText
 from swaa_jax.models import CausalLM
-from swaa_jax.policy import AttentionPolicy
-from swaa_jax.progress import show_progress
+from swaa_jax.policy import AttentionPolicy, PolicyLike, load_policy
+from swaa_jax.progress import ProgressLike, show_progress
 from swaa_jax.verify.candidates import Candidate, candidates
 from swaa_jax.verify.paths import LARGE_JUMP, Path, compare, make_path, margin
 from swaa_jax.verify.record import Probe, Record
@@ -85,29 +88,47 @@ class ProbeOptions:
 def make_record(
     model: CausalLM,
     tok: "PreTrainedTokenizerBase",
-    policy: AttentionPolicy,
+    policy: PolicyLike | None = None,
     *,
-    twin: CausalLM,
-    against: Sequence[AttentionPolicy] = (),
+    twin: CausalLM | None = None,
+    against: PolicyLike | Sequence[PolicyLike] = (),
     options: ProbeOptions = ProbeOptions(),
+    progress: ProgressLike = None,
 ) -> Record:
     """Seeks probes for a policy, and records what the model says to them under each candidate.
 
     Args:
-        model: in the number format that is the reference; its own policy does not matter.
+        model: from `load_model`, in the number format that is the reference.
         tok: its tokenizer.
-        policy: that a server should run.
-        twin: the same weights in another number format, to measure its noise.
-        against: further policies to tell it from.
+        policy: that a server should run, by name, as text, dict or object; None: the model's own.
+        twin: the same weights in another number format, to measure its noise; None: they are
+            rounded to bfloat16, or to float16 where the model is in bfloat16.
+        against: a further policy, or several, to tell it from.
         options: how probes are sought.
+        progress: who is told how far it is; see `swaa_jax.progress`.
+
+    Returns:
+        The record, for `ask_server`, `ask_model`, `decide` and `write_record`.
 
     Raises:
         ValueError: the policy does not fit the model, its window is as long as the model's
             context, or no probe tells it from anything.
+
+    Examples:
+        >>> record = make_record(model, tok, "window=16,sinks=4")  # doctest: +SKIP
+        >>> decide(record, ask_server(record, "http://localhost:8000/v1"))  # doctest: +SKIP
     """
+    policy = model.policy if policy is None else load_policy(policy)
+    given: Any = against
+    others = [given] if _is_one(given) else list(given)
+    against = [load_policy(one) for one in others]
+    twin = _twin(model) if twin is None else twin
     config = model.config
     found = candidates(
-        policy, num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, against=against
+        policy,
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        against=against,
     )
     text, ends = TokenText(tok), eos_token_ids(model, tok)
     proposer = _Proposer(tok, text, found, context_of(model), options)
@@ -116,7 +137,7 @@ def make_record(
     noise = 0.0
     chosen: list[int] = []
     total = options.rounds * options.proposals * len(found)
-    with show_progress("seeking probes", total=total, unit="answers") as bar:
+    with show_progress("seeking probes", total=total, unit="answers", enabled=progress) as bar:
         for round_ in range(options.rounds):
             new = list(itertools.islice(proposer, options.proposals))
             prompts += new
@@ -143,7 +164,7 @@ def make_record(
     if not probes:
         raise ValueError(
             f"policy: expected one that changes what the model says, got {policy}, under which it "
-            f"answers as under the others to all of {len(prompts)} prompts; raise --rounds"
+            f"answers as under the others to all of {len(prompts)} prompts; raise rounds"
         )
     described = describe_model(model)
     kept = ("source", "revision", "model_type", "num_layers", "sha256")
@@ -155,6 +176,21 @@ def make_record(
         model={name: described[name] for name in kept} | {"dtype": str(model.dtype)},
         versions=describe_versions(),
     )
+
+
+def _is_one(policies: object) -> bool:
+    return isinstance(policies, str | AttentionPolicy | Mapping)
+
+
+def _twin(model: CausalLM) -> CausalLM:
+    """The model with its parameters rounded to another number format."""
+    dtype = jnp.float16 if model.dtype == jnp.bfloat16 else jnp.bfloat16
+    graph, state = nnx.split(model)
+
+    def rounded(array: jax.Array) -> jax.Array:
+        return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
+
+    return nnx.merge(graph, jax.tree.map(rounded, state))
 
 
 def answer_paths(

@@ -20,6 +20,7 @@ from swaa_jax import storage
 from swaa_jax.fields import (
     check_fields,
     check_keys,
+    first_of,
     integer,
     list_of,
     mapping,
@@ -63,9 +64,9 @@ class Probe:
             raise ValueError("tokens: expected at least one, got none")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Record:
-    """What a server is held against.
+    """What a server is held against; from `make_record`, or `read_record`.
 
     Attributes:
         candidates: the recorded policy first.
@@ -122,6 +123,24 @@ class Record:
                 for probe in self.probes
             )
         ]
+
+    def __repr__(self) -> str:
+        return (
+            f"Record({len(self.probes)} probes that tell {self.policy} from "
+            f"{first_of(self.names[1:])})"
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """What it is about, without the probes, as JSON's types."""
+        return {
+            "policy": str(self.policy),
+            "candidates": {one.name: str(one.policy) for one in self.candidates},
+            "num_probes": len(self.probes),
+            "unclear": [list(pair) for pair in self.unclear],
+            "noise": self.noise,
+            "new_tokens": self.new_tokens,
+            "model": dict(self.model),
+        }
 
     def policy_of(self, name: str) -> AttentionPolicy:
         """The candidate's."""

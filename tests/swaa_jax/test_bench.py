@@ -245,7 +245,7 @@ def test_max_seconds_and_refusals_are_told(model, monkeypatch):
     one = cell.measurement
     assert one.stopped == "time" and 0.3 <= one.duration_s < 0.31
     assert 0 < one.summary.finished < 5000 and one.summary.failed == 0
-    assert "cut off by --max-seconds" in remarks([one])[0]
+    assert "cut off by the time limit" in remarks([one])[0]
 
     mixed = dataclasses.replace(WORK, prompt=Lengths(values=(20, 90)))
     (cell,) = cells_of(model, mixed, {"all": "full"}, room={"pool_tokens": 64})
@@ -262,7 +262,7 @@ def test_max_seconds_and_refusals_are_told(model, monkeypatch):
 
 def test_requests_beyond_the_context_are_refused(model):
     work = dataclasses.replace(WORK, prompt=Lengths(values=(126,)))
-    with pytest.raises(ValueError, match=r"--prompt-tokens: expected .* at most 128 .* got 135"):
+    with pytest.raises(ValueError, match=r"prompt_tokens: expected .* at most 128 .* got 135"):
         local_cells(model, POLICIES, work, room_for(work))
 
 
@@ -378,12 +378,12 @@ def test_every_shape_is_one_that_a_family_reads(name):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "MODEL: expected a model, --shape or --url, got none of them"),
-        (["tiny-retriever", "--shape", "Qwen3-4B"], "got MODEL and --shape"),
+        ([], "MODEL: expected a model, a shape or a url, got none of them"),
+        (["tiny-retriever", "--shape", "Qwen3-4B"], "got models and shape"),
         (["--shape", "Qwen3-4"], "did you mean 'Qwen3-4B'"),
         (["x", "--url", "http://127.0.0.1:9", "--slots", "3"], "--slots: expected nothing with"),
-        (["x", "--vocab", "3"], "--vocab: expected nothing without --url, got 3"),
-        (["x", "--rate", "1", "--concurrency", "2"], "--rate: expected it or --concurrency"),
+        (["x", "--vocab", "3"], "--vocab: expected nothing without url, got 3"),
+        (["x", "--rate", "1", "--concurrency", "2"], "--rate: expected it or concurrency"),
         (["x", "--rate", "0"], "error: --rate: expected a number above 0"),
         (["x", "--requests", "0"], "error: --requests: expected an integer of at least 1"),
         (["x", "--concurrency", "0"], "error: --concurrency: expected an integer of at least 1"),

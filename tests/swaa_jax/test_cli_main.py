@@ -277,13 +277,16 @@ def test_flags_alone_and_beside_a_policy():
     [
         ("recipes --pref quality", "swaa recipes: .* got '--pref' .did you mean '--prefer'"),
         ("generate m p --windo=8", "swaa generate: .* got '--windo=8' .did you mean '--window'"),
-        ("evl", "swaa: argument COMMAND: .* got 'evl' .did you mean 'eval'"),
+        ("evl", "swaa: COMMAND: .* got 'evl' .did you mean 'eval'"),
         (
             "generate m p --positions tex",
-            "swaa generate: argument --positions: .*did you mean 'text'",
+            "swaa generate: --positions: .*did you mean 'text'",
         ),
         ("eval --nope", "swaa eval: expected no further arguments, got '--nope'; see"),
-        ("generate m p --top-k " + "x" * 5000, "swaa generate: argument --top-k: .*x{200}[.]{3};"),
+        (
+            "generate m p --top-k " + "x" * 5000,
+            "swaa generate: --top-k: expected an integer, got .*x{40}.*; see",
+        ),
         ("generate", "swaa generate: the following arguments are required: MODEL, PROMPT"),
     ],
 )

@@ -1,16 +1,16 @@
 """`swaa select`, from files to a policy file that other commands take."""
 
-import argparse
 import json
+import re
 
 import pytest
 
 import swaa_jax as swaa
 from swaa_jax.cli.main import main
-from swaa_jax.cli.select import _num_full_layers
 from swaa_jax.eval.tasks.ruler import niah_multiquery
 from swaa_jax.policy import load_policy_file
 from swaa_jax.selection import Selection
+from swaa_jax.selection.api import count_of_share
 from swaa_jax.selection.report import write_selection
 
 FLAGS = ["--no-thinking", "--window", "24", "--sinks", "2", "--dtype", "float32"]
@@ -120,14 +120,14 @@ def test_a_size_must_be_given(data, tmp_path, capsys):
 
 def test_help_names_every_method(capsys):
     with pytest.raises(SystemExit):
-        main(["select", "--help"])
+        main(["select", "--help-all"])
     out = capsys.readouterr().out
     from swaa_jax.selection import METHODS
 
-    choices = out[out.index("--method {") :].partition("}")[0]
+    choices = out[out.index("--method METHOD") :].partition("\n  --")[0]
     assert "columns={response: reply}" in out
     for method in METHODS:
-        assert method in choices
+        assert re.search(rf"\b{method}\b", choices)
         assert f"\n  {method} " in out  # and says what it does
 
 
@@ -135,8 +135,7 @@ def test_help_names_every_method(capsys):
     ("share", "layers", "expected"), [("1/4", 36, 9), ("0.5", 7, 4), ("1/3", 8, 3)]
 )
 def test_a_share_is_rounded_to_layers(share, layers, expected):
-    args = argparse.Namespace(full_layers_count=None, share=share)
-    assert _num_full_layers(args, layers) == expected
+    assert count_of_share("share", share, layers) == expected
 
 
 def test_heads_are_written_and_drawn(tmp_path):

@@ -13,9 +13,10 @@ from flax import nnx
 
 import swaa_jax as swaa
 from swaa_jax.distill import DistillConfig, Question, distill
+from swaa_jax.eval.evaluation import evaluate
 from swaa_jax.eval.judging import make_judge
-from swaa_jax.eval.run import EvalConfig, TaskEntry, evaluate
-from swaa_jax.selection import select_layers
+from swaa_jax.eval.run import EvalConfig, TaskEntry
+from swaa_jax.selection import select_from_samples
 from tests.support import byte_tokenizer
 from tests.support.evaluations import CountingTask
 from tests.support.random_models import save_random_model
@@ -247,13 +248,13 @@ def test_fault_34_selection(tmp_path):
         "policy": swaa.AttentionPolicy(window=16, num_sink_tokens=1, decode="full"),
         "directory": tmp_path / "out",
     }
-    select_layers(model, samples, **options)
-    assert select_layers(model, samples, **options).num_new == 0
+    select_from_samples(model, samples, **options)
+    assert select_from_samples(model, samples, **options).num_new == 0
     with pytest.raises(ValueError, match=r"the scores of another run .*arrays was"):
-        select_layers(zeroed(model), samples, **options)
+        select_from_samples(zeroed(model), samples, **options)
     other = retrieval_model("halves")
     with pytest.raises(ValueError, match=r"the scores of another run .*config was"):
-        select_layers(with_hf_value(other, "rms_norm_eps", 0.5), samples, **options)
+        select_from_samples(with_hf_value(other, "rms_norm_eps", 0.5), samples, **options)
 
 
 def with_hf_value(model, name, value):

@@ -11,7 +11,7 @@ import swaa_jax as swaa
 from swaa_jax.data import Sample
 from swaa_jax.infer import generate, stream
 from swaa_jax.infer.likelihoods import Continuation, score_continuations
-from swaa_jax.selection import select_layers
+from swaa_jax.selection import select_from_samples
 from tests.support.random_models import random_model
 from tests.support.standin import PRIME, StandIn
 
@@ -98,7 +98,7 @@ def test_fault_15_layers_are_not_ordered_by_what_is_no_number(method):
         is_target=np.arange(20) >= 16,
     )
     with pytest.raises(ValueError, match="expected finite numbers, got NaN or infinity; see"):
-        select_layers(
+        select_from_samples(
             model,
             [sample],
             method=method,

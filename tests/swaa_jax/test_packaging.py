@@ -81,6 +81,7 @@ def test_metadata(wheel):
         "harness",
         "serve",
         "test",
+        "docs",
         "dev",
     }
     needed = [need for need in metadata.get_all("Requires-Dist") if "extra ==" not in need]

@@ -5,7 +5,7 @@ import functools
 import pytest
 
 import swaa_jax as swaa
-from swaa_jax.selection import periodic_layers, select_layers
+from swaa_jax.selection import periodic_layers, select_from_samples
 from tests.support.retrieval_model import (
     DECOYS,
     NUM_LAYERS,
@@ -29,7 +29,7 @@ def model_and_samples(kind):
 def select(kind, method, **options):
     model, samples = model_and_samples(kind)
     count = options.pop("num_full_layers", 2)
-    return select_layers(
+    return select_from_samples(
         model, samples, method=method, num_full_layers=count, policy=POLICY, options=options
     )
 

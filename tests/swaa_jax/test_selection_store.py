@@ -6,7 +6,7 @@ import pytest
 
 import swaa_jax as swaa
 from swaa_jax.models.source import Source
-from swaa_jax.selection import select_layers
+from swaa_jax.selection import select_from_samples
 from swaa_jax.selection.per_row import RowScorer
 from tests.support.retrieval_model import RETRIEVING, retrieval_model, retrieval_samples
 
@@ -21,7 +21,7 @@ def case():
 def select(case, directory, method="add_one", **changes):
     model, samples = case
     arguments = {"policy": POLICY, "num_full_layers": 2, "rows_at_once": 3, **changes}
-    return select_layers(model, samples, method=method, directory=directory, **arguments)
+    return select_from_samples(model, samples, method=method, directory=directory, **arguments)
 
 
 def kept(directory):

@@ -82,7 +82,9 @@ def test_candidates_that_come_to_the_same_are_one():
 
 
 def test_full_attention_needs_something_to_be_told_from():
-    with pytest.raises(ValueError, match=r"policy: expected one that differs .*--against"):
+    with pytest.raises(
+        ValueError, match=r"policy: expected one that differs .*name some in against"
+    ):
         candidates(AttentionPolicy(), num_layers=4)
     found = candidates(AttentionPolicy(), num_layers=4, against=[POLICY])
     assert [one.name for one in found] == [RECORDED, str(POLICY)]
@@ -315,7 +317,7 @@ def test_a_checkpoint_s_policy_is_named(small, capsys, policy, code, name, furth
         (["MODEL", "--record", "nowhere/r"], "--record: expected a file in a directory"),
         (["MODEL", "--probes", "RECORD", "--model", "x"], "--model: expected no such"),
         (["MODEL", "--record", "r", "--no-logprobs"], "--no-logprobs: expected no such"),
-        (["MODEL", "--record", "r", "--policy", "full"], "name some with --against"),
+        (["MODEL", "--record", "r", "--policy", "full"], "name some in against"),
         (["MODEL", "--record", "r", "--window", "250"], "well below the model's context of 256"),
         (["MODEL", "--probes", "nowhere.json"], "nowhere.json"),
         (["http://127.0.0.1:9/v1", "--probes", "RECORD"], "--model: expected the name"),
@@ -446,7 +448,7 @@ class RefusingEndpoint(Endpoint):
     [
         (400, r"it must take \d+ tokens of prompt and answer, as recorded"),
         (401, "set a key that it takes in SWAA_VERIFY_API_KEY"),
-        (404, r"see the URL \(it ends in /v1 as a rule\) and --model"),
+        (404, "see the URL, which ends in /v1 as a rule, and the model's name"),
     ],
 )
 def test_what_a_server_refuses_is_told(small, status, advice):

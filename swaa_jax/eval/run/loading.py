@@ -4,7 +4,6 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-import jax
 from jax.sharding import Mesh
 
 from swaa_jax.checkpoint import load_tokenizer
@@ -27,11 +26,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "default_dtype",
     "describe",
     "identity_of",
     "load_entry",
-    "tell_default_dtype",
     "warn_of_difference",
 ]
 
@@ -42,11 +39,18 @@ def load_entry(
     entry: ModelEntry, *, config: EvalConfig, mesh: Mesh | str | None = None
 ) -> "tuple[CausalLM, PreTrainedTokenizerBase]":
     """A model with its adapters merged, under full attention, and its tokenizer."""
+    if entry.loaded is not None:
+        given = entry.loaded
+        tokenizer = given.tokenizer
+        if tokenizer is None:
+            assert given.model.source is not None  # as the entry was made
+            tokenizer = load_tokenizer(given.model.source)
+        return given.model.with_policy(AttentionPolicy()), tokenizer
     tokenizer = load_tokenizer(entry.path, revision=entry.revision)
     model = load_model(
         entry.path,
         policy=AttentionPolicy(),
-        dtype=config.dtype or default_dtype(),
+        dtype=config.dtype,
         mesh=mesh,
         revision=entry.revision,
         config_overrides=dict(entry.config_overrides) or None,
@@ -108,18 +112,3 @@ def warn_of_difference(model: CausalLM, entry: ModelEntry, config: EvalConfig) -
                 "%s: expected %s as the config says, got %s %s %s, which is what answers",
                 *(field, asked, entry.label, how, got),
             )
-
-
-def default_dtype() -> str:
-    """Of models that are scored: float32 on a CPU, where it is faster, and bfloat16 elsewhere."""
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-def tell_default_dtype(given: str | None) -> None:
-    """Says that the default is not `load_model`'s, where that is so."""
-    if given is None and (chosen := default_dtype()) != "bfloat16":
-        logger.warning(
-            "dtype: %s, since this is a CPU, where it is faster; load_model and the other commands "
-            "take bfloat16 by default. Set dtype to have the same everywhere",
-            chosen,
-        )
