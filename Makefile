@@ -23,7 +23,7 @@ DEV := $(VENV)/.stamp-$(TAG)-dev
 DOCS := $(VENV)/.stamp-$(TAG)-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint smoke bench notebooks dist install lock clean
+.PHONY: help demo test lint smoke bench notebooks docs dist install lock clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -50,6 +50,9 @@ smoke:  ## a short run on the JAX that this PYTHON's lock has, in its own enviro
 
 bench: $(CORE) $(TORCH)  ## attention time and memory against context length, on this machine
 	@$(BIN)/python benchmarks/attention_scaling.py
+
+docs: $(DOCS)  ## the documentation as a site, in site/, which needs no network
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 notebooks: $(TEST)  ## execute the notebooks and keep what they print
 	@$(BIN)/python notebooks/execute.py
@@ -86,7 +89,7 @@ lock:  ## make requirements/lock-*.txt again (needs uv; UPGRADE=1 moves to newer
 	done
 
 clean:  ## remove environments, caches and outputs
-	rm -rf .venv .venv-py* build dist demo_output .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-py* build dist site demo_output .pytest_cache .ruff_cache .hypothesis
 	rm -rf .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

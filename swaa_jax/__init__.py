@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from swaa_jax.checkpoint.tokenizer import load_tokenizer
     from swaa_jax.distill.run import DistillConfig, distill
-    from swaa_jax.eval.run import EvalConfig, evaluate
+    from swaa_jax.eval.evaluation import evaluate
+    from swaa_jax.eval.run import EvalConfig
     from swaa_jax.eval.search import recipes, search_policy
     from swaa_jax.infer import GenerateOptions, generate, stream
     from swaa_jax.lora import LoraConfig, add_lora, load_adapter, merge_lora, save_adapter
@@ -39,7 +40,7 @@ _LAZY = {
     "Stage": "swaa_jax.policy",
     "TrainConfig": "swaa_jax.train",
     "add_lora": "swaa_jax.lora",
-    "evaluate": "swaa_jax.eval.run",
+    "evaluate": "swaa_jax.eval.evaluation",
     "generate": "swaa_jax.infer",
     "load_adapter": "swaa_jax.lora",
     "load_model": "swaa_jax.models.auto",
@@ -57,7 +58,33 @@ _LAZY = {
 _CALLABLE = ("bench", "distill", "train")
 """Rooms that are also functions; see `callable_package`."""
 
-__all__ = ["__version__", *_LAZY, *_CALLABLE]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
+    "AttentionPolicy",
+    "DistillConfig",
+    "EvalConfig",
+    "GenerateOptions",
+    "LoraConfig",
+    "Stage",
+    "TrainConfig",
+    "__version__",
+    "add_lora",
+    "bench",
+    "distill",
+    "evaluate",
+    "generate",
+    "load_adapter",
+    "load_model",
+    "load_policy",
+    "load_tokenizer",
+    "merge_lora",
+    "recipes",
+    "save_adapter",
+    "save_model",
+    "search_policy",
+    "select_layers",
+    "stream",
+    "train",
+]
 
 _OLDEST_JAX = (0, 10)
 

@@ -8,6 +8,7 @@ from swaa_jax.typing import PathLike
 
 __all__ = ["config_path", "find_config", "list_configs"]
 
+_ENDINGS = (".yaml", ".yml", ".json")
 _PACKAGE = pathlib.Path(__file__).parent
 # An editable install and a checkout have configs/ beside the package, a wheel has it inside.
 _ROOTS = (_PACKAGE / "_configs", _PACKAGE.parent / "configs")
@@ -60,10 +61,25 @@ def find_config(kind: str, name_or_path: PathLike) -> PathLike:
     What ends in ``.yaml``, ``.yml`` or ``.json`` is a path, anything else a name.
 
     Raises:
-        ValueError: there is no shipped config of that name.
+        ValueError: there is no shipped config of that name; a file that is meant is named.
+        FileNotFoundError: there is no such file, but one of another ending.
     """
     name = os.fspath(name_or_path)
-    return name_or_path if name.endswith((".yaml", ".yml", ".json")) else config_path(kind, name)
+    stem, ending = os.path.splitext(name)
+    others = [f"{stem}{one}" for one in _ENDINGS if one != ending and os.path.isfile(stem + one)]
+    if ending in _ENDINGS:
+        if others and "://" not in name and not os.path.exists(name):
+            raise FileNotFoundError(
+                f"{name}: expected a file that is there, got none; say {others[0]}, which is"
+            )
+        return name_or_path
+    try:
+        return config_path(kind, name)
+    except ValueError as error:
+        beside = [f"{name}{one}" for one in _ENDINGS if os.path.isfile(name + one)]
+        if not beside:
+            raise
+        raise ValueError(f"{error}; for the file say {beside[0]}") from error
 
 
 def _folder(kind: str) -> pathlib.Path:

@@ -14,7 +14,14 @@ import yaml
 from swaa_jax.fields import describe, wrong
 from swaa_jax.limits import DEEPEST_NESTING
 
-__all__ = ["key_value", "parse_json", "parse_yaml", "problem_within", "with_overrides"]
+__all__ = [
+    "key_value",
+    "named_settings",
+    "parse_json",
+    "parse_yaml",
+    "problem_within",
+    "with_overrides",
+]
 
 _LONGEST_PROBLEM = 300
 
@@ -229,3 +236,27 @@ def _split(name: str, setting: str) -> tuple[str, str]:
     if not equals or not key.strip():
         raise wrong(name, "KEY=VALUE", setting)
     return key.strip(), value
+
+
+def named_settings(text: str, key: str) -> dict[str, Any]:
+    """`NAME,KEY=VALUE,...` as a mapping; values are YAML.
+
+    >>> named_settings("regex,which=last", "name")
+    {'name': 'regex', 'which': 'last'}
+
+    Raises:
+        ValueError: malformed.
+    """
+    name, *settings = text.split(",")
+    found = {key: name.strip()}
+    last = None
+    for setting in settings:
+        setting_key, equals, value = setting.partition("=")
+        if equals:
+            last = setting_key.strip()
+            found[last] = value
+        elif last is None:
+            raise wrong(key, "NAME,KEY=VALUE,...", text)
+        else:  # a comma within a value
+            found[last] += f",{setting}"
+    return {k: v if k == key else parse_yaml(v) for k, v in found.items()}

@@ -32,6 +32,7 @@ __all__ = [
     "ShowProgress",
     "is_notebook",
     "progress_like",
+    "say",
     "show_progress",
 ]
 
@@ -226,3 +227,17 @@ def show_progress(
             bar.close()
     else:
         yield (_Lines if enabled else Progress)(text, **about)
+
+
+def say(text: str, *, enabled: ProgressLike = True) -> None:
+    """Prints lines where progress is shown: above a bar, or in a log with True; else nothing.
+
+    Args:
+        text: one line or several.
+        enabled: who is told; a function is not.
+    """
+    if enabled is False or callable(enabled) or not runtime.is_main_process():
+        return
+    if enabled or is_watched():
+        # A notebook marks what comes on stderr as an error.
+        print(text, file=sys.stdout if is_notebook() else sys.stderr, flush=True)

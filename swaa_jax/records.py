@@ -25,12 +25,24 @@ from swaa_jax.fields import describe, show
 from swaa_jax.limits import PARQUET_BYTES, PARQUET_TIMES
 from swaa_jax.storage import CheckpointError, is_local, reading
 
-__all__ = ["DataError", "Record", "Records", "find_files", "open_records", "records_of"]
+__all__ = [
+    "SHIPPED",
+    "DataError",
+    "Record",
+    "Records",
+    "find_files",
+    "open_records",
+    "records_of",
+]
 
 # What a directory or a pattern means; a file that is named may also be .json, or have no ending.
 _USUAL = (".parquet", ".jsonl", ".ndjson")
 _ENDINGS = (*_USUAL, ".json", "")
 _LONGEST = 400  # characters of names in a message
+
+_ASSETS = epath.resource_path("swaa_jax") / "assets"
+SHIPPED = {name: _ASSETS / f"{name}.jsonl" for name in ("tiny-needles", "tiny-needles-held-out")}
+"""Files inside this package, by the name that stands for them: needles for tiny-retriever."""
 
 T = TypeVar("T")
 
@@ -132,7 +144,8 @@ def find_files(patterns: Sequence[epath.PathLike]) -> list[epath.Path]:
     """The files that are meant, in the order given, those of a directory or pattern sorted.
 
     Args:
-        patterns: files, directories of them, or glob patterns; local or ``gs://``.
+        patterns: files, directories of them, or glob patterns; local or ``gs://``. Or names of
+            `SHIPPED`, unless there is a file of that name.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -144,6 +157,9 @@ def find_files(patterns: Sequence[epath.PathLike]) -> list[epath.Path]:
     found: list[epath.Path] = []
     for pattern in patterns:
         pattern = os.fspath(pattern)
+        if pattern in SHIPPED and not os.path.exists(pattern):
+            found.append(SHIPPED[pattern])
+            continue
         with reading(pattern):
             path = epath.Path(pattern).expanduser()
             if any(c in pattern for c in "*?["):
@@ -229,7 +245,8 @@ def _mappings(data: Any) -> Sequence[Any]:
         )
     if isinstance(data, str | bytes) or not isinstance(data, Iterable):
         raise DataError(f"data: expected {expected}, got {describe(data)}")
-    return data if hasattr(data, "__getitem__") and hasattr(data, "__len__") else list(data)
+    by_number: Any = data
+    return by_number if hasattr(data, "__getitem__") and hasattr(data, "__len__") else list(data)
 
 
 def _plain(value: Any) -> Any:

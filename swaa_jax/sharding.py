@@ -58,14 +58,26 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh
     if unknown:
         raise ValueError(f"mesh axes: expected some of {MESH_AXES}, got {unknown}")
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
-    if math.prod(shape) != len(devices):
+    if (product := math.prod(shape)) != len(devices):
+        platform = devices[0].platform if len(devices) else "no"
         raise ValueError(
             f"mesh: expected sizes whose product is the number of devices, {len(devices)}, "
-            f"got {sizes}, product {math.prod(shape)}"
+            f"got {sizes}, product {product}; there are {len(devices)} {platform} devices"
+            f"{_how_to_get(product, platform) if product > len(devices) else ''}"
         )
     return Mesh(
         np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
     )
+
+
+def _how_to_get(count: int, platform: str) -> str:
+    """How a process comes to so many devices."""
+    if platform == "cpu":
+        return (
+            f": for {count} on this CPU set XLA_FLAGS=--xla_force_host_platform_device_count="
+            f"{count} before the start; where accelerators were meant, JAX has found none"
+        )
+    return ": lower a size, or join hosts (docs/many-devices.md)"
 
 
 def resolve_mesh(mesh: Mesh | str | None) -> Mesh | None:

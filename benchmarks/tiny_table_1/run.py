@@ -127,8 +127,9 @@ def _report(record: Mapping[str, Any], out: Path, *, docs: bool) -> None:
 
 def _evaluate(size: Size, work: Path, policies: list[dict[str, Any]] | None) -> list[Any]:
     """A summary of each policy in each mode; None: the table's policies."""
+    from swaa_jax.eval.evaluation import evaluate
     from swaa_jax.eval.report import summarize
-    from swaa_jax.eval.run import EvalConfig, evaluate
+    from swaa_jax.eval.run import EvalConfig
     from swaa_jax.eval.run.config import read_document
     from swaa_jax.progress import show_progress
 

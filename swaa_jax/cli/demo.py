@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from swaa_jax.cli import Commands, process_args
+from swaa_jax.cli.json_output import add_json
 
 if TYPE_CHECKING:
     from swaa_jax.eval.report import CellSummary
@@ -140,6 +141,7 @@ def add_parser(subparsers: Commands) -> None:
         help="of the report and all answers, default demo_output",
     )
     model.add_argument("--markdown", metavar="FILE", help="the report in Markdown, here too")
+    add_json(model, "the table")
     process_args.add_process_arguments(parser, mesh=False)
 
 
@@ -148,10 +150,10 @@ def run(args: argparse.Namespace) -> int:
     # Slow to import, hence not above: `swaa --help` stays fast.
     from swaa_jax import runtime
     from swaa_jax.cli.eval import print_results
-    from swaa_jax.eval.report import summarize, write_evaluation
-    from swaa_jax.eval.run import EvalConfig, evaluate
+    from swaa_jax.eval.evaluation import evaluate
+    from swaa_jax.eval.report import write_evaluation
+    from swaa_jax.eval.run import EvalConfig
     from swaa_jax.models import default_dtype
-    from swaa_jax.progress import show_progress
     from swaa_jax.redact import typed_command
     from swaa_jax.storage import write_text_atomic
 
@@ -159,16 +161,19 @@ def run(args: argparse.Namespace) -> int:
     runtime.return_freed_arrays()
     config = EvalConfig.from_dict(_fields(args))
     config = dataclasses.replace(config, dtype=config.dtype or default_dtype())
-    print(textwrap.fill(_introduction(config), 80))
-    with show_progress("starting", total=1) as bar:
-        done = evaluate(config, progress=bar.show)
+    if not args.json:
+        print(textwrap.fill(_introduction(config), 80))
+    done = evaluate(config, progress=True)
     if not runtime.is_main_process():
         return 0
-    summaries = summarize(done)
+    summaries = done.summaries
     paths = write_evaluation(done, summaries, command=typed_command())
     if args.markdown:
         write_text_atomic(args.markdown, paths["report.md"].read_text())
-    print_results(done, summaries, paths)
+    if args.json:
+        print(done.table().to_json())
+    else:
+        print_results(done, summaries, paths)
     return _check(config, summaries)
 
 

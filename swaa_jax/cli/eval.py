@@ -9,12 +9,11 @@ from swaa_jax.cli import Commands, process_args
 from swaa_jax.cli.task_args import add_task_arguments, tasks_from_args, with_judge
 
 if TYPE_CHECKING:
-    from swaa_jax.eval.report import CellSummary
-    from swaa_jax.eval.run import EvalConfig, Evaluation
+    from swaa_jax.eval.report import CellSummary, Evaluation
+    from swaa_jax.eval.run import EvalConfig
     from swaa_jax.typing import PathLike
 
 _NEEDED = "expected a CONFIG, or --model or --url with --data or --task, got "
-_POLICIES = ("full", "naive", "instruct-no-train")
 _EPILOG = """\
 examples:
   swaa eval --model ./my-model --data mine.jsonl --policies full,naive,instruct-no-train
@@ -96,7 +95,7 @@ def add_parser(subparsers: Commands) -> None:
         "--policies",
         metavar="LIST",
         help="shipped names, files, or fields as in full,window=64,window=64,decode=full; default: "
-        + ",".join(_POLICIES),
+        "full,naive,instruct-no-train",
     )
     ask.add_argument(
         "--url",
@@ -114,6 +113,7 @@ def add_parser(subparsers: Commands) -> None:
     ask.add_argument("--thinking", choices=["no", "yes", "both"], help="default: no")
     ask.add_argument("--output", metavar="DIR", help="default: eval_output")
     process_args.add_config_override(ask)
+    add("--json", action="store_true", help="print the table as JSON, and nothing else")
     add("--quiet", action="store_true", help="no progress bar and no table")
     process_args.add_process_arguments(parser, mesh=True)
 
@@ -121,9 +121,8 @@ def add_parser(subparsers: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from swaa_jax import runtime
-    from swaa_jax.eval.report import summarize, write_evaluation
-    from swaa_jax.eval.run import evaluate
-    from swaa_jax.progress import show_progress
+    from swaa_jax.eval.evaluation import evaluate
+    from swaa_jax.eval.report import write_evaluation
     from swaa_jax.redact import typed_command
 
     config = _config(args)
@@ -131,14 +130,14 @@ def run(args: argparse.Namespace) -> int:
         _leave_devices_alone()
     process_args.start(args)
     runtime.return_freed_arrays()
-    with show_progress("starting", total=1, enabled=not args.quiet) as bar:
-        done = evaluate(config, mesh=process_args.mesh_from_args(args), progress=bar.show)
+    done = evaluate(config, mesh=process_args.mesh_from_args(args), progress=not args.quiet)
     if not runtime.is_main_process():
         return 0
-    summaries = summarize(done)
-    paths = write_evaluation(done, summaries, command=typed_command())
-    if not args.quiet:
-        print_results(done, summaries, paths)
+    paths = write_evaluation(done, done.summaries, command=typed_command())
+    if args.json:
+        print(done.table().to_json())
+    elif not args.quiet:
+        print_results(done, done.summaries, paths)
     return 0
 
 
@@ -209,6 +208,7 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
 
     from swaa_jax.configs import find_config
     from swaa_jax.documents import with_overrides
+    from swaa_jax.eval.evaluation import DEFAULT_POLICIES
     from swaa_jax.eval.run import EvalConfig
     from swaa_jax.eval.run.config import read_document
     from swaa_jax.fields import list_of, mapping
@@ -240,7 +240,7 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
             fields.pop("settings", None)
             fields["models"] = [*(args.model or []), *_remote_models(args)]
             if args.model:
-                fields.setdefault("policies", list(_POLICIES))
+                fields.setdefault("policies", list(DEFAULT_POLICIES))
             elif policies is None:  # those of a file are for its local models
                 fields.pop("policies", None)
         if policies is not None:

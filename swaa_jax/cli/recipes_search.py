@@ -37,26 +37,17 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> list[argparse.Actio
     return [action for action in group._group_actions if action.dest != "search"]
 
 
-def run_search(args: argparse.Namespace, *, num_layers: int, context: int) -> int:
+def run_search(args: argparse.Namespace) -> int:
     """Run the search that the arguments ask for."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    from swaa_jax import load_tokenizer, runtime
+    from swaa_jax import runtime
     from swaa_jax.eval.run import ModelEntry
-    from swaa_jax.eval.run.config import task_entry
-    from swaa_jax.eval.search import (
-        SearchConfig,
-        SearchSpace,
-        search_policies,
-        suggest_windows,
-        write_search,
-    )
+    from swaa_jax.eval.search import search_policy, write_search
     from swaa_jax.eval.search.report import HEADINGS, candidate_cells
-    from swaa_jax.eval.tasks import encode_sample
     from swaa_jax.policy import parse_fields
-    from swaa_jax.progress import show_progress
     from swaa_jax.redact import typed_command
 
     runtime.enable_compilation_cache()
@@ -65,60 +56,39 @@ def run_search(args: argparse.Namespace, *, num_layers: int, context: int) -> in
         raise ValueError(
             f"--search: expected one --data or --task to search with, got {len(tasks)}"
         )
-    task = task_entry("task", tasks[0])
-    thinking = bool(args.thinking)
-    if args.windows is None:
-        tokenizer = load_tokenizer(args.model)
-        samples = task.task.samples(tokenizer, thinking=thinking)[: args.limit]
-        lengths = [
-            # A prompt that does not fit is perhaps not encoded to its end.
-            min(len(encode_sample(one, tokenizer, thinking=thinking, room=context)), context)
-            for one in samples
-        ]
-        windows = suggest_windows(lengths)
-    else:
-        windows = _numbers("--windows", args.windows)
-    space = SearchSpace(
-        windows=windows,
-        sinks=_numbers("--sinks", args.sinks),
-        full_layers=tuple(
-            parse_fields({"full_layers": one})["full_attention_layers"]
-            for one in args.full_layers.split(";")
-        ),
-        decode=tuple(parse_fields({"decode": one})["decode"] for one in args.decode.split(",")),
-    )
-    policies = space.policies(num_layers)
-    config = SearchConfig(
+    overrides = process_args.config_overrides_from_args(args)
+    found = search_policy(
+        ModelEntry(path=args.model, config_overrides=overrides),
+        task=tasks[0],
         floor=args.floor,
         max_prefill=args.max_prefill,
         max_cache_bytes=None if args.max_cache is None else int(args.max_cache * _GIB),
+        windows=None if args.windows is None else _numbers("--windows", args.windows),
+        sinks=_numbers("--sinks", args.sinks),
+        full_layers=[
+            parse_fields({"full_layers": one})["full_attention_layers"]
+            for one in args.full_layers.split(";")
+        ],
+        decode=[parse_fields({"decode": one})["decode"] for one in args.decode.split(",")],
         first_samples=args.first_samples,
+        thinking=bool(args.thinking),
+        batch_size=args.batch_size,
+        limit=args.limit,
+        output_dir=args.output,
+        progress=True,
     )
-    print(f"{len(policies)} candidates and full attention, windows {', '.join(map(str, windows))}")
-    with show_progress("starting", total=1) as bar:
-        found = search_policies(
-            ModelEntry(
-                path=args.model, config_overrides=process_args.config_overrides_from_args(args)
-            ),
-            task,
-            policies,
-            args.output,
-            config=config,
-            options={
-                "thinking": (thinking,),
-                "batch_size": args.batch_size,
-                "limit": args.limit,
-            },
-            progress=bar.show,
-        )
     if not runtime.is_main_process():
         return 0
     paths = write_search(
         found,
         args.output,
         command=typed_command(),
-        asked={"model": args.model, "task": task.name, "floor": args.floor},
+        asked={"model": args.model, "task": found.task, "floor": args.floor},
     )
+    code = 0 if found.chosen is not None else 1
+    if args.json:
+        print(found.table().to_json())
+        return code
     table = Table(title="Not beaten in score, prefill work and memory at once", box=box.SIMPLE_HEAD)
     for name in HEADINGS:
         table.add_column(name, justify="left" if name == "policy" else "right")
@@ -127,26 +97,20 @@ def run_search(args: argparse.Namespace, *, num_layers: int, context: int) -> in
     console = Console()
     (console if console.is_terminal else Console(width=140)).print(table)
     print(
-        f"{found.num_answers:,} answers; all candidates on all samples would have been "
-        f"{found.exhaustive_answers:,}."
+        f"{len(found.candidates)} candidates and full attention: {found.num_answers:,} answers; "
+        f"all candidates on all samples would have been {found.exhaustive_answers:,}."
     )
+    print(found.told)
     if not found.full.score.mean:
+        print("Look at the answers, and at --judge, --max-new-tokens and the data.")
+    elif found.chosen is not None and found.chosen.prefill_share >= 1:
         print(
-            "Full attention itself has nothing right, so there is no quality to keep: look at the "
-            "answers, and at --judge, --max-new-tokens and the data."
+            "It sees all of these prompts, so it saves nothing on them: give smaller windows, "
+            "or data with longer prompts."
         )
-    elif found.chosen is None:
-        print(f"No candidate keeps {args.floor:.0%} of full attention's score; try wider windows.")
-    else:
-        print(f"Chosen: {found.chosen.policy}")
-        if found.chosen.prefill_share >= 1:
-            print(
-                "It sees all of these prompts, so it saves nothing on them: give smaller windows, "
-                "or data with longer prompts."
-            )
     for path in paths.values():
         print(f"  {path}")
-    return 0 if found.chosen is not None else 1
+    return code
 
 
 def _numbers(flag: str, text: str) -> tuple[int, ...]:

@@ -26,6 +26,8 @@ def add_task_arguments(group: Any) -> None:
 
 def tasks_from_args(args: argparse.Namespace) -> list[dict[str, object]]:
     """Entries of an evaluation's `tasks`; none where the arguments name none."""
+    from swaa_jax.documents import named_settings
+
     found: list[dict[str, object]] = []
     files = args.data or []
     if args.max_new_tokens is not None and not files:
@@ -41,7 +43,7 @@ def tasks_from_args(args: argparse.Namespace) -> list[dict[str, object]]:
         if args.max_new_tokens is not None:
             task["max_new_tokens"] = args.max_new_tokens
         found.append(task)
-    return found + [named(text, "task") for text in args.task or []]
+    return found + [named_settings(text, "task") for text in args.task or []]
 
 
 def with_judge(tasks: Any, args: argparse.Namespace) -> Any:
@@ -52,36 +54,10 @@ def with_judge(tasks: Any, args: argparse.Namespace) -> Any:
     """
     if args.judge is None:
         return tasks
+    from swaa_jax.documents import named_settings
     from swaa_jax.fields import mapping
 
-    judge = named(args.judge, "name")
+    judge = named_settings(args.judge, "name")
     several = tasks if isinstance(tasks, list) else [tasks]
     entries = [{"task": one} if isinstance(one, str) else mapping("tasks", one) for one in several]
     return [{**one, "judge": judge} for one in entries]
-
-
-def named(text: str, key: str) -> dict[str, object]:
-    """`NAME,KEY=VALUE,...` as a mapping; values are YAML.
-
-    >>> named("regex,which=last", "name")
-    {'name': 'regex', 'which': 'last'}
-
-    Raises:
-        ValueError: malformed.
-    """
-    from swaa_jax.documents import parse_yaml
-    from swaa_jax.fields import wrong
-
-    name, *settings = text.split(",")
-    found = {key: name.strip()}
-    last = None
-    for setting in settings:
-        setting_key, equals, value = setting.partition("=")
-        if equals:
-            last = setting_key.strip()
-            found[last] = value
-        elif last is None:
-            raise wrong(key, "NAME,KEY=VALUE,...", text)
-        else:  # a comma within a value
-            found[last] += f",{setting}"
-    return {k: v if k == key else parse_yaml(v) for k, v in found.items()}

@@ -1,8 +1,12 @@
 """`swaa train`: fine-tune a model under an attention policy, from one YAML file."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from swaa_jax.cli import Commands, process_args
+
+if TYPE_CHECKING:
+    from swaa_jax.train import TrainConfig
 
 _EPILOG = """\
 A config says which model, which data, under which policy, and where the results go:
@@ -15,8 +19,14 @@ A config says which model, which data, under which policy, and where the results
 Everything else has a default (adapters on q, k, v; AdamW; cosine). `--dry-run` prints all of it.
 
 examples:
-  swaa train configs/train/tiny.yaml output_dir=/tmp/tiny
-      a few steps of the shipped model on a CPU
+  swaa train tiny
+      a few steps of the shipped model, on its shipped data, on a CPU
+
+  swaa train model=./my-model data.files=mine.jsonl policy=window=2048,sinks=10 output_dir=runs/a
+      no file: every key here
+
+  swaa train mine.yaml eval_files=held_out.jsonl eval_every=50 samples=4 best.patience=3
+      the loss of held-out records and four answers every 50 steps; ends when it gets no better
 
   swaa train paper-qwen3-4b data.files=mine.parquet output_dir=runs/a --dry-run
       the paper's settings by the name of a shipped config; samples, steps, memory, nothing trained
@@ -33,8 +43,8 @@ examples:
   swaa train mine.yaml --distributed
       one process a host of a TPU slice, each with this same command
 
-output_dir then holds config.yaml, metrics.jsonl, tensorboard/, checkpoints/ and adapter/ (PEFT's
-layout; without LoRA model/).
+output_dir then holds config.yaml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/ and
+adapter/ (PEFT's layout; without LoRA model/).
 
 The same command goes on from the newest complete checkpoint there, after a kill too; SIGTERM or
 Ctrl-C on any process saves on all and exits 0 (Ctrl-C twice saves nothing). Then: PEFT or
@@ -54,7 +64,10 @@ def add_parser(subparsers: Commands) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument(
-        "config", metavar="CONFIG", help="a YAML file, or the name of a shipped one (configs/train)"
+        "config",
+        nargs="?",
+        metavar="CONFIG",
+        help="a YAML file, or the name of a shipped one (configs/train)",
     )
     parser.add_argument(
         "overrides",
@@ -70,13 +83,29 @@ def add_parser(subparsers: Commands) -> None:
     process_args.add_process_arguments(parser, mesh=False)
 
 
+def _config(config: str | None, overrides: list[str]) -> "TrainConfig":
+    """From a file or the name of a shipped one, with values in its place; or from values alone."""
+    import os
+
+    from swaa_jax.configs import find_config
+    from swaa_jax.train import TrainConfig
+
+    if config is not None and "=" in config and not os.path.exists(config):
+        config, overrides = None, [config, *overrides]
+    if config is None and not overrides:
+        raise ValueError(
+            "CONFIG: expected a file, a shipped name, or KEY=VALUE such as model=..., data.files="
+            "... and output_dir=..., got nothing; see swaa train --help for examples"
+        )
+    return TrainConfig.load(None if config is None else find_config("train", config), overrides)
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     # Slow to import, hence not above: `swaa --help` stays fast.
-    from swaa_jax.configs import find_config
-    from swaa_jax.train import TrainConfig, plan_run, train
+    from swaa_jax.train import plan_run, train
 
-    config = TrainConfig.load(find_config("train", args.config), args.overrides)
+    config = _config(args.config, args.overrides)
     process_args.start(args)
     if args.dry_run:
         plan = plan_run(config, progress=True)
@@ -91,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         )
         return 0
     loss = f", loss {result.metrics['loss']:.4f}" if "loss" in result.metrics else ""
-    print(f"{result.total_steps} steps done{loss}")
+    print(f"{result.step} of {result.total_steps} steps{loss}: {result.ended}")
     for directory in result.exports:
         print(f"  {directory}")
     return 0

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import yaml
 
@@ -19,11 +19,15 @@ from swaa_jax.fields import (
     one_of,
     or_none,
     plain,
+    set_field,
     texts,
     wrong,
 )
 
 __all__ = ["DataConfig"]
+
+_ROUND = 128
+"""Rows are a multiple of it: what tiles of attention are, and what few lengths compile alike."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,9 +56,10 @@ class DataConfig:
         judge_column: records whose value there is not 1 are dropped. They need not have the default
             one, but must have one that is named. None: no filter.
         min_length: samples with fewer tokens are dropped.
-        max_length: longer samples are too long; None: `seq_len`.
+        max_length: longer samples are too long; None: `seq_len`, where that is given.
         on_too_long: refuse the data and name the first record too long, or drop and count them.
-        seq_len: tokens of a row of a batch.
+        seq_len: tokens of a row of a batch; None: the longest sample's, rounded up to a multiple
+            of 128 (the last of `bucket_widths`, where they are given).
         batch_size: rows of a global batch, over all processes.
         packing: ``"pack"``: several whole samples a row, told apart by segment ids. ``"bucket"``:
             one sample a row, batches of samples of similar length, as wide as their bucket.
@@ -85,8 +90,8 @@ class DataConfig:
     min_length: int = 0
     max_length: int | None = None
     on_too_long: str = "error"
-    seq_len: int
-    batch_size: int
+    seq_len: int | None = None
+    batch_size: int = 8
     packing: str = "pack"
     pack_window: int = 4096
     bucket_widths: tuple[int, ...] = ()
@@ -116,7 +121,7 @@ class DataConfig:
             min_length=integer(least=0),
             max_length=or_none(integer(least=2)),
             on_too_long=one_of("error", "drop"),
-            seq_len=integer(least=2),
+            seq_len=or_none(integer(least=2)),
             batch_size=integer(least=1),
             packing=one_of("pack", "bucket"),
             pack_window=integer(least=1),
@@ -131,7 +136,10 @@ class DataConfig:
             prefetch=integer(least=1),
         )
         check_keys("columns", self.columns, tuple(COLUMNS))
-        if self.max_length is not None and self.max_length > self.seq_len:
+        if self.bucket_widths and self.seq_len is None:
+            set_field(self, "seq_len", self.bucket_widths[-1])
+        seq_len = self.seq_len
+        if self.max_length is not None and seq_len is not None and self.max_length > seq_len:
             raise ValueError(
                 f"max_length: expected at most seq_len={self.seq_len}, since a sample is never "
                 f"cut, got {self.max_length}; raise seq_len, or leave max_length out"
@@ -147,12 +155,27 @@ class DataConfig:
 
         >>> DataConfig(seq_len=1000, batch_size=8, packing="bucket").widths
         (128, 256, 512, 1000)
+
+        Raises:
+            ValueError: `seq_len` is None, and so not known before the data is read.
         """
+        if self.seq_len is None:
+            raise wrong("seq_len", "a number", None, "take that of what load_data gives")
         if self.packing == "pack":
             return (self.seq_len,)
         if self.bucket_widths:
             return self.bucket_widths
         return (*(1 << n for n in range(7, 40) if 1 << n < self.seq_len), self.seq_len)
+
+    def with_lengths(self, lengths: Iterable[int]) -> "DataConfig":
+        """The same with a `seq_len` that these samples fit in, where it is None.
+
+        >>> DataConfig().with_lengths([90, 200]).seq_len
+        256
+        """
+        if self.seq_len is not None:
+            return self
+        return dataclasses.replace(self, seq_len=-(-max(lengths) // _ROUND) * _ROUND)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, object]) -> "DataConfig":

@@ -146,7 +146,8 @@ class Encoder:
         turns = [self._turn(example, messages, n, notes) for n in wanted]
         if config.split_answers:
             return [self._sample([turn], [turn]) for turn in turns]
-        if len(turns[-1].prompt) + len(turns[-1].answer) <= self._room:  # else it may be cut
+        size = len(turns[-1].prompt) + len(turns[-1].answer)
+        if self._room is None or size <= self._room:  # else it may be cut
             self._check_history(record, turns, wanted)
         targets = [turn for turn, n in zip(turns, wanted, strict=True) if n in trained]
         return [self._sample(turns, targets)]

@@ -10,6 +10,7 @@ from swaa_jax.data.config import DataConfig
 from swaa_jax.data.packing import Plan, make_plan, process_rows
 from swaa_jax.data.reading import read_ahead
 from swaa_jax.data.samples import Samples, prepare_samples
+from swaa_jax.progress import ProgressLike
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +27,7 @@ def load_data(
     records: Sequence[Mapping[str, object]] | None = None,
     process_index: int | None = None,
     process_count: int | None = None,
-    progress: bool = False,
+    progress: ProgressLike = None,
 ) -> "BatchSource":
     r"""Reads, filters, tokenizes and packs the data: everything before the first batch.
 
@@ -38,7 +39,7 @@ def load_data(
         records: train on these in place of `config.files`.
         process_index, process_count: whose share of each batch to make; None: this process's, of
             the JAX processes that there are.
-        progress: draw a bar while records are tokenized.
+        progress: who is told while records are tokenized; see `swaa_jax.progress`.
 
     Raises:
         DataError: data that cannot be used; file and record are named.
@@ -54,6 +55,7 @@ def load_data(
         (2, (2, 64))
     """
     samples = prepare_samples(config, tok, records=records, progress=progress)
+    config = config.with_lengths(map(int, samples.lengths))
     plan = make_plan(samples.lengths, samples.digest, config)
     ids: tuple[Any, ...] = (tok.pad_token_id, tok.eos_token_id, 0)
     pad_id = next(int(token) for token in ids if token is not None)
@@ -73,7 +75,7 @@ class BatchSource:
     Attributes:
         samples: what the batches are made of; `samples.report` counts what was dropped.
         plan: which samples are where; `plan.num_batches` an epoch, `plan.padding_share`.
-        config: as given.
+        config: as given, with a `seq_len`.
     """
 
     def __init__(

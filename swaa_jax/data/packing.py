@@ -209,8 +209,8 @@ def make_plan(lengths: Int[np.ndarray, " samples"], digest: str, config: DataCon
     """
     widths = np.array(config.widths, np.int64)
     if config.packing == "pack":
-        rows = pack(lengths, config.seq_len, window=config.pack_window, seed=config.seed)
-        row_widths = np.full(len(rows), config.seq_len, np.int64)
+        rows = pack(lengths, config.widths[-1], window=config.pack_window, seed=config.seed)
+        row_widths = np.full(len(rows), config.widths[-1], np.int64)
     else:
         rows = [[sample] for sample in range(len(lengths))]
         row_widths = widths[np.searchsorted(widths, lengths)]

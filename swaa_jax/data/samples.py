@@ -31,8 +31,16 @@ from swaa_jax.data.reading import read_ahead
 from swaa_jax.examples import is_nan, warn_unused
 from swaa_jax.fields import show
 from swaa_jax.policy import Stage
-from swaa_jax.progress import show_progress
-from swaa_jax.records import DataError, Record, Records, find_files, open_records, records_of
+from swaa_jax.progress import ProgressLike, show_progress
+from swaa_jax.records import (
+    SHIPPED,
+    DataError,
+    Record,
+    Records,
+    find_files,
+    open_records,
+    records_of,
+)
 from swaa_jax.runs import fingerprint
 from swaa_jax.storage import (
     CheckpointError,
@@ -120,7 +128,7 @@ def prepare_samples(
     tok: "PreTrainedTokenizerBase",
     *,
     records: Sequence[Mapping[str, object]] | None = None,
-    progress: bool = False,
+    progress: ProgressLike = None,
 ) -> Samples:
     """The samples of `config.files`, from the cache or by a first pass over all records.
 
@@ -128,7 +136,7 @@ def prepare_samples(
         config: what to read and how.
         tok: the tokenizer.
         records: take these in place of files; nothing is cached.
-        progress: draw a bar.
+        progress: who is told.
 
     Raises:
         DataError: a file or record that cannot be used, or nothing left after the filters.
@@ -222,7 +230,7 @@ def _first_pass(
     config: DataConfig,
     writer: "_Memory | _Disk",
     *,
-    progress: bool,
+    progress: ProgressLike,
 ) -> SampleReport:
     limit = config.max_length or config.seq_len
     counts = dict.fromkeys(
@@ -239,7 +247,7 @@ def _first_pass(
         thoughts += [notes.open_thought] if notes.open_thought else []
         counts["judged_wrong"] += samples is None
         for part, sample in enumerate(samples or ()):
-            if len(sample) > limit:
+            if limit is not None and len(sample) > limit:
                 if config.on_too_long == "error":
                     raise DataError(
                         f"{place}: expected a sample of at most "
@@ -278,7 +286,7 @@ def _first_pass(
 
 
 def _encoded(
-    records: Records, encoder: Encoder, config: DataConfig, progress: bool
+    records: Records, encoder: Encoder, config: DataConfig, progress: ProgressLike
 ) -> "Iterator[_Encoded]":
     import grain
 
@@ -474,7 +482,7 @@ def _cache_place(
         chosen = epath.Path(config.cache_dir).expanduser() / key
         return (chosen, None) if is_local(chosen) else (user, chosen)
     parent = files[0].parent
-    if is_local(parent) and os.access(parent, os.W_OK):
+    if files[0] not in SHIPPED.values() and is_local(parent) and os.access(parent, os.W_OK):
         return parent / ".swaa_cache" / key, None
     return user, None
 

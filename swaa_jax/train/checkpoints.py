@@ -60,12 +60,16 @@ class Restored:
         state: like the template.
         data: the data iterator's state.
         path: of the checkpoint.
+        best: what `Best.get_state` gave then; empty where nothing was chosen.
+        metrics: numbers of its step.
     """
 
     step: int
     state: Any
     data: dict[str, Any]
     path: epath.Path
+    best: dict[str, Any] = dataclasses.field(default_factory=dict)
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Checkpoints:
@@ -73,7 +77,7 @@ class Checkpoints:
 
     Args:
         directory: the run's; they go in `checkpoints/` there.
-        keep: complete ones that stay.
+        keep: complete ones that stay, besides that of the best evaluation.
         identity: plain data, nested, that a checkpoint must agree with to be gone on from.
         write_beside: puts small files in a checkpoint's directory, on process 0.
     """
@@ -99,10 +103,25 @@ class Checkpoints:
 
     # Saving.
 
-    def save(self, step: int, state: Any, data: Mapping[str, object]) -> None:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        data: Mapping[str, object],
+        *,
+        best: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
         """Begins to save; returns once the arrays are copied and may be donated.
 
         Waits for a save that is still under way. A step that was saved already is left as it is.
+
+        Args:
+            step: optimizer steps done.
+            state: arrays.
+            data: the place in the data.
+            best: `Best.get_state`'s; the checkpoint of its step stays.
+            metrics: numbers of the step, told where the run goes on.
 
         Raises:
             CheckpointError: the save before failed.
@@ -126,6 +145,8 @@ class Checkpoints:
             "data": dict(data),
             "identity": self.identity,
             "arrays": _describe_arrays(arrays),
+            "best": dict(best or {}),
+            "metrics": dict(metrics or {}),
         }
         self._orbax.save(target / "state", args=ocp.args.PyTreeSave(arrays))
         self.last_step = step
@@ -143,17 +164,18 @@ class Checkpoints:
                 self._write_beside(target)
             record["files"] = _digest_files(target)
             write_json_atomic(target / COMMIT_FILE, record)
-            self._prune(newest=record["step"])
+            self._prune(newest=record["step"], best=record["best"].get("step"))
         except BaseException as error:
             self._failure = error
 
-    def _prune(self, *, newest: int) -> None:
+    def _prune(self, *, newest: int, best: int | None) -> None:
         steps = self._steps()
-        complete = [step for step in steps if (self._path(step) / COMMIT_FILE).exists()]
-        stay = set(complete[-self._keep :]) | {newest}
+        complete = [step for step in steps if (self.path(step) / COMMIT_FILE).exists()]
+        newest_ones = [step for step in complete if step != best][-self._keep :]
+        stay = {*newest_ones, newest, best}
         for step in steps:
             if step not in stay and (step in complete or step < newest):
-                _remove(self._path(step))
+                _remove(self.path(step))
 
     def wait(self) -> None:
         """Returns when what `save` began is committed on the disk.
@@ -221,14 +243,23 @@ class Checkpoints:
                 f"has no {COMMIT_FILE} and no {FOLDER}/; give RUN or RUN/{FOLDER}/00000100"
             )
         if is_one:
-            fault = _fault(path)
-            if fault:
-                raise CheckpointError(
-                    f"{path}: expected a whole checkpoint, got a damaged one: {fault}; resume from "
-                    "another one"
-                )
-            return self._read(path, template)
+            return self.read(path, template)
         return self._restore_newest(template, folder)
+
+    def read(self, path: epath.Path, template: Any) -> Restored:
+        """One checkpoint, whole.
+
+        Raises:
+            CheckpointMismatchError: it is another model's or config's.
+            CheckpointError: it is damaged, or there is none.
+        """
+        fault = _fault(path)
+        if fault:
+            raise CheckpointError(
+                f"{path}: expected a whole checkpoint, got a damaged one: {fault}; resume from "
+                "another one"
+            )
+        return self._read(path, template)
 
     def _restore_newest(self, template: Any, folder: epath.Path | None = None) -> Restored | None:
         folder = self.directory if folder is None else folder
@@ -302,12 +333,20 @@ class Checkpoints:
             ),
         )
         state = jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in wanted])
-        return Restored(step=record["step"], state=state, data=record["data"], path=path)
+        return Restored(
+            step=record["step"],
+            state=state,
+            data=record["data"],
+            path=path,
+            best=dict(record.get("best") or {}),  # versions before had neither
+            metrics=dict(record.get("metrics") or {}),
+        )
 
     def _steps(self) -> list[int]:
         return _steps_in(self.directory) if self.directory.exists() else []
 
-    def _path(self, step: int) -> epath.Path:
+    def path(self, step: int) -> epath.Path:
+        """Of the step's checkpoint, whether it is there or not."""
         return self.directory / f"{step:08d}"
 
 

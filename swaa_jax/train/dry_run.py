@@ -1,24 +1,28 @@
-"""What a run would do, found out without its weights: for `swaa train --dry-run`."""
+"""What a run will do, told before it starts; without its weights, for `swaa train --dry-run`."""
 
 import dataclasses
 import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
 from swaa_jax import checkpoint
+from swaa_jax.data import BatchSource
 from swaa_jax.lora import LoraParam, add_lora
 from swaa_jax.losses import logits_bytes
 from swaa_jax.models import CausalLM, read_blueprint
+from swaa_jax.progress import ProgressLike
 from swaa_jax.sharding import sharding_for
 from swaa_jax.train.config import StepConfig
-from swaa_jax.train.feed import make_feed
-from swaa_jax.train.run import check_lengths, count_steps, read_data
+from swaa_jax.train.evaluating import prepare_evaluation
+from swaa_jax.train.feed import Feed, make_feed
+from swaa_jax.train.prepare import check_lengths, count_steps, read_data
 from swaa_jax.train.run_config import TrainConfig
 
-__all__ = ["RunPlan", "plan_run"]
+__all__ = ["RunPlan", "describe_run", "plan_run"]
 
 _F32, _GIB = 4, 2**30
 
@@ -52,11 +56,13 @@ class RunPlan:
     Attributes:
         config: as given.
         devices: number of devices in the mesh.
+        placement: which they are, in words.
         accumulate: micro-batches of a step.
         report: what the first pass over the data found.
         num_tokens: of an epoch, padding not counted.
         padding_share: of an epoch's tokens.
         steps: of the run.
+        epochs: that these are.
         warmup_steps: of them.
         parameters, trained_parameters: of the model, and those that are trained.
         memory: of a device.
@@ -65,11 +71,13 @@ class RunPlan:
     config: TrainConfig
     policy: str
     devices: int
+    placement: str
     accumulate: int
     report: str
     num_tokens: int
     padding_share: float
     steps: int
+    epochs: float
     warmup_steps: int
     parameters: int
     trained_parameters: int
@@ -81,22 +89,28 @@ class RunPlan:
             f"{name} {size / _GIB:.2f}" for name, size in dataclasses.asdict(memory).items()
         )
         share = self.trained_parameters / self.parameters
+        config = self.config
+        every, minutes = config.checkpoint.every, config.checkpoint.minutes
+        saves = [] if every is None else [f"every {every} steps"]
+        saves += [] if minutes is None else [f"every {minutes:g} minutes"]
         lines = {
-            "data": self.report,
-            "": f"{self.num_tokens:,} tokens an epoch, {self.padding_share:.1%} padding",
-            "steps": f"{self.steps:,} of {data.batch_size} rows of up to {data.seq_len:,} tokens, "
-            f"{self.warmup_steps:,} of them warm-up",
+            "model": f"{config.model}, {config.dtype}",
             "policy": self.policy,
             "trained": f"{self.trained_parameters:,} of {self.parameters:,} parameters "
             f"({share:.2%})",
-            "devices": f"{self.devices}; {self.accumulate} micro-batch(es) a step",
+            "data": self.report,
+            "": f"{self.num_tokens:,} tokens an epoch, {self.padding_share:.1%} padding",
+            "steps": f"{self.steps:,} of {data.batch_size} rows of up to {data.seq_len:,} tokens "
+            f"({self.epochs:.3g} epochs), {self.warmup_steps:,} of them warm-up",
+            "devices": f"{self.placement}; {self.accumulate} micro-batch(es) a step",
             "memory": f"about {memory.total / _GIB:.2f} GiB a device: {parts}",
-            "output": self.config.output_dir,
+            "saved": " and ".join([*saves, "at the end"]),
+            "output": config.output_dir,
         }
         return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
 
 
-def plan_run(config: TrainConfig, *, progress: bool = False) -> RunPlan:
+def plan_run(config: TrainConfig, *, progress: ProgressLike = None) -> RunPlan:
     """Reads configs and data, no weights; checks all that `train` checks before the first step.
 
     Raises:
@@ -106,43 +120,88 @@ def plan_run(config: TrainConfig, *, progress: bool = False) -> RunPlan:
     feed = make_feed(
         mesh, batch_size=config.data.batch_size, rows_per_device=config.rows_per_device
     )
-    blueprint = read_blueprint(
+    model = read_blueprint(
         checkpoint.open_checkpoint(config.model, config.revision),
         policy=config.policy,
         dtype=jnp.dtype(config.dtype),
         mesh=mesh,
         config_overrides=config.config_overrides or None,
-    )
-    model = blueprint.model
-    parameters = sum(math.prod(param.shape) for param in blueprint.params.values())
+    ).model
     if config.lora is not None:
         model = add_lora(model, config.lora, rngs=nnx.Rngs(0))
     tok = checkpoint.load_tokenizer(config.model, config.revision)
     data = read_data(config, tok, feed, progress=progress)
-    check_lengths(data, model.config.max_position_embeddings)
+    context = model.config.max_position_embeddings
+    check_lengths(data, context)
+    prepare_evaluation(config, tok, feed, context=context, progress=progress)
     steps = count_steps(config, data)
+    return describe_run(config, model, mesh=mesh, feed=feed, data=data, steps=steps)
+
+
+def describe_run(
+    config: TrainConfig,
+    model: CausalLM,
+    *,
+    mesh: Mesh | None,
+    feed: Feed,
+    data: BatchSource,
+    steps: int,
+) -> RunPlan:
+    """What is known of a run before its first step.
+
+    Args:
+        config: the run.
+        model: with adapters, if any; perhaps of shapes alone.
+        mesh: that it lies on.
+        feed: how steps are fed.
+        data: what is trained on.
+        steps: of the run.
+    """
     step_config = config.step_config(accumulate=feed.accumulate, total_steps=steps)
-    trained = [
-        variable
-        for _, variable in nnx.to_flat_state(nnx.state(model))
-        if config.lora is None or isinstance(variable, LoraParam)
-    ]
+    every = [variable for _, variable in nnx.to_flat_state(nnx.state(model))]
+    adapters = [variable for variable in every if isinstance(variable, LoraParam)]
+    trained = every if config.lora is None else adapters
     parts = 1 if mesh is None else math.prod(mesh.shape.values())
     rows = feed.batch_size // feed.accumulate
+    seq_len = data.config.widths[-1]
     return RunPlan(
-        config=config,
+        config=dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=seq_len)),
         policy=str(model.policy),
         devices=parts,
+        placement=_placement(mesh),
         accumulate=feed.accumulate,
         report=str(data.samples.report),
         num_tokens=data.plan.num_tokens,
         padding_share=data.plan.padding_share,
         steps=steps,
+        epochs=steps / data.plan.num_batches,
         warmup_steps=step_config.optimizer.num_warmup_steps,
-        parameters=parameters,
-        trained_parameters=sum(math.prod(variable.shape) for variable in trained),
-        memory=_memory(model, trained, step_config, mesh, rows=rows, tokens=config.data.seq_len),
+        parameters=_count(every) - _count(adapters),
+        trained_parameters=_count(trained),
+        memory=_memory(model, trained, step_config, mesh, rows=rows, tokens=seq_len),
     )
+
+
+def _count(variables: Sequence[nnx.Variable]) -> int:
+    return sum(math.prod(variable.shape) for variable in variables)
+
+
+def _placement(mesh: Mesh | None) -> str:
+    """The devices in words: how many of which kind, how they are laid out, how much they hold."""
+    every = jax.devices() if mesh is None else list(mesh.devices.flat)
+    device = every[0]
+    count = 1 if mesh is None else len(every)
+    sizes = {} if mesh is None else {axis: size for axis, size in mesh.shape.items() if size > 1}
+    laid = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    text = f"{count} x {device.device_kind} ({device.platform})"
+    text += f", mesh {laid}" if laid else ""
+    if count < jax.device_count():
+        text += f", of {jax.device_count()}"
+    if jax.process_count() > 1:
+        text += f", {jax.process_count()} processes"
+    stats = device.memory_stats() if device in jax.local_devices() else None
+    limit = (stats or {}).get("bytes_limit")
+    return text + (f", {limit / _GIB:.1f} GiB each" if limit else "")
 
 
 def _memory(

@@ -13,11 +13,13 @@ import numpy as np
 from etils import epath
 
 from swaa_jax.costs import FlopCounter, peak_flops
-from swaa_jax.progress import Progress, show_progress
+from swaa_jax.progress import ProgressLike
+from swaa_jax.train.best import Best
 from swaa_jax.train.checkpoints import Checkpoints
 from swaa_jax.train.feed import Feed
-from swaa_jax.train.metrics import JsonLines, MetricWriter, summary
+from swaa_jax.train.metrics import JsonLines, MetricWriter
 from swaa_jax.train.preemption import stop_requests
+from swaa_jax.train.report import Report, SaveClock, reporting
 from swaa_jax.train.run_config import ProfileConfig
 from swaa_jax.train.step import Metrics, TrainState
 
@@ -36,15 +38,20 @@ class Schedule:
     Attributes:
         start: steps done.
         total: steps of the run.
-        checkpoint_every: steps between saves; the last step is saved too.
+        checkpoint_every: steps between saves; the last step and the best evaluation's are saved
+            too. None: only these, and by minutes.
+        checkpoint_minutes: a save also comes after so many without one.
         eval_every: steps between evaluations; there is one after the last step, None: only there.
+        print_every: steps between printed lines; None: one every half minute.
         profile: steps to trace; None: none.
     """
 
     start: int
     total: int
-    checkpoint_every: int
+    checkpoint_every: int | None
+    checkpoint_minutes: float | None = None
     eval_every: int | None = None
+    print_every: int | None = None
     profile: ProfileConfig | None = None
 
 
@@ -89,8 +96,8 @@ class LoopResult:
     Attributes:
         state: the last one.
         step: optimizer steps done.
-        finished: all of them; False where SIGTERM or Ctrl-C ended it, and a checkpoint is there to
-            go on.
+        finished: to the last step, or to where patience ended (`best.is_over`); False where SIGTERM
+            or Ctrl-C ended it, and a checkpoint is there to go on.
         metrics: of the last step that this process ran; empty if there was none.
     """
 
@@ -119,9 +126,11 @@ def run_loop(
     outputs: Outputs,
     flops: FlopCounter | None = None,
     evaluate: Evaluation | None = None,
+    best: Best | None = None,
     should_stop: Callable[[int], bool] | None = None,
+    progress: ProgressLike = None,
 ) -> LoopResult:
-    """Trains to the schedule's end, or until SIGTERM or Ctrl-C.
+    """Trains to the schedule's end, until it gets no better, or until SIGTERM or Ctrl-C.
 
     A step's numbers are read while the next one runs, and always before anything is saved, so a
     state that has gone wrong is never kept.
@@ -135,7 +144,9 @@ def run_loop(
         outputs: where to write.
         flops: operations of a step on a local batch, for MFU.
         evaluate: gives numbers of a state.
+        best: takes them in, and says when it is over; its checkpoint is kept.
         should_stop: in place of SIGTERM and Ctrl-C.
+        progress: who is told; see `swaa_jax.progress`.
 
     Raises:
         NonFiniteLossError: a loss or gradient that is NaN or infinite; nothing is saved of it.
@@ -143,15 +154,18 @@ def run_loop(
         KeyboardInterrupt: Ctrl-C came twice; the log says which step is saved.
     """
     total, sample_lines = schedule.total, outputs.sample_lines
+    best = Best(None) if best is None else best
     done = saved = schedule.start
     with contextlib.ExitStack() as stack:
         stack.enter_context(_told_when_interrupted(lambda: (done, total, saved)))
-        bar = show_progress("compiling", total=total, unit="steps", done=done)
-        bar = stack.enter_context(bar)
-        loop = _Loop(flops=flops, feed=feed, writer=outputs.writer, bar=bar)
+        report = stack.enter_context(reporting(schedule.start, total, schedule, progress))
+        loop = _Loop(flops=flops, feed=feed, writer=outputs.writer, report=report)
         stopping = stack.enter_context(_stopping(should_stop))
         tracing = stack.enter_context(_Tracing(schedule.profile, outputs.profiles))
-        finished = done >= total
+        clock = SaveClock(schedule.checkpoint_every, schedule.checkpoint_minutes)
+        finished = done >= total or best.is_over
+        if not finished:
+            report.compiling(done + 1)
         while not finished:
             local = next(batches)
             step = done + 1
@@ -164,18 +178,29 @@ def run_loop(
             tracing.after(step, state)
             finished = done == total
             stopped = stopping(step)
-            every = schedule.eval_every
+            every, is_best = schedule.eval_every, False
             if evaluate is not None and (finished or (every and step % every == 0)):
                 loop.settle()
+                report.evaluating(step)
                 scores = evaluate(state, step)
                 outputs.writer.write(step, {f"eval/{name}": float(v) for name, v in scores.items()})
+                is_best = best.update(step, scores)
+                report.evaluated(step, scores, best)
+                finished = finished or best.is_over
                 loop.forget_time()
-            if finished or stopped or step % schedule.checkpoint_every == 0:
+            if finished or stopped or is_best or clock.is_due(step):
                 loop.settle()
                 outputs.writer.flush()
                 if sample_lines is not None:
                     sample_lines.flush()
-                outputs.checkpoints.save(step, state, batches.get_state())
+                outputs.checkpoints.save(
+                    step,
+                    state,
+                    batches.get_state(),
+                    best=best.get_state(),
+                    metrics=loop.last,
+                )
+                clock.saved()
                 saved = step
             if stopped and not finished:
                 logger.warning("asked to stop: saved at step %d of %d", step, total)
@@ -218,9 +243,9 @@ class _Loop:
         flops: FlopCounter | None,
         feed: Feed,
         writer: MetricWriter,
-        bar: Progress,
+        report: Report,
     ):
-        self._flops, self._feed, self._writer, self._bar = flops, feed, writer, bar
+        self._flops, self._feed, self._writer, self._report = flops, feed, writer, report
         self.last: dict[str, float] = {}
         self._pending: _Pending | None = None
         self._settled_at: float | None = None
@@ -229,7 +254,7 @@ class _Loop:
         self._peak = None if peak is None else peak * jax.device_count()
 
     def after_step(self, step: int, metrics: Mapping[str, jax.Array], local: Any) -> None:
-        extra = {"padding_share": 1.0 - float(np.sum(local.lengths)) / local.tokens.size}
+        extra = {"width": float(local.tokens.shape[1])}
         if self._flops is not None and self._peak is not None:
             extra["flops"] = self._flops(local) * self._feed.count
         before, self._pending = self._pending, _Pending(step=step, metrics=metrics, extra=extra)
@@ -250,8 +275,10 @@ class _Loop:
         values = {name: float(value) for name, value in pending.metrics.items()}
         now = time.perf_counter()
         _check_finite(pending.step, values)
-        flops = pending.extra.pop("flops", None)
-        values |= pending.extra
+        flops = pending.extra.get("flops")
+        if "num_tokens" in values:  # of all processes, which all feed rows of this width
+            size = self._feed.batch_size * pending.extra["width"]
+            values["padding_share"] = 1.0 - values["num_tokens"] / size
         if self._settled_at is not None:  # the first step compiles
             seconds = now - self._settled_at
             values["seconds"] = seconds
@@ -262,7 +289,7 @@ class _Loop:
         self._settled_at = now
         values |= _device_memory()
         self._writer.write(pending.step, values)
-        self._bar.show(summary(values), pending.step)
+        self._report.step(pending.step, values)
         self.last = values
 
 

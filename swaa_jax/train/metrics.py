@@ -8,7 +8,8 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -16,7 +17,7 @@ from etils import epath
 from swaa_jax.documents import parse_json
 from swaa_jax.storage import forget_listings, is_local, write_text_atomic
 
-__all__ = ["JsonLines", "MetricWriter", "summary"]
+__all__ = ["JsonLines", "MetricWriter", "read_history", "summary"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,16 @@ class JsonLines:
             self._file.close()
 
 
+def read_history(directory: epath.Path) -> tuple[dict[str, float], ...]:
+    """A run's numbers by step, evaluations with their step's; what is no number is left out."""
+    merged: dict[int, dict[str, float]] = {}
+    for line in _lines_up_to(directory / "metrics.jsonl", sys.maxsize):
+        record = parse_json(line)
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
+        merged.setdefault(record["step"], {}).update(numbers)
+    return tuple(merged[step] for step in sorted(merged))
+
+
 def _lines_up_to(path: epath.Path, step: int) -> list[str]:
     forget_listings(path.parent)
     if not path.exists():
@@ -108,12 +119,15 @@ class MetricWriter:
         config: Mapping[str, object],
         enabled: bool,
     ):
-        self._lines = self._board = self._wandb = None
+        self._lines = self._samples = self._board = self._wandb = None
         if not enabled:
             return
+        self._samples_path, self._resumed_step = directory / "samples.jsonl", resumed_step
         if wandb is not None:
             self._wandb = _open_wandb(directory, wandb, config)
         self._lines = JsonLines(directory / "metrics.jsonl", resumed_step=resumed_step)
+        if self._samples_path.exists():
+            self._samples = JsonLines(self._samples_path, resumed_step=resumed_step)
         if tensorboard:
             self._board = _open_board(directory / "tensorboard", resumed_step)
 
@@ -128,10 +142,31 @@ class MetricWriter:
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
 
+    def write_samples(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
+        """Answers of an evaluation, each with its `prompt`, `answer` and perhaps `expected`."""
+        if self._lines is None:
+            return
+        if self._samples is None:
+            self._samples = JsonLines(self._samples_path, resumed_step=self._resumed_step)
+        self._samples.write({"step": step, "samples": [dict(sample) for sample in samples]})
+        if self._board is not None:
+            for number, sample in enumerate(samples):
+                text = "\n\n".join(f"**{name}**\n\n{_indented(sample[name])}" for name in sample)
+                self._board.add_text(f"samples/{number}", text, step)
+        if self._wandb is not None:
+            import wandb  # pyright: ignore[reportMissingImports]
+
+            names: list[Any] = list(samples[0])
+            lines: Any = [[sample[name] for name in names] for sample in samples]
+            table = wandb.Table(columns=names, data=lines)
+            self._wandb.log({"samples": table}, step=step)
+
     def flush(self) -> None:
         """To be called before a checkpoint is committed, so that no step of it is missing."""
         if self._lines is not None:
             self._lines.flush()
+        if self._samples is not None:
+            self._samples.flush()
         if self._board is not None:
             self._board.flush()
 
@@ -139,6 +174,8 @@ class MetricWriter:
         """Flushes and closes all."""
         if self._lines is not None:
             self._lines.close()
+        if self._samples is not None:
+            self._samples.close()
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:
@@ -174,8 +211,21 @@ def _open_wandb(directory: epath.Path, project: str, config: Mapping[str, object
     check_wandb(project)
     import wandb  # pyright: ignore[reportMissingImports]
 
-    name = hashlib.sha256(os.fspath(directory).encode()).hexdigest()[:16]
-    return wandb.init(project=project, id=name, resume="allow", config=dict(config))
+    run = hashlib.sha256(os.fspath(directory).encode()).hexdigest()[:16]
+    place = os.fspath(directory) if is_local(directory) else None  # its own default: ./wandb
+    return wandb.init(
+        project=project,
+        id=run,
+        name=directory.name,
+        resume="allow",
+        config=dict(config),
+        dir=place,
+    )
+
+
+def _indented(text: str) -> str:
+    """As TensorBoard's Markdown shows text without reading it."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def summary(metrics: Mapping[str, float]) -> str:
@@ -188,6 +238,7 @@ def summary(metrics: Mapping[str, float]) -> str:
         "loss": "loss {:.4f}",
         "learning_rate": "lr {:.2e}",
         "grad_norm": "grad {:.3g}",
+        "seconds": "{:.2f} s",
         "tokens_per_second": "{:,.0f} tok/s",
         "mfu": "MFU {:.1%}",
         "padding_share": "padding {:.1%}",

@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from etils import epath
@@ -13,6 +14,7 @@ from swaa_jax import sharding
 from swaa_jax.data import DataConfig
 from swaa_jax.documents import parse_yaml, with_overrides
 from swaa_jax.fields import (
+    Check,
     check_fields,
     check_keys,
     flag,
@@ -20,9 +22,12 @@ from swaa_jax.fields import (
     integer,
     mapping,
     naming,
+    number,
     or_none,
+    path,
     plain,
     section,
+    set_field,
     text,
     texts,
     wrong,
@@ -31,10 +36,15 @@ from swaa_jax.lora import LoraConfig
 from swaa_jax.losses import LossConfig
 from swaa_jax.policy import AttentionPolicy, load_policy
 from swaa_jax.storage import read_text
+from swaa_jax.train.best import BestConfig
 from swaa_jax.train.config import OptimizerConfig, StepConfig
+from swaa_jax.train.names import refuse_others_names
+from swaa_jax.train.scoring import read_tasks
 from swaa_jax.typing import PathLike
 
-__all__ = ["CheckpointConfig", "MetricsConfig", "ProfileConfig", "TrainConfig"]
+__all__ = ["CheckpointConfig", "MetricsConfig", "ProfileConfig", "SamplesConfig", "TrainConfig"]
+
+T = TypeVar("T")
 
 _NOTES = ("description", "source")
 
@@ -44,20 +54,28 @@ class CheckpointConfig:
     """When the run's state is saved, and from which one it goes on.
 
     Attributes:
-        every: steps between saves; the last step is saved in any case, and so is the step at
-            which SIGTERM or Ctrl-C is heeded.
-        keep: complete checkpoints that are kept; older ones are removed.
+        every: steps between saves; None: only by `minutes`. The last step is saved in any case, and
+            so are the step at which SIGTERM or Ctrl-C is heeded and the best evaluation's (`best`).
+        minutes: a save also comes after so many minutes without one; None: only by steps.
+        keep: complete checkpoints that are kept, besides the best one; older ones are removed.
         resume: "auto": from the newest good one of `output_dir`, or from the beginning; "none":
             from the beginning, and `output_dir` must hold none; else the path of a checkpoint
             (`RUN/checkpoints/00000100`) or of a run's directory.
     """
 
-    every: int = 100
+    every: int | None = 100
+    minutes: float | None = None
     keep: int = 3
     resume: str = "auto"
 
     def __post_init__(self) -> None:
-        check_fields(self, every=integer(least=1), keep=integer(least=1), resume=text)
+        check_fields(
+            self,
+            every=or_none(integer(least=1)),
+            minutes=or_none(number(above=0)),
+            keep=integer(least=1),
+            resume=path,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,16 +84,53 @@ class MetricsConfig:
 
     Attributes:
         tensorboard: write `tensorboard/` in `output_dir`.
-        wandb: a project of Weights & Biases; None: not used. Needs the `wandb` package.
-        sample_ids: write which samples each step saw to `samples.jsonl`.
+        wandb: a project of Weights & Biases; None: not used. Needs the `wandb` package;
+            `WANDB_MODE=offline` writes to `wandb/` in `output_dir`, for `wandb sync`.
+        sample_ids: write which samples each step saw to `sample_ids.jsonl`.
+        print_every: steps between printed lines; None: a line every half minute. The first and the
+            last step and every evaluation are printed in any case.
     """
 
     tensorboard: bool = True
     wandb: str | None = None
     sample_ids: bool = False
+    print_every: int | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, tensorboard=flag, wandb=or_none(text), sample_ids=flag)
+        check_fields(
+            self,
+            tensorboard=flag,
+            wandb=or_none(text),
+            sample_ids=flag,
+            print_every=or_none(integer(least=1)),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplesConfig:
+    """Answers that the model gives at each evaluation, to be read by people.
+
+    They are printed, and written to `samples.jsonl`, TensorBoard and wandb. Tokens are the
+    likeliest ones, so that only the training changes an answer.
+
+    Attributes:
+        count: how many prompts of `eval_files` are answered, the first so many. Their right answers
+            are shown beside the model's.
+        prompts: texts to answer in their place, rendered as `data` says.
+        max_new_tokens: the longest answer.
+    """
+
+    count: int = 4
+    prompts: tuple[str, ...] = ()
+    max_new_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            count=integer(least=1),
+            prompts=texts,
+            max_new_tokens=integer(least=1),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +152,7 @@ class ProfileConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A training run.
+    """A training run, built from plain values: sections may be mappings, policies names or texts.
 
     Attributes:
         model: a checkpoint in Hugging Face layout, `gs://...`, a hub id, or "tiny-retriever".
@@ -107,11 +162,18 @@ class TrainConfig:
             None: the model's own.
         mesh: axis sizes such as {"fsdp": 4, "tensor": 2}; "auto": all devices along fsdp; None: one
             device, or "auto" where there are several processes.
-        data: files and how they become batches; `data.batch_size` is rows a step, over all
-            processes, and `data.num_epochs` epochs.
+        data: files and how they become batches, see `DataConfig`: a mapping of its fields, or the
+            files alone. `data.batch_size` is rows a step, over all processes, and
+            `data.num_epochs` epochs.
         eval_files: held-out files, read like `data`; their loss is reported at `eval_every`.
+        eval_tasks: tasks whose scores are reported then, as `swaa eval` takes them: mappings of
+            `task` (its kind), its settings, and perhaps `name`, `judge` and `max_new_tokens`.
+        samples: answers to look at, see `SamplesConfig`; a number is its `count`.
         eval_every: steps between evaluations; None: at the end only.
-        lora: adapters; None (YAML: null): all parameters are trained.
+        best: by which evaluation the best checkpoint is kept, and when the run stops early; None:
+            the last checkpoint is the result. A text is its `metric`.
+        lora: adapters, True for the default ones; None (YAML: null) or False: all parameters are
+            trained.
         loss, optimizer: see theirs; `optimizer.total_steps` is set from the data.
         max_steps: stop after so many steps, where that comes first; the schedule ends there too.
         rows_per_device: rows that a device computes at a time; the rest of a step's rows follow in
@@ -121,6 +183,17 @@ class TrainConfig:
         merge: also export the model with its adapters merged into the weights.
         seed: of adapters, dropout and, unless it has its own, data.
         output_dir: a directory, local or `gs://...`, that all processes can reach.
+
+    Raises:
+        ValueError: an unknown key (the nearest one is named, or ours where it is another library's
+            name), or values that do not fit.
+
+    Examples:
+        >>> config = TrainConfig(
+        ...     model="tiny-retriever", policy="window=64", data="train.jsonl", output_dir="runs/a"
+        ... )
+        >>> config.policy.window, config.data.files, config.lora.rank
+        (64, ('train.jsonl',), 16)
     """
 
     model: str
@@ -131,7 +204,10 @@ class TrainConfig:
     policy: AttentionPolicy | None = None
     mesh: Mapping[str, int] | str | None = None
     eval_files: tuple[str, ...] = ()
+    eval_tasks: tuple[Mapping[str, Any], ...] = ()
+    samples: SamplesConfig | None = None
     eval_every: int | None = None
+    best: BestConfig | None = None
     lora: LoraConfig | None = LoraConfig()  # noqa: RUF009
     loss: LossConfig = LossConfig()  # noqa: RUF009
     optimizer: OptimizerConfig = OptimizerConfig()  # noqa: RUF009
@@ -147,17 +223,30 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, Mapping):
+            set_field(self, "data", {"seed": self.seed, **self.data})
         check_fields(
             self,
-            model=text,
-            output_dir=text,
+            model=path,
+            data=_data,
+            output_dir=path,
             revision=or_none(text),
             config_overrides=mapping,
+            policy=or_none(_policy),
             mesh=_mesh_sizes,
             eval_files=texts,
+            eval_tasks=_tasks,
+            samples=or_none(_samples),
             eval_every=or_none(integer(least=1)),
+            best=or_none(_best),
+            lora=_lora,
+            loss=_section(LossConfig),
+            optimizer=_optimizer,
             max_steps=or_none(integer(least=1)),
             rows_per_device=integer(least=1),
+            checkpoint=_section(CheckpointConfig),
+            metrics=_section(MetricsConfig),
+            profile=or_none(_section(ProfileConfig)),
             merge=flag,
             seed=integer(least=0),
         )
@@ -165,6 +254,11 @@ class TrainConfig:
             raise ValueError("merge: expected false without lora, got true; nothing to merge")
         if self.data.num_epochs is None and self.max_steps is None:
             raise ValueError("max_steps: expected a number where data.num_epochs is null, got none")
+        if self.best is not None and self.eval_every is None:
+            raise ValueError(
+                "best: expected eval_every with it, got none: there would be one evaluation, at "
+                "the end, and nothing to choose from; set eval_every"
+            )
         self.step_config(accumulate=1, total_steps=1)  # checks what it takes
 
     def step_config(self, *, accumulate: int, total_steps: int) -> StepConfig:
@@ -215,15 +309,13 @@ class TrainConfig:
         """
         what = "training config"
         fields = {k: v for k, v in mapping(what, fields).items() if k not in _NOTES}
-        if isinstance(fields.get("data"), Mapping):
-            fields["data"] = {"seed": fields.get("seed", 0), **fields["data"]}
+        refuse_others_names("", fields, [field.name for field in dataclasses.fields(cls)])
         return from_mapping(
             cls,
             fields,
             what,
-            readers=_READERS,
-            advice="say which checkpoint (model), which files (data: {files: ..., seq_len: ..., "
-            "batch_size: ...}) and where the results go (output_dir)",
+            advice="say which checkpoint (model), which files (data: {files: ...}) and where the "
+            "results go (output_dir)",
         )
 
     @classmethod
@@ -232,18 +324,20 @@ class TrainConfig:
         return cls.from_dict(parse_yaml(text))
 
     @classmethod
-    def load(cls, path: PathLike, overrides: Sequence[str] = ()) -> "TrainConfig":
-        """Reads a YAML file, with `KEY.SUB=VALUE` overrides.
+    def load(cls, path: PathLike | None, overrides: Sequence[str] = ()) -> "TrainConfig":
+        """Reads a YAML file, with `KEY.SUB=VALUE` overrides; or these alone, without a file.
 
         Raises:
             ValueError: the file is malformed, which the message names, or an override is.
             FileNotFoundError: there is no such file.
         """
-        path = epath.Path(path)
-        document = read_text(path)
-        with naming(path):
+        named = {"policy": lambda name: load_policy(name).to_dict()}
+        if path is None:
+            return cls.from_dict(with_overrides({}, overrides, named=named))
+        file = epath.Path(path)
+        document = read_text(file)
+        with naming(file):
             fields = mapping("training config", parse_yaml(document))
-            named = {"policy": lambda name: load_policy(name).to_dict()}
             return cls.from_dict(with_overrides(fields, overrides, named=named))
 
 
@@ -261,22 +355,52 @@ def _policy(name: str, value: Any) -> AttentionPolicy:
     return load_policy(value)
 
 
+def _section(kind: type[T], *, leave_out: Sequence[str] = ()) -> Check[T]:
+    """A section of the config: its dataclass, or a mapping with our names or others'."""
+    known = [field.name for field in dataclasses.fields(kind)]  # pyright: ignore[reportArgumentType]
+
+    def check(name: str, value: object) -> T:
+        if isinstance(value, Mapping):
+            refuse_others_names(name, value, known)
+        return section(kind, leave_out=leave_out)(name, value)
+
+    return check
+
+
+def _data(name: str, value: Any) -> DataConfig:
+    if isinstance(value, str | os.PathLike | list | tuple):
+        value = {"files": value}
+    return _section(DataConfig)(name, value)
+
+
 def _optimizer(name: str, value: object) -> OptimizerConfig:
     if isinstance(value, Mapping) and "total_steps" in value:
         raise ValueError(
             f"{name}.total_steps: expected none, since the data's length sets it, got "
             f"{value['total_steps']!r}; use max_steps for a shorter run"
         )
-    return section(OptimizerConfig, leave_out=("total_steps",))(name, value)
+    return _section(OptimizerConfig, leave_out=("total_steps",))(name, value)
 
 
-_READERS = {
-    "data": section(DataConfig),
-    "policy": or_none(_policy),
-    "lora": or_none(section(LoraConfig)),
-    "loss": section(LossConfig),
-    "optimizer": _optimizer,
-    "checkpoint": section(CheckpointConfig),
-    "metrics": section(MetricsConfig),
-    "profile": or_none(section(ProfileConfig)),
-}
+def _lora(name: str, value: object) -> LoraConfig | None:
+    if value is None or value is False:
+        return None
+    return LoraConfig() if value is True else _section(LoraConfig)(name, value)
+
+
+def _samples(name: str, value: object) -> SamplesConfig:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = {"count": value}
+    return _section(SamplesConfig)(name, value)
+
+
+def _best(name: str, value: object) -> BestConfig:
+    return _section(BestConfig)(name, {"metric": value} if isinstance(value, str) else value)
+
+
+def _tasks(name: str, value: Any) -> tuple[Mapping[str, Any], ...]:
+    """Mappings that `task_entry` reads, which are checked; one, or a kind, may stand alone."""
+    several = value if isinstance(value, list | tuple) else [value]
+    entries = [{"task": one} if isinstance(one, str) else one for one in several]
+    read_tasks(name, entries)
+    return tuple(map(dict, entries))

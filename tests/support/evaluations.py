@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 from swaa_jax.cli import eval as command
 from swaa_jax.cli.main import build_parser
-from swaa_jax.eval.run import Cell, EvalConfig, Evaluation, PolicyEntry, Setting, TaskEntry
+from swaa_jax.eval.report import Evaluation
+from swaa_jax.eval.run import Cell, EvalConfig, PolicyEntry, Setting, TaskEntry
 from swaa_jax.eval.run.costs import CellCost
 from swaa_jax.eval.run.entries import ModelEntry
 from swaa_jax.eval.tasks import Sample, Task
@@ -95,7 +96,7 @@ def evaluation(cells: list[Cell], output_dir: Any = "out", **config: Any) -> Eva
         config=EvalConfig(
             settings=(setting,),
             tasks=(TaskEntry(name="counting", task=CountingTask()),),
-            output_dir=str(output_dir),
+            output_dir=None if output_dir is None else str(output_dir),
             **config,
         ),
         cells=tuple(cells),

@@ -9,7 +9,7 @@ import yaml
 import swaa_jax as swaa
 from swaa_jax import redact, runtime
 from swaa_jax.cli.main import main
-from swaa_jax.cli.task_args import named
+from swaa_jax.documents import named_settings
 from swaa_jax.eval.run import EvalConfig
 from tests.support.evaluations import config_of, questions_file
 
@@ -101,7 +101,7 @@ def test_shipped_configs_are_evaluations():
 
 
 def test_values_of_settings_may_hold_commas():
-    assert named("llm,url=http://x,model=a,b", "name") == {
+    assert named_settings("llm,url=http://x,model=a,b", "name") == {
         "name": "llm",
         "url": "http://x",
         "model": "a,b",

@@ -14,9 +14,10 @@ import time
 import pytest
 
 import swaa_jax as swaa
+from swaa_jax.eval import evaluation as running
+from swaa_jax.eval.evaluation import evaluate
 from swaa_jax.eval.report import summarize, write_evaluation
-from swaa_jax.eval.run import EvalConfig, TaskEntry, evaluate
-from swaa_jax.eval.run import evaluation as running
+from swaa_jax.eval.run import EvalConfig, TaskEntry
 from swaa_jax.eval.run.store import CellStore
 from swaa_jax.eval.tasks import RulerTask, encode_sample
 from tests.support import byte_tokenizer
@@ -58,9 +59,14 @@ def write(done):
 
 
 def lasting(directory):
-    """The files that must not depend on how often a run was stopped."""
-    names = ("answers.jsonl", "answers.parquet", "results.json")
-    return {name: (pathlib.Path(directory) / name).read_bytes() for name in names}
+    """What must not depend on how often a run was stopped: all but measured costs."""
+    names = ("answers.jsonl", "answers.parquet")
+    files = {name: (pathlib.Path(directory) / name).read_bytes() for name in names}
+    results = json.loads((pathlib.Path(directory) / "results.json").read_text())
+    for cell in results["cells"]:
+        for name in ("prefill_tokens_per_second", "decode_tokens_per_second", "ms_per_token"):
+            assert cell["costs"].pop(name) > 0
+    return files | {"results.json": results}
 
 
 @pytest.fixture(scope="module")

@@ -77,8 +77,8 @@ def test_fault_10_an_ordered_list(no_type_checks):
 
 def test_fault_10_old_verdicts_are_not_taken_for_the_rule_of_now():
     """Verdicts are filed under the judge's settings, with the patterns that stand for none."""
+    from swaa_jax.eval.evaluation import _judge
     from swaa_jax.eval.run import EvalConfig
-    from swaa_jax.eval.run.evaluation import _judge
     from swaa_jax.runs import fingerprint
 
     config = EvalConfig.from_dict(

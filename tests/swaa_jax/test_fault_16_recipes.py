@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from swaa_jax.cli.main import main
-from swaa_jax.eval.search import recipes
+from swaa_jax.eval.search import shipped as recipes
 from swaa_jax.policy import AttentionPolicy, LayerAttention
 
 

@@ -17,8 +17,9 @@ from swaa_jax.checkpoint.provenance import weight_marks
 from swaa_jax.cli.errors import one_paragraph
 from swaa_jax.data import DataConfig, prepare_samples
 from swaa_jax.distill import run as distillation
+from swaa_jax.eval.evaluation import evaluate
 from swaa_jax.eval.judging import Judged, make_judge
-from swaa_jax.eval.run import EvalConfig, TaskEntry, evaluate
+from swaa_jax.eval.run import EvalConfig, TaskEntry
 from swaa_jax.eval.tasks import QaTask
 from swaa_jax.infer.prompts import encode_prompts
 from swaa_jax.limits import CONFIG_BYTES

@@ -10,9 +10,10 @@ import traceback
 import pytest
 
 from swaa_jax.cli.main import main
+from swaa_jax.eval.evaluation import evaluate
 from swaa_jax.eval.judging import Judged, LlmJudge, LlmJudgeConfig
 from swaa_jax.eval.report import remarks, summarize, write_evaluation
-from swaa_jax.eval.run import EvalConfig, TaskEntry, evaluate
+from swaa_jax.eval.run import EvalConfig, TaskEntry
 from swaa_jax.remote import retry_after
 from tests.support.evaluations import CountingTask
 from tests.support.judge_server import plain, says, status

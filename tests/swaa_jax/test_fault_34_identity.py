@@ -13,8 +13,9 @@ from flax import nnx
 
 import swaa_jax as swaa
 from swaa_jax.distill import DistillConfig, Question, distill
+from swaa_jax.eval.evaluation import evaluate
 from swaa_jax.eval.judging import make_judge
-from swaa_jax.eval.run import EvalConfig, TaskEntry, evaluate
+from swaa_jax.eval.run import EvalConfig, TaskEntry
 from swaa_jax.selection import select_from_samples
 from tests.support import byte_tokenizer
 from tests.support.evaluations import CountingTask

@@ -7,7 +7,8 @@ import signal
 import pytest
 
 import swaa_jax as swaa
-from swaa_jax.eval.run import EvalConfig, TaskEntry, evaluate
+from swaa_jax.eval.evaluation import evaluate
+from swaa_jax.eval.run import EvalConfig, TaskEntry
 from swaa_jax.train import TrainConfig, train
 from swaa_jax.train.preemption import stop_requests
 from tests.support import byte_tokenizer, train_runs

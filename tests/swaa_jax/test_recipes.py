@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import pathlib
 
 import jax.numpy as jnp
 import pytest
 
+import swaa_jax as swaa
 from swaa_jax.cli.main import main
 from swaa_jax.costs import cache_bytes
-from swaa_jax.eval.search import recipes
+from swaa_jax.eval.search import shipped as recipes
 from swaa_jax.lora import without_lora
-from swaa_jax.policy import Needs, load_policy
+from swaa_jax.policy import AttentionPolicy, Needs, load_policy
 from tests.support.training import lora_model
 
 # arXiv 2512.10411 v5, Table 1: LongMemEval_24k, LongBench-v2, RULER; Thinking, then Instruct.
@@ -77,6 +79,54 @@ def test_a_memory_limit_leaves_out_what_keeps_everything():
     assert not recipes.recommend(list(listed.values()), needs, max_memory=half.memory - 1)
 
 
+GIB = 1 << 30
+
+
+def test_memory_is_near_what_the_tpu_compiler_says():
+    """Peaks of the engine's chunks, and of a prompt in one piece, on one chip (aot_models.json)."""
+    rows = json.loads(pathlib.Path("benchmarks/results/aot_models.json").read_text())["rows"]
+    compared = 0
+    for row in rows:
+        if row["model"] != "Qwen3-4B" or row["mesh"] != {"tensor": 1} or row["kind"] == "steps":
+            continue
+        policy = AttentionPolicy()
+        if row["window"]:
+            policy = AttentionPolicy(
+                window=row["window"],
+                num_sink_tokens=row["sinks"],
+                full_attention_layers=row["full_layers"] or (),
+                decode=row["decode"],
+            )
+        chunk, whole = recipes.memory_of(recipes.QWEN3_4B, policy.resolve(36), row["context"])
+        found, near = (chunk, 0.02) if row["kind"] == "chunk" else (whole, 0.05)
+        assert found == pytest.approx(row["peak"], rel=near), row
+        compared += 1
+    assert compared == 5
+
+
+def test_recipes_in_python(no_type_checks):
+    found = swaa.recipes(training=False, thinking=True, prefer="efficiency")
+    assert [one.name for one in found] == ["thinking-no-train-efficient"]
+    assert found.table().columns[:2] == ("name", "policy")
+    assert "Thinking: 50 of 73" in found._repr_html_() and "Thinking: 50 of 73" in str(found)
+    everything = {one.name: one for one in swaa.recipes()}
+    assert everything["full"].memory > 12.4 * GIB  # weights and caches alone: 11.99
+    tiny = swaa.recipes(swaa.load_model("tiny-retriever"), context=1024)
+    by_name = swaa.recipes("tiny-retriever", context=1024)
+    assert [one.memory for one in tiny] == [one.memory for one in by_name]
+    for arguments, message in [
+        ({"memory": 5}, "memory: expected at least 10.5 GiB"),
+        ({"prefer": "speed"}, "prefer: expected one of quality, efficiency, got 'speed'"),
+        ({"model": 3}, "model: expected a path or name"),
+        ({"context": "long"}, "context: expected an integer"),
+        ({"rows": 0}, "rows: expected an integer of at least 1"),
+        ({"thinking": "yes"}, "thinking: expected true or false"),
+    ]:
+        with pytest.raises(ValueError, match=message) as told:
+            swaa.recipes(**arguments)
+        assert "\n" not in str(told.value)
+
+
 @pytest.mark.parametrize("name", ["full", "naive", "trained-efficient-interleave"])
 def test_cache_bytes_are_those_of_a_models_caches(name):
     policy = load_policy(name)
@@ -103,8 +153,8 @@ def test_the_command(capsys):
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     full = rows["full"]
     assert full["prefill_share"] == 1.0
-    assert full["cache_bytes_per_row"] == 9216 * 1024  # the demo's KV KiB, 1,024 + 128 tokens
-    assert full["memory_bytes"] - full["cache_bytes_per_row"] == 2 * 6_887_680
+    assert full["cache_bytes"] == 9216 * 1024  # the demo's KV KiB, 1,024 + 128 tokens
+    assert full["memory_bytes"] - full["cache_bytes"] > 2 * 6_887_680
     assert main(["recipes", "trained-quality"]) == 0
     shown = capsys.readouterr().out
     assert "window: 2000" in shown and "73.2" in shown and "Table 1, row 31" in shown
@@ -117,8 +167,8 @@ def test_the_command(capsys):
     "arguments, message",
     [
         (["trained-qualty"], "did you mean 'trained-quality'"),
-        (["--memory", "1"], "--memory: expected at least 9.9 GiB"),
-        (["--context", "0"], "context: expected at least 1, got 0"),
+        (["--memory", "1"], "--memory: expected at least 10.5 GiB"),
+        (["--context", "0"], "--context: expected an integer of at least 1, got 0"),
         (["--model", "./nowhere"], "nowhere"),
     ],
 )

@@ -8,9 +8,10 @@ import pytest
 
 import swaa_jax as swaa
 from swaa_jax.distill import DistillConfig, Question, distill
+from swaa_jax.eval.evaluation import evaluate
 from swaa_jax.eval.judging import make_judge
 from swaa_jax.eval.report import summarize, write_evaluation
-from swaa_jax.eval.run import EvalConfig, TaskEntry, evaluate
+from swaa_jax.eval.run import EvalConfig, TaskEntry
 from swaa_jax.eval.tasks import encode_sample
 from swaa_jax.infer import SAMPLING, GenerateOptions, SamplingParams
 from tests.support.evaluations import CountingTask

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 import swaa_jax as swaa
-from swaa_jax.eval.run import Cell, Evaluation, ModelEntry, TaskEntry
+from swaa_jax.eval.report import Evaluation
+from swaa_jax.eval.run import Cell, ModelEntry, TaskEntry
 from swaa_jax.eval.run.costs import CellCost
 from swaa_jax.eval.search import (
     SearchConfig,

@@ -224,7 +224,16 @@ def read(path):
 def cells(path):
     """The scores of `results.json` by what was asked whom; their order may change."""
     names = ("model", "policy", "task", "thinking")
-    return {tuple(cell[name] for name in names): cell for cell in read(path)["cells"]}
+    found = {tuple(cell[name] for name in names): cell for cell in read(path)["cells"]}
+    for cell in found.values():  # as schema 2 has it
+        cell["by_length"] = {
+            name.strip().replace(",", ""): part for name, part in cell["by_length"].items()
+        }
+        cell.setdefault(
+            "costs",
+            {name: cell.pop(name) for name in ("prefill_share", "prefill_flops") if name in cell},
+        )
+    return found
 
 
 def assert_same_document(found, expected):

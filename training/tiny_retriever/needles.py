@@ -1,6 +1,10 @@
-"""Writes needle prompts with their answers as training rows.
+"""Writes needle prompts with their answers as records for training and for evaluation.
 
-python training/tiny_retriever/needles.py needles.jsonl --samples 16 --length 448
+python training/tiny_retriever/needles.py swaa_jax/assets/tiny-needles.jsonl
+python training/tiny_retriever/needles.py swaa_jax/assets/tiny-needles-held-out.jsonl \\
+    --samples 8 --seed 1
+
+wrote the files that are shipped, `tiny-needles` and `tiny-needles-held-out`.
 """
 
 import argparse
@@ -32,7 +36,12 @@ def main() -> None:
     with open(args.output, "w", encoding="utf-8") as file:
         for sample in samples:
             answer = f"{sample.answer_prefix.lstrip()} {join_list(sample.answers)}."
-            row = {"prompt": list(sample.messages), "response": answer}
+            (message,) = sample.messages
+            row = {
+                "prompt": message["content"],
+                "response": answer,
+                "answer": list(sample.answers),
+            }
             file.write(json.dumps(row) + "\n")
 
 

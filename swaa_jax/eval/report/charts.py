@@ -1,25 +1,26 @@
-"""The report's charts: score against cost, and score by prompt length."""
+"""The report's charts: score against cost."""
 
 import dataclasses
 import io
 import textwrap
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from swaa_jax.eval.report.badges import draw_legend, draw_policies, layer_colors, make_room
+from swaa_jax.eval.report.badges import draw_legend, draw_policies, layer_colors
 from swaa_jax.eval.report.findings import pareto_front
 from swaa_jax.eval.report.statistics import Interval
 from swaa_jax.eval.report.summary import Group
+from swaa_jax.figures import new_figure, save_figure
 from swaa_jax.policy import AttentionPolicy
+from swaa_jax.typing import PathLike
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Chart", "Dot", "group_chart", "length_chart", "png", "policy_chart"]
+__all__ = ["Chart", "Dot", "group_chart", "groups_figure", "png", "policy_figure", "render"]
 
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -30,8 +31,6 @@ _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "swaa_jax",  # the same file for the same numbers
     "figure.dpi": 130,
 }
-_LINES = ("#0072B2", "#C14F00", "#00805F", "#AA4499", "#5D5D5D", "#8C6D00")
-_DASHES = ("-", "--", ":", "-.")
 _PREFILL = "query-key pairs in the prefill, % of full attention"
 _CACHE = "KV cache per sample, MiB"
 _GRID = "#E2E2E2"
@@ -71,6 +70,44 @@ def group_chart(group: Group) -> Chart | None:
     """Score against cost of one model, task and mode, of what was answered here: what a server's
     answers cost is not known. None: there is nothing else.
     """
+    figure = _group_figure(group)
+    return None if figure is None else render(figure)
+
+
+def groups_figure(groups: Sequence[Group], *, path: PathLike | None = None) -> "Figure":
+    """The charts of all groups, one below the other, saved where there is a path.
+
+    Raises:
+        ValueError: none of the groups has something to draw.
+    """
+    figures = [figure for figure in map(_group_figure, groups) if figure is not None]
+    if not figures:
+        raise ValueError(
+            "plot: expected an evaluation of local models, whose costs are known, got none; a "
+            "server's are not known here"
+        )
+    if len(figures) == 1:
+        return save_figure(figures[0], path)
+    return save_figure(_stacked([render(figure).pixels for figure in figures]), path)
+
+
+def _stacked(pictures: Sequence[np.ndarray]) -> "Figure":
+    """A figure of drawn charts."""
+    dpi = _STYLE["figure.dpi"]
+    width = max(one.shape[1] for one in pictures)
+    heights = [one.shape[0] for one in pictures]
+    figure = new_figure(width=width / dpi, height=sum(heights) / dpi, dpi=dpi)
+    top = 1.0
+    for picture, height in zip(pictures, heights, strict=True):
+        share = height / sum(heights)
+        axis = figure.add_axes((0.0, top - share, picture.shape[1] / width, share))
+        axis.imshow(picture, aspect="auto")
+        axis.set_axis_off()
+        top -= share
+    return figure
+
+
+def _group_figure(group: Group) -> "Figure | None":
     dots = []
     for summary in group.summaries:
         name, text = group.name(summary), summary.cell.policy_text
@@ -87,14 +124,12 @@ def group_chart(group: Group) -> Chart | None:
                 cache_bytes=summary.cell.cost.cache_bytes_per_sample,
             )
         )
-    if not dots:
-        return None
-    return policy_chart(dots, title=group.title, heading="Row of the table")
+    return policy_figure(dots, title=group.title, heading="Row of the table") if dots else None
 
 
-def policy_chart(
+def policy_figure(
     dots: Sequence[Dot], *, title: str, heading: str, faded: Sequence[Dot] = ()
-) -> Chart:
+) -> "Figure":
     """Score against prefill work, and against the caches' size where that was measured.
 
     The line joins the policies that no other one beats in both.
@@ -110,10 +145,11 @@ def policy_chart(
         costs.append((_CACHE, lambda dot: (dot.cache_bytes or 0) / 2**20))
     policies = [dot.policy for dot in dots]
 
-    def draw(pyplot: ModuleType) -> "Figure":
-        figure, axes = pyplot.subplots(
-            1, len(costs), figsize=(11.5, 4.4), sharey=True, layout="constrained", squeeze=False
-        )
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        figure = new_figure(width=11.5, height=4.4, layout="constrained")
+        axes = figure.subplots(1, len(costs), sharey=True, squeeze=False)
         colors = layer_colors(policies)
         panels = []
         for axis, (label, cost) in zip(axes[0], costs, strict=True):
@@ -144,8 +180,6 @@ def policy_chart(
             draw_policies(axis, points, policies, labels=labels, colors=colors)
         return figure
 
-    return _render(draw)
-
 
 def _set_scales(axis: "Axes", label: str, *, most: float) -> None:
     """Room around the dots, for badges."""
@@ -156,43 +190,6 @@ def _set_scales(axis: "Axes", label: str, *, most: float) -> None:
     axis.grid(axis="y", color=_GRID, linewidth=0.8)
     axis.set_axisbelow(True)
     axis.set_xlabel(label)
-
-
-def length_chart(group: Group) -> Chart:
-    """Score by prompt length, a line a policy, bars are intervals."""
-    bins = sorted({name for summary in group.summaries for name in summary.by_length})
-
-    def draw(pyplot: ModuleType) -> "Figure":
-        figure, axis = pyplot.subplots(figsize=(11.5, 3.8), layout="constrained")
-        for index, summary in enumerate(group.summaries):
-            spread = 0.04 * (index - (len(group.summaries) - 1) / 2)
-            parts = [(bins.index(name) + spread, p) for name, p in summary.by_length.items()]
-            axis.errorbar(
-                [x for x, _ in parts],
-                [100 * part.score.mean for _, part in parts],
-                yerr=[
-                    [100 * max(0.0, part.score.mean - part.score.low) for _, part in parts],
-                    [100 * max(0.0, part.score.high - part.score.mean) for _, part in parts],
-                ],
-                marker="o",
-                markersize=4,
-                capsize=2,
-                linewidth=1.3,
-                elinewidth=0.7,
-                color=_LINES[index % len(_LINES)],
-                linestyle=_DASHES[index // len(_LINES) % len(_DASHES)],
-                label=_plain(f"{summary.number}  {group.name(summary)}"),
-            )
-        axis.set_xticks(range(len(bins)), [name.strip() for name in bins])
-        axis.set_ylim(-3, 103)
-        axis.grid(axis="y", color=_GRID, linewidth=0.8)
-        axis.set_xlabel("prompt tokens")
-        axis.set_ylabel("score, %")
-        axis.set_title("Score by prompt length", loc="left", fontsize=12)
-        make_room(figure, figure.legend(loc="outside right upper", frameon=False, fontsize=9))
-        return figure
-
-    return _render(draw)
 
 
 def png(charts: Sequence[Chart]) -> bytes:
@@ -210,22 +207,16 @@ def _plain(text: str) -> str:
     return shown.replace("$", r"\$")
 
 
-def _render(draw: "Callable[[ModuleType], Figure]") -> Chart:
+def render(figure: "Figure") -> Chart:
+    """The figure as a report shows it."""
     import matplotlib
-
-    matplotlib.use("Agg")  # no display
-    from matplotlib import pyplot
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    with pyplot.rc_context(_STYLE):
-        figure = draw(pyplot)
-        try:
-            canvas = FigureCanvasAgg(figure)
-            canvas.draw()
-            pixels = np.asarray(canvas.buffer_rgba()).copy()
-            buffer = io.StringIO()
-            figure.savefig(buffer, format="svg", metadata={"Date": None})
-        finally:
-            pyplot.close(figure)
+    with matplotlib.rc_context(_STYLE):
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        pixels = np.asarray(canvas.buffer_rgba()).copy()
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return Chart(svg=text[text.index("<svg") :], pixels=pixels)

@@ -6,11 +6,11 @@ import random
 from collections.abc import Mapping, Sequence
 from importlib import resources
 
-from swaa_jax.eval.report.charts import Chart, length_chart
+from swaa_jax.eval.report.charts import Chart
 from swaa_jax.eval.report.findings import findings, remarks
+from swaa_jax.eval.report.result import Evaluation
 from swaa_jax.eval.report.summary import CellSummary, Group, Part
 from swaa_jax.eval.report.table import COLUMNS, LEGEND, markdown_table, markdown_text
-from swaa_jax.eval.run import Evaluation
 from swaa_jax.eval.run.store import AnswerRecord
 from swaa_jax.fields import show
 
@@ -55,14 +55,8 @@ def html_report(
         findings=findings(groups),
         remarks=remarks(_lines(groups), evaluation.cells),
         legend=LEGEND,
-        columns=COLUMNS,
-        rows=[
-            {
-                "cells": [(column, column.cell(summary)) for column in COLUMNS],
-                "is_baseline": summary.difference is None,
-            }
-            for summary in _lines(groups)
-        ],
+        scores=_page_table(_lines(groups), more=False),
+        more=_page_table(_lines(groups), more=True),
         groups=[
             _group_view(group, chart, seed=evaluation.config.seed)
             for group, chart in zip(groups, charts, strict=True)
@@ -132,13 +126,36 @@ def _setting(evaluation: Evaluation) -> str:
     )
 
 
+_KEYS = ("#", "policy")
+"""Columns that both tables of the page have."""
+
+
+def _page_table(summaries: Sequence[CellSummary], *, more: bool) -> dict[str, object]:
+    """A table of the page; what all lines have in common stands above it and is no column."""
+    columns, common = [], []
+    for column in COLUMNS:
+        if column.more != more and column.name not in _KEYS:
+            continue
+        texts = {column.cell(summary).text for summary in summaries}
+        if column.name in ("model", "task", "mode") and len(texts) == 1:
+            common += texts
+        else:
+            columns.append(column)
+    rows = [
+        {
+            "cells": [(column, column.cell(summary)) for column in columns],
+            "is_baseline": summary.difference is None,
+        }
+        for summary in summaries
+    ]
+    return {"columns": columns, "rows": rows, "common": ", ".join(common)}
+
+
 def _group_view(group: Group, chart: Chart | None, *, seed: int) -> dict[str, object]:
-    several = len(_part_names(group, "by_length")) > 1
     return {
         "title": group.title,
         "pareto": "" if chart is None else chart.svg,
         "matrices": _matrices(group),
-        "lengths": length_chart(group).svg if several else "",
         "examples": _examples(group, seed),
     }
 

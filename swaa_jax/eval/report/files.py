@@ -1,8 +1,9 @@
 """What an evaluation leaves in its directory, for programs and for people.
 
 answers.jsonl, answers.parquet   every answer with its verdict
-results.json                     scores; equal for equal answers, however often a run was stopped
-run.json                         what was measured and what it was measured on
+results.json                     scores and costs; but for measured costs, equal for equal answers,
+                                 however often a run was stopped
+run.json                         what was asked, of which checkpoints, on what
 report.html, report.md           for people
 score_against_cost.png           the report's charts
 """
@@ -17,33 +18,49 @@ from etils import epath
 from swaa_jax import storage
 from swaa_jax.eval.report.charts import group_chart, png
 from swaa_jax.eval.report.document import html_report, markdown_report
+from swaa_jax.eval.report.result import Evaluation
 from swaa_jax.eval.report.summary import CellSummary, group_summaries
-from swaa_jax.eval.run import Evaluation, PolicyEntry
+from swaa_jax.eval.run import PolicyEntry
 from swaa_jax.eval.run.store import AnswerRecord
 from swaa_jax.redact import without_secrets
+from swaa_jax.typing import PathLike
 
 __all__ = ["SCHEMA_VERSION", "write_evaluation"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Counts changes of the form of `results.json` and `run.json`."""
 
 _TITLE = "Attention policies compared"
 
 
 def write_evaluation(
-    evaluation: Evaluation, summaries: Sequence[CellSummary], *, command: str
+    evaluation: Evaluation,
+    summaries: Sequence[CellSummary],
+    *,
+    command: str,
+    output_dir: PathLike | None = None,
 ) -> dict[str, epath.Path]:
-    """Write all files into the evaluation's directory; each is complete or as it was before.
+    """Write all files into a directory; each is complete or as it was before.
 
     Args:
         evaluation: what was asked and answered.
         summaries: of its cells.
         command: what ran it.
+        output_dir: where to; None: the evaluation's own directory.
 
     Returns:
         The files' paths by name.
+
+    Raises:
+        ValueError: no directory, here or of the evaluation.
     """
-    directory = epath.Path(evaluation.config.output_dir)
+    output_dir = evaluation.config.output_dir if output_dir is None else output_dir
+    if output_dir is None:
+        raise ValueError(
+            "output_dir: expected a directory, since the evaluation has none of its own, got None; "
+            "name one"
+        )
+    directory = epath.Path(output_dir)
     answers = [answer for cell in evaluation.cells for answer in cell.answers]
     provenance = {
         "schema_version": SCHEMA_VERSION,
@@ -54,22 +71,12 @@ def write_evaluation(
         "device": dict(evaluation.device),
         "versions": dict(evaluation.versions),
     }
-    costs = [
-        {
-            "model": cell.model,
-            "policy": cell.policy_name,
-            "task": cell.task,
-            "thinking": cell.thinking,
-            **dataclasses.asdict(cell.cost),
-        }
-        for cell in evaluation.cells
-    ]
     groups = group_summaries(summaries)
     charts = [group_chart(group) for group in groups]
     drawn = [chart for chart in charts if chart is not None]
     about = {"title": _TITLE, "command": command}
     results = {"schema_version": SCHEMA_VERSION, "cells": [s.to_dict() for s in summaries]}
-    run = {**provenance, "seconds": evaluation.seconds, "costs": costs}
+    run = {**provenance, "seconds": evaluation.seconds}
     page = html_report(evaluation, groups, charts=charts, provenance=provenance, **about)
     texts = {
         "answers.jsonl": "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in answers),
@@ -118,7 +125,7 @@ def _plain_config(evaluation: Evaluation) -> dict[str, object]:
             {
                 "name": entry.name,
                 "task": entry.task.name,
-                **dataclasses.asdict(entry.task),
+                **entry.task.to_dict(),
                 "judge": without_secrets(entry.judge_settings),
                 "max_new_tokens": entry.max_new_tokens or entry.task.answer_tokens,
             }

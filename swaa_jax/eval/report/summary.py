@@ -3,12 +3,34 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from swaa_jax.eval.report.statistics import Interval, bootstrap_interval, paired_p_value, pass_at_k
-from swaa_jax.eval.run import Cell, EvalConfig, Evaluation
+from swaa_jax.eval.report.result import Evaluation
+from swaa_jax.eval.report.statistics import (
+    Interval,
+    bootstrap_interval,
+    format_score,
+    paired_p_value,
+    pass_at_k,
+)
+from swaa_jax.eval.run import Cell, EvalConfig
 from swaa_jax.eval.run.store import AnswerRecord
+from swaa_jax.tables import Table
+from swaa_jax.typing import PathLike
 
-__all__ = ["CellSummary", "Group", "Part", "group_summaries", "length_bin", "summarize"]
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "CellSummary",
+    "Group",
+    "Part",
+    "Summaries",
+    "group_summaries",
+    "length_bin",
+    "summarize",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +41,7 @@ class Part:
     score: Interval
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class CellSummary:
     """A cell in numbers. Shares and scores are 0 to 1; attempts at a sample count as their mean.
 
@@ -58,8 +80,35 @@ class CellSummary:
     difference: float | None
     p_value: float | None
 
+    def line(self) -> dict[str, Any]:
+        """A line of the table."""
+        cell = self.cell
+        return {
+            "model": cell.model,
+            "task": cell.task,
+            "thinking": cell.thinking,
+            "policy": cell.policy_name,
+            "num_samples": self.num_samples,
+            "score": self.score.mean,
+            "score_low": self.score.low,
+            "score_high": self.score.high,
+            "accepted": self.accepted.mean,
+            "difference": self.difference,
+            "p_value": self.p_value,
+            "mean_tokens": self.mean_tokens,
+            "cut_off": self.cut_off,
+            **cell.cost.numbers(),
+        }
+
+    def __repr__(self) -> str:
+        cell = self.cell
+        return (
+            f"CellSummary({self.number}: {cell.model}, {cell.task}, {cell.mode}, "
+            f"{cell.policy_name}: {format_score(self.score)})"
+        )
+
     def to_dict(self) -> dict[str, object]:
-        """Everything but times, as JSON's types: equal for equal answers."""
+        """Everything, as JSON's types: but for measured costs, equal for equal answers."""
         cell = self.cell
         return {
             "model": cell.model,
@@ -78,12 +127,78 @@ class CellSummary:
             "cut_off": self.cut_off,
             "mean_tokens": self.mean_tokens,
             "by_kind": {name: dataclasses.asdict(part) for name, part in self.by_kind.items()},
-            "by_length": {name: dataclasses.asdict(part) for name, part in self.by_length.items()},
+            "by_length": {
+                name.strip().replace(",", ""): dataclasses.asdict(part)
+                for name, part in self.by_length.items()
+            },
             "difference": self.difference,
             "p_value": self.p_value,
-            "prefill_share": cell.cost.prefill_share,
-            "prefill_flops": cell.cost.prefill_flops,
+            "costs": dataclasses.asdict(cell.cost),
         }
+
+
+class Summaries(list[CellSummary]):
+    """The summaries of an evaluation's cells, in the order of its table; a list that shows itself
+    as that table.
+    """
+
+    def table(self) -> Table:
+        """A line for each summary: score with its interval, and costs; shares are 0 to 1."""
+        return Table.of([summary.line() for summary in self])
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """The table as a frame.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return self.table().to_pandas()
+
+    def plot(self, path: PathLike | None = None) -> "Figure":
+        """Draws score against cost, models, tasks and modes one below the other.
+
+        Args:
+            path: where to save it, by its ending; None: nowhere.
+
+        Raises:
+            ValueError: nothing was answered here, so that no costs are known.
+        """
+        from swaa_jax.eval.report.charts import groups_figure
+
+        return groups_figure(group_summaries(self), path=path)
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self._shown()))
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return "".join(table._repr_html_() for table in self._shown())
+
+    def _shown(self) -> list[Table]:
+        """A table of what people compare for each group: policies, scores, costs."""
+        return [
+            Table.of([_shown_line(group, one) for one in group.summaries], caption=group.title)
+            for group in group_summaries(self)
+        ]
+
+
+def _shown_line(group: "Group", summary: CellSummary) -> dict[str, Any]:
+    cost = summary.cell.cost
+    return {
+        "policy": group.name(summary),
+        "score": format_score(summary.score),
+        "difference": _written("+.1f", summary.difference, 100),
+        "prefill pairs %": _written(".1f", cost.prefill_share, 100),
+        "prefill tok/s": _written(",.0f", cost.prefill_tokens_per_second),
+        "ms per token": _written(".2f", cost.ms_per_token),
+        "KV MiB": _written(",.2f", cost.cache_bytes_per_sample, 2**-20),
+        "samples": str(summary.num_samples),
+    }
+
+
+def _written(form: str, value: float | None, factor: float = 1.0) -> str | None:
+    return None if value is None else format(factor * value, form)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +235,7 @@ class Group:
         return cell.policy_name if same else f"{cell.policy_name} ({cell.model})"
 
 
-def summarize(evaluation: Evaluation) -> list[CellSummary]:
+def summarize(evaluation: Evaluation) -> Summaries:
     """A summary of each cell that has answers: models, tasks and modes in their order, cells that
     are compared with one baseline next to one another.
     """
@@ -129,7 +244,7 @@ def summarize(evaluation: Evaluation) -> list[CellSummary]:
     baselines = [_baseline(config, cells, cell) for cell in cells]
     order = sorted(range(len(cells)), key=lambda index: (baselines[index], index))
     numbers = {index: number for number, index in enumerate(order, start=1)}
-    return [
+    return Summaries(
         _summary(
             cells[index],
             cells[baselines[index]],
@@ -138,7 +253,7 @@ def summarize(evaluation: Evaluation) -> list[CellSummary]:
             seed=config.seed,
         )
         for index in order
-    ]
+    )
 
 
 def group_summaries(summaries: Sequence[CellSummary]) -> list[Group]:

@@ -60,6 +60,7 @@ class Column:
         cell: its cell of a line.
         left: whether it is text.
         width: of the terminal from which on it is shown there; None: never.
+        more: whether the page has it in the table below, of what is looked at second.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Column:
     cell: Callable[[CellSummary], TableCell]
     left: bool = False
     width: int | None = None
+    more: bool = False
 
 
 def _number(form: str, value: Callable[[CellSummary], float | None]) -> "Callable[..., TableCell]":
@@ -105,6 +107,14 @@ def _score(summary: CellSummary) -> TableCell:
     )
 
 
+def _difference(summary: CellSummary) -> TableCell:
+    if summary.difference is None:
+        return TableCell(text="", value="")
+    points = 100 * summary.difference
+    p = "" if summary.p_value is None else f"p {format_p(summary.p_value)}"
+    return TableCell(text=f"{points:+.1f}", value=points, second_line=p)
+
+
 def _p_value(summary: CellSummary) -> TableCell:
     value = summary.p_value
     return TableCell(
@@ -140,33 +150,43 @@ COLUMNS = (
         cell=_text(lambda s: s.cell.mode),
     ),
     Column(name="policy", help="which keys are visible", left=True, width=0, cell=_policy),
-    Column(name="n", help="samples", cell=_samples),
+    Column(name="n", more=True, help="samples", cell=_samples),
     Column(name="score", help="mean of the judge's scores, %", width=0, cell=_score),
     Column(
         name="right",
+        more=True,
         help="answers that the judge accepts, %",
         width=0,
         cell=_number(".1f", lambda s: 100 * s.accepted.mean),
     ),
     Column(
         name="difference",
-        help="of the score to the baseline's, points",
+        help="of the score to the baseline's, points, and how likely by chance",
         width=110,
-        cell=_number("+.1f", lambda s: _times(100, s.difference)),
+        cell=_difference,
     ),
-    Column(name="p", help="paired permutation test against the baseline", width=110, cell=_p_value),
+    Column(
+        name="p",
+        more=True,
+        help="paired permutation test against the baseline",
+        width=110,
+        cell=_p_value,
+    ),
     Column(
         name="unfinished",
+        more=True,
         help="answers whose thinking never ended, %",
         cell=_number(".1f", lambda s: 100 * s.unfinished),
     ),
     Column(
         name="cut off",
+        more=True,
         help="answers that ended at their longest length, %",
         cell=_number(".1f", lambda s: 100 * s.cut_off),
     ),
     Column(
         name="tokens",
+        more=True,
         help="mean length of an answer, thinking included",
         width=110,
         cell=_number(".1f", lambda s: s.mean_tokens),
@@ -179,6 +199,7 @@ COLUMNS = (
     ),
     Column(
         name="prefill GFLOP",
+        more=True,
         help="operations to read one prompt",
         cell=_cost(",.2f", lambda s: _times(1e-9, s.cell.cost.prefill_flops)),
     ),
@@ -190,6 +211,7 @@ COLUMNS = (
     ),
     Column(
         name="decode tok/s",
+        more=True,
         help="new tokens a second, all rows of a batch, measured",
         cell=_cost(",.0f", lambda s: s.cell.cost.decode_tokens_per_second),
     ),

@@ -1,13 +1,13 @@
 """Answers of one model under many policies, batch by batch, with what they cost."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from swaa_jax.infer import Answerer, GenerateOptions, Generation, check_prompts, generation_of
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy, LayerAttention
-from swaa_jax.progress import ShowProgress
+from swaa_jax.progress import ProgressLike, ShowProgress, show_progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +41,7 @@ def answer_prompts(
     batches: Sequence[Sequence[int]],
     options: GenerateOptions,
     skip: Callable[[AttentionPolicy, int], bool] | None = None,
-    progress: ShowProgress | None = None,
+    progress: ProgressLike = None,
 ) -> Iterator[Answers]:
     """Answer prompts under each policy, yielding each policy's batches as they are done.
 
@@ -56,7 +56,7 @@ def answer_prompts(
         batches: indices of the prompts that are run together.
         options: how they are answered.
         skip: given a policy and a batch's number, whether it is not to be run.
-        progress: told what is being done and which part of the whole is done, 0 to 1.
+        progress: who is told how far it is.
 
     Raises:
         ValueError: a policy that does not fit the model or is there twice, or a prompt and answer
@@ -70,6 +70,23 @@ def answer_prompts(
     }
     longest = max(map(len, batches), default=1)
     options = dataclasses.replace(options, batch_size=longest, warmup=True)
+    with show_progress("answering", total=1, enabled=progress) as bar:
+        yield from _answer_wanted(
+            model, tokenizer, prompts, wanted, batches=batches, options=options, show=bar.show
+        )
+
+
+def _answer_wanted(
+    model: CausalLM,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Sequence[int]],
+    wanted: Mapping[AttentionPolicy, Sequence[int]],
+    *,
+    batches: Sequence[Sequence[int]],
+    options: GenerateOptions,
+    show: ShowProgress,
+) -> Iterator[Answers]:
+    """See `answer_prompts`; `wanted` are the batches that each policy answers."""
     total = sum(len(batches[number]) for numbers in wanted.values() for number in numbers)
     finished = 0
     for policy, numbers in wanted.items():
@@ -86,8 +103,7 @@ def answer_prompts(
             rows = tuple(batches[number])
             answering = answerer.start([prompts[row] for row in rows], numbers=rows)
             for tokens in answering:
-                if progress is not None:
-                    progress(f"{policy}", (finished + tokens / options.max_new_tokens) / total)
+                show(f"{policy}", (finished + tokens / options.max_new_tokens) / total)
             finished += len(rows)
             yield Answers(
                 policy=policy, batch=number, rows=rows, generation=generation_of(answering)

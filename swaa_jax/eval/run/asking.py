@@ -45,7 +45,7 @@ _JUDGE_THREADS = 8
 """Answers that are judged at once: one that is a model behind a URL takes its time."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Cell:
     """One model under one policy, asked one task in one mode.
 
@@ -69,6 +69,10 @@ class Cell:
     answers: tuple[AnswerRecord, ...]
     skipped: int
     cost: CellCost
+
+    def __repr__(self) -> str:
+        asked = f"{self.model}, {self.policy_name}, {self.task}, {self.mode}"
+        return f"Cell({asked}: {len(self.answers)} answers)"
 
     @property
     def mode(self) -> str:
@@ -141,7 +145,7 @@ class Asking(abc.ABC):
         """All that the answers depend on but the policy."""
         return {
             "model": dict(model),
-            "task": {"kind": self._task.task.name, **dataclasses.asdict(self._task.task)},
+            "task": {"kind": self._task.task.name, **self._task.task.to_dict()},
             "thinking": self._thinking,
             "options": {
                 **{name: getattr(self._options, name) for name in _OPTIONS},
@@ -242,7 +246,7 @@ class Asking(abc.ABC):
 
     def _store(self, policy: AttentionPolicy | None) -> CellStore:
         fields = None if policy is None else policy.to_dict()
-        return CellStore(self._config.output_dir, {**self._identity, "policy": fields})
+        return CellStore(self._config.directory, {**self._identity, "policy": fields})
 
     def _fitting(
         self, samples: Sequence[Sample], prompts: Sequence[Sequence[int]] | None

@@ -4,27 +4,40 @@ import dataclasses
 import os
 import urllib.parse
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
-from swaa_jax.documents import parse_yaml, with_overrides
-from swaa_jax.eval.run.entries import API_KEY, ModelEntry, RemoteEntry, name_or_none
-from swaa_jax.eval.tasks import Task, make_task
+from swaa_jax.documents import named_settings, parse_yaml, with_overrides
+from swaa_jax.eval.run.entries import (
+    API_KEY,
+    ModelEntry,
+    PolicyEntry,
+    RemoteEntry,
+    ServedPolicy,
+    TaskEntry,
+)
+from swaa_jax.eval.run.readers import (
+    data_entries,
+    models,
+    policies,
+    policy_entry,
+    several,
+    task_entry,
+    tasks,
+)
 from swaa_jax.fields import (
-    Check,
     check_fields,
     check_keys,
     from_mapping,
     integer,
-    list_of,
     mapping,
     naming,
     one_of,
     or_none,
     path,
+    set_field,
     wrong,
 )
 from swaa_jax.infer import SamplingParams
-from swaa_jax.policy import AttentionPolicy, load_policy
 from swaa_jax.storage import read_text
 from swaa_jax.typing import PathLike
 
@@ -39,56 +52,11 @@ __all__ = [
     "task_entry",
 ]
 
-T = TypeVar("T")
-
 _NOTES = ("description", "source")
 _WHAT_TO_SAY = (
     "say which checkpoints (models: [...]) under which policies (policies: [full, ...]) are asked "
-    "what (tasks: [{task: qa, files: mine.jsonl}]), and where the results go (output_dir)"
+    "what (data: mine.jsonl, or tasks: [{task: ruler, length: 4096}])"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PolicyEntry:
-    """A policy, and what results call it."""
-
-    name: str
-    policy: AttentionPolicy
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ServedPolicy:
-    """The policy of a server's model, which is the server's to know."""
-
-    name: str = "as served"
-    policy: None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskEntry:
-    """A task, how its answers are judged, and how long they may be.
-
-    Attributes:
-        name: in results; distinct.
-        task: the task.
-        judge: arguments of `make_judge`; None: the task's own.
-        max_new_tokens: of an answer without its thinking; None: the task's own.
-    """
-
-    name: str
-    task: Task
-    judge: Mapping[str, object] | None = None
-    max_new_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, judge=or_none(mapping), max_new_tokens=or_none(integer(least=1)))
-
-    @property
-    def judge_settings(self) -> dict[str, Any]:
-        """What `make_judge` is given; a part of it, without a name, changes the task's own."""
-        given = dict(self.judge or {})
-        own = dict(self.task.judge)
-        return given if given.get("name", own["name"]) != own["name"] else {**own, **given}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +72,7 @@ class Setting:
     policies: tuple[PolicyEntry | Mapping[str, object], ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self, models=models, policies=_policies)
         if self.local_models and not self.policies:
             raise ValueError(f"evaluation: expected a value for policies, got none; {_WHAT_TO_SAY}")
         if self.policies and not self.local_models:
@@ -122,14 +91,15 @@ class Setting:
         return [model for model in self.models if isinstance(model, ModelEntry)]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, init=False)
 class EvalConfig(SamplingParams):
     """What an evaluation asks; how tokens are drawn is in `SamplingParams`.
 
     Attributes:
         settings: models x policies.
         tasks: what all of them are asked.
-        output_dir: where everything goes; what is there already is not done again.
+        output_dir: where everything goes; what is there already is not done again. None: nothing is
+            kept on disk.
         thinking: the modes of the chat template's `enable_thinking`.
         max_thinking_tokens: added to an answer's longest length where the model thinks; 0: that
             length holds for thinking and answer together.
@@ -145,12 +115,20 @@ class EvalConfig(SamplingParams):
         backend: of attention; see `load_model`.
 
     Raises:
-        ValueError: nothing to ask, names that are there twice, or a value out of range.
+        ValueError: nothing to ask, names that are there twice, an unknown field (the nearest one is
+            named), or a value out of range.
+
+    Examples:
+        >>> config = EvalConfig(
+        ...     models="tiny-retriever", policies="full,window=64", tasks="ruler,length=512"
+        ... )
+        >>> [entry.name for entry in config.settings[0].policies]
+        ['full', 'window=64']
     """
 
     settings: tuple[Setting, ...]
     tasks: tuple[TaskEntry, ...]
-    output_dir: str
+    output_dir: str | None = None
     thinking: tuple[bool, ...] = (False,)
     max_thinking_tokens: int = 2048
     attempts: int = 1
@@ -163,12 +141,64 @@ class EvalConfig(SamplingParams):
     dtype: str | None = None
     backend: str = "auto"
 
+    def __init__(
+        self,
+        *,
+        models: Any = None,
+        policies: Any = None,
+        data: Any = None,
+        judge: Any = None,
+        max_new_tokens: int | None = None,
+        **fields: Any,
+    ):
+        """Takes the fields, and in place of some of them what is shorter to write.
+
+        Args:
+            models, policies: in place of `settings`: every model under every policy. A model is a
+                path or a name, `(model, tokenizer)` of loaded ones, a mapping of `ModelEntry`'s
+                fields, or of a server's; a policy is what `load_policy` takes. Several are a list,
+                or a dict from the names that results have.
+            data: questions of one's own, asked as tasks `qa` before `tasks`: a file or several, a
+                list of records, a `datasets.Dataset`, a pandas frame, or a dict of these by name.
+            judge: of all tasks, in place of their own: a name, with settings as in
+                "regex,which=last", or a mapping.
+            max_new_tokens: of an answer to `data`.
+            fields: see the class.
+        """
+        every = dataclasses.fields(self)
+        known = [field.name for field in every]
+        check_keys("evaluation", fields, ["models", "policies", "data", *known])
+        if "settings" not in fields:
+            pair = {"models": models, "policies": policies}
+            given = {key: value for key, value in pair.items() if _is_given(value)}
+            if "models" not in given:
+                missing = [key for key in pair if key not in given]
+                raise ValueError(
+                    f"evaluation: expected a value for {' and '.join(missing)}, got none; "
+                    f"{_WHAT_TO_SAY}"
+                )
+            fields["settings"] = [given]
+        elif models is not None or policies is not None:
+            raise ValueError(
+                "settings: expected none with models and policies, which are a setting, got both; "
+                "leave one out"
+            )
+        asked = _asked(data, fields.get("tasks"), judge=judge, max_new_tokens=max_new_tokens)
+        if not asked:
+            raise ValueError(
+                f"evaluation: expected a value for tasks or data, got none; {_WHAT_TO_SAY}"
+            )
+        fields["tasks"] = asked
+        for field in every:
+            set_field(self, field.name, fields.get(field.name, field.default))
+        self.__post_init__()
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields(
             self,
-            tasks=_several(task_entry),
-            output_dir=path,
+            settings=_settings,
+            output_dir=or_none(path),
             thinking=_modes,
             max_thinking_tokens=integer(least=0),
             attempts=integer(least=1),
@@ -210,6 +240,12 @@ class EvalConfig(SamplingParams):
                 f"{API_KEY}: expected one server that it is the key of, got {len(hosts)}; give "
                 "each model that needs a key an api_key_env, the name of a variable of its own"
             )
+
+    @property
+    def directory(self) -> str:
+        """The `output_dir` of an evaluation that runs, which has one, if only for that long."""
+        assert self.output_dir is not None
+        return self.output_dir
 
     @property
     def models(self) -> "list[ModelEntry | RemoteEntry]":
@@ -279,30 +315,16 @@ class EvalConfig(SamplingParams):
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, object]) -> "EvalConfig":
-        """A config from plain data.
+        """A config from plain data: what the constructor takes, in a mapping.
 
-        `models` and `policies` are lists, every model under every policy; or `settings` is a list
-        of such pairs. A model is a path or a mapping of `ModelEntry`'s fields; a policy is what
-        `load_policy` takes, a mapping of its fields perhaps with a `name`; a task a mapping of
-        `task` (its kind), the task's own settings, and perhaps `name`, `judge` and
-        `max_new_tokens`.
+        `settings` is a list of `{models: ..., policies: ...}`. A `description` and a `source` are
+        left out.
 
         Raises:
             ValueError: an unknown key (the nearest one is named), or a value that does not fit.
         """
         values = mapping("evaluation", fields)
-        values = {key: value for key, value in values.items() if key not in _NOTES}
-        if "settings" not in values:
-            pair = {key: values.pop(key, None) for key in ("models", "policies")}
-            missing = [key for key, value in pair.items() if not value]
-            if "models" in missing:
-                raise ValueError(
-                    f"evaluation: expected a value for {' and '.join(missing)}, got none; "
-                    f"{_WHAT_TO_SAY}"
-                )
-            values["settings"] = [{key: value for key, value in pair.items() if value}]
-        readers = {"settings": _several(_setting)}
-        return from_mapping(cls, values, "evaluation", readers=readers, advice=_WHAT_TO_SAY)
+        return cls(**{key: value for key, value in values.items() if key not in _NOTES})
 
     @classmethod
     def load(cls, path: PathLike, overrides: Sequence[str] = ()) -> "EvalConfig":
@@ -350,72 +372,44 @@ def _of_reference(entries: Any) -> dict[str, object]:
             ],
         }
 
-    return {"settings": list(_several(setting)("settings", entries))}
-
-
-def policy_entry(name: str, entry: Any) -> PolicyEntry | Mapping[str, object]:
-    """A policy in any form that `load_policy` reads; or the reference's configuration."""
-    if isinstance(entry, PolicyEntry):
-        return entry
-    if isinstance(entry, Mapping) and "swaa_config" in entry:
-        AttentionPolicy.from_swaa_config(entry)  # what is wrong with it shows now
-        return dict(entry)
-    fields = dict(entry) if isinstance(entry, Mapping) else entry
-    given = fields.pop("name", None) if isinstance(fields, dict) else None
-    with naming(name):
-        policy = load_policy(fields)
-    if isinstance(entry, str) and "=" not in entry:
-        given = entry
-    return PolicyEntry(name=str(given or policy), policy=policy)
-
-
-def task_entry(name: str, entry: object) -> TaskEntry:
-    """A task from its kind, or from a mapping of its kind and settings."""
-    if isinstance(entry, TaskEntry):
-        return entry
-    fields = {"task": entry} if isinstance(entry, str) else entry
-    if not isinstance(fields, Mapping) or not isinstance(fields.get("task"), str):
-        raise wrong(name, "a mapping such as {task: qa, files: mine.jsonl}", entry)
-    settings: dict[str, Any] = dict(fields)
-    kind = settings.pop("task")
-    given, judge = settings.pop("name", None), settings.pop("judge", None)
-    longest = settings.pop("max_new_tokens", None)
-    task = make_task(kind, **settings)
-    return TaskEntry(
-        name=name_or_none("name", given) or task.label,
-        task=task,
-        judge={"name": judge} if isinstance(judge, str) else judge,
-        max_new_tokens=longest,
-    )
+    return {"settings": list(several(setting)("settings", entries))}
 
 
 def _setting(name: str, entry: object) -> Setting:
-    if isinstance(entry, Setting):
-        return entry
-    readers = {"models": _several(_model), "policies": _several(policy_entry)}
-    return from_mapping(Setting, entry, name, readers=readers)
+    return entry if isinstance(entry, Setting) else from_mapping(Setting, entry, name)
 
 
-def _model(name: str, entry: object) -> ModelEntry | RemoteEntry:
-    if isinstance(entry, ModelEntry | RemoteEntry):
-        return entry
-    if isinstance(entry, Mapping) and "url" in entry:
-        return from_mapping(RemoteEntry, entry, name)
-    if isinstance(entry, str) and entry.startswith(("http://", "https://")):
-        return from_mapping(RemoteEntry, {"url": entry}, name)
-    return from_mapping(ModelEntry, {"path": entry} if isinstance(entry, str) else entry, name)
+def _settings(name: str, value: object) -> tuple[Setting, ...]:
+    return () if value == () else several(_setting)(name, value)
 
 
-def _several(item: Check[T]) -> Check[tuple[T, ...]]:
-    """A list of at least one item; a value that is not a list becomes a list of it alone."""
+def _policies(name: str, value: Any) -> tuple[PolicyEntry | Mapping[str, object], ...]:
+    return policies(name, value) if _is_given(value) else ()
 
-    def check(name: str, value: object) -> tuple[T, ...]:
-        found = list_of(item)(name, value if isinstance(value, list | tuple) else [value])
-        if not found:
-            raise wrong(name, "at least one", value)
+
+def _is_given(value: Any) -> bool:
+    return not (value is None or (isinstance(value, str | list | tuple | dict) and not value))
+
+
+def _asked(
+    data: Any, given: Any, *, judge: Any, max_new_tokens: int | None
+) -> tuple[TaskEntry, ...]:
+    """The tasks: questions of one's own, then the others."""
+    own = data_entries("data", data) if data is not None else ()
+    if max_new_tokens is not None:
+        if not own:
+            raise wrong(
+                "max_new_tokens",
+                "data with it, whose answers it is for",
+                max_new_tokens,
+                "set that of the task, {task: ..., max_new_tokens: ...}",
+            )
+        own = tuple(dataclasses.replace(one, max_new_tokens=max_new_tokens) for one in own)
+    found = own + (tasks("tasks", given) if _is_given(given) else ())
+    if judge is None:
         return found
-
-    return check
+    judge = named_settings(judge, "name") if isinstance(judge, str) else mapping("judge", judge)
+    return tuple(dataclasses.replace(one, judge=judge) for one in found)
 
 
 def _modes(name: str, value: Any) -> tuple[bool, ...]:

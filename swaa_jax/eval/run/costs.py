@@ -41,6 +41,10 @@ class CellCost:
     seconds_per_request: float | None = None
     left_out: tuple[str, ...] = ()
 
+    def numbers(self) -> dict[str, float | None]:
+        """The costs by name, as tables have them."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[:-1]}
+
     @property
     def is_local(self) -> bool:
         """Whether the answers were made in this process."""

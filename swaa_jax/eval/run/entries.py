@@ -5,19 +5,42 @@ import os
 import re
 import urllib.parse
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from swaa_jax.fields import check_fields, integer, mapping, number, one_of, or_none, text
+from swaa_jax.eval.tasks import Task
+from swaa_jax.fields import check_fields, integer, mapping, number, one_of, or_none, path, text
+from swaa_jax.models import CausalLM
+from swaa_jax.policy import AttentionPolicy
 from swaa_jax.remote import Endpoint
 
-__all__ = ["API_KEY", "ModelEntry", "RemoteEntry", "name_or_none"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "API_KEY",
+    "Loaded",
+    "ModelEntry",
+    "PolicyEntry",
+    "RemoteEntry",
+    "ServedPolicy",
+    "TaskEntry",
+    "name_or_none",
+]
 
 API_KEY = "SWAA_EVAL_API_KEY"
 """The environment variable of a server's key; the key is never written anywhere."""
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Loaded:
+    """A model in memory and its tokenizer; None: that of the directory that it was loaded from."""
+
+    model: CausalLM
+    tokenizer: "PreTrainedTokenizerBase | None" = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +53,7 @@ class ModelEntry:
         adapter: LoRA adapters in PEFT's layout, merged into it.
         revision: of a hub id.
         config_overrides: as `load_model` takes them (YaRN beyond 32k, say).
+        loaded: the model itself, which is then asked as it is; `path` says where it is from.
     """
 
     path: str
@@ -37,9 +61,23 @@ class ModelEntry:
     adapter: str | None = None
     revision: str | None = None
     config_overrides: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    loaded: Loaded | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        check_fields(self, path=text, name=name_or_none, config_overrides=mapping)
+        check_fields(
+            self,
+            path=path,
+            name=name_or_none,
+            adapter=or_none(path),
+            revision=or_none(text),
+            config_overrides=mapping,
+        )
+        given = [n for n in ("adapter", "revision", "config_overrides") if getattr(self, n)]
+        if self.loaded is not None and given:
+            raise ValueError(
+                f"{given[0]}: expected none with a loaded model, which is asked as it is, got "
+                f"{getattr(self, given[0])}; load it with that, or give its path"
+            )
 
     @property
     def label(self) -> str:
@@ -56,7 +94,9 @@ class ModelEntry:
 
     def to_dict(self) -> dict[str, Any]:
         """As the config has it."""
-        return dataclasses.asdict(self)
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        in_memory = fields.pop("loaded") is not None
+        return fields | ({"loaded": True} if in_memory else {})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,6 +182,49 @@ class RemoteEntry:
     def to_dict(self) -> dict[str, Any]:
         """As the config has it, without secrets."""
         return {**dataclasses.asdict(self), "url": self.source}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyEntry:
+    """A policy, and what results call it."""
+
+    name: str
+    policy: AttentionPolicy
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServedPolicy:
+    """The policy of a server's model, which is the server's to know."""
+
+    name: str = "as served"
+    policy: None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskEntry:
+    """A task, how its answers are judged, and how long they may be.
+
+    Attributes:
+        name: in results; distinct.
+        task: the task.
+        judge: arguments of `make_judge`; None: the task's own.
+        max_new_tokens: of an answer without its thinking; None: the task's own.
+    """
+
+    name: str
+    task: Task
+    judge: Mapping[str, object] | None = None
+    max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, judge=or_none(mapping), max_new_tokens=or_none(integer(least=1)))
+
+    @property
+    def judge_settings(self) -> dict[str, Any]:
+        """What `make_judge` is given; a part of it, without a name, changes the task's own."""
+        given = dict(self.judge or {})
+        own = dict(self.task.judge)
+        return given if given.get("name", own["name"]) != own["name"] else {**own, **given}
 
 
 def name_or_none(name: str, value: object) -> str | None:

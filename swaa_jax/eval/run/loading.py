@@ -39,6 +39,13 @@ def load_entry(
     entry: ModelEntry, *, config: EvalConfig, mesh: Mesh | str | None = None
 ) -> "tuple[CausalLM, PreTrainedTokenizerBase]":
     """A model with its adapters merged, under full attention, and its tokenizer."""
+    if entry.loaded is not None:
+        given = entry.loaded
+        tokenizer = given.tokenizer
+        if tokenizer is None:
+            assert given.model.source is not None  # as the entry was made
+            tokenizer = load_tokenizer(given.model.source)
+        return given.model.with_policy(AttentionPolicy()), tokenizer
     tokenizer = load_tokenizer(entry.path, revision=entry.revision)
     model = load_model(
         entry.path,

@@ -1,5 +1,6 @@
-"""Which policy: a shipped one by need (`recipes.py`), or one found for a model and a task."""
+"""Which policy: a shipped one by need (`shipped.py`), or one found for a model and a task."""
 
+from swaa_jax.eval.search.find import search_policy
 from swaa_jax.eval.search.halving import (
     Candidate,
     SearchConfig,
@@ -9,13 +10,18 @@ from swaa_jax.eval.search.halving import (
     suggest_windows,
 )
 from swaa_jax.eval.search.report import write_search
+from swaa_jax.eval.search.shipped import Recipe, Recipes, recipes
 
 __all__ = [
     "Candidate",
+    "Recipe",
+    "Recipes",
     "SearchConfig",
     "SearchResult",
     "SearchSpace",
+    "recipes",
     "search_policies",
+    "search_policy",
     "suggest_windows",
     "write_search",
 ]

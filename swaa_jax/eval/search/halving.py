@@ -11,17 +11,28 @@ beats in both goes first.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from swaa_jax.eval.report.statistics import Interval, bootstrap_interval
+from swaa_jax.eval.evaluation import evaluate
+from swaa_jax.eval.report.statistics import Interval, bootstrap_interval, format_score
 from swaa_jax.eval.run import Cell, EvalConfig, ModelEntry, PolicyEntry, Setting, TaskEntry
-from swaa_jax.eval.run.evaluation import evaluate
 from swaa_jax.eval.run.loading import load_entry
 from swaa_jax.fields import check_fields, integer, number, or_none
+from swaa_jax.figures import save_figure
 from swaa_jax.policy import AttentionPolicy, LayerSelection
-from swaa_jax.progress import ShowProgress
+from swaa_jax.progress import ProgressLike, ShowProgress, show_progress
+from swaa_jax.tables import Table
+from swaa_jax.typing import PathLike
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+    from transformers import PreTrainedTokenizerBase
+
+    from swaa_jax.models import CausalLM
 
 __all__ = [
     "Candidate",
@@ -105,7 +116,7 @@ class SearchConfig:
         )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Candidate:
     """A policy in the search.
 
@@ -127,13 +138,19 @@ class Candidate:
     full_pairs: float
     rounds: int
 
+    def __repr__(self) -> str:
+        return (
+            f"Candidate({self.policy}: {format_score(self.score)} of {len(self.scores)} samples, "
+            f"{self.prefill_share:.1%} of the prefill)"
+        )
+
     @property
     def costs(self) -> tuple[float, float]:
         """Prefill work and cache bytes: less is better in both."""
         return self.prefill_share, float(self.cache_bytes)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class SearchResult:
     """What the search found.
 
@@ -147,6 +164,7 @@ class SearchResult:
         num_samples: that the last round's candidates answered.
         num_answers: that the search took, and `exhaustive_answers`: that all candidates on all
             samples would have taken.
+        task: what was asked, as results call it.
     """
 
     full: Candidate
@@ -156,6 +174,80 @@ class SearchResult:
     num_samples: int
     num_answers: int
     exhaustive_answers: int
+    task: str = ""
+
+    @property
+    def policy(self) -> AttentionPolicy | None:
+        """The chosen policy; None where none was chosen."""
+        return None if self.chosen is None else self.chosen.policy
+
+    def table(self) -> Table:
+        """A line for each policy, those that were not beaten first, then by falling score.
+
+        `kept` is the part of full attention's score, `state` is "chosen", "not beaten" (in score,
+        prefill work and memory at once), "beaten", or "dropped" before the last round.
+        """
+        unbeaten = [one for one in self.pareto if one is not self.chosen]
+        first = [*([] if self.chosen is None else [self.chosen]), *unbeaten]
+        others = [one for one in (self.full, *self.candidates) if one not in first]
+        return Table.of([self._line(one) for one in (*first, *others)], caption=self.told)
+
+    def _line(self, one: Candidate) -> dict[str, Any]:
+        state = "beaten" if one.rounds == self.full.rounds else "dropped"
+        if one in self.pareto:
+            state = "not beaten"
+        full = self.full.score.mean
+        return {
+            "policy": str(one.policy),
+            "state": "chosen" if one == self.chosen else state,
+            "score": one.score.mean,
+            "score_low": one.score.low,
+            "score_high": one.score.high,
+            "kept": one.score.mean / full if full else None,
+            "prefill_share": one.prefill_share,
+            "cache_bytes": one.cache_bytes,
+            "num_samples": len(one.scores),
+        }
+
+    @property
+    def told(self) -> str:
+        """What was chosen, in a sentence."""
+        if not self.full.score.mean:
+            return "Full attention itself has nothing right, so there is no quality to keep."
+        if self.chosen is None:
+            return "No candidate keeps enough of full attention's score; try wider windows."
+        kept = self.chosen.score.mean / self.full.score.mean
+        return (
+            f"Chosen: {self.chosen.policy}, which keeps {kept:.1%} of full attention's score and "
+            f"takes {self.chosen.prefill_share:.1%} of its prefill pairs."
+        )
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """The table as a frame.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return self.table().to_pandas()
+
+    def plot(self, path: PathLike | None = None) -> "Figure":
+        """Draws score against prefill work and memory; what was dropped before the end is grey.
+
+        Args:
+            path: where to save it, by its ending; None: nowhere.
+        """
+        from swaa_jax.eval.search.report import search_figure
+
+        return save_figure(search_figure(self), path)
+
+    def __repr__(self) -> str:
+        return f"SearchResult({len(self.candidates)} candidates, {self.told})"
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
 
 def search_policies(
@@ -166,9 +258,10 @@ def search_policies(
     *,
     config: SearchConfig | None = None,
     options: Mapping[str, object] | None = None,
-    progress: ShowProgress | None = None,
+    loaded: "tuple[CausalLM, PreTrainedTokenizerBase] | None" = None,
+    progress: ProgressLike = None,
 ) -> SearchResult:
-    """Search a space of policies.
+    """Search a space of policies; `search_policy` does it in one call.
 
     Args:
         model: a checkpoint.
@@ -177,13 +270,13 @@ def search_policies(
         output_dir: every answer is kept there, so that a search that was stopped goes on.
         config: what is searched for.
         options: fields of `EvalConfig`: thinking (one mode), batch_size, ...
-        progress: told how far it is.
+        loaded: the model and its tokenizer; None: they are loaded.
+        progress: who is told how far it is.
 
     Raises:
         ValueError: no candidate, or none within the ceilings.
     """
     config = config or SearchConfig()
-    full = AttentionPolicy()
     alive = list(dict.fromkeys(policy for policy in space if not policy.is_full))
     if not alive:
         raise ValueError("space: expected at least one policy with a window, got none")
@@ -193,8 +286,24 @@ def search_policies(
         output_dir=output_dir,
         **{"thinking": (False,), **(options or {})},
     )
-    loaded = load_entry(model, config=asked)
-    total = len(task.task.samples(loaded[1], thinking=asked.thinking[0])[: asked.limit])
+    with show_progress("searching", total=1, enabled=progress) as bar:
+        given = loaded or load_entry(model, config=asked)
+        return _search(model, given, task, alive, config, asked, show=bar.show)
+
+
+def _search(
+    model: ModelEntry,
+    given: "tuple[CausalLM, PreTrainedTokenizerBase]",
+    task: TaskEntry,
+    alive: list[AttentionPolicy],
+    config: SearchConfig,
+    asked: EvalConfig,
+    *,
+    show: ShowProgress,
+) -> SearchResult:
+    """See `search_policies`."""
+    full = AttentionPolicy()
+    total = len(task.task.samples(given[1], thinking=asked.thinking[0])[: asked.limit])
     if not total:
         raise ValueError(f"limit: expected at least one sample to search with, got {asked.limit}")
     known: dict[AttentionPolicy, Candidate] = {}
@@ -205,8 +314,11 @@ def search_policies(
             policies=tuple(PolicyEntry(name=str(p), policy=p) for p in (full, *alive)),
         )
         part = dataclasses.replace(asked, settings=(setting,), skip_samples=start, limit=size)
-        cells = evaluate(part, load=lambda _: loaded, progress=progress).cells
         rounds += 1
+        told = functools.partial(
+            _tell, show, f"round {rounds}", done=start / total, part=size / total
+        )
+        cells = evaluate(part, load=lambda _: given, progress=told).cells
         for cell in cells:
             assert cell.policy is not None  # of a local model
             known[cell.policy] = _grown(known.get(cell.policy), cell, rounds)
@@ -232,7 +344,12 @@ def search_policies(
         num_samples=len(known[full].scores),
         num_answers=answers,
         exhaustive_answers=(1 + len(others)) * total * asked.attempts,
+        task=task.name,
     )
+
+
+def _tell(show: ShowProgress, where: str, text: str, share: float, *, done: float, part: float):
+    show(f"{where}: {text}", done + share * part)
 
 
 def suggest_windows(prompt_lengths: Sequence[int]) -> tuple[int, ...]:

@@ -3,15 +3,19 @@
 import dataclasses
 import json
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from etils import epath
 
 from swaa_jax import storage
-from swaa_jax.eval.report.charts import Dot, png, policy_chart
+from swaa_jax.eval.report.charts import Dot, png, policy_figure, render
 from swaa_jax.eval.search.halving import Candidate, SearchResult
 from swaa_jax.typing import PathLike
 
-__all__ = ["HEADINGS", "candidate_cells", "write_search"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["HEADINGS", "candidate_cells", "search_figure", "write_search"]
 
 HEADINGS = ("policy", "score %", "of full attention", "prefill pairs", "KV MiB", "samples")
 
@@ -59,7 +63,7 @@ def write_search(
         "candidates": [_plain(candidate) for candidate in result.candidates],
     }
     storage.write_json_atomic(paths["search.json"], document)
-    storage.write_bytes_atomic(paths["search.png"], _plot(result))
+    storage.write_bytes_atomic(paths["search.png"], png([render(search_figure(result))]))
     if result.chosen is None:
         paths.pop("policy.yaml").unlink(missing_ok=True)  # another search's, perhaps
         return paths
@@ -86,14 +90,14 @@ def _plain(candidate: Candidate) -> dict[str, object]:
     }
 
 
-def _plot(result: SearchResult) -> bytes:
+def search_figure(result: SearchResult) -> "Figure":
     """Score against prefill work and memory: candidates that were dropped are grey."""
     rounds = max(candidate.rounds for candidate in (result.full, *result.candidates))
     shown = [result.full, *(c for c in result.candidates if c.rounds == rounds)]
     dots = [_dot(candidate, number, result) for number, candidate in enumerate(shown, start=1)]
     dropped = [_dot(c, 0, result) for c in result.candidates if c.rounds < rounds]
     title = "Policies of the last round; grey: dropped before, scored on fewer samples"
-    return png([policy_chart(dots, title=title, heading="Policy", faded=dropped)])
+    return policy_figure(dots, title=title, heading="Policy", faded=dropped)
 
 
 def _dot(candidate: Candidate, number: int, result: SearchResult) -> Dot:

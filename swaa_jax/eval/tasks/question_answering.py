@@ -1,4 +1,4 @@
-"""Questions with right answers, from parquet or JSON: your own data.
+"""Questions with right answers, from parquet, JSON or memory: your own data.
 
 What a record asks and what is right is read as `swaa_jax.examples` says: `prompt`, or `context` and
 `question`, or a chat that ends with the user's message; and `answer`. `type` (or `kind`,
@@ -9,7 +9,7 @@ What a record asks and what is right is read as `swaa_jax.examples` says: `promp
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from etils import epath
@@ -18,8 +18,10 @@ from swaa_jax.chats import Message, Tools
 from swaa_jax.eval.tasks.files import FileTask
 from swaa_jax.eval.tasks.task import Sample
 from swaa_jax.examples import Example, read_example, warn_unused
-from swaa_jax.fields import integer, or_none
+from swaa_jax.fields import integer, or_none, wrong
 from swaa_jax.records import Record, find_files, open_records, records_of
+from swaa_jax.runs import fingerprint
+from swaa_jax.typing import PathLike
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,18 +76,49 @@ class QaTask(FileTask):
     """Questions of your own; this module's first lines say what a record has.
 
     Attributes:
-        files: a path or several, local or gs://.
+        files: a path or several, local or gs://; none where there is data.
         limit: at most so many samples; None: all.
+        data: records in memory in place of files: a list of dicts, a `datasets.Dataset`, a pandas
+            frame.
+
+    Examples:
+        >>> task = QaTask(data=[{"prompt": "1 + 1 =", "answer": "2"}])
+        >>> [sample.references for sample in task.samples(None, thinking=False)]
+        [('2',)]
     """
 
     name: ClassVar[str] = "qa"
     judge: ClassVar[Mapping[str, object]] = {"name": "includes"}
     max_new_tokens: ClassVar[int] = 512
 
+    files: PathLike | Sequence[PathLike] = ()
+    data: Any = dataclasses.field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.data is None:
+            super().__post_init__()
+            return
+        if self.files:
+            raise wrong("files", "none with data", self.files, "give one of the two")
+        limit = or_none(integer(least=1))("limit", self.limit)
+        object.__setattr__(self, "limit", limit)
+        object.__setattr__(self, "data", records_of(self.data))
+
     @property
     def label(self) -> str:
         """The name, with the first file's."""
-        return f"{self.name} {epath.Path(self.paths[0]).stem}"
+        return f"{self.name} {'data' if self.data is not None else epath.Path(self.paths[0]).stem}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """See `Task.to_dict`; of records in memory, their number and what tells them apart."""
+        if self.data is None:
+            return {"files": self.files, "limit": self.limit}
+        records = [dict(record.fields) for record in self.data]
+        return {"data": f"{len(records)} records, {fingerprint(records)}", "limit": self.limit}
+
+    def records(self) -> Iterator[Record]:
+        """See `FileTask.records`."""
+        return super().records() if self.data is None else iter(self.data)
 
     @property
     def needs_tokenizer(self) -> bool:

@@ -82,6 +82,10 @@ class Task(abc.ABC):
         """
         return True
 
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON's types: results name them, and answers are kept under them."""
+        return dataclasses.asdict(self)
+
     def check(self) -> None:
         """See, before any model is loaded, whether there is something to ask.
 

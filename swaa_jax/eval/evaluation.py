@@ -1,4 +1,4 @@
-"""`evaluate`: every model of an evaluation is asked every task, and the answers are put together.
+"""`evaluate`: models x policies x tasks, asked, judged and put together; resumable.
 
 What is in `output_dir` already is not done again; the results do not depend on how often the run
 was stopped.
@@ -9,9 +9,10 @@ import functools
 import logging
 import os
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 from etils import epath
@@ -20,11 +21,20 @@ from jax.sharding import Mesh
 from swaa_jax import storage
 from swaa_jax.checkpoint import load_tokenizer
 from swaa_jax.checkpoint.provenance import describe_device, describe_versions
+from swaa_jax.configs import find_config
 from swaa_jax.eval.judging import Judge, make_judge
 from swaa_jax.eval.judging.rules import CHOICES
+from swaa_jax.eval.report import Evaluation
 from swaa_jax.eval.run.answering import resolve_all
 from swaa_jax.eval.run.asking import Asking, Cell, LocalAsking
-from swaa_jax.eval.run.config import EvalConfig, PolicyEntry, ServedPolicy, Setting, TaskEntry
+from swaa_jax.eval.run.config import (
+    EvalConfig,
+    PolicyEntry,
+    ServedPolicy,
+    Setting,
+    TaskEntry,
+    read_document,
+)
 from swaa_jax.eval.run.entries import ModelEntry, RemoteEntry
 from swaa_jax.eval.run.loading import (
     describe,
@@ -32,73 +42,146 @@ from swaa_jax.eval.run.loading import (
     load_entry,
     warn_of_difference,
 )
+from swaa_jax.eval.run.readers import models as several_models
 from swaa_jax.eval.run.remote import RemoteModel
 from swaa_jax.eval.run.remote_asking import RemoteAsking
+from swaa_jax.fields import check_keys, wrong
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import Structure
 from swaa_jax.policy import AttentionPolicy
-from swaa_jax.progress import ShowProgress
+from swaa_jax.progress import ProgressLike, ShowProgress, show_progress
 from swaa_jax.runs import fingerprint
+from swaa_jax.storage import read_text
+from swaa_jax.typing import PathLike
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["DEFAULT_POLICIES", "evaluate"]
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_POLICIES = ("full", "naive", "instruct-no-train")
+"""Of an evaluation that names none."""
 
 API_KEY = "SWAA_JUDGE_API_KEY"
 """The environment variable of a judging model's key; it is never written anywhere."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """A finished evaluation.
-
-    Attributes:
-        config: what was asked.
-        cells: in the order of the config: models, tasks, modes, policies.
-        models: by label, what is known of each checkpoint.
-        dtype: of weights and activations, of all models; empty: servers alone were asked.
-        device, versions: what the last run computed on.
-        seconds: of the last run.
-        answered: answers that the last run made, the rest was there.
-    """
-
-    config: EvalConfig
-    cells: tuple[Cell, ...]
-    models: Mapping[str, Mapping[str, object]]
-    dtype: str
-    device: Mapping[str, object]
-    versions: Mapping[str, str]
-    seconds: float
-    answered: int
-
-
 def evaluate(
-    config: EvalConfig,
+    config: "EvalConfig | Mapping[str, object] | PathLike | None" = None,
     *,
+    models: Any = None,
+    policies: Any = None,
+    tasks: Any = None,
+    data: Any = None,
+    output_dir: PathLike | None = None,
     load: "Callable[[ModelEntry], tuple[CausalLM, PreTrainedTokenizerBase]] | None" = None,
     mesh: Mesh | str | None = None,
-    progress: ShowProgress | None = None,
+    progress: ProgressLike = None,
+    **settings: Any,
 ) -> Evaluation:
-    """Run an evaluation, or what is left of it.
+    """Ask models under policies, judge the answers, and measure what they cost.
 
     Args:
-        config: what is asked.
-        load: gives a local model and its tokenizer; None: `load_entry`.
-        mesh: as `load_model` takes it.
-        progress: told how far it is.
+        config: what is asked, as an `EvalConfig`, a mapping of its fields or a file; with one, what
+            is said by name replaces its fields. None: all is said by name.
+        models: a path or name, a loaded model or `(model, tokenizer)`, several in a list, or a dict
+            from the names that results have: `{"mine": (model, tok)}`.
+        policies: what `load_policy` takes, several in a list or in one text with commas, or a dict
+            by name. None: `DEFAULT_POLICIES`.
+        tasks: kinds with settings as on the command line, `"ruler,length=1024"`, mappings, or
+            objects; one or several.
+        data: questions of your own: a file or several, a list of dicts with `prompt` and `answer`,
+            a `datasets.Dataset` or a pandas frame; or a dict of these by name.
+        output_dir: every answer is kept there, so that the same call goes on where it was stopped,
+            and asks only what is new. None: nothing is kept on disk.
+        load: gives a local model of the config and its tokenizer; None: `load_entry`.
+        mesh: as `load_model` takes it, for models that are loaded here.
+        progress: who is told how far it is.
+        settings: other fields of `EvalConfig`: thinking, limit, batch_size, temperature, ...; and
+            `judge` and `max_new_tokens`, as its constructor takes them.
 
     Raises:
-        ValueError: a policy that does not fit a model, prompts beyond its context, malformed data,
-            a judge that gave no verdict (what was judged so far is kept), or a server that does
-            not answer (what was answered so far is kept).
+        ValueError: an unknown setting (the nearest one is named), nothing to ask, a policy that
+            does not fit a model, prompts beyond its context, malformed data, a judge that gave no
+            verdict (what was judged so far is kept), or a server that does not answer (what was
+            answered so far is kept).
         NotImplementedError: servers are to be asked from several processes.
         FileNotFoundError: a checkpoint or a data file that is not there.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> model, tok = swaa.load_model("tiny-retriever"), swaa.load_tokenizer("tiny-retriever")
+        >>> done = swaa.evaluate(
+        ...     models=(model, tok),
+        ...     policies={"full": "full", "mine": "window=64,sinks=4,decode=full"},
+        ...     data=[{"prompt": "1 + 1 =", "answer": "2"}],
+        ...     max_new_tokens=4,
+        ... )  # doctest: +SKIP
+        >>> print(done)  # doctest: +SKIP
     """
+    given = {"models": models, "policies": policies, "tasks": tasks, "data": data}
+    given["output_dir"] = output_dir
+    config = _config(config, {k: v for k, v in given.items() if v is not None} | settings)
+    with show_progress("starting", total=1, enabled=progress) as bar:
+        if config.output_dir is not None:
+            return _run(config, load=load, mesh=mesh, progress=bar.show)
+        if jax.process_count() > 1:
+            raise ValueError(
+                "output_dir: expected a directory that all processes reach, got None with "
+                f"{jax.process_count()} processes; give one"
+            )
+        with tempfile.TemporaryDirectory(prefix="swaa_evaluate_") as place:
+            kept = dataclasses.replace(config, output_dir=place)
+            done = _run(kept, load=load, mesh=mesh, progress=bar.show)
+    return dataclasses.replace(done, config=config)
+
+
+def _config(config: Any, given: dict[str, Any]) -> EvalConfig:
+    """The config that the arguments come to.
+
+    Raises:
+        ValueError: something else in the config's place, or what a config has already.
+    """
+    if isinstance(config, str | os.PathLike):
+        config = read_document(read_text(find_config("eval", config)))
+    if isinstance(config, Mapping):
+        if "settings" in config and {"models", "policies"} & set(given):
+            raise wrong("models", "none with a config that has settings", given.get("models"))
+        return EvalConfig.from_dict({**config, **given})
+    if config is None:
+        asked = several_models("models", given["models"]) if "models" in given else ()
+        if any(isinstance(one, ModelEntry) for one in asked):
+            given.setdefault("policies", list(DEFAULT_POLICIES))
+        given |= {"models": asked} if asked else {}
+        return EvalConfig(**given)
+    if not isinstance(config, EvalConfig):
+        raise ValueError(
+            f"config: expected an EvalConfig, a mapping, a file or None, got a "
+            f"{type(config).__name__}; a model goes to models=..., records to data=..."
+        )
+    twice = [name for name in ("models", "policies", "data", "judge") if name in given]
+    if twice:
+        raise ValueError(
+            f"{twice[0]}: expected none with an EvalConfig, which says what is asked, got one; "
+            "make the config with it"
+        )
+    known = [field.name for field in dataclasses.fields(EvalConfig)]
+    check_keys("evaluate", given, known)
+    return dataclasses.replace(config, **given)
+
+
+def _run(
+    config: EvalConfig,
+    *,
+    load: "Callable[[ModelEntry], tuple[CausalLM, PreTrainedTokenizerBase]] | None",
+    mesh: Mesh | str | None,
+    progress: ShowProgress,
+) -> Evaluation:
+    """Run an evaluation, or what is left of it, in its directory."""
     start = time.perf_counter()
-    _check_output(config.output_dir)  # before any work, all that can be told before
+    _check_output(config.directory)  # before any work, all that can be told before
     judges = {entry.name: _judge(entry, config) for entry in config.tasks}
     for task in config.tasks:
         task.task.check()
@@ -235,12 +318,11 @@ def _check_output(directory: str) -> None:
 class _Steps:
     """Adds up finished steps of equal weight and tells `progress`."""
 
-    def __init__(self, progress: ShowProgress | None, total: int):
+    def __init__(self, progress: ShowProgress, total: int):
         self._progress, self._total, self._done = progress, total, 0
 
     def show(self, what: str, part: float) -> None:
-        if self._progress is not None:
-            self._progress(what, min(1.0, (self._done + part) / self._total))
+        self._progress(what, min(1.0, (self._done + part) / self._total))
 
     def advance(self, steps: int) -> None:
         self._done += steps
@@ -277,9 +359,9 @@ def _judge(task: TaskEntry, config: EvalConfig) -> tuple[str, Judge]:
     if settings.get("name") == "llm":
         if os.environ.get(API_KEY):
             settings.setdefault("api_key", os.environ[API_KEY])
-        if "cache" not in settings and "://" not in str(config.output_dir):
-            epath.Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-            settings["cache"] = str(epath.Path(config.output_dir) / "judge_cache.jsonl")
+        if "cache" not in settings and "://" not in config.directory:
+            epath.Path(config.directory).mkdir(parents=True, exist_ok=True)
+            settings["cache"] = str(epath.Path(config.directory) / "judge_cache.jsonl")
     try:
         return name, make_judge(**settings)
     except ValueError as error:

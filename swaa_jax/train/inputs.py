@@ -1,0 +1,194 @@
+"""What `train` is given: a config or plain values, and objects in place of names and files."""
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from swaa_jax import checkpoint
+from swaa_jax.configs import find_config
+from swaa_jax.data import DataConfig
+from swaa_jax.fields import check_keys, wrong
+from swaa_jax.models import CausalLM
+from swaa_jax.train.names import refuse_others_names
+from swaa_jax.train.run_config import TrainConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Inputs", "gather"]
+
+_MERGED = ("data", "lora", "loss", "optimizer", "checkpoint", "metrics", "best", "samples")
+_IN_MEMORY = "a model in memory"
+_DATA = "a list of dicts, a datasets.Dataset, a pandas frame, files, or a mapping of DataConfig's"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """A run.
+
+    Attributes:
+        config: all that is plain data.
+        model: loaded; None: `config.model` says which.
+        tok: its tokenizer.
+        records: in place of `config.data.files`.
+        eval_records: in place of `config.eval_files`.
+    """
+
+    config: TrainConfig
+    model: CausalLM | None
+    tok: "PreTrainedTokenizerBase"
+    records: Any = None
+    eval_records: Any = None
+
+
+def gather(
+    config: Any, *, model: Any, tok: Any, data: Any, eval_data: Any, fields: Mapping[str, Any]
+) -> Inputs:
+    """See `train`, whose arguments these are.
+
+    Raises:
+        ValueError: what is wrong, by name.
+    """
+    _check_kinds(config, model, tok)
+    known = [field.name for field in dataclasses.fields(TrainConfig)]
+    refuse_others_names("", fields, known)
+    check_keys("train", fields, [*known, "tok", "eval_data", "evaluate", "progress"])
+    base = _base(config)
+    values = {**base, **{name: _merged(base, name, value) for name, value in fields.items()}}
+    records, eval_records = None, None
+    if data is not None:
+        if _is_records(data):
+            files, records = (), data
+            values["data"] = _merged(base, "data", {"files": files})
+        elif isinstance(data, Mapping):
+            given = dict(data)
+            records = given.pop("records", None)
+            given |= {} if records is None else {"files": ()}
+            values["data"] = _merged(base, "data", given)
+        elif isinstance(data, DataConfig):
+            values["data"] = data
+        else:
+            values["data"] = _merged(base, "data", {"files": data})
+    if eval_data is not None:
+        if _is_records(eval_data):
+            values["eval_files"], eval_records = (), eval_data
+        else:
+            values["eval_files"] = eval_data
+    if model is not None:
+        values["model"] = _name_of(model)
+    loaded = model if isinstance(model, CausalLM) else None
+    if loaded is not None:
+        loaded = _fill_in(values, loaded, base)
+    if values.get("output_dir") is None and jax.process_count() == 1:
+        values["output_dir"] = tempfile.mkdtemp(prefix="swaa-train-")
+    if records is None and not _has_files(values.get("data")):
+        raise ValueError(
+            f"data: expected {_DATA} fields, got none; give data=[{{'prompt': ..., 'answer': ...}}]"
+        )
+    made = config if isinstance(config, TrainConfig) and values == base else None
+    made = TrainConfig.from_dict(values) if made is None else made
+    if loaded is not None and made.policy is not None and made.policy != loaded.policy:
+        loaded = loaded.with_policy(made.policy)
+    return Inputs(
+        config=made,
+        model=loaded,
+        tok=_tokenizer(tok, loaded, made),
+        records=records,
+        eval_records=eval_records,
+    )
+
+
+def _check_kinds(config: Any, model: Any, tok: Any) -> None:
+    """Refuses arguments in each other's places."""
+    if isinstance(config, CausalLM):
+        raise ValueError(
+            "config: expected a TrainConfig, a file or None, got a model; pass it as model="
+        )
+    if isinstance(config, list | tuple):
+        raise wrong("config", "a TrainConfig, a file or None", config, "pass data as data=")
+    if config is not None and not isinstance(config, TrainConfig | Mapping | str | os.PathLike):
+        raise wrong("config", "a TrainConfig, a mapping of its fields, a file or None", config)
+    if model is not None and not isinstance(model, CausalLM | str | os.PathLike):
+        raise _other_kind("model", "a model from load_model, or what it loads by", model)
+    if tok is not None and not isinstance(tok, str | os.PathLike) and not hasattr(tok, "encode"):
+        raise _other_kind("tok", "a tokenizer from load_tokenizer, or None for the model's", tok)
+
+
+def _other_kind(name: str, expected: str, got: object) -> ValueError:
+    """The error of a thing that is known by its type; all of it would be pages."""
+    return ValueError(f"{name}: expected {expected}, got a {type(got).__name__}")
+
+
+def _base(config: Any) -> dict[str, Any]:
+    """The config's fields as plain data; none where there is no config."""
+    if config is None:
+        return {}
+    if isinstance(config, Mapping):
+        return dict(config)
+    if isinstance(config, TrainConfig):
+        return config.to_dict()
+    return TrainConfig.load(find_config("train", config)).to_dict()
+
+
+def _merged(base: Mapping[str, Any], name: str, value: Any) -> Any:
+    """A field's value; a mapping changes only what it names of a section that is there."""
+    before = base.get(name)
+    if name in _MERGED and isinstance(value, Mapping) and isinstance(before, Mapping):
+        return {**before, **value}
+    return value
+
+
+def _is_records(data: Any) -> bool:
+    """Whether data is in memory, rather than files or fields."""
+    if isinstance(data, str | os.PathLike | Mapping | DataConfig):
+        return False
+    if isinstance(data, list | tuple):
+        return not all(isinstance(one, str | os.PathLike) for one in data)
+    return True
+
+
+def _has_files(data: Any) -> bool:
+    """Whether a config's `data` names files."""
+    return bool(data.get("files") if isinstance(data, Mapping) else getattr(data, "files", data))
+
+
+def _name_of(model: Any) -> str:
+    if not isinstance(model, CausalLM):
+        return os.fspath(model)
+    return _IN_MEMORY if model.source is None else os.fspath(model.source)
+
+
+def _fill_in(values: dict[str, Any], model: CausalLM, base: Mapping[str, Any]) -> CausalLM:
+    """What a loaded model says of itself; what is for loading one is refused."""
+    for name in ("revision", "config_overrides", "mesh"):
+        if values.get(name):
+            raise wrong(
+                name,
+                "none with a loaded model, which has its own",
+                values[name],
+                "give it to load_model, or give the model's name",
+            )
+    if values.get("policy") is None:
+        values["policy"] = model.policy
+    if not base and "dtype" not in values:
+        values["dtype"] = "float32" if str(model.dtype) == "float32" else "bfloat16"
+    return model
+
+
+def _tokenizer(tok: Any, model: CausalLM | None, config: TrainConfig) -> Any:
+    if isinstance(tok, str | os.PathLike):
+        return checkpoint.load_tokenizer(tok)
+    if tok is not None:
+        return tok
+    if model is None:
+        return checkpoint.load_tokenizer(config.model, config.revision)
+    if model.source is None:
+        raise ValueError(
+            "tok: expected the model's tokenizer, got None for a model that is from no files; load "
+            "it with load_tokenizer"
+        )
+    return checkpoint.load_tokenizer(os.fspath(model.source))
