@@ -5,12 +5,17 @@ import json
 import os
 import signal
 
+import datasets
 import jax
 import numpy as np
+import pandas
 import pytest
 
 import swaa_jax as swaa
+from swaa_jax.data import DataConfig, prepare_samples
+from swaa_jax.examples import read_example
 from swaa_jax.lora import lora_state
+from swaa_jax.records import records_of
 from swaa_jax.train import Best, BestConfig, TrainConfig, train
 from swaa_jax.train.inputs import gather
 from swaa_jax.train.names import OTHERS
@@ -176,6 +181,31 @@ def early(model, tok, output):
     )
 
 
+def test_the_same_samples_from_every_form_of_data(tok, tmp_path):
+    """Chats too, whose nested lists frames have as arrays."""
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    asks = [said[0], {**said[1], "tool_calls": [call]}]
+    config = DataConfig(num_threads=0, cache_dir=str(tmp_path / "cache"))
+    for records in (RECORDS, [{"messages": said}, {"messages": said[:1] + said}]):
+        path = tmp_path / f"{len(records)}.parquet"
+        pandas.DataFrame(records).to_parquet(path)
+        expected = prepare_samples(config, tok, records=records)
+        forms = {
+            "datasets": datasets.Dataset.from_list(records),
+            "pandas": pandas.DataFrame(records),
+            "parquet in pandas": pandas.read_parquet(path),
+            "a generator": iter(records),
+        }
+        for form, data in forms.items():
+            assert prepare_samples(config, tok, records=data).digest == expected.digest, form
+        file = DataConfig(files=path, num_threads=0, cache_dir=str(tmp_path / "cache"))
+        assert prepare_samples(file, tok).digest == expected.digest
+    frame = pandas.DataFrame([{"messages": asks}])
+    (record,) = records_of(frame)
+    assert read_example(record).response[0]["tool_calls"][0]["function"]["name"] == "f"
+
+
 GOOD = {"model": "tiny-retriever", "data": RECORDS, "output_dir": "unused"}
 NOT_BUILT = {
     # Swapped, or of another kind.
@@ -190,7 +220,9 @@ NOT_BUILT = {
     "model: expected a model from load_model, or what it loads by, got a": lambda m, t: gather(
         None, model=t, tok=m, data=RECORDS, eval_data=None, fields={}
     ),
-    "tok: expected a tokenizer from load_tokenizer, or None": lambda m, t: train(**GOOD, tok=m),
+    "tok: expected a tokenizer from load_tokenizer, its name, or None": lambda m, t: train(
+        **GOOD, tok=m
+    ),
     "data: expected a list of dicts": lambda m, t: train(model="tiny-retriever", output_dir="x"),
     "(did you mean 'policy'?)": lambda m, t: train(**GOOD, polices="naive"),
     "revision: expected none with a loaded model": lambda m, t: train(
