@@ -158,6 +158,7 @@ def run(args: argparse.Namespace) -> int:
         load_tokenizer(args.model, revision=args.revision),
         limit=args.samples,
         max_length=args.max_length,
+        progress=not args.quiet,
         **_data_fields(args),
     )
     model = load_model(

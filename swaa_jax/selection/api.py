@@ -115,6 +115,7 @@ def select_layers(
             tokenizer_given(tok, model),
             limit=limit,
             max_length=max_length,
+            progress=progress,
             **_data_fields(data_config, thinking),
         )
     name = _name(model)
