@@ -242,7 +242,7 @@ def test_mistakes_with_objects(mine, no_type_checks):
         swaa.evaluate(models=model, data=QUESTIONS, load=3)
     with pytest.raises(ValueError, match="progress: expected True, False, None"):
         swaa.evaluate(models=model, data=QUESTIONS, progress="yes")
-    with pytest.raises(ValueError, match="tok: expected a tokenizer, got a .*; the model comes"):
+    with pytest.raises(ValueError, match=r"tok: expected a tokenizer, got a .*; the model comes"):
         swaa.search_policy(tok, model, data=QUESTIONS)
     with pytest.raises(
         ValueError, match="config: expected an EvalConfig, a mapping, a file or None"
