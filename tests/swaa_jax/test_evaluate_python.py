@@ -214,7 +214,7 @@ def test_mistakes_with_objects(mine, no_type_checks):
             r"models\[0\]: expected \(model, tokenizer\), got the tokenizer",
         ),
         ({"models": tok}, "expected a checkpoint's path or name, a loaded model"),
-        ({"models": (model, model)}, r"models\[0\]: expected a checkpoint's path or name"),
+        ({"models": (model, model)}, "models: expected distinct names"),
         ({"models": {"mine": (3, tok)}}, r"models\['mine'\]: expected \(model, tokenizer\)"),
         ({"models": model, "data": model}, "data: expected a file, a list of records"),
         ({"models": random_model()}, "was not loaded from a directory"),
@@ -236,13 +236,13 @@ def test_mistakes_with_objects(mine, no_type_checks):
         assert "\n" not in str(told.value) and len(str(told.value)) < 600
     with pytest.raises(TypeError, match="evaluate: expected 1 arguments without a name, got"):
         swaa.evaluate(None, tok, data=QUESTIONS)
-    with pytest.raises(TypeError, match="EvalConfig: expected arguments by name, got 'full'"):
+    with pytest.raises(TypeError, match="EvalConfig: expected arguments by name, got"):
         EvalConfig("full")
     with pytest.raises(ValueError, match="load: expected a function"):
         swaa.evaluate(models=model, data=QUESTIONS, load=3)
     with pytest.raises(ValueError, match="progress: expected True, False, None"):
         swaa.evaluate(models=model, data=QUESTIONS, progress="yes")
-    with pytest.raises(ValueError, match="tok: expected a tokenizer, got a .*; the model comes"):
+    with pytest.raises(ValueError, match=r"tok: expected a tokenizer, got a .*; the model comes"):
         swaa.search_policy(tok, model, data=QUESTIONS)
     with pytest.raises(
         ValueError, match="config: expected an EvalConfig, a mapping, a file or None"
