@@ -16,7 +16,7 @@ from swaa_jax.data import DataConfig, prepare_samples
 from swaa_jax.examples import read_example
 from swaa_jax.lora import lora_state
 from swaa_jax.records import records_of
-from swaa_jax.train import Best, BestConfig, TrainConfig, train
+from swaa_jax.train import Best, BestConfig, OptimizerConfig, TrainConfig, train
 from swaa_jax.train.inputs import gather
 from swaa_jax.train.names import OTHERS
 from swaa_jax.train.report import SaveClock
@@ -332,6 +332,27 @@ def test_others_names_are_told_with_ours(section):
             if isinstance(place, dict) or place is None:  # mesh
                 break
             place = getattr(place, part)
+
+
+@pytest.mark.parametrize(
+    "build, hint",
+    [
+        (lambda: TrainConfig(**GOOD, polices="naive"), "'polices' (did you mean 'policy'?)"),
+        (lambda: TrainConfig(**GOOD, eval_steps=5), "'eval_steps' (did you mean 'eval_every'?)"),
+        (
+            lambda: TrainConfig(**GOOD, learning_rate=1),
+            "'learning_rate' (did you mean 'optimizer.learning_rate'?)",
+        ),
+        (lambda: OptimizerConfig(lr=1), "'lr' (did you mean 'learning_rate'?)"),
+        (lambda: BestConfig(patiense=1), "'patiense' (did you mean 'patience'?)"),
+        (lambda: DataConfig(max_seq_length=1), "'max_seq_length' (did you mean 'seq_len'?)"),
+        (lambda: TrainConfig(model="m", output_dir="o"), "TrainConfig: expected data, got none"),
+    ],
+)
+def test_constructors_tell_names(build, hint):
+    with pytest.raises(TypeError) as caught:
+        build()
+    assert hint in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_the_best_of_numbers():
