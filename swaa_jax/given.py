@@ -96,7 +96,9 @@ def _mistake(
         by_name = [one.name for one in takes if one.kind is one.KEYWORD_ONLY]
         expected = f"{len(places)} arguments without a name" if places else "arguments by name"
         advice = f"; name it: one of {', '.join(by_name)}" if by_name else ""
-        return TypeError(f"{name}: expected {expected}, got {describe(extra[0])}{advice}")
+        return TypeError(
+            f"{name}: expected {expected}, got a positional one, {describe(extra[0])}{advice}"
+        )
     given = {*places[: len(args) - skip], *kwargs}
     twice = [key for key in kwargs if key in places[: len(args) - skip]]
     if twice:

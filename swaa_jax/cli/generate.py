@@ -150,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(
         args.model,
         policy=policy,
-        dtype=process_args.dtype_from_args(args),
+        dtype=args.dtype,
         mesh=mesh,
         revision=args.revision,
         config_overrides=process_args.config_overrides_from_args(args),

@@ -89,16 +89,16 @@ def load_model(
     """
     place_of("path", path, expected="a directory or a name to load from", advice=_IS_LOADED)
     policy = None if policy is None else load_policy(policy)
-    mesh = resolve_mesh(mesh)
-    dtype = check_dtype(default_dtype(mesh) if dtype is None else dtype)
+    chosen = None if dtype is None else check_dtype(dtype)
     keep_compiled_programs()
     directory = checkpoint.open_checkpoint(path, revision)
+    mesh = resolve_mesh(mesh)
     _check_backend(backend, mesh)
     reader = WeightReader(directory)
     plan = read_blueprint(
         directory,
         policy=policy,
-        dtype=dtype,
+        dtype=check_dtype(default_dtype(mesh)) if chosen is None else chosen,
         mesh=mesh,
         config_overrides=config_overrides,
         backend=backend,

@@ -41,6 +41,7 @@ from swaa_jax.models.blocks import (
     make_norm,
 )
 from swaa_jax.models.config import DecoderConfig
+from swaa_jax.models.description import Described
 from swaa_jax.models.head import VocabHead
 from swaa_jax.models.rope import rotation
 from swaa_jax.models.stack import Blocks, Ran, Tap, run_layers
@@ -78,7 +79,7 @@ class HiddenStates:
     tapped: Any = None
 
 
-class CausalLM(nnx.Module):
+class CausalLM(Described, nnx.Module):
     """A decoder with a language-model head, under an attention policy.
 
     Call it for logits of whole rows (training, scoring); `prefill` and `decode` generate.

@@ -53,6 +53,10 @@ def test_a_policy_file_comes_out_and_the_same_command_goes_on(data, tmp_path, ca
     assert str(file.policy) in out
     assert main(command) == 0
     assert "0 evaluated now" in capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["num_new"], printed["chosen"]) == (0, list(layers))
+    assert printed["files"]["policy.yaml"] == str(tmp_path / "out" / "policy.yaml")
 
 
 @pytest.mark.parametrize(

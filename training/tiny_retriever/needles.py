@@ -1,4 +1,4 @@
-"""Writes needle prompts with their answers as records for training and for evaluation.
+r"""Writes needle prompts with their answers as records for training and for evaluation.
 
 python training/tiny_retriever/needles.py tiny-needles.jsonl
 python training/tiny_retriever/needles.py tiny-needles-held-out.jsonl --samples 8 --seed 1
