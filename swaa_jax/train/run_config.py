@@ -51,6 +51,7 @@ T = TypeVar("T")
 _NOTES = ("description", "source")
 
 
+@told_keywords(ours_by_name("checkpoint"))
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When the run's state is saved, and from which one it goes on.
@@ -80,6 +81,7 @@ class CheckpointConfig:
         )
 
 
+@told_keywords()
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
     """Where metrics go in addition to `metrics.jsonl`, which always has every step.
@@ -108,6 +110,7 @@ class MetricsConfig:
         )
 
 
+@told_keywords()
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplesConfig:
     """Answers that the model gives at each evaluation, to be read by people.
@@ -135,6 +138,7 @@ class SamplesConfig:
         )
 
 
+@told_keywords()
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
     """Which steps are traced with `jax.profiler`, into `profiles/` in `output_dir`.
