@@ -75,6 +75,7 @@ def show(value: object) -> str:
         shown = _REPR.repr(value)
     except ValueError:  # an int with more digits than Python prints
         return "a value that cannot be shown"
+    shown = one_line(shown) if "\n" in shown else shown
     return shown if len(shown) <= _LONGEST_VALUE else f"{shown[:_LONGEST_VALUE]}..."
 
 

@@ -19,6 +19,8 @@ class Described:
         """Family, size, dtype and policy, and what else there is: adapters, a mesh."""
         return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in _facts(self).items())})"
 
+    __str__ = __repr__
+
     def _repr_html_(self) -> str:
         """The same as a table, over the policy's drawing."""
         facts = _facts(self)
@@ -51,7 +53,7 @@ def _facts(model: Any) -> dict[str, str]:
         "family": config.model_type,
         "layers": str(config.num_layers),
         "width": str(config.hidden_size),
-        "heads": f"{config.num_heads}, {config.num_kv_heads} of keys and values",
+        "heads": f"{config.num_heads} ({config.num_kv_heads} of keys and values)",
         "vocabulary": f"{config.vocab_size:,}",
         "parameters": _count(num_parameters(model)),
         "dtype": str(model.dtype),
