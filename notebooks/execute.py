@@ -147,7 +147,7 @@ def run(
     folder: pathlib.Path | str,
     packages: Sequence[pathlib.Path | str],
     variables: Mapping[str, str] | None = None,
-    timeout: float = 240,
+    timeout: float = 600,
 ) -> float:
     """Executes a notebook in place, in a kernel of its own on the CPU.
 

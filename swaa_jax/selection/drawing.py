@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from swaa_jax.figures import new_figure, save_figure
-from swaa_jax.selection.selection import SCORE_LABELS, Selection
+from swaa_jax.selection.selection import Selection
 from swaa_jax.typing import PathLike
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def _draw_layers(axis: "Axes", selection: Selection) -> None:
     colors = [_FULL if layer in selection.chosen else _WINDOWED for layer in layers]
     axis.bar(layers, selection.scores, color=colors, width=0.8)
     axis.axhline(0, color="#444444", linewidth=0.8)
-    axis.set_ylabel(SCORE_LABELS[selection.method].replace(" with ", "\nwith ", 1))
+    axis.set_ylabel(selection.score_label.replace(" with ", "\nwith ", 1))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=20))
     axis.set_xlim(-0.7, len(selection.scores) - 0.3)
     axis.grid(axis="y", color="#E2E2E2", linewidth=0.8)
@@ -86,7 +86,7 @@ def svg_of(selection: Selection) -> str:
         f'<text x="{_LEFT + 15}" y="{height + 33:.0f}">full</text>'
         f'<rect x="{_LEFT + 50}" y="{height + 24:.0f}" width="10" height="10" fill="{_WINDOWED}"/>'
         f'<text x="{_LEFT + 65}" y="{height + 33:.0f}">windowed; '
-        f"{'gates by head' if selection.heads else SCORE_LABELS[selection.method]}</text>"
+        f"{'gates by head' if selection.heads else selection.score_label}</text>"
     )
     wide = max(_LEFT * 2 + count * step, 460)
     return (

@@ -121,8 +121,13 @@ class Selection:
                 heads = self.heads.get(layer, ())
                 record |= {"full": bool(heads), "full_heads": ", ".join(map(str, heads))}
             records.append({**record, "score": float(score)})
-        caption = f"{self.what} full, by {self.method}; score: {SCORE_LABELS[self.method]}"
+        caption = f"{self.what} full, by {self.method}; score: {self.score_label}"
         return Table.of(records, caption=caption)
+
+    @property
+    def score_label(self) -> str:
+        """What the scores are; of a method of the user's own, its name."""
+        return SCORE_LABELS.get(self.method, f"score of {self.method}")
 
     def to_pandas(self) -> "pd.DataFrame":
         """`table()` as a frame."""
