@@ -23,11 +23,10 @@ def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
             files.append(File.generated(config, src_uri, **content))
 
     add("index.md", abs_src_path=str(links.ROOT / "README.md"))
-    notebooks = sorted((links.ROOT / "notebooks").glob("*.ipynb"))
-    for notebook in notebooks:
-        add(f"tutorials/{notebook.name}", abs_src_path=str(notebook))
-    if not notebooks:
-        add("tutorials/index.md", content="# Tutorials\n\nNone is here yet.\n")
+    for notebook in sorted((links.ROOT / "notebooks").glob("*.ipynb")):
+        path = f"notebooks/{notebook.name}"
+        files.append(File(path, str(links.ROOT), config.site_dir, config.use_directory_urls))
+    add("notebooks/README.md", abs_src_path=str(links.ROOT / "notebooks/README.md"))
     generated = {**reference.pages(), **commands.pages()}
     for src_uri, content in generated.items():
         add(src_uri, content=content)
@@ -56,7 +55,8 @@ def _expanded(nav: Any, files: Files) -> Any:
     if nav == ["reference/"]:
         return [*reference.navigation(), {"Commands": commands.navigation()}]
     if isinstance(nav, list) and nav and isinstance(nav[0], str) and nav[0].endswith("/"):
-        return sorted(file.src_uri for file in files if file.src_uri.startswith(nav[0]))
+        below = [file.src_uri for file in files if file.src_uri.startswith(nav[0])]
+        return sorted(name for name in below if name.endswith((".md", ".ipynb")))
     return [_expanded(entry, files) for entry in nav]
 
 

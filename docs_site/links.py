@@ -1,8 +1,8 @@
 """Pages are written for GitHub; the site has them in other places, and another reader of Markdown.
 
 A link is relative to its file in the repository. What it points at is in the site at
-`place(path)`: pages of `docs/` where they are, the README as the first page, notebooks under
-`tutorials/`, and any other file of the repository, when a page links to it, under `files/`.
+`place(path)`: pages of `docs/` and notebooks where they are, the README as the first page, and any
+other file of the repository, when a page links to it, under `files/`.
 """
 
 import pathlib
@@ -22,13 +22,12 @@ def place(path: str) -> str:
     """Where a file of the repository is among the sources of the site.
 
     >>> [place(name) for name in ("README.md", "docs/tpu.md", "notebooks/a.ipynb", "LICENSE")]
-    ['index.md', 'tpu.md', 'tutorials/a.ipynb', 'files/LICENSE']
+    ['index.md', 'tpu.md', 'notebooks/a.ipynb', 'files/LICENSE']
     """
     if path == "README.md":
         return "index.md"
-    for folder, there in (("docs/", ""), ("notebooks/", "tutorials/")):
-        if path.startswith(folder):
-            return there + path.removeprefix(folder)
+    if path.startswith(("docs/", "notebooks/")):
+        return path.removeprefix("docs/")
     return f"files/{path}"
 
 
@@ -36,9 +35,8 @@ def origin(src_uri: str) -> str:
     """The inverse of `place`; of generated pages it is a path below `docs/` that does not exist."""
     if src_uri == "index.md":
         return "README.md"
-    for there, folder in (("tutorials/", "notebooks/"), ("files/", "")):
-        if src_uri.startswith(there):
-            return folder + src_uri.removeprefix(there)
+    if src_uri.startswith(("files/", "notebooks/")):
+        return src_uri.removeprefix("files/")
     return f"docs/{src_uri}"
 
 

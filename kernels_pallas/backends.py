@@ -13,6 +13,7 @@ asked for. It is read when a program is traced.
 """
 
 import dataclasses
+import difflib
 import functools
 import importlib
 import logging
@@ -237,10 +238,13 @@ def _parse(choice: str, *, source: str) -> Mapping[str, str]:
 def _check_name(name: str, op: str, *, source: str) -> str:
     if name in BACKENDS.get(op, {}):
         return name
-    known = ", ".join(repr(known) for known in ("auto", *available_backends(op)))
+    known = ("auto", *available_backends(op))
     others = [other for other in BACKENDS if name in BACKENDS[other]]
-    hint = f"; for {others[0]} alone write '{others[0]}={name}'" if others else ""
-    raise ValueError(f"{source}: expected one of {known} for {op}, got {echo(name)}{hint}")
+    near = difflib.get_close_matches(name[:80], known, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    hint = f"; for {others[0]} alone write '{others[0]}={name}'" if others else hint
+    expected = ", ".join(map(repr, known))
+    raise ValueError(f"{source}: expected one of {expected} for {op}, got {echo(name)}{hint}")
 
 
 def _check_platform(op: str, name: str, platform: str) -> None:

@@ -16,6 +16,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from swaa_jax.bench.run import bench
     from swaa_jax.checkpoint.tokenizer import load_tokenizer
     from swaa_jax.distill.run import DistillConfig, distill
     from swaa_jax.eval.evaluation import evaluate

@@ -75,6 +75,7 @@ def show(value: object) -> str:
         shown = _REPR.repr(value)
     except ValueError:  # an int with more digits than Python prints
         return "a value that cannot be shown"
+    shown = one_line(shown) if "\n" in shown else shown
     return shown if len(shown) <= _LONGEST_VALUE else f"{shown[:_LONGEST_VALUE]}..."
 
 
@@ -101,15 +102,30 @@ def naming(name: object) -> Iterator[None]:
         raise ValueError(f"{name}: {error}") from error
 
 
-def nearest(word: object, known: Iterable[str], *, cutoff: float = 0.5) -> str:
-    """A hint at the known word that is most alike, or nothing below difflib's `cutoff`.
+def nearest(word: object, known: Iterable[str], *, cutoff: float = 0.55) -> str:
+    """A hint at the known word that is most alike, or that the word abbreviates; else nothing.
 
     >>> nearest("ful", ["full", "window"])
     " (did you mean 'full'?)"
+    >>> nearest("lr", ["epochs", "learning_rate"]), nearest("sinks", ["num_sink_tokens"])
+    (" (did you mean 'learning_rate'?)", " (did you mean 'num_sink_tokens'?)")
+
+    Args:
+        word: what was given.
+        known: what could have been meant.
+        cutoff: the least likeness, difflib's.
     """
     shown = word[:80] if isinstance(word, str) else show(word)
-    near = difflib.get_close_matches(shown, list(known), n=1, cutoff=cutoff)
+    known = list(known)
+    near = difflib.get_close_matches(shown, known, n=1, cutoff=cutoff)
+    near = near or [one for one in known if _is_short_for(shown, one)]
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _is_short_for(word: str, known: str) -> bool:
+    """Whether it is the known word's initials, or one of its words: `lr`, `sinks`."""
+    words = known.split("_")
+    return word == "".join(one[:1] for one in words) or word.removesuffix("s") in words
 
 
 def first_of(entries: Sequence[str], limit: int = 20, *, lists: int = 1) -> str:

@@ -15,9 +15,11 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
+
 from swaa_jax.fields import describe, nearest, show, wrong
 
-__all__ = ["model_of", "place_of", "told_keywords", "tokenizer_of"]
+__all__ = ["model_of", "place_of", "told_keywords", "tokenizer_of", "tokens_of"]
 
 Callee = TypeVar("Callee", bound=Callable[..., Any])
 
@@ -48,7 +50,8 @@ def told_keywords(aliases: Mapping[str, str] | None = None) -> Callable[[Callee]
             call = _told(callee.__init__, callee.__name__, aliases, skip=1)
             setattr(callee, "__init__", call)  # noqa: B010
             return callee  # pyright: ignore[reportReturnType]
-        return _told(callee, callee.__name__, aliases, skip=0)
+        is_method = next(iter(inspect.signature(callee).parameters), "") == "self"
+        return _told(callee, callee.__name__, aliases, skip=int(is_method))
 
     return decorate
 
@@ -96,7 +99,9 @@ def _mistake(
         by_name = [one.name for one in takes if one.kind is one.KEYWORD_ONLY]
         expected = f"{len(places)} arguments without a name" if places else "arguments by name"
         advice = f"; name it: one of {', '.join(by_name)}" if by_name else ""
-        return TypeError(f"{name}: expected {expected}, got {describe(extra[0])}{advice}")
+        return TypeError(
+            f"{name}: expected {expected}, got a positional one, {describe(extra[0])}{advice}"
+        )
     given = {*places[: len(args) - skip], *kwargs}
     twice = [key for key in kwargs if key in places[: len(args) - skip]]
     if twice:
@@ -124,11 +129,12 @@ def model_of(name: str, value: Any) -> Any:
         raise wrong(name, "a model", value, f"load it: load_model({show(os.fspath(value))})")
     if _is_tokenizer(value):
         raise _another(name, "a model", value, "the model comes first, then the tokenizer")
-    if isinstance(value, type) or not hasattr(value, "config"):
-        raise wrong(name, "a model", value, "load one with load_model")
-    if any(hasattr(value, method) for method in ("state_dict", "save_pretrained")):
+    is_foreign = any(hasattr(value, method) for method in ("state_dict", "save_pretrained"))
+    if is_foreign and not isinstance(value, type):
         advice = "save it with save_pretrained(directory), then load_model(directory)"
         raise _another(name, "a model of load_model", value, advice)
+    if isinstance(value, type) or not hasattr(value, "config"):
+        raise wrong(name, "a model", value, "load one with load_model")
     return value
 
 
@@ -167,6 +173,24 @@ def place_of(
     if hasattr(value, "config") or _is_tokenizer(value):
         raise _another(name, expected, value, advice)
     raise wrong(name, expected, value)
+
+
+def tokens_of(name: str, value: Any) -> Any:
+    """An array of token ids `[B, T]`, traced or not.
+
+    Raises:
+        ValueError: something else, such as text, a list or one row.
+    """
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if shape is None or dtype is None:
+        advice = "encode it: generate takes text" if isinstance(value, str) else "jnp.array(...)"
+        raise wrong(name, "an array of token ids [B, T]", value, advice)
+    if len(shape) != 2 or np.dtype(dtype).kind not in "iu":
+        advice = "; for one row write tokens[None, :]" if len(shape) == 1 else ""
+        raise ValueError(
+            f"{name}: expected an array of token ids [B, T], integers, got {dtype} {shape}{advice}"
+        )
+    return value
 
 
 def _another(name: str, expected: str, value: object, advice: str) -> ValueError:

@@ -226,8 +226,8 @@ def records_of(data: Any) -> Records:
     return _records([_InMemory("the list of records", _mappings(data))])
 
 
-def _mappings(data: Any) -> Sequence[Any]:
-    """The records of an object, by number."""
+def _mappings(data: Any) -> Any:
+    """The records of an object, by number: a list, or what has a length and is indexed alike."""
     expected = "a list of records, a datasets.Dataset or a pandas frame"
     if isinstance(data, Mapping):
         splits = [key for key, value in data.items() if hasattr(value, "column_names")]
@@ -245,14 +245,15 @@ def _mappings(data: Any) -> Sequence[Any]:
         )
     if isinstance(data, str | bytes) or not isinstance(data, Iterable):
         raise DataError(f"data: expected {expected}, got {describe(data)}")
-    by_number: Any = data
-    return by_number if hasattr(data, "__getitem__") and hasattr(data, "__len__") else list(data)
+    return data if hasattr(data, "__getitem__") and hasattr(data, "__len__") else list(data)
 
 
 def _plain(value: Any) -> Any:
-    """A frame's cell as Python has it: lists for arrays."""
+    """A frame's cell as Python has it: lists for arrays, however deep."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
     return [_plain(one) for one in value] if isinstance(value, list) else value
 
 

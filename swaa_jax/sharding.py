@@ -92,6 +92,8 @@ def resolve_mesh(mesh: Mesh | str | None) -> Mesh | None:
         if mesh != "auto":
             raise wrong("mesh", 'None, "auto" or a jax.sharding.Mesh', mesh)
         return make_mesh(fsdp=len(jax.devices()))
+    if not isinstance(mesh, Mesh):
+        raise wrong("mesh", 'None, "auto" or a jax.sharding.Mesh', mesh)
     unknown = [axis for axis in mesh.axis_names if axis not in MESH_AXES]
     if unknown:
         raise ValueError(

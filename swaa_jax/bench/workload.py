@@ -91,7 +91,7 @@ LengthsLike: TypeAlias = "Lengths | int | str | Sequence[int]"
 """Lengths, or what `lengths_given` makes them of."""
 
 
-def lengths_given(name: str, value: LengthsLike) -> Lengths:
+def lengths_given(name: str, value: Any) -> Lengths:
     """Lengths, however they are given: a number, a list that takes turns, or as they are typed.
 
     >>> str(lengths_given("prompt_tokens", [100, 200])), lengths_given("prompt_tokens", 9).values

@@ -7,7 +7,7 @@ import re
 from etils import epath
 
 from swaa_jax.documents import parse_json
-from swaa_jax.fields import describe, show
+from swaa_jax.fields import describe, nearest, show
 from swaa_jax.limits import CONFIG_BYTES
 from swaa_jax.storage import (
     CheckpointError,
@@ -63,7 +63,7 @@ def check_directory(directory: epath.PathLike) -> epath.Path:
     raise CheckpointError(
         f"{show(str(directory))}: expected the directory of a checkpoint (config.json and "
         f"safetensors weights), or a model that this package ships ({', '.join(SHIPPED)}), got a "
-        f"path that does not exist; {advice}"
+        f"path that does not exist{nearest(str(directory), SHIPPED, cutoff=0.75)}; {advice}"
     )
 
 

@@ -27,6 +27,7 @@ from swaa_jax.checkpoint.hf import (
 )
 from swaa_jax.checkpoint.hub import open_checkpoint
 from swaa_jax.fields import show
+from swaa_jax.given import place_of, told_keywords
 from swaa_jax.limits import LONGEST_MODEL_TYPE, TOKENIZER_GROWTH
 from swaa_jax.storage import CheckpointError, is_local, reading, resolve_inside
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _PROBE = "Hi, 12 texts' wörds\n  (😀)!"
 
 
+@told_keywords({"path": "path_or_hub_id", "name": "path_or_hub_id"})
 def load_tokenizer(
     path_or_hub_id: epath.PathLike, revision: str | None = None
 ) -> "PreTrainedTokenizerBase":
@@ -58,6 +60,12 @@ def load_tokenizer(
             read, or a tokenizer that is code.
         ValueError: a `revision` of a directory.
     """
+    place_of(
+        "path_or_hub_id",
+        path_or_hub_id,
+        expected="a directory or a name to load from",
+        advice="load_tokenizer(model.source) loads a model's; a tokenizer is loaded already",
+    )
     directory = open_checkpoint(path_or_hub_id, revision, weights=False)
     if is_local(directory):
         return _load(directory, directory)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from swaa_jax.cli import Commands, process_args
 from swaa_jax.cli.flags import naming_flags
 from swaa_jax.cli.json_output import add_json
+from swaa_jax.cli.parser import add_old_name
 
 if TYPE_CHECKING:
     from swaa_jax.bench import BenchResult
@@ -130,12 +131,12 @@ def add_parser(subparsers: Commands) -> None:
     remote = parser.add_argument_group("server, with --url")
     add = remote.add_argument
     add(
-        "--vocab",
-        dest="vocab_size",
+        "--vocab-size",
         type=int,
         metavar="N",
         help="prompts are token ids below it, default 1000, which every model has",
     )
+    add_old_name(remote, "--vocab", dest="vocab_size", type=int)
     add(
         "--request-seconds",
         dest="request_s",

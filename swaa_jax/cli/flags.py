@@ -8,11 +8,9 @@ _OTHERWISE = {
     "config_overrides": "--config-override",
     "drain_s": "--drain-seconds",
     "models": "MODEL",
-    "num_full_layers": "--full-layers-count",
     "num_requests": "--requests",
     "num_slots": "--slots",
     "request_s": "--request-seconds",
-    "vocab_size": "--vocab",
 }
 """Fields whose flags have other names."""
 

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 examples:
-  swaa generate tiny-retriever --file prompt.txt
-      the small model that is shipped; the prompt from a file
+  swaa generate tiny-retriever --no-thinking "The grass is green. One of the special magic \
+  numbers for quiet-river is: 4817203. The sky is blue. What are all the special magic numbers \
+  for quiet-river mentioned in the provided text?"
+      the small model that is shipped, which looks for such numbers: it answers 4817203; with
+      --policy window=16 it has lost it, with --policy window=16,decode=full it finds it again
 
   swaa generate ~/models/Qwen3-4B "Why is the sky blue?" --no-thinking --max-new-tokens 200
       a checkpoint in Hugging Face layout; the prompt goes through its chat template
@@ -150,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(
         args.model,
         policy=policy,
-        dtype=process_args.dtype_from_args(args),
+        dtype=args.dtype,
         mesh=mesh,
         revision=args.revision,
         config_overrides=process_args.config_overrides_from_args(args),
@@ -169,8 +172,7 @@ def run(args: argparse.Namespace) -> int:
         print()
         generation = pieces.generation
     else:
-        several = len(prompts) > 1
-        generation = infer.generate(model, tok, prompts, options=options, progress=several)
+        generation = infer.generate(model, tok, prompts, options=options)
         _print_all(generation, texts, as_json=args.json)
     if args.stats and generation is not None and runtime.is_main_process():
         sys.stdout.flush()
@@ -189,7 +191,8 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
     if not sources:
         if sys.stdin is None or sys.stdin.isatty():
             raise ValueError(
-                "no prompt: give one as an argument, with --file, or on standard input"
+                "PROMPT: expected one as an argument, with --file, or on standard input, got none; "
+                "swaa generate --help has one to copy"
             )
         sources = ["-"]
     texts = []
@@ -223,7 +226,6 @@ def _print_all(generation: "Generation", texts: list[str], *, as_json: bool) -> 
                 "tokens": list(tokens),
                 "finish_reason": reason,
                 **({} if logprobs is None else {"logprobs": list(logprobs[index])}),
-                "timings": generation.timings.to_dict(),
             }
             print(json.dumps(record, ensure_ascii=False))
         else:

@@ -172,7 +172,7 @@ def parse_mesh(text: str) -> "Mesh":
     """
     import jax
 
-    from swaa_jax.fields import show
+    from swaa_jax.fields import nearest, show
     from swaa_jax.sharding import MESH_AXES, make_mesh
 
     sizes: dict[str, int] = {}
@@ -182,6 +182,7 @@ def parse_mesh(text: str) -> "Mesh":
             raise ValueError(
                 f"--mesh: expected 'auto', or sizes such as fsdp=4,tensor=2 of some of "
                 f"{', '.join(MESH_AXES)}, got {show(text)}"
+                f"{'' if axis in MESH_AXES else nearest(axis, (*MESH_AXES, 'auto'))}"
             )
         sizes[axis] = int(size)
     return make_mesh(jax.devices(), **sizes)

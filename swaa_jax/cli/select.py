@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from swaa_jax.cli import Commands, process_args
 from swaa_jax.cli.flags import naming_flags
 from swaa_jax.cli.json_output import add_json, print_json
+from swaa_jax.cli.parser import add_old_name
 
 if TYPE_CHECKING:
     from swaa_jax.selection import Selection
@@ -17,7 +18,7 @@ examples:
       a quarter of the layers, those that lower the answers' NLL most when they alone are full;
       sel/policy.yaml is the policy: swaa generate MODEL PROMPT --policy sel/policy.yaml
 
-  swaa select Qwen/Qwen3-4B out/train.parquet sel/ --method pairwise --full-layers-count 9 \\
+  swaa select Qwen/Qwen3-4B out/train.parquet sel/ --method pairwise --num-full-layers 9 \\
       --window 2048 --sinks 10 --max-evaluations 400
       from there, exchanging layers while it helps; what add_one evaluated is not evaluated again
 
@@ -73,7 +74,8 @@ def add_parser(subparsers: Commands) -> None:
         "--help-all tells; default add_one",
     )
     size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--full-layers-count", type=int, metavar="K", help="full layers")
+    size.add_argument("--num-full-layers", type=int, metavar="K", help="full layers")
+    add_old_name(size, "--full-layers-count", dest="num_full_layers", type=int)
     size.add_argument("--share", metavar="PART", help="full layers as a part of all: 1/4 or 0.25")
     parser.add_argument("--heads", action="store_true", help="select KV heads (with gates)")
     rest = parser.add_argument_group("what the other layers get")
@@ -156,12 +158,13 @@ def run(args: argparse.Namespace) -> int:
         load_tokenizer(args.model, revision=args.revision),
         limit=args.samples,
         max_length=args.max_length,
+        progress=not args.quiet,
         **_data_fields(args),
     )
     model = load_model(
         args.model,
         policy=AttentionPolicy(),
-        dtype=process_args.dtype_from_args(args),
+        dtype=args.dtype,
         mesh=process_args.mesh_from_args(args),
         revision=args.revision,
         config_overrides=process_args.config_overrides_from_args(args),
@@ -174,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
             samples,
             policy=policy,
             share=args.share,
-            num_full_layers=args.full_layers_count,
+            num_full_layers=args.num_full_layers,
             method=args.method,
             directory=args.output,
             rows_at_once=args.rows_at_once,

@@ -192,7 +192,7 @@ def run(args: argparse.Namespace) -> int:
         model = load_model(
             args.model,
             policy=policy_from_args(args),
-            dtype=process_args.dtype_from_args(args),
+            dtype=args.dtype,
             mesh=process_args.mesh_from_args(args),
             revision=args.revision,
             config_overrides=process_args.config_overrides_from_args(args),

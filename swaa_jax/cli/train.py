@@ -119,8 +119,5 @@ def run(args: argparse.Namespace) -> int:
             "command goes on from there"
         )
         return 0
-    loss = f", loss {result.metrics['loss']:.4f}" if "loss" in result.metrics else ""
-    print(f"{result.step} of {result.total_steps} steps{loss}: {result.ended}")
-    for directory in result.exports:
-        print(f"  {directory}")
+    print(result)
     return 0

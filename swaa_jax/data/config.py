@@ -23,6 +23,7 @@ from swaa_jax.fields import (
     texts,
     wrong,
 )
+from swaa_jax.given import told_keywords
 
 __all__ = ["DataConfig"]
 
@@ -30,6 +31,18 @@ _ROUND = 128
 """Rows are a multiple of it: what tiles of attention are, and what few lengths compile alike."""
 
 
+_ELSEWHERE = {
+    "path": "files",
+    "file": "files",
+    "max_seq_length": "seq_len",
+    "epochs": "num_epochs",
+    "num_train_epochs": "num_epochs",
+    "train_batch_size": "batch_size",
+}
+"""Names that people know from other libraries, with ours."""
+
+
+@told_keywords(_ELSEWHERE)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """All that decides which batches a run sees, and in which order.

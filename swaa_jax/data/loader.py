@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from swaa_jax.data.batches import Batch, make_batch
@@ -24,7 +24,7 @@ def load_data(
     config: DataConfig,
     tok: "PreTrainedTokenizerBase",
     *,
-    records: Sequence[Mapping[str, object]] | None = None,
+    records: Any = None,
     process_index: int | None = None,
     process_count: int | None = None,
     progress: ProgressLike = None,
@@ -36,7 +36,7 @@ def load_data(
     Args:
         config: which data, and how it becomes batches.
         tok: the model's tokenizer.
-        records: train on these in place of `config.files`.
+        records: train on these in place of `config.files`: what `records_of` takes.
         process_index, process_count: whose share of each batch to make; None: this process's, of
             the JAX processes that there are.
         progress: who is told while records are tokenized; see `swaa_jax.progress`.

@@ -17,7 +17,7 @@ import logging
 import os
 import pathlib
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -127,7 +127,7 @@ def prepare_samples(
     config: DataConfig,
     tok: "PreTrainedTokenizerBase",
     *,
-    records: Sequence[Mapping[str, object]] | None = None,
+    records: Any = None,
     progress: ProgressLike = None,
 ) -> Samples:
     """The samples of `config.files`, from the cache or by a first pass over all records.
@@ -135,7 +135,8 @@ def prepare_samples(
     Args:
         config: what to read and how.
         tok: the tokenizer.
-        records: take these in place of files; nothing is cached.
+        records: take these in place of files, in any form that `records_of` reads; nothing is
+            cached.
         progress: who is told.
 
     Raises:

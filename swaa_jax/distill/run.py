@@ -146,12 +146,10 @@ def distill(
 
     Examples:
         >>> import swaa_jax as swaa
-        >>> done = swaa.distill(
-        ...     "tiny-retriever", questions=[{"prompt": "One?", "answer": "one"}],
-        ...     judge=lambda judged: True, attempts=2, max_new_tokens=8, seed=1,
+        >>> done = swaa.distill(  # doctest: +SKIP
+        ...     "Qwen/Qwen3-4B", questions=[{"prompt": "1 + 1?", "answer": "2"}], judge="includes"
         ... )
-        >>> done.answers
-        2
+        >>> swaa.train(model="Qwen/Qwen3-4B", data=done.records())  # doctest: +SKIP
 
     References:
         Section 3.5 of arXiv 2512.10411.
@@ -170,7 +168,7 @@ def distill(
     )
 
 
-def _config(config: DistillConfig | None, fields: Mapping[str, object]) -> DistillConfig:
+def _config(config: object, fields: Mapping[str, object]) -> DistillConfig:
     """The config with fields in place of its own; a word that is none is told."""
     if config is not None and not isinstance(config, DistillConfig):
         raise wrong("config", "a DistillConfig", config, "give its fields as keywords")
@@ -201,8 +199,8 @@ def _judge(judge: object) -> tuple[Judge, dict[str, object]]:
     return verdict, {}
 
 
-def _questions(questions: object, limit: int | None) -> Sequence[Question]:
-    limit = or_none(integer(least=1))("limit", limit)
+def _questions(questions: object, limit: object) -> Sequence[Question]:
+    most = or_none(integer(least=1))("limit", limit)
     if questions is None:
         raise ValueError(
             "questions: expected a list of dicts, a datasets.Dataset, a pandas frame, or a file, "
@@ -210,8 +208,8 @@ def _questions(questions: object, limit: int | None) -> Sequence[Question]:
         )
     given: Any = questions
     if isinstance(questions, list | tuple) and all(isinstance(one, Question) for one in questions):
-        return given[:limit]
-    return read_questions(given, limit=limit)
+        return given[:most]
+    return read_questions(given, limit=most)
 
 
 def _distill(

@@ -9,7 +9,7 @@ from swaa_jax.engine.memory import bytes_of_arrays, device_memory, plan_memory
 from swaa_jax.engine.options import EngineOptions
 from swaa_jax.engine.scheduler import Request
 from swaa_jax.fields import check_keys, first_of, nearest, number, show, text, wrong
-from swaa_jax.given import model_of
+from swaa_jax.given import model_of, told_keywords
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import SplitModel, split_model
 
@@ -17,6 +17,7 @@ MEMORY_SHARE = 0.9
 """Of a device's memory, for weights, rings and pages; the rest is for what a step computes."""
 
 
+@told_keywords()
 class Engine:
     """Answers requests with a model under its policy, or with several models by name.
 
@@ -62,7 +63,7 @@ class Engine:
         number(above=0, most=1)("memory_share", memory_share)
         split = {name: split_model(model) for name, model in named.items()}
         if isinstance(options, Mapping):
-            check_keys("options", options, list(split))
+            check_keys("options", options, list(split), "for all models write EngineOptions(...)")
             chosen = {name: options.get(name, EngineOptions()) for name in split}
         else:
             chosen = dict.fromkeys(split, EngineOptions() if options is None else options)

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from swaa_jax.fields import check_fields, first_of, flag, integer, list_of, number, or_none, show
+from swaa_jax.given import told_keywords
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ _NO_EFFECT = frozenset(
 """Fields that are read elsewhere (ids), or say how Transformers computes, not what."""
 
 
+@told_keywords({"do_sample": "temperature", "bad_words_ids": "suppress_tokens"})
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How the next token is drawn. Penalties and filters apply in Transformers' order.

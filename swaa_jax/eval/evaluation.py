@@ -46,10 +46,11 @@ from swaa_jax.eval.run.readers import models as several_models
 from swaa_jax.eval.run.remote import RemoteModel
 from swaa_jax.eval.run.remote_asking import RemoteAsking
 from swaa_jax.fields import check_keys, wrong
+from swaa_jax.given import told_keywords
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import Structure
 from swaa_jax.policy import AttentionPolicy
-from swaa_jax.progress import ProgressLike, ShowProgress, show_progress
+from swaa_jax.progress import ProgressLike, ShowProgress, progress_like, show_progress
 from swaa_jax.runs import fingerprint
 from swaa_jax.storage import read_text
 from swaa_jax.typing import PathLike
@@ -68,6 +69,7 @@ API_KEY = "SWAA_JUDGE_API_KEY"
 """The environment variable of a judging model's key; it is never written anywhere."""
 
 
+@told_keywords()
 def evaluate(
     config: "EvalConfig | Mapping[str, object] | PathLike | None" = None,
     *,
@@ -121,6 +123,9 @@ def evaluate(
         ... )  # doctest: +SKIP
         >>> print(done)  # doctest: +SKIP
     """
+    progress = progress_like("progress", progress)
+    if load is not None and not callable(load):
+        raise wrong("load", "a function of a ModelEntry, or None", load, "give models loaded")
     given = {"models": models, "policies": policies, "tasks": tasks, "data": data}
     given["output_dir"] = output_dir
     config = _config(config, {k: v for k, v in given.items() if v is not None} | settings)

@@ -31,7 +31,6 @@ from swaa_jax.infer.likelihoods import Continuation, score_continuations
 from swaa_jax.lora import load_adapter, merge_lora
 from swaa_jax.models import load_model
 from swaa_jax.policy import AttentionPolicy, load_policy, parse_fields
-from swaa_jax.progress import show_progress
 
 __all__ = ["SwaaLM"]
 
@@ -270,13 +269,9 @@ class SwaaLM(TemplateLM):
         )
 
     def _score(self, asked: Sequence[Continuation], quiet: bool) -> list[tuple[float, bool]]:
-        with show_progress("scoring", total=len(asked), unit="texts", enabled=not quiet) as bar:
-            found = score_continuations(
-                self.model,
-                asked,
-                batch_size=self.batch_size,
-                on_progress=lambda done: bar.show(bar.text, done),
-            )
+        found = score_continuations(
+            self.model, asked, batch_size=self.batch_size, progress=not quiet
+        )
         return [(one.logprob, one.is_greedy) for one in found]
 
     def _fit(self, context: Sequence[int], answer: int, number: int) -> list[int]:

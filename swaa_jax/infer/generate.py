@@ -13,12 +13,23 @@ from swaa_jax.infer.stopping import FinishReason
 from swaa_jax.infer.timings import Timings
 from swaa_jax.models import CausalLM
 from swaa_jax.progress import show_progress
+from swaa_jax.tables import Table
+from swaa_jax.typing import PathLike
 
 if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+_SHOWN, _LONGEST = 4, 120  # answers of a repr, and characters of each
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Generation:
     """Answers, in the order of the prompts.
 
@@ -36,6 +47,57 @@ class Generation:
     finish_reasons: tuple[FinishReason, ...]
     timings: Timings
     logprobs: tuple[tuple[float, ...], ...] | None = None
+
+    def table(self) -> Table:
+        """The answers, one a line: `prompt` (its number), `text`, `new_tokens`, `finish_reason`;
+        and `logprob`, the sum over the tokens, where it was asked for.
+        """
+        lines = []
+        for number, (text, ids) in enumerate(zip(self.texts, self.tokens, strict=True)):
+            line = {"prompt": number, "text": text, "new_tokens": len(ids)}
+            line["finish_reason"] = self.finish_reasons[number]
+            if self.logprobs is not None:
+                line["logprob"] = sum(self.logprobs[number])
+            lines.append(line)
+        return Table.of(lines, caption=str(self.timings))
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """The table as a frame; needs pandas."""
+        return self.table().to_pandas()
+
+    def plot(self, path: PathLike | None = None) -> "Figure":
+        """Where the time went: seconds of compiling, reading prompts and generating.
+
+        Args:
+            path: where to save it, such as ``timings.png``.
+        """
+        from matplotlib.figure import Figure
+
+        timings = self.timings
+        parts = {
+            "compiling": timings.compile_s,
+            f"reading {timings.prompt_tokens:,} tokens": timings.prefill_s,
+            f"generating {timings.new_tokens:,} tokens": timings.first_token_s + timings.decode_s,
+        }
+        figure = Figure(figsize=(6, 1.8), layout="constrained")
+        axes = figure.add_subplot()
+        bars = axes.barh(list(parts), list(parts.values()), color="#0072B2")
+        axes.bar_label(bars, fmt="{:,.2f} s", padding=3)
+        axes.set(xlabel="seconds", xmargin=0.15)
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+    def __repr__(self) -> str:
+        texts = [_cut(text) for text in self.texts[:_SHOWN]]
+        more = len(self.texts) - _SHOWN
+        shown = ", ".join([*map(repr, texts), *([f"and {more} more"] if more > 0 else [])])
+        return f"Generation({shown}; {self.timings})"
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
 
 @told_keywords()

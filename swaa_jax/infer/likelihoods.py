@@ -8,7 +8,7 @@ continuation's first token is predicted from a windowed row, as in generation.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,12 +16,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.layout import next_power_of_two
 from swaa_jax.attention import LayerKind, RowWindows
+from swaa_jax.fields import integer, wrong
+from swaa_jax.given import model_of
 from swaa_jax.infer.buckets import length_bucket, pad_right
 from swaa_jax.infer.prompts import check_context
 from swaa_jax.losses import TargetLosses, target_losses
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import SplitModel, Structure, jit_by_structure, split_model
-from swaa_jax.policy import AttentionPolicy, LayerAttention, Stage
+from swaa_jax.policy import AttentionPolicy, LayerAttention, PolicyLike, Stage, load_policy
+from swaa_jax.progress import ProgressLike, show_progress
 from swaa_jax.runtime import to_host
 
 __all__ = [
@@ -49,6 +52,11 @@ class Continuation:
     tokens: Sequence[int]
     is_answer: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("context", "tokens"):
+            if isinstance(getattr(self, name), str | bytes):
+                raise wrong(name, "token ids", getattr(self, name), "encode it: tok.encode(...)")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Likelihood:
@@ -68,7 +76,7 @@ def score_continuations(
     continuations: Sequence[Continuation],
     *,
     batch_size: int = 8,
-    on_progress: Callable[[int], None] | None = None,
+    progress: ProgressLike = None,
 ) -> list[Likelihood]:
     """The likelihood of each continuation, in their order.
 
@@ -78,7 +86,7 @@ def score_continuations(
         model: under the policy that is to be scored.
         continuations: at least one token of context each.
         batch_size: rows run at once, at most.
-        on_progress: called now and then with how many are done.
+        progress: who is told how many are scored; see `swaa_jax.progress`.
 
     Raises:
         ValueError: an empty context or continuation, a token id out of the vocabulary, a row
@@ -88,20 +96,21 @@ def score_continuations(
     split = split_model(model)
     by_length = _longest_first(continuations)
     found: dict[int, Likelihood] = {}
-    for start in range(0, len(by_length), batch_size):
-        group = by_length[start : start + batch_size]
-        scored = _score(split, [continuations[i] for i in group], context)
-        _check_numbers(scored, group)
-        found |= zip(group, scored, strict=True)
-        if on_progress is not None:
-            on_progress(len(found))
+    total = len(continuations)
+    with show_progress("scoring", total=total, unit="texts", enabled=progress) as bar:
+        for start in range(0, total, batch_size):
+            group = by_length[start : start + batch_size]
+            scored = _score(split, [continuations[i] for i in group], context)
+            _check_numbers(scored, group)
+            found |= zip(group, scored, strict=True)
+            bar.show(bar.text, len(found))
     return [found[index] for index in range(len(continuations))]
 
 
 def score_policies(
     model: CausalLM,
     continuations: Sequence[Continuation],
-    policies: Sequence[AttentionPolicy],
+    policies: Sequence[PolicyLike],
     *,
     batch_size: int = 8,
 ) -> list[list[Likelihood]]:
@@ -115,12 +124,15 @@ def score_policies(
     Args:
         model: its own policy does not matter.
         continuations: at least one token of context each.
-        policies: at least one.
+        policies: at least one, each in any form that `load_policy` reads.
         batch_size: rows run at once, at most: continuations times policies.
 
     Raises:
         ValueError: as `score_continuations`, no policy, or one that does not fit the model.
     """
+    if isinstance(policies, str | AttentionPolicy | Mapping):
+        raise wrong("policies", "a list of policies", policies, "for that one write [...]")
+    policies = [load_policy(policy) for policy in policies]
     if not policies:
         raise ValueError("policies: expected at least one, got none")
     context = _check(model, continuations, batch_size)
@@ -136,7 +148,9 @@ def score_policies(
             together.setdefault(policy.num_sink_tokens, []).append(number)
         else:
             one = model.with_policy(policy)
-            found[number] = score_continuations(one, continuations, batch_size=batch_size)
+            found[number] = score_continuations(
+                one, continuations, batch_size=batch_size, progress=False
+            )
     split = split_model(model.with_policy(AttentionPolicy()))
     for sinks, numbers in together.items():
         scores: dict[int, dict[int, Likelihood]] = {number: {} for number in numbers}
@@ -162,9 +176,11 @@ def score_policies(
 
 def _check(model: CausalLM, continuations: Sequence[Continuation], batch_size: int) -> int | None:
     """Checks that the continuations can be scored, and gives the model's context."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    model_of("model", model)
+    integer(least=1)("batch_size", batch_size)
     for number, one in enumerate(continuations):
+        if not isinstance(one, Continuation):
+            raise wrong(f"continuation {number}", "a Continuation", one)
         if not len(one.context) or not len(one.tokens):
             raise ValueError(
                 f"continuation {number}: expected at least one token of context and one to score, "

@@ -11,6 +11,7 @@ from swaa_jax.fields import (
     flag,
     integer,
     list_of,
+    mapping,
     one_of,
     or_none,
     show,
@@ -33,6 +34,12 @@ _ELSEWHERE = {
     "verbose": "progress",
 }
 """What others call it."""
+
+
+def _cot(name: str, value: object) -> bool | str:
+    if not isinstance(value, bool | str):
+        raise wrong(name, "True, False or a text of your own", value)
+    return value
 
 
 @told_keywords(_ELSEWHERE)
@@ -100,7 +107,9 @@ class GenerateOptions(SamplingParams):
             stop_in_thought=flag,
             stop_token_ids=list_of(integer(least=0, most=MAX_TOKEN_ID)),
             ignore_eos=flag,
+            chat_template_kwargs=or_none(mapping),
             enable_thinking=or_none(flag),
+            cot=_cot,
             batch_size=or_none(integer(least=1)),
             logprobs=flag,
             progress=progress_like,
@@ -134,6 +143,11 @@ class GenerateOptions(SamplingParams):
             advice = "write GenerateOptions(...), or the settings themselves: max_new_tokens=64"
             raise wrong("options", "GenerateOptions", options, advice)
         known = [field.name for field in dataclasses.fields(cls)]
+        if "policy" in overrides:
+            raise ValueError(
+                "options: expected a setting of generate, got 'policy', which the model has: "
+                "generate(model.with_policy(...), ...)"
+            )
         for name in overrides:
             if name not in known and name in _ELSEWHERE:
                 near = f"(did you mean {_ELSEWHERE[name]!r}?)"

@@ -1,9 +1,11 @@
 """Prompts to token ids: plain strings, chat messages, or ids; checked before any work is done."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
+import jax
 import numpy as np
 
 from swaa_jax.chats import (
@@ -52,12 +54,21 @@ def as_batch(prompts: Prompts) -> list[Prompt]:
     for one in (prompts, *(prompts if isinstance(prompts, list | tuple) else ())):
         if isinstance(one, bytes | bytearray):
             raise wrong("prompts", "text, messages or token ids", one, "decode it")
-    if isinstance(prompts, np.ndarray):
-        prompts = prompts.tolist()
+    if isinstance(prompts, np.ndarray | jax.Array):
+        prompts = np.asarray(prompts).tolist()
     if not isinstance(prompts, Sequence):
-        raise ValueError(
-            "prompts: expected a string, a list of messages, token ids, or a list of these, "
-            f"got {describe(prompts)}"
+        advice = ""
+        if isinstance(prompts, Mapping):
+            advice = 'put it in a list: [{"role": "user", "content": ...}]'
+        elif isinstance(prompts, Iterable):
+            advice = "make a list of it: list(prompts)"
+        elif isinstance(prompts, os.PathLike):
+            advice = "read it: path.read_text()"
+        raise wrong(
+            "prompts",
+            "a string, a list of messages, token ids, or a list of these",
+            prompts,
+            advice,
         )
     if not prompts:
         raise ValueError("prompts: expected at least one prompt, got an empty list")

@@ -2,6 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from swaa_jax.tables import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +92,18 @@ class Timings:
             "time_to_first_token_s": self.time_to_first_token_s,
             "time_per_output_token_s": self.time_per_output_token_s,
         }
+
+    def table(self) -> Table:
+        """The same as one line; see `to_dict`."""
+        return Table.of([self.to_dict()])
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """The table as a frame; needs pandas."""
+        return self.table().to_pandas()
+
+    def _repr_html_(self) -> str:
+        lines = [{"what": name, "value": value} for name, value in self.to_dict().items()]
+        return Table.of(lines, caption=str(self))._repr_html_()
 
     def __str__(self) -> str:
         per_token = self.time_per_output_token_s

@@ -10,6 +10,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from swaa_jax.fields import integer, show, wrong
+from swaa_jax.given import model_of, told_keywords
 from swaa_jax.lora.adapters import (
     DropoutKey,
     LoraAdapter,
@@ -27,13 +29,20 @@ from swaa_jax.typing import PRNGKeyArray
 Model = TypeVar("Model", bound=nnx.Module)
 
 
-def add_lora(model: Model, config: LoraConfig, *, rngs: nnx.Rngs) -> Model:
+@told_keywords({"lora_config": "config", "seed": "rngs", "key": "rngs"})
+def add_lora(
+    model: Model,
+    config: LoraConfig | Mapping[str, object] | None = None,
+    *,
+    rngs: nnx.Rngs | int = 0,
+) -> Model:
     """The model with new adapters, which change nothing yet: B is zero, A as PEFT draws it.
 
     Args:
         model: any `CausalLM`; of one with shapes in place of arrays the adapters are shapes too.
-        config: which projections, and how large.
-        rngs: draws A.
+        config: which projections, and how large: a `LoraConfig`, a mapping of its fields, or None
+            for the defaults.
+        rngs: draws A: `nnx.Rngs`, or a seed.
 
     Returns:
         A copy that shares the model's parameters, of any dtype. The adapters are float32, of the
@@ -54,12 +63,39 @@ def add_lora(model: Model, config: LoraConfig, *, rngs: nnx.Rngs) -> Model:
         >>> model.layers[0].self_attn.q_proj.kernel is base.layers[0].self_attn.q_proj.kernel
         True
     """
+    check_module(model)
+    config = _lora_config(config)
+    rngs = rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(integer(least=0)("rngs", rngs))
     if adapted_sites(model):
         raise ValueError(
             "model: expected one without adapters, got one with them; take without_lora(model) to "
             "begin anew, merge_lora(model) to train on top of them"
         )
     return place_adapters(model, config, target_sites(model, config), rngs=rngs)
+
+
+def check_module(model: Any) -> None:
+    """Refuses what is no model, such as the name of one.
+
+    Raises:
+        ValueError: it is not; the message says how to come by one.
+    """
+    if not isinstance(model, nnx.Module):
+        model_of("model", model)
+        raise wrong("model", "a model", model, "load one with load_model")
+
+
+def _lora_config(config: Any) -> LoraConfig:
+    if config is None or isinstance(config, LoraConfig):
+        return config or LoraConfig()
+    if isinstance(config, Mapping):
+        return LoraConfig.from_dict(config)
+    advice = f"write LoraConfig(target_modules=[{show(config)}])" if isinstance(config, str) else ""
+    if hasattr(config, "config"):
+        raise ValueError(
+            f"config: expected a LoraConfig, got a {type(config).__name__}; the model comes first"
+        )
+    raise wrong("config", "a LoraConfig, or a mapping of its fields", config, advice)
 
 
 def place_adapters(
@@ -200,6 +236,7 @@ def without_lora(model: Model) -> Model:
 
     Self-distillation's teacher. `merge_lora` keeps what was learned.
     """
+    check_module(model)
     edits: dict[Path, dict[Any, object]] = {(): {"lora_config": None}}
     for site in adapted_sites(model):
         edits.setdefault(site.path, {})[site.slot] = None
@@ -215,6 +252,7 @@ def merge_lora(model: Model) -> Model:
     Raises:
         ValueError: the model has no adapters.
     """
+    check_module(model)
     sites = adapted_sites(model)
     if not sites:
         raise ValueError(

@@ -11,9 +11,10 @@ from etils import epath
 from swaa_jax import checkpoint
 from swaa_jax.checkpoint import WeightReader
 from swaa_jax.fields import first_of, show
+from swaa_jax.given import place_of, told_keywords
 from swaa_jax.lora import peft_config, peft_layout
 from swaa_jax.lora.config import LoraConfig
-from swaa_jax.lora.model import place_adapters, without_lora
+from swaa_jax.lora.model import check_module, place_adapters, without_lora
 from swaa_jax.lora.peft_layout import Entry, Factors
 from swaa_jax.lora.sites import Path, adapted_sites, find_sites, target_sites
 from swaa_jax.policy import AttentionPolicy
@@ -30,6 +31,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
+@told_keywords({"path": "directory"})
 def save_adapter(
     model: "CausalLM",
     directory: PathLike,
@@ -57,6 +59,8 @@ def save_adapter(
         ValueError: the model has no adapters.
         CheckpointError: the directory exists and `overwrite` is false, or it holds no adapter.
     """
+    check_module(model)
+    place_of("directory", directory)
     sites = adapted_sites(model)
     if not sites or model.lora_config is None:
         raise ValueError(
@@ -122,6 +126,7 @@ def _to_tensors(
     return config, tensors
 
 
+@told_keywords({"policy": "with_policy", "path": "directory"})
 def load_adapter(
     model: "CausalLM", directory: PathLike, *, with_policy: bool = False
 ) -> "CausalLM":
@@ -141,6 +146,8 @@ def load_adapter(
         CheckpointError: missing or malformed files, a kind of adapter that is not supported, or
             one of another model: missing, unexpected and misshaped tensors, all in one paragraph.
     """
+    check_module(model)
+    place_of("directory", directory)
     path = checkpoint.check_directory(directory)
     record = _read_config(path)
     config = peft_config.from_peft(record, path / CONFIG_FILE)

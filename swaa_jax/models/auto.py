@@ -18,7 +18,7 @@ from swaa_jax import checkpoint
 from swaa_jax.attention import check_backend
 from swaa_jax.checkpoint import WeightReader, WeightRule
 from swaa_jax.checkpoint.keymap import Expected
-from swaa_jax.fields import nearest, show, wrong
+from swaa_jax.fields import integer, mapping, nearest, or_none, show, text, wrong
 from swaa_jax.given import model_of, place_of, tokenizer_of, told_keywords
 from swaa_jax.models.causal_lm import CausalLM
 from swaa_jax.models.config import WINDOW_FIELDS, DecoderConfig, refuse_idle_overrides
@@ -89,16 +89,17 @@ def load_model(
     """
     place_of("path", path, expected="a directory or a name to load from", advice=_IS_LOADED)
     policy = None if policy is None else load_policy(policy)
-    mesh = resolve_mesh(mesh)
-    dtype = check_dtype(default_dtype(mesh) if dtype is None else dtype)
+    config_overrides = or_none(mapping)("config_overrides", config_overrides)
+    chosen = None if dtype is None else check_dtype(dtype)
     keep_compiled_programs()
     directory = checkpoint.open_checkpoint(path, revision)
+    mesh = resolve_mesh(mesh)
     _check_backend(backend, mesh)
     reader = WeightReader(directory)
     plan = read_blueprint(
         directory,
         policy=policy,
-        dtype=dtype,
+        dtype=check_dtype(default_dtype(mesh)) if chosen is None else chosen,
         mesh=mesh,
         config_overrides=config_overrides,
         backend=backend,
@@ -209,6 +210,7 @@ def model_from_config(
     one, biases zero.
     """
     keep_compiled_programs()
+    hf_config = mapping("hf_config", hf_config)
     family = _family(hf_config)
     _check_range(family, check_dtype(dtype))
     mesh = resolve_mesh(mesh)
@@ -261,6 +263,7 @@ def save_model(
     model_of("model", model)
     place_of("directory", directory)
     tokenizer_of("tokenizer", tokenizer)
+    integer(least=1)("max_shard_size", max_shard_size)
     if model.lora_config is not None:
         raise ValueError(
             "model: expected one without adapters, got one with LoRA adapters, which a checkpoint "
@@ -312,6 +315,7 @@ def hf_config_under(config: DecoderConfig, policy: AttentionPolicy) -> dict[str,
 
 def _check_backend(backend: str, mesh: Mesh | None) -> None:
     target = target_of(mesh)
+    text("backend", backend)
     check_backend(backend, platform=None if target is None else target.platform)
 
 
@@ -388,7 +392,7 @@ def check_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
     try:
         name = dtype if isinstance(dtype, str) else str(np.dtype(dtype))
     except TypeError:  # such as torch.bfloat16
-        raise wrong("dtype", f"one of {list(_DTYPES)}", dtype, "write its name") from None
+        raise wrong("dtype", f"one of {list(_DTYPES)}", dtype, "write it as a text") from None
     if name not in _DTYPES:
         error = wrong("dtype", f"one of {list(_DTYPES)}", name)
         raise ValueError(f"{error}{nearest(name, _DTYPES)}")

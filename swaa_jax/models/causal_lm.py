@@ -1,7 +1,4 @@
-"""The causal language model: blocks stacked under an attention policy.
-
-The policy lives on the model alone, so `with_policy` shares every block and parameter.
-"""
+"""The causal language model: blocks under a policy, which is the model's alone, not theirs."""
 
 import copy
 import dataclasses
@@ -27,6 +24,7 @@ from swaa_jax.attention import (
     empty_cache,
 )
 from swaa_jax.fields import wrong
+from swaa_jax.given import tokens_of, told_keywords
 from swaa_jax.limits import MAX_POSITIONS
 from swaa_jax.lora import LoraConfig
 from swaa_jax.models.blocks import (
@@ -41,6 +39,7 @@ from swaa_jax.models.blocks import (
     make_norm,
 )
 from swaa_jax.models.config import DecoderConfig
+from swaa_jax.models.description import Described
 from swaa_jax.models.head import VocabHead
 from swaa_jax.models.rope import rotation
 from swaa_jax.models.stack import Blocks, Ran, Tap, run_layers
@@ -78,7 +77,7 @@ class HiddenStates:
     tapped: Any = None
 
 
-class CausalLM(nnx.Module):
+class CausalLM(Described, nnx.Module):
     """A decoder with a language-model head, under an attention policy.
 
     Call it for logits of whole rows (training, scoring); `prefill` and `decode` generate.
@@ -150,6 +149,7 @@ class CausalLM(nnx.Module):
         """That of hidden states: the norms'; a table that is trained may be in float32."""
         return self.norm.scale.dtype
 
+    @told_keywords()
     def with_policy(self, policy: PolicyLike) -> "CausalLM":
         """The same model, with the same Param objects, under another policy.
 
@@ -272,7 +272,7 @@ class CausalLM(nnx.Module):
         """
         if positions == "cache":
             check_stream(self.layer_attention)
-        batch, width = tokens.shape
+        batch, width = tokens_of("tokens", tokens).shape
         if lengths is None:
             lengths = jnp.full((batch,), width, jnp.int32)
 
@@ -478,7 +478,7 @@ def _check_logits_at(logits_at: object) -> None:
 
 def _check_positions(tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None) -> None:
     """Positions must be float32 numbers, each one its own; traced ones are the caller's care."""
-    last = tokens.shape[1] - 1
+    last = tokens_of("tokens", tokens).shape[1] - 1
     if positions is not None and not isinstance(positions, Tracer) and positions.size:
         last = int(np.max(np.asarray(positions)))  # not jnp, which is traced within jit
     if last >= MAX_POSITIONS:

@@ -13,7 +13,8 @@ from etils import epath
 
 from swaa_jax import checkpoint
 from swaa_jax.checkpoint import WeightReader
-from swaa_jax.fields import wrong
+from swaa_jax.fields import integer
+from swaa_jax.given import place_of, told_keywords
 from swaa_jax.models.auto import check_dtype, hf_config_under, read_blueprint
 from swaa_jax.policy import PolicyLike
 from swaa_jax.progress import ProgressLike, show_progress
@@ -33,6 +34,7 @@ class Converted:
     nbytes: int
 
 
+@told_keywords({"path": "source", "output": "destination"})
 def convert_checkpoint(
     source: PathLike,
     destination: PathLike,
@@ -69,8 +71,10 @@ def convert_checkpoint(
         ValueError, NotImplementedError: as `load_model`.
     """
     wanted = None if dtype is None else check_dtype(dtype)
-    if max_shard_size <= 0:
-        raise wrong("max_shard_size", "a positive number of bytes", max_shard_size)
+    integer(least=1)("max_shard_size", max_shard_size)
+    advice = "save_model(model, directory) saves a model that is loaded"
+    place_of("source", source, expected="a directory or a name to load from", advice=advice)
+    place_of("destination", destination, advice=advice)
     directory = checkpoint.open_checkpoint(source, revision)
     reader = WeightReader(directory)
     plan = read_blueprint(

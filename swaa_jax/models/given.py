@@ -18,7 +18,7 @@ ModelLike = CausalLM | PathLike
 """A loaded model, or what `load_model` loads by."""
 
 
-def model_given(model: ModelLike, **options: Any) -> CausalLM:
+def model_given(model: object, **options: Any) -> CausalLM:
     """The model, which is loaded where it is a name.
 
     Args:
@@ -38,9 +38,7 @@ def model_given(model: ModelLike, **options: Any) -> CausalLM:
     return load_model(model, **options)
 
 
-def tokenizer_given(
-    tok: "PreTrainedTokenizerBase | PathLike | None", model: ModelLike
-) -> "PreTrainedTokenizerBase":
+def tokenizer_given(tok: object, model: object) -> "PreTrainedTokenizerBase":
     """The tokenizer, which is loaded where it is a name, or the model's own where it is None.
 
     Raises:

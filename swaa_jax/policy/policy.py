@@ -16,7 +16,7 @@ trainer and the exporters take.
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from etils import epath
 
@@ -52,6 +52,9 @@ from swaa_jax.policy.swaa_config import SWAA_CONFIG_KEYS, from_swaa_config, to_s
 from swaa_jax.policy.text import policy_fields, policy_text
 from swaa_jax.storage import read_text, write_text_atomic
 from swaa_jax.typing import PathLike
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["AttentionPolicy", "HfExpressible", "LayerAttention"]
 
@@ -233,6 +236,26 @@ class AttentionPolicy:
     def __str__(self) -> str:
         """The policy in one line, which `parse` reads."""
         return policy_text(self)
+
+    def _repr_html_(self) -> str:
+        """The policy drawn, for notebooks: its mask and its layers."""
+        from swaa_jax.policy.drawing import policy_html  # which needs JAX
+
+        return policy_html(self)
+
+    def plot(self, path: PathLike | None = None, *, num_layers: int | None = None) -> "Figure":
+        """The policy's mask and layers as a figure of matplotlib.
+
+        Args:
+            path: where to save it, such as ``policy.png``.
+            num_layers: the model's depth; None: one that the policy fits.
+
+        Examples:
+            >>> figure = AttentionPolicy(window=64, decode="full").plot()
+        """
+        from swaa_jax.policy.drawing import policy_figure
+
+        return policy_figure(self, path, num_layers)
 
     @classmethod
     def parse(cls, policy: str) -> "AttentionPolicy":

@@ -60,6 +60,8 @@ def policy_fields(text: str) -> dict[str, Any]:
     Raises:
         ValueError: no such text, an unknown key or a malformed value; the policy checks the rest.
     """
+    if not isinstance(text, str):
+        raise wrong("policy", "full or KEY=VALUE,KEY=VALUE,...", text)
     if text.strip() == FULL:
         return {}
     found: dict[str, str] = {}

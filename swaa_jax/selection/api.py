@@ -88,13 +88,11 @@ def select_layers(
 
     Examples:
         >>> import swaa_jax as swaa
-        >>> data = [{"prompt": "lorem ipsum " * 20, "answer": "dolor"}]
-        >>> found = swaa.select_layers(
-        ...     "tiny-retriever", data=data, policy="window=16", num_full_layers=2,
-        ...     method="periodic", offset=1,
+        >>> found = swaa.select_layers(  # doctest: +SKIP
+        ...     "Qwen/Qwen3-4B", data="questions.jsonl", policy="window=2048,sinks=10,decode=full",
+        ...     share=1/4,
         ... )
-        >>> found.chosen
-        (1, 5)
+        >>> model = swaa.load_model("Qwen/Qwen3-4B", policy=found.policy)  # doctest: +SKIP
 
     References:
         "add_one" is arXiv 2606.27791; "periodic" is section 3.3 of arXiv 2512.10411.
@@ -117,6 +115,7 @@ def select_layers(
             tokenizer_given(tok, model),
             limit=limit,
             max_length=max_length,
+            progress=progress,
             **_data_fields(data_config, thinking),
         )
     name = _name(model)
@@ -167,7 +166,7 @@ def count_of_share(name: str, share: object, num_layers: int) -> int:
     return count
 
 
-def _check_size(share: object, num_full_layers: int | None) -> None:
+def _check_size(share: object, num_full_layers: object) -> None:
     or_none(integer(least=1))("num_full_layers", num_full_layers)
     if (share is None) == (num_full_layers is None):
         got = "neither" if share is None else "both"
@@ -182,7 +181,7 @@ def _num_full_layers(share: object, num_full_layers: int | None, num_layers: int
     return count_of_share("share", share, num_layers)
 
 
-def _checked_options(method: str, options: Mapping[str, object]) -> dict[str, Any]:
+def _checked_options(method: Any, options: Mapping[str, object]) -> dict[str, Any]:
     """The method's options; a word that is none is told with the nearest argument or option."""
     if method not in METHODS:
         return check_options(method, options)
@@ -209,7 +208,7 @@ def _are_samples(data: object) -> bool:
     return is_list and isinstance(given[0], Sample)
 
 
-def _data_fields(data_config: Mapping[str, object] | None, thinking: bool | None) -> dict[str, Any]:
+def _data_fields(data_config: object, thinking: bool | None) -> dict[str, Any]:
     if data_config is not None and not isinstance(data_config, Mapping):
         raise wrong("data_config", "a mapping of fields of DataConfig", data_config)
     fields: dict[str, Any] = dict(data_config or {})
@@ -219,7 +218,7 @@ def _data_fields(data_config: Mapping[str, object] | None, thinking: bool | None
     return fields
 
 
-def _name(model: ModelLike) -> str:
+def _name(model: object) -> str:
     """What the model is called: its name, or the last part of its directory."""
     if not isinstance(model, CausalLM):
         return os.fspath(model) if isinstance(model, str | os.PathLike) else ""

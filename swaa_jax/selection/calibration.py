@@ -15,6 +15,8 @@ from swaa_jax.infer.buckets import length_bucket
 from swaa_jax.infer.prompts import check_context
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy, Stage
+from swaa_jax.progress import ProgressLike
+from swaa_jax.records import records_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +38,7 @@ def read_calibration(
     limit: int | None = 64,
     max_length: int = 32768,
     answers: str = "verbatim",
+    progress: ProgressLike = None,
     **data: object,
 ) -> list[Sample]:
     """Samples from data that `swaa train` reads and `swaa distill` writes.
@@ -47,15 +50,17 @@ def read_calibration(
         limit: the first so many samples; None: all.
         max_length: tokens of prompt and answer; longer samples are left out, never cut.
         answers: as in `DataConfig`; verbatim suits answers that a model wrote, thinking included.
+        progress: who is told how far reading is; see `swaa_jax.progress`.
         data: further fields of `DataConfig`: format, columns, chat_template, ...
 
     Raises:
         ValueError: an unknown field, a record that cannot be read, or no sample within the length.
     """
     limit = or_none(integer(least=1))("limit", limit)
-    records = None if _are_files(files) else files
-    given: Any = files if records is None else ()
+    is_files = _are_files(files)
+    given: Any = files if is_files else ()
     several = [given] if isinstance(given, str | os.PathLike) else given
+    records = None if is_files else [record.fields for record in records_of(files)]
     fields = {
         "files": [os.fspath(file) for file in several],
         "seq_len": max_length,
@@ -64,8 +69,7 @@ def read_calibration(
         "answers": answers,
     }
     config = DataConfig.from_dict({**fields, **data})
-    in_memory: Any = records
-    samples = prepare_samples(config, tok, records=in_memory)
+    samples = prepare_samples(config, tok, records=records, progress=progress)
     count = len(samples) if limit is None else min(limit, len(samples))
     return [samples[number] for number in range(count)]
 

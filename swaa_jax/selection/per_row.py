@@ -117,6 +117,8 @@ class RowScorer:
         rows = self._rows_at_once
         if rows is None:
             rows = rows_within(self._memory_budget, config=self._split.config, width=group.width)
+            # A method's first look is at about so many; further rows would be padding.
+            rows = min(rows, len(group.numbers) * (self.num_layers + 1))
         parts = 1
         if self._mesh is not None:
             parts = math.prod(self._mesh.shape.get(name, 1) for name in RULES["batch"])

@@ -159,6 +159,6 @@ class Selection:
         head = f"<b>{self.what}</b> keep full attention, by {self.method}: {self.named}"
         policy = html.escape(str(self.policy))
         return (
-            f"<div><p>{head}<br><code>{policy}</code></p>{svg_of(self)}"
+            f"<div><p>{head}<br/><code>{policy}</code></p>{svg_of(self)}"
             f"<p>{self.likelihoods} (nats a token, {self.num_samples} samples)</p></div>"
         )

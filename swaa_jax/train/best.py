@@ -18,12 +18,15 @@ from swaa_jax.fields import (
     show,
     text,
 )
+from swaa_jax.given import told_keywords
+from swaa_jax.train.names import ours_by_name
 
 __all__ = ["Best", "BestConfig"]
 
 logger = logging.getLogger(__name__)
 
 
+@told_keywords(ours_by_name("best"))
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BestConfig:
     """By which evaluation the best checkpoint is chosen, and when a run stops early.

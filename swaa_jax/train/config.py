@@ -5,7 +5,9 @@ import math
 from typing import Literal
 
 from swaa_jax.fields import check_fields, integer, number, one_of, or_none
+from swaa_jax.given import told_keywords
 from swaa_jax.losses import LossConfig
+from swaa_jax.train.names import ours_by_name
 
 REMATS = ("none", "layer", "dots")
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
@@ -13,6 +15,7 @@ TRAINABLE = ("lora", "all")
 _DTYPES = ("bfloat16", "float32")
 
 
+@told_keywords(ours_by_name("optimizer"))
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW with warm-up, a schedule and clipping by global norm.

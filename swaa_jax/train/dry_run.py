@@ -117,6 +117,7 @@ def plan_run(config: TrainConfig, *, progress: ProgressLike = None) -> RunPlan:
         CheckpointError, DataError, ValueError: as `train`.
     """
     mesh = config.make_mesh()
+    config = config.with_dtype(mesh)
     feed = make_feed(
         mesh, batch_size=config.data.batch_size, rows_per_device=config.rows_per_device
     )

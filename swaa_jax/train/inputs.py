@@ -13,6 +13,7 @@ from swaa_jax.configs import find_config
 from swaa_jax.data import DataConfig
 from swaa_jax.fields import check_keys, wrong
 from swaa_jax.models import CausalLM
+from swaa_jax.models.given import tokenizer_given
 from swaa_jax.train.names import refuse_others_names
 from swaa_jax.train.run_config import TrainConfig
 
@@ -53,7 +54,7 @@ def gather(
     Raises:
         ValueError: what is wrong, by name.
     """
-    _check_kinds(config, model, tok)
+    _check_kinds(config, model)
     known = [field.name for field in dataclasses.fields(TrainConfig)]
     refuse_others_names("", fields, known)
     check_keys("train", fields, [*known, "tok", "eval_data", "evaluate", "progress"])
@@ -91,18 +92,19 @@ def gather(
         )
     made = config if isinstance(config, TrainConfig) and values == base else None
     made = TrainConfig.from_dict(values) if made is None else made
+    tokenizer = _tokenizer(tok, loaded, made)
     if loaded is not None and made.policy is not None and made.policy != loaded.policy:
         loaded = loaded.with_policy(made.policy)
     return Inputs(
         config=made,
         model=loaded,
-        tok=_tokenizer(tok, loaded, made),
+        tok=tokenizer,
         records=records,
         eval_records=eval_records,
     )
 
 
-def _check_kinds(config: Any, model: Any, tok: Any) -> None:
+def _check_kinds(config: Any, model: Any) -> None:
     """Refuses arguments in each other's places."""
     if isinstance(config, CausalLM):
         raise ValueError(
@@ -114,8 +116,6 @@ def _check_kinds(config: Any, model: Any, tok: Any) -> None:
         raise wrong("config", "a TrainConfig, a mapping of its fields, a file or None", config)
     if model is not None and not isinstance(model, CausalLM | str | os.PathLike):
         raise _other_kind("model", "a model from load_model, or what it loads by", model)
-    if tok is not None and not isinstance(tok, str | os.PathLike) and not hasattr(tok, "encode"):
-        raise _other_kind("tok", "a tokenizer from load_tokenizer, or None for the model's", tok)
 
 
 def _other_kind(name: str, expected: str, got: object) -> ValueError:
@@ -174,21 +174,12 @@ def _fill_in(values: dict[str, Any], model: CausalLM, base: Mapping[str, Any]) -
             )
     if values.get("policy") is None:
         values["policy"] = model.policy
-    if not base and "dtype" not in values:
+    if not base and values.get("dtype") is None:
         values["dtype"] = "float32" if str(model.dtype) == "float32" else "bfloat16"
     return model
 
 
 def _tokenizer(tok: Any, model: CausalLM | None, config: TrainConfig) -> Any:
-    if isinstance(tok, str | os.PathLike):
-        return checkpoint.load_tokenizer(tok)
-    if tok is not None:
-        return tok
-    if model is None:
+    if tok is None and model is None:
         return checkpoint.load_tokenizer(config.model, config.revision)
-    if model.source is None:
-        raise ValueError(
-            "tok: expected the model's tokenizer, got None for a model that is from no files; load "
-            "it with load_tokenizer"
-        )
-    return checkpoint.load_tokenizer(os.fspath(model.source))
+    return tokenizer_given(tok, config.model if model is None else model)

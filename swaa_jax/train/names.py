@@ -1,10 +1,11 @@
 """What Transformers, TRL, PEFT, MaxText and Levanter call the settings of a run, and our names."""
 
+import re
 from collections.abc import Iterable, Mapping
 
 from swaa_jax.fields import show
 
-__all__ = ["OTHERS", "refuse_others_names"]
+__all__ = ["OTHERS", "ours_by_name", "refuse_others_names"]
 
 _STEPS = "in optimizer steps"
 
@@ -62,7 +63,6 @@ OTHERS: Mapping[str, Mapping[str, str]] = {
         "fp16": "dtype: bfloat16 or float32",
         "gradient_checkpointing": "remat",
         "peft_config": "lora",
-        "do_train": "nothing, since `swaa train` trains",
         "data_seed": "data.seed",
         # MaxText
         "steps": "max_steps",
@@ -82,7 +82,6 @@ OTHERS: Mapping[str, Mapping[str, str]] = {
         # Levanter
         "num_train_steps": "max_steps",
         "per_device_parallelism": "rows_per_device",
-        "trainer": "the fields themselves: max_steps, mesh, checkpoint, ...",
         "steps_per_eval": f"eval_every, {_STEPS}",
         "initialize_from_hf": "model",
         "hf_save_path": "output_dir, which has adapter/ or model/",
@@ -131,6 +130,16 @@ OTHERS: Mapping[str, Mapping[str, str]] = {
     },
 }
 """By our section (`""`: at the top), another library's name and where its meaning is here."""
+
+
+def ours_by_name(section: str) -> dict[str, str]:
+    """Others' names of a section's settings, with our names alone; for `told_keywords`.
+
+    >>> ours_by_name("optimizer")["warmup"]
+    'warmup_steps'
+    """
+    found = {name: re.split("[,;: ]", ours)[0] for name, ours in OTHERS[section].items()}
+    return {name: ours.removeprefix(f"{section}.") for name, ours in found.items()}
 
 
 def refuse_others_names(section: str, keys: Iterable[object], known: Iterable[str]) -> None:

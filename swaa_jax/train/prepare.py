@@ -2,8 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 from etils import epath
@@ -29,7 +28,7 @@ def read_data(
     tok: "PreTrainedTokenizerBase",
     feed: Feed,
     *,
-    records: Sequence[Mapping[str, object]] | None = None,
+    records: Any = None,
     progress: ProgressLike = None,
 ) -> BatchSource:
     """The run's data, this process's share."""

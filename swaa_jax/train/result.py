@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
+from swaa_jax.figures import new_figure, save_figure
 from swaa_jax.models import CausalLM
 from swaa_jax.tables import Table
 from swaa_jax.typing import PathLike
@@ -94,7 +95,7 @@ class TrainResult:
         Args:
             path: a file that ends in .png, .svg or .pdf; None: it is not saved.
         """
-        figure = _new_figure(figsize=(7, 3.2), layout="constrained")
+        figure = new_figure(width=7, height=3.2, layout="constrained")
         others = [name for name in self._evaluated() if not name.endswith("loss")]
         axes = figure.subplots(1, 2 if others else 1, squeeze=False)[0]
         self._draw(axes[0], "loss", label="training")
@@ -110,9 +111,7 @@ class TrainResult:
                 ax.axvline(self.best_step, color="0.6", linestyle=":", label="best")
             if ax.get_legend_handles_labels()[0]:
                 ax.legend(frameon=False, fontsize="small")
-        if path is not None:
-            figure.savefig(str(path))
-        return figure
+        return save_figure(figure, path)
 
     def _evaluated(self) -> list[str]:
         names = dict.fromkeys(name for one in self.history for name in one)
@@ -129,9 +128,3 @@ class TrainResult:
         image = base64.b64encode(buffer.getvalue()).decode()
         text = html.escape(str(self)).replace("\n", "<br>")
         return f'<p>{text}</p><img alt="loss by step" src="data:image/png;base64,{image}">'
-
-
-def _new_figure(**options: Any) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(**options)

@@ -14,7 +14,7 @@ from swaa_jax.costs import FlopCounter
 from swaa_jax.data import DataConfig
 from swaa_jax.lora import add_lora, merge_lora, save_adapter
 from swaa_jax.models import CausalLM, load_model, save_model
-from swaa_jax.progress import ProgressLike, say
+from swaa_jax.progress import ProgressLike, progress_like, say
 from swaa_jax.storage import CheckpointError, write_text_atomic
 from swaa_jax.train.best import Best
 from swaa_jax.train.checkpoints import Checkpoints, Restored
@@ -100,7 +100,9 @@ def train(
     given = gather(config, model=model, tok=tok, data=data, eval_data=eval_data, fields=fields)
     config, tok = given.config, given.tok
     check_wandb(config.metrics.wandb)
+    progress_like("progress", progress)
     mesh = config.make_mesh() if given.model is None else given.model.mesh
+    config = config.with_dtype(mesh)
     feed = make_feed(
         mesh,
         batch_size=config.data.batch_size,

@@ -32,13 +32,15 @@ from swaa_jax.fields import (
     texts,
     wrong,
 )
+from swaa_jax.given import told_keywords
 from swaa_jax.lora import LoraConfig
 from swaa_jax.losses import LossConfig
+from swaa_jax.models.auto import default_dtype
 from swaa_jax.policy import AttentionPolicy, load_policy
 from swaa_jax.storage import read_text
 from swaa_jax.train.best import BestConfig
 from swaa_jax.train.config import OptimizerConfig, StepConfig
-from swaa_jax.train.names import refuse_others_names
+from swaa_jax.train.names import ours_by_name, refuse_others_names
 from swaa_jax.train.scoring import read_tasks
 from swaa_jax.typing import PathLike
 
@@ -49,6 +51,7 @@ T = TypeVar("T")
 _NOTES = ("description", "source")
 
 
+@told_keywords(ours_by_name("checkpoint"))
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When the run's state is saved, and from which one it goes on.
@@ -78,6 +81,7 @@ class CheckpointConfig:
         )
 
 
+@told_keywords()
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
     """Where metrics go in addition to `metrics.jsonl`, which always has every step.
@@ -106,6 +110,7 @@ class MetricsConfig:
         )
 
 
+@told_keywords()
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplesConfig:
     """Answers that the model gives at each evaluation, to be read by people.
@@ -133,6 +138,7 @@ class SamplesConfig:
         )
 
 
+@told_keywords()
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
     """Which steps are traced with `jax.profiler`, into `profiles/` in `output_dir`.
@@ -150,6 +156,7 @@ class ProfileConfig:
         check_fields(self, last=integer(least=self.first))
 
 
+@told_keywords(ours_by_name(""))
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run, built from plain values: sections may be mappings, policies names or texts.
@@ -178,7 +185,9 @@ class TrainConfig:
         max_steps: stop after so many steps, where that comes first; the schedule ends there too.
         rows_per_device: rows that a device computes at a time; the rest of a step's rows follow in
             turn, and gradients are summed.
-        remat, scan_layers, dtype: see `StepConfig`.
+        remat, scan_layers: see `StepConfig`.
+        dtype: of the forward and backward pass, "bfloat16" or "float32"; None: as `load_model`,
+            float32 on a CPU and bfloat16 elsewhere.
         checkpoint, metrics, profile: see theirs.
         merge: also export the model with its adapters merged into the weights.
         seed: of adapters, dropout and, unless it has its own, data.
@@ -215,7 +224,7 @@ class TrainConfig:
     rows_per_device: int = 1
     remat: str = "layer"
     scan_layers: bool | str = "auto"
-    dtype: str = "bfloat16"
+    dtype: str | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
     profile: ProfileConfig | None = None
@@ -270,9 +279,13 @@ class TrainConfig:
             remat=self.remat,  # pyright: ignore[reportArgumentType]
             scan_layers=self.scan_layers,  # pyright: ignore[reportArgumentType]
             trainable="all" if self.lora is None else "lora",
-            dtype=self.dtype,
+            dtype=self.dtype or "bfloat16",  # `with_dtype` comes before
             seed=self.seed,
         )
+
+    def with_dtype(self, mesh: Mesh | None) -> "TrainConfig":
+        """The same with the dtype that models are loaded in there, where none is said."""
+        return dataclasses.replace(self, dtype=self.dtype or default_dtype(mesh))
 
     def make_mesh(self) -> Mesh | None:
         """The mesh over the devices that there are.

@@ -20,6 +20,7 @@ UNTRIED = (
         for name in (
             "benchmarking",
             "evaluation",
+            "python-api",
             "select-layers",
             "tpu",
             "training",

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import inspect
 import itertools
 import json
 import types
@@ -9,8 +10,9 @@ import types
 import numpy as np
 import pytest
 
+import swaa_jax as swaa
 from swaa_jax import runtime
-from swaa_jax.bench import local
+from swaa_jax.bench import bench, local
 from swaa_jax.bench.cells import run_cells
 from swaa_jax.bench.local import local_cells, room_for
 from swaa_jax.bench.measure import Measurement, Spread, Summary, Timeline
@@ -318,6 +320,76 @@ def test_the_report_of_anything_can_be_written(tmp_path):
     assert json.loads(paths["bench.json"].read_text())["measurements"][1]["failed"] == 1
 
 
+def test_models_and_policies_in_python(model, monkeypatch, tmp_path):
+    monkeypatch.setattr(runtime, "return_freed_arrays", lambda: False)
+    told = []
+    found = swaa.bench(
+        {"one": model, "two": model},
+        {"all": "full", "narrow": {"window": 16, "num_sink_tokens": 2}},
+        prompt_tokens=[5, 40],
+        output_tokens=3,
+        requests=2,
+        concurrency=2,
+        chunk_size=32,
+        directory=tmp_path / "kept",
+        progress=lambda text, share: told.append((text, share)),
+    )
+    names = ["one, all", "one, narrow", "two, all", "two, narrow"]
+    assert [one.name for one in found] == names and found.is_complete
+    assert told[-1] == ("two, all: done", 1.0)  # small caches first
+    lines = found.table().records()
+    assert [(line["model"], line["policy"]) for line in lines] == [
+        tuple(name.split(", ")) for name in names
+    ]
+    for line, measurement in zip(lines, found, strict=True):
+        summary = measurement.summary
+        assert (line["finished"], line["requests"]) == (2, 2)
+        assert line["ttft_s"] == summary.ttft.mean and line["latency_p99_s"] == summary.latency.p99
+        assert line["total_tokens_per_s"] == summary.total_tokens_per_s
+        assert line["cache_bytes"] == measurement.cache_bytes
+    assert found["one, narrow"].policy == "window=16,sinks=2"
+    with pytest.raises(KeyError, match="did you mean 'one, all'"):
+        found["one, al"]
+    assert len(found.to_pandas()) == 4 and len(repr(found)) < 400
+    assert "peak_bytes" not in str(found) and "<table>" in found._repr_html_()
+    assert found.plot(tmp_path / "bench.png")._repr_png_()[:4] == b"\x89PNG"
+    kept = json.loads((tmp_path / "kept" / "bench.json").read_text())
+    assert kept == json.loads(json.dumps(found.to_dict()))
+    assert [one["name"] for one in kept["measurements"]] == names
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"models": None}, "models: expected a model, a shape or a url, got none of them"),
+        ({"models": 3}, "models: expected models from load_model, or their names, got a int"),
+        ({"policies": ["full", "full"]}, "policies: expected each policy once, got one twice"),
+        ({"policies": []}, "policies: expected each policy once, got none"),
+        ({"policies": "ful"}, "did you mean 'full'"),
+        ({"request": 3}, r"got 'request' \(did you mean 'requests'\?\)"),
+        ({"prompt_tokens": 1.5}, "prompt_tokens: expected tokens such as 1024"),
+        ({"prompt_tokens": [1, "a"]}, r"prompt_tokens\[1\]: expected an integer"),
+        ({"output_tokens": None}, "output_tokens: expected tokens such as"),
+        ({"prompt_tokens": 10**6}, "prompt_tokens: expected prompt and answer of at most 128"),
+        ({"requests": 0}, "requests: expected an integer of at least 1"),
+        ({"rate": 1, "concurrency": 2}, "rate: expected it or concurrency, got both"),
+        ({"url": "http://x/v1"}, "policies: expected nothing with url, got 'full'"),
+        ({"url": "http://x/v1", "policies": None}, "expected names of the server's models, with"),
+        ({"shape": "Qwen3-4B"}, "got models and shape; give one"),
+        ({"api_key": "secret"}, "api_key: expected nothing without url, got a key"),
+        ({"dtype": "float32"}, "dtype: expected nothing with a loaded model"),
+        ({"num_slots": 0}, "num_slots: expected an integer"),
+        ({"memory_share": 2}, "memory_share: expected a number above 0"),
+        ({"directory": 3}, "directory: expected"),
+    ],
+)
+def test_mistakes_in_python_are_told(model, changes, message):
+    given = {"models": model, "policies": "full", **changes}
+    with pytest.raises(ValueError, match=message) as error:
+        inspect.unwrap(bench)(**given)  # without the tests' type checker
+    assert len(str(error.value).splitlines()) == 1 and "secret" not in str(error.value)
+
+
 @pytest.fixture
 def run(capsys, monkeypatch, tmp_path):
     """The command in this process: code, output, errors."""
@@ -347,6 +419,12 @@ def test_the_command(run, tmp_path):
     assert [one["finished"] for one in found["measurements"]] == [3]
     assert [one["output_tokens"] for one in found["measurements"][0]["requests"]] == [4, 4, 4]
     assert "3 of 3" in out and "window=16,sinks=2" in out and "bench.png" in out
+    code, out, _ = run(
+        *(path, "--dtype", "float32", "--policies", "window=16,sinks=2", "--json"),
+        *("--prompt-tokens", "20", "--output-tokens", "4", "--requests", "1"),
+        *("--concurrency", "2", "--chunk-size", "32"),
+    )
+    assert code == 0 and [line["finished"] for line in json.loads(out)] == [1]
 
 
 def test_a_shape_with_random_weights(run, tmp_path, monkeypatch):
@@ -382,7 +460,7 @@ def test_every_shape_is_one_that_a_family_reads(name):
         (["tiny-retriever", "--shape", "Qwen3-4B"], "got models and shape"),
         (["--shape", "Qwen3-4"], "did you mean 'Qwen3-4B'"),
         (["x", "--url", "http://127.0.0.1:9", "--slots", "3"], "--slots: expected nothing with"),
-        (["x", "--vocab", "3"], "--vocab: expected nothing without url, got 3"),
+        (["x", "--vocab", "3"], "--vocab-size: expected nothing without url, got 3"),
         (["x", "--rate", "1", "--concurrency", "2"], "--rate: expected it or concurrency"),
         (["x", "--rate", "0"], "error: --rate: expected a number above 0"),
         (["x", "--requests", "0"], "error: --requests: expected an integer of at least 1"),

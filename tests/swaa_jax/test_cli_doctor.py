@@ -9,7 +9,9 @@ import pytest
 from swaa_jax.cli import doctor, doctor_checks, main
 
 
-def test_this_machine(capsys, monkeypatch):
+def test_this_machine(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")  # other tests are without
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("SWAA_BACKND", "xla")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.delenv("XLA_FLAGS", raising=False)
@@ -21,7 +23,8 @@ def test_this_machine(capsys, monkeypatch):
     assert found["devices", "devices"]["value"] == "1 x cpu (cpu)"
     assert "as the reference has it" in found["devices", "windowed attention"]["value"]
     assert found["caches and disk", "hub token"]["value"] == "there"
-    assert found["caches and disk", "compilation cache"]["status"] == "ok"
+    cache = found["caches and disk", "compilation cache"]
+    assert cache["status"] == "ok" and str(tmp_path) in cache["value"]
     unknown = found["settings", "SWAA_BACKND"]
     assert unknown["status"] == "note" and "did you mean 'SWAA_BACKEND'" in unknown["value"]
 

@@ -131,7 +131,7 @@ def test_values_of_settings_may_hold_commas():
         (["tiny-table-1", "--max-new-tokens", "7"], "--max-new-tokens: expected --data, whose"),
         (["nothing.yaml"], "No such file or directory: nothing.yaml"),
         (["tiny-tabel-1"], "did you mean 'tiny-table-1'?"),
-        (["--model", "m"], "evaluation: expected a value for tasks, got none; say which"),
+        (["--model", "m"], "evaluation: expected a value for tasks or data, got none; say which"),
         (["--model", "m", "--task", "rulr"], "did you mean 'ruler'?"),
         (["--model", "m", "--data", "DATA", "--policies", "fulll"], "did you mean 'full'?"),
         (["--model", "m", "--data", "DATA", "atempts=2"], "did you mean 'attempts'?"),
@@ -172,6 +172,10 @@ def test_ones_own_checkpoint_and_questions_in_one_command(data, tmp_path, capsys
     assert len(rows) == 9
     assert {json.loads(row)["kind"] for row in rows} == {"sum", "fact"}
     assert "my-model: qa mine" in (tmp_path / "eval_output/report.md").read_text()
+    assert main(["eval", *words, "--policies", recipes, "--json"]) == 0
+    lines = json.loads(capsys.readouterr().out)  # and nothing else
+    assert [line["policy"] for line in lines] == recipes.split(",")
+    assert all(line["cache_bytes_per_sample"] > 0 and line["ms_per_token"] > 0 for line in lines)
 
 
 def test_the_reports_command_has_no_key(monkeypatch):
@@ -188,11 +192,14 @@ def test_a_search_writes_a_policy_that_can_be_used(tmp_path, capsys):
     words += ["--sinks", "0", "--full-layers", "none", "--decode", "full", "--first-samples", "1"]
     assert main(["recipes", *words]) == 0
     out = capsys.readouterr().out
-    assert "2 candidates and full attention, windows 16, 96" in out
+    assert "2 candidates and full attention: " in out
     policy = swaa.policy.load_policy(str(tmp_path / "found/policy.yaml"))
     found = json.loads((tmp_path / "found/search.json").read_text())
     assert policy.to_dict() == found["chosen"]["policy"]
     assert (tmp_path / "found/search.png").read_bytes()[:4] == b"\x89PNG"
+    assert main(["recipes", *words, "--json"]) == 0
+    lines = json.loads(capsys.readouterr().out)
+    assert lines[0]["state"] == "chosen" and lines[0]["policy"] == found["chosen"]["summary"]
 
 
 def test_a_search_needs_a_model_and_one_task(data, capsys):

@@ -1,13 +1,16 @@
 """The helps of all commands: short, whole, in columns that fit, and plain where nobody looks."""
 
 import argparse
+import pathlib
 import re
 
 import pytest
 
+from swaa_jax.cli.environment import VARIABLES
 from swaa_jax.cli.main import KINDS, build_parser
 from swaa_jax.cli.parser import CommandParser
 
+ROOT = pathlib.Path(__file__).parents[2]
 COMMANDS = build_parser().commands.choices
 
 
@@ -27,6 +30,16 @@ def test_every_command_has_its_place_in_the_help():
     assert [line.split()[0] for line in text.splitlines() if re.match(r"  [a-z]\S*  +\S", line)][
         : len(placed)
     ] == placed
+
+
+def test_every_variable_is_documented():
+    text = (ROOT / "docs" / "command-line.md").read_text()
+    documented = set(re.findall(r"^\| `(SWAA_\w+)`", text, re.MULTILINE))
+    sources = [path.read_text() for path in (ROOT / "swaa_jax").rglob("*.py")]
+    sources += [path.read_text() for path in (ROOT / "kernels_pallas").rglob("*.py")]
+    read = {name for text in sources for name in re.findall(r"\"(SWAA_[A-Z_]+[A-Z])\"", text)}
+    read -= {"SWAA_BACKND", "SWAA_CONFIG_KEYS"}  # a doctest's, and a constant
+    assert documented == read == set(VARIABLES)
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"lm-eval"}))

@@ -273,10 +273,48 @@ def test_flags_alone_and_beside_a_policy():
 
 
 @pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("generate tiny-retriever hi --policy window=64,snks=4", "sinks"),
+        ("generate tiny-retriever hi --policy naiv", "naive"),
+        ("generate tiny-retriever hi --policy POLICY.yaml", "num_sink_tokens"),
+        ("generate tiny-retreiver hi", "tiny-retriever"),
+        ("generate tiny-retriever hi --backend xlaa", "xla"),
+        ("generate tiny-retriever hi --mesh fdsp=2", "fsdp"),
+        ("eval papr-table-1", "paper-table-1"),
+        ("eval --model tiny-retriever --task rulr", "ruler"),
+        ("train tinny", "tiny"),
+        ("train tiny optimizer.lerning_rate=3", "learning_rate"),
+        ("train tiny optimizer.lr=3", "learning_rate"),
+        ("train tiny data.batchsize=3", "batch_size"),
+        ("recipes naiv", "naive"),
+    ],
+)
+def test_what_is_written_wrong_gets_the_nearest_name(words, meant, tmp_path, capsys):
+    (tmp_path / "POLICY.yaml").write_text("window: 64\nsinks: 4\n")
+    words = words.replace("POLICY.yaml", str(tmp_path / "POLICY.yaml"))
+    assert main(words.split(" ")) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert meant in told.partition(", got ")[2]
+
+
+def test_a_variable_that_nothing_reads_is_told(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("SWAA_BACKND", "xla")
+    assert main(["generate", str(tmp_path / "nothing"), "hi"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "did you mean 'SWAA_BACKEND'?" in first and "nothing" in second
+
+
+@pytest.mark.parametrize(
     ("words", "told"),
     [
         ("recipes --pref quality", "swaa recipes: .* got '--pref' .did you mean '--prefer'"),
         ("generate m p --windo=8", "swaa generate: .* got '--windo=8' .did you mean '--window'"),
+        ("evla", "swaa: COMMAND: .* got 'evla' .did you mean 'eval'"),
+        ("eval --polices full", "swaa eval: .* got '--polices' .did you mean '--policies'"),
+        ("generate m p --dtype bf16", "swaa generate: --dtype: .* .did you mean 'bfloat16'"),
+        ("train tiny --optimizer.lr=3", "swaa train: .* write 'optimizer.lr=3'"),
         ("evl", "swaa: COMMAND: .* got 'evl' .did you mean 'eval'"),
         (
             "generate m p --positions tex",

@@ -34,7 +34,7 @@ def data(tmp_path_factory):
 
 def test_a_policy_file_comes_out_and_the_same_command_goes_on(data, tmp_path, capsys):
     command = ["select", "tiny-retriever", str(data), str(tmp_path / "out"), *FLAGS]
-    command += ["--method", "periodic", "--full-layers-count", "4"]
+    command += ["--method", "periodic", "--num-full-layers", "4"]
     assert main(command) == 0
     out = capsys.readouterr().out
     file = load_policy_file(tmp_path / "out" / "policy.yaml")
@@ -53,6 +53,10 @@ def test_a_policy_file_comes_out_and_the_same_command_goes_on(data, tmp_path, ca
     assert str(file.policy) in out
     assert main(command) == 0
     assert "0 evaluated now" in capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["num_new"], printed["chosen"]) == (0, list(layers))
+    assert printed["files"]["policy.yaml"] == str(tmp_path / "out" / "policy.yaml")
 
 
 @pytest.mark.parametrize(
@@ -61,7 +65,7 @@ def test_a_policy_file_comes_out_and_the_same_command_goes_on(data, tmp_path, ca
         (["--heads", "--share", "1/2"], "--method gates"),
         (["--share", "3/2"], "--share"),
         (["--share", "a half"], "--share"),
-        (["--full-layers-count", "8"], "1 to 7"),
+        (["--num-full-layers", "8"], "1 to 7"),
         (["--share", "1/2", "--offset", "1", "--method", "add_one"], "'offset'"),
         (["--share", "1/2", "--window", "4000"], "smaller window"),
         (["--share", "1/2", "--data-set", "pakcing=pack"], "pakcing"),
@@ -115,7 +119,7 @@ def test_data_without_answers_is_refused(tmp_path, capsys):
 def test_a_size_must_be_given(data, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["select", "tiny-retriever", str(data), str(tmp_path), *FLAGS])
-    assert "--full-layers-count" in capsys.readouterr().err
+    assert "--num-full-layers" in capsys.readouterr().err
 
 
 def test_help_names_every_method(capsys):

@@ -178,7 +178,8 @@ def test_the_shipped_tiny_config(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert main.main(["train", "tiny", f"output_dir={tmp_path / 'out'}", "merge=true"]) == 0
-    assert "4 of 4 steps, loss" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "4 of 4 steps: done\nloss " in said and "\nevaluation at step 4: accuracy " in said
     (samples,) = train_runs.read_lines(tmp_path / "out" / "samples.jsonl")
     assert "special magic numbers for" in samples["samples"][0]["expected"]
     assert (tmp_path / "out" / "adapter" / "adapter_config.json").exists()

@@ -48,8 +48,14 @@ def test_refused(no_type_checks, fields, message):
         DataConfig.from_dict({"seq_len": 64, "batch_size": 8} | fields)
 
 
-def test_required(no_type_checks):
-    with pytest.raises(ValueError, match="expected a value for seq_len and batch_size"):
-        DataConfig.from_dict({})
+def test_nothing_is_required(no_type_checks):
+    """Rows are as long as the longest sample, in multiples of 128; or as the last bucket."""
+    config = DataConfig.from_dict({})
+    assert (config.seq_len, config.batch_size) == (None, 8)
+    assert [config.with_lengths([5, size]).seq_len for size in (128, 129)] == [128, 256]
+    assert DataConfig(bucket_widths=[64, 100]).seq_len == 100
+    assert DataConfig(seq_len=100).with_lengths([5]).seq_len == 100
+    with pytest.raises(ValueError, match="seq_len: expected a number"):
+        _ = config.widths
     with pytest.raises(ValueError, match="data config: expected a mapping"):
         DataConfig.from_dict(["seq_len"])

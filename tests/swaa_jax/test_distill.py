@@ -1,8 +1,11 @@
 """Distillation: questions in, accepted answers out; stopped runs; other runs' directories."""
 
+import inspect
 import json
 import types
 
+import datasets
+import pandas as pd
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -51,6 +54,55 @@ def test_accepted_answers_are_kept(retriever, tmp_path):
     }
     assert len(kept) == len({(r["question_id"], r["response"]) for r in right}) == done.kept
     assert (done.questions, done.answers, done.accepted) == (5, 15, len(right))
+
+
+def test_everything_in_memory_and_what_it_shows(retriever, tmp_path):
+    """Without a directory it is what a directory's files hold; questions come in any form."""
+    files = distill(*retriever, QUESTIONS, even_lengths, tmp_path / "out", config=CONFIG)
+    rows = [{"id": q.id, "prompt": q.prompt, "answer": q.references[0]} for q in QUESTIONS]
+    fields = {"attempts": 3, "max_new_tokens": 6, "questions_per_part": 2}
+    for form in (rows, datasets.Dataset.from_list(rows), pd.DataFrame(rows)):
+        done = swaa.distill(*retriever, form, even_lengths, **fields)
+        assert done.path is None
+        assert done.records() == files.records() == rows_of(files.path)
+    lines = done.table().records()
+    assert [line["answers"] for line in lines] == [3] * 5
+    assert sum(line["accepted"] for line in lines) == done.accepted
+    assert sum(line["kept"] for line in lines) == done.kept == len(done.dataset())
+    assert done.to_pandas()["kept"].sum() == done.kept
+    assert len(repr(done)) < 150 and f"{done.kept} answers kept" in done._repr_html_()
+    assert done.plot(tmp_path / "accepted.png")._repr_png_()[:4] == b"\x89PNG"
+    judged = swaa.distill(*retriever, rows, lambda judged: False, limit=2, **fields)
+    assert (judged.questions, judged.answers, judged.accepted, judged.records()) == (2, 6, 0, [])
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model": "tok", "tok": "model"}, "model: expected a model from load_model"),
+        ({"questions": None}, "questions: expected a list of dicts, .* the order is model, tok,"),
+        ({"questions": {"prompt": "a", "answer": "b"}}, "data: expected a list of records"),
+        ({"questions": [{"prompt": "x"}]}, "expected an answer"),
+        ({"judge": "exakt"}, "did you mean 'exact'"),
+        ({"judge": {"pattern": "x"}}, "judge: expected a mapping with a name"),
+        ({"judge": {"name": "regex", "patern": "x"}}, "did you mean 'pattern'"),
+        ({"judge": 3}, "judge: expected one of exact, .* a mapping or a function"),
+        ({"judge": "/tmp/out"}, "judge: expected one of"),
+        ({"directory": 3}, "directory: expected"),
+        ({"atempts": 2}, r"got 'atempts' \(did you mean 'attempts'\?\)"),
+        ({"attempts": "2"}, "attempts: expected an integer"),
+        ({"limit": 0}, "limit: expected an integer"),
+        ({"config": {"attempts": 2}}, "config: expected a DistillConfig"),
+        ({"settings": "x"}, "settings: expected a mapping"),
+    ],
+)
+def test_mistakes_in_python_are_told_in_a_line(retriever, changes, message):
+    things = dict(zip(("model", "tok"), retriever, strict=True))
+    given = {**things, "questions": [{"prompt": "x", "answer": "y"}], **changes}
+    given = {n: things.get(v, v) if isinstance(v, str) else v for n, v in given.items()}
+    with pytest.raises(ValueError, match=message) as error:
+        inspect.unwrap(distill)(**given)  # without the tests' type checker
+    assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 700
 
 
 @pytest.mark.slow
@@ -134,6 +186,8 @@ def test_the_command(tmp_path, capsys):
     options = ["--max-new-tokens", "4", "--attempts", "2", "--dtype", "float32"]
     assert main([*command, *options]) == 0
     assert "of 2 accepted" in capsys.readouterr().out
+    assert main([*command, *options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["answers"] == 2
     assert rows_of(tmp_path / "out/train.parquet") is not None
     run = json.loads((tmp_path / "out/run.json").read_text())
     assert run["settings"]["policy"]["window"] is None

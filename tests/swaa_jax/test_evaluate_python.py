@@ -13,7 +13,7 @@ import pytest
 import swaa_jax as swaa
 from swaa_jax.eval.evaluation import _config
 from swaa_jax.eval.run import EvalConfig
-from swaa_jax.eval.tasks import QaTask, RulerTask, encode_sample
+from swaa_jax.eval.tasks import QaTask, RulerTask
 from tests.support import byte_tokenizer
 from tests.support.evaluations import CountingTask, cell, evaluation, row
 from tests.support.random_models import random_model
@@ -23,6 +23,9 @@ QUESTIONS = [
     {"prompt": "Two and two and two are", "answer": ["a", "o"]},
     {"prompt": "Three", "answer": 3, "kind": "short"},
 ]
+PLAIN = datasets.Dataset.from_list(
+    [{"prompt": one["prompt"], "answer": str(one["answer"])} for one in QUESTIONS]
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,49 +42,38 @@ def said(done):
 
 
 def test_objects_in_and_out(mine, tmp_path, monkeypatch):
-    """A loaded model, policies by name and data of every kind are asked as files and flags are."""
+    """A loaded model, a policy by name and data in memory are asked as a path and a file are."""
     monkeypatch.chdir(tmp_path)
-    model, tok = mine
+    model, _ = mine
     options = {"max_new_tokens": 4, "batch_size": 3, "progress": False}
-    policies = {"all": "full", "mine": {"window": 8, "decode": "full"}}
+    policies = {"mine": {"window": 8, "decode": "full"}}
     done = swaa.evaluate(models={"m": mine}, policies=policies, data=QUESTIONS, **options)
     assert list(tmp_path.iterdir()) == []
     assert done.config.output_dir is None
-    samples = QaTask(data=QUESTIONS).samples(tok, thinking=False)
-    prompts = [encode_sample(one, tok, thinking=False) for one in samples]
-    for cell_, name in zip(done.cells, policies, strict=True):
-        assert (cell_.model, cell_.policy_name, cell_.task) == ("m", name, "qa data")
-        alone = swaa.generate(
-            model.with_policy(cell_.policy),
-            tok,
-            prompts,
-            max_new_tokens=4,
-            batch_size=3,
-            progress=False,
-        )
-        assert [answer["response"] for answer in cell_.answers] == list(alone.texts)
-        assert [answer["references"] for answer in cell_.answers] == [["e"], ["a", "o"], ["3"]]
+    (found,) = done.cells
+    assert (found.model, found.policy_name, found.task) == ("m", "mine", "qa data")
+    assert [answer["references"] for answer in found.answers] == [["e"], ["a", "o"], ["3"]]
     # The same from a path, with files, in a directory, and told how far it is.
     told = []
     pathlib.Path("mine.jsonl").write_text("".join(json.dumps(one) + "\n" for one in QUESTIONS))
-    asked = {
-        "policies": list(policies.values()),
-        "output_dir": tmp_path / "out",
-        "dtype": "float32",
-    }
-    place = str(model.source)
-    told_to = {**options, "progress": lambda text, share: told.append((text, share))}
-    again = swaa.evaluate(models=place, data="mine.jsonl", **asked, **told_to)
+    asked = {"policies": "window=8,decode=full", "output_dir": tmp_path / "out"}
+    again = swaa.evaluate(
+        models=str(model.source),
+        data="mine.jsonl",
+        dtype="float32",
+        **asked,
+        **{**options, "progress": lambda text, share: told.append((text, share))},
+    )
     assert said(again) == said(done)
-    assert again.answered == 6
-    assert told[-1][1] == 1.0 or max(share for _, share in told) > 0.9
-    # What is there is not asked again, by whatever it was given.
-    del asked["dtype"]
-    for data in (QUESTIONS, pd.DataFrame(QUESTIONS)):
-        asked_again = swaa.evaluate(models=model, data={"qa mine": data}, **asked, **options)
-        assert said(asked_again) == said(done)
-    changed = model.with_policy(swaa.AttentionPolicy(window=9))  # its own policy is not used
-    assert swaa.evaluate(models=changed, data=QUESTIONS, **asked, **options).answered == 0
+    assert again.answered == 3
+    assert told[0][0].startswith("loading") and max(share for _, share in told) > 0.9
+    # Loaded, it is what it was, whatever policy it has: records in memory are asked once.
+    narrow = model.with_policy(swaa.AttentionPolicy(window=9))
+    counts = [
+        swaa.evaluate(models=one, data=data, **asked, **options).answered
+        for one, data in ((model, QUESTIONS), (narrow, list(QUESTIONS)), (mine, iter(QUESTIONS)))
+    ]
+    assert counts == [3, 0, 0]
 
 
 def test_a_result_shows_itself(tmp_path):
@@ -128,8 +120,8 @@ def test_a_search_of_a_loaded_model(mine, tmp_path):
         "sinks": [0],
         "full_layers": [()],
         "decode": ["full"],
-        "first_samples": 3,
-        "batch_size": 3,
+        "first_samples": 6,
+        "batch_size": 6,
         "progress": False,
     }
     found = swaa.search_policy(*mine, **asked)
@@ -222,7 +214,7 @@ def test_mistakes_with_objects(mine, no_type_checks):
             r"models\[0\]: expected \(model, tokenizer\), got the tokenizer",
         ),
         ({"models": tok}, "expected a checkpoint's path or name, a loaded model"),
-        ({"models": (model, model)}, r"models\[0\]: expected a checkpoint's path or name"),
+        ({"models": (model, model)}, "models: expected distinct names"),
         ({"models": {"mine": (3, tok)}}, r"models\['mine'\]: expected \(model, tokenizer\)"),
         ({"models": model, "data": model}, "data: expected a file, a list of records"),
         ({"models": random_model()}, "was not loaded from a directory"),
@@ -230,18 +222,28 @@ def test_mistakes_with_objects(mine, no_type_checks):
         (
             {
                 "models": model,
-                "data": datasets.DatasetDict(a=datasets.Dataset.from_list(QUESTIONS)),
+                "data": datasets.DatasetDict(a=PLAIN),
             },
             r"take one split, data\['a'\]",
         ),
         (
-            {"models": model, "data": datasets.Dataset.from_list(QUESTIONS).to_iterable_dataset()},
+            {"models": model, "data": PLAIN.to_iterable_dataset()},
             "which has no length; take some of it",
         ),
     ]:
         with pytest.raises(ValueError, match=message) as told:
             _config(None, {"policies": "full", "tasks": RULER, **arguments})
         assert "\n" not in str(told.value) and len(str(told.value)) < 600
+    with pytest.raises(TypeError, match="evaluate: expected 1 arguments without a name, got"):
+        swaa.evaluate(None, tok, data=QUESTIONS)
+    with pytest.raises(TypeError, match="EvalConfig: expected arguments by name, got"):
+        EvalConfig("full")
+    with pytest.raises(ValueError, match="load: expected a function"):
+        swaa.evaluate(models=model, data=QUESTIONS, load=3)
+    with pytest.raises(ValueError, match="progress: expected True, False, None"):
+        swaa.evaluate(models=model, data=QUESTIONS, progress="yes")
+    with pytest.raises(ValueError, match=r"tok: expected a tokenizer, got a .*; the model comes"):
+        swaa.search_policy(tok, model, data=QUESTIONS)
     with pytest.raises(
         ValueError, match="config: expected an EvalConfig, a mapping, a file or None"
     ):
@@ -254,7 +256,8 @@ def test_mistakes_with_objects(mine, no_type_checks):
     for arguments, message in [
         ({}, "search_policy: expected data or task, got neither"),
         ({"data": QUESTIONS, "task": RULER}, "expected data or task, got both"),
-        ({"task": RULER, "flor": 0.9}, "flor"),
+        ({"task": RULER, "flor": 0.9}, "search_policy: expected keys among"),
+        ({"tasks": RULER}, r"'tasks' \(did you mean 'task'\?\)"),
         ({"task": RULER, "floor": 2}, "floor: expected a number"),
         ({"task": RULER, "thinking": "yes"}, "thinking: expected true or false"),
         ({"task": [RULER, RULER + ",seed=1"]}, "expected one task|expected distinct names"),
@@ -270,7 +273,7 @@ def test_questions_in_memory_are_those_of_a_file(tmp_path):
     for data in (
         QUESTIONS,
         (one for one in QUESTIONS),
-        datasets.Dataset.from_list([{**one, "answer": [str(one["answer"])]} for one in QUESTIONS]),
+        PLAIN,
         pd.DataFrame(QUESTIONS),
     ):
         samples = QaTask(data=data).samples(None, thinking=False)

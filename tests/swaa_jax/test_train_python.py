@@ -5,13 +5,18 @@ import json
 import os
 import signal
 
+import datasets
 import jax
 import numpy as np
+import pandas
 import pytest
 
 import swaa_jax as swaa
+from swaa_jax.data import DataConfig, prepare_samples
+from swaa_jax.examples import read_example
 from swaa_jax.lora import lora_state
-from swaa_jax.train import Best, BestConfig, TrainConfig, train
+from swaa_jax.records import records_of
+from swaa_jax.train import Best, BestConfig, OptimizerConfig, TrainConfig, train
 from swaa_jax.train.inputs import gather
 from swaa_jax.train.names import OTHERS
 from swaa_jax.train.report import SaveClock
@@ -133,13 +138,12 @@ def values(model):
     )
 
 
-@pytest.mark.parametrize("stop_at", [1, 2])
-def test_an_early_stop_that_was_interrupted(model, tok, tmp_path, takes_interrupts, stop_at, whole):
+def test_an_early_stop_that_was_interrupted(model, tok, tmp_path, takes_interrupts, whole):
     """Stopped and gone on, it ends where an undisturbed run does, with the same best one."""
     seen = {}
     arguments = early(model, tok, tmp_path / "out")
-    first = swaa.train(**arguments, evaluate=scripted(seen, stop_at))
-    assert not first.finished and first.step == stop_at + 1
+    first = swaa.train(**arguments, evaluate=scripted(seen, stop_at=2))
+    assert not first.finished and first.step == 3  # one evaluation was no better
     result = swaa.train(**arguments, evaluate=scripted(seen))
     undisturbed, states = whole
     assert result.finished and "no better for 2 evaluations" in result.ended
@@ -176,6 +180,31 @@ def early(model, tok, output):
     )
 
 
+def test_the_same_samples_from_every_form_of_data(tok, tmp_path):
+    """Chats too, whose nested lists frames have as arrays."""
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    asks = [said[0], {**said[1], "tool_calls": [call]}]
+    config = DataConfig(num_threads=0, cache_dir=str(tmp_path / "cache"))
+    for records in (RECORDS, [{"messages": said}, {"messages": said[:1] + said}]):
+        path = tmp_path / f"{len(records)}.parquet"
+        pandas.DataFrame(records).to_parquet(path)
+        expected = prepare_samples(config, tok, records=records)
+        forms = {
+            "datasets": datasets.Dataset.from_list(records),
+            "pandas": pandas.DataFrame(records),
+            "parquet in pandas": pandas.read_parquet(path),
+            "a generator": iter(records),
+        }
+        for form, data in forms.items():
+            assert prepare_samples(config, tok, records=data).digest == expected.digest, form
+        file = DataConfig(files=path, num_threads=0, cache_dir=str(tmp_path / "cache"))
+        assert prepare_samples(file, tok).digest == expected.digest
+    frame = pandas.DataFrame([{"messages": asks}])
+    (record,) = records_of(frame)
+    assert read_example(record).response[0]["tool_calls"][0]["function"]["name"] == "f"
+
+
 GOOD = {"model": "tiny-retriever", "data": RECORDS, "output_dir": "unused"}
 NOT_BUILT = {
     # Swapped, or of another kind.
@@ -190,7 +219,9 @@ NOT_BUILT = {
     "model: expected a model from load_model, or what it loads by, got a": lambda m, t: gather(
         None, model=t, tok=m, data=RECORDS, eval_data=None, fields={}
     ),
-    "tok: expected a tokenizer from load_tokenizer, or None": lambda m, t: train(**GOOD, tok=m),
+    "tok: expected a tokenizer from load_tokenizer, its name, or None": lambda m, t: train(
+        **GOOD, tok=m
+    ),
     "data: expected a list of dicts": lambda m, t: train(model="tiny-retriever", output_dir="x"),
     "(did you mean 'policy'?)": lambda m, t: train(**GOOD, polices="naive"),
     "revision: expected none with a loaded model": lambda m, t: train(
@@ -286,20 +317,40 @@ def test_evaluations_that_do_not_fit(model, tok, tmp_path):
 @pytest.mark.parametrize("section", OTHERS)
 def test_others_names_are_told_with_ours(section):
     """Each of them; and what is said to be ours is a field."""
+    config = TrainConfig(**{**GOOD, "data": "a.jsonl"}, eval_every=1, best="loss", samples=1)
     for name, ours in OTHERS[section].items():
         fields = {**GOOD, "data": "a.jsonl"}
         fields |= {section: {name: 1}} if section else {name: 1}
         with pytest.raises(ValueError) as caught:
             TrainConfig.from_dict(fields)
         assert f"{name!r}, which is {ours} here" in str(caught.value)
-        place = TrainConfig(**{**GOOD, "data": "a.jsonl"}, eval_every=1, best="loss", samples=1)
+        place = config
         first = ours.replace(",", " ").replace(";", " ").replace(":", " ").split()[0]
-        if first in ("nothing", "the"):
-            continue
         for part in first.split("."):
             if isinstance(place, dict) or place is None:  # mesh
                 break
             place = getattr(place, part)
+
+
+@pytest.mark.parametrize(
+    "build, hint",
+    [
+        (lambda: TrainConfig(**GOOD, polices="naive"), "'polices' (did you mean 'policy'?)"),
+        (lambda: TrainConfig(**GOOD, eval_steps=5), "'eval_steps' (did you mean 'eval_every'?)"),
+        (
+            lambda: TrainConfig(**GOOD, learning_rate=1),
+            "'learning_rate' (did you mean 'optimizer.learning_rate'?)",
+        ),
+        (lambda: OptimizerConfig(lr=1), "'lr' (did you mean 'learning_rate'?)"),
+        (lambda: BestConfig(patiense=1), "'patiense' (did you mean 'patience'?)"),
+        (lambda: DataConfig(max_seq_length=1), "'max_seq_length' (did you mean 'seq_len'?)"),
+        (lambda: TrainConfig(model="m", output_dir="o"), "TrainConfig: expected data, got none"),
+    ],
+)
+def test_constructors_tell_names(build, hint):
+    with pytest.raises(TypeError) as caught:
+        build()
+    assert hint in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_the_best_of_numbers():

@@ -33,7 +33,7 @@ from swaa_jax.verify import (
 )
 from swaa_jax.verify.paths import END, compare
 from tests.support.processes import ROOT, environment
-from tests.support.random_models import save_random_model
+from tests.support.random_models import assert_same_weights, save_random_model
 
 POLICY = AttentionPolicy.parse("window=16,sinks=4,full_layers=1::2,decode=full")
 NAMES = [
@@ -191,6 +191,33 @@ def test_the_candidate_that_a_noisy_reply_comes_from_is_named(with_logprobs, sca
             assert (verdict.answer, verdict.name) == (answer, name)
             assert verdict.has_logprobs == with_logprobs
             assert verdict.evidence[0].large_jumps <= 1
+
+
+def test_a_verdict_shows_itself(tmp_path):
+    rng = np.random.default_rng(0)
+    record = synthetic(rng)
+    replies = [noisy(rng, probe.paths["window - 1"], 0.1) for probe in record.probes]
+    verdict = decide(record, replies)
+    assert not verdict.is_recorded and verdict.policy == record.policy_of("window - 1")
+    assert verdict.policy.window == 15 and "runs window - 1: " in repr(verdict)
+    lines = verdict.table().records()
+    assert [line["policy"] for line in lines] == [one.name for one in verdict.evidence]
+    assert lines == verdict.to_pandas().to_dict("records")
+    assert "recorded was" in verdict._repr_html_()
+    assert json.loads(json.dumps(verdict.to_dict()))["runs_policy"] == str(verdict.policy)
+    assert verdict.plot(tmp_path / "verdict.svg")._repr_png_()[:4] == b"\x89PNG"
+    assert repr(record).startswith("Record(16 probes that tell ") and len(repr(record)) < 200
+    with pytest.raises(ValueError, match="replies: expected what ask_server or ask_model gave"):
+        decide(record, "same")
+    with pytest.raises(ValueError, match="record: expected a Record"):
+        decide(replies, record)
+
+
+def test_the_twin_is_the_model_as_if_loaded_in_another_format(tmp_path):
+    path = save_random_model(tmp_path / "model", num_hidden_layers=1)
+    one = probes._twin(swaa.load_model(path, dtype="float32"))
+    assert_same_weights(one, swaa.load_model(path, dtype="bfloat16"))
+    assert one.dtype == "bfloat16" and probes._twin(one).dtype == "float16"
 
 
 @pytest.mark.parametrize("with_logprobs", [True, False])

@@ -1,10 +1,9 @@
-"""Writes needle prompts with their answers as records for training and for evaluation.
+r"""Writes needle prompts with their answers as records for training and for evaluation.
 
-python training/tiny_retriever/needles.py swaa_jax/assets/tiny-needles.jsonl
-python training/tiny_retriever/needles.py swaa_jax/assets/tiny-needles-held-out.jsonl \\
-    --samples 8 --seed 1
+python training/tiny_retriever/needles.py tiny-needles.jsonl
+python training/tiny_retriever/needles.py tiny-needles-held-out.jsonl --samples 8 --seed 1
 
-wrote the files that are shipped, `tiny-needles` and `tiny-needles-held-out`.
+wrote the files that are shipped in swaa_jax/assets.
 """
 
 import argparse

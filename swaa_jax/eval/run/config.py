@@ -37,6 +37,7 @@ from swaa_jax.fields import (
     set_field,
     wrong,
 )
+from swaa_jax.given import told_keywords
 from swaa_jax.infer import SamplingParams
 from swaa_jax.storage import read_text
 from swaa_jax.typing import PathLike
@@ -91,6 +92,7 @@ class Setting:
         return [model for model in self.models if isinstance(model, ModelEntry)]
 
 
+@told_keywords()
 @dataclasses.dataclass(frozen=True, kw_only=True, init=False)
 class EvalConfig(SamplingParams):
     """What an evaluation asks; how tokens are drawn is in `SamplingParams`.

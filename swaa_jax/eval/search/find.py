@@ -15,10 +15,11 @@ from swaa_jax.eval.search.halving import (
     suggest_windows,
 )
 from swaa_jax.eval.tasks import encode_sample
-from swaa_jax.fields import check_keys, wrong
+from swaa_jax.fields import check_keys, list_of, wrong
+from swaa_jax.given import tokenizer_of, told_keywords
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import LayerSelection
-from swaa_jax.progress import ProgressLike, show_progress
+from swaa_jax.progress import ProgressLike, progress_like, show_progress
 from swaa_jax.typing import PathLike
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ _FIELDS = [field.name for field in dataclasses.fields(EvalConfig)]
 _OWN = ("settings", "tasks", "output_dir", "thinking", "skip_samples", "baseline")
 
 
+@told_keywords({"tasks": "task", "tokenizer": "tok"})
 def search_policy(
     model: Any,
     tok: "PreTrainedTokenizerBase | None" = None,
@@ -90,6 +92,7 @@ def search_policy(
         ... )  # doctest: +SKIP
         >>> found.policy, found.plot("search.png")  # doctest: +SKIP
     """
+    tok, progress = tokenizer_of("tok", tok), progress_like("progress", progress)
     config = SearchConfig(
         floor=floor,
         max_prefill=max_prefill,
@@ -109,10 +112,10 @@ def search_policy(
         if windows is None:
             windows = suggest_windows(_lengths(loaded, asked, task_entry))
         space = SearchSpace(
-            windows=tuple(windows),
-            sinks=tuple(sinks),
-            full_layers=tuple(full_layers),
-            decode=tuple(decode),
+            windows=_values("windows", windows),
+            sinks=_values("sinks", sinks),
+            full_layers=_values("full_layers", full_layers),
+            decode=_values("decode", decode),
         )
         return search_policies(
             entry,
@@ -130,6 +133,14 @@ def search_policy(
         )
 
 
+def _values(name: str, value: Any) -> tuple[Any, ...]:
+    """The values of one dimension of the space; one alone need not be in a list."""
+    found = list_of(lambda _, one: one)(name, [value] if isinstance(value, str | int) else value)
+    if not found:
+        raise wrong(name, "at least one", value)
+    return found
+
+
 def _asked(
     model: Any,
     tok: Any,
@@ -144,11 +155,11 @@ def _asked(
     Raises:
         ValueError: as `search_policy`.
     """
+    known = ["judge", "max_new_tokens", *(n for n in _FIELDS if n not in _OWN)]
+    check_keys("search_policy", settings, ["data", "task", *known])
     if (data is None) == (task is None):
         got = "neither" if data is None else "both"
         raise ValueError(f"search_policy: expected data or task, got {got}; give one of them")
-    known = ["judge", "max_new_tokens", *(n for n in _FIELDS if n not in _OWN)]
-    check_keys("search_policy", settings, known)
     if tok is not None or isinstance(model, CausalLM):
         model = (model, tok) if tok is not None else model
     asked = EvalConfig(

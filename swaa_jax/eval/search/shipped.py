@@ -18,6 +18,7 @@ from swaa_jax.checkpoint import checkpoint_origin, open_checkpoint
 from swaa_jax.configs import list_configs
 from swaa_jax.costs import activation_bytes, cache_bytes, prefill_attention_share
 from swaa_jax.fields import integer, number, or_none, wrong
+from swaa_jax.given import told_keywords
 from swaa_jax.models import CausalLM, read_blueprint
 from swaa_jax.policy import (
     AttentionPolicy,
@@ -241,6 +242,7 @@ class Recipes(list[Recipe]):
         return Table.of(lines, caption=f"{self.case}; scores: arXiv 2512.10411")
 
 
+@told_keywords()
 def recipes(
     model: Any = None,
     *,

@@ -19,7 +19,7 @@ from swaa_jax.eval.tasks.files import FileTask
 from swaa_jax.eval.tasks.task import Sample
 from swaa_jax.examples import Example, read_example, warn_unused
 from swaa_jax.fields import integer, or_none, wrong
-from swaa_jax.records import Record, find_files, open_records, records_of
+from swaa_jax.records import Record, Records, find_files, open_records, records_of
 from swaa_jax.runs import fingerprint
 from swaa_jax.typing import PathLike
 
@@ -102,7 +102,8 @@ class QaTask(FileTask):
             raise wrong("files", "none with data", self.files, "give one of the two")
         limit = or_none(integer(least=1))("limit", self.limit)
         object.__setattr__(self, "limit", limit)
-        object.__setattr__(self, "data", records_of(self.data))
+        if not isinstance(self.data, Records):  # as where a field is replaced
+            object.__setattr__(self, "data", records_of(self.data))
 
     @property
     def label(self) -> str:
