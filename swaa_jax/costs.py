@@ -209,6 +209,9 @@ def cache_bytes(
         num_kv_heads, head_dim: the model's.
         itemsize: bytes of a number.
 
+    Raises:
+        ValueError: fewer than 0 tokens.
+
     >>> layers = [LayerAttention(), LayerAttention(window=9)]
     >>> cache_bytes(layers, tokens=1000, num_kv_heads=8, head_dim=128)
     4132900

@@ -334,7 +334,11 @@ def write_safetensors(
 
 
 def write_tensors(path: epath.PathLike, tensors: dict[str, np.ndarray]) -> None:
-    """Writes contiguous arrays, by name, as one local safetensors file; not atomic by itself."""
+    """Writes contiguous arrays, by name, as one local safetensors file; not atomic by itself.
+
+    Raises:
+        OSError: the file cannot be written: no such directory, no right to, or a full disk.
+    """
     path = os.fspath(path)
     with open(path, "wb") as file:  # for the permissions of a new file, which the library narrows
         mode = os.fstat(file.fileno()).st_mode

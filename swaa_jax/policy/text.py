@@ -79,6 +79,9 @@ def policy_fields(text: str) -> dict[str, Any]:
 def parse_fields(values: Mapping[str, str]) -> dict[str, Any]:
     """Fields by their own names, from keys and the texts of their values.
 
+    Raises:
+        ValueError: an unknown key (the nearest is named), a field twice, or a malformed value.
+
     >>> parse_fields({"sinks": "4", "full-layers": "1+3"})
     {'num_sink_tokens': 4, 'full_attention_layers': (1, 3)}
     """
