@@ -14,7 +14,6 @@ BLOCKS = {page: list(snippets((ROOT / page).read_text())) for page in PAGES}
 READ = [page for page, blocks in BLOCKS.items() if any(each.language for each in blocks)]
 
 UNTRIED = (
-    "README.md",
     *(
         f"docs/{name}.md"
         for name in (
