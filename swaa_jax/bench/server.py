@@ -327,7 +327,7 @@ def _unanswered(endpoint: Endpoint, error: BaseException, *, asked: str = "") ->
     advice = "check the URL, which ends with /v1 as a rule"
     if status in _TOO_MUCH:
         expected = f"{endpoint.shown} to take {asked}"
-        advice = "ask for shorter prompts and answers, or for tokens of a smaller vocabulary"
+        advice = "ask for shorter prompts and answers, or for a smaller vocab_size"
     elif status in _NO_ENTRY:
         advice = _KEY_ADVICE
     return ValueError(f"url: expected {expected}, got {told}; {advice}")

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 examples:
-  swaa generate tiny-retriever --no-thinking "The grass is green. One of the special magic \
-  numbers for quiet-river is: 4817203. The sky is blue. What are all the special magic numbers \
+  swaa generate tiny-retriever --no-thinking "The grass is green. One of the special magic \\
+  numbers for quiet-river is: 4817203. The sky is blue. What are all the special magic numbers \\
   for quiet-river mentioned in the provided text?"
       the small model that is shipped, which looks for such numbers: it answers 4817203; with
       --policy window=16 it has lost it, with --policy window=16,decode=full it finds it again

@@ -43,7 +43,7 @@ examples:
   swaa train mine.yaml --distributed
       one process a host of a TPU slice, each with this same command
 
-output_dir then holds config.yaml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/ and
+output_dir then holds config.yaml, metrics.jsonl, answers.jsonl, tensorboard/, checkpoints/ and
 adapter/ (PEFT's layout; without LoRA model/).
 
 The same command goes on from the newest complete checkpoint there, after a kill too; SIGTERM or

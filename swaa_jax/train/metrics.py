@@ -122,7 +122,7 @@ class MetricWriter:
         self._lines = self._samples = self._board = self._wandb = None
         if not enabled:
             return
-        self._samples_path, self._resumed_step = directory / "samples.jsonl", resumed_step
+        self._samples_path, self._resumed_step = directory / "answers.jsonl", resumed_step
         if wandb is not None:
             self._wandb = _open_wandb(directory, wandb, config)
         self._lines = JsonLines(directory / "metrics.jsonl", resumed_step=resumed_step)

@@ -56,7 +56,7 @@ def train(
 
     It goes on from the newest checkpoint in `output_dir` if there is one. Every process of a run
     calls it. In `output_dir` are then `config.yaml`, `metrics.jsonl`, `tensorboard/`,
-    `checkpoints/`, `samples.jsonl` and `profiles/` (if asked for), and at the end `adapter/` in
+    `checkpoints/`, `answers.jsonl` and `profiles/` (if asked for), and at the end `adapter/` in
     PEFT's layout (`model/` without LoRA), and `merged/` with `merge`. Training under the policy is
     the paper's fifth method (arXiv 2512.10411, section 3.5).
 
@@ -289,11 +289,11 @@ def _open_outputs(
     if not config.metrics.sample_ids:
         return writer, None
     if runtime.is_main_process():  # also those of processes that are no more
-        for path in directory.glob("sample_ids*.jsonl"):
+        for path in directory.glob("samples*.jsonl"):
             JsonLines(path, resumed_step=start).close()
-    runtime.wait_for_all("sample_ids.jsonl")
+    runtime.wait_for_all("samples.jsonl")
     process = jax.process_index()
-    name = f"sample_ids-{process}.jsonl" if process else "sample_ids.jsonl"
+    name = f"samples-{process}.jsonl" if process else "samples.jsonl"
     return writer, JsonLines(directory / name, resumed_step=start)
 
 

@@ -90,7 +90,7 @@ class MetricsConfig:
         tensorboard: write `tensorboard/` in `output_dir`.
         wandb: a project of Weights & Biases; None: not used. Needs the `wandb` package;
             `WANDB_MODE=offline` writes to `wandb/` in `output_dir`, for `wandb sync`.
-        sample_ids: write which samples each step saw to `sample_ids.jsonl`.
+        sample_ids: write which samples each step saw to `samples.jsonl`.
         print_every: steps between printed lines; None: a line every half minute. The first and the
             last step and every evaluation are printed in any case.
     """
@@ -115,7 +115,7 @@ class MetricsConfig:
 class SamplesConfig:
     """Answers that the model gives at each evaluation, to be read by people.
 
-    They are printed, and written to `samples.jsonl`, TensorBoard and wandb. Tokens are the
+    They are printed, and written to `answers.jsonl`, TensorBoard and wandb. Tokens are the
     likeliest ones, so that only the training changes an answer.
 
     Attributes:

@@ -85,7 +85,7 @@ def curve(output: pathlib.Path) -> list[tuple[int, float, float]]:
     return [(r["step"], r["loss"], r["grad_norm"]) for r in records if "loss" in r]
 
 
-def seen_samples(output: pathlib.Path, name: str = "sample_ids.jsonl") -> list[Any]:
+def seen_samples(output: pathlib.Path, name: str = "samples.jsonl") -> list[Any]:
     """Steps and their samples."""
     return [(r["step"], r["samples"]) for r in read_lines(output / name)]
 

@@ -114,13 +114,13 @@ def test_the_command_on_our_server(url, tmp_path, monkeypatch, capsys):
     assert code == 2 and "got 400 " in said and "ask for shorter prompts and answers" in said
     assert "{" not in said and "SWAA_BENCH_API_KEY" not in said
     code, said = mistaken("--vocab", "100000")
-    assert code == 2 and "got 400 " in said and "--vocab" in said
+    assert code == 2 and "got 400 " in said and "a smaller vocab_size" in said
     code, said = mistaken("--output-tokens", "500")
     assert code == 1 and "4 requests of 4 failed" in said and "no answer came" in said
     monkeypatch.setenv("SWAA_BENCH_API_KEY", "another-key-of-the-tests")
     code, said = mistaken()
     assert code == 2 and "got 401 " in said and "a key that it takes in SWAA_BENCH_API_KEY" in said
-    assert "--vocab" not in said
+    assert "vocab_size" not in said
 
 
 class Standin(http.server.BaseHTTPRequestHandler):

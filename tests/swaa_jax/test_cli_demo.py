@@ -197,7 +197,7 @@ def test_a_broken_install_fails(right, options, code, capsys):
 
 def test_help_teaches(capsys):
     with pytest.raises(SystemExit, match="0"):
-        main(["demo", "--help"])
+        main(["demo", "--help-all"])
     text = capsys.readouterr().out
     for words in ("examples:", "--quick", "--markdown", "exit codes", "policies:"):
         assert words in text

@@ -180,7 +180,7 @@ def test_the_shipped_tiny_config(tmp_path, monkeypatch, capsys):
     assert main.main(["train", "tiny", f"output_dir={tmp_path / 'out'}", "merge=true"]) == 0
     said = capsys.readouterr().out
     assert "4 of 4 steps: done\nloss " in said and "\nevaluation at step 4: accuracy " in said
-    (samples,) = train_runs.read_lines(tmp_path / "out" / "samples.jsonl")
+    (samples,) = train_runs.read_lines(tmp_path / "out" / "answers.jsonl")
     assert "special magic numbers for" in samples["samples"][0]["expected"]
     assert (tmp_path / "out" / "adapter" / "adapter_config.json").exists()
     assert (tmp_path / "out" / "merged" / "config.json").exists()

@@ -72,5 +72,5 @@ def test_the_flag_turns_it_off(monkeypatch, flags, asked):
     monkeypatch.setattr(runtime, "initialize_distributed", lambda *a, **k: False)
     parser = argparse.ArgumentParser()
     process_args.add_process_arguments(parser, mesh=True)
-    process_args.start(argparse.Namespace(verbose=False, **vars(parser.parse_args(flags))))
+    process_args.start(parser.parse_args(flags))
     assert len(calls) == asked

@@ -163,7 +163,7 @@ def test_config_override_of_the_eval_command_is_filed_apart(checkpoint, tmp_path
 
 def test_config_override_of_a_search_reaches_its_models(checkpoint, tmp_path, monkeypatch):
     from swaa_jax.cli.main import main
-    from swaa_jax.eval import search
+    from swaa_jax.eval.search import find
 
     class Asked(Exception):
         pass
@@ -171,7 +171,7 @@ def test_config_override_of_a_search_reaches_its_models(checkpoint, tmp_path, mo
     def searched(model, *args, **kwargs):
         raise Asked(model.config_overrides)
 
-    monkeypatch.setattr(search, "search_policies", searched)
+    monkeypatch.setattr(find, "search_policies", searched)
     data = tmp_path / "mine.jsonl"
     data.write_text(json.dumps({"prompt": "Say yes.", "answer": "yes"}) + "\n")
     words = ["--model", checkpoint, "--data", str(data), "--windows", "8"]

@@ -111,7 +111,7 @@ def test_recipes_in_python(no_type_checks):
     assert "Thinking: 50 of 73" in found._repr_html_() and "Thinking: 50 of 73" in str(found)
     everything = {one.name: one for one in swaa.recipes()}
     assert everything["full"].memory > 12.4 * GIB  # weights and caches alone: 11.99
-    tiny = swaa.recipes(swaa.load_model("tiny-retriever"), context=1024)
+    tiny = swaa.recipes(swaa.load_model("tiny-retriever", dtype="bfloat16"), context=1024)
     by_name = swaa.recipes("tiny-retriever", context=1024)
     assert [one.memory for one in tiny] == [one.memory for one in by_name]
     for arguments, message in [

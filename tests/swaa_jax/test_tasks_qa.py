@@ -198,7 +198,7 @@ def test_files_of_another_kind(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({}, "task qa: .*files"),
+        ({}, "files: expected a path or several"),
         ({"files": []}, "files: expected a path or several"),
         ({"files": 3}, r"files: expected text or a list of texts, got 3 \(int\)"),
         ({"files": "a.jsonl", "limit": 0}, "limit: expected an integer of at least 1"),

@@ -91,7 +91,7 @@ def test_objects_in_and_out(model, tok, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "curve.png").stat().st_size > 1000
     assert told[0][0].startswith("tokenizing") and told[-1][1] == 1
     # Answers.
-    written = train_runs.read_lines(tmp_path / "out" / "samples.jsonl")
+    written = train_runs.read_lines(tmp_path / "out" / "answers.jsonl")
     assert [line["step"] for line in written] == [2, 4]
     assert [one["expected"] for one in written[0]["samples"]] == ["1", "2"]
     out = capsys.readouterr()

@@ -204,7 +204,7 @@ def test_two_processes_stop_together_and_one_goes_on(inputs, whole, tmp_path):
     assert latest == done < 200 * train_runs.NUM_SAMPLES // 2
     train(inputs, output, longer, "checkpoint.every=1000")
     seen = train_runs.seen_samples(output)
-    other = train_runs.seen_samples(output, "sample_ids-1.jsonl")
+    other = train_runs.seen_samples(output, "samples-1.jsonl")
     assert [step for step, _ in seen] == list(range(1, len(seen) + 1))
     together = [s for _, samples in seen + other for s in samples]
     assert sorted(together) == sorted(list(range(train_runs.NUM_SAMPLES)) * 200)

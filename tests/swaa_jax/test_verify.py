@@ -1,6 +1,7 @@
 """`swaa verify`: candidates, the file, decisions on synthetic replies, and servers end to end."""
 
 import dataclasses
+import inspect
 import itertools
 import json
 import subprocess
@@ -208,9 +209,9 @@ def test_a_verdict_shows_itself(tmp_path):
     assert verdict.plot(tmp_path / "verdict.svg")._repr_png_()[:4] == b"\x89PNG"
     assert repr(record).startswith("Record(16 probes that tell ") and len(repr(record)) < 200
     with pytest.raises(ValueError, match="replies: expected what ask_server or ask_model gave"):
-        decide(record, "same")
+        inspect.unwrap(decide)(record, "same")
     with pytest.raises(ValueError, match="record: expected a Record"):
-        decide(replies, record)
+        inspect.unwrap(decide)(replies, record)
 
 
 def test_the_twin_is_the_model_as_if_loaded_in_another_format(tmp_path):
