@@ -23,7 +23,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 # Folders of a machine, and what tokens look like.
 PRIVATE = re.compile(
-    r"(?<![\w.:])/(home|root|work|tmp|usr|var|opt|Users)/[\w.-]|[\w.-]+@[\w-]+\.\w{2,}"
+    r"(?<![\w.:])/(home|root|srv|tmp|usr|var|opt|Users)/[\w.-]|[\w.-]+@[\w-]+\.\w{2,}"
     r"|\bhf_[A-Za-z0-9]{10,}|\bsk-[A-Za-z0-9]{10,}|\bghp_[A-Za-z0-9]{10,}|\bAIza[\w-]{20,}"
 )
 
@@ -112,14 +112,14 @@ def test_outputs(notebook):
 
 @pytest.mark.parametrize(
     "text",
-    ["File /home/me/a.py", "'/work/x/'", "me@example.org", "hf_abcdefghijklmnop", "at /tmp/abc"],
+    ["File /home/me/a.py", "'/srv/x/'", "me@example.org", "hf_abcdefghijklmnop", "at /tmp/abc"],
 )
 def test_private_texts_are_found(text):
     assert PRIVATE.search(text)
 
 
 def test_public_texts_are_not():
-    for text in ("https://x.org/tmp/a", "a/tmp/b", "1/2", "tokens/s", "notebooks/work/x"):
+    for text in ("https://x.org/tmp/a", "a/tmp/b", "1/2", "tokens/s", "notebooks/srv/x"):
         assert not PRIVATE.search(text), text
 
 
