@@ -1,11 +1,11 @@
 """What `pip install` of this package takes: seconds and bytes, in a fresh environment.
 
-    python benchmarks/install_size.py            # the lock of this Python, then the wheel
+    python benchmarks/install_size.py            # the wheel, with the versions of this Python's lock
     python benchmarks/install_size.py --extra tpu
 
-Builds the wheel, makes an empty environment, installs the locked dependencies and the wheel there,
-and lists what is heavy. Fails where it took more than `--seconds` or `--gigabytes`. The time
-depends on the network and on pip's cache: `--no-cache` downloads everything anew.
+Builds the wheel, makes an empty environment, installs the wheel there with what it depends on, and
+lists what is heavy. Fails where it took more than `--seconds` or `--gigabytes`. The time depends on
+the network and on pip's cache: `--no-cache` downloads everything anew.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,15 @@ def by_package(site: pathlib.Path) -> dict[str, int]:
     return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
 
+def locked_versions(folder: pathlib.Path) -> pathlib.Path:
+    """A file of this Python's locked versions, without hashes, which the new wheel has not yet."""
+    lock = (ROOT / f"requirements/lock-{TAG}.txt").read_text()
+    versions = re.findall(r"^[\w.-]+==[^ \\\n]+", lock, re.MULTILINE)
+    file = folder / "constraints.txt"
+    file.write_text("\n".join(versions))
+    return file
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -65,9 +75,7 @@ def main() -> None:
         empty, empty_s = size(place / "new"), time.perf_counter() - started
         pip = [place / "new/bin/python", "-m", "pip", "install", "--quiet"]
         pip += ["--disable-pip-version-check", *(["--no-cache-dir"] if given.no_cache else [])]
-        lock = ROOT / f"requirements/lock-{TAG}.txt"
-        run(*pip, "--require-hashes", "-r", lock, cwd=place)
-        run(*pip, f"{wheel}{extras}", cwd=place)
+        run(*pip, "-c", locked_versions(place), f"{wheel}{extras}", cwd=place)
         seconds = time.perf_counter() - started - empty_s
         total = size(place / "new") - empty
         (site,) = (place / "new").glob("lib/python*/site-packages")
