@@ -1,6 +1,6 @@
 """What `pip install` of this package takes: seconds and bytes, in a fresh environment.
 
-    python benchmarks/install_size.py            # the wheel, with the versions of this Python's lock
+    python benchmarks/install_size.py            # the wheel, with locked versions
     python benchmarks/install_size.py --extra tpu
 
 Builds the wheel, makes an empty environment, installs the wheel there with what it depends on, and
