@@ -85,14 +85,15 @@ class Table:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in self.columns)
+        head = "".join(f"<th>{_breakable(name, '_')}</th>" for name in self.columns)
         body = "".join(
             "<tr>" + "".join(_html_cell(value) for value in line) + "</tr>"
             for line in self._shown()
         )
         caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
         rest = "".join(f"<p>{html.escape(text)}</p>" for text in self._left_out())
-        return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{rest}"
+        table = f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return f'<div style="overflow-x:auto">{table}</div>{rest}'
 
     def _shown(self) -> Sequence[tuple[Any, ...]]:
         return self.lines[:_MOST_SHOWN]
@@ -115,6 +116,11 @@ def _text(value: Any) -> str:
 
 
 def _html_cell(value: Any) -> str:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    style = ' style="text-align:right"' if is_number else ' style="text-align:left"'
-    return f"<td{style}>{html.escape(_text(value))}</td>"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f'<td style="text-align:right">{html.escape(_text(value))}</td>'
+    return f'<td style="text-align:left">{_breakable(_text(value), ",")}</td>'
+
+
+def _breakable(text: str, after: str) -> str:
+    """The text as HTML that may wrap after this character; copied, it is the same."""
+    return html.escape(text).replace(after, f"{after}<wbr>")
