@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import yaml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
@@ -10,8 +11,23 @@ from mkdocs.structure.pages import Page
 from mkdocs.utils import normalize_url
 
 from docs_site import commands, links, reference
+from swaa_jax import __version__
 
 _SHIM = "https://unpkg.com/iframe-worker/shim"  # lets the search run from files
+_SHORT = 28
+"""Characters of code in a table that are not broken; longer ones wrap at spaces."""
+
+
+def on_config(config: MkDocsConfig, **_: Any) -> MkDocsConfig:
+    """The footer. `repo_url` stays unset: the theme would ask GitHub for the number of stars."""
+    about = yaml.safe_load((links.ROOT / "CITATION.cff").read_text())
+    authors = ", ".join(author["name"] for author in about["authors"])
+    source = about["repository-code"]
+    config.extra["source"] = source
+    config.copyright = (
+        f'swaa_jax {__version__}. {authors}, {about["license"]}. <a href="{source}">Source</a>'
+    )
+    return config
 
 
 @event_priority(100)  # before mkdocs-jupyter looks for notebooks
@@ -66,17 +82,37 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     if generated:
         return markdown
     markdown = re.sub(r"<!-- snippet:.*?-->\n", "", markdown, flags=re.DOTALL)  # for tests
-    without_badges = re.sub(r"\[!\[([^\]]*)\]\(https?:[^)]*\)\]", r"[\1]", markdown)
+    badge = r"\[!\[([^\]]*)\]\(https?:[^)]*\)\](\([^)]*\))"
+    without_badges = re.sub(badge, r"[\1]\2{.badge}", markdown)
     return links.for_site(without_badges, page.file.src_uri)
 
 
 def on_page_content(html: str, page: Page, **_: Any) -> str:
-    """Notebooks: no scripts and pictures from elsewhere; the same page works without a network."""
+    """Short code in tables is not broken. Notebooks: no scripts and pictures from elsewhere; the
+    same page works without a network.
+    """
+    html = re.sub(r"<table.*?</table>", _with_short_code, html, flags=re.DOTALL)
     if not page.file.src_uri.endswith(".ipynb"):
         return html
     html = re.sub(r"<script[^>]*src=\"https?:[^>]*>\s*</script>", "", html)
-    html = re.sub(r"<img[^>]*src=\"https?:[^>]*alt=\"([^\"]*)\"[^>]*>", r"\1", html)
-    return re.sub(r"<img[^>]*alt=\"([^\"]*)\"[^>]*src=\"https?:[^>]*>", r"\1", html)
+    return re.sub(r"(?:(<a )([^>]*>))?(<img[^>]*src=\"https?:[^>]*>)", _without_badge, html)
+
+
+def _with_short_code(table: re.Match[str]) -> str:
+    return re.sub(rf"<code>(?=[^<]{{1,{_SHORT}}}</code>)", '<code class="short">', table[0])
+
+
+def _without_badge(match: re.Match[str]) -> str:
+    alt = re.search(r'alt="([^"]*)"', match[3])
+    link = f'{match[1]}class="badge" {match[2]}' if match[1] else ""
+    return link + (alt[1] if alt else "")
+
+
+def on_page_context(context: Any, page: Page, config: MkDocsConfig, **_: Any) -> Any:
+    """Where the page is edited; generated ones come from docstrings and parsers."""
+    if not page.file.src_uri.startswith("reference/"):
+        page.edit_url = f"{config.extra['source']}/edit/main/{links.origin(page.file.src_uri)}"
+    return context
 
 
 def on_post_page(output: str, page: Page, **_: Any) -> str:
