@@ -85,14 +85,15 @@ class Table:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{_breakable(name, '_')}</th>" for name in self.columns)
+        sides = [_side(line[at] for line in self.lines) for at in range(len(self.columns))]
+        head = _html_line("th", self.columns, sides, breaks="_")
         body = "".join(
-            "<tr>" + "".join(_html_cell(value) for value in line) + "</tr>"
-            for line in self._shown()
+            _html_line("td", map(_text, line), sides, breaks=",") for line in self._shown()
         )
-        caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
+        caption = html.escape(self.caption)
+        caption = caption and f'<caption style="text-align:left">{caption}</caption>'
         rest = "".join(f"<p>{html.escape(text)}</p>" for text in self._left_out())
-        table = f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        table = f"<table>{caption}<thead>{head}</thead><tbody>{body}</tbody></table>"
         return f'<div style="overflow-x:auto">{table}</div>{rest}'
 
     def _shown(self) -> Sequence[tuple[Any, ...]]:
@@ -115,12 +116,17 @@ def _text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _html_cell(value: Any) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return f'<td style="text-align:right">{html.escape(_text(value))}</td>'
-    return f'<td style="text-align:left">{_breakable(_text(value), ",")}</td>'
+def _side(values: Iterable[Any]) -> str:
+    """Where a column's values stand: numbers to the right."""
+    numbers = (isinstance(one, int | float) and not isinstance(one, bool) for one in values)
+    return "right" if any(numbers) else "left"
 
 
-def _breakable(text: str, after: str) -> str:
-    """The text as HTML that may wrap after this character; copied, it is the same."""
-    return html.escape(text).replace(after, f"{after}<wbr>")
+def _html_line(tag: str, texts: Iterable[str], sides: Iterable[str], *, breaks: str) -> str:
+    """A line of a table, whose texts may wrap after this character; copied, they are the same."""
+    cells = [
+        f'<{tag} style="text-align:{side}">'
+        f"{html.escape(text).replace(breaks, f'{breaks}<wbr>')}</{tag}>"
+        for text, side in zip(texts, sides, strict=True)
+    ]
+    return f"<tr>{''.join(cells)}</tr>"
