@@ -37,6 +37,8 @@ class _Drawing:
         )
 
     def text(self, x: float, y: float, words: str, size: int = 12, **style: str) -> None:
+        if not words:
+            return
         styled = "".join(f' {name.replace("_", "-")}="{value}"' for name, value in style.items())
         self.parts.append(
             f'<text x="{x}" y="{y}" font-size="{size}"{styled}>{html.escape(words)}</text>'
@@ -204,7 +206,7 @@ def engine() -> str:
     drawing.line(left, 24, left + 14 * side, 24)
     drawing.text(left, 18, "rounds", 11)
     drawing.legend(12, 160, ("sink", "a chunk of the prompt"), ("full", "decode steps"))
-    told = "A request that waits takes the first slot that is", "free: r3 after r2."
+    told = "A request that waits takes the first slot", "that is free: r3 after r2."
     drawing.lines(12, 181, *told)
     return drawing.svg()
 

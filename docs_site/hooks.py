@@ -1,17 +1,20 @@
 """What mkdocs calls: which files the site has beyond `docs/`, and what is done to each page."""
 
+import dataclasses
+import pathlib
 import re
 from typing import Any
 
 import yaml
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from mkdocs.utils import normalize_url
 
-from docs_site import commands, links, reference
-from swaa_jax import __version__
+from docs_site import checks, commands, links, reference
+from swaa_jax import AttentionPolicy, __version__
 
 _SHIM = "https://unpkg.com/iframe-worker/shim"  # lets the search run from files
 _SHORT = 28
@@ -46,9 +49,12 @@ def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
     generated = {**reference.pages(), **commands.pages()}
     for src_uri, content in generated.items():
         add(src_uri, content=content)
-    for file in [file for file in files if file.src_uri.endswith(".md")]:
-        if file.src_uri not in generated:
-            _add_linked(file, add)
+    seen: set[str] = set(generated)
+    while unseen := [one for one in files.documentation_pages() if one.src_uri not in seen]:
+        for file in unseen:  # which may link to pages that link to others
+            seen.add(file.src_uri)
+            if file.src_uri.endswith(".md"):
+                _add_linked(file, add)
     config.nav = _expanded(config.nav, files)
     return files
 
@@ -123,3 +129,16 @@ def on_post_page(output: str, page: Page, **_: Any) -> str:
 def on_post_template(output_content: str, template_name: str, **_: Any) -> str:
     """The same in `404.html`."""
     return output_content.replace(_SHIM, "/javascripts/iframe-worker.js")
+
+
+def on_post_build(config: MkDocsConfig, **_: Any) -> None:
+    """Ends the build where the site that was written is not what it must be."""
+    public = [
+        name
+        for module in (reference.TOP, *reference.rooms())
+        for name, _ in reference.public_names(module)
+    ]
+    fields = [field.name for field in dataclasses.fields(AttentionPolicy)]
+    wrong = list(checks.problems(pathlib.Path(config.site_dir), [*public, *fields]))
+    if wrong:
+        raise PluginError("\n".join(wrong))
