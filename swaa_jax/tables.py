@@ -4,6 +4,7 @@ import dataclasses
 import html
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -86,10 +87,8 @@ class Table:
 
     def _repr_html_(self) -> str:
         sides = [_side(line[at] for line in self.lines) for at in range(len(self.columns))]
-        head = _html_line("th", self.columns, sides, breaks="_")
-        body = "".join(
-            _html_line("td", map(_text, line), sides, breaks=",") for line in self._shown()
-        )
+        head = _html_line("th", self.columns, sides)
+        body = "".join(_html_line("td", map(_text, line), sides) for line in self._shown())
         caption = html.escape(self.caption)
         caption = caption and f'<caption style="text-align:left">{caption}</caption>'
         rest = "".join(f"<p>{html.escape(text)}</p>" for text in self._left_out())
@@ -122,11 +121,14 @@ def _side(values: Iterable[Any]) -> str:
     return "right" if any(numbers) else "left"
 
 
-def _html_line(tag: str, texts: Iterable[str], sides: Iterable[str], *, breaks: str) -> str:
-    """A line of a table, whose texts may wrap after this character; copied, they are the same."""
-    cells = [
-        f'<{tag} style="text-align:{side}">'
-        f"{html.escape(text).replace(breaks, f'{breaks}<wbr>')}</{tag}>"
-        for text, side in zip(texts, sides, strict=True)
-    ]
+def _html_line(tag: str, texts: Iterable[str], sides: Iterable[str]) -> str:
+    """A line of a table. Names may wrap at `_`, texts at commas; copied, they are the same."""
+    cells = []
+    for text, side in zip(texts, sides, strict=True):
+        shown = html.escape(text)
+        if tag == "th":
+            shown = re.sub(r"_(?=\w{3})", "_<wbr>", shown)
+        elif side == "left":
+            shown = shown.replace(",", ",<wbr>")
+        cells.append(f'<{tag} style="text-align:{side}">{shown}</{tag}>')
     return f"<tr>{''.join(cells)}</tr>"
