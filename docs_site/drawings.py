@@ -6,7 +6,6 @@ What a drawing shows is computed by the code that it explains: masks by the form
 
 import dataclasses
 import html
-from collections.abc import Iterable
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +15,8 @@ from kernels_pallas.mask import visible
 from swaa_jax.attention import EMPTY, RingCache
 
 FOLDER = ROOT / "docs/concepts"
+WIDTH = 360
+"""Of every drawing, in pixels: what a phone shows without making it smaller."""
 
 _INK, _FAINT = "#37415c", "#d9deea"
 _COLOURS = {"window": "#4c6fcf", "sink": "#e09a2d", "full": "#3a9d7a", "empty": "#f3f5fa"}
@@ -25,7 +26,6 @@ _COLOURS = {"window": "#4c6fcf", "sink": "#e09a2d", "full": "#3a9d7a", "empty": 
 class _Drawing:
     """A picture on white, so that it is read on dark pages too; lengths are pixels."""
 
-    width: int
     height: int
     title: str
     parts: list[str] = dataclasses.field(default_factory=list)
@@ -37,6 +37,8 @@ class _Drawing:
         )
 
     def text(self, x: float, y: float, words: str, size: int = 12, **style: str) -> None:
+        if not words:
+            return
         styled = "".join(f' {name.replace("_", "-")}="{value}"' for name, value in style.items())
         self.parts.append(
             f'<text x="{x}" y="{y}" font-size="{size}"{styled}>{html.escape(words)}</text>'
@@ -48,28 +50,32 @@ class _Drawing:
             ' stroke-dasharray="3 3"/>'
         )
 
-    def legend(self, x: float, y: float, entries: Iterable[tuple[str, str]]) -> None:
+    def lines(self, x: float, y: float, *lines: str, size: int = 12, **style: str) -> None:
+        for number, words in enumerate(lines):
+            self.text(x, y + number * (size + 4), words, size, **style)
+
+    def legend(self, x: float, y: float, *entries: tuple[str, str]) -> None:
         for colour, words in entries:
             self.box(x, y - 10, 12, 12, _COLOURS[colour])
             self.text(x + 17, y, words)
             x += 32 + 6.6 * len(words)
 
     def svg(self) -> str:
-        size = self.width, self.height
+        size = WIDTH, self.height
         return "\n".join(
             [
                 f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}"',
                 f'width="{size[0]}" height="{size[1]}" role="img" fill="{_INK}"',
                 'font-family="system-ui, sans-serif">',
                 f"<title>{html.escape(self.title)}</title>",
-                f'<rect width="{self.width}" height="{self.height}" rx="6" fill="#fff"/>',
+                f'<rect width="{WIDTH}" height="{self.height}" rx="6" fill="#fff"/>',
                 *self.parts,
                 "</svg>\n",
             ]
         )
 
 
-_LEGEND = (("window", "window"), ("sink", "sink token"), ("full", "seen because the row is full"))
+_MONO = "ui-monospace, monospace"
 
 
 def _mask(
@@ -93,42 +99,46 @@ def _mask(
 
 def mask() -> str:
     """Four masks of 12 tokens: what each part of a policy adds."""
-    drawing = _Drawing(790, 262, "Masks of a layer under four policies")
+    drawing = _Drawing(464, "Masks of a layer under four policies")
     shown = (
-        ("full", dict(window=12, sinks=0, full_answers=0)),
-        ("window=4", dict(window=4, sinks=0, full_answers=0)),
-        ("window=4,sinks=2", dict(window=4, sinks=2, full_answers=0)),
-        ("window=4,sinks=2,decode=full", dict(window=4, sinks=2, full_answers=1)),
+        (("full",), dict(window=12, sinks=0, full_answers=0)),
+        (("window=4",), dict(window=4, sinks=0, full_answers=0)),
+        (("window=4,sinks=2",), dict(window=4, sinks=2, full_answers=0)),
+        (("window=4,sinks=2,", "decode=full"), dict(window=4, sinks=2, full_answers=1)),
     )
     for number, (name, policy) in enumerate(shown):
-        x = 20 + number * 186
-        drawing.text(x, 28, name, 11, font_family="ui-monospace, monospace")
-        _mask(drawing, x, 40, tokens=12, prompt=9, side=13.5, **policy)
-    drawing.text(20, 220, "Down: queries. Across: keys. Below the dashed line are answer tokens.")
-    drawing.legend(20, 245, _LEGEND)
+        x, y = 12 + number % 2 * 176, 20 + number // 2 * 190
+        drawing.lines(x, y, *name, size=11, font_family=_MONO)
+        _mask(drawing, x, y + (8 if number < 2 else 24), tokens=12, prompt=9, side=13.5, **policy)
+    told = "Down: queries. Across: keys.", "Below the dashed line are answer tokens."
+    drawing.lines(12, 414, *told)
+    drawing.legend(12, 454, ("window", "window"), ("sink", "sink token"), ("full", "full row"))
     return drawing.svg()
 
 
 def stages() -> str:
     """One row of tokens with stages, and which row predicts which token."""
-    drawing = _Drawing(760, 232, "Stages of the tokens of a chat")
-    words = ["<user>", "How", "many", "?", "<model>", "Four", "of", "them", "<end>"]
-    prompt, side = 5, 80
+    drawing = _Drawing(238, "Stages of the tokens of a chat")
+    words = ["<user>", "How", "many", "?", "<bot>", "Four", "of", "them"]
+    prompt, side = 5, 42
+    drawing.text(12, 20, "PROMPT", 11)
+    drawing.text(12 + prompt * side, 20, "ANSWER", 11)
     for number, word in enumerate(words):
-        x = 20 + number * side
+        x = 12 + number * side
         colour = "window" if number < prompt else "full"
-        drawing.box(x, 40, side - 4, 30, _COLOURS[colour])
-        drawing.text(x + 6, 59, word, 12, fill="#fff")
-        drawing.text(x + 6, 32, "PROMPT" if number < prompt else "ANSWER", 10)
+        drawing.box(x, 28, side - 3, 28, _COLOURS[colour])
+        middle = dict(size=10, text_anchor="middle")
+        drawing.text(x + 19.5, 46, word, **middle, fill="#fff")
         if prompt - 1 <= number < len(words) - 1:
-            drawing.text(x + 6, 88, f"predicts {words[number + 1]}", 10)
+            drawing.text(x + 19.5, 74, words[number + 1], **middle)
+    drawing.text(12, 74, "each row predicts:", 11)
     seen = (
-        (4, "the last prompt token: sees its window and the sinks"),
-        (5, "the first answer token: under decode=full it sees everything"),
+        (4, ("the last prompt token:", "sees its window and the sink")),
+        (5, ("the first answer token:", "under decode=full it sees everything")),
     )
     for line, (query, told) in enumerate(seen):
-        y = 112 + line * 56
-        drawing.text(20, y, f"{words[query]}, {told}", 12)
+        y = 108 + line * 62
+        drawing.lines(12, y, f"{words[query]}, {told[0]}", told[1])
         row = visible(
             query, np.arange(len(words)), window=2, num_sink_tokens=1, q_full=query >= prompt
         )
@@ -137,62 +147,67 @@ def stages() -> str:
             kind = "empty"
             if row[key]:
                 kind = "window" if near[key] else "full" if key else "sink"
-            drawing.box(20 + key * side, y + 8, side - 4, 16, _COLOURS[kind])
-    drawing.text(20, 222, "window=2,sinks=1,decode=full", 11, font_family="ui-monospace, monospace")
+            drawing.box(12 + key * side, y + 23, side - 3, 14, _COLOURS[kind])
+    drawing.text(12, 228, "window=2,sinks=1,decode=full", 11, font_family=_MONO)
     return drawing.svg()
 
 
 def caches() -> str:
     """A full cache and a ring after 6, 9 and 12 tokens; the ring's slots are `RingCache`'s own."""
-    drawing = _Drawing(700, 250, "A full cache and a ring, as tokens come")
+    drawing = _Drawing(304, "A full cache and a ring, as tokens come")
     empty = jnp.zeros((1, 6, 1, 1))
     nothing = jnp.full((1, 6), EMPTY)
     ring = RingCache(k=empty, v=empty, slot_positions=nothing, num_sink_tokens=2)
-    drawing.text(20, 26, "full layer: slot = position", 12)
-    drawing.text(480, 26, "windowed layer: 2 sinks, ring of 4", 12)
+    drawing.text(12, 22, "full layer: slot = position", 12)
+    drawing.text(12, 154, "windowed layer: 2 sinks, a ring of 4", 12)
+
+    def cell(slot: int, y: int, kind: str, name: str) -> None:
+        x = 78 + slot * 23
+        drawing.box(x, y, 21, 26, _COLOURS[kind], _FAINT)
+        drawing.text(x + 10.5, y + 17, name, 11, fill="#fff", text_anchor="middle")
+
     for line, tokens in enumerate((6, 9, 12)):
-        y = 40 + line * 56
+        y = 32 + line * 32
         for slot in range(12):
             kind, name = ("full", str(slot)) if slot < tokens else ("empty", "")
-            drawing.box(20 + slot * 36, y, 33, 28, _COLOURS[kind], _FAINT)
-            drawing.text(28 + slot * 36, y + 18, name, 12, fill="#fff")
+            cell(slot, y, kind, name)
         written = jnp.zeros((1, tokens, 1, 1))
         held = ring.write(written, written, jnp.array([0]))
         positions = np.asarray(held.positions(jnp.array([tokens])))[0]
         for slot, position in enumerate(positions.tolist()):
-            kind = "sink" if slot < 2 else "window"
-            drawing.box(480 + slot * 34, y, 31, 28, _COLOURS[kind], _FAINT)
-            drawing.text(488 + slot * 34, y + 18, str(position), 12, fill="#fff")
-        drawing.text(20, y + 43, f"after {tokens} tokens", 11)
-    drawing.legend(20, 232, (("full", "every key"), ("sink", "sinks"), ("window", "the window")))
+            cell(slot, y + 132, "sink" if slot < 2 else "window", str(position))
+        for above in (0, 132):
+            drawing.text(12, y + above + 17, f"{tokens} tokens", 11)
+    drawing.legend(12, 286, ("full", "every key"), ("sink", "sinks"), ("window", "the window"))
     return drawing.svg()
 
 
 def engine() -> str:
     """Three slots over time: prompts in chunks, answers, and the next request in a free slot."""
-    drawing = _Drawing(700, 232, "Slots of the engine over time")
+    drawing = _Drawing(206, "Slots of the engine over time")
     rows = (
         (("r0", 2, 8), ("r4", 1, 3)),
         (("r1", 6, 7),),
         (("r2", 1, 3), ("r3", 3, 6)),
     )
     starts = ((0, 10), (1,), (2, 6))
-    side = 44
+    side, left = 21, 54
     for slot, requests in enumerate(rows):
-        y = 34 + slot * 50
-        drawing.text(20, y + 20, f"slot {slot}")
+        y = 32 + slot * 38
+        drawing.text(12, y + 19, f"slot {slot}")
         for (name, chunks, steps), start in zip(requests, starts[slot], strict=True):
             for number in range(chunks + steps):
                 if start + number >= 14:
                     break
-                x = 74 + (start + number) * side
+                x = left + (start + number) * side
                 kind = "sink" if number < chunks else "full"
-                drawing.box(x, y, side - 3, 30, _COLOURS[kind])
-                drawing.text(x + 5, y + 19, name if not number else "", 12, fill="#fff")
-    drawing.line(74, 22, 74 + 14 * side, 22)
-    drawing.text(74, 16, "rounds", 11)
-    drawing.legend(20, 200, (("sink", "a chunk of the prompt is read"), ("full", "decode steps")))
-    drawing.text(20, 222, "A request that waits takes the first slot that is free: r3 after r2.")
+                drawing.box(x, y, side - 2, 28, _COLOURS[kind])
+                drawing.text(x + 3, y + 18, name if not number else "", 11, fill="#fff")
+    drawing.line(left, 24, left + 14 * side, 24)
+    drawing.text(left, 18, "rounds", 11)
+    drawing.legend(12, 160, ("sink", "a chunk of the prompt"), ("full", "decode steps"))
+    told = "A request that waits takes the first slot", "that is free: r3 after r2."
+    drawing.lines(12, 181, *told)
     return drawing.svg()
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import html
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -85,14 +86,14 @@ class Table:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in self.columns)
-        body = "".join(
-            "<tr>" + "".join(_html_cell(value) for value in line) + "</tr>"
-            for line in self._shown()
-        )
-        caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
+        sides = [_side(line[at] for line in self.lines) for at in range(len(self.columns))]
+        head = _html_line("th", self.columns, sides)
+        body = "".join(_html_line("td", map(_text, line), sides) for line in self._shown())
+        caption = html.escape(self.caption)
+        caption = caption and f'<caption style="text-align:left">{caption}</caption>'
         rest = "".join(f"<p>{html.escape(text)}</p>" for text in self._left_out())
-        return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{rest}"
+        table = f"<table>{caption}<thead>{head}</thead><tbody>{body}</tbody></table>"
+        return f'<div style="overflow-x:auto">{table}</div>{rest}'
 
     def _shown(self) -> Sequence[tuple[Any, ...]]:
         return self.lines[:_MOST_SHOWN]
@@ -114,7 +115,20 @@ def _text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _html_cell(value: Any) -> str:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    style = ' style="text-align:right"' if is_number else ' style="text-align:left"'
-    return f"<td{style}>{html.escape(_text(value))}</td>"
+def _side(values: Iterable[Any]) -> str:
+    """Where a column's values stand: numbers to the right."""
+    numbers = (isinstance(one, int | float) and not isinstance(one, bool) for one in values)
+    return "right" if any(numbers) else "left"
+
+
+def _html_line(tag: str, texts: Iterable[str], sides: Iterable[str]) -> str:
+    """A line of a table. Names may wrap at `_`, texts at commas; copied, they are the same."""
+    cells = []
+    for text, side in zip(texts, sides, strict=True):
+        shown = html.escape(text)
+        if tag == "th":
+            shown = re.sub(r"_(?=\w{3})", "_<wbr>", shown)
+        elif side == "left":
+            shown = shown.replace(",", ",<wbr>")
+        cells.append(f'<{tag} style="text-align:{side}">{shown}</{tag}>')
+    return f"<tr>{''.join(cells)}</tr>"

@@ -65,7 +65,7 @@ class BenchResult:
 
     def table(self) -> Table:
         """A line a policy or model: requests, latencies in seconds, tokens a second, bytes."""
-        caption = f"{self.title} {self.workload.describe()}."
+        caption = f"{self.title}: {self.workload.describe()}."
         return Table.of(map(_record, self.measurements), caption=caption)
 
     def to_pandas(self) -> "pd.DataFrame":

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import swaa_jax
+from notebooks import execute
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -34,6 +35,29 @@ def test_citation():
     (paper,) = citation["references"]
     assert paper["identifiers"][0]["value"] == "arXiv:2512.10411" and len(paper["authors"]) == 5
     assert citation["license"] == "Apache-2.0"
+
+
+def test_the_address_is_in_one_place():
+    """CITATION.cff has it; where else it stands, it is the same. `notebooks/execute.py` writes the
+    notebooks', and the site takes it from there.
+    """
+    address = yaml.safe_load((ROOT / "CITATION.cff").read_text())["repository-code"]
+    owner_and_name = address.removeprefix("https://github.com/")
+    files = [*ROOT.glob("*.*"), ROOT / "Makefile"]
+    for folder in ("docs", "docs_site", "docker", "examples", "notebooks", "swaa_jax", ".github"):
+        files += (ROOT / folder).rglob("*.*")
+    kinds = {".md", ".py", ".ipynb", ".toml", ".yml", ".yaml", ".cff", ".sh", ""}
+    found = {}
+    for path in [path for path in files if path.suffix in kinds and path.is_file()]:
+        said = re.findall(r"github(?:\.com)?/([\w-]+/swaa[\w-]*)", path.read_text())
+        found |= {path.relative_to(ROOT).as_posix(): set(said)} if said else {}
+    assert set().union(*found.values()) == {owner_and_name}, found
+    made = {name for name in found if not name.startswith("notebooks/")}
+    assert made == {"CITATION.cff", "README.md"}, "take it from CITATION.cff"
+    badges = re.findall(r"svg\)\]\(([^)]*)\)", (ROOT / "README.md").read_text())
+    assert badges == [
+        link for path in execute.paths() for link in execute.links(path.stem).values()
+    ]
 
 
 @pytest.mark.parametrize("name", ["bug", "model", "question"])

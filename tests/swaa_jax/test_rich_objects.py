@@ -1,5 +1,6 @@
 """What objects show of themselves: in a line, in a notebook, as a table, as a figure."""
 
+import html
 import re
 
 import numpy as np
@@ -9,6 +10,7 @@ import swaa_jax as swaa
 from swaa_jax.infer import Generation, Timings
 from swaa_jax.policy import LayerAttention
 from swaa_jax.policy.drawing import FULL, NOTHING, SINK, WINDOW, draw_layers, draw_mask
+from swaa_jax.tables import Table
 from tests.support.random_models import random_model
 
 TIMINGS = Timings(
@@ -90,3 +92,21 @@ def test_a_generation(tmp_path):
     assert TIMINGS.table().records()[0]["cache_bytes"] == 2**20
     bars = out.plot(tmp_path / "time.png").axes[0].patches
     assert [bar.get_width() for bar in bars] == [2.0, 0.5, 1.0]
+
+
+def test_a_table_in_a_notebook():
+    """Headings and policies may wrap, at places that are no part of the text; what is still too
+    wide scrolls; numbers stand to the right, and so do their headings.
+    """
+    lines = (("full", 1234, None), ("window=64,sinks=4", None, "a<b>"))
+    table = Table(columns=("policy", "output_tokens_per_s", "error"), lines=lines, caption="A & B")
+    shown = table._repr_html_()
+    assert shown.startswith('<div style="overflow-x:auto"><table>')
+    cells = re.findall(r'<t([hd]) style="text-align:(left|right)">(.*?)</t\1>', shown)
+    assert [side for _, side, _ in cells] == ["left", "right", "left"] * 3
+    texts = [html.unescape(text.replace("<wbr>", "")) for _, _, text in cells]
+    assert texts == [*table.columns, "full", "1,234", "", "window=64,sinks=4", "", "a<b>"]
+    assert re.findall(r"(\w+.)<wbr>", shown) == ["output_", "tokens_", "64,"], (
+        "not of units, numbers"
+    )
+    assert "A &amp; B" in shown and "<b>" not in shown
