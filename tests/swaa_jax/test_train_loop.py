@@ -66,7 +66,7 @@ def test_every_step_has_its_own_time(waits, monkeypatch, no_type_checks):
         return state, {"loss": Late(clock, busy_until)}
 
     result = loop.run_loop(
-        trainer,
+        trainer,  # pyright: ignore[reportArgumentType]
         None,  # pyright: ignore[reportArgumentType]
         Batches(),
         schedule=loop.Schedule(start=0, total=6, checkpoint_every=None),
