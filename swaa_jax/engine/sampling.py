@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from swaa_jax.arguments import told_keywords
 from swaa_jax.fields import check_fields, first_of, flag, integer, list_of, number, or_none, show
-from swaa_jax.given import told_keywords
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from swaa_jax import storage
+from swaa_jax.arguments import told_keywords
 from swaa_jax.checkpoint import load_tokenizer
 from swaa_jax.checkpoint.provenance import describe_device, describe_versions
 from swaa_jax.configs import find_config
@@ -46,7 +47,6 @@ from swaa_jax.eval.run.readers import models as several_models
 from swaa_jax.eval.run.remote import RemoteModel
 from swaa_jax.eval.run.remote_asking import RemoteAsking
 from swaa_jax.fields import check_keys, wrong
-from swaa_jax.given import told_keywords
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import Structure
 from swaa_jax.policy import AttentionPolicy

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from swaa_jax.arguments import check_model, check_tokenizer, told_keywords
 from swaa_jax.attention import check_stream
-from swaa_jax.given import model_of, tokenizer_of, told_keywords
 from swaa_jax.infer.answerer import Answerer, Answering, context_of
 from swaa_jax.infer.options import GenerateOptions
 from swaa_jax.infer.prompts import Prompts, check_context, encode_prompts
@@ -129,8 +129,8 @@ def generate(
             of the vocabulary, an unknown option, or one out of range.
     """
     options = GenerateOptions.of(options, overrides)
-    model_of("model", model)
-    tokenizer_of("tok", tok)
+    check_model("model", model)
+    check_tokenizer("tok", tok)
     encoded = encode_prompts(tok, prompts, room=context_of(model), **options.template_options)
     limit = options.max_new_tokens
     check_prompts(model, encoded, max_new_tokens=limit, positions=options.positions)
@@ -190,8 +190,8 @@ def stream(
         ValueError: as `generate`, or more than one prompt.
     """
     options = GenerateOptions.of(options, overrides)
-    model_of("model", model)
-    tokenizer_of("tok", tok)
+    check_model("model", model)
+    check_tokenizer("tok", tok)
     encoded = encode_prompts(tok, prompt, room=context_of(model), **options.template_options)
     if len(encoded) != 1:
         raise ValueError(f"prompt: expected one prompt to stream, got {len(encoded)}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from swaa_jax.arguments import told_keywords
 from swaa_jax.documents import parse_yaml
 from swaa_jax.fields import (
     Check,
@@ -24,7 +25,6 @@ from swaa_jax.fields import (
     text,
     wrong,
 )
-from swaa_jax.given import told_keywords
 from swaa_jax.limits import MAX_PATTERNS, MAX_RANK
 from swaa_jax.patterns import check_pattern, is_fullmatch
 from swaa_jax.storage import read_text

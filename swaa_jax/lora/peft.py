@@ -9,9 +9,9 @@ import numpy as np
 from etils import epath
 
 from swaa_jax import checkpoint
+from swaa_jax.arguments import check_place, told_keywords
 from swaa_jax.checkpoint import WeightReader
 from swaa_jax.fields import first_of, show
-from swaa_jax.given import place_of, told_keywords
 from swaa_jax.lora import peft_config, peft_layout
 from swaa_jax.lora.config import LoraConfig
 from swaa_jax.lora.model import check_module, place_adapters, without_lora
@@ -60,7 +60,7 @@ def save_adapter(
         CheckpointError: the directory exists and `overwrite` is false, or it holds no adapter.
     """
     check_module(model)
-    place_of("directory", directory)
+    check_place("directory", directory)
     sites = adapted_sites(model)
     if not sites or model.lora_config is None:
         raise ValueError(
@@ -147,7 +147,7 @@ def load_adapter(
             one of another model: missing, unexpected and misshaped tensors, all in one paragraph.
     """
     check_module(model)
-    place_of("directory", directory)
+    check_place("directory", directory)
     path = checkpoint.check_directory(directory)
     record = _read_config(path)
     config = peft_config.from_peft(record, path / CONFIG_FILE)

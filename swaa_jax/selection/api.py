@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+from swaa_jax.arguments import check_keywords
 from swaa_jax.data import Sample
-from swaa_jax.fields import check_keys, flag, integer, or_none, path, wrong
+from swaa_jax.fields import flag, integer, or_none, path, wrong
 from swaa_jax.models import CausalLM
-from swaa_jax.models.given import ModelLike, model_given, tokenizer_given
+from swaa_jax.models.loaded import ModelLike, loaded_model, loaded_tokenizer
 from swaa_jax.policy import PolicyLike, load_policy
 from swaa_jax.progress import ProgressLike
 from swaa_jax.selection.calibration import read_calibration
@@ -20,11 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["count_of_share", "select_layers"]
-
-_OWN = (
-    *("model", "tok", "data", "policy", "share", "num_full_layers", "method", "directory"),
-    *("limit", "max_length", "thinking", "data_config", "rows_at_once", "identity", "progress"),
-)
 
 
 def select_layers(
@@ -112,14 +108,14 @@ def select_layers(
     if not _are_samples(data):
         data = read_calibration(
             data,
-            tokenizer_given(tok, model),
+            loaded_tokenizer(tok, model),
             limit=limit,
             max_length=max_length,
             progress=progress,
             **_data_fields(data_config, thinking),
         )
     name = _name(model)
-    loaded = model_given(model)
+    loaded = loaded_model(model)
     samples: Any = data
     return select_from_samples(
         loaded,
@@ -193,7 +189,7 @@ def _checked_options(method: Any, options: Mapping[str, object]) -> dict[str, An
                 f"{name}: expected an option of {method} ({', '.join(known) or 'it has none'}), "
                 f"got one of {', '.join(others)}; leave it out, or give that method"
             )
-    check_keys("select_layers", [one for one in options if one not in known], [*known, *_OWN])
+    check_keywords(select_layers, [one for one in options if one not in known], known)
     return check_options(method, options)
 
 

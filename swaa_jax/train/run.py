@@ -10,6 +10,7 @@ from etils import epath
 from flax import nnx
 
 from swaa_jax import checkpoint, runtime
+from swaa_jax.arguments import check_keywords
 from swaa_jax.costs import FlopCounter
 from swaa_jax.data import DataConfig
 from swaa_jax.lora import add_lora, merge_lora, save_adapter
@@ -25,6 +26,7 @@ from swaa_jax.train.identity import run_identity
 from swaa_jax.train.inputs import gather
 from swaa_jax.train.loop import LoopResult, Outputs, Schedule, run_loop
 from swaa_jax.train.metrics import JsonLines, MetricWriter, check_wandb, read_history
+from swaa_jax.train.names import refuse_others_names
 from swaa_jax.train.prepare import check_lengths, count_steps, prepare_directory, read_data
 from swaa_jax.train.result import TrainResult
 from swaa_jax.train.run_config import TrainConfig
@@ -97,6 +99,9 @@ def train(
         >>> result.table().columns[:2]  # doctest: +SKIP
         ('step', 'loss')
     """
+    known = [field.name for field in dataclasses.fields(TrainConfig)]
+    refuse_others_names("", fields, known)
+    check_keywords(train, fields, known)
     given = gather(config, model=model, tok=tok, data=data, eval_data=eval_data, fields=fields)
     config, tok = given.config, given.tok
     check_wandb(config.metrics.wandb)

@@ -11,6 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from swaa_jax import sharding
+from swaa_jax.arguments import told_keywords
 from swaa_jax.data import DataConfig
 from swaa_jax.documents import parse_yaml, with_overrides
 from swaa_jax.fields import (
@@ -32,7 +33,6 @@ from swaa_jax.fields import (
     texts,
     wrong,
 )
-from swaa_jax.given import told_keywords
 from swaa_jax.lora import LoraConfig
 from swaa_jax.losses import LossConfig
 from swaa_jax.models.auto import default_dtype

@@ -234,7 +234,7 @@ def test_mistakes_with_objects(mine, no_type_checks):
         with pytest.raises(ValueError, match=message) as told:
             _config(None, {"policies": "full", "tasks": RULER, **arguments})
         assert "\n" not in str(told.value) and len(str(told.value)) < 600
-    with pytest.raises(TypeError, match="evaluate: expected 1 arguments without a name, got"):
+    with pytest.raises(TypeError, match="evaluate: expected 1 argument without a name, got"):
         swaa.evaluate(None, tok, data=QUESTIONS)
     with pytest.raises(TypeError, match="EvalConfig: expected arguments by name, got"):
         EvalConfig("full")

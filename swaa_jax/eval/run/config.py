@@ -6,6 +6,7 @@ import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from swaa_jax.arguments import told_keywords
 from swaa_jax.documents import named_settings, parse_yaml, with_overrides
 from swaa_jax.eval.run.entries import (
     API_KEY,
@@ -37,7 +38,6 @@ from swaa_jax.fields import (
     set_field,
     wrong,
 )
-from swaa_jax.given import told_keywords
 from swaa_jax.infer import SamplingParams
 from swaa_jax.storage import read_text
 from swaa_jax.typing import PathLike
@@ -54,6 +54,7 @@ __all__ = [
 ]
 
 _NOTES = ("description", "source")
+_SHORTER = ("models", "policies", "data", "judge", "max_new_tokens")
 _WHAT_TO_SAY = (
     "say which checkpoints (models: [...]) under which policies (policies: [full, ...]) are asked "
     "what (data: mine.jsonl, or tasks: [{task: ruler, length: 4096}])"
@@ -169,7 +170,7 @@ class EvalConfig(SamplingParams):
         """
         every = dataclasses.fields(self)
         known = [field.name for field in every]
-        check_keys("evaluation", fields, ["models", "policies", "data", *known])
+        check_keys("evaluation", fields, [*_SHORTER, *known])
         if "settings" not in fields:
             pair = {"models": models, "policies": policies}
             given = {key: value for key, value in pair.items() if _is_given(value)}

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from swaa_jax.arguments import check_keywords, check_tokenizer, told_keywords
 from swaa_jax.eval.run import EvalConfig, TaskEntry
 from swaa_jax.eval.run.loading import load_entry
 from swaa_jax.eval.search.halving import (
@@ -15,8 +16,7 @@ from swaa_jax.eval.search.halving import (
     suggest_windows,
 )
 from swaa_jax.eval.tasks import encode_sample
-from swaa_jax.fields import check_keys, list_of, wrong
-from swaa_jax.given import tokenizer_of, told_keywords
+from swaa_jax.fields import list_of, wrong
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import LayerSelection
 from swaa_jax.progress import ProgressLike, progress_like, show_progress
@@ -92,7 +92,7 @@ def search_policy(
         ... )  # doctest: +SKIP
         >>> found.policy, found.plot("search.png")  # doctest: +SKIP
     """
-    tok, progress = tokenizer_of("tok", tok), progress_like("progress", progress)
+    tok, progress = check_tokenizer("tok", tok), progress_like("progress", progress)
     config = SearchConfig(
         floor=floor,
         max_prefill=max_prefill,
@@ -156,7 +156,7 @@ def _asked(
         ValueError: as `search_policy`.
     """
     known = ["judge", "max_new_tokens", *(n for n in _FIELDS if n not in _OWN)]
-    check_keys("search_policy", settings, ["data", "task", *known])
+    check_keywords(search_policy, settings, known)
     if (data is None) == (task is None):
         got = "neither" if data is None else "both"
         raise ValueError(f"search_policy: expected data or task, got {got}; give one of them")

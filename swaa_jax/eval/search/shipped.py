@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 from flax import nnx
 
+from swaa_jax.arguments import told_keywords
 from swaa_jax.checkpoint import checkpoint_origin, open_checkpoint
 from swaa_jax.configs import list_configs
 from swaa_jax.costs import activation_bytes, cache_bytes, prefill_attention_share
 from swaa_jax.fields import integer, number, or_none, wrong
-from swaa_jax.given import told_keywords
 from swaa_jax.models import CausalLM, read_blueprint
 from swaa_jax.policy import (
     AttentionPolicy,
