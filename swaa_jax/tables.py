@@ -1,4 +1,4 @@
-"""`Table`: what results show as text, in a notebook, as JSON and as a pandas frame."""
+"""`Table`: what results show as text, in a notebook, as JSON and as a pandas frame; `Tabular`."""
 
 import dataclasses
 import html
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Table"]
+__all__ = ["Table", "Tabular"]
 
 _MOST_SHOWN = 60
 
@@ -100,6 +100,37 @@ class Table:
     def _left_out(self) -> list[str]:
         more = len(self.lines) - _MOST_SHOWN
         return [f"... and {more} more; records() has all"] if more > 0 else []
+
+
+class Tabular:
+    """A result that is a table: it gives `table()`, and has the other forms of it from here.
+
+    Examples:
+        >>> class Scores(Tabular):
+        ...     def table(self):
+        ...         return Table(columns=("policy", "score"), lines=(("full", 1.0),))
+        >>> Scores().to_pandas().shape, Scores()._repr_html_()[:7]
+        ((1, 2), '<table>')
+    """
+
+    def table(self) -> Table:
+        """All of it, as lines of named values."""
+        raise NotImplementedError
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """`table()` as a frame.
+
+        Raises:
+            ImportError: pandas, which is optional, is not installed.
+        """
+        return self.table().to_pandas()
+
+    def _shown(self) -> Table:
+        """What a notebook shows of it."""
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        return self._shown()._repr_html_()
 
 
 def _finite(value: Any) -> Any:
