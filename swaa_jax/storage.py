@@ -216,10 +216,17 @@ def read_text(path: epath.PathLike) -> str:
 
     Raises:
         ValueError: it is not UTF-8; the file is named.
+        FileNotFoundError: it is not there; the message says where it was looked for.
         OSError: it cannot be read.
     """
     try:
         return epath.Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        where = f" (the working directory is {os.getcwd()})" if is_local(path) else ""
+        raise FileNotFoundError(
+            f"{os.fspath(path)[:_LONGEST_PATH]}: expected a file that is there, got none; check "
+            f"the path{where}"
+        ) from error
     except UnicodeDecodeError as error:
         byte, at = error.object[error.start], error.start
         raise ValueError(

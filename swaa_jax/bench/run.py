@@ -12,7 +12,7 @@ from swaa_jax.bench.result import BenchResult
 from swaa_jax.bench.workload import LengthsLike, Workload, lengths_given
 from swaa_jax.fields import integer, nearest, number, or_none, path, show, wrong, wrong_kind
 from swaa_jax.models import CausalLM
-from swaa_jax.policy import AttentionPolicy, load_policy, split_policies
+from swaa_jax.policy import AttentionPolicy, load_policy, several_policies
 from swaa_jax.progress import ProgressLike, show_progress
 from swaa_jax.typing import PathLike
 
@@ -297,19 +297,12 @@ def _listed(value: object) -> Sequence[object]:
 
 def _policies(policies: object) -> dict[str, AttentionPolicy]:
     """Policies by name, in the order that they were given."""
-    if policies is None:
-        policies = DEFAULT_POLICIES
-    if isinstance(policies, str):
-        policies = split_policies(policies)
-    fields = {field.name for field in dataclasses.fields(AttentionPolicy)}
-    if isinstance(policies, Mapping) and not set(policies) & fields:
-        return {str(name): load_policy(policy) for name, policy in policies.items()}
+    given = several_policies("policies", DEFAULT_POLICIES if policies is None else policies)
     found: dict[str, AttentionPolicy] = {}
-    given = _listed(policies)
-    for one in given:
-        like: Any = one
+    for label, like in given:
         policy = load_policy(like)
-        found[os.fspath(like) if isinstance(like, str | os.PathLike) else str(policy)] = policy
+        name = os.fspath(like) if isinstance(like, str | os.PathLike) else str(policy)
+        found[name if label is None else label] = policy
     if not found or len(found) < len(given):
         got = "none" if not found else "one twice"
         raise ValueError(f"policies: expected each policy once, got {got}; name each once")

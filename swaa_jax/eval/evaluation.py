@@ -46,7 +46,7 @@ from swaa_jax.eval.run.loading import (
 from swaa_jax.eval.run.readers import models as several_models
 from swaa_jax.eval.run.remote import RemoteModel
 from swaa_jax.eval.run.remote_asking import RemoteAsking
-from swaa_jax.fields import check_keys, wrong
+from swaa_jax.fields import check_keys, naming, wrong
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import Structure
 from swaa_jax.policy import AttentionPolicy
@@ -150,7 +150,9 @@ def _config(config: Any, given: dict[str, Any]) -> EvalConfig:
         ValueError: something else in the config's place, or what a config has already.
     """
     if isinstance(config, str | os.PathLike):
-        config = read_document(read_text(find_config("eval", config)))
+        path = find_config("eval", config)
+        with naming(path):
+            config = read_document(read_text(path))
     if isinstance(config, Mapping):
         if "settings" in config and {"models", "policies"} & set(given):
             raise wrong("models", "none with a config that has settings", given.get("models"))

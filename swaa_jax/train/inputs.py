@@ -14,7 +14,7 @@ from swaa_jax.data import DataConfig
 from swaa_jax.fields import wrong, wrong_kind
 from swaa_jax.models import CausalLM
 from swaa_jax.models.loaded import loaded_tokenizer
-from swaa_jax.train.run_config import TrainConfig
+from swaa_jax.train.run_config import TrainConfig, as_section
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -127,7 +127,7 @@ def _base(config: Any) -> dict[str, Any]:
 
 def _merged(base: Mapping[str, Any], name: str, value: Any) -> Any:
     """A field's value; a mapping changes only what it names of a section that is there."""
-    before = base.get(name)
+    before = as_section(name, base.get(name))
     if name in _MERGED and isinstance(value, Mapping) and isinstance(before, Mapping):
         return {**before, **value}
     return value

@@ -362,7 +362,7 @@ def test_models_and_policies_in_python(model, monkeypatch, tmp_path):
     "changes, message",
     [
         ({"models": None}, "models: expected a model, a shape or a url, got none of them"),
-        ({"models": 3}, "models: expected models from load_model, or their names, got a int"),
+        ({"models": 3}, "models: expected models from load_model, or their names, got 3 .int."),
         ({"policies": ["full", "full"]}, "policies: expected each policy once, got one twice"),
         ({"policies": []}, "policies: expected each policy once, got none"),
         ({"policies": "ful"}, "did you mean 'full'"),

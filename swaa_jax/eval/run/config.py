@@ -165,7 +165,8 @@ class EvalConfig(SamplingParams):
                 list of records, a `datasets.Dataset`, a pandas frame, or a dict of these by name.
             judge: of all tasks, in place of their own: a name, with settings as in
                 "regex,which=last", or a mapping.
-            max_new_tokens: of an answer to `data`.
+            max_new_tokens: of an answer without its thinking, of every task whose entry does not
+                say it.
             fields: see the class.
         """
         every = dataclasses.fields(self)
@@ -398,17 +399,13 @@ def _asked(
     data: Any, given: Any, *, judge: Any, max_new_tokens: int | None
 ) -> tuple[TaskEntry, ...]:
     """The tasks: questions of one's own, then the others."""
-    own = data_entries("data", data) if data is not None else ()
+    found = data_entries("data", data) if data is not None else ()
+    found += tasks("tasks", given) if _is_given(given) else ()
     if max_new_tokens is not None:
-        if not own:
-            raise wrong(
-                "max_new_tokens",
-                "data with it, whose answers it is for",
-                max_new_tokens,
-                "set that of the task, {task: ..., max_new_tokens: ...}",
-            )
-        own = tuple(dataclasses.replace(one, max_new_tokens=max_new_tokens) for one in own)
-    found = own + (tasks("tasks", given) if _is_given(given) else ())
+        found = tuple(
+            dataclasses.replace(one, max_new_tokens=one.max_new_tokens or max_new_tokens)
+            for one in found
+        )
     if judge is None:
         return found
     judge = named_settings(judge, "name") if isinstance(judge, str) else mapping("judge", judge)

@@ -23,19 +23,17 @@ from swaa_jax.fields import (
     from_mapping,
     list_of,
     naming,
-    nearest,
     show,
     wrong,
     wrong_kind,
 )
 from swaa_jax.models import CausalLM
-from swaa_jax.policy import AttentionPolicy, load_policy, split_policies
+from swaa_jax.policy import AttentionPolicy, load_policy, several_policies
 
 __all__ = ["data_entries", "models", "policies", "policy_entry", "several", "task_entry", "tasks"]
 
 T = TypeVar("T")
 
-_POLICY_KEYS = {field.name for field in dataclasses.fields(AttentionPolicy)} | {"swaa_config"}
 _MODELS = "a checkpoint's path or name, a loaded model, (model, tokenizer), or a dict by name"
 
 
@@ -121,20 +119,18 @@ def policies(name: str, value: Any) -> tuple[PolicyEntry | Mapping[str, object],
     """Policies: one or several in any form of `policy_entry`, several in one text with commas, or a
     mapping from the names that results have to policies.
     """
-    if isinstance(value, str):
-        value = split_policies(value)
-    if isinstance(value, Mapping) and not _POLICY_KEYS & set(value):
-        value = [_named_policy(name, label, one) for label, one in value.items()]
-    return several(policy_entry)(name, value)
+    found = [
+        policy_entry(f"{name}[{at}]", one)
+        if label is None
+        else _named_policy(f"{name}[{show(label)}]", label, one)
+        for at, (label, one) in enumerate(several_policies(name, value))
+    ]
+    return _some(name, found)
 
 
-def _named_policy(name: str, label: object, policy: Any) -> PolicyEntry:
-    if not isinstance(policy, str | Mapping | AttentionPolicy | os.PathLike):
-        expected = "policies by name, {'mine': 'window=64'}, or fields of one"
-        hint = nearest(label, sorted(_POLICY_KEYS))
-        raise ValueError(f"{name}: expected {expected}, got {show({label: policy})}{hint}")
-    with naming(f"{name}[{show(label)}]"):
-        return PolicyEntry(name=str(label), policy=load_policy(policy))
+def _named_policy(name: str, label: str, policy: Any) -> PolicyEntry:
+    with naming(name):
+        return PolicyEntry(name=label, policy=load_policy(policy))
 
 
 def policy_entry(name: str, entry: Any) -> PolicyEntry | Mapping[str, object]:
