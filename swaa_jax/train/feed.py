@@ -8,9 +8,12 @@ Processes that hold the same rows (a mesh with `tensor` over processes) read the
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from swaa_jax.sharding import batch_parts, spec_for
@@ -50,6 +53,25 @@ class Feed:
             mesh=self.mesh,
             num_rows=self.batch_size // self.accumulate,
         )
+
+    def total(self, value: float) -> "float | jax.Array":
+        """A number of this share's batch, summed over all shares.
+
+        With several it is computed on the devices, so that no process waits for another one here;
+        each of them calls this, in the same order.
+        """
+        if self.count == 1 or self.mesh is None:
+            return value
+        parts, _ = batch_parts(self.mesh)
+        on = NamedSharding(self.mesh, PartitionSpec(*spec_for(("batch",), (parts,), self.mesh)))
+        own = parts // self.count
+        values = np.full((own,), value / own, np.float32)
+        return _sum_on(self.mesh)(jax.make_array_from_process_local_data(on, values, (parts,)))
+
+
+@functools.lru_cache(maxsize=4)
+def _sum_on(mesh: Mesh) -> Any:
+    return jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def make_feed(

@@ -18,6 +18,7 @@ import swaa_jax as swaa
 from swaa_jax import runtime
 from swaa_jax.cli.process_args import parse_mesh
 from swaa_jax.models import auto
+from swaa_jax.train.feed import make_feed
 
 TOKENS = np.arange(48).reshape(4, 12)
 
@@ -51,6 +52,7 @@ def main() -> None:
         process = jax.process_index()
         np.save(pathlib.Path(output) / f"{text}-{process}.npy", logits)
         swaa.save_model(model, pathlib.Path(output) / text)
+        feed = make_feed(model.mesh, batch_size=4, rows_per_device=2)
         record = {
             "mesh": text,
             "processes": jax.process_count(),
@@ -58,6 +60,7 @@ def main() -> None:
             "handed_out": reader.handed_out,
             "own_bytes": own,
             "all_bytes": sum(p.nbytes for p in params),
+            "total": float(feed.total(process + 1)),
         }
         print(json.dumps(record), flush=True)
 

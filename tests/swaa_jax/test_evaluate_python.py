@@ -286,7 +286,7 @@ def test_mistakes_with_objects(mine, no_type_checks):
         ({"task": RULER, "flor": 0.9}, "search_policy: expected keys among"),
         ({"tasks": RULER}, r"'tasks' \(did you mean 'task'\?\)"),
         ({"task": RULER, "floor": 2}, "floor: expected a number"),
-        ({"task": RULER, "thinking": "yes"}, "thinking: expected true or false"),
+        ({"task": RULER, "enable_thinking": "yes"}, "enable_thinking: expected true or false"),
         ({"task": [RULER, RULER + ",seed=1"]}, "expected one task|expected distinct names"),
     ]:
         with pytest.raises(ValueError, match=message):

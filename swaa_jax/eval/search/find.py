@@ -33,7 +33,7 @@ _FIELDS = [field.name for field in dataclasses.fields(EvalConfig)]
 _OWN = ("settings", "tasks", "output_dir", "thinking", "skip_samples", "baseline")
 
 
-@told_keywords({"tasks": "task", "tokenizer": "tok"})
+@told_keywords()
 def search_policy(
     model: Any,
     tok: "PreTrainedTokenizerBase | None" = None,
@@ -48,7 +48,7 @@ def search_policy(
     full_layers: Sequence[LayerSelection] = _SPACE.full_layers,
     decode: Sequence[LayerSelection] = _SPACE.decode,
     first_samples: int = _LIMITS.first_samples,
-    thinking: bool = False,
+    enable_thinking: bool = False,
     output_dir: PathLike | None = None,
     progress: ProgressLike = None,
     **settings: Any,
@@ -69,7 +69,7 @@ def search_policy(
         windows: keys that a query sees; None: about 1/16, 1/8 and 1/4 of the prompts.
         sinks, full_layers, decode: see `SearchSpace`.
         first_samples: that every candidate answers.
-        thinking: whether the model thinks before it answers.
+        enable_thinking: whether the model thinks before it answers.
         output_dir: every answer is kept there, so that the same call goes on where it was stopped;
             None: nothing is kept on disk.
         progress: who is told how far it is.
@@ -99,9 +99,9 @@ def search_policy(
         max_cache_bytes=max_cache_bytes,
         first_samples=first_samples,
     )
-    if not isinstance(thinking, bool):
-        raise wrong("thinking", "true or false, one mode a search", thinking)
-    asked = _asked(model, tok, data, task, thinking=thinking, settings=settings)
+    if not isinstance(enable_thinking, bool):
+        raise wrong("enable_thinking", "true or false, one mode a search", enable_thinking)
+    asked = _asked(model, tok, data, task, thinking=enable_thinking, settings=settings)
     (entry,), (task_entry,) = asked.local_models, asked.tasks
     with (
         tempfile.TemporaryDirectory(prefix="swaa_search_") as place,
