@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from swaa_jax.arguments import told_keywords
-from swaa_jax.engine.sampling import SamplingParams
+from swaa_jax.engine.sampling_params import SamplingParams
 from swaa_jax.fields import (
     check_fields,
     check_keys,
