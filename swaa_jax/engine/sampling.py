@@ -5,7 +5,6 @@ How people set it is `sampling_params.py`; here every setting is an array.
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,8 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
-
-log = logging.getLogger(__name__)
 
 NO_TOKEN = -1
 """What `sample` gives where the logits are not numbers."""

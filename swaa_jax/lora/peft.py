@@ -11,6 +11,7 @@ from etils import epath
 from swaa_jax import checkpoint
 from swaa_jax.arguments import check_place, told_keywords
 from swaa_jax.checkpoint import WeightReader
+from swaa_jax.directories import atomic_directory
 from swaa_jax.fields import first_of, show
 from swaa_jax.lora import peft_config, peft_layout
 from swaa_jax.lora.config import LoraConfig
@@ -19,7 +20,7 @@ from swaa_jax.lora.peft_layout import Entry, Factors
 from swaa_jax.lora.sites import Path, adapted_sites, find_sites, target_sites
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.runtime import is_main_process, to_host, wait_for_all
-from swaa_jax.storage import CheckpointError, atomic_directory, listing, write_json_atomic
+from swaa_jax.storage import CheckpointError, listing, write_json_atomic
 from swaa_jax.typing import PathLike
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from swaa_jax.arguments import check_model, check_place, check_tokenizer, told_k
 from swaa_jax.attention import check_backend
 from swaa_jax.checkpoint import WeightReader, WeightRule
 from swaa_jax.checkpoint.keymap import Expected
+from swaa_jax.directories import atomic_directory
 from swaa_jax.fields import integer, mapping, nearest, or_none, show, text, wrong
 from swaa_jax.models.causal_lm import CausalLM
 from swaa_jax.models.config import WINDOW_FIELDS, DecoderConfig, refuse_idle_overrides
@@ -28,7 +29,6 @@ from swaa_jax.models.source import config_overrides, file_stamps, note_source
 from swaa_jax.policy import AttentionPolicy, PolicyLike, load_policy
 from swaa_jax.runtime import is_main_process, keep_compiled_programs, wait_for_all
 from swaa_jax.sharding import resolve_mesh, sharding_for, target_of
-from swaa_jax.storage import atomic_directory
 from swaa_jax.typing import PathLike
 
 if TYPE_CHECKING:

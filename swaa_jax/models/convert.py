@@ -14,11 +14,12 @@ from etils import epath
 from swaa_jax import checkpoint
 from swaa_jax.arguments import check_place, told_keywords
 from swaa_jax.checkpoint import WeightReader
+from swaa_jax.directories import atomic_directory
 from swaa_jax.fields import integer
 from swaa_jax.models.auto import check_dtype, hf_config_under, read_blueprint
 from swaa_jax.policy import PolicyLike
 from swaa_jax.progress import ProgressLike, show_progress
-from swaa_jax.storage import atomic_directory, check_space, is_local
+from swaa_jax.storage import check_space, is_local
 from swaa_jax.typing import PathLike
 
 logger = logging.getLogger(__name__)
