@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Table", "Tabular"]
+__all__ = ["Table", "Tabular", "finite"]
 
 _MOST_SHOWN = 60
 
@@ -73,8 +73,7 @@ class Table:
 
     def to_json(self) -> str:
         """The same as a JSON list of objects; numbers that JSON has no word for are null."""
-        finite = [{key: _finite(value) for key, value in line.items()} for line in self.records()]
-        return json.dumps(finite, indent=1, ensure_ascii=False)
+        return json.dumps(finite(self.records()), indent=1, ensure_ascii=False)
 
     def __str__(self) -> str:
         shown = [self.columns, *([_text(value) for value in line] for line in self._shown())]
@@ -133,7 +132,16 @@ class Tabular:
         return self._shown()._repr_html_()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Nested plain data for JSON, which has no word for numbers that are not finite: null.
+
+    >>> finite({"loss": [1.0, float("nan")]})
+    {'loss': [1.0, None]}
+    """
+    if isinstance(value, dict):
+        return {str(key): finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

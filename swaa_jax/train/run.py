@@ -1,7 +1,6 @@
 """A whole run, from a config, plain values or objects: model, adapters, data, loop, export."""
 
 import dataclasses
-import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -167,7 +166,10 @@ def train(
     if restored is not None:
         _tell_resumed(restored, total_steps)
     writer, sample_lines = _open_outputs(config, directory, start)
-    evaluation = functools.partial(_evaluate, evaluating, trainer, writer)
+
+    def evaluation(state: TrainState, step: int) -> dict[str, float]:
+        return evaluating.run(trainer, state, step, writer)
+
     try:
         result = run_loop(
             trainer,
@@ -222,12 +224,6 @@ def train(
         best_step=best.step,
         best_value=None if best.step is None else best.value,
     )
-
-
-def _evaluate(
-    evaluating: Any, trainer: Trainer, writer: MetricWriter, state: TrainState, step: int
-) -> dict[str, float]:
-    return evaluating.run(trainer, state, step, writer)
 
 
 def _with_files(resolved: DataConfig, config: TrainConfig) -> DataConfig:
