@@ -65,9 +65,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_POLICIES = ("full", "naive", "instruct-no-train")
 """Of an evaluation that names none."""
 
-API_KEY = "SWAA_JUDGE_API_KEY"
-"""The environment variable of a judging model's key; it is never written anywhere."""
-
 
 @told_keywords()
 def evaluate(
@@ -363,12 +360,10 @@ def _judge(task: TaskEntry, config: EvalConfig) -> tuple[str, Judge]:
     if settings.get("name") == "regex":  # whose patterns by default were others once
         settings.setdefault("pattern", list(CHOICES))
     name = fingerprint(settings)
-    if settings.get("name") == "llm":
-        if os.environ.get(API_KEY):
-            settings.setdefault("api_key", os.environ[API_KEY])
-        if "cache" not in settings and "://" not in config.directory:
-            epath.Path(config.directory).mkdir(parents=True, exist_ok=True)
-            settings["cache"] = str(epath.Path(config.directory) / "judge_cache.jsonl")
+    is_local = "://" not in config.directory
+    if settings.get("name") == "llm" and "cache" not in settings and is_local:
+        epath.Path(config.directory).mkdir(parents=True, exist_ok=True)
+        settings["cache"] = str(epath.Path(config.directory) / "judge_cache.jsonl")
     try:
         return name, make_judge(**settings)
     except ValueError as error:

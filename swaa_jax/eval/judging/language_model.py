@@ -19,6 +19,9 @@ from swaa_jax.fields import check_fields, integer, number, or_none, text, wrong
 from swaa_jax.remote import BROKEN, Endpoint, HttpReply, retry_after
 from swaa_jax.typing import PathLike
 
+JUDGE_KEY = "SWAA_JUDGE_API_KEY"
+"""The environment's variable with the judging model's key, which is never written anywhere."""
+
 _PROMPT = """\
 You grade an answer to a question. It is right if it says the same as the reference answer, in \
 whatever words; it is wrong if it says something else, something less, or that it does not know. \
