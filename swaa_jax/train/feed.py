@@ -8,15 +8,13 @@ Processes that hold the same rows (a mesh with `tensor` over processes) read the
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from swaa_jax.sharding import batch_parts, spec_for
+from swaa_jax.train.across import summed
 from swaa_jax.train.placement import NEEDED, OPTIONAL, place_batch
 
 __all__ = ["Feed", "make_feed"]
@@ -55,23 +53,11 @@ class Feed:
         )
 
     def total(self, value: float) -> "float | jax.Array":
-        """A number of this share's batch, summed over all shares.
+        """A number of each share's batch, summed over all shares; see `summed`.
 
-        With several it is computed on the devices, so that no process waits for another one here;
-        each of them calls this, in the same order.
+        Processes that hold the same rows count once.
         """
-        if self.count == 1 or self.mesh is None:
-            return value
-        parts, _ = batch_parts(self.mesh)
-        on = NamedSharding(self.mesh, PartitionSpec(*spec_for(("batch",), (parts,), self.mesh)))
-        own = parts // self.count
-        values = np.full((own,), value / own, np.float32)
-        return _sum_on(self.mesh)(jax.make_array_from_process_local_data(on, values, (parts,)))
-
-
-@functools.lru_cache(maxsize=4)
-def _sum_on(mesh: Mesh) -> Any:
-    return jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        return summed(value * self.count / jax.process_count())
 
 
 def make_feed(

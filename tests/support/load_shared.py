@@ -19,6 +19,7 @@ from swaa_jax import runtime
 from swaa_jax.cli.process_args import parse_mesh
 from swaa_jax.models import auto
 from swaa_jax.train.feed import make_feed
+from swaa_jax.train.report import SaveClock
 
 TOKENS = np.arange(48).reshape(4, 12)
 
@@ -61,8 +62,21 @@ def main() -> None:
             "own_bytes": own,
             "all_bytes": sum(p.nbytes for p in params),
             "total": float(feed.total(process + 1)),
+            "due": saves(process),
         }
         print(json.dumps(record), flush=True)
+
+
+def saves(process: int) -> list[bool]:
+    """After which of four steps to save, where process 1 alone is late at the first."""
+    clock = SaveClock(None, 1e-9 if process else 1e9)
+    found = []
+    for step in range(1, 5):
+        found.append(clock.is_due(step))
+        if found[-1]:
+            clock.saved()
+            clock = SaveClock(None, 1e9)
+    return found
 
 
 def unique_shards(array: jax.Array) -> list[jax.Shard]:
