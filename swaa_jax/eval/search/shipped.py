@@ -245,7 +245,7 @@ class Recipes(Tabular, list[Recipe]):
             )
             for number, one in enumerate(scored, start=1)
         ]
-        title = f"{MAIN_TASK}, % of full attention's score (arXiv 2512.10411); {self.case}"
+        title = f"{MAIN_TASK}, % of full attention's; {self.case}"
         return save_figure(policy_figure(dots, title=title, heading="Recipe"), path)
 
     def __str__(self) -> str:
