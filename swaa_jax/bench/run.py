@@ -98,6 +98,7 @@ def bench(
     References:
         Table 5 of arXiv 2512.10411.
     """
+    check_keywords(bench, options, [*_ONLY_HERE, *_ONLY_THERE])
     or_none(path)("directory", directory)
     workload = Workload(
         prompt_tokens=lengths_given("prompt_tokens", prompt_tokens),
@@ -165,7 +166,6 @@ def prepare(
     here: dict[str, Any] = {name: options.get(name) for name in _ONLY_HERE}
     here["policies"] = policies
     there: dict[str, Any] = {name: options.get(name) for name in _ONLY_THERE}
-    check_keywords(bench, options, [*_ONLY_HERE, *_ONLY_THERE])
     idle = [name for name, value in (here if url else there).items() if value not in (None, {})]
     if idle:
         got = "a key" if idle[0] == "api_key" else show((here | there)[idle[0]])
