@@ -28,6 +28,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "swaa_jax.runtime",
         "swaa_jax.sharding",
         "swaa_jax.storage",
+        "swaa_jax.directories",
         "swaa_jax.configs",
         "swaa_jax.records",
         "swaa_jax.progress",

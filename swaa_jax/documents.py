@@ -189,7 +189,7 @@ def with_overrides(
     overrides: Sequence[str],
     *,
     name: str = "override",
-    named: Mapping[str, Callable[[str], Mapping[str, object]]] | None = None,
+    named: Mapping[str, Callable[[Any], object]] | None = None,
 ) -> dict[str, Any]:
     """The fields with KEY.SUB=VALUE overrides; values are YAML.
 
@@ -197,8 +197,8 @@ def with_overrides(
         fields: a config as plain data.
         overrides: in order.
         name: what messages call them.
-        named: what gives the fields of a config that has only a name, by its key: so that one of
-            a recipe's fields can be changed.
+        named: what gives the fields of a config that is written short, as a name or a number, by
+            its key: so that one of a recipe's fields can be changed.
 
     Raises:
         ValueError: no ``=``, malformed YAML, or a key below something that has no keys.
@@ -216,9 +216,9 @@ def with_overrides(
         place = result
         for depth, parent in enumerate(parents):
             below = place.get(parent)
-            if depth == 0 and isinstance(below, str) and parent in (named or {}):
-                below = (named or {})[parent](below)
             below = {} if below is None else below
+            if depth == 0 and not isinstance(below, Mapping) and parent in (named or {}):
+                below = (named or {})[parent](below)
             if not isinstance(below, Mapping):
                 above = ".".join(parents[: depth + 1])
                 raise wrong(f"{name} {override!r}", f"keys in {above}", below, f"leave out .{last}")

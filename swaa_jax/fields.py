@@ -52,6 +52,7 @@ __all__ = [
     "text",
     "texts",
     "wrong",
+    "wrong_kind",
 ]
 
 T = TypeVar("T")
@@ -91,6 +92,17 @@ def describe(value: object) -> str:
 def wrong(name: str, expected: str, got: object, advice: str = "") -> ValueError:
     """The error of a value that is not what was expected; `advice` says what to do."""
     return ValueError(f"{name}: expected {expected}, got {describe(got)}{advice and f'; {advice}'}")
+
+
+def wrong_kind(name: str, expected: str, got: object, advice: str = "") -> ValueError:
+    """The same of a thing that is known by its type, such as a model: all of it would be pages.
+
+    Values that people write are shown whole.
+    """
+    if isinstance(got, str | int | float | bytes | list | tuple | Mapping | None):
+        return wrong(name, expected, got, advice)
+    kind = type(got).__name__[:_LONGEST_TYPE]
+    return ValueError(f"{name}: expected {expected}, got a {kind}{advice and f'; {advice}'}")
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from etils import epath
 
 from swaa_jax.documents import problem_within
 from swaa_jax.fields import describe, show
-from swaa_jax.limits import PARQUET_BYTES, PARQUET_TIMES
+from swaa_jax.parquet import problem_with_groups, said_once, without_invented_nulls
 from swaa_jax.storage import CheckpointError, is_local, reading
 
 __all__ = [
@@ -405,7 +405,8 @@ class _Parquet(_File):
         self._starts = np.cumsum([0, *(group.num_rows for group in groups)])
         with reading(name):
             size = epath.Path(name).stat().length
-        _check_groups(name, groups, size)
+        if problem := problem_with_groups(groups, size):
+            raise DataError(f"{name}: {problem}")
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_reader": None, "_decoded": {}}
@@ -418,7 +419,7 @@ class _Parquet(_File):
             metadata = pyarrow.parquet.read_metadata(file)
             # What the file says once stays so in memory: a short file may name a long text often.
             self._reader = pyarrow.parquet.ParquetFile(
-                file, metadata=metadata, read_dictionary=_said_once(metadata)
+                file, metadata=metadata, read_dictionary=said_once(metadata)
             )
             self._decoded: dict[int, Any] = {}
         return self._reader
@@ -446,64 +447,7 @@ class _Parquet(_File):
                 "write the file again with the text decoded"
             ) from error
         fields = {
-            field.name: _without_invented_nulls(fields[field.name], field.type)
+            field.name: without_invented_nulls(fields[field.name], field.type)
             for field in row.schema
         }
         return _checked(self.name, index, fields)
-
-
-def _said_once(metadata: Any) -> list[str]:
-    """Columns of texts that the file has a dictionary of."""
-    groups = [metadata.row_group(n) for n in range(metadata.num_row_groups)]
-    found = []
-    for at in range(metadata.num_columns):
-        chunks = [group.column(at) for group in groups]
-        if all(
-            chunk.physical_type == "BYTE_ARRAY"
-            and chunk.has_dictionary_page
-            and chunk.total_uncompressed_size < PARQUET_BYTES
-            for chunk in chunks
-        ):
-            found.append(metadata.schema.column(at).path)
-    return found
-
-
-def _check_groups(name: str, groups: Sequence[Any], size: int) -> None:
-    """Refuses, by arithmetic, row groups that would take far more memory than the file is long."""
-    limit = max(PARQUET_BYTES, PARQUET_TIMES * size)
-    for number, group in enumerate(groups):
-        # An entry of a column takes some bytes even where it is null.
-        columns = [group.column(at) for at in range(group.num_columns)]
-        entries = sum(max(column.num_values, group.num_rows) for column in columns)
-        needed = group.total_byte_size + 8 * entries
-        if needed > limit:
-            raise DataError(
-                f"{name}: row group {number}: expected at most {limit >> 20} MB of records in a "
-                f"file of {size} bytes, got {needed >> 20} MB; write it again in smaller row groups"
-            )
-
-
-def _without_invented_nulls(value: Any, kind: Any) -> Any:
-    """A value without the nested keys that are null because other records have them.
-
-    A parquet file has every key in every record. What was absent cannot be told from a null, which
-    hardly anybody writes; but a key that is null in all records is there because it was written.
-    """
-    import pyarrow
-
-    types = pyarrow.types
-    if value is None:
-        return None
-    if types.is_struct(kind):
-        fields = [kind.field(number) for number in range(kind.num_fields)]
-        return {
-            field.name: _without_invented_nulls(value[field.name], field.type)
-            for field in fields
-            if value[field.name] is not None or types.is_null(field.type)
-        }
-    if types.is_map(kind):
-        return [(key, _without_invented_nulls(item, kind.item_type)) for key, item in value]
-    lists = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
-    if any(getattr(types, f"is_{name}")(kind) for name in lists):
-        return [_without_invented_nulls(item, kind.value_type) for item in value]
-    return value

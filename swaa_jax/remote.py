@@ -31,7 +31,7 @@ __all__ = [
     "BROKEN",
     "Endpoint",
     "NoStreamError",
-    "Reply",
+    "HttpReply",
     "excerpt",
     "listed_models",
     "retry_after",
@@ -70,7 +70,7 @@ class NoStreamError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reply:
+class HttpReply:
     """What a server said.
 
     Attributes:
@@ -152,7 +152,7 @@ class Endpoint:
 
     def post(
         self, path: str, body: Mapping[str, Any], *, timeout_s: float, most_bytes: int = REPLY_BYTES
-    ) -> Reply:
+    ) -> HttpReply:
         """The reply to a JSON body, in full.
 
         Args:
@@ -167,7 +167,7 @@ class Endpoint:
         """
         return run_apart(self.request("POST", path, body, timeout_s=timeout_s, most=most_bytes))
 
-    def get(self, path: str, *, timeout_s: float, most_bytes: int = REPLY_BYTES) -> Reply:
+    def get(self, path: str, *, timeout_s: float, most_bytes: int = REPLY_BYTES) -> HttpReply:
         """The reply to a request without a body; raises as `post`."""
         return run_apart(self.request("GET", path, None, timeout_s=timeout_s, most=most_bytes))
 
@@ -180,7 +180,7 @@ class Endpoint:
         timeout_s: float,
         most: int = REPLY_BYTES,
         client: httpx2.AsyncClient | None = None,
-    ) -> Reply:
+    ) -> HttpReply:
         """As `post`, on an event loop, and over a client's connections where one is given."""
         found = bytearray()
         try:
@@ -193,7 +193,7 @@ class Endpoint:
                     found += chunk
                     if len(found) > most:
                         raise ValueError(f"expected a reply of at most {most} bytes, got more")
-                return Reply(
+                return HttpReply(
                     status=response.status_code,
                     reason=self.excerpt(response.reason_phrase),
                     retry_after=response.headers.get("Retry-After"),
@@ -286,7 +286,7 @@ class _Kept:
         return None
 
 
-def listed_models(reply: Reply) -> dict[str, Mapping[str, Any]]:
+def listed_models(reply: HttpReply) -> dict[str, Mapping[str, Any]]:
     """What a reply to `/models` says of each model, by name; empty where it is no such list."""
     try:
         found = parse_json(reply.body) if reply.is_ok else None

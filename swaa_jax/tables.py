@@ -1,4 +1,4 @@
-"""`Table`: what results show as text, in a notebook, as JSON and as a pandas frame."""
+"""`Table`: what results show as text, in a notebook, as JSON and as a pandas frame; `Tabular`."""
 
 import dataclasses
 import html
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Table"]
+__all__ = ["Table", "Tabular", "finite"]
 
 _MOST_SHOWN = 60
 
@@ -74,8 +74,7 @@ class Table:
 
     def to_json(self) -> str:
         """The same as a JSON list of objects; numbers that JSON has no word for are null."""
-        finite = [{key: _finite(value) for key, value in line.items()} for line in self.records()]
-        return json.dumps(finite, indent=1, ensure_ascii=False)
+        return json.dumps(finite(self.records()), indent=1, ensure_ascii=False)
 
     def __str__(self) -> str:
         shown = [self.columns, *([_text(value) for value in line] for line in self._shown())]
@@ -103,7 +102,47 @@ class Table:
         return [f"... and {more} more; records() has all"] if more > 0 else []
 
 
-def _finite(value: Any) -> Any:
+class Tabular:
+    """A result that is a table: it gives `table()`, and has the other forms of it from here.
+
+    Examples:
+        >>> class Scores(Tabular):
+        ...     def table(self):
+        ...         return Table(columns=("policy", "score"), lines=(("full", 1.0),))
+        >>> Scores().to_pandas().shape, Scores()._repr_html_()[:7]
+        ((1, 2), '<table>')
+    """
+
+    def table(self) -> Table:
+        """All of it, as lines of named values."""
+        raise NotImplementedError
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """`table()` as a frame.
+
+        Raises:
+            ImportError: pandas, which is optional, is not installed.
+        """
+        return self.table().to_pandas()
+
+    def _shown(self) -> Table:
+        """What a notebook shows of it."""
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        return self._shown()._repr_html_()
+
+
+def finite(value: Any) -> Any:
+    """Nested plain data for JSON, which has no word for numbers that are not finite: null.
+
+    >>> finite({"loss": [1.0, float("nan")]})
+    {'loss': [1.0, None]}
+    """
+    if isinstance(value, dict):
+        return {str(key): finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

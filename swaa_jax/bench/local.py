@@ -38,7 +38,7 @@ def room_for(workload: Workload, **given: Any) -> EngineOptions:
     Raises:
         ValueError: see `EngineOptions`.
     """
-    slots = min(workload.concurrency or _SLOTS, workload.num_requests)
+    slots = min(workload.concurrency or _SLOTS, workload.requests)
     chosen = {
         "num_slots": slots,
         "max_tokens": workload.longest,
@@ -155,7 +155,7 @@ def _measure(
 def _warm_up(engine: Engine, workload: Workload, vocab: int) -> None:
     """Runs every program once: a prompt of more than a chunk, again where prompts are reused."""
     (options,) = engine.options.values()
-    new = min(2, workload.output.most)
+    new = min(2, workload.output_tokens.most)
     length = max(1, min(options.sizes[0] + 1, options.max_tokens - new))
     prompt = workload.warm_up(vocab, length)
     for _ in range(1 + options.reuse):

@@ -35,7 +35,7 @@ __all__ = [
     "write_report",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 LEGEND = (
     "Seconds (s) or milliseconds (ms): mean / p50 / p90 / p99 of finished requests. TTFT: from "

@@ -11,18 +11,17 @@ from etils import epath
 from swaa_jax.bench.measure import Measurement, Spread
 from swaa_jax.bench.workload import Workload
 from swaa_jax.fields import nearest, show
-from swaa_jax.tables import Table
+from swaa_jax.tables import Table, Tabular
 from swaa_jax.typing import PathLike
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 __all__ = ["BenchResult"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class BenchResult:
+class BenchResult(Tabular):
     """What was measured, in the order that was asked for; iterate over it, or take one by its name.
 
     Attributes:
@@ -67,10 +66,6 @@ class BenchResult:
         """A line a policy or model: requests, latencies in seconds, tokens a second, bytes."""
         caption = f"{self.title}: {self.workload.describe()}."
         return Table.of(map(_record, self.measurements), caption=caption)
-
-    def to_pandas(self) -> "pd.DataFrame":
-        """`table()` as a frame."""
-        return self.table().to_pandas()
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON's types, as in bench.json."""

@@ -4,19 +4,17 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from swaa_jax.arguments import check_keywords
 from swaa_jax.bench.cells import Cell, run_cells
 from swaa_jax.bench.result import BenchResult
 from swaa_jax.bench.workload import LengthsLike, Workload, lengths_given
-from swaa_jax.fields import check_keys, integer, nearest, number, or_none, path, show, wrong
+from swaa_jax.fields import integer, nearest, number, or_none, path, show, wrong, wrong_kind
 from swaa_jax.models import CausalLM
-from swaa_jax.policy import AttentionPolicy, load_policy, split_policies
+from swaa_jax.policy import AttentionPolicy, load_policy, several_policies
 from swaa_jax.progress import ProgressLike, show_progress
 from swaa_jax.typing import PathLike
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["API_KEY", "DEFAULT_POLICIES", "DEFAULT_VOCAB", "Bench", "bench", "prepare"]
 
@@ -28,8 +26,11 @@ DEFAULT_VOCAB = 1000
 """Prompts to a server are token ids below it, which every model has."""
 
 _ROOM = ("num_slots", "chunk_size", "pool_tokens", "steps_per_call", "chunks_per_round")
-_ONLY_HERE = ("shape", "policies", "memory_share", "dtype", "mesh", "revision", "config_overrides")
-_ONLY_HERE += ("backend", *_ROOM)
+_ONLY_HERE = (
+    *("shape", "policies", "memory_share"),
+    *("dtype", "mesh", "revision", "config_overrides", "backend"),
+    *_ROOM,
+)
 _ONLY_THERE = ("vocab_size", "request_s", "api_key")
 
 
@@ -97,21 +98,18 @@ def bench(
     References:
         Table 5 of arXiv 2512.10411.
     """
+    check_keywords(bench, options, [*_ONLY_HERE, *_ONLY_THERE])
     or_none(path)("directory", directory)
-    prepared = prepare(
-        models,
-        policies,
-        prompt_tokens=prompt_tokens,
-        output_tokens=output_tokens,
+    workload = Workload(
+        prompt_tokens=lengths_given("prompt_tokens", prompt_tokens),
+        output_tokens=lengths_given("output_tokens", output_tokens),
         requests=requests,
         concurrency=concurrency,
         rate=rate,
         shared_prefix=shared_prefix,
         seed=seed,
-        max_seconds=max_seconds,
-        url=url,
-        **options,
     )
+    prepared = prepare(models, policies, workload, max_seconds=max_seconds, url=url, **options)
 
     def keep() -> None:
         if directory is not None and prepared.result.has_answers:
@@ -142,22 +140,16 @@ class Bench:
             progress: who is told how far it is.
             keep: called after each cell, and where an exception ends one.
         """
-        total = self.result.workload.num_requests * len(self.cells)
+        total = self.result.workload.requests * len(self.cells)
         with show_progress("starting", total=total, unit="requests", enabled=progress) as bar:
             run_cells(self.cells, progress=bar, keep=keep)
 
 
 def prepare(
-    models: object = None,
-    policies: object = None,
+    models: object,
+    policies: object,
+    workload: Workload,
     *,
-    prompt_tokens: Any = 1024,
-    output_tokens: Any = 128,
-    requests: int = 32,
-    concurrency: int | None = None,
-    rate: float | None = None,
-    shared_prefix: float = 0.0,
-    seed: int = 0,
     max_seconds: float | None = None,
     url: str | None = None,
     start: Callable[[], Mapping[str, Any]] = dict,
@@ -166,39 +158,23 @@ def prepare(
     """Checks what `bench` is given and loads the models, but measures nothing yet.
 
     Args:
+        models, policies, max_seconds, url, options: as `bench` takes them.
+        workload: the requests.
         start: called when all that can be was checked, before JAX looks for devices; gives further
             options of `load_model`.
     """
     here: dict[str, Any] = {name: options.get(name) for name in _ONLY_HERE}
     here["policies"] = policies
     there: dict[str, Any] = {name: options.get(name) for name in _ONLY_THERE}
-    check_keys("bench", options, [*_ONLY_HERE, *_ONLY_THERE, *_OWN])
     idle = [name for name, value in (here if url else there).items() if value not in (None, {})]
     if idle:
         got = "a key" if idle[0] == "api_key" else show((here | there)[idle[0]])
         where = "with" if url else "without"
         raise ValueError(f"{idle[0]}: expected nothing {where} url, got {got}; leave it out")
-    if rate is not None and concurrency is not None:
-        raise ValueError("rate: expected it or concurrency, got both; leave one out")
     or_none(number(above=0))("max_seconds", max_seconds)
-    workload = Workload(
-        prompt=lengths_given("prompt_tokens", prompt_tokens),
-        output=lengths_given("output_tokens", output_tokens),
-        num_requests=integer(least=1, most=1_000_000)("requests", requests),
-        concurrency=8 if concurrency is None and rate is None else concurrency,
-        rate=rate,
-        shared_prefix=shared_prefix,
-        seed=seed,
-    )
     if url is not None:
         return _of_server(url, models, workload, max_seconds, **there)
     return _of_models(models, workload, max_seconds, start=start, **here)
-
-
-_OWN = (
-    *("models", "policies", "prompt_tokens", "output_tokens", "requests", "concurrency", "rate"),
-    *("shared_prefix", "seed", "max_seconds", "url", "directory", "progress"),
-)
 
 
 def _of_server(
@@ -219,9 +195,7 @@ def _of_server(
     names = [models] if isinstance(models, str) else list(_listed(models))
     odd = next((name for name in names if not isinstance(name, str)), None)
     if odd is not None:
-        raise ValueError(
-            f"models: expected names of the server's models, with url, got a {type(odd).__name__}"
-        )
+        raise wrong_kind("models", "names of the server's models, with url", odd)
     endpoint = Endpoint(url=url, api_key=api_key or os.environ.get(API_KEY) or None)
     given: Any = names
     cells = server_cells(
@@ -323,19 +297,12 @@ def _listed(value: object) -> Sequence[object]:
 
 def _policies(policies: object) -> dict[str, AttentionPolicy]:
     """Policies by name, in the order that they were given."""
-    if policies is None:
-        policies = DEFAULT_POLICIES
-    if isinstance(policies, str):
-        policies = split_policies(policies)
-    fields = {field.name for field in dataclasses.fields(AttentionPolicy)}
-    if isinstance(policies, Mapping) and not set(policies) & fields:
-        return {str(name): load_policy(policy) for name, policy in policies.items()}
+    given = several_policies("policies", DEFAULT_POLICIES if policies is None else policies)
     found: dict[str, AttentionPolicy] = {}
-    given = _listed(policies)
-    for one in given:
-        like: Any = one
+    for label, like in given:
         policy = load_policy(like)
-        found[os.fspath(like) if isinstance(like, str | os.PathLike) else str(policy)] = policy
+        name = os.fspath(like) if isinstance(like, str | os.PathLike) else str(policy)
+        found[name if label is None else label] = policy
     if not found or len(found) < len(given):
         got = "none" if not found else "one twice"
         raise ValueError(f"policies: expected each policy once, got {got}; name each once")
@@ -346,7 +313,7 @@ def _models(
     models: object, shape: str | None, workload: Workload, loading: Mapping[str, Any]
 ) -> dict[str, Callable[..., CausalLM]]:
     """What gives each model, by name."""
-    from swaa_jax.models.given import model_given
+    from swaa_jax.models.loaded import loaded_model
 
     if (models is None or models == "") == (shape is None):
         got = "none of them" if shape is None else "models and shape"
@@ -374,12 +341,9 @@ def _models(
                 "give it to load_model"
             )
         if not isinstance(one, CausalLM | str | os.PathLike):
-            raise ValueError(
-                f"models: expected models from load_model, or their names, got a "
-                f"{type(one).__name__}"
-            )
+            raise wrong_kind("models", "models from load_model, or their names", one)
     return {
-        str(name): functools.partial(model_given, one, **options) for name, one in named.items()
+        str(name): functools.partial(loaded_model, one, **options) for name, one in named.items()
     }
 
 

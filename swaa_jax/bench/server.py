@@ -131,7 +131,7 @@ class _Client:
         """
         planned = workload.plan(vocab_size)
         async with self._endpoint.opened_client() as http:
-            prompt = workload.warm_up(vocab_size, workload.prompt.most)
+            prompt = workload.warm_up(vocab_size, workload.prompt_tokens.most)
             self._wishes = await self._accepted(http, prompt)
             if workload.shared_prefix:  # what goes on from a beginning may be a program of its own
                 await self._accepted(http, prompt)

@@ -18,10 +18,20 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import Float, Int
 
-from swaa_jax.fields import check_fields, integer, list_of, number, or_none, show, wrong
+from swaa_jax.fields import (
+    check_fields,
+    integer,
+    list_of,
+    number,
+    or_none,
+    set_field,
+    show,
+    wrong,
+)
 
 __all__ = ["Lengths", "LengthsLike", "Planned", "Workload", "lengths_given", "parse_lengths"]
 
+_CONCURRENCY = 8
 _LENGTHS, _ARRIVALS, _TOKENS = range(3)
 _LENGTH = re.compile(r"([1-9]\d{0,9})(k?)")
 
@@ -135,21 +145,22 @@ class Workload:
     """Requests, and when they are sent.
 
     Attributes:
-        prompt: tokens of prompts.
-        output: tokens of answers.
-        num_requests: how many there are.
+        prompt_tokens: of prompts.
+        output_tokens: of answers.
+        requests: how many there are.
         concurrency: so many are under way at a time, and one is sent when one ends (closed loop).
+            8 where neither it nor a rate is given.
         rate: so many a second are sent on average, at the times of a Poisson process (open loop).
         shared_prefix: the part of each prompt, from its beginning, that all prompts have alike.
         seed: of lengths, times and tokens.
 
     Raises:
-        ValueError: a value out of range, or not one of concurrency and rate.
+        ValueError: a value out of range, or both of concurrency and rate.
     """
 
-    prompt: Lengths
-    output: Lengths
-    num_requests: int = 32
+    prompt_tokens: Lengths
+    output_tokens: Lengths
+    requests: int = 32
     concurrency: int | None = None
     rate: float | None = None
     shared_prefix: float = 0.0
@@ -158,20 +169,21 @@ class Workload:
     def __post_init__(self):
         check_fields(
             self,
-            num_requests=integer(least=1, most=1_000_000),
+            requests=integer(least=1, most=1_000_000),
             concurrency=or_none(integer(least=1, most=100_000)),
             rate=or_none(number(above=0, most=1_000_000)),
             shared_prefix=number(least=0, most=1),
             seed=integer(least=0, most=2**32 - 1),
         )
-        if (self.concurrency is None) == (self.rate is None):
-            both = "both" if self.rate is not None else "neither"
-            raise ValueError(f"concurrency: expected it or a rate, got {both}; give one of them")
+        if self.concurrency is not None and self.rate is not None:
+            raise ValueError("rate: expected it or concurrency, got both; leave one out")
+        if self.concurrency is None and self.rate is None:
+            set_field(self, "concurrency", _CONCURRENCY)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt and answer together."""
-        return self.prompt.most + self.output.most
+        return self.prompt_tokens.most + self.output_tokens.most
 
     def _rng(self, *stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *stream])
@@ -179,14 +191,14 @@ class Workload:
     def lengths(self) -> list[tuple[int, int]]:
         """Tokens of each request's prompt and answer."""
         rng = self._rng(_LENGTHS)
-        prompts = self.prompt.draw(self.num_requests, rng)
-        return list(zip(prompts, self.output.draw(self.num_requests, rng), strict=True))
+        prompts = self.prompt_tokens.draw(self.requests, rng)
+        return list(zip(prompts, self.output_tokens.draw(self.requests, rng), strict=True))
 
     def arrivals(self) -> Float[np.ndarray, " R"] | None:
         """Seconds from the start, of each request; None: they follow one another."""
         if self.rate is None:
             return None
-        return np.cumsum(self._rng(_ARRIVALS).exponential(1 / self.rate, self.num_requests))
+        return np.cumsum(self._rng(_ARRIVALS).exponential(1 / self.rate, self.requests))
 
     def plan(self, vocab_size: int) -> list[Planned]:
         """The requests, in order of arrival.
@@ -195,7 +207,7 @@ class Workload:
             vocab_size: prompts are tokens below it, all equally likely.
         """
         lengths, arrivals = self.lengths(), self.arrivals()
-        common = self._rng(_TOKENS).integers(0, vocab_size, self.prompt.most, np.int32)
+        common = self._rng(_TOKENS).integers(0, vocab_size, self.prompt_tokens.most, np.int32)
         planned = []
         for at, (prompt, output) in enumerate(lengths):
             shared = round(self.shared_prefix * prompt)
@@ -218,7 +230,7 @@ class Workload:
     def to_dict(self) -> dict[str, Any]:
         """As plain data; lengths as they are typed."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return fields | {"prompt": str(self.prompt), "output": str(self.output)}
+        return {name: str(one) if isinstance(one, Lengths) else one for name, one in fields.items()}
 
     def describe(self) -> str:
         """In a line, for titles."""
@@ -231,6 +243,6 @@ class Workload:
         when = f"{self.rate:g} a second" if self.rate else f"{self.concurrency} at a time"
         shared = f", {self.shared_prefix:.0%} of them alike" if self.shared_prefix else ""
         return (
-            f"{self.num_requests} requests, {when}: prompts of {tokens([n for n, _ in found])} "
+            f"{self.requests} requests, {when}: prompts of {tokens([n for n, _ in found])} "
             f"tokens{shared}, answers of {tokens([n for _, n in found])}"
         )

@@ -15,9 +15,9 @@ from safetensors.numpy import save_file
 from swaa_jax.checkpoint._header import DTYPES, TensorInfo, read_header
 from swaa_jax.checkpoint._paths import check_directory, read_json_object
 from swaa_jax.checkpoint._tensor_files import LocalFile, RangeFile, open_tensors
+from swaa_jax.directories import COMMIT_MARK
 from swaa_jax.fields import describe, show, wrong
 from swaa_jax.storage import (
-    COMMIT_MARK,
     CheckpointError,
     is_local,
     listing,
@@ -287,7 +287,7 @@ def write_safetensors(
 
     Tensors fill shards in the order given. One shard is written as `model.safetensors`, several as
     `model-00001-of-0000N.safetensors` with `model.safetensors.index.json`. Host memory: one shard.
-    Not atomic by itself: call it inside `storage.atomic_directory`.
+    Not atomic by itself: call it inside `directories.atomic_directory`.
 
     Args:
         directory: an existing local directory.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
+from swaa_jax.arguments import check_place, told_keywords
 from swaa_jax.chats import THOUGHT_MARKERS, ends_in_thought
 from swaa_jax.checkpoint._paths import read_json_object
 from swaa_jax.checkpoint.hf import (
@@ -27,7 +28,6 @@ from swaa_jax.checkpoint.hf import (
 )
 from swaa_jax.checkpoint.hub import open_checkpoint
 from swaa_jax.fields import show
-from swaa_jax.given import place_of, told_keywords
 from swaa_jax.limits import LONGEST_MODEL_TYPE, TOKENIZER_GROWTH
 from swaa_jax.storage import CheckpointError, is_local, reading, resolve_inside
 
@@ -60,7 +60,7 @@ def load_tokenizer(
             read, or a tokenizer that is code.
         ValueError: a `revision` of a directory.
     """
-    place_of(
+    check_place(
         "path_or_hub_id",
         path_or_hub_id,
         expected="a directory or a name to load from",

@@ -44,9 +44,9 @@ exit codes: 0 all requests were answered; 1 some failed or were cut off, or a po
 """
 
 _OPTIONS = (
-    *("shape", "policies", "num_slots", "chunk_size", "pool_tokens", "memory_share"),
+    *("shape", "num_slots", "chunk_size", "pool_tokens", "memory_share"),
     *("steps_per_call", "chunks_per_round", "dtype", "revision", "backend"),
-    *("vocab_size", "request_s", "concurrency", "rate", "max_seconds"),
+    *("vocab_size", "request_s"),
 )
 
 
@@ -158,6 +158,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from swaa_jax import runtime
     from swaa_jax.bench.run import prepare
+    from swaa_jax.bench.workload import Workload, parse_lengths
     from swaa_jax.redact import typed_command
 
     options: dict[str, Any] = {
@@ -171,14 +172,21 @@ def run(args: argparse.Namespace) -> int:
     else:
         models, given = args.model, {"config_overrides": overrides}
     with naming_flags(args):
-        prepared = prepare(
-            models or None,
-            url=args.url,
-            prompt_tokens=args.prompt_tokens,
-            output_tokens=args.output_tokens,
+        workload = Workload(
+            prompt_tokens=parse_lengths("prompt_tokens", args.prompt_tokens),
+            output_tokens=parse_lengths("output_tokens", args.output_tokens),
             requests=args.requests,
+            concurrency=args.concurrency,
+            rate=args.rate,
             shared_prefix=args.shared_prefix,
             seed=args.seed,
+        )
+        prepared = prepare(
+            models or None,
+            args.policies,
+            workload,
+            url=args.url,
+            max_seconds=args.max_seconds,
             start=lambda: _start(args),
             **given,
             **options,

@@ -82,8 +82,6 @@ def run(args: argparse.Namespace) -> int:
     policy = policy_from_args(args)
     process_args.start(args)
 
-    import os
-
     from swaa_jax import AttentionPolicy, load_model, load_tokenizer
     from swaa_jax.distill import DistillConfig, distill, read_questions
     from swaa_jax.documents import key_value
@@ -91,10 +89,7 @@ def run(args: argparse.Namespace) -> int:
     from swaa_jax.redact import without_secrets
 
     settings = dict(key_value("--judge-set", one) for one in args.judge_set)
-    secret = {}
-    if args.judge == "llm" and os.environ.get("SWAA_JUDGE_API_KEY"):
-        secret["api_key"] = os.environ["SWAA_JUDGE_API_KEY"]
-    judge = make_judge(args.judge, **{**secret, **settings})
+    judge = make_judge(args.judge, **settings)
     config = DistillConfig(
         attempts=args.attempts,
         max_new_tokens=args.max_new_tokens,

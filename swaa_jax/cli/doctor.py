@@ -14,6 +14,7 @@ from typing import Any
 
 from swaa_jax.cli import Commands
 from swaa_jax.cli.doctor_checks import Finding, accelerators, all_findings, cache_findings
+from swaa_jax.cli.json_output import add_json
 
 _EPILOG = """\
 examples:
@@ -45,7 +46,7 @@ def add_parser(subparsers: Commands) -> None:
         epilog=_EPILOG,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--json", action="store_true", help="a JSON list of what was found")
+    add_json(parser, "a list of what was found")
     parser.add_argument(
         "--timeout",
         type=float,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from swaa_jax.cli import Commands, process_args
+from swaa_jax.cli.json_output import add_json
 from swaa_jax.cli.task_args import add_task_arguments, tasks_from_args, with_judge
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def add_parser(subparsers: Commands) -> None:
     ask.add_argument("--thinking", choices=["no", "yes", "both"], help="default: no")
     ask.add_argument("--output", metavar="DIR", help="default: eval_output")
     process_args.add_config_override(ask)
-    add("--json", action="store_true", help="print the table as JSON, and nothing else")
+    add_json(parser, "the table")
     add("--quiet", action="store_true", help="no progress bar and no table")
     process_args.add_process_arguments(parser, mesh=True)
 

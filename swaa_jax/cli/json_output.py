@@ -2,10 +2,9 @@
 
 import argparse
 import json
-import math
-from typing import Any
 
 from swaa_jax.fields import plain
+from swaa_jax.tables import finite
 
 __all__ = ["add_json", "print_json"]
 
@@ -23,12 +22,4 @@ def add_json(parser: "argparse._ActionsContainer", what: str) -> None:
 
 def print_json(value: object) -> None:
     """Prints plain data; numbers that JSON has no word for are null."""
-    print(json.dumps(_finite(plain(value)), indent=1, ensure_ascii=False, default=str))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(json.dumps(finite(plain(value)), indent=1, ensure_ascii=False, default=str))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from swaa_jax.cli import Commands, process_args
 from swaa_jax.cli.flags import naming_flags
+from swaa_jax.cli.json_output import add_json
 from swaa_jax.cli.recipes_search import add_search_arguments, run_search
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def add_parser(subparsers: Commands) -> None:
     process_args.add_config_override(parser)
     add("--context", type=int, metavar="TOKENS", help="default: 32768, or less if the model has it")
     add("--rows", type=int, default=1, help="in memory at once; default: %(default)s")
-    add("--json", action="store_true", help="print the table as JSON, and nothing else")
+    add_json(parser, "the table")
     of_search = add_search_arguments(parser)
     parser.set_defaults(run=functools.partial(run, of_search=of_search))
 

@@ -71,7 +71,7 @@ def run_search(args: argparse.Namespace) -> int:
         ],
         decode=[parse_fields({"decode": one})["decode"] for one in args.decode.split(",")],
         first_samples=args.first_samples,
-        thinking=bool(args.thinking),
+        enable_thinking=bool(args.thinking),
         batch_size=args.batch_size,
         limit=args.limit,
         output_dir=args.output,

@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 _EPILOG = """\
 examples:
   swaa select Qwen/Qwen3-4B out/train.parquet sel/ --method add_one --share 1/4 \\
-      --window 2048 --sinks 10
+      --window 2048 --sinks 10 --decode full
       a quarter of the layers, those that lower the answers' NLL most when they alone are full;
       sel/policy.yaml is the policy: swaa generate MODEL PROMPT --policy sel/policy.yaml
 
   swaa select Qwen/Qwen3-4B out/train.parquet sel/ --method pairwise --num-full-layers 9 \\
-      --window 2048 --sinks 10 --max-evaluations 400
+      --window 2048 --sinks 10 --decode full --max-evaluations 400
       from there, exchanging layers while it helps; what add_one evaluated is not evaluated again
 
   swaa select Qwen/Qwen3-4B out/train.parquet heads/ --method gates --heads --share 1/4 \\
-      --window 2048 --sinks 10 --set steps=300
+      --window 2048 --sinks 10 --decode full --set steps=300
       single KV heads, by trained gates
 
   swaa select tiny-retriever needles.jsonl sel/ --no-thinking --method periodic --share 1/2 \\
@@ -84,8 +84,9 @@ def add_parser(subparsers: Commands) -> None:
     rest.add_argument(
         "--decode",
         choices=["full", "window"],
-        default="full",
-        help="what answer tokens see in windowed layers; default full (FA decode)",
+        default="window",
+        help="what answer tokens see in windowed layers: window, the default, as in every policy; "
+        "or full (FA decode, which policies without training want)",
     )
     data = parser.add_argument_group("calibration samples")
     data.add_argument(

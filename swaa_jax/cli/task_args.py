@@ -21,7 +21,7 @@ def add_task_arguments(group: Any) -> None:
         help="exact, includes, regex, ruler or llm, with settings; default: the task's own",
     )
     add("--limit", type=int, metavar="N", help="the first N samples of each task")
-    add("--max-new-tokens", type=int, metavar="N", help="of an answer to --data")
+    add("--max-new-tokens", type=int, metavar="N", help="of an answer, unless a task says its own")
 
 
 def tasks_from_args(args: argparse.Namespace) -> list[dict[str, object]]:
@@ -30,20 +30,20 @@ def tasks_from_args(args: argparse.Namespace) -> list[dict[str, object]]:
 
     found: list[dict[str, object]] = []
     files = args.data or []
-    if args.max_new_tokens is not None and not files:
+    longest = args.max_new_tokens
+    if longest is not None and not (files or args.task):
         raise ValueError(
-            "--max-new-tokens: expected --data, whose answers it is for, got "
-            f"{args.max_new_tokens} without it; set max_new_tokens of the task"
+            "--max-new-tokens: expected --data or --task, whose answers it is for, got "
+            f"{longest} without them; set max_new_tokens of the task in the CONFIG"
         )
     stems = [os.path.splitext(os.path.basename(file))[0] for file in files]
     for file, stem in zip(files, stems, strict=True):
         task: dict[str, object] = {"task": "qa", "files": file}
         if stems.count(stem) > 1:
             task["name"] = f"qa {file}"
-        if args.max_new_tokens is not None:
-            task["max_new_tokens"] = args.max_new_tokens
         found.append(task)
-    return found + [named_settings(text, "task") for text in args.task or []]
+    found += [named_settings(text, "task") for text in args.task or []]
+    return found if longest is None else [{"max_new_tokens": longest, **one} for one in found]
 
 
 def with_judge(tasks: Any, args: argparse.Namespace) -> Any:

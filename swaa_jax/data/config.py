@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import yaml
 
+from swaa_jax.arguments import told_keywords
 from swaa_jax.documents import parse_yaml
 from swaa_jax.examples import COLUMNS, FORMATS
 from swaa_jax.fields import (
@@ -23,7 +24,6 @@ from swaa_jax.fields import (
     texts,
     wrong,
 )
-from swaa_jax.given import told_keywords
 
 __all__ = ["DataConfig"]
 

@@ -14,10 +14,9 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import pathlib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -25,15 +24,25 @@ from etils import epath
 from jaxtyping import Int
 
 from swaa_jax.chats import warn_of_unread
+from swaa_jax.data.cache import (
+    META,
+    VERSION,
+    cache_key,
+    cache_place,
+    check_unchanged,
+    copy_cache,
+    file_stats,
+    is_there,
+)
 from swaa_jax.data.config import DataConfig
 from swaa_jax.data.encode import Encoder, Notes, Sample
 from swaa_jax.data.reading import read_ahead
+from swaa_jax.directories import atomic_directory
 from swaa_jax.examples import is_nan, warn_unused
 from swaa_jax.fields import show
 from swaa_jax.policy import Stage
 from swaa_jax.progress import ProgressLike, show_progress
 from swaa_jax.records import (
-    SHIPPED,
     DataError,
     Record,
     Records,
@@ -42,14 +51,7 @@ from swaa_jax.records import (
     records_of,
 )
 from swaa_jax.runs import fingerprint
-from swaa_jax.storage import (
-    CheckpointError,
-    atomic_directory,
-    is_local,
-    read_json,
-    reading,
-    sha256,
-)
+from swaa_jax.storage import CheckpointError, read_json, sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,15 +60,8 @@ __all__ = ["SampleReport", "Samples", "prepare_samples"]
 
 log = logging.getLogger(__name__)
 
-_VERSION = 5
-_META = "meta.json"
 _FILES = ("lengths.npy", "origins.npy", "tokens.bin", "marks.bin")
 _USUAL_JUDGE = "judge"  # looked for, not asked for
-_SETTINGS = (
-    *("format", "columns", "chat_template", "chat_template_kwargs", "answers", "stop_tokens"),
-    *("answer_stage", "loss_on", "split_answers", "judge_column", "min_length", "on_too_long"),
-    "tokens",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,29 +145,29 @@ def prepare_samples(
         _tell(report)
         return writer.samples(report)
     files = find_files(config.files)
-    seen = _stats(files)
-    key = _key(files, tok, config)
-    place, remote = _cache_place(files, key, config)
+    seen = file_stats(files)
+    key = cache_key(files, tok, config)
+    place, remote = cache_place(files, key, config)
     if remote is not None and not place.exists():
-        _copy(remote, place)
+        copy_cache(remote, place)
     vocab_size = 1 + max(tok.get_vocab().values())  # ids may have gaps
     stored, made = _open(place, vocab_size), False
     if stored is None:
         try:
-            with atomic_directory(place, overwrite=True, commit_mark=_META) as directory:
+            with atomic_directory(place, overwrite=True, commit_mark=META) as directory:
                 with _Disk(directory, keep_tokens=config.tokens == "cached") as writer:
                     every = open_records(files)
                     report = _first_pass(every, encoder, config, writer, progress=progress)
                 writer.finish(report)
-                _check_unchanged(files, seen)
+                check_unchanged(files, seen)
         except (CheckpointError, OSError):
             if _open(place, vocab_size) is None:  # else another process of this machine was faster
                 raise
         stored = _open(place, vocab_size)
         assert stored is not None
         made = True
-    if remote is not None and (made or not _is_there(remote)):
-        _copy(place, remote)
+    if remote is not None and (made or not is_there(remote)):
+        copy_cache(place, remote)
     _tell(stored.report)
     log.info("%s (%s)", stored.report, place)
     if config.tokens == "lazy":
@@ -356,13 +351,13 @@ class _Disk:
         np.save(self._directory / "lengths.npy", np.array(self._lengths, np.int64))
         np.save(self._directory / "origins.npy", np.array(self._origins, np.int64))
         meta = {
-            "version": _VERSION,
+            "version": VERSION,
             "digest": self.digest,
             "report": dataclasses.asdict(report),
             "tokens": self._keep,
             "sha256": {name: sha256(self._directory / name) for name in _FILES},
         }
-        (self._directory / _META).write_text(json.dumps(meta | {"check": fingerprint(meta)}))
+        (self._directory / META).write_text(json.dumps(meta | {"check": fingerprint(meta)}))
 
 
 class _Stored(Samples):
@@ -432,74 +427,18 @@ def _checksum(tokens: np.ndarray, marks: np.ndarray) -> int:
 # The cache.
 
 
-def _key(files: Sequence[epath.Path], tok: "PreTrainedTokenizerBase", config: DataConfig) -> str:
-    described = []
-    for file in files:
-        # Neither size nor time: a file may change within a second and keep both.
-        with reading(file):
-            described.append([file.suffix, sha256(file)])
-    settings = {name: getattr(config, name) for name in _SETTINGS}
-    settings["limit"] = config.max_length or config.seq_len
-    identity = [_VERSION, described, _tokenizer_identity(tok), settings]
-    return fingerprint(identity, digits=32)
-
-
-def _stats(files: Sequence[epath.Path]) -> list[tuple[object, ...]]:
-    """What shows that a file was written while it was read."""
-    stats = []
-    for file in files:
-        with reading(file):
-            found = os.stat(file) if is_local(file) else file.stat()
-        if isinstance(found, os.stat_result):
-            stats.append((found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
-        else:
-            stats.append((found.length, found.mtime))
-    return stats
-
-
-def _check_unchanged(files: Sequence[epath.Path], before: Sequence[tuple[object, ...]]) -> None:
-    for file, old, new in zip(files, before, _stats(files), strict=True):
-        if old != new:
-            raise DataError(
-                f"{os.fspath(file)}: expected a file that stays as it is while it is read, got one "
-                "that was written meanwhile; start again"
-            )
-
-
-def _tokenizer_identity(tok: "PreTrainedTokenizerBase") -> str:
-    backend = getattr(tok, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else sorted(tok.get_vocab().items())
-    parts = [type(tok).__name__, vocabulary, str(tok.chat_template), str(tok.special_tokens_map)]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def _cache_place(
-    files: Sequence[epath.Path], key: str, config: DataConfig
-) -> tuple[epath.Path, epath.Path | None]:
-    """The local directory, and the remote one that it is shared through."""
-    user = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    user = user / "swaa_jax" / "data" / key
-    if config.cache_dir is not None:
-        chosen = epath.Path(config.cache_dir).expanduser() / key
-        return (chosen, None) if is_local(chosen) else (user, chosen)
-    parent = files[0].parent
-    if files[0] not in SHIPPED.values() and is_local(parent) and os.access(parent, os.W_OK):
-        return parent / ".swaa_cache" / key, None
-    return user, None
-
-
 def _open(place: epath.Path, vocab_size: int) -> _Stored | None:
     """What the cache holds; None where it is absent or damaged."""
     directory = pathlib.Path(place)
-    if not (directory / _META).exists():
+    if not (directory / META).exists():
         return None
     try:
-        meta = read_json(directory / _META)
+        meta = read_json(directory / META)
         check = meta.pop("check")
         found = {name: sha256(directory / name) for name in _FILES}
         differing = [name for name in _FILES if found[name] != meta["sha256"][name]]
         if differing or check != fingerprint(meta):
-            raise ValueError(f"{', '.join(differing) or _META}: another digest")
+            raise ValueError(f"{', '.join(differing) or META}: another digest")
         lengths = _checked_lengths(directory, vocab_size)
         report = SampleReport(**meta["report"])
         told = {name: tuple(getattr(report, name)) for name in ("unused", "unread")}
@@ -527,20 +466,3 @@ def _checked_lengths(directory: pathlib.Path, vocab_size: int) -> np.ndarray:
         if tokens.min() < 0 or tokens.max() >= vocab_size:
             raise ValueError("tokens.bin: expected ids of the tokenizer's vocabulary")
     return np.array(lengths)
-
-
-def _is_there(place: epath.Path) -> bool:
-    with reading(place):
-        return (place / _META).exists()
-
-
-def _copy(source: epath.Path, target: epath.Path) -> None:
-    """Copies a cache between a bucket and this machine, if it is whole."""
-    if not _is_there(source):
-        return
-    try:
-        with atomic_directory(target, overwrite=True, commit_mark=_META) as directory:
-            for path in source.iterdir():
-                path.copy(directory / path.name)
-    except CheckpointError as error:
-        log.warning("the cache is not shared: %s", error)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from swaa_jax import runtime, storage
+from swaa_jax.arguments import check_keywords
 from swaa_jax.checkpoint.provenance import weight_marks
 from swaa_jax.checkpoint.tokenizer import opens_thinking
 from swaa_jax.distill.summary import DistillSummary
@@ -30,7 +31,6 @@ from swaa_jax.eval.tasks.question_answering import Question, read_questions
 from swaa_jax.fields import (
     Check,
     check_fields,
-    check_keys,
     flag,
     integer,
     mapping,
@@ -51,7 +51,7 @@ from swaa_jax.infer import (
     warn_of_thinking,
 )
 from swaa_jax.models import CausalLM
-from swaa_jax.models.given import ModelLike, model_given, tokenizer_given
+from swaa_jax.models.loaded import ModelLike, loaded_model, loaded_tokenizer
 from swaa_jax.models.source import running_backend, since_loading
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.progress import ProgressLike, show_progress
@@ -158,8 +158,8 @@ def distill(
     judging, judge_settings = _judge(judge)
     or_none(path_text)("directory", directory)
     asked = _questions(questions, limit)
-    loaded = model_given(model, policy=AttentionPolicy())
-    tok = tokenizer_given(tok, model)
+    loaded = loaded_model(model, policy=AttentionPolicy())
+    tok = loaded_tokenizer(tok, model)
     settings = {**judge_settings, **mapping("settings", {} if settings is None else settings)}
     if not isinstance(model, CausalLM):
         settings = {"model": os.fspath(model), **settings}
@@ -173,7 +173,7 @@ def _config(config: object, fields: Mapping[str, object]) -> DistillConfig:
     if config is not None and not isinstance(config, DistillConfig):
         raise wrong("config", "a DistillConfig", config, "give its fields as keywords")
     known = [field.name for field in dataclasses.fields(DistillConfig)]
-    check_keys("distill", fields, [*known, "directory", "config", "limit", "settings", "progress"])
+    check_keywords(distill, fields, known)
     values: dict[str, Any] = dict(fields)
     return DistillConfig(**values) if config is None else dataclasses.replace(config, **values)
 

@@ -6,11 +6,10 @@ import html
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from swaa_jax.tables import Table
+from swaa_jax.tables import Table, Tabular
 
 if TYPE_CHECKING:
     import datasets
-    import pandas as pd
     from matplotlib.figure import Figure
 
 __all__ = ["DistillSummary"]
@@ -19,7 +18,7 @@ _LONGEST_PROMPT = 60
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class DistillSummary:
+class DistillSummary(Tabular):
     """What a run came to; `questions_answered` have at least one accepted answer.
 
     Attributes:
@@ -89,10 +88,6 @@ class DistillSummary:
             for question, answers in by_question.items()
         ]
         return Table.of(records, caption=f"{self._told()}.")
-
-    def to_pandas(self) -> "pd.DataFrame":
-        """`table()` as a frame; ``pandas.DataFrame(summary.records())`` is the training data."""
-        return self.table().to_pandas()
 
     def plot(self, path: Any = None) -> "Figure":
         """How many questions have so many accepted answers.

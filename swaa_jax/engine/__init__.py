@@ -3,7 +3,7 @@
 from swaa_jax.engine.engine import Engine
 from swaa_jax.engine.lane import EndReason, EngineClock, Update
 from swaa_jax.engine.options import EngineOptions
-from swaa_jax.engine.sampling import SamplingParams
+from swaa_jax.engine.sampling_params import SamplingParams
 from swaa_jax.engine.scheduler import Request
 from swaa_jax.engine.state import compile_counts
 

@@ -4,12 +4,12 @@ import collections
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 
+from swaa_jax.arguments import check_model, told_keywords
 from swaa_jax.engine.lane import EngineClock, Lane, Load, Update
 from swaa_jax.engine.memory import bytes_of_arrays, device_memory, plan_memory
 from swaa_jax.engine.options import EngineOptions
 from swaa_jax.engine.scheduler import Request
 from swaa_jax.fields import check_keys, first_of, nearest, number, show, text, wrong
-from swaa_jax.given import model_of, told_keywords
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import SplitModel, split_model
 
@@ -59,7 +59,7 @@ class Engine:
             raise ValueError("models: expected at least one, got none")
         for name, model in named.items():
             text("models", name)
-            model_of("models", model)
+            check_model("models", model)
         number(above=0, most=1)("memory_share", memory_share)
         split = {name: split_model(model) for name, model in named.items()}
         if isinstance(options, Mapping):

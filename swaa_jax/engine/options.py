@@ -7,8 +7,8 @@ from typing import Literal
 import jax
 
 from kernels_pallas.layout import round_up
+from swaa_jax.arguments import told_keywords
 from swaa_jax.fields import check_fields, flag, integer, one_of, or_none, set_field
-from swaa_jax.given import told_keywords
 
 _SIZES = {"cpu": (256, 32), "gpu": (2048, 256), "tpu": (1024, 256)}
 """Tokens of a chunk and of a page, by platform."""

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from swaa_jax.arguments import told_keywords
 from swaa_jax.engine.pages import PagePool, Place, PrefixCache, Reused
-from swaa_jax.engine.sampling import SamplingParams
+from swaa_jax.engine.sampling_params import SamplingParams
 from swaa_jax.fields import check_fields, flag, integer, list_of, or_none, set_field, text, wrong
-from swaa_jax.given import told_keywords
 
 GREEDY = SamplingParams()
 

@@ -23,16 +23,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from swaa_jax.attention import Caches, LayerCache, RingCache, SplitCache, constrain_caches
-from swaa_jax.engine.sampling import (
-    NO_TOKEN,
-    Draws,
-    History,
-    Logprobs,
-    SamplingParams,
-    is_among,
-    pack_ids,
-    sample,
-)
+from swaa_jax.engine.logprobs import Logprobs
+from swaa_jax.engine.sampling import NO_TOKEN, Draws, History, is_among, pack_ids, sample
+from swaa_jax.engine.sampling_params import SamplingParams
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import Structure
 from swaa_jax.policy import Stage

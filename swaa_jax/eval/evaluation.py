@@ -19,6 +19,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from swaa_jax import storage
+from swaa_jax.arguments import told_keywords
 from swaa_jax.checkpoint import load_tokenizer
 from swaa_jax.checkpoint.provenance import describe_device, describe_versions
 from swaa_jax.configs import find_config
@@ -45,8 +46,7 @@ from swaa_jax.eval.run.loading import (
 from swaa_jax.eval.run.readers import models as several_models
 from swaa_jax.eval.run.remote import RemoteModel
 from swaa_jax.eval.run.remote_asking import RemoteAsking
-from swaa_jax.fields import check_keys, wrong
-from swaa_jax.given import told_keywords
+from swaa_jax.fields import check_keys, naming, wrong
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import Structure
 from swaa_jax.policy import AttentionPolicy
@@ -64,9 +64,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_POLICIES = ("full", "naive", "instruct-no-train")
 """Of an evaluation that names none."""
-
-API_KEY = "SWAA_JUDGE_API_KEY"
-"""The environment variable of a judging model's key; it is never written anywhere."""
 
 
 @told_keywords()
@@ -150,7 +147,9 @@ def _config(config: Any, given: dict[str, Any]) -> EvalConfig:
         ValueError: something else in the config's place, or what a config has already.
     """
     if isinstance(config, str | os.PathLike):
-        config = read_document(read_text(find_config("eval", config)))
+        path = find_config("eval", config)
+        with naming(path):
+            config = read_document(read_text(path))
     if isinstance(config, Mapping):
         if "settings" in config and {"models", "policies"} & set(given):
             raise wrong("models", "none with a config that has settings", given.get("models"))
@@ -361,12 +360,10 @@ def _judge(task: TaskEntry, config: EvalConfig) -> tuple[str, Judge]:
     if settings.get("name") == "regex":  # whose patterns by default were others once
         settings.setdefault("pattern", list(CHOICES))
     name = fingerprint(settings)
-    if settings.get("name") == "llm":
-        if os.environ.get(API_KEY):
-            settings.setdefault("api_key", os.environ[API_KEY])
-        if "cache" not in settings and "://" not in config.directory:
-            epath.Path(config.directory).mkdir(parents=True, exist_ok=True)
-            settings["cache"] = str(epath.Path(config.directory) / "judge_cache.jsonl")
+    is_local = "://" not in config.directory
+    if settings.get("name") == "llm" and "cache" not in settings and is_local:
+        epath.Path(config.directory).mkdir(parents=True, exist_ok=True)
+        settings["cache"] = str(epath.Path(config.directory) / "judge_cache.jsonl")
     try:
         return name, make_judge(**settings)
     except ValueError as error:

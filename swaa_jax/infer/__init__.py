@@ -5,7 +5,7 @@ after another.
 """
 
 from swaa_jax.engine import compile_counts
-from swaa_jax.engine.sampling import SAMPLING, SamplingParams
+from swaa_jax.engine.sampling_params import SAMPLING, SamplingParams
 from swaa_jax.infer.answerer import Answerer, Answering, eos_token_ids
 from swaa_jax.infer.generate import (
     Generation,

@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from swaa_jax.arguments import check_model, check_tokenizer, told_keywords
 from swaa_jax.attention import check_stream
-from swaa_jax.given import model_of, tokenizer_of, told_keywords
+from swaa_jax.figures import new_figure, save_figure
 from swaa_jax.infer.answerer import Answerer, Answering, context_of
 from swaa_jax.infer.options import GenerateOptions
 from swaa_jax.infer.prompts import Prompts, check_context, encode_prompts
@@ -13,11 +14,10 @@ from swaa_jax.infer.stopping import FinishReason
 from swaa_jax.infer.timings import Timings
 from swaa_jax.models import CausalLM
 from swaa_jax.progress import show_progress
-from swaa_jax.tables import Table
+from swaa_jax.tables import Table, Tabular
 from swaa_jax.typing import PathLike
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
 
@@ -30,7 +30,7 @@ def _cut(text: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class Generation:
+class Generation(Tabular):
     """Answers, in the order of the prompts.
 
     Args:
@@ -61,43 +61,32 @@ class Generation:
             lines.append(line)
         return Table.of(lines, caption=str(self.timings))
 
-    def to_pandas(self) -> "pd.DataFrame":
-        """The table as a frame; needs pandas."""
-        return self.table().to_pandas()
-
     def plot(self, path: PathLike | None = None) -> "Figure":
         """Where the time went: seconds of compiling, reading prompts and generating.
 
         Args:
             path: where to save it, such as ``timings.png``.
         """
-        from matplotlib.figure import Figure
-
         timings = self.timings
         parts = {
             "compiling": timings.compile_s,
             f"reading {timings.prompt_tokens:,} tokens": timings.prefill_s,
             f"generating {timings.new_tokens:,} tokens": timings.first_token_s + timings.decode_s,
         }
-        figure = Figure(figsize=(6, 1.8), layout="constrained")
+        figure = new_figure(width=6, height=1.8, layout="constrained")
         axes = figure.add_subplot()
         bars = axes.barh(list(parts), list(parts.values()), color="#0072B2")
         axes.bar_label(bars, fmt="{:,.2f} s", padding=3)
         axes.set(xlabel="seconds", xmargin=0.15)
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
-        if path is not None:
-            figure.savefig(path)
-        return figure
+        return save_figure(figure, path)
 
     def __repr__(self) -> str:
         texts = [_cut(text) for text in self.texts[:_SHOWN]]
         more = len(self.texts) - _SHOWN
         shown = ", ".join([*map(repr, texts), *([f"and {more} more"] if more > 0 else [])])
         return f"Generation({shown}; {self.timings})"
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 @told_keywords()
@@ -129,8 +118,8 @@ def generate(
             of the vocabulary, an unknown option, or one out of range.
     """
     options = GenerateOptions.of(options, overrides)
-    model_of("model", model)
-    tokenizer_of("tok", tok)
+    check_model("model", model)
+    check_tokenizer("tok", tok)
     encoded = encode_prompts(tok, prompts, room=context_of(model), **options.template_options)
     limit = options.max_new_tokens
     check_prompts(model, encoded, max_new_tokens=limit, positions=options.positions)
@@ -190,8 +179,8 @@ def stream(
         ValueError: as `generate`, or more than one prompt.
     """
     options = GenerateOptions.of(options, overrides)
-    model_of("model", model)
-    tokenizer_of("tok", tok)
+    check_model("model", model)
+    check_tokenizer("tok", tok)
     encoded = encode_prompts(tok, prompt, room=context_of(model), **options.template_options)
     if len(encoded) != 1:
         raise ValueError(f"prompt: expected one prompt to stream, got {len(encoded)}")

@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.layout import next_power_of_two
+from swaa_jax.arguments import check_model
 from swaa_jax.attention import LayerKind, RowWindows
 from swaa_jax.fields import integer, wrong
-from swaa_jax.given import model_of
 from swaa_jax.infer.buckets import length_bucket, pad_right
 from swaa_jax.infer.prompts import check_context
 from swaa_jax.losses import TargetLosses, target_losses
@@ -176,7 +176,7 @@ def score_policies(
 
 def _check(model: CausalLM, continuations: Sequence[Continuation], batch_size: int) -> int | None:
     """Checks that the continuations can be scored, and gives the model's context."""
-    model_of("model", model)
+    check_model("model", model)
     integer(least=1)("batch_size", batch_size)
     for number, one in enumerate(continuations):
         if not isinstance(one, Continuation):

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from swaa_jax.engine.sampling import SamplingParams
+from swaa_jax.arguments import told_keywords
+from swaa_jax.engine.sampling_params import SamplingParams
 from swaa_jax.fields import (
     check_fields,
     check_keys,
@@ -18,7 +19,6 @@ from swaa_jax.fields import (
     texts,
     wrong,
 )
-from swaa_jax.given import told_keywords
 from swaa_jax.limits import MAX_TOKEN_ID
 from swaa_jax.progress import ProgressLike, progress_like
 

@@ -2,16 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from swaa_jax.tables import Table
-
-if TYPE_CHECKING:
-    import pandas as pd
+from swaa_jax.tables import Table, Tabular
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Timings:
+class Timings(Tabular):
     """Seconds, tokens and bytes of prompts answered together, or the sum over several such sets.
 
     Compilation is never inside the other times: every program is compiled before the call that is
@@ -96,10 +92,6 @@ class Timings:
     def table(self) -> Table:
         """The same as one line; see `to_dict`."""
         return Table.of([self.to_dict()])
-
-    def to_pandas(self) -> "pd.DataFrame":
-        """The table as a frame; needs pandas."""
-        return self.table().to_pandas()
 
     def _repr_html_(self) -> str:
         lines = [{"what": name, "value": value} for name, value in self.to_dict().items()]

@@ -8,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from swaa_jax.arguments import told_keywords
 from swaa_jax.documents import parse_yaml
 from swaa_jax.fields import (
     Check,
@@ -24,10 +25,10 @@ from swaa_jax.fields import (
     text,
     wrong,
 )
-from swaa_jax.given import told_keywords
 from swaa_jax.limits import MAX_PATTERNS, MAX_RANK
 from swaa_jax.patterns import check_pattern, is_fullmatch
 from swaa_jax.storage import read_text
+from swaa_jax.tables import Table
 from swaa_jax.typing import PathLike
 
 _IN_PEFT = {
@@ -120,6 +121,17 @@ class LoraConfig:
                 f"dropout: expected 0 with target_parameters, got {self.dropout}; expert weights "
                 "are adapted without dropout (PEFT refuses it too)"
             )
+
+    def _repr_html_(self) -> str:
+        """What differs from the defaults, and the scale, for notebooks."""
+        records = [
+            {"field": field.name, "value": str(value), "default": str(field.default)}
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) != field.default
+            or field.name in ("rank", "alpha", "target_modules")
+        ]
+        caption = f"LoRA adapters: y = x W + {self.scale:g} x A B"
+        return Table.of(records, caption=caption)._repr_html_()
 
     @property
     def scale(self) -> float:

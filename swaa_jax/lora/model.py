@@ -10,8 +10,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from swaa_jax.fields import integer, show, wrong
-from swaa_jax.given import model_of, told_keywords
+from swaa_jax.arguments import check_model, told_keywords
+from swaa_jax.fields import integer, show, wrong, wrong_kind
 from swaa_jax.lora.adapters import (
     DropoutKey,
     LoraAdapter,
@@ -81,7 +81,7 @@ def check_module(model: Any) -> None:
         ValueError: it is not; the message says how to come by one.
     """
     if not isinstance(model, nnx.Module):
-        model_of("model", model)
+        check_model("model", model)
         raise wrong("model", "a model", model, "load one with load_model")
 
 
@@ -92,9 +92,7 @@ def _lora_config(config: Any) -> LoraConfig:
         return LoraConfig.from_dict(config)
     advice = f"write LoraConfig(target_modules=[{show(config)}])" if isinstance(config, str) else ""
     if hasattr(config, "config"):
-        raise ValueError(
-            f"config: expected a LoraConfig, got a {type(config).__name__}; the model comes first"
-        )
+        raise wrong_kind("config", "a LoraConfig", config, "the model comes first")
     raise wrong("config", "a LoraConfig, or a mapping of its fields", config, advice)
 
 

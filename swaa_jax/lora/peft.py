@@ -9,9 +9,10 @@ import numpy as np
 from etils import epath
 
 from swaa_jax import checkpoint
+from swaa_jax.arguments import check_place, told_keywords
 from swaa_jax.checkpoint import WeightReader
+from swaa_jax.directories import atomic_directory
 from swaa_jax.fields import first_of, show
-from swaa_jax.given import place_of, told_keywords
 from swaa_jax.lora import peft_config, peft_layout
 from swaa_jax.lora.config import LoraConfig
 from swaa_jax.lora.model import check_module, place_adapters, without_lora
@@ -19,7 +20,7 @@ from swaa_jax.lora.peft_layout import Entry, Factors
 from swaa_jax.lora.sites import Path, adapted_sites, find_sites, target_sites
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.runtime import is_main_process, to_host, wait_for_all
-from swaa_jax.storage import CheckpointError, atomic_directory, listing, write_json_atomic
+from swaa_jax.storage import CheckpointError, listing, write_json_atomic
 from swaa_jax.typing import PathLike
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def save_adapter(
         CheckpointError: the directory exists and `overwrite` is false, or it holds no adapter.
     """
     check_module(model)
-    place_of("directory", directory)
+    check_place("directory", directory)
     sites = adapted_sites(model)
     if not sites or model.lora_config is None:
         raise ValueError(
@@ -147,7 +148,7 @@ def load_adapter(
             one of another model: missing, unexpected and misshaped tensors, all in one paragraph.
     """
     check_module(model)
-    place_of("directory", directory)
+    check_place("directory", directory)
     path = checkpoint.check_directory(directory)
     record = _read_config(path)
     config = peft_config.from_peft(record, path / CONFIG_FILE)

@@ -15,11 +15,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from swaa_jax import checkpoint
+from swaa_jax.arguments import check_model, check_place, check_tokenizer, told_keywords
 from swaa_jax.attention import check_backend
 from swaa_jax.checkpoint import WeightReader, WeightRule
 from swaa_jax.checkpoint.keymap import Expected
+from swaa_jax.directories import atomic_directory
 from swaa_jax.fields import integer, mapping, nearest, or_none, show, text, wrong
-from swaa_jax.given import model_of, place_of, tokenizer_of, told_keywords
 from swaa_jax.models.causal_lm import CausalLM
 from swaa_jax.models.config import WINDOW_FIELDS, DecoderConfig, refuse_idle_overrides
 from swaa_jax.models.config_types import HfConfig, check_config_types
@@ -28,7 +29,6 @@ from swaa_jax.models.source import config_overrides, file_stamps, note_source
 from swaa_jax.policy import AttentionPolicy, PolicyLike, load_policy
 from swaa_jax.runtime import is_main_process, keep_compiled_programs, wait_for_all
 from swaa_jax.sharding import resolve_mesh, sharding_for, target_of
-from swaa_jax.storage import atomic_directory
 from swaa_jax.typing import PathLike
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def load_model(
         >>> model(jnp.array([[1, 2, 3]]), logits_at="last").shape == (1, model.config.vocab_size)
         True
     """
-    place_of("path", path, expected="a directory or a name to load from", advice=_IS_LOADED)
+    check_place("path", path, expected="a directory or a name to load from", advice=_IS_LOADED)
     policy = None if policy is None else load_policy(policy)
     config_overrides = or_none(mapping)("config_overrides", config_overrides)
     chosen = None if dtype is None else check_dtype(dtype)
@@ -260,9 +260,9 @@ def save_model(
         CheckpointError: the directory exists and `overwrite` is false, or it holds no model.
         ValueError: the model has adapters: merge them, or save them alone.
     """
-    model_of("model", model)
-    place_of("directory", directory)
-    tokenizer_of("tokenizer", tokenizer)
+    check_model("model", model)
+    check_place("directory", directory)
+    check_tokenizer("tokenizer", tokenizer)
     integer(least=1)("max_shard_size", max_shard_size)
     if model.lora_config is not None:
         raise ValueError(

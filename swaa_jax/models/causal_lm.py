@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.mask import segment_positions
+from swaa_jax.arguments import check_tokens, told_keywords
 from swaa_jax.attention import (
     Caches,
     LayerCache,
@@ -24,7 +25,6 @@ from swaa_jax.attention import (
     empty_cache,
 )
 from swaa_jax.fields import wrong
-from swaa_jax.given import tokens_of, told_keywords
 from swaa_jax.limits import MAX_POSITIONS
 from swaa_jax.lora import LoraConfig
 from swaa_jax.models.blocks import (
@@ -272,7 +272,7 @@ class CausalLM(Described, nnx.Module):
         """
         if positions == "cache":
             check_stream(self.layer_attention)
-        batch, width = tokens_of("tokens", tokens).shape
+        batch, width = check_tokens("tokens", tokens).shape
         if lengths is None:
             lengths = jnp.full((batch,), width, jnp.int32)
 
@@ -478,7 +478,7 @@ def _check_logits_at(logits_at: object) -> None:
 
 def _check_positions(tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None) -> None:
     """Positions must be float32 numbers, each one its own; traced ones are the caller's care."""
-    last = tokens_of("tokens", tokens).shape[1] - 1
+    last = check_tokens("tokens", tokens).shape[1] - 1
     if positions is not None and not isinstance(positions, Tracer) and positions.size:
         last = int(np.max(np.asarray(positions)))  # not jnp, which is traced within jit
     if last >= MAX_POSITIONS:

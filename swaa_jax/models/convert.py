@@ -12,13 +12,14 @@ import numpy as np
 from etils import epath
 
 from swaa_jax import checkpoint
+from swaa_jax.arguments import check_place, told_keywords
 from swaa_jax.checkpoint import WeightReader
+from swaa_jax.directories import atomic_directory
 from swaa_jax.fields import integer
-from swaa_jax.given import place_of, told_keywords
 from swaa_jax.models.auto import check_dtype, hf_config_under, read_blueprint
 from swaa_jax.policy import PolicyLike
 from swaa_jax.progress import ProgressLike, show_progress
-from swaa_jax.storage import atomic_directory, check_space, is_local
+from swaa_jax.storage import check_space, is_local
 from swaa_jax.typing import PathLike
 
 logger = logging.getLogger(__name__)
@@ -73,8 +74,8 @@ def convert_checkpoint(
     wanted = None if dtype is None else check_dtype(dtype)
     integer(least=1)("max_shard_size", max_shard_size)
     advice = "save_model(model, directory) saves a model that is loaded"
-    place_of("source", source, expected="a directory or a name to load from", advice=advice)
-    place_of("destination", destination, advice=advice)
+    check_place("source", source, expected="a directory or a name to load from", advice=advice)
+    check_place("destination", destination, advice=advice)
     directory = checkpoint.open_checkpoint(source, revision)
     reader = WeightReader(directory)
     plan = read_blueprint(

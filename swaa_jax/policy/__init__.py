@@ -7,6 +7,7 @@ from swaa_jax.policy.files import (
     PolicyLike,
     load_policy,
     load_policy_file,
+    several_policies,
 )
 from swaa_jax.policy.layers import HeadSelection, LayerSelection
 from swaa_jax.policy.policy import AttentionPolicy, HfExpressible, LayerAttention
@@ -27,5 +28,6 @@ __all__ = [
     "load_policy",
     "load_policy_file",
     "parse_fields",
+    "several_policies",
     "split_policies",
 ]

@@ -18,6 +18,7 @@ import numpy as np
 from kernels_pallas.layout import next_power_of_two
 from kernels_pallas.mask import visible
 from swaa_jax.fields import plural
+from swaa_jax.figures import new_figure, save_figure
 from swaa_jax.policy.policy import AttentionPolicy, LayerAttention
 from swaa_jax.typing import PathLike
 
@@ -165,12 +166,12 @@ def policy_figure(
         num_layers, num_kv_heads: of the model; None: of none in particular.
     """
     from matplotlib.colors import BoundaryNorm, ListedColormap
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     layers = draw_layers(policy, num_layers, num_kv_heads)
     masks = _masks(policy, layers)
-    figure = Figure(figsize=(3.6 * len(masks) + 0.6, 4.4 if layers else 3.8), layout="constrained")
+    width, height = 3.6 * len(masks) + 0.6, 4.4 if layers else 3.8
+    figure = new_figure(width=width, height=height, layout="constrained")
     heights = [12, 1] if layers else [1]
     grid = figure.add_gridspec(len(heights), len(masks), height_ratios=heights)
     colours = ListedColormap(["#f2f2f2", *(_COLOURS[kind] for kind in (WINDOW, SINK, FULL))])
@@ -186,13 +187,15 @@ def policy_figure(
     figure.axes[0].legend(handles=handles, loc="upper right", fontsize="small")
     if layers:
         axes = figure.add_subplot(grid[1, :])
-        kinds = [[FULL if layer.is_full else WINDOW for layer in layers]]
-        axes.imshow(kinds, cmap=colours, norm=norm, aspect="auto")
-        axes.set(yticks=[], xlabel="layer")
+        places = range(len(layers))
+        shares = [_full_share(layer, num_kv_heads) for layer in layers]
+        axes.bar(places, 1, width=0.9, color=_COLOURS[WINDOW], alpha=0.45)
+        axes.bar(places, shares, width=0.9, color=_COLOURS[FULL])
+        axes.set(yticks=[], xlabel="layer", xlim=(-0.5, len(layers) - 0.5), ylim=(0, 1))
+        if any(layer.full_heads for layer in layers):
+            axes.set(xlabel="layer; half full: full attention in some KV heads")
     figure.suptitle(str(policy), fontsize="medium")
-    if path is not None:
-        figure.savefig(path)
-    return figure
+    return save_figure(figure, path)
 
 
 def _masks(policy: AttentionPolicy, layers: tuple[LayerAttention, ...]) -> list[tuple[str, Mask]]:
@@ -278,7 +281,7 @@ def _strip_svg(
         words += f", {with_heads} in some KV heads"
     parts = [f'<text x="0" y="12" font-weight="bold">{words}</text>']
     for at, layer in enumerate(layers):
-        share = 1.0 if layer.is_full else _share_of_heads(layer, num_kv_heads)
+        share = _full_share(layer, num_kv_heads)
         box = f'x="{at * pitch:.1f}" width="{max(1.0, pitch - 1):.1f}"'
         name = "full" if layer.is_full else _layer_words(layer)
         parts.append(
@@ -293,7 +296,10 @@ def _strip_svg(
     return "".join(parts), 56
 
 
-def _share_of_heads(layer: LayerAttention, num_kv_heads: int | None) -> float:
+def _full_share(layer: LayerAttention, num_kv_heads: int | None) -> float:
+    """The part of a layer's KV heads that are full; a half where their number is not known."""
+    if layer.is_full:
+        return 1.0
     if not layer.full_heads:
         return 0.0
     return 0.5 if num_kv_heads is None else len(layer.full_heads) / num_kv_heads

@@ -14,7 +14,7 @@ Slices of layers are quoted: ``full_attention_layers: "1::2"``.
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from etils import epath
 
@@ -25,6 +25,7 @@ from swaa_jax.fields import (
     flag,
     list_of,
     naming,
+    nearest,
     number,
     one_of,
     or_none,
@@ -34,10 +35,19 @@ from swaa_jax.fields import (
     wrong,
 )
 from swaa_jax.policy.policy import AttentionPolicy
+from swaa_jax.policy.text import split_policies
 from swaa_jax.storage import read_text
 from swaa_jax.typing import PathLike
 
-__all__ = ["Evidence", "Needs", "PolicyFile", "PolicyLike", "load_policy", "load_policy_file"]
+__all__ = [
+    "Evidence",
+    "Needs",
+    "PolicyFile",
+    "PolicyLike",
+    "load_policy",
+    "load_policy_file",
+    "several_policies",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,6 +155,60 @@ def load_policy(policy: PolicyLike) -> AttentionPolicy:
     if "=" in (name := os.fspath(policy)) and not name.endswith((".yaml", ".yml", ".json")):
         return AttentionPolicy.parse(name)
     return load_policy_file(policy).policy
+
+
+def several_policies(name: str, value: Any) -> list[tuple[str | None, Any]]:
+    """One policy or several, each as `load_policy` takes it, with its label or None.
+
+    A mapping is one policy where all its keys are fields and no value is itself a policy; else its
+    keys are labels.
+
+    >>> several_policies("policies", "full,window=64,sinks=4")
+    [(None, 'full'), (None, 'window=64,sinks=4')]
+    >>> several_policies("policies", {"full": "full", "window": "window=64"})
+    [('full', 'full'), ('window', 'window=64')]
+    >>> several_policies("policies", {"window": 64, "decode": "full"})
+    [(None, {'window': 64, 'decode': 'full'})]
+
+    Args:
+        name: of the argument, for messages.
+        value: one or a list in any form of `load_policy`, a text of several with commas between
+            them, or a mapping from labels.
+
+    Raises:
+        ValueError: a mapping that is neither fields nor labels of policies.
+    """
+    if isinstance(value, str):
+        value = split_policies(value)
+    if not isinstance(value, Mapping) or _is_fields(value):
+        return [(None, one) for one in (value if isinstance(value, list | tuple) else [value])]
+    for label, one in value.items():
+        if not isinstance(one, _LIKE):
+            expected = "policies by name, {'mine': 'window=64'}, or fields of one"
+            hint = nearest(label, sorted(_FIELDS))
+            raise ValueError(f"{name}: expected {expected}, got {show({label: one})}{hint}")
+    return [(str(label), one) for label, one in value.items()]
+
+
+_LIKE = AttentionPolicy | Mapping | str | os.PathLike
+_FIELDS = {field.name for field in dataclasses.fields(AttentionPolicy)} | {"name", "swaa_config"}
+_MAPPINGS = ("full_attention_heads", "swaa_config")  # fields whose values are mappings
+
+
+def _is_fields(value: Mapping[Any, Any]) -> bool:
+    """Whether a mapping's keys are fields of one policy, perhaps a misspelt one among them."""
+    keys = set(value)
+    if keys <= _FIELDS:
+        return not any(_is_policy(key, one) for key, one in value.items())
+    return bool(keys & _FIELDS) and not all(isinstance(one, _LIKE) for one in value.values())
+
+
+def _is_policy(field: object, value: Any) -> bool:
+    """Whether a value can only be a policy, and no value of that field."""
+    if isinstance(value, str):
+        return "=" in value
+    is_mapping = isinstance(value, Mapping) and field not in _MAPPINGS
+    return is_mapping or isinstance(value, AttentionPolicy | os.PathLike)
 
 
 def load_policy_file(name_or_path: PathLike) -> PolicyFile:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from etils import epath
 
+from swaa_jax.arguments import told_keywords
 from swaa_jax.documents import parse_json, parse_yaml
 from swaa_jax.fields import (
     Check,
@@ -33,7 +34,6 @@ from swaa_jax.fields import (
     set_field,
     show,
 )
-from swaa_jax.given import told_keywords
 from swaa_jax.limits import MAX_KEYS
 from swaa_jax.policy.layers import (
     HeadPairs,

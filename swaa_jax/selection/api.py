@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+from swaa_jax.arguments import check_keywords
 from swaa_jax.data import Sample
-from swaa_jax.fields import check_keys, flag, integer, or_none, path, wrong
+from swaa_jax.fields import flag, integer, or_none, path, wrong
 from swaa_jax.models import CausalLM
-from swaa_jax.models.given import ModelLike, model_given, tokenizer_given
+from swaa_jax.models.loaded import ModelLike, loaded_model, loaded_tokenizer
 from swaa_jax.policy import PolicyLike, load_policy
 from swaa_jax.progress import ProgressLike
 from swaa_jax.selection.calibration import read_calibration
@@ -20,11 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["count_of_share", "select_layers"]
-
-_OWN = (
-    *("model", "tok", "data", "policy", "share", "num_full_layers", "method", "directory"),
-    *("limit", "max_length", "thinking", "data_config", "rows_at_once", "identity", "progress"),
-)
 
 
 def select_layers(
@@ -39,7 +35,7 @@ def select_layers(
     directory: PathLike | None = None,
     limit: int | None = 64,
     max_length: int = 32768,
-    thinking: bool | None = None,
+    enable_thinking: bool | None = None,
     data_config: Mapping[str, object] | None = None,
     rows_at_once: int | None = None,
     identity: Mapping[str, object] | None = None,
@@ -66,7 +62,7 @@ def select_layers(
             read it too.
         limit: the first so many samples; None: all.
         max_length: tokens of prompt and answer; longer samples are left out.
-        thinking: for the chat template, as it will be at inference; None: its own default.
+        enable_thinking: for the chat template, as it will be at inference; None: its own default.
         data_config: further fields of `DataConfig`: columns, chat_template, answers ("verbatim"
             here, which suits a model's own answers), ...
         rows_at_once: samples times candidates that run at once; None: what fits into memory by a
@@ -100,7 +96,7 @@ def select_layers(
     checked = _checked_options(method, options)
     chosen_policy = load_policy(policy)
     _check_size(share, num_full_layers)
-    or_none(flag)("thinking", thinking)
+    or_none(flag)("enable_thinking", enable_thinking)
     integer(least=2)("max_length", max_length)
     or_none(integer(least=1))("rows_at_once", rows_at_once)
     or_none(path)("directory", directory)
@@ -112,14 +108,14 @@ def select_layers(
     if not _are_samples(data):
         data = read_calibration(
             data,
-            tokenizer_given(tok, model),
+            loaded_tokenizer(tok, model),
             limit=limit,
             max_length=max_length,
             progress=progress,
-            **_data_fields(data_config, thinking),
+            **_data_fields(data_config, enable_thinking),
         )
     name = _name(model)
-    loaded = model_given(model)
+    loaded = loaded_model(model)
     samples: Any = data
     return select_from_samples(
         loaded,
@@ -193,7 +189,7 @@ def _checked_options(method: Any, options: Mapping[str, object]) -> dict[str, An
                 f"{name}: expected an option of {method} ({', '.join(known) or 'it has none'}), "
                 f"got one of {', '.join(others)}; leave it out, or give that method"
             )
-    check_keys("select_layers", [one for one in options if one not in known], [*known, *_OWN])
+    check_keywords(select_layers, [one for one in options if one not in known], known)
     return check_options(method, options)
 
 
@@ -208,13 +204,13 @@ def _are_samples(data: object) -> bool:
     return is_list and isinstance(given[0], Sample)
 
 
-def _data_fields(data_config: object, thinking: bool | None) -> dict[str, Any]:
+def _data_fields(data_config: object, enable_thinking: bool | None) -> dict[str, Any]:
     if data_config is not None and not isinstance(data_config, Mapping):
         raise wrong("data_config", "a mapping of fields of DataConfig", data_config)
     fields: dict[str, Any] = dict(data_config or {})
-    if thinking is not None:
+    if enable_thinking is not None:
         given = fields.get("chat_template_kwargs", {})
-        fields["chat_template_kwargs"] = {**given, "enable_thinking": thinking}
+        fields["chat_template_kwargs"] = {**given, "enable_thinking": enable_thinking}
     return fields
 
 

@@ -9,11 +9,10 @@ from etils import epath
 
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.selection.store import Layers
-from swaa_jax.tables import Table
+from swaa_jax.tables import Table, Tabular
 from swaa_jax.typing import PathLike
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 __all__ = ["SCORE_LABELS", "Selection"]
@@ -34,7 +33,7 @@ _MOST_NAMED = 40
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class Selection:
+class Selection(Tabular):
     """Which layers keep full attention, and why.
 
     Attributes:
@@ -128,10 +127,6 @@ class Selection:
     def score_label(self) -> str:
         """What the scores are; of a method of the user's own, its name."""
         return SCORE_LABELS.get(self.method, f"score of {self.method}")
-
-    def to_pandas(self) -> "pd.DataFrame":
-        """`table()` as a frame."""
-        return self.table().to_pandas()
 
     def plot(self, path: PathLike | None = None) -> "Figure":
         """A bar a layer, its score, those that were chosen in blue; of heads, a square each.

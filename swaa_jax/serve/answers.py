@@ -86,11 +86,6 @@ class Choice:
         """New ones, with the one that ended the answer."""
         return self._row.tokens
 
-    @property
-    def stopped_early(self) -> bool:
-        """Whether it ended with a text, which the engine does not know of."""
-        return self._row.finish_reason == "stop"
-
     def push(self, update: Update) -> Piece:
         """Takes new tokens; gives what is new for the client, perhaps nothing.
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from swaa_jax.documents import parse_json
 from swaa_jax.engine import Request, SamplingParams
-from swaa_jax.engine.sampling import TOP_LOGPROBS
+from swaa_jax.engine.logprobs import TOP_LOGPROBS
 from swaa_jax.fields import (
     check_fields,
     check_keys,

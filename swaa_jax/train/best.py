@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from swaa_jax.arguments import told_keywords
 from swaa_jax.fields import (
     check_fields,
     flag,
@@ -18,7 +19,6 @@ from swaa_jax.fields import (
     show,
     text,
 )
-from swaa_jax.given import told_keywords
 from swaa_jax.train.names import ours_by_name
 
 __all__ = ["Best", "BestConfig"]

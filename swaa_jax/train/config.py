@@ -4,8 +4,8 @@ import dataclasses
 import math
 from typing import Literal
 
+from swaa_jax.arguments import told_keywords
 from swaa_jax.fields import check_fields, integer, number, one_of, or_none
-from swaa_jax.given import told_keywords
 from swaa_jax.losses import LossConfig
 from swaa_jax.train.names import ours_by_name
 

@@ -14,6 +14,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from swaa_jax.sharding import batch_parts, spec_for
+from swaa_jax.train.across import summed
 from swaa_jax.train.placement import NEEDED, OPTIONAL, place_batch
 
 __all__ = ["Feed", "make_feed"]
@@ -50,6 +51,13 @@ class Feed:
             mesh=self.mesh,
             num_rows=self.batch_size // self.accumulate,
         )
+
+    def total(self, value: float) -> "float | jax.Array":
+        """A number of each share's batch, summed over all shares; see `summed`.
+
+        Processes that hold the same rows count once.
+        """
+        return summed(value * self.count / jax.process_count())
 
 
 def make_feed(

@@ -11,11 +11,10 @@ import jax
 from swaa_jax import checkpoint
 from swaa_jax.configs import find_config
 from swaa_jax.data import DataConfig
-from swaa_jax.fields import check_keys, wrong
+from swaa_jax.fields import wrong, wrong_kind
 from swaa_jax.models import CausalLM
-from swaa_jax.models.given import tokenizer_given
-from swaa_jax.train.names import refuse_others_names
-from swaa_jax.train.run_config import TrainConfig
+from swaa_jax.models.loaded import loaded_tokenizer
+from swaa_jax.train.run_config import TrainConfig, as_section
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,9 +54,6 @@ def gather(
         ValueError: what is wrong, by name.
     """
     _check_kinds(config, model)
-    known = [field.name for field in dataclasses.fields(TrainConfig)]
-    refuse_others_names("", fields, known)
-    check_keys("train", fields, [*known, "tok", "eval_data", "evaluate", "progress"])
     base = _base(config)
     values = {**base, **{name: _merged(base, name, value) for name, value in fields.items()}}
     records, eval_records = None, None
@@ -115,12 +111,7 @@ def _check_kinds(config: Any, model: Any) -> None:
     if config is not None and not isinstance(config, TrainConfig | Mapping | str | os.PathLike):
         raise wrong("config", "a TrainConfig, a mapping of its fields, a file or None", config)
     if model is not None and not isinstance(model, CausalLM | str | os.PathLike):
-        raise _other_kind("model", "a model from load_model, or what it loads by", model)
-
-
-def _other_kind(name: str, expected: str, got: object) -> ValueError:
-    """The error of a thing that is known by its type; all of it would be pages."""
-    return ValueError(f"{name}: expected {expected}, got a {type(got).__name__}")
+        raise wrong_kind("model", "a model from load_model, or what it loads by", model)
 
 
 def _base(config: Any) -> dict[str, Any]:
@@ -136,7 +127,7 @@ def _base(config: Any) -> dict[str, Any]:
 
 def _merged(base: Mapping[str, Any], name: str, value: Any) -> Any:
     """A field's value; a mapping changes only what it names of a section that is there."""
-    before = base.get(name)
+    before = as_section(name, base.get(name))
     if name in _MERGED and isinstance(value, Mapping) and isinstance(before, Mapping):
         return {**before, **value}
     return value
@@ -182,4 +173,4 @@ def _fill_in(values: dict[str, Any], model: CausalLM, base: Mapping[str, Any]) -
 def _tokenizer(tok: Any, model: CausalLM | None, config: TrainConfig) -> Any:
     if tok is None and model is None:
         return checkpoint.load_tokenizer(config.model, config.revision)
-    return tokenizer_given(tok, config.model if model is None else model)
+    return loaded_tokenizer(tok, config.model if model is None else model)

@@ -109,11 +109,12 @@ class LoopResult:
 
 @dataclasses.dataclass(kw_only=True)
 class _Pending:
-    """A step whose numbers are still being computed."""
+    """A step whose numbers are still being computed; `flops` are those of all processes."""
 
     step: int
     metrics: Mapping[str, jax.Array]
-    extra: dict[str, float]
+    width: int
+    flops: "float | jax.Array | None"
 
 
 def run_loop(
@@ -142,7 +143,7 @@ def run_loop(
         schedule: when what happens.
         feed: puts a batch on the devices.
         outputs: where to write.
-        flops: operations of a step on a local batch, for MFU.
+        flops: operations of a step on a local batch, whose sum over the processes is for MFU.
         evaluate: gives numbers of a state.
         best: takes them in, and says when it is over; its checkpoint is kept.
         should_stop: in place of SIGTERM and Ctrl-C.
@@ -266,10 +267,11 @@ class _Loop:
         seconds of the call, are most of its time then. Such a step is read at once, since nothing
         runs meanwhile, and its time would be told as that of the step before.
         """
-        extra = {"width": float(local.tokens.shape[1])}
+        flops = None
         if self._flops is not None and self._peak is not None:
-            extra["flops"] = self._flops(local) * self._feed.count
-        before, self._pending = self._pending, _Pending(step=step, metrics=metrics, extra=extra)
+            flops = self._feed.total(self._flops(local))
+        pending = _Pending(step=step, metrics=metrics, width=local.tokens.shape[1], flops=flops)
+        before, self._pending = self._pending, pending
         if before is not None:
             self._read(before)
         now = time.perf_counter()
@@ -291,17 +293,16 @@ class _Loop:
         values = {name: float(value) for name, value in pending.metrics.items()}
         now = time.perf_counter()
         _check_finite(pending.step, values)
-        flops = pending.extra.get("flops")
         if "num_tokens" in values:  # of all processes, which all feed rows of this width
-            size = self._feed.batch_size * pending.extra["width"]
+            size = self._feed.batch_size * pending.width
             values["padding_share"] = 1.0 - values["num_tokens"] / size
         if self._settled_at is not None:  # the first step compiles
             seconds = now - self._settled_at
             values["seconds"] = seconds
             if "num_tokens" in values:
                 values["tokens_per_second"] = values["num_tokens"] / seconds
-            if flops is not None and self._peak is not None:
-                values["mfu"] = flops / seconds / self._peak
+            if pending.flops is not None and self._peak is not None:
+                values["mfu"] = float(pending.flops) / seconds / self._peak
         self._settled_at = now
         values |= _device_memory()
         self._writer.write(pending.step, values)

@@ -9,10 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import jax
-import numpy as np
 
-from swaa_jax import runtime
 from swaa_jax.progress import Progress, ProgressLike, say, show_progress
+from swaa_jax.train.across import summed
 from swaa_jax.train.best import Best
 from swaa_jax.train.metrics import summary
 
@@ -130,7 +129,10 @@ class Report:
 
 
 class SaveClock:
-    """When a checkpoint is due, by steps and by process 0's clock.
+    """When a checkpoint is due, by steps and by the clocks of all processes.
+
+    One of several processes learns a step late that another one's clock says so: all save after the
+    same step, and none waits for the others.
 
     Args:
         every: steps; None: not by them.
@@ -140,6 +142,7 @@ class SaveClock:
     def __init__(self, every: int | None, minutes: float | None):
         self._every, self._minutes = every, minutes
         self._saved = time.monotonic()
+        self._num_late: float | jax.Array | None = None  # processes, after the step before
 
     def is_due(self, step: int) -> bool:
         """Asked after every step, on all processes: they save together."""
@@ -150,11 +153,9 @@ class SaveClock:
         late = time.monotonic() - self._saved >= 60 * self._minutes
         if jax.process_count() == 1:
             return late
-        from jax.experimental import multihost_utils
-
-        sent = np.int32(late and runtime.is_main_process())
-        return bool(multihost_utils.broadcast_one_to_all(sent))
+        before, self._num_late = self._num_late, summed(float(late))
+        return before is not None and float(before) > 0
 
     def saved(self) -> None:
         """Begins to count anew."""
-        self._saved = time.monotonic()
+        self._saved, self._num_late = time.monotonic(), None

@@ -11,11 +11,10 @@ from etils import epath
 
 from swaa_jax.figures import new_figure, save_figure
 from swaa_jax.models import CausalLM
-from swaa_jax.tables import Table
+from swaa_jax.tables import Table, Tabular
 from swaa_jax.typing import PathLike
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 __all__ = ["TrainResult"]
@@ -24,7 +23,7 @@ _FIRST = ("step", "loss", "learning_rate", "grad_norm", "seconds", "tokens_per_s
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class TrainResult:
+class TrainResult(Tabular):
     """How a run ended.
 
     Attributes:
@@ -80,14 +79,6 @@ class TrainResult:
         columns = tuple(dict.fromkeys([*(name for name in _FIRST if name in names), *names]))
         lines = tuple(tuple(one.get(name) for name in columns) for one in self.history)
         return Table(columns=columns, lines=lines)
-
-    def to_pandas(self) -> "pd.DataFrame":
-        """The table as a frame.
-
-        Raises:
-            ImportError: pandas, which is optional, is not installed.
-        """
-        return self.table().to_pandas()
 
     def plot(self, path: PathLike | None = None) -> "Figure":
         """Loss by step, and what the evaluations gave.

@@ -1,7 +1,6 @@
 """A whole run, from a config, plain values or objects: model, adapters, data, loop, export."""
 
 import dataclasses
-import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ from etils import epath
 from flax import nnx
 
 from swaa_jax import checkpoint, runtime
+from swaa_jax.arguments import check_keywords
 from swaa_jax.costs import FlopCounter
 from swaa_jax.data import DataConfig
 from swaa_jax.lora import add_lora, merge_lora, save_adapter
@@ -25,6 +25,7 @@ from swaa_jax.train.identity import run_identity
 from swaa_jax.train.inputs import gather
 from swaa_jax.train.loop import LoopResult, Outputs, Schedule, run_loop
 from swaa_jax.train.metrics import JsonLines, MetricWriter, check_wandb, read_history
+from swaa_jax.train.names import refuse_others_names
 from swaa_jax.train.prepare import check_lengths, count_steps, prepare_directory, read_data
 from swaa_jax.train.result import TrainResult
 from swaa_jax.train.run_config import TrainConfig
@@ -97,6 +98,9 @@ def train(
         >>> result.table().columns[:2]  # doctest: +SKIP
         ('step', 'loss')
     """
+    known = [field.name for field in dataclasses.fields(TrainConfig)]
+    refuse_others_names("", fields, known)
+    check_keywords(train, fields, known)
     given = gather(config, model=model, tok=tok, data=data, eval_data=eval_data, fields=fields)
     config, tok = given.config, given.tok
     check_wandb(config.metrics.wandb)
@@ -162,7 +166,10 @@ def train(
     if restored is not None:
         _tell_resumed(restored, total_steps)
     writer, sample_lines = _open_outputs(config, directory, start)
-    evaluation = functools.partial(_evaluate, evaluating, trainer, writer)
+
+    def evaluation(state: TrainState, step: int) -> dict[str, float]:
+        return evaluating.run(trainer, state, step, writer)
+
     try:
         result = run_loop(
             trainer,
@@ -217,12 +224,6 @@ def train(
         best_step=best.step,
         best_value=None if best.step is None else best.value,
     )
-
-
-def _evaluate(
-    evaluating: Any, trainer: Trainer, writer: MetricWriter, state: TrainState, step: int
-) -> dict[str, float]:
-    return evaluating.run(trainer, state, step, writer)
 
 
 def _with_files(resolved: DataConfig, config: TrainConfig) -> DataConfig:

@@ -1,6 +1,7 @@
 """`TrainConfig`: all that `swaa train` needs to know, from one YAML file and dotted overrides."""
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from swaa_jax import sharding
+from swaa_jax.arguments import told_keywords
 from swaa_jax.data import DataConfig
 from swaa_jax.documents import parse_yaml, with_overrides
 from swaa_jax.fields import (
@@ -32,7 +34,6 @@ from swaa_jax.fields import (
     texts,
     wrong,
 )
-from swaa_jax.given import told_keywords
 from swaa_jax.lora import LoraConfig
 from swaa_jax.losses import LossConfig
 from swaa_jax.models.auto import default_dtype
@@ -44,7 +45,14 @@ from swaa_jax.train.names import ours_by_name, refuse_others_names
 from swaa_jax.train.scoring import read_tasks
 from swaa_jax.typing import PathLike
 
-__all__ = ["CheckpointConfig", "MetricsConfig", "ProfileConfig", "SamplesConfig", "TrainConfig"]
+__all__ = [
+    "CheckpointConfig",
+    "MetricsConfig",
+    "ProfileConfig",
+    "SamplesConfig",
+    "TrainConfig",
+    "as_section",
+]
 
 T = TypeVar("T")
 
@@ -344,7 +352,8 @@ class TrainConfig:
             ValueError: the file is malformed, which the message names, or an override is.
             FileNotFoundError: there is no such file.
         """
-        named = {"policy": lambda name: load_policy(name).to_dict()}
+        named = {name: functools.partial(as_section, name) for name in (*_SHORT, "lora")}
+        named |= {"policy": lambda policy: load_policy(policy).to_dict()}
         if path is None:
             return cls.from_dict(with_overrides({}, overrides, named=named))
         file = epath.Path(path)
@@ -368,6 +377,26 @@ def _policy(name: str, value: Any) -> AttentionPolicy:
     return load_policy(value)
 
 
+_SHORT: Mapping[str, tuple[str, Any]] = {
+    "data": ("files", str | os.PathLike | list | tuple),
+    "samples": ("count", int),
+    "best": ("metric", str),
+}
+"""Sections that may be written as one field's value: the field, and of which types."""
+
+
+def as_section(name: str, value: Any) -> Any:
+    """A section's fields, also where it is written short; anything else stays as it is.
+
+    >>> as_section("samples", 4), as_section("lora", True), as_section("lora", False)
+    ({'count': 4}, {}, False)
+    """
+    if isinstance(value, bool):
+        return {} if value and name == "lora" else value
+    field, types = _SHORT.get(name, ("", ()))
+    return {field: value} if isinstance(value, types) else value
+
+
 def _section(kind: type[T], *, leave_out: Sequence[str] = ()) -> Check[T]:
     """A section of the config: its dataclass, or a mapping with our names or others'."""
     known = [field.name for field in dataclasses.fields(kind)]  # pyright: ignore[reportArgumentType]
@@ -381,9 +410,7 @@ def _section(kind: type[T], *, leave_out: Sequence[str] = ()) -> Check[T]:
 
 
 def _data(name: str, value: Any) -> DataConfig:
-    if isinstance(value, str | os.PathLike | list | tuple):
-        value = {"files": value}
-    return _section(DataConfig)(name, value)
+    return _section(DataConfig)(name, as_section("data", value))
 
 
 def _optimizer(name: str, value: object) -> OptimizerConfig:
@@ -398,17 +425,15 @@ def _optimizer(name: str, value: object) -> OptimizerConfig:
 def _lora(name: str, value: object) -> LoraConfig | None:
     if value is None or value is False:
         return None
-    return LoraConfig() if value is True else _section(LoraConfig)(name, value)
+    return _section(LoraConfig)(name, as_section("lora", value))
 
 
 def _samples(name: str, value: object) -> SamplesConfig:
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = {"count": value}
-    return _section(SamplesConfig)(name, value)
+    return _section(SamplesConfig)(name, as_section("samples", value))
 
 
 def _best(name: str, value: object) -> BestConfig:
-    return _section(BestConfig)(name, {"metric": value} if isinstance(value, str) else value)
+    return _section(BestConfig)(name, as_section("best", value))
 
 
 def _tasks(name: str, value: Any) -> tuple[Mapping[str, Any], ...]:

@@ -1,5 +1,6 @@
 """Which of a model's arrays are trained, which are frozen, and how they lie on the mesh."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -89,8 +90,7 @@ class Weights:
             return self.frozen[name].astype(self._dtypes[name])
         _, number, below = name.split(".", 2)
         stacked = self.frozen[f"layers.*.{below}"]
-        one = jax.jit(lambda x, number: x[number], out_shardings=self.shardings[name])
-        return one(stacked, int(number)).astype(self._dtypes[name])
+        return _taken(self.shardings[name])(stacked, int(number)).astype(self._dtypes[name])
 
     def _cast(self, array: Any) -> Any:
         if array.dtype == self._dtype or not jnp.issubdtype(array.dtype, jnp.floating):
@@ -120,6 +120,12 @@ def _stack(arrays: Sequence[Any], sharding: NamedSharding | None) -> Any:
         shape = (len(arrays), *arrays[0].shape)
         return jax.ShapeDtypeStruct(shape, arrays[0].dtype, sharding=sharding)
     return jax.jit(lambda *x: jnp.stack(x), out_shardings=sharding)(*arrays)
+
+
+@functools.lru_cache(maxsize=256)
+def _taken(sharding: NamedSharding | None) -> Any:
+    """One layer's array out of a stack; one function, so that evaluations compile it once."""
+    return jax.jit(lambda x, number: x[number], out_shardings=sharding)
 
 
 def _stacked_sharding(sharding: NamedSharding | None) -> NamedSharding | None:

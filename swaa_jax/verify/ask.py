@@ -16,8 +16,7 @@ from swaa_jax.infer import eos_token_ids
 from swaa_jax.infer.stopping import TokenText
 from swaa_jax.models import CausalLM
 from swaa_jax.progress import ProgressLike, show_progress
-from swaa_jax.remote import BROKEN, Endpoint, listed_models, retry_after
-from swaa_jax.remote import Reply as HttpReply
+from swaa_jax.remote import BROKEN, Endpoint, HttpReply, listed_models, retry_after
 from swaa_jax.verify.paths import END, Reply
 from swaa_jax.verify.probes import ProbeOptions, answer_paths
 from swaa_jax.verify.record import Probe, Record

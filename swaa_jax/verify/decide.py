@@ -21,14 +21,13 @@ from typing import TYPE_CHECKING, Literal
 
 from swaa_jax.fields import wrong
 from swaa_jax.policy import AttentionPolicy
-from swaa_jax.tables import Table
+from swaa_jax.tables import Table, Tabular
 from swaa_jax.typing import PathLike
 from swaa_jax.verify.candidates import RECORDED
 from swaa_jax.verify.paths import LARGE_JUMP, Comparison, Reply, compare
 from swaa_jax.verify.record import Record
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 __all__ = ["Evidence", "Verdict", "decide"]
@@ -64,7 +63,7 @@ _EXPLAINED = ("same", "other")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class Verdict:
+class Verdict(Tabular):
     """What a server runs.
 
     Attributes:
@@ -128,10 +127,6 @@ class Verdict:
         caption = f"{self}; by {how} of {self.num_probes} probes."
         return Table.of(records, caption=caption)
 
-    def to_pandas(self) -> "pd.DataFrame":
-        """`table()` as a frame."""
-        return self.table().to_pandas()
-
     def to_dict(self) -> dict[str, object]:
         """All of it as JSON's types, as `swaa verify --json` prints it."""
         policy = self.policy
@@ -171,9 +166,6 @@ class Verdict:
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.15)
         return save_figure(figure, path)
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def decide(record: Record, replies: Sequence[Reply]) -> Verdict:

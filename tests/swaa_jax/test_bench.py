@@ -26,9 +26,9 @@ from swaa_jax.progress import Progress
 from tests.support.random_models import random_model, save_random_model
 
 WORK = Workload(
-    prompt=Lengths(values=(5, 60), is_range=True),
-    output=Lengths(values=(2, 9)),
-    num_requests=7,
+    prompt_tokens=Lengths(values=(5, 60), is_range=True),
+    output_tokens=Lengths(values=(2, 9)),
+    requests=7,
     concurrency=3,
 )
 POLICIES = {"all": "full", "narrow": "window=16,sinks=2"}
@@ -47,7 +47,7 @@ def test_a_plan_follows_from_its_seed():
         assert [len(one.tokens) for one in first] != [len(one.tokens) for one in other]
         assert [len(one.tokens) for one in first] == [prompt for prompt, _ in work.lengths()]
         assert [one.output_tokens for one in first] == [2, 9, 2, 9, 2, 9, 2]
-    more = dataclasses.replace(WORK, num_requests=9, output=Lengths(values=(4,))).plan(50)
+    more = dataclasses.replace(WORK, requests=9, output_tokens=Lengths(values=(4,))).plan(50)
     prompts = [one.tokens.tolist() for one in WORK.plan(50)]
     assert [one.tokens.tolist()[:5] for one in more[:7]] == [prompt[:5] for prompt in prompts]
     assert WORK.warm_up(50, 5) not in [prompt[:5] for prompt in prompts]
@@ -56,7 +56,7 @@ def test_a_plan_follows_from_its_seed():
 def test_arrivals_are_a_poisson_process():
     """Gaps are exponential: their mean and deviation are 1 / rate, and so is their memory lost."""
     count, rate = 20_000, 4.0
-    work = dataclasses.replace(WORK, concurrency=None, rate=rate, num_requests=count)
+    work = dataclasses.replace(WORK, concurrency=None, rate=rate, requests=count)
     arrivals = work.arrivals()
     assert np.all(np.diff(arrivals) > 0) and arrivals[0] > 0
     gaps = np.diff(arrivals, prepend=0.0)
@@ -92,10 +92,10 @@ def test_prompts_begin_alike_as_far_as_asked():
 
 
 def test_workloads_that_are_refused():
-    for fields in ({"concurrency": None}, {"rate": 1.0}):
-        with pytest.raises(ValueError, match="concurrency: expected it or a rate"):
-            dataclasses.replace(WORK, **fields)
-    for name, value in {"num_requests": 0, "concurrency": 0, "shared_prefix": 1.5}.items():
+    with pytest.raises(ValueError, match="rate: expected it or concurrency, got both"):
+        dataclasses.replace(WORK, rate=1.0)
+    assert dataclasses.replace(WORK, concurrency=None).concurrency == 8
+    for name, value in {"requests": 0, "concurrency": 0, "shared_prefix": 1.5}.items():
         with pytest.raises(ValueError, match=f"{name}: expected"):
             dataclasses.replace(WORK, **{name: value})
 
@@ -201,9 +201,9 @@ def test_policies_in_this_process(model):
 
 def test_prompts_that_begin_alike_are_reused_and_nothing_compiles_late(model):
     work = Workload(
-        prompt=Lengths(values=(80,)),
-        output=Lengths(values=(3,)),
-        num_requests=4,
+        prompt_tokens=Lengths(values=(80,)),
+        output_tokens=Lengths(values=(3,)),
+        requests=4,
         concurrency=1,
         shared_prefix=0.9,
     )
@@ -228,7 +228,7 @@ def test_waiting_counts(model):
 
 
 def test_a_slow_rate_is_waited_for(model):
-    work = dataclasses.replace(WORK, concurrency=None, rate=8.0, num_requests=4)
+    work = dataclasses.replace(WORK, concurrency=None, rate=8.0, requests=4)
     (cell,) = cells_of(model, work, {"narrow": POLICIES["narrow"]}, room={"num_slots": 1})
     cell.run(lambda: None)
     for one in cell.measurement.timelines:
@@ -237,7 +237,7 @@ def test_a_slow_rate_is_waited_for(model):
 
 
 def test_max_seconds_and_refusals_are_told(model, monkeypatch):
-    many = dataclasses.replace(WORK, num_requests=5000)
+    many = dataclasses.replace(WORK, requests=5000)
     (cell,) = cells_of(model, many, {"narrow": POLICIES["narrow"]}, max_seconds=0.3)
     looks = itertools.count()
     with monkeypatch.context() as patched:  # a look at the clock takes a millisecond
@@ -249,7 +249,7 @@ def test_max_seconds_and_refusals_are_told(model, monkeypatch):
     assert 0 < one.summary.finished < 5000 and one.summary.failed == 0
     assert "cut off by the time limit" in remarks([one])[0]
 
-    mixed = dataclasses.replace(WORK, prompt=Lengths(values=(20, 90)))
+    mixed = dataclasses.replace(WORK, prompt_tokens=Lengths(values=(20, 90)))
     (cell,) = cells_of(model, mixed, {"all": "full"}, room={"pool_tokens": 64})
     cell.run(lambda: None)
     summary = cell.measurement.summary
@@ -263,7 +263,7 @@ def test_max_seconds_and_refusals_are_told(model, monkeypatch):
 
 
 def test_requests_beyond_the_context_are_refused(model):
-    work = dataclasses.replace(WORK, prompt=Lengths(values=(126,)))
+    work = dataclasses.replace(WORK, prompt_tokens=Lengths(values=(126,)))
     with pytest.raises(ValueError, match=r"prompt_tokens: expected .* at most 128 .* got 135"):
         local_cells(model, POLICIES, work, room_for(work))
 
@@ -296,7 +296,7 @@ def test_an_interrupt_keeps_what_there_is(model, monkeypatch, tmp_path):
 def test_the_peak_is_only_told_where_it_is_this_policy_s(model, monkeypatch):
     peaks = iter([100, 300, 300, 300])
     monkeypatch.setattr(local, "_peak_bytes", lambda: next(peaks))
-    cells = cells_of(model, dataclasses.replace(WORK, num_requests=3))
+    cells = cells_of(model, dataclasses.replace(WORK, requests=3))
     for cell in cells:
         cell.run(lambda: None)
     assert [cell.measurement.peak_bytes for cell in cells] == [300, None]
@@ -362,7 +362,7 @@ def test_models_and_policies_in_python(model, monkeypatch, tmp_path):
     "changes, message",
     [
         ({"models": None}, "models: expected a model, a shape or a url, got none of them"),
-        ({"models": 3}, "models: expected models from load_model, or their names, got a int"),
+        ({"models": 3}, "models: expected models from load_model, or their names, got 3 .int."),
         ({"policies": ["full", "full"]}, "policies: expected each policy once, got one twice"),
         ({"policies": []}, "policies: expected each policy once, got none"),
         ({"policies": "ful"}, "did you mean 'full'"),
@@ -415,7 +415,7 @@ def test_the_command(run, tmp_path):
     assert code == 0
     found = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert [one["name"] for one in found["measurements"]] == ["window=16,sinks=2"]
-    assert found["workload"]["prompt"] == "10:40" and found["model"]["source"] == path
+    assert found["workload"]["prompt_tokens"] == "10:40" and found["model"]["source"] == path
     assert [one["finished"] for one in found["measurements"]] == [3]
     assert [one["output_tokens"] for one in found["measurements"][0]["requests"]] == [4, 4, 4]
     assert "3 of 3" in out and "window=16,sinks=2" in out and "bench.png" in out

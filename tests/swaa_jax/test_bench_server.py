@@ -21,9 +21,9 @@ from tests.support.serving import serving
 
 KEY, VOCAB = "a-key-of-the-tests", 200
 WORK = Workload(
-    prompt=Lengths(values=(5, 40), is_range=True),
-    output=Lengths(values=(3, 20)),
-    num_requests=6,
+    prompt_tokens=Lengths(values=(5, 40), is_range=True),
+    output_tokens=Lengths(values=(3, 20)),
+    requests=6,
     concurrency=3,
 )
 
@@ -281,7 +281,10 @@ def test_an_open_loop_does_not_wait_for_answers(standin):
     """Eight requests come within 80 ms or so, and each takes 0.6 s: all are under way at once."""
     url, own = standin
     work = Workload(
-        prompt=Lengths(values=(4,)), output=Lengths(values=(60,)), num_requests=8, rate=100.0
+        prompt_tokens=Lengths(values=(4,)),
+        output_tokens=Lengths(values=(60,)),
+        requests=8,
+        rate=100.0,
     )
     (found,) = measured(url, ["steady"], work)
     assert found.is_complete
@@ -294,7 +297,10 @@ def test_an_open_loop_does_not_wait_for_answers(standin):
 def test_max_seconds_cuts_it_off(standin):
     url, _ = standin
     work = Workload(
-        prompt=Lengths(values=(4,)), output=Lengths(values=(20, 500)), num_requests=5, concurrency=2
+        prompt_tokens=Lengths(values=(4,)),
+        output_tokens=Lengths(values=(20, 500)),
+        requests=5,
+        concurrency=2,
     )
     (found,) = measured(url, ["steady"], work, max_seconds=1.0)
     assert found.stopped == "time"

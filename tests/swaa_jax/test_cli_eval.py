@@ -128,7 +128,7 @@ def test_values_of_settings_may_hold_commas():
             ["--model", "m", "--data", "DATA", "--output", "DATA"],
             "output_dir: expected a directory",
         ),
-        (["tiny-table-1", "--max-new-tokens", "7"], "--max-new-tokens: expected --data, whose"),
+        (["tiny-table-1", "--max-new-tokens", "7"], "--max-new-tokens: expected --data or --task"),
         (["nothing.yaml"], "No such file or directory: nothing.yaml"),
         (["tiny-tabel-1"], "did you mean 'tiny-table-1'?"),
         (["--model", "m"], "evaluation: expected a value for tasks or data, got none; say which"),

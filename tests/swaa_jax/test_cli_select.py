@@ -9,13 +9,13 @@ import swaa_jax as swaa
 from swaa_jax.cli.main import main
 from swaa_jax.eval.tasks.ruler import niah_multiquery
 from swaa_jax.policy import load_policy_file
-from swaa_jax.selection import Selection
 from swaa_jax.selection.api import count_of_share
 from swaa_jax.selection.report import write_selection
+from tests.support.selections import selected_heads
 
 FLAGS = ["--no-thinking", "--window", "24", "--sinks", "2", "--dtype", "float32"]
 # Of the 64 rows that fit into memory, most would be padding.
-FLAGS += ["--no-compilation-cache", "--rows-at-once", "8"]
+FLAGS += ["--no-compilation-cache", "--rows-at-once", "8", "--decode", "full"]
 
 
 @pytest.fixture(scope="module")
@@ -143,26 +143,10 @@ def test_a_share_is_rounded_to_layers(share, layers, expected):
 
 
 def test_heads_are_written_and_drawn(tmp_path):
-    policy = swaa.AttentionPolicy(window=24, full_attention_heads={1: (0,), 3: (0, 1)})
-    found = Selection(
-        method="gates",
-        policy=policy,
-        chosen=(),
-        heads={1: (0,), 3: (0, 1)},
-        scores=(0.0, 0.5, 0.1, 1.0),
-        nll_none=2.0,
-        nll_chosen=1.5,
-        nll_all=1.0,
-        num_samples=3,
-        num_evaluations=0,
-        num_new=2,
-        num_compiles=1,
-        seconds=1.0,
-        details={"gates": [[0.0, 0.0], [1.0, 0.0], [0.1, 0.1], [1.0, 1.0]]},
-    )
+    found = selected_heads()
     paths = write_selection(found, tmp_path / "new", model="m", command="swaa select m d o")
     file = load_policy_file(paths["policy.yaml"])
-    assert file.policy == policy
+    assert file.policy == found.policy
     assert "3 KV heads" in file.description
     assert file.source == "swaa select m d o"
     assert json.loads(paths["selection.json"].read_text())["heads"] == {"1": [0], "3": [0, 1]}

@@ -66,6 +66,10 @@ def test_two_processes_share_a_model(saved, tmp_path):
             # Counted three ways: by the reader, by its caller, and by what lies on the device.
             assert record["bytes_read"] == record["handed_out"] == record["own_bytes"]
             assert record["bytes_read"] <= 0.6 * record["all_bytes"], record
+            # Of a batch that both have a share of, what each counts is added up; both read all of
+            # one that is not split.
+            assert record["total"] == (1 + 2 if record["mesh"] == "fsdp=2" else (1 + 2) / 2)
+            assert record["due"] == [False, True, False, False]
             logits = np.load(tmp_path / f"{record['mesh']}-{process}.npy")
             # float32; partial sums over the processes are added in another order.
             np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4)

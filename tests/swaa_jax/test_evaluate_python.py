@@ -192,7 +192,7 @@ MISTAKES = [
     ({**ASKED, "limit": 0}, "limit: expected an integer of at least 1"),
     ({**ASKED, "output_dir": 3}, "output_dir: expected text"),
     ({**ASKED, "attempts": 2}, "attempts"),
-    ({**ASKED, "max_new_tokens": 4}, "max_new_tokens: expected data with it"),
+    ({**ASKED, "max_new_tokens": 0}, "max_new_tokens: expected an integer of at least 1"),
     ({**ASKED, "judge": 3}, "judge: expected a mapping"),
     ({**ASKED, "dtype": "int8"}, "dtype: expected one of"),
     ({**ASKED, "settings": []}, "settings: expected none with models and policies"),
@@ -204,6 +204,33 @@ def test_mistakes_are_told_in_one_line(arguments, message, no_type_checks):
     with pytest.raises(ValueError, match=message) as told:
         _config(None, dict(arguments))
     assert "\n" not in str(told.value) and len(str(told.value)) < 900
+
+
+def test_readings_that_are_not_mistakes(tmp_path):
+    """Labels that are fields' names, longest answers of tasks, and a file that is not there."""
+    for policies, expected in [
+        ({"full": "full", "window": "window=64"}, {"full": "full", "window": "window=64"}),
+        (
+            {"window": "window=64", "decode": {"window": 8}},
+            {"window": "window=64", "decode": "window=8"},
+        ),
+        ({"window": 64, "decode": "full"}, {"window=64,decode=full": "window=64,decode=full"}),
+        ({"name": "mine", "window": 64}, {"mine": "window=64"}),
+    ]:
+        (setting,) = _config(None, {**ASKED, "policies": policies}).settings
+        assert {one.name: str(one.policy) for one in setting.policies} == expected
+    asked = {
+        **ASKED,
+        "tasks": [RulerTask(), "qa,files=a.jsonl,max_new_tokens=5"],
+        "data": QUESTIONS,
+    }
+    config = _config(None, {**asked, "max_new_tokens": 64})
+    assert [one.max_new_tokens for one in config.tasks] == [64, 64, 5]
+    with pytest.raises(FileNotFoundError, match=r"none.yaml: expected a file that is there, got"):
+        swaa.evaluate(tmp_path / "none.yaml")
+    (tmp_path / "odd.yaml").write_text("models: [")
+    with pytest.raises(ValueError, match=r"odd.yaml: YAML: "):
+        swaa.evaluate(tmp_path / "odd.yaml")
 
 
 def test_mistakes_with_objects(mine, no_type_checks):
@@ -234,7 +261,7 @@ def test_mistakes_with_objects(mine, no_type_checks):
         with pytest.raises(ValueError, match=message) as told:
             _config(None, {"policies": "full", "tasks": RULER, **arguments})
         assert "\n" not in str(told.value) and len(str(told.value)) < 600
-    with pytest.raises(TypeError, match="evaluate: expected 1 arguments without a name, got"):
+    with pytest.raises(TypeError, match="evaluate: expected 1 argument without a name, got"):
         swaa.evaluate(None, tok, data=QUESTIONS)
     with pytest.raises(TypeError, match="EvalConfig: expected arguments by name, got"):
         EvalConfig("full")
@@ -259,7 +286,7 @@ def test_mistakes_with_objects(mine, no_type_checks):
         ({"task": RULER, "flor": 0.9}, "search_policy: expected keys among"),
         ({"tasks": RULER}, r"'tasks' \(did you mean 'task'\?\)"),
         ({"task": RULER, "floor": 2}, "floor: expected a number"),
-        ({"task": RULER, "thinking": "yes"}, "thinking: expected true or false"),
+        ({"task": RULER, "enable_thinking": "yes"}, "enable_thinking: expected true or false"),
         ({"task": [RULER, RULER + ",seed=1"]}, "expected one task|expected distinct names"),
     ]:
         with pytest.raises(ValueError, match=message):

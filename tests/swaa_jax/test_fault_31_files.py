@@ -15,7 +15,8 @@ import swaa_jax as swaa
 from swaa_jax import storage
 from swaa_jax.checkpoint import WeightReader
 from swaa_jax.cli.main import main
-from swaa_jax.storage import CheckpointError, atomic_directory
+from swaa_jax.directories import atomic_directory
+from swaa_jax.storage import CheckpointError
 from tests.support import processes
 from tests.support.random_models import random_model, save_random_model
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from swaa_jax.eval.judging import Judged, LlmJudge, LlmJudgeConfig
+from swaa_jax.eval.judging import Judged, LlmJudge, LlmJudgeConfig, make_judge
 from swaa_jax.eval.judging.language_model import read_verdict
 from swaa_jax.remote import retry_after
 from tests.support.judge_server import (
@@ -60,6 +60,15 @@ def test_what_is_asked(server):
     assert "Note on grading" not in first
     assert "Reference answer: 12 or 13\n\nNote on grading: One off is right.\n\nAnswer" in second
     assert "secret" not in repr(LlmJudgeConfig(url="http://h", model="m", api_key="secret"))
+
+
+def test_the_key_is_the_environments_where_none_is_given(server, monkeypatch):
+    monkeypatch.setenv("SWAA_JUDGE_API_KEY", "of the environment".replace(" ", "-"))
+    server.replies = [says("CORRECT"), says("CORRECT")]
+    for given in ({}, {"api_key": "own"}):
+        assert make_judge("llm", url=server.url, model="grader", **given)(judged("12")).accepted
+    keys = [authorization for _, authorization, _ in server.requests]
+    assert keys == ["Bearer of-the-environment", "Bearer own"]
 
 
 def test_prompts_of_ones_own_may_have_braces(server):

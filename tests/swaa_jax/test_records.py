@@ -175,6 +175,6 @@ def test_fault_22_row_groups_are_refused_by_what_they_would_take(tmp_path, monke
     assert table.nbytes > 500 * size and table.nbytes > 250e6
     records = open_records([tmp_path / "noise.parquet"])
     assert records[699].fields["prompt"] == table["prompt"][699].as_py()
-    monkeypatch.setattr("swaa_jax.records.PARQUET_BYTES", 64 << 20)
+    monkeypatch.setattr("swaa_jax.parquet.PARQUET_BYTES", 64 << 20)
     with pytest.raises(DataError, match=r"noise\.parquet: row group 0: expected at most 64 MB"):
         open_records([tmp_path / "noise.parquet"])

@@ -54,6 +54,23 @@ def test_a_policy_in_a_notebook(tmp_path):
     assert len(draw_layers(swaa.load_policy("window=64,full_layers=35"))) == 36
     figure = swaa.load_policy("window=64,decode=0+2").plot(tmp_path / "policy.png")
     assert len(figure.axes) == 3 and (tmp_path / "policy.png").stat().st_size > 1000
+    assert figure._repr_png_()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match=r"path: expected one that ends in one of .*'policy.doc'"):
+        swaa.load_policy("full").plot("policy.doc")
+    strip = swaa.load_policy("window=64,full_layers=0,full_heads=2:1").plot(num_layers=3).axes[-1]
+    assert [bar.get_height() for bar in strip.patches] == [1, 1, 1, 1.0, 0.0, 0.5]
+
+
+def test_recipes_and_adapters_are_drawn(tmp_path):
+    found = swaa.recipes()
+    figure = found.plot(tmp_path / "recipes.png")
+    front = [line.get_ydata() for line in figure.axes[0].lines if len(line.get_xdata()) > 2]
+    best = max(one.kept for one in found if one.main_evidence)
+    assert max(map(max, front)) == pytest.approx(100 * best)
+    assert (tmp_path / "recipes.png").stat().st_size > 10_000
+    shown = swaa.LoraConfig(rank=4, alpha=8, dropout=0.1, target_modules="all-linear")._repr_html_()
+    assert "2 x A B" in shown and "<td" in shown and "all-linear" in shown and "0.1" in shown
+    assert "rslora" not in shown and "rslora" in swaa.LoraConfig(rslora=True)._repr_html_()
 
 
 def test_a_model():

@@ -5,14 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from swaa_jax.engine.sampling import (
-    Draws,
-    History,
-    SamplingParams,
-    is_among,
-    pack_ids,
-    sample,
-)
+from swaa_jax.engine.sampling import Draws, History, is_among, pack_ids, sample
+from swaa_jax.engine.sampling_params import SamplingParams
 
 VOCAB = 24
 LOGITS = np.random.default_rng(3).normal(size=VOCAB).astype(np.float32) * 2

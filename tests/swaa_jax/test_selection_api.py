@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 
 import swaa_jax as swaa
-from swaa_jax.selection import Selection, read_calibration, select_from_samples, select_layers
+from swaa_jax.selection import read_calibration, select_from_samples, select_layers
 from tests.support import byte_tokenizer
 from tests.support.random_models import random_model
 from tests.support.retrieval_model import RETRIEVING, retrieval_model, retrieval_samples
+from tests.support.selections import selected_heads
 
 ROWS = [
     {"prompt": f"The code of door {n} is {n * n}. What is the code of door {n}?", "answer": f"{n}"}
@@ -85,22 +86,7 @@ def test_a_selection_shows_itself(found, tmp_path):
 
 
 def test_selected_heads_show_themselves():
-    found = Selection(
-        method="gates",
-        policy=swaa.AttentionPolicy(window=24, full_attention_heads={1: (0,), 3: (0, 1)}),
-        chosen=(),
-        heads={1: (0,), 3: (0, 1)},
-        scores=(0.0, 0.5, 0.1, 1.0),
-        nll_none=2.0,
-        nll_chosen=1.5,
-        nll_all=1.0,
-        num_samples=3,
-        num_evaluations=0,
-        num_new=2,
-        num_compiles=1,
-        seconds=1.0,
-        details={"gates": [[0.0, 0.0], [1.0, 0.0], [0.1, 0.1], [1.0, 1.0]]},
-    )
+    found = selected_heads()
     assert "3 KV heads of 4 layers full (1:0, 3:0, 3:1)" in repr(found)
     assert [line["full_heads"] for line in found.table().records()] == ["", "0", "", "0, 1"]
     (svg,) = ET.fromstring(found._repr_html_()).iter("{http://www.w3.org/2000/svg}svg")
@@ -129,7 +115,8 @@ def test_selected_heads_show_themselves():
         ({"offset": 1}, "offset: expected an option of add_one .* got one of periodic"),
         ({"shre": 0.5}, r"got 'shre' \(did you mean 'share'\?\)"),
         ({"method": "gates", "stepz": 2}, r"got 'stepz' \(did you mean 'steps'\?\)"),
-        ({"thinking": "no"}, "thinking: expected true or false"),
+        ({"enable_thinking": "no"}, "enable_thinking: expected true or false"),
+        ({"thinking": True}, r"got 'thinking' \(did you mean 'enable_thinking'\?\)"),
         ({"limit": 0}, "limit: expected an integer of at least 1"),
         ({"max_length": "9"}, "max_length: expected an integer"),
         ({"rows_at_once": "a"}, "rows_at_once: expected an integer"),

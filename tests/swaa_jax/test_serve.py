@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import swaa_jax as swaa
 from swaa_jax import lora
+from swaa_jax.arguments import check_model
 from swaa_jax.engine import engine as engines
 from swaa_jax.engine.memory import Needs, plan_memory
-from swaa_jax.given import model_of
 from swaa_jax.serve import Engine, EngineOptions, Request
 from tests.support.random_models import HF_CONFIG, random_model
 
@@ -385,7 +385,7 @@ def test_what_is_wrong_is_told_with_what_to_do():
     with pytest.raises(ValueError, match="steps_at_once: expected at most steps_per_call=16, got"):
         EngineOptions(steps_at_once=99)
     with pytest.raises(ValueError, match="model: expected a model, got 'tiny-retriever'"):
-        model_of("model", "tiny-retriever")
+        check_model("model", "tiny-retriever")
 
 
 def test_the_options_that_were_chosen_can_be_seen():

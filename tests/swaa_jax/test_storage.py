@@ -8,10 +8,10 @@ import shutil
 import pytest
 from etils import epath
 
-from swaa_jax import storage
+from swaa_jax import directories, storage
+from swaa_jax.directories import atomic_directory
 from swaa_jax.storage import (
     CheckpointError,
-    atomic_directory,
     listing,
     resolve_inside,
     write_json_atomic,
@@ -138,7 +138,7 @@ def test_a_failure_while_publishing_leaves_nothing(tmp_path, monkeypatch, step):
     def fail(*args):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(storage, step, fail)
+    monkeypatch.setattr(directories, step, fail)
     with pytest.raises(OSError, match="Input/output"):
         _save(tmp_path / "m", "new")
     assert _tree(tmp_path) == {}

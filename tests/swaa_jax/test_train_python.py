@@ -180,6 +180,31 @@ def early(model, tok, output):
     )
 
 
+def test_sections_that_are_written_short_are_added_to(tok, tmp_path):
+    """`samples: 4` and `samples.max_new_tokens=8` are one section, in a file and in Python."""
+    short = {
+        "model": "tiny-retriever",
+        "data": ["a.jsonl"],
+        "samples": 4,
+        "best": "loss",
+        "eval_every": 1,
+    }
+    (tmp_path / "short.yaml").write_text(json.dumps({**short, "output_dir": "o", "lora": True}))
+    changes = ["samples.max_new_tokens=8", "data.seq_len=64", "best.patience=2", "lora.rank=4"]
+    read = TrainConfig.load(tmp_path / "short.yaml", changes)
+    fields = {"samples": {"max_new_tokens": 8}, "best": {"patience": 2}, "lora": {"rank": 4}}
+    fields["output_dir"] = "o"
+    given = gather(
+        short, model=None, tok=tok, data={"seq_len": 64}, eval_data=None, fields=fields
+    ).config
+    for config in (read, given):
+        assert (config.samples.count, config.samples.max_new_tokens) == (4, 8)
+        assert (config.data.files, config.data.seq_len) == (("a.jsonl",), 64)
+        assert (config.best.metric, config.best.patience, config.lora.rank) == ("loss", 2, 4)
+    with pytest.raises(ValueError, match=r"'lora.rank=4': expected keys in lora, got False"):
+        TrainConfig.load(None, ["lora=false", "lora.rank=4"])
+
+
 def test_the_same_samples_from_every_form_of_data(tok, tmp_path):
     """Chats too, whose nested lists frames have as arrays."""
     said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]

@@ -256,7 +256,7 @@ def test_the_trained_model_has_the_trained_values_and_shares_the_rest():
     )
 
 
-def test_a_consumed_model_is_freed_and_comes_back():
+def test_a_consumed_model_is_freed_and_comes_back(monkeypatch):
     kept, given = lora_model(), lora_model()
     trainer = make_step(given, config(scan_layers=True), consume=True)
     assert given.layers[0].mlp.up_proj.kernel[...].is_deleted()
@@ -266,6 +266,10 @@ def test_a_consumed_model_is_freed_and_comes_back():
         nnx.to_flat_state(nnx.state(back)), nnx.to_flat_state(nnx.state(kept)), strict=True
     ):
         np.testing.assert_array_equal(one.get_value(), other.get_value(), err_msg=str(path))
+    state, made, jit = trainer.init(), [], jax.jit
+    monkeypatch.setattr(jax, "jit", lambda f, **kwargs: made.append(f) or jit(f, **kwargs))
+    trainer.model(state)  # an evaluation's: no program is made anew
+    assert not made
 
 
 def test_a_step_lowers_from_shapes_alone():

@@ -14,8 +14,7 @@ import swaa_jax as swaa
 from swaa_jax.cli.main import main
 from swaa_jax.engine import EngineOptions
 from swaa_jax.policy import AttentionPolicy, load_policy
-from swaa_jax.remote import Endpoint
-from swaa_jax.remote import Reply as HttpReply
+from swaa_jax.remote import Endpoint, HttpReply
 from swaa_jax.verify import (
     RECORDED,
     Candidate,

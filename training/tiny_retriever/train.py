@@ -35,9 +35,9 @@ from swaa_jax.checkpoint import (  # noqa: E402
     write_generation_config,
     write_provenance,
 )
+from swaa_jax.directories import atomic_directory  # noqa: E402
 from swaa_jax.models.auto import model_from_config, save_model  # noqa: E402
 from swaa_jax.policy import AttentionPolicy  # noqa: E402
-from swaa_jax.storage import atomic_directory  # noqa: E402
 from swaa_jax.train import (  # noqa: E402
     Checkpoints,
     Outputs,

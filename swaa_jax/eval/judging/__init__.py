@@ -1,10 +1,11 @@
 """Whether an answer is right: rules, RULER's score, or a language model over HTTP."""
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 
 from swaa_jax.eval.judging.judge import Answer, Judge, Judged, Verdict, strip_thinking
-from swaa_jax.eval.judging.language_model import LlmJudge, LlmJudgeConfig
+from swaa_jax.eval.judging.language_model import JUDGE_KEY, LlmJudge, LlmJudgeConfig
 from swaa_jax.eval.judging.rules import exact_judge, includes_judge, regex_judge, ruler_judge
 from swaa_jax.eval.judging.scores import includes, plain, string_match_all
 from swaa_jax.fields import check_keys, from_mapping, one_of
@@ -26,6 +27,8 @@ __all__ = [
 
 
 def _llm_judge(**settings: object) -> Judge:
+    if key := os.environ.get(JUDGE_KEY):
+        settings = {"api_key": key, **settings}
     advice = "judge: {name: llm, url: ..., model: ...} names a model of an OpenAI-compatible API"
     return LlmJudge(from_mapping(LlmJudgeConfig, settings, "judge llm", advice=advice))
 
@@ -45,7 +48,8 @@ def make_judge(name: str, **settings: object) -> Judge:
     Args:
         name: "exact", "includes", "regex", "ruler" or "llm".
         settings: of :func:`includes_judge` or :func:`regex_judge`, or fields of
-            :class:`LlmJudgeConfig`.
+            :class:`LlmJudgeConfig`, whose `api_key` is that of the environment's
+            ``SWAA_JUDGE_API_KEY`` where none is given.
 
     Raises:
         ValueError: no such judge, or settings that it does not have.

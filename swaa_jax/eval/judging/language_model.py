@@ -16,8 +16,11 @@ from swaa_jax import storage
 from swaa_jax.documents import parse_json
 from swaa_jax.eval.judging.judge import Judged, Verdict, answer_of, strip_thinking
 from swaa_jax.fields import check_fields, integer, number, or_none, text, wrong
-from swaa_jax.remote import BROKEN, Endpoint, Reply, retry_after
+from swaa_jax.remote import BROKEN, Endpoint, HttpReply, retry_after
 from swaa_jax.typing import PathLike
+
+JUDGE_KEY = "SWAA_JUDGE_API_KEY"
+"""The environment's variable with the judging model's key, which is never written anywhere."""
 
 _PROMPT = """\
 You grade an answer to a question. It is right if it says the same as the reference answer, in \
@@ -186,7 +189,7 @@ class LlmJudge:
             f"the last: {problem}. Start it, or pass another url; what was judged so far is kept"
         )
 
-    def _refusal(self, reply: Reply) -> "_RefusedError":
+    def _refusal(self, reply: HttpReply) -> "_RefusedError":
         advice = ""
         if reply.status < 400:
             advice = (
@@ -198,7 +201,7 @@ class LlmJudge:
             f"{self._endpoint.excerpt(reply.body.decode(errors='replace'))}{advice}"
         )
 
-    def _request(self, prompt: str, temperature: float | None) -> Reply:
+    def _request(self, prompt: str, temperature: float | None) -> HttpReply:
         body: dict[str, Any] = {
             "model": self._config.model,
             "messages": [{"role": "user", "content": prompt}],

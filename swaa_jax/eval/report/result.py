@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from swaa_jax.eval.run import Cell, EvalConfig
-from swaa_jax.tables import Table
+from swaa_jax.tables import Table, Tabular
 from swaa_jax.typing import PathLike
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from swaa_jax.eval.report.summary import Group, Summaries
@@ -20,7 +19,7 @@ __all__ = ["Evaluation"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class Evaluation:
+class Evaluation(Tabular):
     """A finished evaluation.
 
     Attributes:
@@ -69,14 +68,6 @@ class Evaluation:
         Its columns are described in `docs/evaluation.md`.
         """
         return self.summaries.table()
-
-    def to_pandas(self) -> "pd.DataFrame":
-        """The table as a frame.
-
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        return self.table().to_pandas()
 
     def plot(self, path: PathLike | None = None) -> "Figure":
         """Draws score against cost: prefill work, and the caches' size where it was measured.

@@ -15,11 +15,10 @@ from swaa_jax.eval.report.statistics import (
 )
 from swaa_jax.eval.run import Cell, EvalConfig
 from swaa_jax.eval.run.store import AnswerRecord
-from swaa_jax.tables import Table
+from swaa_jax.tables import Table, Tabular
 from swaa_jax.typing import PathLike
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 __all__ = [
@@ -137,7 +136,7 @@ class CellSummary:
         }
 
 
-class Summaries(list[CellSummary]):
+class Summaries(Tabular, list[CellSummary]):
     """The summaries of an evaluation's cells, in the order of its table; a list that shows itself
     as that table.
     """
@@ -145,14 +144,6 @@ class Summaries(list[CellSummary]):
     def table(self) -> Table:
         """A line for each summary: score with its interval, and costs; shares are 0 to 1."""
         return Table.of([summary.line() for summary in self])
-
-    def to_pandas(self) -> "pd.DataFrame":
-        """The table as a frame.
-
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        return self.table().to_pandas()
 
     def plot(self, path: PathLike | None = None) -> "Figure":
         """Draws score against cost, models, tasks and modes one below the other.
@@ -168,14 +159,14 @@ class Summaries(list[CellSummary]):
         return groups_figure(group_summaries(self), path=path)
 
     def __str__(self) -> str:
-        return "\n\n".join(map(str, self._shown()))
+        return "\n\n".join(map(str, self._tables()))
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return "".join(table._repr_html_() for table in self._shown())
+        return "".join(table._repr_html_() for table in self._tables())
 
-    def _shown(self) -> list[Table]:
+    def _tables(self) -> list[Table]:
         """A table of what people compare for each group: policies, scores, costs."""
         return [
             Table.of([_shown_line(group, one) for one in group.summaries], caption=group.title)

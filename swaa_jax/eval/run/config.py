@@ -6,6 +6,7 @@ import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from swaa_jax.arguments import told_keywords
 from swaa_jax.documents import named_settings, parse_yaml, with_overrides
 from swaa_jax.eval.run.entries import (
     API_KEY,
@@ -37,7 +38,6 @@ from swaa_jax.fields import (
     set_field,
     wrong,
 )
-from swaa_jax.given import told_keywords
 from swaa_jax.infer import SamplingParams
 from swaa_jax.storage import read_text
 from swaa_jax.typing import PathLike
@@ -54,6 +54,7 @@ __all__ = [
 ]
 
 _NOTES = ("description", "source")
+_SHORTER = ("models", "policies", "data", "judge", "max_new_tokens")
 _WHAT_TO_SAY = (
     "say which checkpoints (models: [...]) under which policies (policies: [full, ...]) are asked "
     "what (data: mine.jsonl, or tasks: [{task: ruler, length: 4096}])"
@@ -164,12 +165,13 @@ class EvalConfig(SamplingParams):
                 list of records, a `datasets.Dataset`, a pandas frame, or a dict of these by name.
             judge: of all tasks, in place of their own: a name, with settings as in
                 "regex,which=last", or a mapping.
-            max_new_tokens: of an answer to `data`.
+            max_new_tokens: of an answer without its thinking, of every task whose entry does not
+                say it.
             fields: see the class.
         """
         every = dataclasses.fields(self)
         known = [field.name for field in every]
-        check_keys("evaluation", fields, ["models", "policies", "data", *known])
+        check_keys("evaluation", fields, [*_SHORTER, *known])
         if "settings" not in fields:
             pair = {"models": models, "policies": policies}
             given = {key: value for key, value in pair.items() if _is_given(value)}
@@ -397,17 +399,13 @@ def _asked(
     data: Any, given: Any, *, judge: Any, max_new_tokens: int | None
 ) -> tuple[TaskEntry, ...]:
     """The tasks: questions of one's own, then the others."""
-    own = data_entries("data", data) if data is not None else ()
+    found = data_entries("data", data) if data is not None else ()
+    found += tasks("tasks", given) if _is_given(given) else ()
     if max_new_tokens is not None:
-        if not own:
-            raise wrong(
-                "max_new_tokens",
-                "data with it, whose answers it is for",
-                max_new_tokens,
-                "set that of the task, {task: ..., max_new_tokens: ...}",
-            )
-        own = tuple(dataclasses.replace(one, max_new_tokens=max_new_tokens) for one in own)
-    found = own + (tasks("tasks", given) if _is_given(given) else ())
+        found = tuple(
+            dataclasses.replace(one, max_new_tokens=one.max_new_tokens or max_new_tokens)
+            for one in found
+        )
     if judge is None:
         return found
     judge = named_settings(judge, "name") if isinstance(judge, str) else mapping("judge", judge)

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from swaa_jax.arguments import is_tokenizer
 from swaa_jax.checkpoint import checkpoint_origin
 from swaa_jax.documents import named_settings
 from swaa_jax.eval.run.entries import (
@@ -17,15 +18,22 @@ from swaa_jax.eval.run.entries import (
 )
 from swaa_jax.eval.tasks import QaTask, Task, make_task
 from swaa_jax.examples import FORMATS
-from swaa_jax.fields import Check, from_mapping, list_of, naming, nearest, show, wrong
+from swaa_jax.fields import (
+    Check,
+    from_mapping,
+    list_of,
+    naming,
+    show,
+    wrong,
+    wrong_kind,
+)
 from swaa_jax.models import CausalLM
-from swaa_jax.policy import AttentionPolicy, load_policy, split_policies
+from swaa_jax.policy import AttentionPolicy, load_policy, several_policies
 
 __all__ = ["data_entries", "models", "policies", "policy_entry", "several", "task_entry", "tasks"]
 
 T = TypeVar("T")
 
-_POLICY_KEYS = {field.name for field in dataclasses.fields(AttentionPolicy)} | {"swaa_config"}
 _MODELS = "a checkpoint's path or name, a loaded model, (model, tokenizer), or a dict by name"
 
 
@@ -76,29 +84,23 @@ def _model(name: str, entry: Any) -> ModelEntry | RemoteEntry:
         return from_mapping(ModelEntry, {"path": entry}, name)
     if isinstance(entry, Mapping):
         return from_mapping(RemoteEntry if "url" in entry else ModelEntry, entry, name)
-    raise _wrong_object(name, _MODELS, entry)
+    raise wrong_kind(name, _MODELS, entry)
 
 
 def _is_pair(value: Any) -> bool:
     """Whether it is a model and a tokenizer, in either order."""
     is_two = isinstance(value, list | tuple) and len(value) == 2
-    return is_two and any(map(_is_tokenizer, value))
-
-
-def _is_tokenizer(value: Any) -> bool:
-    return not isinstance(value, type) and all(
-        callable(getattr(value, name, None)) for name in ("encode", "decode")
-    )
+    return is_two and any(map(is_tokenizer, value))
 
 
 def _loaded(name: str, model: Any, tokenizer: Any) -> ModelEntry:
     """The entry of a model in memory."""
-    if _is_tokenizer(model) and isinstance(tokenizer, CausalLM):
+    if is_tokenizer(model) and isinstance(tokenizer, CausalLM):
         raise ValueError(
             f"{name}: expected (model, tokenizer), got the tokenizer first; change their order"
         )
     if not isinstance(model, CausalLM):
-        raise _wrong_object(name, "(model, tokenizer), the model from load_model", model)
+        raise wrong_kind(name, "(model, tokenizer), the model from load_model", model)
     origin = None if model.source is None else checkpoint_origin(model.source).name
     if tokenizer is None and model.source is None:
         raise ValueError(
@@ -113,31 +115,22 @@ def _loaded(name: str, model: Any, tokenizer: Any) -> ModelEntry:
     )
 
 
-def _wrong_object(name: str, expected: str, value: object) -> ValueError:
-    """The error of an object whose text would fill a screen."""
-    if isinstance(value, str | int | float | bytes | list | tuple | Mapping | None):
-        return wrong(name, expected, value)
-    return ValueError(f"{name}: expected {expected}, got a {type(value).__name__}")
-
-
 def policies(name: str, value: Any) -> tuple[PolicyEntry | Mapping[str, object], ...]:
     """Policies: one or several in any form of `policy_entry`, several in one text with commas, or a
     mapping from the names that results have to policies.
     """
-    if isinstance(value, str):
-        value = split_policies(value)
-    if isinstance(value, Mapping) and not _POLICY_KEYS & set(value):
-        value = [_named_policy(name, label, one) for label, one in value.items()]
-    return several(policy_entry)(name, value)
+    found = [
+        policy_entry(f"{name}[{at}]", one)
+        if label is None
+        else _named_policy(f"{name}[{show(label)}]", label, one)
+        for at, (label, one) in enumerate(several_policies(name, value))
+    ]
+    return _some(name, found)
 
 
-def _named_policy(name: str, label: object, policy: Any) -> PolicyEntry:
-    if not isinstance(policy, str | Mapping | AttentionPolicy | os.PathLike):
-        expected = "policies by name, {'mine': 'window=64'}, or fields of one"
-        hint = nearest(label, sorted(_POLICY_KEYS))
-        raise ValueError(f"{name}: expected {expected}, got {show({label: policy})}{hint}")
-    with naming(f"{name}[{show(label)}]"):
-        return PolicyEntry(name=str(label), policy=load_policy(policy))
+def _named_policy(name: str, label: str, policy: Any) -> PolicyEntry:
+    with naming(name):
+        return PolicyEntry(name=label, policy=load_policy(policy))
 
 
 def policy_entry(name: str, entry: Any) -> PolicyEntry | Mapping[str, object]:

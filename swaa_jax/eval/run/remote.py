@@ -22,7 +22,7 @@ from swaa_jax.eval.run.entries import API_KEY, RemoteEntry
 from swaa_jax.eval.run.store import AnswerRecord
 from swaa_jax.fields import describe, first_of, nearest, show
 from swaa_jax.infer import GenerateOptions
-from swaa_jax.remote import BROKEN, Reply, listed_models, retry_after, run_apart
+from swaa_jax.remote import BROKEN, HttpReply, listed_models, retry_after, run_apart
 
 __all__ = ["Prompt", "RemoteModel"]
 
@@ -207,7 +207,7 @@ class RemoteModel:
         path: str,
         body: Mapping[str, Any] | None,
         timeout_s: float | None = None,
-    ) -> Reply:
+    ) -> HttpReply:
         """A reply that another request would not better.
 
         Raises:
@@ -235,7 +235,7 @@ class RemoteModel:
             "whether the url ends in /v1. What was answered is kept: the same command goes on there"
         )
 
-    def _refusal(self, path: str, reply: Reply) -> ValueError:
+    def _refusal(self, path: str, reply: HttpReply) -> ValueError:
         said = self._endpoint.message_of(reply.body)
         advice = "see the url, which ends in /v1 as a rule, the model and the settings"
         if reply.status in (401, 403):
@@ -374,7 +374,7 @@ def _joined(choice: Mapping[str, Any], *, thinking: bool) -> tuple[str, bool]:
     return f"{_THINK}{thought}{_END_OF_THOUGHT}{content}", False
 
 
-def _was_aborted(reply: Reply) -> bool:
+def _was_aborted(reply: HttpReply) -> bool:
     """Whether an answer was ended by its server, which stopped: vLLM and SGLang say so."""
     return reply.is_ok and b'"abort"' in reply.body and _finish_reason(reply.body) == "abort"
 

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from swaa_jax.arguments import check_keywords, check_tokenizer, told_keywords
 from swaa_jax.eval.run import EvalConfig, TaskEntry
 from swaa_jax.eval.run.loading import load_entry
 from swaa_jax.eval.search.halving import (
@@ -15,8 +16,7 @@ from swaa_jax.eval.search.halving import (
     suggest_windows,
 )
 from swaa_jax.eval.tasks import encode_sample
-from swaa_jax.fields import check_keys, list_of, wrong
-from swaa_jax.given import tokenizer_of, told_keywords
+from swaa_jax.fields import list_of, wrong
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import LayerSelection
 from swaa_jax.progress import ProgressLike, progress_like, show_progress
@@ -33,7 +33,7 @@ _FIELDS = [field.name for field in dataclasses.fields(EvalConfig)]
 _OWN = ("settings", "tasks", "output_dir", "thinking", "skip_samples", "baseline")
 
 
-@told_keywords({"tasks": "task", "tokenizer": "tok"})
+@told_keywords()
 def search_policy(
     model: Any,
     tok: "PreTrainedTokenizerBase | None" = None,
@@ -48,7 +48,7 @@ def search_policy(
     full_layers: Sequence[LayerSelection] = _SPACE.full_layers,
     decode: Sequence[LayerSelection] = _SPACE.decode,
     first_samples: int = _LIMITS.first_samples,
-    thinking: bool = False,
+    enable_thinking: bool = False,
     output_dir: PathLike | None = None,
     progress: ProgressLike = None,
     **settings: Any,
@@ -69,7 +69,7 @@ def search_policy(
         windows: keys that a query sees; None: about 1/16, 1/8 and 1/4 of the prompts.
         sinks, full_layers, decode: see `SearchSpace`.
         first_samples: that every candidate answers.
-        thinking: whether the model thinks before it answers.
+        enable_thinking: whether the model thinks before it answers.
         output_dir: every answer is kept there, so that the same call goes on where it was stopped;
             None: nothing is kept on disk.
         progress: who is told how far it is.
@@ -92,16 +92,16 @@ def search_policy(
         ... )  # doctest: +SKIP
         >>> found.policy, found.plot("search.png")  # doctest: +SKIP
     """
-    tok, progress = tokenizer_of("tok", tok), progress_like("progress", progress)
+    tok, progress = check_tokenizer("tok", tok), progress_like("progress", progress)
     config = SearchConfig(
         floor=floor,
         max_prefill=max_prefill,
         max_cache_bytes=max_cache_bytes,
         first_samples=first_samples,
     )
-    if not isinstance(thinking, bool):
-        raise wrong("thinking", "true or false, one mode a search", thinking)
-    asked = _asked(model, tok, data, task, thinking=thinking, settings=settings)
+    if not isinstance(enable_thinking, bool):
+        raise wrong("enable_thinking", "true or false, one mode a search", enable_thinking)
+    asked = _asked(model, tok, data, task, thinking=enable_thinking, settings=settings)
     (entry,), (task_entry,) = asked.local_models, asked.tasks
     with (
         tempfile.TemporaryDirectory(prefix="swaa_search_") as place,
@@ -156,7 +156,7 @@ def _asked(
         ValueError: as `search_policy`.
     """
     known = ["judge", "max_new_tokens", *(n for n in _FIELDS if n not in _OWN)]
-    check_keys("search_policy", settings, ["data", "task", *known])
+    check_keywords(search_policy, settings, known)
     if (data is None) == (task is None):
         got = "neither" if data is None else "both"
         raise ValueError(f"search_policy: expected data or task, got {got}; give one of them")

@@ -24,11 +24,10 @@ from swaa_jax.fields import check_fields, integer, number, or_none
 from swaa_jax.figures import save_figure
 from swaa_jax.policy import AttentionPolicy, LayerSelection
 from swaa_jax.progress import ProgressLike, ShowProgress, show_progress
-from swaa_jax.tables import Table
+from swaa_jax.tables import Table, Tabular
 from swaa_jax.typing import PathLike
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
 
@@ -151,7 +150,7 @@ class Candidate:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class SearchResult:
+class SearchResult(Tabular):
     """What the search found.
 
     Attributes:
@@ -222,14 +221,6 @@ class SearchResult:
             f"takes {self.chosen.prefill_share:.1%} of its prefill pairs."
         )
 
-    def to_pandas(self) -> "pd.DataFrame":
-        """The table as a frame.
-
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        return self.table().to_pandas()
-
     def plot(self, path: PathLike | None = None) -> "Figure":
         """Draws score against prefill work and memory; what was dropped before the end is grey.
 
@@ -245,9 +236,6 @@ class SearchResult:
 
     def __str__(self) -> str:
         return str(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def search_policies(

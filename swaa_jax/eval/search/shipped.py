@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 from flax import nnx
 
+from swaa_jax.arguments import told_keywords
 from swaa_jax.checkpoint import checkpoint_origin, open_checkpoint
 from swaa_jax.configs import list_configs
 from swaa_jax.costs import activation_bytes, cache_bytes, prefill_attention_share
 from swaa_jax.fields import integer, number, or_none, wrong
-from swaa_jax.given import told_keywords
+from swaa_jax.figures import save_figure
 from swaa_jax.models import CausalLM, read_blueprint
 from swaa_jax.policy import (
     AttentionPolicy,
@@ -28,10 +29,11 @@ from swaa_jax.policy import (
     PolicyFile,
     load_policy_file,
 )
-from swaa_jax.tables import Table
+from swaa_jax.tables import Table, Tabular
+from swaa_jax.typing import PathLike
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from matplotlib.figure import Figure
 
 __all__ = ["ModelSize", "Recipe", "Recipes", "list_recipes", "recipes", "recommend"]
 
@@ -182,7 +184,7 @@ def _short(model: str) -> str:
     return model.removeprefix("Qwen3-").removesuffix("-2507").replace("Meta-", "")
 
 
-class Recipes(list[Recipe]):
+class Recipes(Tabular, list[Recipe]):
     """Recipes, the best first where needs were said; a list that shows itself as a table.
 
     Attributes:
@@ -211,21 +213,45 @@ class Recipes(list[Recipe]):
         ]
         return Table.of(lines, caption=f"{self.case}; {MAIN_TASK} scores: arXiv 2512.10411")
 
-    def to_pandas(self) -> "pd.DataFrame":
-        """The table as a frame.
+    def plot(self, path: PathLike | None = None) -> "Figure":
+        """Draws the part of full attention's score that was kept, against prefill work and memory.
+
+        Scores are the paper's, of its models, the mean over those that a recipe was measured on;
+        work and memory are those of `case`.
+
+        Args:
+            path: where to save it, by its ending; None: nowhere.
 
         Raises:
-            ImportError: pandas is not installed.
+            ValueError: none of the recipes has a published score.
+
+        Examples:
+            >>> figure = recipes(training=False).plot()
         """
-        return self.table().to_pandas()
+        from swaa_jax.eval.report.charts import Dot, policy_figure
+        from swaa_jax.eval.report.statistics import Interval
+
+        scored = [one for one in self if one.main_evidence]
+        if not scored:
+            raise ValueError("plot: expected recipes with published scores, got none")
+        dots = [
+            Dot(
+                policy=one.policy,
+                label=str(number),
+                name=f"{one.name}: {one.policy}",
+                score=Interval(mean=one.kept, low=one.kept, high=one.kept),
+                prefill_share=one.prefill_share,
+                cache_bytes=one.cache_bytes,
+            )
+            for number, one in enumerate(scored, start=1)
+        ]
+        title = f"{MAIN_TASK}, % of full attention's; {self.case}"
+        return save_figure(policy_figure(dots, title=title, heading="Recipe"), path)
 
     def __str__(self) -> str:
         return str(self._shown())
 
     __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return self._shown()._repr_html_()
 
     def _shown(self) -> Table:
         lines = [

@@ -3,7 +3,7 @@
 `told_keywords` has a function or a dataclass say which name a misspelt one is near to. The checks
 are those of `swaa_jax.fields`, of things instead of values: a model, a tokenizer, a place of files.
 
-    >>> model_of("model", "tiny-retriever")
+    >>> check_model("model", "tiny-retriever")
     Traceback (most recent call last):
     ValueError: model: expected a model, got 'tiny-retriever' (str); load it:
     load_model('tiny-retriever')
@@ -12,14 +12,22 @@ are those of `swaa_jax.fields`, of things instead of values: a model, a tokenize
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 
-from swaa_jax.fields import describe, nearest, show, wrong
+from swaa_jax.fields import check_keys, describe, nearest, plural, show, wrong, wrong_kind
 
-__all__ = ["model_of", "place_of", "told_keywords", "tokenizer_of", "tokens_of"]
+__all__ = [
+    "check_keywords",
+    "check_model",
+    "check_place",
+    "check_tokenizer",
+    "check_tokens",
+    "is_tokenizer",
+    "told_keywords",
+]
 
 Callee = TypeVar("Callee", bound=Callable[..., Any])
 
@@ -97,7 +105,8 @@ def _mistake(
     extra = args[skip + len(places) :]
     if extra:
         by_name = [one.name for one in takes if one.kind is one.KEYWORD_ONLY]
-        expected = f"{len(places)} arguments without a name" if places else "arguments by name"
+        count = f"{len(places)} {plural('argument', len(places))} without a name"
+        expected = count if places else "arguments by name"
         advice = f"; name it: one of {', '.join(by_name)}" if by_name else ""
         return TypeError(
             f"{name}: expected {expected}, got a positional one, {describe(extra[0])}{advice}"
@@ -119,7 +128,31 @@ def _near(key: str, known: list[str], aliases: Mapping[str, str]) -> str:
     return hint
 
 
-def model_of(name: str, value: Any) -> Any:
+def check_keywords(
+    function: Callable[..., Any], given: Iterable[str], known: Iterable[str]
+) -> None:
+    """Refuses keywords that a function with `**options` does not know.
+
+    The nearest name is told, of an option or of an argument, as `told_keywords` does it where all
+    keywords are arguments.
+
+    Args:
+        function: whose arguments are known too.
+        given: what came in place of its `**options`.
+        known: the options that it has.
+
+    Raises:
+        ValueError: one that is neither.
+    """
+    own = [
+        name
+        for name, one in inspect.signature(function).parameters.items()
+        if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)
+    ]
+    check_keys(function.__name__, given, list(dict.fromkeys([*own, *known])))
+
+
+def check_model(name: str, value: Any) -> Any:
     """A model as `load_model` gives it.
 
     Raises:
@@ -127,34 +160,34 @@ def model_of(name: str, value: Any) -> Any:
     """
     if isinstance(value, str | os.PathLike):
         raise wrong(name, "a model", value, f"load it: load_model({show(os.fspath(value))})")
-    if _is_tokenizer(value):
-        raise _another(name, "a model", value, "the model comes first, then the tokenizer")
+    if is_tokenizer(value):
+        raise wrong_kind(name, "a model", value, "the model comes first, then the tokenizer")
     is_foreign = any(hasattr(value, method) for method in ("state_dict", "save_pretrained"))
     if is_foreign and not isinstance(value, type):
         advice = "save it with save_pretrained(directory), then load_model(directory)"
-        raise _another(name, "a model of load_model", value, advice)
+        raise wrong_kind(name, "a model of load_model", value, advice)
     if isinstance(value, type) or not hasattr(value, "config"):
         raise wrong(name, "a model", value, "load one with load_model")
     return value
 
 
-def tokenizer_of(name: str, value: Any) -> Any:
+def check_tokenizer(name: str, value: Any) -> Any:
     """A tokenizer as `load_tokenizer` gives it, or None, where only token ids are seen.
 
     Raises:
         ValueError: something else; the message says how to come by one.
     """
-    if value is None or _is_tokenizer(value):
+    if value is None or is_tokenizer(value):
         return value
     if isinstance(value, str | os.PathLike):
         advice = f"load it: load_tokenizer({show(os.fspath(value))})"
         raise wrong(name, "a tokenizer", value, advice)
     if hasattr(value, "config"):
-        raise _another(name, "a tokenizer", value, "the model comes first, then the tokenizer")
+        raise wrong_kind(name, "a tokenizer", value, "the model comes first, then the tokenizer")
     raise wrong(name, "a tokenizer", value, "load one with load_tokenizer; None serves token ids")
 
 
-def place_of(
+def check_place(
     name: str,
     value: Any,
     *,
@@ -170,12 +203,12 @@ def place_of(
         if not os.fspath(value):
             raise wrong(name, expected, value)
         return value
-    if hasattr(value, "config") or _is_tokenizer(value):
-        raise _another(name, expected, value, advice)
+    if hasattr(value, "config") or is_tokenizer(value):
+        raise wrong_kind(name, expected, value, advice)
     raise wrong(name, expected, value)
 
 
-def tokens_of(name: str, value: Any) -> Any:
+def check_tokens(name: str, value: Any) -> Any:
     """An array of token ids `[B, T]`, traced or not.
 
     Raises:
@@ -193,12 +226,8 @@ def tokens_of(name: str, value: Any) -> Any:
     return value
 
 
-def _another(name: str, expected: str, value: object, advice: str) -> ValueError:
-    """The error of a thing that is known by its type; the whole of it would say nothing."""
-    return ValueError(f"{name}: expected {expected}, got a {type(value).__name__}; {advice}")
-
-
-def _is_tokenizer(value: Any) -> bool:
+def is_tokenizer(value: Any) -> bool:
+    """Whether it does what a tokenizer does, of whatever library it is."""
     return not isinstance(value, type) and all(
         callable(getattr(value, method, None)) for method in ("encode", "decode")
     )

@@ -1,10 +1,11 @@
-"""A model and its tokenizer, loaded or by name: what functions of the Python API are given."""
+"""A model and its tokenizer, loaded where a function is given their names."""
 
 import os
 from typing import TYPE_CHECKING, Any
 
+from swaa_jax.arguments import is_tokenizer
 from swaa_jax.checkpoint.tokenizer import load_tokenizer
-from swaa_jax.fields import show
+from swaa_jax.fields import wrong_kind
 from swaa_jax.models.auto import load_model
 from swaa_jax.models.causal_lm import CausalLM
 from swaa_jax.typing import PathLike
@@ -12,13 +13,15 @@ from swaa_jax.typing import PathLike
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ModelLike", "model_given", "tokenizer_given"]
+__all__ = ["ModelLike", "loaded_model", "loaded_tokenizer"]
 
 ModelLike = CausalLM | PathLike
 """A loaded model, or what `load_model` loads by."""
 
+_ORDER = "the order is model, tok"
 
-def model_given(model: object, **options: Any) -> CausalLM:
+
+def loaded_model(model: object, **options: Any) -> CausalLM:
     """The model, which is loaded where it is a name.
 
     Args:
@@ -31,14 +34,12 @@ def model_given(model: object, **options: Any) -> CausalLM:
     if isinstance(model, CausalLM):
         return model
     if not isinstance(model, str | os.PathLike):
-        raise ValueError(
-            f"model: expected a model from load_model, or its name or directory, got "
-            f"{_kind(model)}; the order is model, tok"
-        )
+        expected = "a model from load_model, or its name or directory"
+        raise wrong_kind("model", expected, model, _ORDER)
     return load_model(model, **options)
 
 
-def tokenizer_given(tok: object, model: object) -> "PreTrainedTokenizerBase":
+def loaded_tokenizer(tok: object, model: object) -> "PreTrainedTokenizerBase":
     """The tokenizer, which is loaded where it is a name, or the model's own where it is None.
 
     Raises:
@@ -54,16 +55,7 @@ def tokenizer_given(tok: object, model: object) -> "PreTrainedTokenizerBase":
             )
     if isinstance(given, str | os.PathLike):
         return load_tokenizer(os.fspath(given))
-    if not hasattr(given, "apply_chat_template") or not hasattr(given, "encode"):
-        raise ValueError(
-            f"tok: expected a tokenizer from load_tokenizer, its name, or None for the model's, "
-            f"got {_kind(tok)}; the order is model, tok"
-        )
+    if not is_tokenizer(given) or not hasattr(given, "apply_chat_template"):
+        expected = "a tokenizer from load_tokenizer, its name, or None for the model's"
+        raise wrong_kind("tok", expected, tok, _ORDER)
     return given
-
-
-def _kind(value: object) -> str:
-    """A value for messages: small ones whole, others by their type."""
-    if isinstance(value, str | int | float | bool | None):
-        return show(value)
-    return f"a {type(value).__name__}"
