@@ -20,7 +20,10 @@ from swaa_jax.limits import MAX_MESSAGES
 __all__ = ["ChatError", "Message", "Result", "Tools", "normal_messages", "normal_tools"]
 
 Message: TypeAlias = Mapping[str, Any]
+"""A turn of a chat in the one form that templates are given."""
+
 Tools: TypeAlias = tuple[object, ...] | None
+"""Descriptions of tools as plain data; None: there are none."""
 
 _ROLES = {
     **dict.fromkeys(("user", "human"), "user"),

@@ -17,6 +17,7 @@ OPENING = re.compile("|".join(map(re.escape, _opening)))
 CLOSING = re.compile("|".join(map(re.escape, _closing)))
 """Finds what closes one."""
 LONGEST_MARKER = max(map(len, (*_opening, *_closing)))
+"""Characters of the longest of them: how much of a stream is held back to see one whole."""
 
 
 def ends_in_thought(text: str) -> bool:

@@ -29,6 +29,7 @@ from swaa_jax.storage import (
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DEFAULT_MAX_SHARD_BYTES = 4 * 2**30
+"""Bytes that a file of a checkpoint holds at most where nobody says another number."""
 
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
 """Stored dtypes that can be loaded. Quantised and integer ones cannot."""

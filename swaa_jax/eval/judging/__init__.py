@@ -37,6 +37,7 @@ JUDGES: Mapping[str, Callable[..., Judge]] = {
     "ruler": ruler_judge,
     "llm": _llm_judge,
 }
+"""What makes each judge, by name; its keywords are the judge's settings."""
 
 
 def make_judge(name: str, **settings: object) -> Judge:

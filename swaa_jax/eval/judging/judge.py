@@ -59,6 +59,7 @@ class Verdict:
 
 
 Judge = Callable[[Judged], Verdict]
+"""Says of an answer whether it is right."""
 
 
 def answer_of(judged: Judged) -> str | Verdict:

@@ -31,6 +31,7 @@ LEGEND = (
     "that ended at their longest length. not known: a server's model, whose work and memory only "
     "the server sees."
 )
+"""What the columns of an evaluation's table mean, printed below it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
