@@ -261,6 +261,14 @@ def activation_bytes(
         read: of them, those that are read in one pass.
         is_paged: the full caches are pages, as the engine's.
         itemsize: bytes of a number.
+
+    Examples:
+        >>> layers = [LayerAttention(window=64)] * 8
+        >>> shape = {"hidden_size": 256, "ffw_size": 512, "num_heads": 4, "num_kv_heads": 2}
+        >>> activation_bytes(
+        ...     layers, **shape, head_dim=128, context=8192, read=2048, is_paged=True
+        ... ) / 2**20  # MiB
+        22.0
     """
     heads = (num_heads + 2 * num_kv_heads) * head_dim
     width = _STREAM * hidden_size + _FFW * ffw_size + _HEADS * heads
@@ -279,6 +287,19 @@ class ModelFlops:
         head: those of the vocabulary head; the embedding is a look-up.
         width: query heads times head dim.
         num_kv_heads: KV heads of a layer.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> model = swaa.load_model("tiny-retriever")
+        >>> flops, row = ModelFlops.of(model), Runs.of_rows([1024])
+        >>> narrow = model.with_policy("window=64").layer_attention
+        >>> share = flops.forward(narrow, row, num_logits=1) / flops.forward(
+        ...     model.layer_attention, row, num_logits=1
+        ... )
+        >>> round(share, 2)
+        Traceback (most recent call last):
+            ...
+        NameError: name 'share' is not defined
     """
 
     matrices: float
@@ -339,6 +360,19 @@ class FlopCounter:
         model: with shapes or arrays; its adapters, if any, are what is trained.
         trains_all: every parameter gets a gradient.
         with_teacher: the loss runs a second forward pass, under the model's own policy.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> from swaa_jax.data import DataConfig, load_data
+        >>> model = swaa.add_lora(swaa.load_model("tiny-retriever", policy="window=64"), {"rank": 2})
+        >>> flops = FlopCounter(model, trains_all=False, with_teacher=False)
+        >>> config = DataConfig(files=("tiny-needles",), max_length=1024, batch_size=1)
+        >>> flops(next(load_data(config, swaa.load_tokenizer("tiny-retriever")))) / 1e9  # GFLOP
+        Traceback (most recent call last):
+            ...
+        swaa_jax.records.DataError: /work/wt/w-doc1/swaa_jax/assets/tiny-needles.jsonl, record 0 (line 1): message 1: expected the chat template to render this answer as its generation prompt begins it, or what the model should produce is undefined: after 'm_end|>\n<|im_start|>assistant\n' expected '<think>\n', got 'The special magic numbers for modern-bri'; check chat_template_kwargs, or set answers: verbatim, which takes the answer's text as it is, with chat_template_kwargs: {enable_thinking: false} for answers without thoughts
+        --------------------
+        For simplicity, Grain has removed its internal frames from the traceback of the following exception. Set --grain_py_traceback_filtering=off to include these.
     """
 
     def __init__(self, model: CausalLM, *, trains_all: bool, with_teacher: bool):
@@ -362,7 +396,12 @@ class FlopCounter:
 
 
 def active_parameters(model: CausalLM) -> float:
-    """Weights of matrices in layers that a token is multiplied with: of experts, those chosen."""
+    """Weights of matrices in layers that a token is multiplied with: of experts, those chosen.
+
+    >>> import swaa_jax as swaa
+    >>> active_parameters(swaa.load_model("tiny-retriever"))
+    6291456.0
+    """
     total = 0.0
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         names = [str(part) for part in path]

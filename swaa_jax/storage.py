@@ -37,6 +37,12 @@ _SWAPS = 20  # attempts where several processes save at one path
 class CheckpointError(ValueError):
     """A checkpoint cannot be read or written. The message is one paragraph: which file or key, what
     was expected, what was found, and what to do next.
+
+    >>> import swaa_jax as swaa
+    >>> swaa.load_model("tiny-retriver")
+    Traceback (most recent call last):
+        ...
+    swaa_jax.storage.CheckpointError: 'tiny-retriver': expected ... (did you mean 'tiny-retriever'?)...
     """
 
 

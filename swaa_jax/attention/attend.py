@@ -38,6 +38,14 @@ class LayerChoice:
     Attributes:
         index: which of the kinds this layer is.
         kinds: what each kind of layer sees.
+
+    Examples:
+        >>> kinds = AttentionPolicy(window=64, full_attention_layers="1::2").resolve(2)
+        >>> jax.eval_shape(
+        ...     lambda index, x: attend(x, x, x, layer=LayerChoice(index=index, kinds=kinds)),
+        ...     jnp.int32(1), jnp.zeros((1, 8, 2, 16)),
+        ... ).shape
+        (1, 8, 2, 16)
     """
 
     index: Int[Array, ""]
@@ -54,6 +62,10 @@ class AttentionOptions:
         mesh: shard batch over data and fsdp, heads over tensor, where they divide. Its devices say
             what is compiled for.
         backend: a name from `available_backends()`, "auto", or names by op (`resolve_backend`).
+
+    Examples:
+        >>> AttentionOptions(scale=0.125, backend="xla").softcap is None
+        True
     """
 
     scale: float | None = None
@@ -78,7 +90,11 @@ MAX_DECODE_TOKENS = 8
 `swa_prefill` computes."""
 
 LayerKind: TypeAlias = LayerAttention | LayerChoice | RowWindows | GatedLayer
-"""What a layer can be told to see, where it has no cache."""
+"""What a layer can be told to see, where it has no cache.
+
+>>> isinstance(LayerAttention(window=64), LayerKind)
+True
+"""
 
 
 def attend(
@@ -104,6 +120,14 @@ def attend(
 
     Returns:
         What each query gathered, in q's dtype.
+
+    Examples:
+        >>> q = jax.random.normal(jax.random.key(0), (1, 6, 4, 16))  # 4 query heads
+        >>> k = v = jax.random.normal(jax.random.key(1), (1, 6, 2, 16))  # 2 KV heads
+        >>> out = attend(q, k, v, layer=LayerAttention(window=2))
+        >>> far = attend(q, k.at[:, 0].set(9.0), v, layer=LayerAttention(window=2))
+        >>> [bool((out == far)[0, token].all()) for token in (0, 1, 2)]  # token 2 sees 1 and 2
+        [False, False, True]
     """
     again = functools.partial(
         attend,
@@ -191,6 +215,15 @@ def attend_cached(
     Raises:
         ValueError: a ring cache is given to a layer that needs a full one, or a cache that does
             not keep its full heads apart; or a layer with a tail is given stages alone.
+
+    Examples:
+        >>> from swaa_jax.attention import build_cache
+        >>> layer, x = LayerAttention(window=4, num_sink_tokens=1), jnp.ones((1, 6, 2, 16))
+        >>> cache = build_cache(x, x, lengths=jnp.array([6]), layer=layer)  # of a prompt of 6 tokens
+        >>> new = jnp.ones((1, 1, 2, 16))
+        >>> out, cache = attend_cached(new, new, new, cache, layer=layer, pos_B=jnp.array([6]))
+        >>> out.shape, sorted(cache.slot_positions[0].tolist())
+        ((1, 1, 2, 16), [0, 3, 4, 5, 6])
     """
     num_kv_heads = k.shape[2]
     parts = split_heads(layer, num_kv_heads)
@@ -346,6 +379,20 @@ def attend_stream(
 
     Raises:
         NotImplementedError: more than one new token a row of an answer.
+
+    Examples:
+        >>> from swaa_jax.attention import as_stream, build_cache
+        >>> layer, x = LayerAttention(window=4, num_sink_tokens=1), jnp.ones((1, 6, 2, 16))
+        >>> cache = as_stream(build_cache(x, x, lengths=jnp.array([6]), layer=layer))
+        >>> new, seen = jnp.ones((1, 1, 2, 16)), []
+        >>> def rotate(heads, positions):  # RoPE, in a model
+        ...     seen.append(int(positions.max()))
+        ...     return heads
+        >>> out, cache = attend_stream(
+        ...     new, new, new, cache, layer=layer, pos_B=jnp.array([6]), rotate=rotate
+        ... )
+        >>> max(seen) <= 5  # never beyond window + sinks, however long the text is
+        True
     """
     attending = functools.partial(
         attend_cached, layer=layer, pos_B=pos_B, lengths=lengths, options=options

@@ -26,6 +26,10 @@ class HeadPart:
     Attributes:
         heads: their numbers, sorted.
         layer: what they see; its own `full_heads` are none.
+
+    Examples:
+        >>> split_heads(LayerAttention(window=64, full_heads=(1,)), 4)[0]
+        HeadPart(heads=(1,), layer=LayerAttention(window=None, num_sink_tokens=0, full_decode=False, full_attention_tail=0, full_heads=()))
     """
 
     heads: tuple[int, ...]

@@ -77,6 +77,11 @@ class DistillConfig(SamplingParams):
         questions_per_part: answered in one batch, ``questions_per_part * attempts`` rows.
         keep: "all" accepted answers of a question, or the "first" one.
         seed: of the draws.
+
+    Examples:
+        >>> config = DistillConfig(attempts=8, questions_per_part=4, keep="first")
+        >>> config.attempts * config.questions_per_part  # answers in a batch
+        32
     """
 
     attempts: int = 4

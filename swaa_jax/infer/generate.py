@@ -127,6 +127,17 @@ def generate(
     Raises:
         ValueError: an empty prompt, prompt and answer beyond the model's context, a token id out
             of the vocabulary, an unknown option, or one out of range.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> model, tok = swaa.load_model("tiny-retriever"), swaa.load_tokenizer("tiny-retriever")
+        >>> said = "One of the special magic numbers for quiet-river is: 4817203. The sky is blue."
+        >>> asked = "What are all the special magic numbers for quiet-river in the provided text?"
+        >>> chat = [{"role": "user", "content": f"{said} {asked}"}]
+        >>> narrow = model.with_policy("window=16,decode=full")
+        >>> out = generate(narrow, tok, chat, max_new_tokens=32, enable_thinking=False)
+        >>> out.texts[0], out.finish_reasons
+        ?
     """
     options = GenerateOptions.of(options, overrides)
     model_of("model", model)
@@ -188,6 +199,13 @@ def stream(
 
     Raises:
         ValueError: as `generate`, or more than one prompt.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> model, tok = swaa.load_model("tiny-retriever"), swaa.load_tokenizer("tiny-retriever")
+        >>> pieces = stream(model, tok, "The grass is green. The sky", max_new_tokens=8)
+        >>> "".join(pieces) == pieces.generation.texts[0]
+        True
     """
     options = GenerateOptions.of(options, overrides)
     model_of("model", model)
