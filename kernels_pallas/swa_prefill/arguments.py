@@ -24,6 +24,13 @@ class AttentionOutput:
 
     Rows without any visible key (padding) hold ``out = 0`` and ``lse = -inf``. A log-sum-exp that
     was not asked for may be NaN.
+
+    Examples:
+      >>> from kernels_pallas import swa_prefill
+      >>> x = jnp.ones((1, 6, 2, 4))
+      >>> found = swa_prefill(x, x, x, window=3, return_lse=True)
+      >>> found.out.shape, found.lse.shape
+      ((1, 6, 2, 4), (1, 6, 2))
     """
 
     out: Float[Array, "B T N H"]

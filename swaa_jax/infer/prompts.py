@@ -35,7 +35,14 @@ COT_INSTRUCTION = (
     "Think step by step: first write down what in the text bears on the question, "
     "then give the final answer."
 )
-"""What `cot=True` appends to the last user message (paper, method 4: chain of thought)."""
+"""What `cot=True` appends to the last user message (paper, method 4: chain of thought).
+
+>>> import swaa_jax as swaa
+>>> tok = swaa.load_tokenizer("tiny-retriever")
+>>> (ids,) = encode_prompts(tok, [{"role": "user", "content": "1 + 1?"}], cot=True)
+>>> COT_INSTRUCTION in tok.decode(ids)
+True
+"""
 
 
 def as_batch(prompts: Prompts) -> list[Prompt]:
@@ -106,6 +113,13 @@ def encode_prompts(
     Raises:
         ValueError: an empty prompt, a template option for a prompt that is not a message list, or
             a template that fails.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> tok = swaa.load_tokenizer("tiny-retriever")
+        >>> text, chat = encode_prompts(tok, ["1 + 1?", [{"role": "user", "content": "1 + 1?"}]])
+        >>> tok.decode(text), tok.decode(chat)
+        ('1 + 1?', '<|im_start|>user\\n1 + 1?<|im_end|>\\n<|im_start|>assistant\\n')
     """
     for_chat = {
         "tools": tools is not None,
@@ -155,7 +169,12 @@ def encode_prompts(
 
 
 def warn_of_thinking(tok: "PreTrainedTokenizerBase", name: str) -> None:
-    """Says that a setting, `name`, does not change what the model is asked, where that is so."""
+    """Says that a setting, `name`, does not change what the model is asked, where that is so.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> warn_of_thinking(swaa.load_tokenizer("tiny-retriever"), "thinking")  # which has the variable
+    """
     has_template = getattr(tok, "chat_template", None)
     if not has_template or unused_variables(tok, {"enable_thinking": True}):
         log.warning(

@@ -14,7 +14,12 @@ NEAR = 0.05
 
 
 def findings(groups: Sequence[Group]) -> list[str]:
-    """A paragraph a group: the baseline and the others, what costs least near it, adapters."""
+    """A paragraph a group: the baseline and the others, what costs least near it, adapters.
+
+    Examples:
+        >>> # done = swaa.evaluate(models="mine", policies="full,window=64", data="mine.jsonl")
+        >>> print(findings(done.groups)[0])
+    """
     return [" ".join(filter(None, map(str.strip, _sentences(group)))) for group in groups]
 
 
@@ -112,6 +117,10 @@ def _named(group: Group, summary: CellSummary) -> str:
 def remarks(summaries: Sequence[CellSummary], cells: Sequence[Cell]) -> list[str]:
     """What to know before numbers are compared: policies that saw everything, answers cut off,
     samples left out.
+
+    Examples:
+        >>> # done = swaa.evaluate(models="mine", policies="full,window=64", data="mine.jsonl")
+        >>> remarks(done.summaries, done.cells)
     """
     found = []
     skipped = {f"{c.skipped} of {c.model}, {c.task}": None for c in cells if c.skipped}

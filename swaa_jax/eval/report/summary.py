@@ -62,6 +62,12 @@ class CellSummary:
             tokens.
         difference: of the score to the baseline's; None for the baseline.
         p_value: of that difference, paired by sample.
+
+    Examples:
+        >>> # done = swaa.evaluate(models="mine", policies="full,window=64", data="mine.jsonl")
+        >>> full, narrow = summarize(done)
+        >>> narrow
+        >>> narrow.line()["prefill_share"], narrow.line()["cache_bytes_per_sample"]
     """
 
     number: int
@@ -208,6 +214,11 @@ class Group:
     Attributes:
         summaries: of the cells, in their order; the baseline is among them.
         baseline: the one that the others are tested against.
+
+    Examples:
+        >>> # done = swaa.evaluate(models="mine", policies="full,window=64", data="mine.jsonl")
+        >>> (group,) = done.groups
+        >>> group.title, [group.name(one) for one in group.others]
     """
 
     summaries: tuple[CellSummary, ...]
@@ -238,6 +249,10 @@ class Group:
 def summarize(evaluation: Evaluation) -> Summaries:
     """A summary of each cell that has answers: models, tasks and modes in their order, cells that
     are compared with one baseline next to one another.
+
+    Examples:
+        >>> # done = swaa.evaluate(models="mine", policies="full,window=64", data="mine.jsonl")
+        >>> [(one.cell.policy_name, one.score.mean, one.difference) for one in summarize(done)]
     """
     config = evaluation.config
     cells = [cell for cell in evaluation.cells if cell.answers]
@@ -257,7 +272,12 @@ def summarize(evaluation: Evaluation) -> Summaries:
 
 
 def group_summaries(summaries: Sequence[CellSummary]) -> list[Group]:
-    """The groups, in the order of the rows."""
+    """The groups, in the order of the rows.
+
+    Examples:
+        >>> # done = swaa.evaluate(models="mine", policies="full,window=64", data="mine.jsonl")
+        >>> [(group.title, len(group.summaries)) for group in group_summaries(summarize(done))]
+    """
     by_number = {summary.number: summary for summary in summaries}
     members: dict[int, list[CellSummary]] = {}
     for summary in summaries:

@@ -58,6 +58,20 @@ class Cell:
             JSON's types.
         skipped: samples beyond the model's context.
         cost: what the answers took.
+
+    Examples:
+        >>> cell = Cell(
+        ...     model="mine",
+        ...     policy_name="narrow",
+        ...     policy=AttentionPolicy(window=64),
+        ...     task="qa",
+        ...     thinking=False,
+        ...     answers=(),
+        ...     skipped=0,
+        ...     cost=CellCost(prefill_share=0.25, prefill_flops=1e9),
+        ... )
+        >>> cell, cell.policy_text
+        (Cell(mine, narrow, qa, non-thinking: 0 answers), 'window=64')
     """
 
     model: str

@@ -53,6 +53,12 @@ class SearchSpace:
         sinks: numbers of sink tokens.
         full_layers: layers that keep full attention; `()` for none.
         decode: "window", "full", or layers.
+
+    Examples:
+        >>> space = SearchSpace(windows=(1024, 2048), sinks=(10,), full_layers=((), "1::2"))
+        >>> policies = space.policies(num_layers=36)
+        >>> len(policies), str(policies[0])
+        (8, 'window=1024,sinks=10')
     """
 
     windows: tuple[int, ...]
@@ -96,6 +102,11 @@ class SearchConfig:
 
     Raises:
         ValueError: a value out of range.
+
+    Examples:
+        >>> config = SearchConfig(floor=0.95, max_cache_bytes=2 << 30)  # 95% of the score, 2 GiB
+        >>> config.first_samples, config.keep
+        (8, 0.5)
     """
 
     floor: float | None = None
@@ -128,6 +139,20 @@ class Candidate:
         cache_bytes: the largest caches that a sample needed.
         full_pairs: (query, key) pairs that full attention visits on these prompts.
         rounds: that it was in.
+
+    Examples:
+        >>> scores = (1.0, 0.0, 1.0, 1.0)
+        >>> candidate = Candidate(
+        ...     policy=AttentionPolicy(window=64),
+        ...     scores=scores,
+        ...     score=bootstrap_interval(scores),
+        ...     prefill_share=0.3,
+        ...     cache_bytes=1 << 20,
+        ...     full_pairs=1e6,
+        ...     rounds=1,
+        ... )
+        >>> candidate.score.mean, candidate.costs
+        (0.75, (0.3, 1048576.0))
     """
 
     policy: AttentionPolicy
@@ -165,6 +190,11 @@ class SearchResult:
         num_answers: that the search took, and `exhaustive_answers`: that all candidates on all
             samples would have taken.
         task: what was asked, as results call it.
+
+    Examples:
+        >>> # found = swaa.search_policy(model, tok, data="mine.jsonl", floor=0.9)
+        >>> found.policy, found.num_answers, found.exhaustive_answers
+        >>> print(found.told)
     """
 
     full: Candidate
@@ -275,6 +305,18 @@ def search_policies(
 
     Raises:
         ValueError: no candidate, or none within the ceilings.
+
+    Examples:
+        ```python
+        from swaa_jax.eval.run import ModelEntry, TaskEntry
+        from swaa_jax.eval.tasks import make_task
+
+        task = TaskEntry(name="ruler", task=make_task("ruler", length=4096, num_samples=64))
+        space = SearchSpace(windows=(256, 512)).policies(num_layers=8)
+        found = search_policies(
+            ModelEntry(path="tiny-retriever"), task, space, "search", config=SearchConfig(floor=0.9)
+        )
+        ```
     """
     config = config or SearchConfig()
     alive = list(dict.fromkeys(policy for policy in space if not policy.is_full))

@@ -139,6 +139,11 @@ class Recipe:
         memory: bytes of weights, of the caches of all rows, and of reading a prompt in chunks, as
             `generate` and `serve` do; an estimate near the TPU compiler's (`activation_bytes`).
         memory_in_one_piece: the same where the prompt is read in one pass, as scoring does.
+
+    Examples:
+        >>> recipe = recipes(training=False, thinking=True, prefer="efficiency")[0]
+        >>> recipe.name, recipe.scores
+        >>> f"{recipe.cache_bytes / 2**30:.2f} GiB a row, {recipe.prefill_share:.0%} of the prefill"
     """
 
     file: PolicyFile
@@ -187,6 +192,13 @@ class Recipes(list[Recipe]):
 
     Attributes:
         case: what work and memory are counted for.
+
+    Examples:
+        >>> found = recipes(context=8192, rows=4)
+        >>> found.case, found[0].name
+        ('Qwen3-4B, 4 rows of 8,192 tokens', 'full')
+        >>> found.table().columns[:3]
+        ('name', 'policy', 'published_scores')
     """
 
     def __init__(self, recipes: Iterable[Recipe], *, case: str):

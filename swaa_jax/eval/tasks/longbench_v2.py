@@ -60,6 +60,11 @@ class LongBenchV2Task(FileTask):
 
     Raises:
         ValueError: a value out of range.
+
+    Examples:
+        >>> task = LongBenchV2Task(files="data.json", length=["short", "medium"], max_tokens=128_000)
+        >>> task.label, task.needs_tokenizer  # to count tokens
+        ('longbench_v2 short medium up to 128000', True)
     """
 
     name: ClassVar[str] = "longbench_v2"

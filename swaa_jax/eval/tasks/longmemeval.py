@@ -87,6 +87,10 @@ class LongMemEvalTask(FileTask):
 
     Raises:
         ValueError: a value out of range.
+
+    Examples:
+        >>> LongMemEvalTask(files="longmemeval_s.json", min_tokens=8_000, max_tokens=16_000).label
+        'longmemeval 8000-16000'
     """
 
     name: ClassVar[str] = "longmemeval"

@@ -42,6 +42,14 @@ class RulerTask(Task):
 
     Raises:
         ValueError: an unknown variant or haystack, or a count below 1.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> tok = swaa.load_tokenizer("tiny-retriever")
+        >>> task = RulerTask(variant="niah_single_1", length=256, num_samples=1)
+        >>> (sample,) = task.samples(tok, thinking=False)
+        >>> sample.id, 0.99 * 256 <= sample.info["num_tokens"] <= 256
+        ('niah_single_1-0', True)
     """
 
     name: ClassVar[str] = "ruler"
