@@ -83,8 +83,8 @@ class BatchSource:
         >>> config = DataConfig(seq_len=64, batch_size=2, answers="verbatim", num_epochs=2)
         >>> record = {"prompt": "1 + 1?", "response": "</think>It is 2."}
         >>> data = load_data(config, tok, records=[record] * 9)
-        >>> len(data), data.plan.num_batches, data[-1 + len(data)].tokens.shape
-        (4, 2, (2, 64))
+        >>> len(data), data.plan.num_batches, data[5].tokens.shape  # 2 epochs of 3
+        (6, 3, (2, 64))
     """
 
     def __init__(

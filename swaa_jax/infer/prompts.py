@@ -35,7 +35,7 @@ COT_INSTRUCTION = (
     "Think step by step: first write down what in the text bears on the question, "
     "then give the final answer."
 )
-"""What `cot=True` appends to the last user message (paper, method 4: chain of thought).
+"""What `cot=True` appends to the last user message (arXiv 2512.10411, chain of thought).
 
 >>> import swaa_jax as swaa
 >>> tok = swaa.load_tokenizer("tiny-retriever")
@@ -94,7 +94,7 @@ def encode_prompts(
     room: int | None = None,
     encode: Callable[[str], list[int]] | None = None,
 ) -> list[list[int]]:
-    """Token ids of each prompt.
+    """Token ids of each prompt, a list of T ints; arrays of ids have the shape `[T]`.
 
     Args:
         tok: the tokenizer; may be None where all prompts are token ids.
@@ -119,7 +119,7 @@ def encode_prompts(
         >>> tok = swaa.load_tokenizer("tiny-retriever")
         >>> text, chat = encode_prompts(tok, ["1 + 1?", [{"role": "user", "content": "1 + 1?"}]])
         >>> tok.decode(text), tok.decode(chat)
-        ('1 + 1?', '<|im_start|>user\\n1 + 1?<|im_end|>\\n<|im_start|>assistant\\n')
+        ('1 + 1?', '<|im_start|>user\\n1 + 1?<|im_end|>\\n<|im_start|>assistant\\n<think>\\n')
     """
     for_chat = {
         "tools": tools is not None,

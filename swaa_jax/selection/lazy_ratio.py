@@ -112,6 +112,9 @@ def lazy_ratios(
         >>> ratios = lazy_ratios(model, [sample])
         >>> ratios.shape, bool((ratios > 0).all() and (ratios <= 1).all())
         ((1, 8), True)
+
+    References:
+        LightTransfer's lazy ratio, as arXiv 2512.10411 compares it.
     """
     config = config or LazyRatioConfig()
     split = split_model(model.with_policy(AttentionPolicy()))

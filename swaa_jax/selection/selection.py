@@ -62,7 +62,6 @@ class Selection:
         ... )
         >>> found.what, found.likelihoods
         ('2 of 4 layers', 'answer NLL 2.0000 with none full, 1.1000 with these, 1.0000 with all')
-        >>> sorted(found.save("selection"))
     """
 
     method: str

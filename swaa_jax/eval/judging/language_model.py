@@ -101,7 +101,7 @@ class LlmJudgeConfig:
 
 
 class LlmJudge:
-    """A judge that asks a model; safe to call from several threads.
+    """A judge that asks a model over OpenAI's API; safe to call from several threads.
 
     Replies are read strictly, see :func:`read_verdict`. What is no verdict is asked for again, at
     temperature 1; so are HTTP 408, 409, 429 and 5xx, broken or silent connections and bodies that

@@ -57,7 +57,8 @@ def write_evaluation(
     Examples:
         >>> # done = swaa.evaluate(models="mine", policies="full,window=64", data="mine.jsonl")
         >>> paths = write_evaluation(done, done.summaries, command="mine", output_dir="out")
-        >>> sorted(paths)
+        >>> sorted(paths)[:4]
+        ['answers.jsonl', 'answers.parquet', 'report.html', 'report.md']
     """
     output_dir = evaluation.config.output_dir if output_dir is None else output_dir
     if output_dir is None:

@@ -67,7 +67,9 @@ class CellSummary:
         >>> # done = swaa.evaluate(models="mine", policies="full,window=64", data="mine.jsonl")
         >>> full, narrow = summarize(done)
         >>> narrow
+        CellSummary(2: mine, qa, non-thinking, window=64: 50.0% [30.0, 70.0])
         >>> narrow.line()["prefill_share"], narrow.line()["cache_bytes_per_sample"]
+        (0.25, 262144)
     """
 
     number: int
@@ -219,6 +221,7 @@ class Group:
         >>> # done = swaa.evaluate(models="mine", policies="full,window=64", data="mine.jsonl")
         >>> (group,) = done.groups
         >>> group.title, [group.name(one) for one in group.others]
+        ('mine: qa, non-thinking', ['window=64'])
     """
 
     summaries: tuple[CellSummary, ...]
@@ -253,6 +256,7 @@ def summarize(evaluation: Evaluation) -> Summaries:
     Examples:
         >>> # done = swaa.evaluate(models="mine", policies="full,window=64", data="mine.jsonl")
         >>> [(one.cell.policy_name, one.score.mean, one.difference) for one in summarize(done)]
+        [('full', 0.9, None), ('window=64', 0.5, -0.4)]
     """
     config = evaluation.config
     cells = [cell for cell in evaluation.cells if cell.answers]
@@ -277,6 +281,7 @@ def group_summaries(summaries: Sequence[CellSummary]) -> list[Group]:
     Examples:
         >>> # done = swaa.evaluate(models="mine", policies="full,window=64", data="mine.jsonl")
         >>> [(group.title, len(group.summaries)) for group in group_summaries(summarize(done))]
+        [('mine: qa, non-thinking', 2)]
     """
     by_number = {summary.number: summary for summary in summaries}
     members: dict[int, list[CellSummary]] = {}

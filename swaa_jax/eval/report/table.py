@@ -242,6 +242,7 @@ def terminal_table(group: Group, *, width: int) -> Table:
         >>> # done = swaa.evaluate(models="mine", policies="full,window=64", data="mine.jsonl")
         >>> table = terminal_table(done.groups[0], width=80)
         >>> str(table.title), [column.header for column in table.columns][:3]
+        ('mine: qa, non-thinking', ['#', 'policy', 'score'])
     """
     columns = [one for one in COLUMNS if one.width is not None and one.width <= width]
     table = Table(

@@ -60,18 +60,13 @@ class Cell:
         cost: what the answers took.
 
     Examples:
+        >>> from swaa_jax.eval.run.costs import remote_cost
         >>> cell = Cell(
-        ...     model="mine",
-        ...     policy_name="narrow",
-        ...     policy=AttentionPolicy(window=64),
-        ...     task="qa",
-        ...     thinking=False,
-        ...     answers=(),
-        ...     skipped=0,
-        ...     cost=CellCost(prefill_share=0.25, prefill_flops=1e9),
+        ...     model="mine", policy_name="as served", policy=None, policy_note="a server's",
+        ...     task="qa", thinking=False, answers=(), skipped=0, cost=remote_cost(()),
         ... )
-        >>> cell, cell.policy_text
-        (Cell(mine, narrow, qa, non-thinking: 0 answers), 'window=64')
+        >>> cell, cell.is_full
+        (Cell(mine, as served, qa, non-thinking: 0 answers), False)
     """
 
     model: str

@@ -193,8 +193,11 @@ class SearchResult:
 
     Examples:
         >>> # found = swaa.search_policy(model, tok, data="mine.jsonl", floor=0.9)
-        >>> found.policy, found.num_answers, found.exhaustive_answers
+        >>> str(found.policy), found.num_answers, found.exhaustive_answers
+        ('window=256', 44, 60)
         >>> print(found.told)
+        Chosen: window=256, which keeps 95.0% of full attention's score and takes 50.0% of its
+        prefill pairs.
     """
 
     full: Candidate
@@ -291,7 +294,7 @@ def search_policies(
     loaded: "tuple[CausalLM, PreTrainedTokenizerBase] | None" = None,
     progress: ProgressLike = None,
 ) -> SearchResult:
-    """Search a space of policies; `search_policy` does it in one call.
+    """Search a space of policies by successive halving; `search_policy` does it in one call.
 
     Args:
         model: a checkpoint.
@@ -317,6 +320,9 @@ def search_policies(
             ModelEntry(path="tiny-retriever"), task, space, "search", config=SearchConfig(floor=0.9)
         )
         ```
+
+    References:
+        Successive halving: arXiv 1502.07943.
     """
     config = config or SearchConfig()
     alive = list(dict.fromkeys(policy for policy in space if not policy.is_full))

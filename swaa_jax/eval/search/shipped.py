@@ -143,7 +143,9 @@ class Recipe:
     Examples:
         >>> recipe = recipes(training=False, thinking=True, prefer="efficiency")[0]
         >>> recipe.name, recipe.scores
+        ('thinking-no-train-efficient', ['4B-Thinking: 50 of 73'])
         >>> f"{recipe.cache_bytes / 2**30:.2f} GiB a row, {recipe.prefill_share:.0%} of the prefill"
+        '4.50 GiB a row, 12% of the prefill'
     """
 
     file: PolicyFile
@@ -286,6 +288,9 @@ def recipes(
         >>> found = swaa.recipes(training=False, thinking=True, prefer="efficiency")
         >>> found[0].name, str(found[0].policy)
         ('thinking-no-train-efficient', 'window=2000,sinks=100,decode=full')
+
+    References:
+        Scores and recommendations: sections 4 and 5 of arXiv 2512.10411.
     """
     needs = Needs(training=training, thinking=thinking, prefer=prefer)  # pyright: ignore[reportArgumentType]
     memory = or_none(number(above=0))("memory", memory)

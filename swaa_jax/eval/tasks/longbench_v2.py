@@ -46,7 +46,7 @@ Format your response as follows: "The correct answer is (insert answer here)".""
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LongBenchV2Task(FileTask):
-    """LongBench v2, zero-shot.
+    """LongBench v2 (arXiv 2412.15204), zero-shot.
 
     Attributes:
         files: a path or several, local or gs://.

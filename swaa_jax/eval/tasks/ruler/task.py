@@ -31,7 +31,7 @@ RULER_VARIANTS = (*NIAH_TASKS, *_ANSWER_TOKENS)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RulerTask(Task):
-    """One of RULER's tasks; answers may be as long as RULER lets them.
+    """One of RULER's tasks (arXiv 2404.06654); answers may be as long as RULER lets them.
 
     Attributes:
         variant: one of `RULER_VARIANTS`.
