@@ -330,7 +330,11 @@ def is_watched() -> bool:
 
 
 def is_notebook() -> bool:
-    """Whether this process is a notebook's kernel: Jupyter's, Colab's or Kaggle's."""
+    """Whether this process is a notebook's kernel: Jupyter's, Colab's or Kaggle's.
+
+    >>> is_notebook()  # of a terminal
+    False
+    """
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return shell is not None and hasattr(shell, "kernel")

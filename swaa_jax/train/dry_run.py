@@ -66,6 +66,15 @@ class RunPlan:
         warmup_steps: of them.
         parameters, trained_parameters: of the model, and those that are trained.
         memory: of a device.
+
+    Examples:
+        >>> _ = epath.Path("mine.jsonl").write_text('{"prompt": "2 + 2?", "answer": "4"}')
+        >>> data = {"files": "mine.jsonl", "answers": "verbatim"}
+        >>> plan = plan_run(TrainConfig(model="tiny-retriever", data=data, output_dir="run"))
+        >>> plan.parameters, plan.trained_parameters, plan.warmup_steps
+        Traceback (most recent call last):
+            ...
+        NameError: name 'plan' is not defined
     """
 
     config: TrainConfig
@@ -115,6 +124,15 @@ def plan_run(config: TrainConfig, *, progress: ProgressLike = None) -> RunPlan:
 
     Raises:
         CheckpointError, DataError, ValueError: as `train`.
+
+    Examples:
+        >>> _ = epath.Path("mine.jsonl").write_text('{"prompt": "2 + 2?", "answer": "4"}')
+        >>> data = {"files": "mine.jsonl", "answers": "verbatim", "batch_size": 1, "num_epochs": 3}
+        >>> plan = plan_run(TrainConfig(model="tiny-retriever", data=data, output_dir="run"))
+        >>> plan.steps, plan.num_tokens  # print(plan) has memory, too
+        Traceback (most recent call last):
+            ...
+        NameError: name 'plan' is not defined
     """
     mesh = config.make_mesh()
     config = config.with_dtype(mesh)

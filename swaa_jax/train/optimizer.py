@@ -38,7 +38,14 @@ def learning_rate(config: OptimizerConfig, step: Int[Array, ""]) -> Float[Array,
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping, then AdamW; `update(gradient, state, params)`."""
+    """Clipping, then AdamW; `update(gradient, state, params)`.
+
+    >>> optimizer = make_optimizer(OptimizerConfig(learning_rate=0.5, warmup_steps=0))
+    >>> params = {"w": jnp.ones((1, 2))}
+    >>> updates, state = optimizer.update(params, optimizer.init(params), params)  # gradient 1
+    >>> updates["w"].round(3).tolist()  # Adam's first step is the rate, against the gradient
+    [[-0.5, -0.5]]
+    """
 
     def matrices(params: Any) -> Any:
         return jax.tree.map(lambda param: param.ndim > 1, params)

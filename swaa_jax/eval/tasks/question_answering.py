@@ -41,6 +41,10 @@ class Question:
         kind: what results are broken down by.
         messages: the chat; empty where it is the prompt alone.
         tools: what the chat template is told of.
+
+    Examples:
+        >>> Question(id="0", prompt="2 + 2?", references=("4", "four")).kind
+        ''
     """
 
     id: str
@@ -64,6 +68,11 @@ def read_questions(path: Any, *, limit: int | None = None) -> list[Question]:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: another kind of file, no records, or one that lacks a question or an answer.
+
+    Examples:
+        >>> [asked] = read_questions([{"prompt": "2 + 2?", "answer": "4"}])
+        >>> asked.prompt, asked.references
+        ('2 + 2?', ('4',))
     """
     limit = or_none(integer(least=1))("limit", limit)
     is_path = isinstance(path, str | os.PathLike)
