@@ -362,7 +362,8 @@ class FlopCounter:
     Examples:
         >>> import types
         >>> import swaa_jax as swaa
-        >>> model = swaa.add_lora(swaa.load_model("tiny-retriever", policy="window=64"), {"rank": 2})
+        >>> base = swaa.load_model("tiny-retriever", policy="window=64")
+        >>> model = swaa.add_lora(base, {"rank": 2})
         >>> flops = FlopCounter(model, trains_all=False, with_teacher=False)
         >>> ones = np.ones((1, 1024), np.int32)
         >>> batch = types.SimpleNamespace(segment_ids=ones, stage_ids=ones, loss_weights=ones)

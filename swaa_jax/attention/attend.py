@@ -105,7 +105,7 @@ def attend(
     segment_ids: Int[Array, "B T"] | None = None,
     options: AttentionOptions = DEFAULT_OPTIONS,
 ) -> Float[Array, "B T N H"]:
-    """Attention of whole rows under one layer's policy.
+    """Attention of whole rows under one layer's policy (arXiv 2512.10411, section 3).
 
     Args:
         q, k, v: RoPE applied; N query heads share K key/value heads in groups of N // K.
@@ -215,7 +215,7 @@ def attend_cached(
     Examples:
         >>> from swaa_jax.attention import build_cache
         >>> layer, x = LayerAttention(window=4, num_sink_tokens=1), jnp.ones((1, 6, 2, 16))
-        >>> cache = build_cache(x, x, lengths=jnp.array([6]), layer=layer)  # of a prompt of 6 tokens
+        >>> cache = build_cache(x, x, lengths=jnp.array([6]), layer=layer)  # of 6 tokens
         >>> new = jnp.ones((1, 1, 2, 16))
         >>> out, cache = attend_cached(new, new, new, cache, layer=layer, pos_B=jnp.array([6]))
         >>> out.shape, sorted(cache.slot_positions[0].tolist())

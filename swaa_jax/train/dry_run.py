@@ -68,13 +68,13 @@ class RunPlan:
         memory: of a device.
 
     Examples:
-        >>> _ = epath.Path("mine.jsonl").write_text('{"prompt": "2 + 2?", "answer": "4"}')
-        >>> data = {"files": "mine.jsonl", "answers": "verbatim"}
+        >>> import pathlib
+        >>> _ = pathlib.Path("mine.jsonl").write_text('{"prompt": "2 + 2?", "answer": "4"}')
+        >>> data = {"files": "mine.jsonl", "answers": "verbatim", "num_epochs": 40}
+        >>> data["chat_template_kwargs"] = {"enable_thinking": False}
         >>> plan = plan_run(TrainConfig(model="tiny-retriever", data=data, output_dir="run"))
         >>> plan.parameters, plan.trained_parameters, plan.warmup_steps
-        Traceback (most recent call last):
-            ...
-        NameError: name 'plan' is not defined
+        (6887680, 229376, 2)
     """
 
     config: TrainConfig
@@ -126,13 +126,13 @@ def plan_run(config: TrainConfig, *, progress: ProgressLike = None) -> RunPlan:
         CheckpointError, DataError, ValueError: as `train`.
 
     Examples:
-        >>> _ = epath.Path("mine.jsonl").write_text('{"prompt": "2 + 2?", "answer": "4"}')
-        >>> data = {"files": "mine.jsonl", "answers": "verbatim", "batch_size": 1, "num_epochs": 3}
+        >>> import pathlib
+        >>> _ = pathlib.Path("mine.jsonl").write_text('{"prompt": "2 + 2?", "answer": "4"}')
+        >>> data = {"files": "mine.jsonl", "answers": "verbatim", "num_epochs": 40}
+        >>> data["chat_template_kwargs"] = {"enable_thinking": False}
         >>> plan = plan_run(TrainConfig(model="tiny-retriever", data=data, output_dir="run"))
         >>> plan.steps, plan.num_tokens  # print(plan) has memory, too
-        Traceback (most recent call last):
-            ...
-        NameError: name 'plan' is not defined
+        (40, 20)
     """
     mesh = config.make_mesh()
     config = config.with_dtype(mesh)

@@ -160,7 +160,7 @@ def run_loop(
     state that has gone wrong is never kept.
 
     Args:
-        trainer: `trainer(state, batch) -> (state, metrics)`.
+        trainer: `trainer(state, batch) -> (state, metrics)`; metrics are scalars by name.
         state: of step `schedule.start`; its memory is given away.
         batches: local ones, from that step's on.
         schedule: when what happens.
@@ -178,26 +178,18 @@ def run_loop(
         KeyboardInterrupt: Ctrl-C came twice; the log says which step is saved.
 
     Examples:
-        >>> from swaa_jax.train.metrics import MetricWriter
-        >>> class Numbers:  # batches
-        ...     def __init__(self): self.seen = 0
-        ...     def __next__(self): self.seen += 1; return self.seen
-        ...     def get_state(self): return {"seen": self.seen}
-        >>> class Same:
-        ...     def put(self, batch): return batch
-        >>> def trainer(state, batch):
-        ...     step = state.step + 1
-        ...     return dataclasses.replace(state, step=step), {"loss": 1 / step}
-        >>> writer = MetricWriter(
-        ...     epath.Path("."), resumed_step=0, tensorboard=False, wandb=None, config={}, enabled=False
-        ... )
-        >>> outputs = Outputs(checkpoints=Checkpoints("run", keep=1, identity={}), writer=writer)
-        >>> state = TrainState(step=jax.numpy.int32(0), trainable={}, opt_state=())
-        >>> run_loop(
-        ...     trainer, state, Numbers(), schedule=Schedule(start=0, total=3, checkpoint_every=None),
-        ...     feed=Same(), outputs=outputs, progress=False,
-        ... ).finished
-        True
+        What `swaa_jax.train` does with a model, its batches and its outputs:
+
+        ```python
+        trainer = make_step(model, step_config)
+        feed = make_feed(None, batch_size=8, rows_per_device=8)
+        schedule = Schedule(start=0, total=500, checkpoint_every=100)
+        done = run_loop(
+            trainer, trainer.init(), load_data(data_config, tok),
+            schedule=schedule, feed=feed, outputs=outputs,
+        )
+        model = trainer.model(done.state)
+        ```
     """
     total, sample_lines = schedule.total, outputs.sample_lines
     best = Best(None) if best is None else best

@@ -37,7 +37,7 @@ class TrainState:
     Attributes:
         step: optimizer steps done.
         trainable: float32 arrays by name, as they are called in the model, layer by layer.
-        opt_state: optax's; its moments have the names of `trainable`.
+        opt_state: optax's; its moments have the names and shapes of `trainable`.
 
     Examples:
         >>> import swaa_jax as swaa

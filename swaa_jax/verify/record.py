@@ -216,11 +216,11 @@ def read_record(path: PathLike) -> Record:
         OSError: it cannot be read.
 
     Examples:
-        >>> _ = pathlib.Path("probes.json").write_text('{"format": "another"}')
+        >>> _ = storage.epath.Path("probes.json").write_text('{"format": "another"}')
         >>> read_record("probes.json")
         Traceback (most recent call last):
             ...
-        FileNotFoundError: [Errno 2] No such file or directory: 'probes.json'
+        ValueError: probes.json: format: expected swaa-verify, got 'another' (str); make one with swaa verify --record
     """
     document = storage.read_json(path)
     with naming(os.fspath(path)):
