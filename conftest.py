@@ -1,8 +1,11 @@
-"""For all tests, doctests of the packages among them."""
+"""For tests and doctests alike: they leave no files, no logging and no settings of JAX behind."""
 
+import logging
 from typing import Any
 
 import pytest
+
+_SETTINGS = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
 
 
 @pytest.fixture(autouse=True)
@@ -34,3 +37,19 @@ def _results(room: str) -> dict[str, Any]:
 
         return {"found": small_search()}
     return {}
+
+
+@pytest.fixture(autouse=True)
+def _programs_leave_no_trace():
+    """Commands set up logging and the compilation cache for their process; tests share one."""
+    import jax
+
+    loggers = [logging.getLogger(name) for name in ("swaa_jax", "kernels_pallas")]
+    before = [(each.handlers[:], each.level, each.propagate) for each in loggers]
+    settings = {name: getattr(jax.config, name) for name in _SETTINGS}
+    yield
+    for each, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        each.handlers[:], each.propagate = handlers, propagate
+        each.setLevel(level)
+    for name, value in settings.items():
+        jax.config.update(name, value)

@@ -291,15 +291,13 @@ class ModelFlops:
     Examples:
         >>> import swaa_jax as swaa
         >>> model = swaa.load_model("tiny-retriever")
-        >>> flops, row = ModelFlops.of(model), Runs.of_rows([1024])
-        >>> narrow = model.with_policy("window=64").layer_attention
-        >>> share = flops.forward(narrow, row, num_logits=1) / flops.forward(
-        ...     model.layer_attention, row, num_logits=1
-        ... )
-        >>> round(share, 2)
-        Traceback (most recent call last):
-            ...
-        NameError: name 'share' is not defined
+        >>> flops, row = ModelFlops.of(model), Runs.of_text(1024)
+        >>> narrow = model.with_policy("window=64")
+        >>> passes = [
+        ...     flops.forward(each.layer_attention, row, num_logits=1) for each in (narrow, model)
+        ... ]
+        >>> round(passes[0] / passes[1], 2)  # of full attention's operations
+        0.65
     """
 
     matrices: float
@@ -362,17 +360,15 @@ class FlopCounter:
         with_teacher: the loss runs a second forward pass, under the model's own policy.
 
     Examples:
+        >>> import types
         >>> import swaa_jax as swaa
-        >>> from swaa_jax.data import DataConfig, load_data
-        >>> model = swaa.add_lora(swaa.load_model("tiny-retriever", policy="window=64"), {"rank": 2})
+        >>> base = swaa.load_model("tiny-retriever", policy="window=64")
+        >>> model = swaa.add_lora(base, {"rank": 2})
         >>> flops = FlopCounter(model, trains_all=False, with_teacher=False)
-        >>> config = DataConfig(files=("tiny-needles",), max_length=1024, batch_size=1)
-        >>> flops(next(load_data(config, swaa.load_tokenizer("tiny-retriever")))) / 1e9  # GFLOP
-        Traceback (most recent call last):
-            ...
-        swaa_jax.records.DataError: /work/wt/w-doc1/swaa_jax/assets/tiny-needles.jsonl, record 0 (line 1): message 1: expected the chat template to render this answer as its generation prompt begins it, or what the model should produce is undefined: after 'm_end|>\n<|im_start|>assistant\n' expected '<think>\n', got 'The special magic numbers for modern-bri'; check chat_template_kwargs, or set answers: verbatim, which takes the answer's text as it is, with chat_template_kwargs: {enable_thinking: false} for answers without thoughts
-        --------------------
-        For simplicity, Grain has removed its internal frames from the traceback of the following exception. Set --grain_py_traceback_filtering=off to include these.
+        >>> ones = np.ones((1, 1024), np.int32)
+        >>> batch = types.SimpleNamespace(segment_ids=ones, stage_ids=ones, loss_weights=ones)
+        >>> round(flops(batch) / 1e9, 1)  # GFLOP a step
+        31.4
     """
 
     def __init__(self, model: CausalLM, *, trains_all: bool, with_teacher: bool):

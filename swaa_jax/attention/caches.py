@@ -56,10 +56,9 @@ class Cache(abc.ABC):
     A pytree whose leaves start with the batch, or with the pages of a pool. Nothing is changed in
     place: under jit, donate what is replaced.
 
-    >>> kv = jnp.zeros((1, 3, 2, 16))
-    >>> cache = FullCache(k=jnp.zeros((1, 8, 2, 16)), v=jnp.zeros((1, 8, 2, 16)))
-    >>> isinstance(cache, Cache), cache.write(kv, kv, jnp.array([0])).num_slots
-    (True, 8)
+    >>> cache = FullCache(k=jnp.zeros((3, 8, 2, 16)), v=jnp.zeros((3, 8, 2, 16)))
+    >>> isinstance(cache, Cache), cache.num_slots, cache.take(2).k.shape  # one row
+    (True, 8, (1, 8, 2, 16))
     """
 
     @property
@@ -256,6 +255,7 @@ class PagedCache(Cache):
 class RingCache(Cache):
     """The first `num_sink_tokens` keys and the last ones, in a fixed number of slots.
 
+    The cache of a windowed layer that keeps the first k (arXiv 2512.10411, section 3.2).
     Memory is that of window + sinks, whatever the length of the text, and less where a row is
     known to stay shorter. What left the window is gone: a row that must see everything (a full
     layer, full-attention decoding) cannot use it.
@@ -345,7 +345,8 @@ def ring_in_order(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StreamCache(RingCache):
-    """A ring whose keys are stored before RoPE, for positions inside the cache (`attend_stream`).
+    """A ring whose keys are stored before RoPE, for positions inside the cache (`attend_stream`;
+    StreamingLLM, arXiv 2309.17453).
 
     They are rotated anew for each token, which costs a copy of the ring's keys: the price of
     answers without end.

@@ -28,8 +28,8 @@ class HeadPart:
         layer: what they see; its own `full_heads` are none.
 
     Examples:
-        >>> split_heads(LayerAttention(window=64, full_heads=(1,)), 4)[0]
-        HeadPart(heads=(1,), layer=LayerAttention(window=None, num_sink_tokens=0, full_decode=False, full_attention_tail=0, full_heads=()))
+        >>> split_heads(LayerAttention(window=64, full_heads=(1,)), 4)[0].heads  # the full ones
+        (1,)
     """
 
     heads: tuple[int, ...]

@@ -27,10 +27,9 @@ class RowWindows:
         num_sink_tokens, full_decode, full_attention_tail: of all rows, as in `LayerAttention`.
 
     Examples:
-        >>> from swaa_jax.attention import attend
-        >>> q = k = v = jnp.ones((2, 8, 1, 16))
-        >>> attend(q, k, v, layer=RowWindows(window=jnp.array([2, 8]))).shape
-        (2, 8, 1, 16)
+        >>> layer = RowWindows(window=jnp.array([64, 512, 4096]), num_sink_tokens=4)
+        >>> layer.window.shape, layer.num_sink_tokens  # three policies in three rows
+        ((3,), 4)
     """
 
     window: Int[Array, " B"]

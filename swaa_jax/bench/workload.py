@@ -36,6 +36,12 @@ class Lengths:
 
     Raises:
         ValueError: a length below 1, none at all, or no range.
+
+    Examples:
+        >>> Lengths(values=(100, 200)).draw(3, np.random.default_rng(0))  # in turns
+        [100, 200, 100]
+        >>> str(Lengths(values=(512, 8192), is_range=True))
+        '512:8192'
     """
 
     values: tuple[int, ...]
@@ -145,6 +151,12 @@ class Workload:
 
     Raises:
         ValueError: a value out of range, or not one of concurrency and rate.
+
+    Examples:
+        >>> tokens = Lengths(values=(1024,)), Lengths(values=(128,))
+        >>> load = Workload(prompt=tokens[0], output=tokens[1], num_requests=2, rate=4.0)
+        >>> load.longest, load.arrivals().round(2).tolist()  # seconds
+        (1152, [0.62, 0.84])
     """
 
     prompt: Lengths

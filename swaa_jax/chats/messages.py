@@ -65,7 +65,7 @@ class ChatError(ValueError):
     >>> normal_messages([{"role": "usr", "content": "2 + 2?"}])
     Traceback (most recent call last):
         ...
-    swaa_jax.chats.messages.ChatError: message 0, role: expected one of user, human, assistant, gpt, bot, model, chatgpt, system, developer, tool, observation, function, tool_response, or a role of the template's own, got 'usr' (did you mean 'user'?)
+    swaa_jax.chats.messages.ChatError: message 0, role: expected ... (did you mean 'user'?)
     """
 
 

@@ -87,7 +87,8 @@ def render_chat(
     generation_prompt: bool = True,
     continued: bool = False,
 ) -> Rendered:
-    """A chat by the tokenizer's template, in a process apart, with a pinned date.
+    r"""A chat by the tokenizer's template, as Transformers' `apply_chat_template` renders it, but in
+    a process apart and with a pinned date.
 
     Args:
         tok: a tokenizer with a chat template.
@@ -105,7 +106,8 @@ def render_chat(
     Examples:
         >>> from swaa_jax.checkpoint import load_tokenizer
         >>> chat = [{"role": "user", "content": "2 + 2?"}]
-        >>> render_chat(load_tokenizer("tiny-retriever"), chat, variables={"enable_thinking": False}).text
+        >>> tok, variables = load_tokenizer("tiny-retriever"), {"enable_thinking": False}
+        >>> render_chat(tok, chat, variables=variables).text
         '<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n'
     """
     messages = normal_messages(messages)

@@ -43,7 +43,7 @@ _ALIGNMENT = 64  # XLA's for buffers on the CPU
 
 
 class Transform(enum.Enum):
-    """How the stored array becomes ours. Each is its own inverse.
+    """How the stored array becomes ours, of any shape. Each is its own inverse.
 
     >>> Transform.TRANSPOSE.shape((512, 256)), Transform.TRANSPOSE.apply(np.zeros((512, 256))).shape
     ((256, 512), (256, 512))
@@ -298,7 +298,7 @@ def check_counts(
         >>> check_counts(reader, rules, num_layers=10_000)
         Traceback (most recent call last):
             ...
-        swaa_jax.storage.CheckpointError: ...the others missing: 'model.layers.8.*' and all after it...
+        swaa_jax.storage.CheckpointError: ...the others missing: 'model.layers.8.*'...
     """
     for placeholder, wanted in (("{layer}", num_layers), ("{expert}", num_experts)):
         before = {
@@ -507,7 +507,7 @@ def _once_per_index(
 
 
 def cast_weight(reader: WeightReader, name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A tensor of the checkpoint in another dtype.
+    """A tensor of the checkpoint, of any shape, in another dtype.
 
     Raises:
         CheckpointError: values that float16 does not reach.
@@ -539,7 +539,7 @@ def _finite(value: np.ndarray) -> np.ndarray:
 def dump_weights(
     params: Mapping[str, jax.Array | np.ndarray], rules: Sequence[WeightRule], num_layers: int
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The inverse of `load_weights`: (checkpoint name, array in its stored layout), in the table's
+    """The inverse of `load_weights`: (checkpoint name, array in its stored shape), in the table's
     order, one at a time. Dtypes are the parameters'; feed it to `write_safetensors`.
 
     A parameter that is spread over several processes is gathered in each of them, so all of them

@@ -45,7 +45,7 @@ _OTHER_SUFFIXES = (".gguf", ".h5", ".msgpack", ".npz", ".onnx")
 
 
 class WeightReader:
-    """The tensors of a checkpoint directory, by their Hugging Face names.
+    """The tensors of a checkpoint directory (safetensors), by their Hugging Face names.
 
     Opening reads and checks the headers only: the index against the shards, each shard's size
     against its header. Tensors are read on demand and only the slice asked for becomes host memory,
@@ -305,7 +305,7 @@ def write_safetensors(
 
     Args:
         directory: an existing local directory.
-        tensors: names and arrays, each float32, float16 or bfloat16.
+        tensors: names and arrays of any shape, each float32, float16 or bfloat16.
         max_shard_size: bytes of data in a file at most; a larger tensor gets a file of its own.
 
     Raises:
@@ -354,7 +354,7 @@ def write_safetensors(
 
 
 def write_tensors(path: epath.PathLike, tensors: dict[str, np.ndarray]) -> None:
-    """Writes contiguous arrays, by name, as one local safetensors file; not atomic by itself.
+    """Writes contiguous arrays of any shape, by name, as one local safetensors file; not atomic by itself.
 
     Raises:
         OSError: the file cannot be written: no such directory, no right to, or a full disk.

@@ -67,7 +67,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillConfig(SamplingParams):
-    """How questions are answered; how tokens are drawn is in `SamplingParams`.
+    """How questions are answered (section 3.5 of arXiv 2512.10411); `SamplingParams` has how tokens
+    are drawn.
 
     Attributes:
         attempts: answers to each question; the paper takes 4.

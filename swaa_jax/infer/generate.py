@@ -120,15 +120,15 @@ def generate(
 ) -> Generation:
     """Answer prompts under the model's attention policy.
 
-    Prompt tokens are in stage PROMPT, the last one included, and new tokens in stage ANSWER (paper,
-    section 3.2). At most `batch_size` prompts are answered at a time; where one ends, the next
+    Prompt tokens are in stage PROMPT, the last one included, and new tokens in stage ANSWER
+    (arXiv 2512.10411, section 3.1). At most `batch_size` prompts are answered at a time; where one ends, the next
     begins. What else is being answered changes no answer.
 
     Args:
         model: from `load_model`.
         tok: from `load_tokenizer`; may be None where all prompts are token ids.
-        prompts: strings (never templated), message lists (templated once), token id lists, or a
-            single one of these.
+        prompts: strings (never templated), message lists (templated once), token ids (a list or an
+            array `[T]`), or a single one of these.
         options: how they are answered.
         overrides: fields of `GenerateOptions` in place of those of `options`, as in
             `generate(model, tok, prompts, max_new_tokens=200, temperature=0.7)`.

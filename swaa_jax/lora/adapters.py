@@ -19,7 +19,9 @@ from swaa_jax.typing import PRNGKeyArray
 
 
 class LoraParam(nnx.Param):
-    """A trainable factor of an adapter, float32: `nnx.split(model, LoraParam, ...)` finds all.
+    """A trainable factor of an adapter (LoRA, arXiv 2106.09685), float32: A is `[D, r]`, B `[r, F]`.
+
+    `nnx.split(model, LoraParam, ...)` finds all.
 
     >>> import swaa_jax as swaa
     >>> model = swaa.add_lora(swaa.load_model("tiny-retriever"), {"rank": 2})
@@ -30,7 +32,7 @@ class LoraParam(nnx.Param):
 
 
 class DropoutKey(nnx.Variable):
-    """The key of one adapter's dropout for one step, a typed PRNG key.
+    """The key of one adapter's dropout for one step, a typed PRNG key; inputs drop as in PEFT.
 
     >>> import swaa_jax as swaa
     >>> from swaa_jax.lora import with_dropout

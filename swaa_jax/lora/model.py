@@ -263,7 +263,7 @@ def without_lora(model: Model) -> Model:
 
 
 def merge_lora(model: Model) -> Model:
-    """A model without adapters whose kernels are `W + scale A B`.
+    """A model without adapters whose kernels are `W + scale A B`, as PEFT's `merge_and_unload`.
 
     Computed in float32 and rounded once, to the kernel's dtype. `model` is left as it is: it
     still has W and the adapters apart.

@@ -36,6 +36,8 @@ class LossConfig:
     """What is minimised: `sft * nll + self_distill * kl` and `others`, a mean over the targets'
     weights, and `router_loss` times the loss that keeps experts in balance.
 
+    The paper (arXiv 2512.10411, section 3.5) takes the cross entropy of distilled answers.
+
     Attributes:
         sft: factor on the cross entropy of the targets.
         self_distill: factor on the divergence from the teacher, which is the same model with its

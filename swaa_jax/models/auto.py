@@ -125,7 +125,7 @@ def load_model(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blueprint:
-    """A checkpoint's model before its weights are read.
+    """A checkpoint's model, from its `config.json`, before its weights are read.
 
     Attributes:
         model: has shapes in place of arrays.

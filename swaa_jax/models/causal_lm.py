@@ -93,6 +93,7 @@ class HiddenStates:
 class CausalLM(Described, nnx.Module):
     """A decoder with a language-model head, under an attention policy.
 
+    Its numbers are those of Transformers' class of the same family, which tests compare it with.
     Call it for logits of whole rows (training, scoring); `prefill` and `decode` generate.
 
     Without `rngs` its parameters are shapes, and nothing is allocated.

@@ -90,7 +90,7 @@ def _window(name: str, value: object) -> int | None:
 @told_keywords(_ELSEWHERE | {"decode": "full_decode"})
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerAttention:
-    """The attention of one layer, after `AttentionPolicy.resolve`.
+    """The attention of one layer, after `AttentionPolicy.resolve` (arXiv 2512.10411, section 3).
 
     A full layer is ``window=None``. Nothing else can change what it sees, so the other fields of a
     full layer are always their defaults, whatever was passed: equal behaviour compares equal.

@@ -48,7 +48,6 @@ SOURCES: dict[str, dict[str, str]] = {
         "StreamCache": "arXiv 2309.17453",
         "attend": "arXiv 2512.10411",
         "attend_stream": "arXiv 2309.17453",
-        "tail_rows": "arXiv 2512.10411",
     },
     "swaa_jax.infer": {"COT_INSTRUCTION": "arXiv 2512.10411"},
     "swaa_jax.chats": {"normal_tools": "Transformers", "render_chat": "Transformers"},

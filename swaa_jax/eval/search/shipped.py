@@ -290,7 +290,7 @@ def recipes(
         ('thinking-no-train-efficient', 'window=2000,sinks=100,decode=full')
 
     References:
-        Scores and recommendations: sections 4 and 5 of arXiv 2512.10411.
+        Section 4.2.2 and Table 2 of arXiv 2512.10411.
     """
     needs = Needs(training=training, thinking=thinking, prefer=prefer)  # pyright: ignore[reportArgumentType]
     memory = or_none(number(above=0))("memory", memory)

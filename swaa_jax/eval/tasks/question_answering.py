@@ -43,7 +43,8 @@ class Question:
         tools: what the chat template is told of.
 
     Examples:
-        >>> (question,) = read_questions([{"context": "A text.", "question": "Why?", "answer": "So."}])
+        >>> record = {"context": "A text.", "question": "Why?", "answer": "So."}
+        >>> (question,) = read_questions([record])
         >>> question.question, question.references
         ('Why?', ('So.',))
     """
@@ -71,9 +72,9 @@ def read_questions(path: Any, *, limit: int | None = None) -> list[Question]:
         ValueError: another kind of file, no records, or one that lacks a question or an answer.
 
     Examples:
-        >>> records = [{"prompt": "1 + 1?", "answer": ["2", "two"]}, {"prompt": "2 + 2?", "answer": 4}]
+        >>> records = [{"prompt": "2 + 2?", "answer": "4"}, {"prompt": "1 + 1?", "answer": ["2"]}]
         >>> [question.references for question in read_questions(records)]
-        [('2', 'two'), ('4',)]
+        [('4',), ('2',)]
     """
     limit = or_none(integer(least=1))("limit", limit)
     is_path = isinstance(path, str | os.PathLike)
