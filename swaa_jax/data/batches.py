@@ -57,10 +57,8 @@ class Batch:
         lengths: tokens of each row that are no padding.
 
     Examples:
-        >>> tokens = np.array([5, 6, 7])  # a prompt of two tokens, an answer of one
-        >>> sample = Sample(
-        ...     tokens=tokens, stage_ids=np.array([0, 0, 1]), is_target=np.array([False, False, True])
-        ... )
+        >>> answer = np.array([False, False, True])  # behind a prompt of two tokens
+        >>> sample = Sample(tokens=np.array([5, 6, 7]), stage_ids=answer * 1, is_target=answer)
         >>> batch = make_batch([[(0, sample)]], width=4)
         >>> batch.targets.tolist(), batch.loss_weights.tolist(), batch.padding_share
         ([[6, 7, 0, 0]], [[0.0, 1.0, 0.0, 0.0]], 0.25)
@@ -90,7 +88,8 @@ def make_batch(
         ValueError: a row that is longer.
 
     Examples:
-        >>> sample = Sample(tokens=np.arange(2), stage_ids=np.zeros(2, int), is_target=np.ones(2, bool))
+        >>> given = np.zeros(2, int)
+        >>> sample = Sample(tokens=np.arange(2), stage_ids=given, is_target=given > 0)
         >>> batch = make_batch([[(0, sample), (1, sample)], []], width=5)
         >>> batch.segment_ids.tolist(), batch.lengths.tolist()
         ([[0, 0, 1, 1, -1], [-1, -1, -1, -1, -1]], [4, 0])

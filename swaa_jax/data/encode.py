@@ -106,7 +106,8 @@ class Encoder:
         >>> from swaa_jax.records import records_of
         >>> tok = swaa.load_tokenizer("tiny-retriever")
         >>> encode = Encoder(tok, DataConfig(answers="verbatim"))
-        >>> (sample,) = encode(records_of([{"prompt": "1 + 1?", "response": "</think>It is 2."}])[0])
+        >>> record = {"prompt": "1 + 1?", "response": "</think>It is 2."}
+        >>> (sample,) = encode(records_of([record])[0])
         >>> tok.decode(sample.tokens[sample.is_target])
         '</think>It is 2.<|im_end|>'
     """

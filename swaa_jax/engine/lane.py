@@ -68,9 +68,8 @@ class Update:
         reason: why it ended; None: it goes on.
 
     Examples:
-        >>> updates = [Update(request=0, tokens=(8,)), Update(request=0, tokens=(9, 2), reason="end")]
-        >>> [token for update in updates for token in update.tokens]  # the answer
-        [8, 9, 2]
+        >>> Update(request=0, tokens=(9, 2), reason="end").tokens  # the last of an answer
+        (9, 2)
     """
 
     request: int

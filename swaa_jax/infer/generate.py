@@ -43,10 +43,13 @@ class Generation:
 
     Examples:
         >>> timings = Timings(
-        ...     num_rows=1, prompt_tokens=3, new_tokens=2, prefill_s=0.1, first_token_s=0.0, decode_s=0.2,
-        ...     decode_steps=2, compile_s=0.0, cache_bytes=1 << 20, cache_bytes_per_row=1 << 20,
+        ...     num_rows=1, prompt_tokens=3, new_tokens=2, prefill_s=0.1, first_token_s=0.0,
+        ...     decode_s=0.2, decode_steps=2, compile_s=0.0, cache_bytes=1 << 20,
+        ...     cache_bytes_per_row=1 << 20,
         ... )
-        >>> done = Generation(texts=("It is 2.",), tokens=((8, 2),), finish_reasons=("eos",), timings=timings)
+        >>> done = Generation(
+        ...     texts=("It is 2.",), tokens=((8, 2),), finish_reasons=("eos",), timings=timings
+        ... )
         >>> done.table().columns
         ('prompt', 'text', 'new_tokens', 'finish_reason')
     """

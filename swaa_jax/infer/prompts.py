@@ -94,7 +94,7 @@ def encode_prompts(
     room: int | None = None,
     encode: Callable[[str], list[int]] | None = None,
 ) -> list[list[int]]:
-    """Token ids of each prompt, a list of T ints; arrays of ids have the shape `[T]`.
+    r"""Token ids of each prompt, a list of T ints; arrays of ids have the shape `[T]`.
 
     Args:
         tok: the tokenizer; may be None where all prompts are token ids.
@@ -119,7 +119,7 @@ def encode_prompts(
         >>> tok = swaa.load_tokenizer("tiny-retriever")
         >>> text, chat = encode_prompts(tok, ["1 + 1?", [{"role": "user", "content": "1 + 1?"}]])
         >>> tok.decode(text), tok.decode(chat)
-        ('1 + 1?', '<|im_start|>user\\n1 + 1?<|im_end|>\\n<|im_start|>assistant\\n<think>\\n')
+        ('1 + 1?', '<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n<think>\n')
     """
     for_chat = {
         "tools": tools is not None,
@@ -173,7 +173,8 @@ def warn_of_thinking(tok: "PreTrainedTokenizerBase", name: str) -> None:
 
     Examples:
         >>> import swaa_jax as swaa
-        >>> warn_of_thinking(swaa.load_tokenizer("tiny-retriever"), "thinking")  # which has the variable
+        >>> tok = swaa.load_tokenizer("tiny-retriever")
+        >>> warn_of_thinking(tok, "enable_thinking")  # says nothing: the template has the variable
     """
     has_template = getattr(tok, "chat_template", None)
     if not has_template or unused_variables(tok, {"enable_thinking": True}):

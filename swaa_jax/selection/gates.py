@@ -134,7 +134,8 @@ def train_gates(
 
     Examples:
         ```python
-        values = train_gates(model, samples, policy=AttentionPolicy(window=2048), config=GatesConfig())
+        policy, config = AttentionPolicy(window=2048), GatesConfig(steps=400)
+        values = train_gates(model, samples, policy=policy, config=config)
         values[:, 0].argsort()[::-1][:9]  # the nine layers that need full attention most
         ```
     """

@@ -58,7 +58,7 @@ class RowScorer:
         >>> model, tok = swaa.load_model("tiny-retriever"), swaa.load_tokenizer("tiny-retriever")
         >>> samples = read_calibration([{"prompt": "1 + 1?", "response": "</think>2"}], tok)
         >>> scorer = RowScorer(model, samples, policy=AttentionPolicy(window=4), rows_at_once=8)
-        >>> scorer.num_layers, scorer.candidates_at_once()  # of which scorer([(), (1, 3), ...]) is fed
+        >>> scorer.num_layers, scorer.candidates_at_once()  # for scorer([(), (1, 3), ...])
         (8, 8)
     """
 

@@ -45,7 +45,7 @@ JUDGES: Mapping[str, Callable[..., Judge]] = {
 
 
 def make_judge(name: str, **settings: object) -> Judge:
-    """The judge of that name.
+    r"""The judge of that name.
 
     Args:
         name: "exact", "includes", "regex", "ruler" or "llm".
@@ -56,7 +56,7 @@ def make_judge(name: str, **settings: object) -> Judge:
         ValueError: no such judge, or settings that it does not have.
 
     Examples:
-        >>> judge = make_judge("regex", pattern=r"answer is (\\w+)", which="last")
+        >>> judge = make_judge("regex", pattern=r"answer is (\w+)", which="last")
         >>> said = "The answer is A. No, the answer is B."
         >>> judge(Judged(question="Which?", references=("B",), response=said))
         Verdict(accepted=True, reason='said B', score=1.0, failed=False)

@@ -24,9 +24,9 @@ class Judged:
             it.
 
     Examples:
-        >>> judged = Judged(question="Which?", references=("4", "four"), response="</think>It is 4.")
-        >>> judged.references
-        ('4', 'four')
+        >>> judged = Judged(question="2 + 2?", references=("4", "four"), response="It is 4.")
+        >>> any(reference in judged.response for reference in judged.references)
+        True
     """
 
     question: str

@@ -143,13 +143,8 @@ class Candidate:
     Examples:
         >>> scores = (1.0, 0.0, 1.0, 1.0)
         >>> candidate = Candidate(
-        ...     policy=AttentionPolicy(window=64),
-        ...     scores=scores,
-        ...     score=bootstrap_interval(scores),
-        ...     prefill_share=0.3,
-        ...     cache_bytes=1 << 20,
-        ...     full_pairs=1e6,
-        ...     rounds=1,
+        ...     policy=AttentionPolicy(window=64), scores=scores, score=bootstrap_interval(scores),
+        ...     prefill_share=0.3, cache_bytes=1 << 20, full_pairs=1e6, rounds=1,
         ... )
         >>> candidate.score.mean, candidate.costs
         (0.75, (0.3, 1048576.0))
@@ -311,14 +306,10 @@ def search_policies(
 
     Examples:
         ```python
-        from swaa_jax.eval.run import ModelEntry, TaskEntry
-        from swaa_jax.eval.tasks import make_task
-
-        task = TaskEntry(name="ruler", task=make_task("ruler", length=4096, num_samples=64))
-        space = SearchSpace(windows=(256, 512)).policies(num_layers=8)
-        found = search_policies(
-            ModelEntry(path="tiny-retriever"), task, space, "search", config=SearchConfig(floor=0.9)
-        )
+        model = ModelEntry(path="tiny-retriever")
+        task = TaskEntry(name="ruler", task=make_task("ruler", length=512))
+        space = SearchSpace(windows=(64, 128)).policies(num_layers=8)
+        found = search_policies(model, task, space, "search", config=SearchConfig(floor=0.9))
         ```
 
     References:

@@ -49,7 +49,7 @@ def write_search(
 
     Examples:
         >>> # found = swaa.search_policy(model, tok, data="mine.jsonl", floor=0.9)
-        >>> paths = write_search(found, "search", command="swaa recipes --search", asked={"task": "qa"})
+        >>> paths = write_search(found, "search", command="mine.py", asked={"task": "qa"})
         >>> sorted(paths)
         ['policy.yaml', 'search.json', 'search.png']
         >>> from swaa_jax import load_policy

@@ -62,9 +62,9 @@ class LongBenchV2Task(FileTask):
         ValueError: a value out of range.
 
     Examples:
-        >>> task = LongBenchV2Task(files="data.json", length=["short", "medium"], max_tokens=128_000)
+        >>> task = LongBenchV2Task(files="data.json", length="short", max_tokens=128_000)
         >>> task.label, task.needs_tokenizer  # to count tokens
-        ('longbench_v2 short medium up to 128000', True)
+        ('longbench_v2 short up to 128000', True)
     """
 
     name: ClassVar[str] = "longbench_v2"

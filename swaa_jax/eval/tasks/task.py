@@ -150,7 +150,7 @@ def encode_sample(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     room: int | None = None,
 ) -> list[int]:
-    """The sample's prompt as token ids: templated once, where the tokenizer has a template.
+    r"""The sample's prompt as token ids: templated once, where the tokenizer has a template.
 
     Args:
         sample: what to ask.
@@ -170,7 +170,7 @@ def encode_sample(
         >>> asked = ({"role": "user", "content": "1 + 1?"},)
         >>> sample = Sample(id="0", messages=asked, references=("2",), question="1 + 1?")
         >>> tok.decode(encode_sample(sample, tok, thinking=True))
-        '<|im_start|>user\\n1 + 1?<|im_end|>\\n<|im_start|>assistant\\n<think>\\n'
+        '<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n<think>\n'
     """
     prefix = "" if thinking else sample.answer_prefix
     if getattr(tokenizer, "chat_template", None):
