@@ -112,8 +112,8 @@ def generate(
     """Answer prompts under the model's attention policy.
 
     Prompt tokens are in stage PROMPT, the last one included, and new tokens in stage ANSWER
-    (arXiv 2512.10411, section 3.1). At most `batch_size` prompts are answered at a time; where one ends, the next
-    begins. What else is being answered changes no answer.
+    (arXiv 2512.10411, section 3.1). At most `batch_size` prompts are answered at a time; where one
+    ends, the next begins. What else is being answered changes no answer.
 
     Args:
         model: from `load_model`.

@@ -19,7 +19,7 @@ from swaa_jax.typing import PRNGKeyArray
 
 
 class LoraParam(nnx.Param):
-    """A trainable factor of an adapter (LoRA, arXiv 2106.09685), float32: A is `[D, r]`, B `[r, F]`.
+    """A trainable factor of an adapter (LoRA, arXiv 2106.09685), float32: A `[in, r]`, B `[r, out]`.
 
     `nnx.split(model, LoraParam, ...)` finds all.
 
