@@ -193,7 +193,7 @@ def stream(
     options: GenerateOptions | None = None,
     **overrides: object,
 ) -> Stream:
-    """Answer one prompt piece by piece; the arguments are those of `generate`.
+    """Answer one prompt (a text, a chat or token ids `[T]`) piece by piece, as `generate` does.
 
     The prompt is checked before this returns, and read with the first piece.
 

@@ -74,11 +74,6 @@ SOURCES: dict[str, dict[str, str]] = {
 """What implements the paper, another library's interface or a format, and the name that says so."""
 
 LACKING: dict[str, dict[str, str]] = {
-    "swaa_jax": {
-        "shapes": """
-            stream
-        """,
-    },
     "swaa_jax.infer": {
         "example": """
             Generation Stream Timings SAMPLING COT_INSTRUCTION encode_prompts
