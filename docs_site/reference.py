@@ -29,6 +29,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "swaa_jax.sharding",
         "swaa_jax.storage",
         "swaa_jax.configs",
+        "swaa_jax.examples",
         "swaa_jax.records",
         "swaa_jax.progress",
         "swaa_jax.tables",

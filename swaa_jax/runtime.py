@@ -201,7 +201,7 @@ def _wait_for_coordinator(coordinator: str, deadline: float, timeout_s: int) -> 
 
 
 def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
-    """An array's values, of any shape, in this process's memory, also where its parts lie on others.
+    """An array's values, of any shape, in this process's memory, also where parts lie on others.
 
     Those are gathered, so every process has to call this, in the same order.
 

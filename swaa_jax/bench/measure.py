@@ -221,7 +221,7 @@ class Summary:
 
 @dataclasses.dataclass(kw_only=True)
 class Measurement:
-    """One policy, or one model of a server, under the workload (table 5 of arXiv 2512.10411 has such).
+    """One policy, or one model of a server, under the workload (as in table 5 of arXiv 2512.10411).
 
     Attributes:
         name: of the policy or the model.

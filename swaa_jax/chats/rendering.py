@@ -87,8 +87,8 @@ def render_chat(
     generation_prompt: bool = True,
     continued: bool = False,
 ) -> Rendered:
-    r"""A chat by the tokenizer's template, as Transformers' `apply_chat_template` renders it, but in
-    a process apart and with a pinned date.
+    r"""A chat by the tokenizer's template, as Transformers' `apply_chat_template`, but in a process
+    apart and with a pinned date.
 
     Args:
         tok: a tokenizer with a chat template.

@@ -354,7 +354,8 @@ def write_safetensors(
 
 
 def write_tensors(path: epath.PathLike, tensors: dict[str, np.ndarray]) -> None:
-    """Writes contiguous arrays of any shape, by name, as one local safetensors file; not atomic by itself.
+    """Writes contiguous arrays, of any shape and by name, as one local safetensors file; not atomic
+    by itself.
 
     Raises:
         OSError: the file cannot be written: no such directory, no right to, or a full disk.

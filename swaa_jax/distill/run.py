@@ -152,10 +152,12 @@ def distill(
 
     Examples:
         >>> import swaa_jax as swaa
-        >>> done = swaa.distill(  # doctest: +SKIP
-        ...     "Qwen/Qwen3-4B", questions=[{"prompt": "1 + 1?", "answer": "2"}], judge="includes"
+        >>> done = swaa.distill(
+        ...     "tiny-retriever", questions=[{"prompt": "1 + 1?", "answer": "2"}], judge="includes",
+        ...     attempts=1, max_new_tokens=2, progress=False,
         ... )
-        >>> swaa.train(model="Qwen/Qwen3-4B", data=done.records())  # doctest: +SKIP
+        >>> done.answers, len(done.records()) == done.kept  # swaa.train(data=done.records(), ...)
+        (1, True)
 
     References:
         Section 3.5 of arXiv 2512.10411.

@@ -124,8 +124,8 @@ def generate(
     """Answer prompts under the model's attention policy.
 
     Prompt tokens are in stage PROMPT, the last one included, and new tokens in stage ANSWER
-    (arXiv 2512.10411, section 3.1). At most `batch_size` prompts are answered at a time; where one ends, the next
-    begins. What else is being answered changes no answer.
+    (arXiv 2512.10411, section 3.1). At most `batch_size` prompts are answered at a time; where one
+    ends, the next begins. What else is being answered changes no answer.
 
     Args:
         model: from `load_model`.
@@ -213,7 +213,7 @@ def stream(
     options: GenerateOptions | None = None,
     **overrides: object,
 ) -> Stream:
-    """Answer one prompt piece by piece; the arguments are those of `generate`.
+    """Answer one prompt (a text, a chat or token ids `[T]`) piece by piece, as `generate` does.
 
     The prompt is checked before this returns, and read with the first piece.
 

@@ -19,9 +19,9 @@ from swaa_jax.typing import PRNGKeyArray
 
 
 class LoraParam(nnx.Param):
-    """A trainable factor of an adapter (LoRA, arXiv 2106.09685), float32: A is `[D, r]`, B `[r, F]`.
+    """A trainable factor of an adapter (LoRA, arXiv 2106.09685), float32.
 
-    `nnx.split(model, LoraParam, ...)` finds all.
+    A is `[in, r]` and B `[r, out]`; `nnx.split(model, LoraParam, ...)` finds all.
 
     >>> import swaa_jax as swaa
     >>> model = swaa.add_lora(swaa.load_model("tiny-retriever"), {"rank": 2})

@@ -183,7 +183,8 @@ def lora_state(model: nnx.Module) -> "nnx.State[Any, Any]":
     """The adapters' variables, by their paths: what is trained, and what `set_adapter` takes.
 
     >>> import swaa_jax as swaa
-    >>> model = add_lora(swaa.load_model("tiny-retriever"), {"rank": 2, "target_modules": ["q_proj"]})
+    >>> config = {"rank": 2, "target_modules": ["q_proj"]}
+    >>> model = add_lora(swaa.load_model("tiny-retriever"), config)
     >>> nnx.to_flat_state(lora_state(model))[0][1].shape  # A of the first layer: [D, r]
     (256, 2)
     """
@@ -201,8 +202,9 @@ def set_adapter(model: Model, state: "nnx.State[Any, Any]") -> Model:
 
     Examples:
         >>> import swaa_jax as swaa
-        >>> first, second = (add_lora(swaa.load_model("tiny-retriever"), rngs=seed) for seed in (0, 1))
-        >>> model = set_adapter(first, lora_state(second))  # the first one's parameters
+        >>> base = swaa.load_model("tiny-retriever")
+        >>> first, second = (add_lora(base, rngs=seed) for seed in (0, 1))
+        >>> model = set_adapter(first, lora_state(second))
         >>> projections = [each.layers[0].self_attn.q_proj.adapter for each in (model, second)]
         >>> bool((projections[0].lora_A[...] == projections[1].lora_A[...]).all())
         True

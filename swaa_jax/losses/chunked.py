@@ -42,8 +42,9 @@ class LossSums:
     Examples:
         >>> head = VocabHead(weight=jnp.eye(3), vocab_axis=0)
         >>> targets, weights = jnp.array([[0, 1]]), jnp.array([[1.0, 0.0]])
-        >>> sums, _ = chunked_loss(jnp.eye(3)[None, :2], head, targets, weights, config=LossConfig())
-        >>> float(sums.weight), round(float(sums.total / sums.weight), 3)  # of the first target alone
+        >>> hidden = jnp.eye(3)[None, :2]
+        >>> sums, _ = chunked_loss(hidden, head, targets, weights, config=LossConfig())
+        >>> float(sums.weight), round(float(sums.total / sums.weight), 3)  # of the first target
         (1.0, 0.551)
     """
 

@@ -74,7 +74,8 @@ class Outputs:
         >>> from swaa_jax.train.metrics import MetricWriter
         >>> place, off = epath.Path("run"), {"tensorboard": False, "wandb": None, "enabled": False}
         >>> writer = MetricWriter(place, resumed_step=0, config={}, **off)
-        >>> Outputs(checkpoints=Checkpoints(place, keep=3, identity={}), writer=writer).profiles is None
+        >>> outputs = Outputs(checkpoints=Checkpoints(place, keep=3, identity={}), writer=writer)
+        >>> outputs.profiles is None
         True
     """
 
@@ -121,7 +122,7 @@ class LoopResult:
 
     Examples:
         >>> state = TrainState(step=jax.numpy.int32(2), trainable={}, opt_state=())
-        >>> LoopResult(state=state, step=2, finished=False, metrics={}).finished  # go on with resume
+        >>> LoopResult(state=state, step=2, finished=False, metrics={}).finished
         False
     """
 

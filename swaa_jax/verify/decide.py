@@ -53,8 +53,9 @@ class Evidence:
         residual: the median of log-probabilities' distances; None: the server gave none.
 
     Examples:
-        >>> Evidence(name="full", log_likelihood=-2.5, agreed=8, large_jumps=0, residual=None).agreed
-        8
+        >>> one = Evidence(name="full", log_likelihood=-2.5, agreed=8, large_jumps=0, residual=0.1)
+        >>> one.agreed, one.residual
+        (8, 0.1)
     """
 
     name: str
@@ -85,8 +86,8 @@ class Verdict:
 
     Examples:
         >>> verdict = Verdict(
-        ...     answer="other", name="window - 1", rival="full attention", evidence=(), num_probes=8,
-        ...     has_logprobs=True, best_policy=AttentionPolicy(window=63),
+        ...     answer="other", name="window - 1", rival="full attention", evidence=(),
+        ...     num_probes=8, has_logprobs=True, best_policy=AttentionPolicy(window=63),
         ...     recorded_policy=AttentionPolicy(window=64), noise=0.01,
         ... )
         >>> print(verdict)
@@ -207,13 +208,14 @@ def decide(record: Record, replies: Sequence[Reply]) -> Verdict:
         >>> from swaa_jax.verify.paths import Option, Path, Step
         >>> from swaa_jax.verify.record import Probe
         >>> def answer(piece):  # of one token
-        ...     tokens = Option(id=1, logprob=-0.1, piece=piece), Option(id=2, logprob=-9.0, piece="?")
-        ...     return Path(steps=(Step(options=tokens),))
+        ...     likely = (1, -0.1, piece), (2, -9.0, "?")
+        ...     options = [Option(id=i, logprob=p, piece=text) for i, p, text in likely]
+        ...     return Path(steps=(Step(options=tuple(options)),))
         >>> found = tuple(candidates(AttentionPolicy(window=64), num_layers=4)[:2])
         >>> paths = {one.name: answer(piece) for one, piece in zip(found, "ab")}
         >>> record = Record(
-        ...     candidates=found, probes=(Probe(tokens=(5, 6), text=None, paths=paths),), noise=0.01,
-        ...     new_tokens=1, model={}, versions={},
+        ...     candidates=found, probes=(Probe(tokens=(5, 6), text=None, paths=paths),),
+        ...     noise=0.01, new_tokens=1, model={}, versions={},
         ... )
         >>> print(decide(record, [Reply(text="b")]))
         runs full attention: full; recorded was window=64

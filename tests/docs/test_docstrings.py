@@ -74,73 +74,6 @@ SOURCES: dict[str, dict[str, str]] = {
 """What implements the paper, another library's interface or a format, and the name that says so."""
 
 LACKING: dict[str, dict[str, str]] = {
-    "swaa_jax": {
-        "example": """
-            DistillConfig Stage generate load_adapter load_tokenizer merge_lora
-            save_adapter save_model stream
-        """,
-        "shapes": """
-            generate stream
-        """,
-        "source": """
-            DistillConfig Stage generate merge_lora recipes
-        """,
-    },
-    "swaa_jax.policy": {
-        "example": """
-            Evidence HeadSelection HfExpressible LayerSelection Needs PolicyFile
-            PolicyLike load_policy_file
-        """,
-        "source": """
-            LayerAttention
-        """,
-    },
-    "swaa_jax.models": {
-        "example": """
-            FAMILIES Blueprint CausalLM Converted HiddenStates ModelFamily Prefill
-            convert_checkpoint default_dtype model_from_config read_blueprint
-        """,
-        "source": """
-            Blueprint CausalLM
-        """,
-    },
-    "swaa_jax.checkpoint": {
-        "example": """
-            DEFAULT_MAX_SHARD_BYTES IGNORED SHIPPED SHIPPED_ADAPTERS CheckpointError
-            Origin Transform WeightReader WeightRule cast_weight check_directory
-            check_counts check_weights copy_generation_config copy_tokenizer_files
-            dump_weights load_weights open_checkpoint read_attention_policy
-            read_config read_generation_config read_json_object read_provenance
-            write_attention_policy write_config write_generation_config
-            write_provenance write_safetensors write_tensors
-        """,
-        "shapes": """
-            Transform cast_weight dump_weights write_safetensors write_tensors
-        """,
-        "source": """
-            WeightReader
-        """,
-    },
-    "swaa_jax.lora": {
-        "example": """
-            DropoutKey LoraParam lora_state set_adapter with_dropout without_lora
-        """,
-        "source": """
-            DropoutKey LoraParam
-        """,
-    },
-    "swaa_jax.attention": {
-        "example": """
-            EMPTY AttentionOptions Cache Caches FullCache GatedLayer HeadPart
-            LayerCache LayerChoice LayerKind PagedCache RingCache RowWindows
-            SplitCache StreamCache as_stream attend attend_cached attend_stream
-            build_cache check_stream constrain_caches empty_cache full_rows
-            recast_caches tail_rows
-        """,
-        "source": """
-            RingCache StreamCache attend tail_rows
-        """,
-    },
     "swaa_jax.infer": {
         "example": """
             Generation Stream Timings SAMPLING COT_INSTRUCTION encode_prompts
@@ -154,16 +87,6 @@ LACKING: dict[str, dict[str, str]] = {
             COT_INSTRUCTION
         """,
     },
-    "swaa_jax.chats": {
-        "example": """
-            CLOSING FLAGS LONGEST_MARKER OPENING TEMPLATE_DATE THOUGHT_MARKERS
-            ChatError Message Rendered Tools normal_tools render_chat
-            unused_variables warn_of_unread
-        """,
-        "source": """
-            render_chat
-        """,
-    },
     "swaa_jax.engine": {
         "example": """
             EndReason Engine EngineClock EngineOptions Request SamplingParams Update
@@ -175,34 +98,6 @@ LACKING: dict[str, dict[str, str]] = {
             Batch BatchIterator BatchSource DataConfig DataError Encoder PAD_SEGMENT
             Plan PlanMismatchError Sample SampleReport Samples make_batch make_plan
             prepare_samples
-        """,
-    },
-    "swaa_jax.losses": {
-        "example": """
-            LOSSES Loss LossConfig LossSums TargetLosses Vocabulary check_rows
-            chunked_loss logits_bytes target_losses
-        """,
-        "source": """
-            LossConfig
-        """,
-    },
-    "swaa_jax.train": {
-        "example": """
-            BestConfig CheckpointConfig CheckpointMismatchError Checkpoints
-            LoopResult MetricsConfig ModelEvaluation NonFiniteLossError
-            OptimizerConfig ProfileConfig Outputs RunPlan SamplesConfig Schedule
-            StepConfig TrainState Trainer make_optimizer plan_run run_loop
-        """,
-        "shapes": """
-            TrainState run_loop
-        """,
-        "source": """
-            learning_rate make_optimizer
-        """,
-    },
-    "swaa_jax.distill": {
-        "example": """
-            DistillSummary Question read_questions
         """,
     },
     "swaa_jax.eval.run": {
@@ -249,42 +144,6 @@ LACKING: dict[str, dict[str, str]] = {
         """,
         "source": """
             lazy_ratios periodic_layers
-        """,
-    },
-    "swaa_jax.bench": {
-        "example": """
-            BenchResult Lengths Measurement Workload
-        """,
-        "source": """
-            Measurement
-        """,
-    },
-    "swaa_jax.verify": {
-        "example": """
-            RECORDED Candidate Evidence Option Path Probe ProbeOptions Record Reply
-            Step Verdict ask_model ask_server decide only_model read_record
-            write_record
-        """,
-    },
-    "swaa_jax.costs": {
-        "example": """
-            FlopCounter ModelFlops activation_bytes active_parameters
-        """,
-    },
-    "swaa_jax.configs": {
-        "example": """
-            find_config
-        """,
-    },
-    "swaa_jax.records": {
-        "example": """
-            Record Records find_files open_records
-        """,
-    },
-    "swaa_jax.progress": {
-        "example": """
-            Progress ProgressLike ShowProgress is_notebook progress_like say
-            show_progress
         """,
     },
     "kernels_pallas": {

@@ -267,7 +267,8 @@ def recipes(
     prefer: str | None = None,
     memory: float | None = None,
 ) -> Recipes:
-    """The shipped policies, or those that serve your needs, the best first.
+    """The shipped policies, or those that serve your needs, the best first (as in table 2 of
+    arXiv 2512.10411).
 
     Args:
         model: whose work and memory are counted: a path or name, of which no weights are read, or a
