@@ -30,6 +30,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "swaa_jax.storage",
         "swaa_jax.directories",
         "swaa_jax.configs",
+        "swaa_jax.examples",
         "swaa_jax.records",
         "swaa_jax.progress",
         "swaa_jax.tables",
@@ -47,13 +48,7 @@ def pages() -> dict[str, str]:
     A name that several rooms have is documented by one, `swaa_jax` before others, then the room
     that defines it; the others link there.
     """
-    top = {_key(path) for _, path in public_names(TOP)}
-    homes: dict[Any, str] = {}
-    for module in (TOP, *rooms()):
-        for _, path in public_names(module):
-            key = _key(path)
-            if key not in homes or (key[0].startswith(f"{module}.") and key not in top):
-                homes[key] = path
+    homes = _homes()
     return {_place(module): _page(module, homes) for module in (TOP, *rooms())}
 
 
@@ -88,21 +83,42 @@ def public_names(module: str) -> list[tuple[str, str]]:
     return named
 
 
+def documented() -> dict[str, list[tuple[str, str]]]:
+    """The same, by module, without the names that another module's page documents."""
+    homes = _homes()
+    return {
+        module: [each for each in public_names(module) if homes[_key(each[1])][0] == module]
+        for module in (TOP, *rooms())
+    }
+
+
 def find(path: str) -> Any:
     """The object of such a path."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name, None)
 
 
-def _page(module: str, homes: dict[Any, str]) -> str:
+def _homes() -> dict[Any, tuple[str, str]]:
+    """The module on whose page each name is documented, and the path under which it is."""
+    top = {_key(path) for _, path in public_names(TOP)}
+    homes: dict[Any, tuple[str, str]] = {}
+    for module in (TOP, *rooms()):
+        for _, path in public_names(module):
+            key = _key(path)
+            if key not in homes or (key[0].startswith(f"{module}.") and key not in top):
+                homes[key] = module, path
+    return homes
+
+
+def _page(module: str, homes: dict[Any, tuple[str, str]]) -> str:
     about = (importlib.import_module(module).__doc__ or "").partition("\n\n")[0]
     if module == TOP:
         about = "`import swaa_jax as swaa` has these names; the pages of rooms have more."
     here, elsewhere = [], []
     for name, path in public_names(module):
-        home = homes[_key(path)]
-        here += [f"::: {path}"] if home == path else []
-        elsewhere += [f"[`{name}`][{home}]"] if home != path else []
+        where, home = homes[_key(path)]
+        here += [f"::: {path}"] if where == module else []
+        elsewhere += [f"[`{name}`][{home}]"] if where != module else []
     text = [f"# {_short(module)}", about.replace("\n", " ")]
     if elsewhere:
         text.append(f"Documented elsewhere: {', '.join(elsewhere)}.")

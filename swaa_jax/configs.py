@@ -63,6 +63,10 @@ def find_config(kind: str, name_or_path: PathLike) -> PathLike:
     Raises:
         ValueError: there is no shipped config of that name; a file that is meant is named.
         FileNotFoundError: there is no such file, but one of another ending.
+
+    Examples:
+        >>> find_config("policies", "mine.yaml"), os.path.basename(find_config("policies", "naive"))
+        ('mine.yaml', 'naive.yaml')
     """
     name = os.fspath(name_or_path)
     stem, ending = os.path.splitext(name)

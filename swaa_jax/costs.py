@@ -261,6 +261,14 @@ def activation_bytes(
         read: of them, those that are read in one pass.
         is_paged: the full caches are pages, as the engine's.
         itemsize: bytes of a number.
+
+    Examples:
+        >>> layers = [LayerAttention(window=64)] * 8
+        >>> shape = {"hidden_size": 256, "ffw_size": 512, "num_heads": 4, "num_kv_heads": 2}
+        >>> activation_bytes(
+        ...     layers, **shape, head_dim=128, context=8192, read=2048, is_paged=True
+        ... ) / 2**20  # MiB
+        22.0
     """
     heads = (num_heads + 2 * num_kv_heads) * head_dim
     width = _STREAM * hidden_size + _FFW * ffw_size + _HEADS * heads
@@ -279,6 +287,17 @@ class ModelFlops:
         head: those of the vocabulary head; the embedding is a look-up.
         width: query heads times head dim.
         num_kv_heads: KV heads of a layer.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> model = swaa.load_model("tiny-retriever")
+        >>> flops, row = ModelFlops.of(model), Runs.of_text(1024)
+        >>> narrow = model.with_policy("window=64")
+        >>> passes = [
+        ...     flops.forward(each.layer_attention, row, num_logits=1) for each in (narrow, model)
+        ... ]
+        >>> round(passes[0] / passes[1], 2)  # of full attention's operations
+        0.65
     """
 
     matrices: float
@@ -339,6 +358,17 @@ class FlopCounter:
         model: with shapes or arrays; its adapters, if any, are what is trained.
         trains_all: every parameter gets a gradient.
         with_teacher: the loss runs a second forward pass, under the model's own policy.
+
+    Examples:
+        >>> import types
+        >>> import swaa_jax as swaa
+        >>> base = swaa.load_model("tiny-retriever", policy="window=64")
+        >>> model = swaa.add_lora(base, {"rank": 2})
+        >>> flops = FlopCounter(model, trains_all=False, with_teacher=False)
+        >>> ones = np.ones((1, 1024), np.int32)
+        >>> batch = types.SimpleNamespace(segment_ids=ones, stage_ids=ones, loss_weights=ones)
+        >>> round(flops(batch) / 1e9, 1)  # GFLOP a step
+        31.4
     """
 
     def __init__(self, model: CausalLM, *, trains_all: bool, with_teacher: bool):
@@ -362,7 +392,12 @@ class FlopCounter:
 
 
 def active_parameters(model: CausalLM) -> float:
-    """Weights of matrices in layers that a token is multiplied with: of experts, those chosen."""
+    """Weights of matrices in layers that a token is multiplied with: of experts, those chosen.
+
+    >>> import swaa_jax as swaa
+    >>> active_parameters(swaa.load_model("tiny-retriever"))
+    6291456.0
+    """
     total = 0.0
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         names = [str(part) for part in path]

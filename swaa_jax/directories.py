@@ -28,7 +28,11 @@ from swaa_jax.storage import (
 __all__ = ["COMMIT_MARK", "atomic_directory"]
 
 COMMIT_MARK = "config.json"
-"""The file that is written last, and without which a directory is not taken for a checkpoint."""
+"""The file that is written last, and without which a directory is not taken for a checkpoint.
+
+>>> COMMIT_MARK
+'config.json'
+"""
 
 _SWAPS = 20  # attempts where several processes save at one path
 
@@ -62,6 +66,12 @@ def atomic_directory(
     Raises:
         CheckpointError: `path` exists and may not be replaced, cannot be made, or the disk is full:
             nothing changed. Or the copy to a remote `path` failed: nothing complete is there.
+
+    Examples:
+        >>> with atomic_directory("out/model") as directory:
+        ...     written = (directory / "config.json").write_text("{}")
+        >>> os.listdir("out")
+        ['model']
     """
     try:
         target = epath.Path(path).expanduser()

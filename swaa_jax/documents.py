@@ -85,6 +85,10 @@ def parse_yaml(document: str) -> Any:
 
     Raises:
         ValueError: something is wrong with it.
+
+    Examples:
+        >>> parse_yaml("{window: 64, rate: 1e-4}")
+        {'window': 64, 'rate': 0.0001}
     """
     try:
         return _sound(yaml.load(document, Loader=_StrictLoader))
@@ -97,6 +101,10 @@ def parse_json(document: str | bytes) -> Any:
 
     Raises:
         ValueError: something is wrong with it.
+
+    Examples:
+        >>> parse_json('{"window": 64}')
+        {'window': 64}
     """
     try:
         return _sound(json.loads(document))

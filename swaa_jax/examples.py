@@ -53,7 +53,11 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "id": ("id", "_id", "question_id"),
     "kind": ("type", "kind", "question_type"),
 }
-"""What a record can hold, by our names, and the columns that it is looked for in."""
+"""What a record can hold, by our names, and the columns that it is looked for in.
+
+>>> COLUMNS["response"]
+('response', 'completion')
+"""
 
 FORMATS: Mapping[str, str] = {
     "chat": "messages",
@@ -61,7 +65,11 @@ FORMATS: Mapping[str, str] = {
     "instruction": "instruction",
     "question": "question",
 }
-"""How a record can ask, and the column that it needs for that; the first that is there counts."""
+"""How a record can ask, and the column that it needs for that; the first that is there counts.
+
+>>> FORMATS["chat"]
+'messages'
+"""
 
 _SYSTEMS = ("system", "developer")
 _ALWAYS_USED = ("system", "history", "answer", "tools", "id", "kind", "question")
@@ -82,6 +90,12 @@ class Example:
         record: where it is from.
         columns: our name to the record's column, of what is there and not empty.
         format: which shape it has, one of `FORMATS`.
+
+    Examples:
+        >>> record = Record(file="mine.jsonl", index=0, fields={"prompt": "2 + 2?", "mood": "good"})
+        >>> example = read_example(record)
+        >>> example.asked, example.unused
+        (({'role': 'user', 'content': '2 + 2?'},), ('mood',))
     """
 
     record: Record
@@ -282,6 +296,11 @@ def read_example(
 
     Raises:
         DataError: nothing is asked, or a column that was named is not there.
+
+    Examples:
+        >>> record = Record(file="mine.jsonl", index=0, fields={"question": "2 + 2?", "answer": 4})
+        >>> read_example(record).format
+        'question'
     """
     given = _given(record, columns or {})
     if shape == "auto":
@@ -298,7 +317,10 @@ def read_example(
 
 
 def warn_unused(columns: Iterable[str]) -> None:
-    """Says once which columns of the data are not looked at."""
+    """Says once which columns of the data are not looked at.
+
+    >>> warn_unused(["mood"])  # logged
+    """
     if names := [repr(name) + _near_column(name) for name in columns]:
         shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
         log.warning("columns that are not used: %s", shown[:_LONGEST_WARNING])
@@ -334,7 +356,11 @@ def _is_empty(value: object) -> bool:
 
 
 def is_nan(value: object) -> bool:
-    """Whether a value is what tables write where there is none."""
+    """Whether a value is what tables write where there is none.
+
+    >>> is_nan(float("nan")), is_nan(None)
+    (True, False)
+    """
     return isinstance(value, float) and math.isnan(value)
 
 

@@ -71,7 +71,11 @@ _REPR.maxdict = _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = 12
 
 
 def show(value: object) -> str:
-    """A value for messages, in at most 160 characters."""
+    """A value for messages, in at most 160 characters.
+
+    >>> show("a" * 1000)[:8], len(show("a" * 1000)) < 160
+    ("'aaaaaaa", True)
+    """
     try:
         shown = _REPR.repr(value)
     except ValueError:  # an int with more digits than Python prints
@@ -90,7 +94,11 @@ def describe(value: object) -> str:
 
 
 def wrong(name: str, expected: str, got: object, advice: str = "") -> ValueError:
-    """The error of a value that is not what was expected; `advice` says what to do."""
+    """The error of a value that is not what was expected; `advice` says what to do.
+
+    >>> print(wrong("window", "a positive integer", "wide", "write window=64"))
+    window: expected a positive integer, got 'wide' (str); write window=64
+    """
     return ValueError(f"{name}: expected {expected}, got {describe(got)}{advice and f'; {advice}'}")
 
 
@@ -107,7 +115,14 @@ def wrong_kind(name: str, expected: str, got: object, advice: str = "") -> Value
 
 @contextlib.contextmanager
 def naming(name: object) -> Iterator[None]:
-    """Puts a name, such as a file's, before the message of a ValueError that the block raises."""
+    """Puts a name, such as a file's, before the message of a ValueError that the block raises.
+
+    >>> with naming("mine.yaml"):
+    ...     integer(least=1)("window", 0)
+    Traceback (most recent call last):
+        ...
+    ValueError: mine.yaml: window: expected an integer of at least 1, got 0 (int)
+    """
     try:
         yield
     except ValueError as error:
@@ -168,7 +183,11 @@ def one_line(text: str) -> str:
 
 
 def plural(noun: str, count: int) -> str:
-    """The noun with an s unless there is one."""
+    """The noun with an s unless there is one.
+
+    >>> f"2 {plural('layer', 2)}, 1 {plural('layer', 1)}"
+    '2 layers, 1 layer'
+    """
     return noun if count == 1 else f"{noun}s"
 
 
@@ -176,7 +195,11 @@ def plural(noun: str, count: int) -> str:
 
 
 def integer(*, least: int | None = None, most: int | None = None) -> Check[int]:
-    """Python's and numpy's integers within limits, as an int; no bools, floats or texts."""
+    """Python's and numpy's integers within limits, as an int; no bools, floats or texts.
+
+    >>> integer(least=1)("window", 64), or_none(integer(least=1))("window", None)
+    (64, None)
+    """
     limits = [f"of at least {least}"] if least is not None else []
     limits += [f"of at most {most}"] if most is not None else []
     expected = " ".join(["an integer", " and ".join(limits)]).strip()
@@ -202,7 +225,11 @@ def number(
     above: float | None = None,
     below: float | None = None,
 ) -> Check[float]:
-    """A finite number within limits, an int or a float as it was given."""
+    """A finite number within limits, an int or a float as it was given.
+
+    >>> number(above=0, most=1)("share", 0.25)
+    0.25
+    """
     bounds: list[tuple[str, float | None, Callable[[Any, Any], bool]]] = [
         ("of at least", least, operator.ge),
         ("above", above, operator.gt),
@@ -229,7 +256,13 @@ def number(
 
 
 def one_of(*known: object) -> Check[Any]:
-    """One of some texts, or of some other constants."""
+    """One of some texts, or of some other constants.
+
+    >>> one_of("window", "full")("decode", "ful")
+    Traceback (most recent call last):
+        ...
+    ValueError: decode: expected one of window, full, got 'ful' (str) (did you mean 'full'?)
+    """
     expected = f"one of {', '.join(map(_yaml_word, known))}"
 
     def check(name: str, value: object) -> Any:
@@ -246,14 +279,22 @@ def _yaml_word(value: object) -> str:
 
 
 def flag(name: str, value: object) -> bool:
-    """True or False."""
+    """True or False.
+
+    >>> flag("thinking", True)
+    True
+    """
     if not isinstance(value, bool):
         raise wrong(name, "true or false", value)
     return value
 
 
 def text(name: str, value: object) -> str:
-    """A text that is not blank; no path and no name has a null character."""
+    """A text that is not blank; no path and no name has a null character.
+
+    >>> text("name", "mine")
+    'mine'
+    """
     if not isinstance(value, str) or not value.strip():
         raise wrong(name, "text", value, "" if isinstance(value, str) else "quote it")
     if "\0" in value:
@@ -262,19 +303,32 @@ def text(name: str, value: object) -> str:
 
 
 def path(name: str, value: object) -> str:
-    """A path, as text."""
+    """A path, as text.
+
+    >>> import pathlib
+    >>> path("output_dir", pathlib.Path("runs/a"))
+    'runs/a'
+    """
     return text(name, os.fspath(value) if isinstance(value, os.PathLike) else value)
 
 
 def string(name: str, value: object) -> str:
-    """A text, which may be blank."""
+    """A text, which may be blank.
+
+    >>> string("suffix", "")
+    ''
+    """
     if not isinstance(value, str):
         raise wrong(name, "text", value)
     return value
 
 
 def texts(name: str, value: object) -> tuple[str, ...]:
-    """Texts or paths as texts: a list of them, or one alone."""
+    """Texts or paths as texts: a list of them, or one alone.
+
+    >>> texts("files", "a.jsonl"), texts("files", ["a.jsonl", "b.jsonl"])
+    (('a.jsonl',), ('a.jsonl', 'b.jsonl'))
+    """
     several = (value,) if isinstance(value, str | os.PathLike) else value
     if not isinstance(several, list | tuple) or not all(
         isinstance(item, str | os.PathLike) for item in several
@@ -284,14 +338,22 @@ def texts(name: str, value: object) -> tuple[str, ...]:
 
 
 def mapping(name: str, value: object) -> dict[Any, Any]:
-    """A mapping, as a dict of its own."""
+    """A mapping, as a dict of its own.
+
+    >>> mapping("judge", {"name": "regex"})
+    {'name': 'regex'}
+    """
     if not isinstance(value, Mapping):
         raise wrong(name, "a mapping", value)
     return dict(value)
 
 
 def list_of(item: Check[T], *, distinct: bool = False) -> Check[tuple[T, ...]]:
-    """A tuple of values that each pass a check, from any collection that has an order or length."""
+    """A tuple of values that each pass a check, from any collection that has an order or length.
+
+    >>> list_of(integer(least=0), distinct=True)("layers", [1, 3])
+    (1, 3)
+    """
 
     def check(name: str, value: object) -> tuple[T, ...]:
         if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
@@ -307,7 +369,11 @@ def list_of(item: Check[T], *, distinct: bool = False) -> Check[tuple[T, ...]]:
 
 
 def or_none(check: Check[T]) -> Check["T | None"]:
-    """None, or what passes the check."""
+    """None, or what passes the check.
+
+    >>> or_none(text)("name", None) is None
+    True
+    """
     return lambda name, value: None if value is None else check(name, value)
 
 
@@ -315,12 +381,32 @@ def or_none(check: Check[T]) -> Check["T | None"]:
 
 
 def set_field(instance: object, name: str, value: object) -> None:
-    """Sets a field of a frozen dataclass, in its `__post_init__` only."""
+    """Sets a field of a frozen dataclass, in its `__post_init__` only.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Named:
+    ...     name: str
+    ...     def __post_init__(self):
+    ...         set_field(self, "name", self.name.strip())
+    >>> Named(" mine ")
+    Named(name='mine')
+    """
     object.__setattr__(instance, name, value)
 
 
 def check_fields(instance: object, **checks: Check[object]) -> None:
-    """Checks fields of a frozen dataclass in its `__post_init__`, and keeps them in one form."""
+    """Checks fields of a frozen dataclass in its `__post_init__`, and keeps them in one form.
+
+    >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+    ... class Limits:
+    ...     window: int = 64
+    ...     def __post_init__(self):
+    ...         check_fields(self, window=integer(least=1))
+    >>> Limits(window=0)
+    Traceback (most recent call last):
+        ...
+    ValueError: window: expected an integer of at least 1, got 0 (int)
+    """
     for name, check in checks.items():
         set_field(instance, name, check(name, getattr(instance, name)))
 
@@ -368,6 +454,13 @@ def from_mapping(
     Raises:
         ValueError: no mapping, an unknown key (the nearest known one is named), a required field
             left out or null, or a value that does not fit.
+
+    Examples:
+        >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+        ... class Limits:
+        ...     window: int = 64
+        >>> from_mapping(Limits, {"window": 32}, "limits")
+        Limits(window=32)
     """
     values = mapping(name, value)
     every = dataclasses.fields(kind)  # pyright: ignore[reportArgumentType]
@@ -394,7 +487,16 @@ def from_mapping(
 
 
 def section(kind: type[T], *, leave_out: Sequence[str] = ()) -> Check[T]:
-    """A dataclass, or a mapping of its fields, as the part of a config that has its name."""
+    """A dataclass, or a mapping of its fields, as the part of a config that has its name.
+
+    >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+    ... class Limits:
+    ...     window: int = 64
+    >>> section(Limits)("limits", {"windw": 32})
+    Traceback (most recent call last):
+        ...
+    ValueError: limits: expected keys among window, got 'windw' (did you mean 'window'?)
+    """
 
     def check(name: str, value: object) -> T:
         if isinstance(value, kind):
@@ -405,7 +507,11 @@ def section(kind: type[T], *, leave_out: Sequence[str] = ()) -> Check[T]:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses and tuples as YAML and JSON have them: mappings and lists."""
+    """Dataclasses and tuples as YAML and JSON have them: mappings and lists.
+
+    >>> plain({"layers": (1, 3)})
+    {'layers': [1, 3]}
+    """
     if hasattr(value, "to_dict"):
         return value.to_dict()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -17,6 +17,10 @@ def new_figure(*, width: float, height: float, **options: Any) -> "Figure":
     Args:
         width, height: in inches.
         options: others of `matplotlib.figure.Figure`.
+
+    Examples:
+        >>> figure = new_figure(width=4, height=3, layout="constrained")
+        >>> lines = figure.subplots().plot([1, 2, 3])
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -30,6 +34,12 @@ def save_figure(figure: "Figure", path: str | os.PathLike[str] | None) -> "Figur
 
     Raises:
         ValueError: an ending that matplotlib does not write.
+
+    Examples:
+        >>> save_figure(new_figure(width=4, height=3), "chart.jpgg")
+        Traceback (most recent call last):
+            ...
+        ValueError: path: expected one that ends in one of ..., got 'chart.jpgg'
     """
     if path is not None:
         path = os.fspath(path)

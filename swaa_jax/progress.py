@@ -37,10 +37,18 @@ __all__ = [
 ]
 
 ShowProgress: TypeAlias = Callable[[str, float], None]
-"""Told what is being done and how much is done, 0 to 1: `Progress.show` of a total of 1."""
+"""Told what is being done and how much is done, 0 to 1: `Progress.show` of a total of 1.
+
+>>> def tell(text, share):  # swaa_jax.train(..., progress=tell)
+...     print(f"{share:.0%} {text}")
+"""
 
 ProgressLike: TypeAlias = bool | ShowProgress | None
-"""Who is told: None a screen or a notebook, True a log as well, False nobody, or a function."""
+"""Who is told: None a screen or a notebook, True a log as well, False nobody, or a function.
+
+>>> [progress_like("progress", given) for given in (None, True, False)]
+[None, True, False]
+"""
 
 _LINE_SECONDS = 30.0
 _NOTEBOOK_SECONDS = 0.2  # between two pictures of a bar
@@ -52,6 +60,12 @@ def progress_like(name: str, value: Any) -> Any:
 
     Raises:
         ValueError: something else.
+
+    Examples:
+        >>> progress_like("progress", "yes")
+        Traceback (most recent call last):
+            ...
+        ValueError: progress: expected True, False, None ..., got 'yes' (str)
     """
     if value is None or isinstance(value, bool) or callable(value):
         return value
@@ -66,6 +80,12 @@ class Progress:
         text: what is done just now; shown beside how far it is.
         total, done: amounts of `unit`.
         unit: what is counted; ``"bytes"`` are shown as MB and GB; ``""`` is shown as a percentage.
+
+    Examples:
+        >>> with show_progress("reading", total=4, unit="files", enabled=False) as bar:
+        ...     bar.advance()
+        >>> str(bar)
+        '1/4 files'
     """
 
     def __init__(self, text: str, *, total: float, unit: str, done: float):
@@ -211,6 +231,13 @@ def show_progress(
         done: how much is done already.
         enabled: who is told.
         leave: keep the bar in sight when the block ends.
+
+    Examples:
+        >>> with show_progress("adding", total=2, unit="numbers", enabled=print) as bar:
+        ...     for number in range(2):
+        ...         bar.advance()
+        adding 0.5
+        adding 1.0
     """
     about = {"total": total, "unit": unit, "done": done}
     if callable(enabled):
@@ -235,6 +262,9 @@ def say(text: str, *, enabled: ProgressLike = True) -> None:
     Args:
         text: one line or several.
         enabled: who is told; a function is not.
+
+    Examples:
+        >>> say("a line", enabled=False)  # nobody is told
     """
     if enabled is False or callable(enabled) or not runtime.is_main_process():
         return

@@ -50,6 +50,11 @@ T = TypeVar("T")
 class DataError(ValueError):
     """Data that cannot be used. One paragraph: which file and record, what was expected, what was
     found, and what to do next.
+
+    >>> records_of([{"prompt": "2 + 2?"}])[0].text("answer")
+    Traceback (most recent call last):
+        ...
+    swaa_jax.records.DataError: the list of records, record 0: expected answer, ...
     """
 
 
@@ -62,6 +67,11 @@ class Record:
         index: its number in the file, from 0.
         fields: column to value.
         line: of a file of JSON lines, from 1.
+
+    Examples:
+        >>> record = Record(file="mine.jsonl", index=2, fields={"prompt": "2 + 2?"}, line=3)
+        >>> record.text("prompt"), record.place
+        ('2 + 2?', 'mine.jsonl, record 2 (line 3)')
     """
 
     file: str
@@ -118,7 +128,12 @@ class Record:
 
 
 class Records:
-    """All records of some files, by number. Threads may share one; processes get a copy."""
+    """All records of some files, by number. Threads may share one; processes get a copy.
+
+    >>> records = records_of([{"prompt": "2 + 2?"}, {"prompt": "3 + 3?"}])
+    >>> len(records), records[1].fields
+    (2, {'prompt': '3 + 3?'})
+    """
 
     def __init__(self, files: Sequence["_JsonLines | _Parquet | _InMemory"]):
         self._files = tuple(files)
@@ -151,6 +166,10 @@ def find_files(patterns: Sequence[epath.PathLike]) -> list[epath.Path]:
         FileNotFoundError: nothing is there.
         DataError: no path at all, or a file of a kind that is not read.
         CheckpointError: a path that cannot be looked at (a bucket without access, say).
+
+    Examples:
+        >>> [path.name for path in find_files(["tiny-needles"])]  # a shipped one
+        ['tiny-needles.jsonl']
     """
     if not patterns:
         raise DataError("files: expected at least one parquet or jsonl file, got none")
@@ -205,6 +224,10 @@ def open_records(files: Sequence[epath.PathLike]) -> Records:
     Raises:
         DataError: a file that is not what its name says, or no record at all.
         CheckpointError: a file that cannot be read.
+
+    Examples:
+        >>> sorted(open_records(find_files(["tiny-needles"]))[0].fields)
+        ['answer', 'prompt', 'response']
     """
     return _records([_open(os.fspath(file)) for file in files])
 

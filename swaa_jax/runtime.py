@@ -15,6 +15,20 @@ from etils import epath
 
 from swaa_jax.fields import show
 
+__all__ = [
+    "disable_compilation_cache",
+    "enable_compilation_cache",
+    "initialize_distributed",
+    "is_main_process",
+    "is_notebook",
+    "is_watched",
+    "keep_compiled_programs",
+    "return_freed_arrays",
+    "setup_logging",
+    "to_host",
+    "wait_for_all",
+]
+
 logger = logging.getLogger(__name__)
 
 _COORDINATOR = "JAX_COORDINATOR_ADDRESS"
@@ -57,6 +71,10 @@ def initialize_distributed(
     Raises:
         ValueError: settings that are malformed or half given, a cluster that JAX does not know, or
             no meeting in time. After the last of these the process cannot try again.
+
+    Examples:
+        >>> initialize_distributed()  # nothing is said, so that the process stays alone
+        False
     """
     if jax.distributed.is_initialized():
         return True
@@ -183,9 +201,12 @@ def _wait_for_coordinator(coordinator: str, deadline: float, timeout_s: int) -> 
 
 
 def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
-    """An array's values in this process's memory, also where its parts lie on other processes.
+    """An array's values, of any shape, in this process's memory, also where parts lie on others.
 
     Those are gathered, so every process has to call this, in the same order.
+
+    >>> to_host(jax.numpy.arange(3)).tolist()
+    [0, 1, 2]
     """
     if isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
@@ -199,6 +220,9 @@ def is_main_process() -> bool:
 
     Does not initialise JAX's backends in a single-process run, so it may be called before flags
     and `jax.distributed` are set up.
+
+    >>> is_main_process()  # alone
+    True
     """
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
@@ -208,6 +232,9 @@ def wait_for_all(what: str) -> None:
 
     Args:
         what: the same on all, so that processes that went astray fail rather than hang.
+
+    Examples:
+        >>> wait_for_all("the data is there")  # at once in a process that is alone
     """
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -225,6 +252,11 @@ def setup_logging(level: int | str = logging.INFO, *, rich: bool = True) -> None
         level: `logging`'s level, by number or name.
         rich: colours, where stderr is a terminal and the `rich` package is there; otherwise plain
             lines, each as long as it is, as logs of services want them.
+
+    Examples:
+        >>> setup_logging("WARNING", rich=False)
+        >>> logging.getLogger("swaa_jax").level == logging.WARNING
+        True
     """
     handler = _handler(rich)
     handler.addFilter(lambda record: is_main_process())
@@ -269,6 +301,10 @@ def enable_compilation_cache(directory: epath.PathLike | None = None) -> str | N
 
     Raises:
         ValueError: the directory that was asked for cannot be made.
+
+    Examples:
+        >>> enable_compilation_cache("compiled")
+        'compiled'
     """
     configured = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if directory is None and configured:
@@ -302,6 +338,8 @@ def keep_compiled_programs() -> None:
     JAX's own settings go first: `JAX_COMPILATION_CACHE_DIR` (empty: none), and
     `JAX_ENABLE_COMPILATION_CACHE=false` or `jax.config.update("jax_enable_compilation_cache",
     False)`, which turn it off.
+
+    >>> keep_compiled_programs()  # once a process; again does nothing
     """
     global _asked_for_cache
     is_on = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
@@ -320,17 +358,30 @@ def keep_compiled_programs() -> None:
 
 
 def disable_compilation_cache() -> None:
-    """Compiles everything anew in this process."""
+    """Compiles everything anew in this process.
+
+    >>> disable_compilation_cache()
+    >>> jax.config.jax_enable_compilation_cache
+    False
+    """
     jax.config.update("jax_enable_compilation_cache", False)
 
 
 def is_watched() -> bool:
-    """Whether somebody looks on: stderr is a terminal, or this is a notebook."""
+    """Whether somebody looks on: stderr is a terminal, or this is a notebook.
+
+    >>> is_watched() == sys.stderr.isatty()  # of a terminal or a log
+    True
+    """
     return sys.stderr.isatty() or is_notebook()
 
 
 def is_notebook() -> bool:
-    """Whether this process is a notebook's kernel: Jupyter's, Colab's or Kaggle's."""
+    """Whether this process is a notebook's kernel: Jupyter's, Colab's or Kaggle's.
+
+    >>> is_notebook()  # of a terminal
+    False
+    """
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return shell is not None and hasattr(shell, "kernel")
@@ -345,6 +396,10 @@ def return_freed_arrays() -> bool:
 
     Returns:
         Whether it does; False where the C library is another one.
+
+    Examples:
+        >>> return_freed_arrays() in (True, False)  # by the C library
+        True
     """
     if "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return False

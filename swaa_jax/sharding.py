@@ -28,7 +28,29 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from kernels_pallas import Target
 from swaa_jax.fields import wrong
 
+__all__ = [
+    "MESH_AXES",
+    "RULES",
+    "attention_specs",
+    "batch_parts",
+    "constrain_batch",
+    "constrain_heads",
+    "constrain_whole",
+    "kv_head_copies",
+    "make_mesh",
+    "resolve_mesh",
+    "sharding_for",
+    "spec_for",
+    "split_over",
+    "target_of",
+]
+
 MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
+"""The axes of every mesh, in order; those that are not used have size 1.
+
+>>> make_mesh(jax.devices()[:1]).axis_names == MESH_AXES
+True
+"""
 
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
@@ -42,6 +64,11 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "lora_rank": (),
     "norm": (),
 }
+"""Over which mesh axes each logical axis is split: the table above.
+
+>>> RULES["batch"]
+('data', 'fsdp')
+"""
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
@@ -85,6 +112,10 @@ def resolve_mesh(mesh: Mesh | str | None) -> Mesh | None:
 
     Raises:
         ValueError: anything else, or a mesh with an axis that is not one of `MESH_AXES`.
+
+    Examples:
+        >>> resolve_mesh("auto").shape["fsdp"] == len(jax.devices())
+        True
     """
     if mesh is None:
         return None
@@ -115,7 +146,11 @@ def batch_parts(mesh: Mesh | None) -> tuple[int, str]:
 
 
 def target_of(mesh: Mesh | None) -> Target | None:
-    """What programs on the mesh are compiled for; None: this process's first device."""
+    """What programs on the mesh are compiled for; None: this process's first device.
+
+    >>> target_of(None) is None, target_of(make_mesh(jax.devices()[:1])).platform
+    (True, 'cpu')
+    """
     return None if mesh is None else Target.of(mesh.devices.flat[0])
 
 
@@ -124,6 +159,13 @@ def spec_for(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Pa
 
     Raises:
         ValueError: an axis name that `RULES` lacks, or two axes that want the same mesh axis.
+
+    Examples:
+        >>> mesh = make_mesh([jax.devices()[0]] * 8, fsdp=4, tensor=2)  # one in place of eight
+        >>> spec_for(("embed", "mlp"), (2560, 9728), mesh) == PartitionSpec("fsdp", "tensor")
+        True
+        >>> spec_for(("embed", "mlp"), (2560, 9), mesh)[1] is None  # 9 columns are not halved
+        True
     """
     if len(axes) != len(shape):
         raise ValueError(f"axes: expected {len(shape)} names for shape {tuple(shape)}, got {axes}")
@@ -164,6 +206,11 @@ def sharding_for(param: nnx.Variable, mesh: Mesh | None) -> NamedSharding | None
     """The sharding that a parameter's own `axes` ask for; None without a mesh.
 
     A parameter with `units` is split between units only: `(1, head_dim)` keeps heads whole.
+
+    >>> mesh = make_mesh([jax.devices()[0]] * 8, fsdp=4, tensor=2)  # one in place of eight
+    >>> kernel = nnx.Param(jax.numpy.ones((8, 6)), axes=("embed", "mlp"))
+    >>> sharding_for(kernel, mesh).spec == PartitionSpec("fsdp", "tensor")
+    True
     """
     if mesh is None:
         return None
@@ -178,6 +225,10 @@ def kv_head_copies(mesh: Mesh | None, *, num_heads: int, num_kv_heads: int) -> i
     With 2 KV heads on `tensor=4` each device holds one head, half of the heads are held twice, and
     each device has its own query heads only. Where copies do not help (neither number divides the
     other) it is 1, and heads are whole on every device.
+
+    >>> mesh = make_mesh([jax.devices()[0]] * 4, tensor=4)  # one in place of four
+    >>> kv_head_copies(mesh, num_heads=8, num_kv_heads=2)
+    2
     """
     parts = 1 if mesh is None else mesh.shape.get("tensor", 1)
     fits = parts > num_kv_heads and parts % num_kv_heads == 0 and num_heads % parts == 0
@@ -191,6 +242,11 @@ def attention_specs(
 
     Query heads are split only where the key/value heads are, so that groups stay together.
     `whole_rows`: every device has all rows, which is how pages that rows share are read.
+
+    >>> mesh = make_mesh([jax.devices()[0]] * 8, fsdp=4, tensor=2)  # one in place of eight
+    >>> q_spec, row_spec = attention_specs(mesh, batch=8, num_kv_heads=2)
+    >>> q_spec == PartitionSpec("fsdp", None, "tensor", None)
+    True
     """
     row_axis = None if whole_rows else "batch"
     (rows, heads) = spec_for((row_axis, "kv_heads"), (batch, num_kv_heads), mesh)
@@ -198,7 +254,11 @@ def attention_specs(
 
 
 def constrain_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """Keep activations split by rows of the batch, whole along every other axis."""
+    """Keep activations `[B, ...]` split by rows of the batch, whole along every other axis.
+
+    >>> constrain_batch(jax.numpy.ones((8, 16)), make_mesh(jax.devices()[:1])).shape
+    (8, 16)
+    """
     if mesh is None:
         return x
     axes = ("batch",) + (None,) * (x.ndim - 1)
@@ -206,14 +266,22 @@ def constrain_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
 
 
 def constrain_whole(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """Keep an array whole on every device."""
+    """Keep an array of any shape whole on every device.
+
+    >>> constrain_whole(jax.numpy.ones((8, 16)), make_mesh(jax.devices()[:1])).shape
+    (8, 16)
+    """
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
 
 
 def constrain_heads(x: jax.Array, mesh: Mesh | None, *, whole_rows: bool = False) -> jax.Array:
-    """Keep `[B, tokens, KV heads, H]` split as `attend` reads it, so that caches stay put."""
+    """Keep `[B, tokens, KV heads, H]` split as `attend` reads it, so that caches stay put.
+
+    >>> constrain_heads(jax.numpy.ones((8, 4, 2, 16)), make_mesh(jax.devices()[:1])).shape
+    (8, 4, 2, 16)
+    """
     if mesh is None:
         return x
     spec, _ = attention_specs(

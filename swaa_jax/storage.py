@@ -21,6 +21,25 @@ from etils import epath
 from swaa_jax.documents import parse_json
 from swaa_jax.fields import first_of, naming, show
 
+__all__ = [
+    "CheckpointError",
+    "check_space",
+    "forget_listings",
+    "is_disk_full",
+    "is_local",
+    "kept_file",
+    "listing",
+    "read_json",
+    "read_text",
+    "reading",
+    "resolve_inside",
+    "sha256",
+    "unreadable",
+    "write_bytes_atomic",
+    "write_json_atomic",
+    "write_text_atomic",
+]
+
 _SHOWN = 20
 _LONGEST_PATH = 500
 
@@ -28,17 +47,29 @@ _LONGEST_PATH = 500
 class CheckpointError(ValueError):
     """A checkpoint cannot be read or written. The message is one paragraph: which file or key, what
     was expected, what was found, and what to do next.
+
+    >>> import swaa_jax as swaa
+    >>> swaa.load_model("tiny-retriver")
+    Traceback (most recent call last):
+        ...
+    swaa_jax.storage.CheckpointError: 'tiny-retriver': ... (did you mean 'tiny-retriever'?)...
     """
 
 
 def is_local(path: epath.PathLike) -> bool:
-    """Whether `path` is on a filesystem of this machine (has rename, symlinks and mmap)."""
+    """Whether `path` is on a filesystem of this machine (has rename, symlinks and mmap).
+
+    >>> is_local("runs/a"), is_local("gs://bucket/runs/a")
+    (True, False)
+    """
     return "://" not in os.fspath(epath.Path(path))
 
 
 def forget_listings(path: epath.Path) -> None:
     """Has a bucket's library ask anew what there is: fsspec's remember each listing for good, so
     that a process which looked too early would never see another one's checkpoint.
+
+    >>> forget_listings(epath.Path("runs"))  # nothing to do for a directory of this machine
     """
     filesystem = getattr(getattr(path, "_backend", None), "fs", None)  # epath has no public way
     if filesystem is not None and not is_local(path):
@@ -46,7 +77,11 @@ def forget_listings(path: epath.Path) -> None:
 
 
 def unreadable(path: epath.PathLike, error: BaseException) -> CheckpointError:
-    """The error of a path that cannot be opened or read, with what to do about it."""
+    """The error of a path that cannot be opened or read, with what to do about it.
+
+    >>> print(unreadable("model.json", PermissionError(13, "Permission denied")))
+    'model.json': expected a path that ..., got an error (Permission denied); check that it is ...
+    """
     text = path if isinstance(path, str) else os.fspath(path)
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
     reason = f"{reason or type(error).__name__}"[:500].rstrip(".")
@@ -74,6 +109,16 @@ def unreadable(path: epath.PathLike, error: BaseException) -> CheckpointError:
 def reading(path: epath.PathLike) -> Iterator[None]:
     """Makes whatever fails in the block the error of a path that cannot be read: a bucket's library
     raises what it likes.
+
+    Raises:
+        CheckpointError: something failed.
+
+    Examples:
+        >>> with reading("gs://bucket/model"):
+        ...     raise OSError("no route to host")
+        Traceback (most recent call last):
+            ...
+        swaa_jax.storage.CheckpointError: 'gs://bucket/model': ... (no route to host); ...
     """
     try:
         yield
@@ -88,6 +133,12 @@ def check_space(place: epath.PathLike, needed: int, *, what: str, advice: str) -
 
     Raises:
         CheckpointError: less than `needed` bytes are free.
+
+    Examples:
+        >>> check_space("out", 10**18, what="model", advice="choose another disk")
+        Traceback (most recent call last):
+            ...
+        swaa_jax.storage.CheckpointError: model: ...; choose another disk
     """
     disk = pathlib.Path(os.path.abspath(place))
     while not disk.exists():
@@ -101,7 +152,11 @@ def check_space(place: epath.PathLike, needed: int, *, what: str, advice: str) -
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether the error says that there is no room on the disk, or none left to this account."""
+    """Whether the error says that there is no room on the disk, or none left to this account.
+
+    >>> is_disk_full(OSError(errno.ENOSPC, "No space left on device"))
+    True
+    """
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -158,6 +213,12 @@ def resolve_inside(directory: epath.PathLike, name: str, *, under: str = "") -> 
     Raises:
         CheckpointError: `name` is not a plain file name, leads outside, or is there but is not a
             file. A name that is absent is returned.
+
+    Examples:
+        >>> resolve_inside("model", "../secrets")
+        Traceback (most recent call last):
+            ...
+        swaa_jax.storage.CheckpointError: model: ... got '../secrets'; ...
     """
     directory = epath.Path(directory)
     if not name or name in (".", "..") or any(c in name for c in "/\\\0"):
@@ -194,7 +255,12 @@ def resolve_inside(directory: epath.PathLike, name: str, *, under: str = "") -> 
 
 
 def sha256(path: epath.PathLike) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Hex SHA-256 of a file's bytes.
+
+    >>> write_text_atomic("note.txt", "window=64")
+    >>> sha256("note.txt")[:8]
+    'ab8b9502'
+    """
     digest = hashlib.sha256()
     with epath.Path(path).open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -209,6 +275,11 @@ def read_text(path: epath.PathLike) -> str:
         ValueError: it is not UTF-8; the file is named.
         FileNotFoundError: it is not there; the message says where it was looked for.
         OSError: it cannot be read.
+
+    Examples:
+        >>> write_text_atomic("note.txt", "window=64")
+        >>> read_text("note.txt")
+        'window=64'
     """
     try:
         return epath.Path(path).read_text(encoding="utf-8")
@@ -232,6 +303,11 @@ def read_json(path: epath.PathLike) -> Any:
     Raises:
         ValueError: it is not UTF-8, no JSON, or nested too deep; the file is named.
         OSError: it cannot be read.
+
+    Examples:
+        >>> write_json_atomic("run.json", {"step": 3})
+        >>> read_json("run.json")
+        {'step': 3}
     """
     text = read_text(path)
     with naming(os.fspath(path)):
@@ -244,6 +320,13 @@ def kept_file(path: epath.PathLike) -> Iterator[None]:
 
     Raises:
         ValueError: the file's content is not what a run writes.
+
+    Examples:
+        >>> with kept_file("run.json"):
+        ...     {}["step"]
+        Traceback (most recent call last):
+            ...
+        ValueError: run.json: expected what a run wrote, got something else (KeyError: ...
     """
     try:
         yield
@@ -256,12 +339,22 @@ def kept_file(path: epath.PathLike) -> Iterator[None]:
 
 
 def write_text_atomic(path: epath.PathLike, text: str) -> None:
-    """Writes `text` (UTF-8) to `path`; a reader sees the old file or the new one, never a part."""
+    """Writes `text` (UTF-8) to `path`; a reader sees the old file or the new one, never a part.
+
+    >>> write_text_atomic("note.txt", "window=64")
+    >>> os.listdir()  # nothing half-written beside it
+    ['note.txt']
+    """
     write_bytes_atomic(path, text.encode("utf-8"))
 
 
 def write_bytes_atomic(path: epath.PathLike, data: bytes) -> None:
-    """Writes `data` to `path`; a reader sees the old file or the new one, never a part."""
+    """Writes `data` to `path`; a reader sees the old file or the new one, never a part.
+
+    >>> write_bytes_atomic("note.bin", b"abc")
+    >>> os.listdir()
+    ['note.bin']
+    """
     path = epath.Path(path)
     if not is_local(path):  # an object store's put is atomic
         path.write_bytes(data)
@@ -299,6 +392,12 @@ def write_json_atomic(path: epath.PathLike, obj: object) -> None:
         CheckpointError: `obj` has a number that is not finite, which JSON has not; it is named, and
             nothing is written.
         TypeError: `obj` has something else that is not JSON.
+
+    Examples:
+        >>> write_json_atomic("run.json", {"loss": float("nan")})
+        Traceback (most recent call last):
+            ...
+        swaa_jax.storage.CheckpointError: run.json: loss: ... got nan; nothing was written; ...
     """
     try:
         text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

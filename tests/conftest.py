@@ -39,20 +39,3 @@ settings.load_profile("repeatable")
 def no_type_checks(monkeypatch):
     """Calls as users make them, without the import hook: wrong types reach our own messages."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-
-
-@pytest.fixture(autouse=True)
-def _programs_leave_no_trace():
-    """Commands set up logging and the compilation cache for their process; tests share one."""
-    import logging
-
-    import jax
-
-    loggers = [logging.getLogger(name) for name in ("swaa_jax", "kernels_pallas")]
-    before = [(each.handlers[:], each.level, each.propagate) for each in loggers]
-    cache = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-    yield
-    for each, (handlers, level, propagate) in zip(loggers, before, strict=True):
-        each.handlers[:], each.propagate = handlers, propagate
-        each.setLevel(level)
-    jax.config.update("jax_compilation_cache_dir", cache)

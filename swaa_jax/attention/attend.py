@@ -38,6 +38,11 @@ class LayerChoice:
     Attributes:
         index: which of the kinds this layer is.
         kinds: what each kind of layer sees.
+
+    Examples:
+        >>> kinds = (LayerAttention(window=64), LayerAttention())
+        >>> LayerChoice(index=jnp.int32(1), kinds=kinds).kinds[1].is_full  # of odd layers, say
+        True
     """
 
     index: Int[Array, ""]
@@ -54,6 +59,10 @@ class AttentionOptions:
         mesh: shard batch over data and fsdp, heads over tensor, where they divide. Its devices say
             what is compiled for.
         backend: a name from `available_backends()`, "auto", or names by op (`resolve_backend`).
+
+    Examples:
+        >>> AttentionOptions(scale=0.125, backend="xla").softcap is None
+        True
     """
 
     scale: float | None = None
@@ -78,7 +87,11 @@ MAX_DECODE_TOKENS = 8
 `swa_prefill` computes."""
 
 LayerKind: TypeAlias = LayerAttention | LayerChoice | RowWindows | GatedLayer
-"""What a layer can be told to see, where it has no cache."""
+"""What a layer can be told to see, where it has no cache.
+
+>>> isinstance(LayerAttention(window=64), LayerKind)
+True
+"""
 
 
 def attend(
@@ -92,7 +105,7 @@ def attend(
     segment_ids: Int[Array, "B T"] | None = None,
     options: AttentionOptions = DEFAULT_OPTIONS,
 ) -> Float[Array, "B T N H"]:
-    """Attention of whole rows under one layer's policy.
+    """Attention of whole rows under one layer's policy (arXiv 2512.10411, section 3).
 
     Args:
         q, k, v: RoPE applied; N query heads share K key/value heads in groups of N // K.
@@ -104,6 +117,13 @@ def attend(
 
     Returns:
         What each query gathered, in q's dtype.
+
+    Examples:
+        >>> q, k = jnp.zeros((1, 4, 2, 16)), jnp.zeros((1, 4, 1, 16))  # 2 query heads, 1 KV head
+        >>> v = jnp.broadcast_to(jnp.arange(4.0)[None, :, None, None], k.shape)
+        >>> out = attend(q, k, v, layer=LayerAttention(window=2))
+        >>> out[0, :, 0, 0].tolist()  # means over the positions that each token sees
+        [0.0, 0.5, 1.5, 2.5]
     """
     again = functools.partial(
         attend,
@@ -191,6 +211,15 @@ def attend_cached(
     Raises:
         ValueError: a ring cache is given to a layer that needs a full one, or a cache that does
             not keep its full heads apart; or a layer with a tail is given stages alone.
+
+    Examples:
+        >>> from swaa_jax.attention import build_cache
+        >>> layer, x = LayerAttention(window=4, num_sink_tokens=1), jnp.ones((1, 6, 2, 16))
+        >>> cache = build_cache(x, x, lengths=jnp.array([6]), layer=layer)  # of 6 tokens
+        >>> new = jnp.ones((1, 1, 2, 16))
+        >>> out, cache = attend_cached(new, new, new, cache, layer=layer, pos_B=jnp.array([6]))
+        >>> out.shape, sorted(cache.slot_positions[0].tolist())
+        ((1, 1, 2, 16), [0, 3, 4, 5, 6])
     """
     num_kv_heads = k.shape[2]
     parts = split_heads(layer, num_kv_heads)
@@ -346,6 +375,20 @@ def attend_stream(
 
     Raises:
         NotImplementedError: more than one new token a row of an answer.
+
+    Examples:
+        >>> from swaa_jax.attention import as_stream, build_cache
+        >>> layer, x = LayerAttention(window=4, num_sink_tokens=1), jnp.ones((1, 6, 2, 16))
+        >>> cache = as_stream(build_cache(x, x, lengths=jnp.array([6]), layer=layer))
+        >>> new, seen = jnp.ones((1, 1, 2, 16)), []
+        >>> def rotate(heads, positions):  # RoPE, in a model
+        ...     seen.append(int(positions.max()))
+        ...     return heads
+        >>> out, cache = attend_stream(
+        ...     new, new, new, cache, layer=layer, pos_B=jnp.array([6]), rotate=rotate
+        ... )
+        >>> max(seen) <= 5  # never beyond window + sinks, however long the text is
+        True
     """
     attending = functools.partial(
         attend_cached, layer=layer, pos_B=pos_B, lengths=lengths, options=options

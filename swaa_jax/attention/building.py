@@ -46,6 +46,12 @@ def build_cache(
 
     Raises:
         ValueError: `cache_size` is smaller than the prompt.
+
+    Examples:
+        >>> k = v = jnp.ones((1, 100, 2, 16))
+        >>> layers = LayerAttention(), LayerAttention(window=64, num_sink_tokens=4)
+        >>> [build_cache(k, v, lengths=jnp.array([100]), layer=layer).num_slots for layer in layers]
+        [228, 68]
     """
     width, num_kv_heads = k.shape[1:3]
     if cache_size is not None and cache_size < width:
@@ -97,6 +103,12 @@ def empty_cache(
         dtype: of keys and values.
         mesh: rows and heads are split over it as in `attend`.
         pages: how many there are, and the slots of each, for full caches of pages.
+
+    Examples:
+        >>> layer = LayerAttention(window=64, num_sink_tokens=4)
+        >>> cache = empty_cache(layer, shape=(3, 2, 16), cache_size=1024, dtype="bfloat16")
+        >>> cache.k.shape  # 3 rows, window + sinks, 2 KV heads of 16
+        (3, 68, 2, 16)
     """
     num_rows, num_kv_heads, head_dim = shape
     padding = jnp.zeros((num_rows, 1, num_kv_heads, head_dim), dtype)
@@ -131,7 +143,13 @@ def _pool(shape: tuple[int, int, int, int], *, dtype: DTypeLike, mesh: Mesh | No
 
 
 def constrain_caches(caches: Caches, mesh: Mesh | None) -> Caches:
-    """Keep keys and values split over a mesh as `attend` reads them, and all else whole."""
+    """Keep keys and values split over a mesh as `attend` reads them, and all else whole.
+
+    >>> cache = empty_cache(LayerAttention(), shape=(1, 2, 16), cache_size=8, dtype="float32")
+    >>> caches = Caches(layers=(cache,), pos_B=jnp.array([0]))
+    >>> constrain_caches(caches, None).layers[0].k.shape  # without a mesh nothing is split
+    (1, 8, 2, 16)
+    """
 
     def place(cache: LayerCache) -> LayerCache:
         if isinstance(cache, SplitCache):
@@ -161,6 +179,13 @@ def check_stream(layers: Sequence[LayerAttention], *, context: int | None = None
 
     Raises:
         ValueError: a layer that needs a full cache, or too wide a window.
+
+    Examples:
+        >>> check_stream([LayerAttention(window=64, num_sink_tokens=4)], context=8192)
+        >>> check_stream([LayerAttention()])
+        Traceback (most recent call last):
+            ...
+        ValueError: positions: expected a policy whose every layer and head is windowed, ...
     """
     for index, layer in enumerate(layers):
         if layer.needs_full_cache or layer.full_heads or layer.window is None:
@@ -182,7 +207,13 @@ def check_stream(layers: Sequence[LayerAttention], *, context: int | None = None
 
 
 def as_stream(ring: LayerCache) -> StreamCache:
-    """A ring of keys before RoPE as what it is."""
+    """A ring of keys before RoPE as what it is.
+
+    >>> layer = LayerAttention(window=64, num_sink_tokens=4)
+    >>> ring = empty_cache(layer, shape=(1, 2, 16), cache_size=1024, dtype="float32")
+    >>> as_stream(ring).num_slots
+    68
+    """
     assert isinstance(ring, RingCache)
     fields = {field.name: getattr(ring, field.name) for field in dataclasses.fields(ring)}
     return StreamCache(**fields)
@@ -204,6 +235,13 @@ def recast_caches(
     Raises:
         ValueError: a ring cannot become a full cache (its older keys are gone), or the number of
             layers or a layer's full heads differ.
+
+    Examples:
+        >>> layer = LayerAttention(window=4, num_sink_tokens=1, full_attention_tail=2)
+        >>> full = empty_cache(layer, shape=(1, 2, 16), cache_size=32, dtype="float32")
+        >>> read = Caches(layers=(full,), pos_B=jnp.array([20]))  # a prompt of 20 tokens
+        >>> recast_caches(read, (layer,)).layers[0].num_slots
+        5
     """
     if len(layers) != len(caches.layers):
         raise ValueError(f"layers: expected {len(caches.layers)} of them, got {len(layers)}")

@@ -34,7 +34,12 @@ from jaxtyping import Array, Float, Int
 from swaa_jax.attention.heads import take_heads
 
 EMPTY = -1
-"""Position of a slot that holds no token; such a slot is never visible."""
+"""Position of a slot that holds no token; such a slot is never visible.
+
+>>> cache = FullCache(k=jnp.zeros((1, 3, 2, 16)), v=jnp.zeros((1, 3, 2, 16)))
+>>> (cache.positions(jnp.array([2])) == EMPTY).tolist()
+[[False, False, True]]
+"""
 
 DEFAULT_ROOM = 128
 """Slots of a full cache behind the prompt where no size is given."""
@@ -50,6 +55,10 @@ class Cache(abc.ABC):
 
     A pytree whose leaves start with the batch, or with the pages of a pool. Nothing is changed in
     place: under jit, donate what is replaced.
+
+    >>> cache = FullCache(k=jnp.zeros((3, 8, 2, 16)), v=jnp.zeros((3, 8, 2, 16)))
+    >>> isinstance(cache, Cache), cache.num_slots, cache.take(2).k.shape  # one row
+    (True, 8, (1, 8, 2, 16))
     """
 
     @property
@@ -124,6 +133,11 @@ class FullCache(Cache):
 
     Attributes:
         k, v: `[B, S, K, H]`.
+
+    Examples:
+        >>> cache = FullCache(k=jnp.zeros((1, 4, 2, 16)), v=jnp.zeros((1, 4, 2, 16)))
+        >>> cache.positions(jnp.array([3])).tolist()  # after three tokens
+        [[0, 1, 2, -1]]
     """
 
     # Leaves of a pytree may be anything (shapes, shardings, None), hence no array types here.
@@ -163,6 +177,12 @@ class PagedCache(Cache):
     Attributes:
         k, v: the pool, `[P, page, K, H]`.
         table: each row's pages in turn, int32 `[B, M]`. Entries behind its last page are not read.
+
+    Examples:
+        >>> pool = jnp.zeros((6, 16, 2, 8))  # 6 pages of 16 slots
+        >>> cache = PagedCache(k=pool, v=pool, table=jnp.array([[4, 0], [2, 5]]))
+        >>> cache.num_slots, cache.rows().k.shape  # of two rows with two pages each
+        (32, (2, 32, 2, 8))
     """
 
     k: Float[Array, "P page K H"]
@@ -235,6 +255,7 @@ class PagedCache(Cache):
 class RingCache(Cache):
     """The first `num_sink_tokens` keys and the last ones, in a fixed number of slots.
 
+    The cache of a windowed layer that keeps the first k (arXiv 2512.10411, section 3.2).
     Memory is that of window + sinks, whatever the length of the text, and less where a row is
     known to stay shorter. What left the window is gone: a row that must see everything (a full
     layer, full-attention decoding) cannot use it.
@@ -243,6 +264,13 @@ class RingCache(Cache):
         k, v: `[B, R, K, H]`, R = window + sinks, or as many as a row can be long.
         slot_positions: `[B, R]`, the absolute position that each slot holds, or `EMPTY`.
         num_sink_tokens: the first slots, which are never overwritten.
+
+    Examples:
+        >>> k = jnp.zeros((1, 4, 2, 16))  # a window of 3, and a sink
+        >>> ring = RingCache(k=k, v=k, slot_positions=jnp.full((1, 4), EMPTY), num_sink_tokens=1)
+        >>> new = jnp.ones((1, 6, 2, 16))
+        >>> ring.write(new, new, jnp.array([0])).slot_positions.tolist()  # 1 and 2 are overwritten
+        [[0, 4, 5, 3]]
     """
 
     k: Float[Array, "B R K H"]
@@ -317,10 +345,18 @@ def ring_in_order(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StreamCache(RingCache):
-    """A ring whose keys are stored before RoPE, for positions inside the cache (`attend_stream`).
+    """A ring whose keys are stored before RoPE, for positions inside the cache (`attend_stream`;
+    StreamingLLM, arXiv 2309.17453).
 
     They are rotated anew for each token, which costs a copy of the ring's keys: the price of
     answers without end.
+
+    >>> from swaa_jax.attention import as_stream, empty_cache
+    >>> from swaa_jax.policy import LayerAttention
+    >>> layer = LayerAttention(window=64, num_sink_tokens=4)
+    >>> ring = empty_cache(layer, shape=(1, 2, 16), cache_size=1024, dtype="float32")
+    >>> isinstance(as_stream(ring), StreamCache)
+    True
     """
 
 
@@ -333,6 +369,14 @@ class SplitCache(Cache):
         full: a `FullCache` of the full heads, whose slots and positions are the split cache's.
         windowed: a `RingCache` of the other heads; a `FullCache` where they decode in full.
         full_heads: which KV heads are full.
+
+    Examples:
+        >>> from swaa_jax.attention import empty_cache
+        >>> from swaa_jax.policy import LayerAttention
+        >>> layer = LayerAttention(window=64, num_sink_tokens=4, full_heads=(1,))
+        >>> cache = empty_cache(layer, shape=(1, 2, 16), cache_size=1024, dtype="float32")
+        >>> cache.full.num_slots, cache.windowed.num_slots
+        (1024, 68)
     """
 
     full: "LayerCache"
@@ -392,7 +436,11 @@ class SplitCache(Cache):
 
 
 LayerCache: TypeAlias = FullCache | PagedCache | RingCache | SplitCache
-"""What a layer keeps."""
+"""What a layer keeps.
+
+>>> isinstance(FullCache(k=jnp.zeros((1, 4, 2, 16)), v=jnp.zeros((1, 4, 2, 16))), LayerCache)
+True
+"""
 
 
 def _slots_as_positions(num_slots: int, pos_B: Int[Array, " B"]) -> Int[Array, "B S"]:
@@ -439,6 +487,10 @@ class Caches:
     """One cache a layer, and `pos_B` `[B]`: how many tokens each row has seen. A pytree.
 
     `table` `[B, M]` has the rows' pages, where layers are made of pages.
+
+    >>> cache = FullCache(k=jnp.zeros((1, 8, 2, 16)), v=jnp.zeros((1, 8, 2, 16)))
+    >>> Caches(layers=(cache, cache), pos_B=jnp.array([0])).nbytes  # 2 layers, k and v, float32
+    4096
     """
 
     layers: tuple[LayerCache, ...]

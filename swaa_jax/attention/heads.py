@@ -26,6 +26,10 @@ class HeadPart:
     Attributes:
         heads: their numbers, sorted.
         layer: what they see; its own `full_heads` are none.
+
+    Examples:
+        >>> split_heads(LayerAttention(window=64, full_heads=(1,)), 4)[0].heads  # the full ones
+        (1,)
     """
 
     heads: tuple[int, ...]

@@ -34,6 +34,11 @@ def full_rows(
 
     Returns:
         None where no row can be full, or where the layer is full in any case.
+
+    Examples:
+        >>> layer = LayerAttention(window=64, full_decode=True)
+        >>> full_rows(layer, shape=(1, 4), stage_ids=jnp.array([[0, 0, 1, 1]])).tolist()
+        [[False, False, True, True]]
     """
     if layer.is_full:
         return None
@@ -107,6 +112,11 @@ def tail_rows(is_answer: Any, begins: Any, *, size: int) -> Any:
 
     Returns:
         Bool `[..., T]`; what padding holds means nothing.
+
+    Examples:
+        >>> answers, begins = jnp.array([0, 0, 0, 1, 1, 0], bool), jnp.zeros(6, bool)
+        >>> tail_rows(answers, begins, size=2).astype(int).tolist()
+        [0, 1, 1, 0, 0, 1]
     """
     xp = np if isinstance(is_answer, np.ndarray) else jnp
     width = is_answer.shape[-1]

@@ -25,6 +25,11 @@ class RowWindows:
     Attributes:
         window: keys that a row's queries see, themselves included; S or more is full attention.
         num_sink_tokens, full_decode, full_attention_tail: of all rows, as in `LayerAttention`.
+
+    Examples:
+        >>> layer = RowWindows(window=jnp.array([64, 512, 4096]), num_sink_tokens=4)
+        >>> layer.window.shape, layer.num_sink_tokens  # three policies in three rows
+        ((3,), 4)
     """
 
     window: Int[Array, " B"]
@@ -46,6 +51,12 @@ class GatedLayer:
     Attributes:
         gate: of every KV head, 0 to 1; one number for all heads is `[1]`.
         windowed: what the windowed part sees.
+
+    Examples:
+        >>> layer = GatedLayer(gate=jnp.array([1.0, 0.0]), windowed=LayerAttention(window=64))
+        >>> full, windowed = jnp.ones((1, 3, 2, 4)), jnp.zeros((1, 3, 2, 4))
+        >>> layer.mix(full, windowed)[0, 0, :, 0].tolist()  # the first KV head is full
+        [1.0, 0.0]
     """
 
     gate: Float[Array, " heads"]

@@ -221,7 +221,7 @@ class Summary:
 
 @dataclasses.dataclass(kw_only=True)
 class Measurement:
-    """One policy, or one model of a server, under the workload.
+    """One policy, or one model of a server, under the workload (as in table 5 of arXiv 2512.10411).
 
     Attributes:
         name: of the policy or the model.
@@ -236,6 +236,15 @@ class Measurement:
         peak_bytes: that a device had in use at most; None: it does not tell, or another policy,
             measured before, had more in use.
         details: more figures, of this kind of measurement.
+
+    Examples:
+        >>> answer = Timeline(
+        ...     number=0, prompt_tokens=1024, asked_tokens=3, arrival=0.0, sent=0.0,
+        ...     pieces=[(0.5, 1), (0.6, 1), (0.7, 1)], end=0.7,
+        ... )
+        >>> summary = Measurement(name="naive", timelines=[answer], duration_s=0.7).summary
+        >>> summary.ttft.mean, round(summary.tpot.mean, 3), summary.output_tokens  # seconds
+        (0.5, 0.1, 3)
     """
 
     name: str

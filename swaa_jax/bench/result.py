@@ -29,6 +29,14 @@ class BenchResult(Tabular):
         workload: what was sent.
         title: what was measured, on what.
         about: more for the JSON: model, device, versions.
+
+    Examples:
+        >>> from swaa_jax.bench import Lengths
+        >>> load = Workload(prompt=Lengths(values=(8,)), output=Lengths(values=(4,)), concurrency=1)
+        >>> failed = Measurement(name="full", error="out of memory")
+        >>> done = BenchResult(measurements=(failed,), workload=load, title="tiny-retriever.")
+        >>> done["full"].error, done.is_complete
+        ('out of memory', False)
     """
 
     measurements: tuple[Measurement, ...]

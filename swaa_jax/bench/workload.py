@@ -46,6 +46,12 @@ class Lengths:
 
     Raises:
         ValueError: a length below 1, none at all, or no range.
+
+    Examples:
+        >>> Lengths(values=(100, 200)).draw(3, np.random.default_rng(0))  # in turns
+        [100, 200, 100]
+        >>> str(Lengths(values=(512, 8192), is_range=True))
+        '512:8192'
     """
 
     values: tuple[int, ...]
@@ -156,6 +162,14 @@ class Workload:
 
     Raises:
         ValueError: a value out of range, or both of concurrency and rate.
+
+    Examples:
+        >>> load = Workload(
+        ...     prompt_tokens=Lengths(values=(1024,)), output_tokens=Lengths(values=(128,)),
+        ...     requests=2, rate=4.0,
+        ... )
+        >>> load.longest, load.arrivals().round(2).tolist()  # tokens, seconds
+        (1152, [0.62, 0.84])
     """
 
     prompt_tokens: Lengths

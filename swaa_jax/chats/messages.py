@@ -20,7 +20,18 @@ from swaa_jax.limits import MAX_MESSAGES
 __all__ = ["ChatError", "Message", "Result", "Tools", "normal_messages", "normal_tools"]
 
 Message: TypeAlias = Mapping[str, Any]
+"""A turn of a chat in the one form that templates are given.
+
+>>> normal_messages([{"from": "human", "value": "2 + 2?"}])[0]
+{'role': 'user', 'content': '2 + 2?'}
+"""
+
 Tools: TypeAlias = tuple[object, ...] | None
+"""Descriptions of tools as plain data; None: there are none.
+
+>>> normal_tools([]) is None
+True
+"""
 
 _ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
@@ -50,6 +61,11 @@ class Result(str):
 class ChatError(ValueError):
     """A chat that cannot be rendered, or would lose something. The message begins with the part
     of the chat that is wrong; the file or prompt is the caller's to name.
+
+    >>> normal_messages([{"role": "usr", "content": "2 + 2?"}])
+    Traceback (most recent call last):
+        ...
+    swaa_jax.chats.messages.ChatError: message 0, role: expected ... (did you mean 'user'?)
     """
 
 
@@ -83,6 +99,17 @@ def normal_tools(tools: object, name: str = "tools") -> Tools:
 
     Raises:
         ChatError: anything else.
+
+    Examples:
+        >>> def add(a: int, b: int) -> int:
+        ...     '''Adds.
+        ...
+        ...     Args:
+        ...         a: one number.
+        ...         b: the other.
+        ...     '''
+        >>> normal_tools([add])[0]["function"]["parameters"]["required"]
+        ['a', 'b']
     """
     if isinstance(tools, str):
         tools = _json(tools, name, "a list, or its JSON")

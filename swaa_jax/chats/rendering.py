@@ -41,12 +41,20 @@ log = logging.getLogger(__name__)
 
 TEMPLATE_DATE = "2024-07-26"
 """What templates are told that today is, unless the variable `strftime_now` says otherwise. It is
-Llama 3.2's own for want of a clock: one day, so that the same chat is the same tokens tomorrow."""
+Llama 3.2's own for want of a clock: one day, so that the same chat is the same tokens tomorrow.
+
+>>> datetime.date.fromisoformat(TEMPLATE_DATE).year
+2024
+"""
 
 _CONTINUED = "CONTINUED_HERE "
 _WARNING = threading.Lock()
 FLAGS = ("train", "weight")
-"""Keys of a message that are for training, not for the template."""
+"""Keys of a message that are for training, not for the template.
+
+>>> {"role": "assistant", "content": "4", "weight": 0.5}.keys() & set(FLAGS)  # not rendered
+{'weight'}
+"""
 _KEYS = {"role", "content", "tool_calls", "reasoning_content", "thinking", *FLAGS}
 _KEYS |= {"id", "type", "tool_call_id"}  # that templates may leave out
 
@@ -59,6 +67,10 @@ class Rendered:
         text: with all that the template adds.
         generated: the spans that it marks as the model's, with ``{% generation %}``.
         unread: keys of messages that it does not name, so that they have no effect.
+
+    Examples:
+        >>> Rendered("<user>2 + 2?<end>", ()).unread
+        ()
     """
 
     text: str
@@ -75,7 +87,8 @@ def render_chat(
     generation_prompt: bool = True,
     continued: bool = False,
 ) -> Rendered:
-    """A chat by the tokenizer's template, in a process apart, with a pinned date.
+    r"""A chat by the tokenizer's template, as Transformers' `apply_chat_template`, but in a process
+    apart and with a pinned date.
 
     Args:
         tok: a tokenizer with a chat template.
@@ -89,6 +102,13 @@ def render_chat(
     Raises:
         ChatError: messages that have no form, a template that fails or takes too long, or one
             that leaves out a message's text, tool calls or thoughts, or the tools.
+
+    Examples:
+        >>> from swaa_jax.checkpoint import load_tokenizer
+        >>> chat = [{"role": "user", "content": "2 + 2?"}]
+        >>> tok, variables = load_tokenizer("tiny-retriever"), {"enable_thinking": False}
+        >>> render_chat(tok, chat, variables=variables).text
+        '<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n'
     """
     messages = normal_messages(messages)
     described = normal_tools(tools)
@@ -128,7 +148,13 @@ def render_chat(
 def unused_variables(
     tok: "PreTrainedTokenizerBase | None", variables: Mapping[str, Any]
 ) -> list[str]:
-    """Those that the tokenizer's template does not name, so that they have no effect."""
+    """Those that the tokenizer's template does not name, so that they have no effect.
+
+    >>> from swaa_jax.checkpoint import load_tokenizer
+    >>> tok = load_tokenizer("tiny-retriever")
+    >>> unused_variables(tok, {"enable_thinking": False, "enable_thoughts": False})
+    ['enable_thoughts']
+    """
     template = str(getattr(tok, "chat_template", None) or "")
     return [
         name
@@ -367,7 +393,10 @@ def _as_json(arguments: Any) -> str:
 
 
 def warn_of_unread(keys: Iterable[str]) -> None:
-    """Says, once for each, which keys of messages have no effect."""
+    """Says, once for each, which keys of messages have no effect.
+
+    >>> warn_of_unread(["mood"])  # logged, once a process
+    """
     with _WARNING:  # threads render a file's records
         for key in keys:
             _warn_of_key(key)

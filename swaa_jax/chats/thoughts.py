@@ -9,14 +9,31 @@ THOUGHT_MARKERS = (
     ("[THINK]", "[/THINK]"),  # Magistral: control tokens, mistral-common's `SpecialTokens`
     ("<|begin_of_thought|>", "<|end_of_thought|>"),  # Sky-T1 and OpenThinker: their system prompts
 )
-"""What opens a thought and what closes it. A family of other markers adds a line."""
+"""What opens a thought and what closes it. A family of other markers adds a line.
+
+>>> THOUGHT_MARKERS[0]
+('<think>', '</think>')
+"""
 
 _opening, _closing = zip(*THOUGHT_MARKERS, strict=True)
 OPENING = re.compile("|".join(map(re.escape, _opening)))
-"""Finds what opens a thought."""
+"""Finds what opens a thought.
+
+>>> bool(OPENING.search("<think>Two and two."))
+True
+"""
 CLOSING = re.compile("|".join(map(re.escape, _closing)))
-"""Finds what closes one."""
+"""Finds what closes one.
+
+>>> CLOSING.split("Two and two.</think>4")[-1]
+'4'
+"""
 LONGEST_MARKER = max(map(len, (*_opening, *_closing)))
+"""Characters of the longest of them: how much of a stream is held back to see one whole.
+
+>>> LONGEST_MARKER == len("<|begin_of_thought|>")
+True
+"""
 
 
 def ends_in_thought(text: str) -> bool:

@@ -19,9 +19,17 @@ from swaa_jax.storage import (
 
 _ASSETS = epath.resource_path("swaa_jax") / "assets"
 SHIPPED = {"tiny-retriever": _ASSETS / "tiny-retriever"}
-"""Models inside this package, by the name that stands for their directory."""
+"""Models inside this package, by the name that stands for their directory.
+
+>>> sorted(SHIPPED), (SHIPPED["tiny-retriever"] / "config.json").exists()
+(['tiny-retriever'], True)
+"""
 SHIPPED_ADAPTERS = {"tiny-retriever-lora": _ASSETS / "tiny-retriever-lora"}
-"""Adapters for them, likewise."""
+"""Adapters for them, likewise.
+
+>>> sorted(SHIPPED_ADAPTERS)
+['tiny-retriever-lora']
+"""
 
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -34,6 +42,10 @@ def check_directory(directory: epath.PathLike) -> epath.Path:
 
     Raises:
         CheckpointError: it does not exist, or is a file; says so when it looks like a hub id.
+
+    Examples:
+        >>> check_directory("tiny-retriever") == SHIPPED["tiny-retriever"]
+        True
     """
     try:
         path = epath.Path(directory).expanduser()
@@ -69,7 +81,11 @@ def check_directory(directory: epath.PathLike) -> epath.Path:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where a checkpoint came from: a hub id and its commit, or a path or name without one."""
+    """Where a checkpoint came from: a hub id and its commit, or a path or name without one.
+
+    >>> checkpoint_origin(SHIPPED["tiny-retriever"])
+    Origin(name='tiny-retriever', commit=None)
+    """
 
     name: str
     commit: str | None = None
@@ -104,6 +120,10 @@ def read_json_object(path: epath.Path) -> dict[str, object]:
 
     Raises:
         CheckpointError: missing, unreadable, not JSON, nested too deep, or not an object.
+
+    Examples:
+        >>> sorted(read_json_object(SHIPPED["tiny-retriever"] / "attention_policy.json"))
+        ['num_layers', 'policy', 'schema_version']
     """
     resolve_inside(path.parent, path.name)
     try:

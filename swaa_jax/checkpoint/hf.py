@@ -55,6 +55,11 @@ def read_config(directory: epath.PathLike) -> dict[str, object]:
     Raises:
         CheckpointError: not a directory (or it looks like a hub id), no `config.json`, malformed
             JSON, or a quantised checkpoint (`quantization_config`).
+
+    Examples:
+        >>> config = read_config("tiny-retriever")
+        >>> config["model_type"], config["num_hidden_layers"]
+        ('qwen3', 8)
     """
     directory = check_directory(directory)
     path = directory / CONFIG_FILE
@@ -83,13 +88,22 @@ def read_generation_config(directory: epath.PathLike) -> dict[str, Any]:
 
     Raises:
         CheckpointError: not a directory, or malformed JSON.
+
+    Examples:
+        >>> read_generation_config("tiny-retriever")["eos_token_id"]
+        2
     """
     path = check_directory(directory) / GENERATION_CONFIG_FILE
     return read_json_object(path) if _exists(path) else {}
 
 
 def write_config(directory: epath.PathLike, config: dict[str, object]) -> None:
-    """Writes `config.json`; the last file of a save, being the commit mark."""
+    """Writes `config.json`; the last file of a save, being the commit mark.
+
+    >>> write_config(".", with_dtype(read_config("tiny-retriever"), "float32"))
+    >>> read_config(".")["dtype"]
+    'float32'
+    """
     write_json_atomic(epath.Path(directory) / CONFIG_FILE, config)
 
 
@@ -103,7 +117,12 @@ def with_dtype(config: dict[str, object], dtype: str) -> dict[str, object]:
 
 
 def write_generation_config(directory: epath.PathLike, config: dict[str, object]) -> None:
-    """Writes `generation_config.json`."""
+    """Writes `generation_config.json`.
+
+    >>> write_generation_config(".", {"temperature": 0.6, "top_p": 0.95})
+    >>> read_json_object(epath.Path("generation_config.json"))
+    {'temperature': 0.6, 'top_p': 0.95}
+    """
     write_json_atomic(epath.Path(directory) / GENERATION_CONFIG_FILE, config)
 
 
@@ -112,6 +131,10 @@ def copy_generation_config(
 ) -> None:
     """Copies `generation_config.json`, if there is one, with the overrides of the model's config in
     it, since its token ids go before the config's.
+
+    >>> copy_generation_config("tiny-retriever", ".", {"eos_token_id": 7})
+    >>> read_json_object(epath.Path("generation_config.json"))["eos_token_id"]
+    7
     """
     found = read_generation_config(source)
     if found:
@@ -133,6 +156,10 @@ def read_attention_policy(
 
     Raises:
         CheckpointError: malformed, of another schema version, or for another number of layers.
+
+    Examples:
+        >>> read_attention_policy("tiny-retriever", num_layers=8)["window"] is None
+        True
     """
     path = check_directory(directory) / POLICY_FILE
     if not _exists(path):
@@ -163,7 +190,12 @@ def read_attention_policy(
 def write_attention_policy(
     directory: epath.PathLike, policy: dict[str, object], *, num_layers: int
 ) -> None:
-    """Writes `attention_policy.json`: the schema version, the policy, the number of layers."""
+    """Writes `attention_policy.json`: the schema version, the policy, the number of layers.
+
+    >>> write_attention_policy(".", {"window": 64}, num_layers=8)
+    >>> read_json_object(epath.Path("attention_policy.json"))
+    {'schema_version': 1, 'policy': {'window': 64}, 'num_layers': 8}
+    """
     record = {
         "schema_version": POLICY_SCHEMA_VERSION,
         "policy": policy,
@@ -189,6 +221,12 @@ def write_provenance(
         revision: its revision; None: the commit of one in the hub's cache.
         dtype: of the weights.
         seed: the seed of the run that made it.
+
+    Examples:
+        >>> write_provenance(".", base="Qwen/Qwen3-4B", dtype="bfloat16", seed=0)
+        >>> provenance = read_provenance(".")
+        >>> provenance["base"], provenance["seed"]
+        ('Qwen/Qwen3-4B', 0)
     """
     directory = epath.Path(directory)
     origin = None if base is None else checkpoint_origin(base)
@@ -223,7 +261,11 @@ def _provenance_of_base(base: epath.PathLike) -> dict[str, object] | None:
 
 
 def read_provenance(directory: epath.PathLike) -> dict[str, object] | None:
-    """`provenance.json`, or None where there is none."""
+    """`provenance.json`, or None where there is none.
+
+    >>> sorted(read_provenance("tiny-retriever"))
+    ['base', 'revision', 'seed', 'tokenizer_sha256', 'versions']
+    """
     path = check_directory(directory) / PROVENANCE_FILE
     return read_json_object(path) if _exists(path) else None
 
@@ -238,6 +280,10 @@ def copy_tokenizer_files(source: epath.PathLike, destination: epath.PathLike) ->
 
     Raises:
         CheckpointError: `source` is not a directory, or a file is a link that leads out of it.
+
+    Examples:
+        >>> copy_tokenizer_files("tiny-retriever", "copy")
+        ['tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja']
     """
     source, destination = check_directory(source), epath.Path(destination)
     copied = []

@@ -65,6 +65,10 @@ def open_checkpoint(
         CheckpointError: there is no such directory, or the download failed; one paragraph says
             what was asked for, what happened, and what to do.
         ValueError: a `revision` of a directory.
+
+    Examples:
+        >>> open_checkpoint("tiny-retriever").name  # a hub id is downloaded
+        'tiny-retriever'
     """
     repo_id = _hub_id(path_or_hub_id)
     if repo_id is not None:

@@ -31,7 +31,11 @@ Expected = tuple[tuple[int, ...], DTypeLike, jax.sharding.Sharding | None]
 """What a parameter must be: shape, dtype to hold it in, sharding (None: the default device)."""
 
 IGNORED = ("*.rotary_emb.inv_freq", "*.attn.masked_bias")
-"""Tensors of old checkpoints that are computed, not learned; always allowed and never read."""
+"""Tensors of old checkpoints that are computed, not learned; always allowed and never read.
+
+>>> fnmatch.fnmatch("model.layers.0.self_attn.rotary_emb.inv_freq", IGNORED[0])
+True
+"""
 
 _READ_BYTES = 16 * 2**20  # of a tensor at once
 _TURN_ROWS = 256  # a block that stays in the processor's cache: turning whole tensors is 5x slower
@@ -39,7 +43,11 @@ _ALIGNMENT = 64  # XLA's for buffers on the CPU
 
 
 class Transform(enum.Enum):
-    """How the stored array becomes ours. Each is its own inverse."""
+    """How the stored array becomes ours, of any shape. Each is its own inverse.
+
+    >>> Transform.TRANSPOSE.shape((512, 256)), Transform.TRANSPOSE.apply(np.zeros((512, 256))).shape
+    ((256, 512), (256, 512))
+    """
 
     IDENTITY = "identity"
     TRANSPOSE = "transpose"  # torch's Linear is [out, in], our kernels are [in, out]
@@ -71,6 +79,11 @@ class WeightRule:
         ours: the path of the parameter.
         transform: between the two, the same both ways (of each expert's tensor).
         part: the rows (first axis, as stored) of a fused tensor; None: all of it.
+
+    Examples:
+        >>> rule = WeightRule("h.{layer}.w", "layers.{layer}.kernel", Transform.TRANSPOSE)
+        >>> [(row.hf, row.ours) for row in expand([rule], 2)]
+        [('h.0.w', 'layers.0.kernel'), ('h.1.w', 'layers.1.kernel')]
     """
 
     hf: str
@@ -185,6 +198,15 @@ def load_weights(
         CheckpointError: missing, unexpected and misshaped tensors, unsupported dtypes and unequal
             tied copies, all in one message.
         ValueError: a parameter has no row in the table.
+
+    Examples:
+        >>> from swaa_jax.checkpoint import SHIPPED
+        >>> reader = WeightReader(SHIPPED["tiny-retriever"])
+        >>> rules = [WeightRule("model.norm.weight", "norm")]
+        >>> expected = {"norm": ((256,), "float32", None)}
+        >>> weights = load_weights(reader, rules, num_layers=8, expected=expected, ignored=["*"])
+        >>> weights["norm"].shape, str(weights["norm"].dtype)
+        ((256,), 'float32')
     """
     rows = check_weights(
         reader,
@@ -226,6 +248,14 @@ def check_weights(
 
     Raises:
         CheckpointError, ValueError: as `load_weights`.
+
+    Examples:
+        >>> from swaa_jax.checkpoint import SHIPPED
+        >>> reader = WeightReader(SHIPPED["tiny-retriever"])
+        >>> rules = [WeightRule("model.norm.weight", "norm")]
+        >>> expected = {"norm": ((256,), "float32", None)}
+        >>> check_weights(reader, rules, num_layers=8, expected=expected, ignored=["*"])["norm"].hf
+        'model.norm.weight'
     """
     tied = dict(tied or {})
     rows = {row.ours: row for row in expand(rules, num_layers) if row.ours in expected}
@@ -258,6 +288,17 @@ def check_counts(
 
     Raises:
         CheckpointError: the config says more.
+
+    Examples:
+        >>> from swaa_jax.checkpoint import SHIPPED
+        >>> reader = WeightReader(SHIPPED["tiny-retriever"])
+        >>> norm = "layers.{layer}.input_layernorm.weight"
+        >>> rules = [WeightRule(f"model.{norm}", norm)]
+        >>> check_counts(reader, rules, num_layers=8)  # as many as it has
+        >>> check_counts(reader, rules, num_layers=10_000)
+        Traceback (most recent call last):
+            ...
+        swaa_jax.storage.CheckpointError: ...the others missing: 'model.layers.8.*'...
     """
     for placeholder, wanted in (("{layer}", num_layers), ("{expert}", num_experts)):
         before = {
@@ -466,10 +507,16 @@ def _once_per_index(
 
 
 def cast_weight(reader: WeightReader, name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A tensor of the checkpoint in another dtype.
+    """A tensor of the checkpoint, of any shape, in another dtype.
 
     Raises:
         CheckpointError: values that float16 does not reach.
+
+    Examples:
+        >>> from swaa_jax.checkpoint import SHIPPED
+        >>> reader, name = WeightReader(SHIPPED["tiny-retriever"]), "model.norm.weight"
+        >>> cast_weight(reader, name, reader.read(name), np.dtype("float32")).dtype
+        dtype('float32')
     """
     if value.dtype == dtype:
         return value
@@ -492,7 +539,7 @@ def _finite(value: np.ndarray) -> np.ndarray:
 def dump_weights(
     params: Mapping[str, jax.Array | np.ndarray], rules: Sequence[WeightRule], num_layers: int
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The inverse of `load_weights`: (checkpoint name, array in its stored layout), in the table's
+    """The inverse of `load_weights`: (checkpoint name, array in its stored shape), in the table's
     order, one at a time. Dtypes are the parameters'; feed it to `write_safetensors`.
 
     A parameter that is spread over several processes is gathered in each of them, so all of them
@@ -500,6 +547,12 @@ def dump_weights(
 
     Raises:
         ValueError: a parameter has no row in the table.
+
+    Examples:
+        >>> rules = [WeightRule("lm_head.weight", "lm_head.kernel", Transform.TRANSPOSE)]
+        >>> tensors = dump_weights({"lm_head.kernel": np.zeros((256, 2304))}, rules, 8)
+        >>> [(name, tensor.shape) for name, tensor in tensors]
+        [('lm_head.weight', (2304, 256))]
     """
     rows = expand(rules, num_layers)
     unmapped = set(params) - {row.ours for row in rows}

@@ -29,6 +29,11 @@ from swaa_jax.storage import (
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DEFAULT_MAX_SHARD_BYTES = 4 * 2**30
+"""Bytes that a file of a checkpoint holds at most where nobody says another number.
+
+>>> DEFAULT_MAX_SHARD_BYTES / 2**30  # GiB
+4.0
+"""
 
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
 """Stored dtypes that can be loaded. Quantised and integer ones cannot."""
@@ -40,7 +45,7 @@ _OTHER_SUFFIXES = (".gguf", ".h5", ".msgpack", ".npz", ".onnx")
 
 
 class WeightReader:
-    """The tensors of a checkpoint directory, by their Hugging Face names.
+    """The tensors of a checkpoint directory (safetensors), by their Hugging Face names.
 
     Opening reads and checks the headers only: the index against the shards, each shard's size
     against its header. Tensors are read on demand and only the slice asked for becomes host memory,
@@ -57,6 +62,15 @@ class WeightReader:
 
     Raises:
         CheckpointError: one paragraph naming every file and tensor that is wrong.
+
+    Examples:
+        >>> from swaa_jax.checkpoint import SHIPPED
+        >>> reader = WeightReader(SHIPPED["tiny-retriever"])
+        >>> name = "model.layers.0.mlp.up_proj.weight"
+        >>> reader.shape(name), reader.stored_dtype(name)
+        ((512, 256), 'BF16')
+        >>> reader.read(name, (slice(0, 2), slice(None))).shape  # two rows of it become memory
+        (2, 256)
     """
 
     def __init__(self, directory: epath.PathLike, *, files: Collection[str] | None = None):
@@ -291,12 +305,18 @@ def write_safetensors(
 
     Args:
         directory: an existing local directory.
-        tensors: names and arrays, each float32, float16 or bfloat16.
+        tensors: names and arrays of any shape, each float32, float16 or bfloat16.
         max_shard_size: bytes of data in a file at most; a larger tensor gets a file of its own.
 
     Raises:
         CheckpointError: a repeated name, a dtype that cannot be loaded back, or no tensor at all.
         ValueError: `max_shard_size` is not positive.
+
+    Examples:
+        >>> tensors = [(name, np.zeros((4, 8), np.float32)) for name in ("a", "b")]
+        >>> write_safetensors(".", tensors, max_shard_size=128)
+        ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors',
+         'model.safetensors.index.json']
     """
     if max_shard_size <= 0:
         raise wrong("max_shard_size", "a positive number of bytes", max_shard_size)
@@ -334,10 +354,16 @@ def write_safetensors(
 
 
 def write_tensors(path: epath.PathLike, tensors: dict[str, np.ndarray]) -> None:
-    """Writes contiguous arrays, by name, as one local safetensors file; not atomic by itself.
+    """Writes contiguous arrays, of any shape and by name, as one local safetensors file; not atomic
+    by itself.
 
     Raises:
         OSError: the file cannot be written: no such directory, no right to, or a full disk.
+
+    Examples:
+        >>> write_tensors("one.safetensors", {"a": np.zeros((4, 8), np.float32)})
+        >>> WeightReader(".", files=["one.safetensors"]).shape("a")
+        (4, 8)
     """
     path = os.fspath(path)
     with open(path, "wb") as file:  # for the permissions of a new file, which the library narrows

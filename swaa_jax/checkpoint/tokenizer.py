@@ -59,6 +59,11 @@ def load_tokenizer(
         CheckpointError: no such directory or hub id, no tokenizer files, files that cannot be
             read, or a tokenizer that is code.
         ValueError: a `revision` of a directory.
+
+    Examples:
+        >>> tok = load_tokenizer("tiny-retriever")
+        >>> tok.decode(tok("The sky is blue.")["input_ids"])
+        'The sky is blue.'
     """
     check_place(
         "path_or_hub_id",

@@ -67,7 +67,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillConfig(SamplingParams):
-    """How questions are answered; how tokens are drawn is in `SamplingParams`.
+    """How questions are answered (section 3.5 of arXiv 2512.10411); `SamplingParams` has how tokens
+    are drawn.
 
     Attributes:
         attempts: answers to each question; the paper takes 4.
@@ -77,6 +78,11 @@ class DistillConfig(SamplingParams):
         questions_per_part: answered in one batch, ``questions_per_part * attempts`` rows.
         keep: "all" accepted answers of a question, or the "first" one.
         seed: of the draws.
+
+    Examples:
+        >>> config = DistillConfig(attempts=8, questions_per_part=4, keep="first")
+        >>> config.attempts * config.questions_per_part  # answers in a batch
+        32
     """
 
     attempts: int = 4
@@ -146,10 +152,12 @@ def distill(
 
     Examples:
         >>> import swaa_jax as swaa
-        >>> done = swaa.distill(  # doctest: +SKIP
-        ...     "Qwen/Qwen3-4B", questions=[{"prompt": "1 + 1?", "answer": "2"}], judge="includes"
+        >>> done = swaa.distill(
+        ...     "tiny-retriever", questions=[{"prompt": "1 + 1?", "answer": "2"}], judge="includes",
+        ...     attempts=1, max_new_tokens=2, progress=False,
         ... )
-        >>> swaa.train(model="Qwen/Qwen3-4B", data=done.records())  # doctest: +SKIP
+        >>> done.answers, len(done.records()) == done.kept  # swaa.train(data=done.records(), ...)
+        (1, True)
 
     References:
         Section 3.5 of arXiv 2512.10411.

@@ -30,6 +30,15 @@ class DistillSummary(Tabular):
         path: of the training data; None where the run has no directory.
         attempts: every answer, as its file has it.
         training: the answers that were kept; see `records`.
+
+    Examples:
+        >>> kept = {"question_id": "0", "prompt": "2 + 2?", "response": "It is 4.", "answer": "4"}
+        >>> done = DistillSummary(
+        ...     questions=2, answers=8, accepted=3, questions_answered=1, kept=1, path=None,
+        ...     training=(kept,),
+        ... )
+        >>> done.records()[0]["response"], done.to_dict()["accepted"]
+        ('It is 4.', 3)
     """
 
     questions: int

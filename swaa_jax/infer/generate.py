@@ -40,6 +40,18 @@ class Generation(Tabular):
         timings: what it cost.
         logprobs: of each of `tokens`, where they were asked for: the natural logarithm of its
             probability under the model, before temperature, filters and penalties.
+
+    Examples:
+        >>> timings = Timings(
+        ...     num_rows=1, prompt_tokens=3, new_tokens=2, prefill_s=0.1, first_token_s=0.0,
+        ...     decode_s=0.2, decode_steps=2, compile_s=0.0, cache_bytes=1 << 20,
+        ...     cache_bytes_per_row=1 << 20,
+        ... )
+        >>> done = Generation(
+        ...     texts=("It is 2.",), tokens=((8, 2),), finish_reasons=("eos",), timings=timings
+        ... )
+        >>> done.table().columns
+        ('prompt', 'text', 'new_tokens', 'finish_reason')
     """
 
     texts: tuple[str, ...]
@@ -100,15 +112,15 @@ def generate(
 ) -> Generation:
     """Answer prompts under the model's attention policy.
 
-    Prompt tokens are in stage PROMPT, the last one included, and new tokens in stage ANSWER (paper,
-    section 3.2). At most `batch_size` prompts are answered at a time; where one ends, the next
-    begins. What else is being answered changes no answer.
+    Prompt tokens are in stage PROMPT, the last one included, and new tokens in stage ANSWER
+    (arXiv 2512.10411, section 3.1). At most `batch_size` prompts are answered at a time; where one
+    ends, the next begins. What else is being answered changes no answer.
 
     Args:
         model: from `load_model`.
         tok: from `load_tokenizer`; may be None where all prompts are token ids.
-        prompts: strings (never templated), message lists (templated once), token id lists, or a
-            single one of these.
+        prompts: strings (never templated), message lists (templated once), token ids (a list or an
+            array `[T]`), or a single one of these.
         options: how they are answered.
         overrides: fields of `GenerateOptions` in place of those of `options`, as in
             `generate(model, tok, prompts, max_new_tokens=200, temperature=0.7)`.
@@ -116,6 +128,17 @@ def generate(
     Raises:
         ValueError: an empty prompt, prompt and answer beyond the model's context, a token id out
             of the vocabulary, an unknown option, or one out of range.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> model, tok = swaa.load_model("tiny-retriever"), swaa.load_tokenizer("tiny-retriever")
+        >>> said = "One of the special magic numbers for quiet-river is: 4817203. The sky is blue."
+        >>> asked = "What are all the special magic numbers for quiet-river in the provided text?"
+        >>> chat = [{"role": "user", "content": f"{said} {asked}"}]
+        >>> narrow = model.with_policy("window=16,decode=full")
+        >>> out = generate(narrow, tok, chat, max_new_tokens=32, enable_thinking=False)
+        >>> out.texts[0], out.finish_reasons
+        ?
     """
     options = GenerateOptions.of(options, overrides)
     check_model("model", model)
@@ -138,6 +161,14 @@ class Stream(Iterator[str]):
 
     A piece never holds a part of a character nor a text that may still prove a stop string.
     `generation` is None until the last piece is out.
+
+    Examples:
+        ```python
+        pieces = swaa.stream(model, tok, "The grass is", max_new_tokens=8)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        assert pieces.generation is not None  # with tokens, the reason of the end and timings
+        ```
     """
 
     def __init__(self, answerer: Answerer, prompt: Sequence[int]):
@@ -171,12 +202,19 @@ def stream(
     options: GenerateOptions | None = None,
     **overrides: object,
 ) -> Stream:
-    """Answer one prompt piece by piece; the arguments are those of `generate`.
+    """Answer one prompt (a text, a chat or token ids `[T]`) piece by piece, as `generate` does.
 
     The prompt is checked before this returns, and read with the first piece.
 
     Raises:
         ValueError: as `generate`, or more than one prompt.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> model, tok = swaa.load_model("tiny-retriever"), swaa.load_tokenizer("tiny-retriever")
+        >>> pieces = stream(model, tok, "The grass is green. The sky", max_new_tokens=8)
+        >>> "".join(pieces) == pieces.generation.texts[0]
+        True
     """
     options = GenerateOptions.of(options, overrides)
     check_model("model", model)
@@ -201,6 +239,15 @@ def check_prompts(
     """Refuse prompts that this model cannot take; see `prompts.check_context`.
 
     With positions inside the cache only the prompt, and window and sinks, must fit the context.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> model = swaa.load_model("tiny-retriever")
+        >>> check_prompts(model, [[5, 6, 7]], max_new_tokens=20)
+        >>> check_prompts(model, [[5, 6, 70_000]], max_new_tokens=20)
+        Traceback (most recent call last):
+            ...
+        ValueError: prompt 0: expected token ids from 0 to ... got 70000; ...
     """
     context = context_of(model)
     if positions == "cache":
@@ -215,7 +262,16 @@ def check_prompts(
 
 
 def generation_of(answering: Answering) -> Generation:
-    """What has been answered, all of it."""
+    """What has been answered, all of it.
+
+    Examples:
+        ```python
+        answering = answerer.start([[5, 6, 7]])
+        for _ in answering:
+            pass
+        generation_of(answering).texts
+        ```
+    """
     rows = answering.rows
     reasons = [row.finish_reason for row in rows]
     assert all(reason is not None for reason in reasons), "a row was left unfinished"

@@ -22,13 +22,24 @@ class Timings(Tabular):
         prompt_tokens: real prompt tokens, padding not counted.
         new_tokens: tokens returned.
         reused_tokens: of the prompts', which had been read before and were not read anew.
-        prefill_s: reading all prompts.
+        prefill_s: seconds of reading all prompts; the others that end in `_s` are seconds, too.
         first_token_s: drawing first tokens, where stored results have it apart; else 0.
         decode_s: drawing tokens.
         decode_steps: of one token a row.
         compile_s: tracing and compiling, 0 where the programs existed.
         cache_bytes: key/value caches as allocated, of all slots; of the largest set.
         cache_bytes_per_row: the same of one row.
+
+    Examples:
+        >>> timings = Timings(
+        ...     num_rows=2, prompt_tokens=600, new_tokens=40, prefill_s=0.5, first_token_s=0.0,
+        ...     decode_s=0.4, decode_steps=20, compile_s=3.0, cache_bytes=1 << 21,
+        ...     cache_bytes_per_row=1 << 20,
+        ... )
+        >>> timings.prefill_tokens_per_second, timings.time_per_output_token_s
+        (1200.0, 0.02)
+        >>> Timings.total([timings, timings]).new_tokens
+        80
     """
 
     num_batches: int = 1

@@ -19,11 +19,28 @@ from swaa_jax.typing import PRNGKeyArray
 
 
 class LoraParam(nnx.Param):
-    """A trainable factor of an adapter, float32: `nnx.split(model, LoraParam, ...)` finds all."""
+    """A trainable factor of an adapter (LoRA, arXiv 2106.09685), float32.
+
+    A is `[in, r]` and B `[r, out]`; `nnx.split(model, LoraParam, ...)` finds all.
+
+    >>> import swaa_jax as swaa
+    >>> model = swaa.add_lora(swaa.load_model("tiny-retriever"), {"rank": 2})
+    >>> graphdef, adapters, frozen = nnx.split(model, LoraParam, ...)
+    >>> {str(factor.dtype) for factor in jax.tree.leaves(adapters)}
+    {'float32'}
+    """
 
 
 class DropoutKey(nnx.Variable):
-    """The key of one adapter's dropout for one step, a typed PRNG key."""
+    """The key of one adapter's dropout for one step, a typed PRNG key; inputs drop as in PEFT.
+
+    >>> import swaa_jax as swaa
+    >>> from swaa_jax.lora import with_dropout
+    >>> model = swaa.add_lora(swaa.load_model("tiny-retriever"), {"rank": 2, "dropout": 0.1})
+    >>> model = with_dropout(model, jax.random.key(0))
+    >>> len(nnx.to_flat_state(nnx.state(model, DropoutKey)))  # one an adapter
+    24
+    """
 
 
 class LoraAdapter(nnx.Module):

@@ -178,7 +178,14 @@ def _place(param: nnx.Variable, mesh: Mesh | None) -> None:
 
 
 def lora_state(model: nnx.Module) -> "nnx.State[Any, Any]":
-    """The adapters' variables, by their paths: what is trained, and what `set_adapter` takes."""
+    """The adapters' variables, by their paths: what is trained, and what `set_adapter` takes.
+
+    >>> import swaa_jax as swaa
+    >>> config = {"rank": 2, "target_modules": ["q_proj"]}
+    >>> model = add_lora(swaa.load_model("tiny-retriever"), config)
+    >>> nnx.to_flat_state(lora_state(model))[0][1].shape  # A of the first layer: [D, r]
+    (256, 2)
+    """
     return nnx.state(model, LoraParam)
 
 
@@ -190,6 +197,15 @@ def set_adapter(model: Model, state: "nnx.State[Any, Any]") -> Model:
 
     Raises:
         ValueError: adapters are missing, unexpected, or of other sizes than their projections.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> base = swaa.load_model("tiny-retriever")
+        >>> first, second = (add_lora(base, rngs=seed) for seed in (0, 1))
+        >>> model = set_adapter(first, lora_state(second))
+        >>> projections = [each.layers[0].self_attn.q_proj.adapter for each in (model, second)]
+        >>> bool((projections[0].lora_A[...] == projections[1].lora_A[...]).all())
+        True
     """
     old, new = dict(nnx.to_flat_state(lora_state(model))), dict(nnx.to_flat_state(state))
     faults = []
@@ -233,6 +249,11 @@ def without_lora(model: Model) -> Model:
     """The model without its adapters: the same parameters, the same graph as before `add_lora`.
 
     Self-distillation's teacher. `merge_lora` keeps what was learned.
+
+    >>> import swaa_jax as swaa
+    >>> model = add_lora(swaa.load_model("tiny-retriever"))
+    >>> model.lora_config.rank, without_lora(model).lora_config
+    (16, None)
     """
     check_module(model)
     edits: dict[Path, dict[Any, object]] = {(): {"lora_config": None}}
@@ -242,13 +263,20 @@ def without_lora(model: Model) -> Model:
 
 
 def merge_lora(model: Model) -> Model:
-    """A model without adapters whose kernels are `W + scale A B`.
+    """A model without adapters whose kernels are `W + scale A B`, as PEFT's `merge_and_unload`.
 
     Computed in float32 and rounded once, to the kernel's dtype. `model` is left as it is: it
     still has W and the adapters apart.
 
     Raises:
         ValueError: the model has no adapters.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> base = swaa.load_model("tiny-retriever")
+        >>> tuned = swaa.load_adapter(base, "tiny-retriever-lora", with_policy=True)
+        >>> merge_lora(tuned).lora_config, tuned.lora_config.rank  # which is left as it is
+        (None, 16)
     """
     check_module(model)
     sites = adapted_sites(model)
@@ -290,6 +318,12 @@ def with_dropout(model: Model, key: PRNGKeyArray) -> Model:
     of the names after them. So a step that scans one layer's module over the layers draws the same
     with `with_dropout(layer, jax.random.fold_in(key, number))`. A model without dropout in its
     config is given back with nothing to draw.
+
+    >>> import swaa_jax as swaa
+    >>> model = add_lora(swaa.load_model("tiny-retriever"), {"rank": 2, "dropout": 0.5})
+    >>> drops = with_dropout(model, jax.random.fold_in(jax.random.key(0), 7))  # in step 7
+    >>> drops.layers[0].self_attn.q_proj.adapter is model.layers[0].self_attn.q_proj.adapter
+    False
     """
     edits: dict[Path, dict[Any, object]] = {}
     for path, module in nnx.iter_modules(model):

@@ -59,6 +59,13 @@ def save_adapter(
     Raises:
         ValueError: the model has no adapters.
         CheckpointError: the directory exists and `overwrite` is false, or it holds no adapter.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> model = swaa.add_lora(swaa.load_model("tiny-retriever"), {"rank": 2})
+        >>> sorted(file.name for file in save_adapter(model, "adapter").iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors', 'attention_policy.json',
+         'provenance.json']
     """
     check_module(model)
     check_place("directory", directory)
@@ -146,6 +153,13 @@ def load_adapter(
     Raises:
         CheckpointError: missing or malformed files, a kind of adapter that is not supported, or
             one of another model: missing, unexpected and misshaped tensors, all in one paragraph.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> base = swaa.load_model("tiny-retriever")
+        >>> tuned = load_adapter(base, "tiny-retriever-lora", with_policy=True)  # a shipped one
+        >>> tuned.lora_config.rank, str(tuned.policy)
+        ?
     """
     check_module(model)
     check_place("directory", directory)

@@ -38,6 +38,14 @@ class LossSums:
         parts: each loss that counts by itself, and always `nll`.
         correct: weights of the targets that have the largest logit.
         weight: all weights.
+
+    Examples:
+        >>> head = VocabHead(weight=jnp.eye(3), vocab_axis=0)
+        >>> targets, weights = jnp.array([[0, 1]]), jnp.array([[1.0, 0.0]])
+        >>> hidden = jnp.eye(3)[None, :2]
+        >>> sums, _ = chunked_loss(hidden, head, targets, weights, config=LossConfig())
+        >>> float(sums.weight), round(float(sums.total / sums.weight), 3)  # of the first target
+        (1.0, 0.551)
     """
 
     total: Float[Array, ""]
@@ -54,6 +62,11 @@ class TargetLosses:
     Attributes:
         nll: cross entropy.
         correct: whether it has the largest logit.
+
+    Examples:
+        >>> head = VocabHead(weight=jnp.eye(3), vocab_axis=0)
+        >>> target_losses(jnp.eye(3)[None, :2], head, jnp.array([[0, 2]])).correct.tolist()
+        [[True, False]]
     """
 
     nll: Float[Array, "B T"]
@@ -117,6 +130,13 @@ def chunked_loss(
 
     Raises:
         ValueError: `config` asks for the teacher and none is given; the mesh does not divide B.
+
+    Examples:
+        >>> head = VocabHead(weight=jnp.eye(3), vocab_axis=0)  # V = D = 3
+        >>> hidden, targets = jnp.eye(3)[None, :2], jnp.array([[0, 1]])
+        >>> sums, _ = chunked_loss(hidden, head, targets, jnp.ones((1, 2)), config=LossConfig())
+        >>> round(float(sums.total / sums.weight), 3), float(sums.correct)
+        (0.551, 2.0)
     """
     if config.needs_teacher and teacher is None:
         raise ValueError(
@@ -153,7 +173,13 @@ def target_losses(
     *,
     mesh: Mesh | None = None,
 ) -> TargetLosses:
-    """The losses of each target; see `chunked_loss`."""
+    """The losses of each target; see `chunked_loss`.
+
+    >>> head = VocabHead(weight=jnp.eye(3), vocab_axis=0)
+    >>> losses = target_losses(jnp.eye(3)[None, :2], head, jnp.array([[0, 2]]))
+    >>> losses.nll.shape, bool(losses.nll[0, 0] < losses.nll[0, 1])
+    ((1, 2), True)
+    """
     weights = jnp.ones(targets.shape, jnp.float32)
     _, each = chunked_loss(
         hidden, head, targets, weights, config=LossConfig(), each_target=True, mesh=mesh
@@ -361,6 +387,9 @@ def check_rows(mesh: Mesh | None, num_rows: int) -> None:
 
     Raises:
         ValueError: it would not.
+
+    Examples:
+        >>> check_rows(None, 3)  # one device takes any number
     """
     parts, named = batch_parts(mesh)
     if num_rows % parts:
@@ -372,6 +401,11 @@ def check_rows(mesh: Mesh | None, num_rows: int) -> None:
 
 
 def logits_bytes(config: LossConfig, *, num_tokens: int, vocab: int) -> int:
-    """Bytes of the float32 logits that exist at a time on a device, the teacher's included."""
+    """Bytes of the float32 logits that exist at a time on a device, the teacher's included.
+
+    >>> config = LossConfig(chunk_tokens=512)
+    >>> logits_bytes(config, num_tokens=8192, vocab=151_936) / 2**20  # MiB
+    296.75
+    """
     sides = 2 if config.needs_teacher else 1
     return math.prod((4, sides, vocab, _chunk_tokens(config, num_tokens, vocab)))

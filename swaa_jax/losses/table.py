@@ -36,6 +36,8 @@ class LossConfig:
     """What is minimised: `sft * nll + self_distill * kl` and `others`, a mean over the targets'
     weights, and `router_loss` times the loss that keeps experts in balance.
 
+    The paper (arXiv 2512.10411, section 3.5) takes the cross entropy of distilled answers.
+
     Attributes:
         sft: factor on the cross entropy of the targets.
         self_distill: factor on the divergence from the teacher, which is the same model with its
@@ -47,6 +49,11 @@ class LossConfig:
         chunk_tokens: tokens whose logits exist at a time, on a device; None: by the vocabulary,
             so that they take at most 320 MiB.
         router_loss: factor on the load-balancing loss; None: what the model's config says.
+
+    Examples:
+        >>> config = LossConfig(sft=0.5, self_distill=1.0, top_k=64)
+        >>> config.factors, config.needs_teacher
+        ({'nll': 0.5, 'kl': 1.0}, True)
     """
 
     sft: float = 1.0
@@ -107,6 +114,11 @@ class Vocabulary:
 
     Attributes:
         names: mesh axes over which it is split; none: it is whole.
+
+    Examples:
+        >>> logits = jnp.log(jnp.array([[0.5, 0.25, 0.25]]))
+        >>> jnp.exp(Vocabulary().log_softmax(logits)).tolist()
+        [[0.5, 0.25, 0.25]]
     """
 
     names: tuple[str, ...] = ()
@@ -179,6 +191,12 @@ class Loss:
         per_token: the function.
         needs_teacher: it has to be given a teacher's logits.
         compares_all: it knows no `top_k`.
+
+    Examples:
+        >>> def squared(logits, targets, teacher, *, vocabulary, config):  # `[C, V]` to `[C]`
+        ...     return vocabulary.sum((logits - teacher) ** 2)
+        >>> Loss(per_token=squared, needs_teacher=True).compares_all
+        False
     """
 
     per_token: PerToken
@@ -223,4 +241,8 @@ LOSSES: dict[str, Loss] = {
     "kl": Loss(per_token=_kl, needs_teacher=True),
     "reverse_kl": Loss(per_token=_reverse_kl, needs_teacher=True, compares_all=True),
 }
-"""Losses by name: another is a function and a line here, and `LossConfig.others` names it."""
+"""Losses by name: another is a function and a line here, and `LossConfig.others` names it.
+
+>>> sorted(LOSSES), LOSSES["kl"].needs_teacher
+(['kl', 'nll', 'reverse_kl'], True)
+"""

@@ -125,7 +125,7 @@ def load_model(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blueprint:
-    """A checkpoint's model before its weights are read.
+    """A checkpoint's model, from its `config.json`, before its weights are read.
 
     Attributes:
         model: has shapes in place of arrays.
@@ -133,6 +133,12 @@ class Blueprint:
         expected: what the weights must be, as `checkpoint.load_weights` takes it.
         rules: the family's table of weights.
         tied: checkpoint names of copies, with what they copy; None for none.
+
+    Examples:
+        >>> place = checkpoint.open_checkpoint("tiny-retriever")
+        >>> plan = read_blueprint(place, policy=None, dtype=jnp.dtype("bfloat16"))
+        >>> sum(param.size for param in plan.params.values()), len(plan.rules)
+        ?
     """
 
     model: CausalLM
@@ -162,6 +168,12 @@ def read_blueprint(
 
     Raises:
         CheckpointError, ValueError, NotImplementedError: as `load_model`.
+
+    Examples:
+        >>> place = checkpoint.open_checkpoint("tiny-retriever")
+        >>> plan = read_blueprint(place, policy="window=64", dtype=jnp.dtype("bfloat16"))
+        >>> plan.expected["layers.0.mlp.up_proj.kernel"][0], str(plan.model.policy)
+        ?
     """
     hf_config = checkpoint.read_config(directory)
     check_config_types({**hf_config, **(config_overrides or {})})
@@ -208,6 +220,11 @@ def model_from_config(
 
     Weights are normal with the config's `initializer_range` (0.02 where it has none), norm scales
     one, biases zero.
+
+    >>> config = checkpoint.read_config("tiny-retriever") | {"num_hidden_layers": 2}
+    >>> model = model_from_config(config, policy="window=64", seed=1)
+    >>> model(jnp.zeros((1, 3), int)).shape
+    (1, 3, 2304)
     """
     keep_compiled_programs()
     hf_config = mapping("hf_config", hf_config)
@@ -259,6 +276,11 @@ def save_model(
     Raises:
         CheckpointError: the directory exists and `overwrite` is false, or it holds no model.
         ValueError: the model has adapters: merge them, or save them alone.
+
+    Examples:
+        >>> model = load_model("tiny-retriever", policy="window=64")
+        >>> print(load_model(save_model(model, "windowed")).policy)
+        window=64
     """
     check_model("model", model)
     check_place("directory", directory)
@@ -405,6 +427,10 @@ def default_dtype(mesh: Mesh | None = None) -> str:
 
     Args:
         mesh: what the model is for; None: this process's devices.
+
+    Examples:
+        >>> default_dtype()  # on a CPU
+        'float32'
     """
     target = target_of(mesh)
     platform = jax.default_backend() if target is None else target.platform

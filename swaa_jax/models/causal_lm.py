@@ -51,7 +51,14 @@ from swaa_jax.typing import PathLike
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prefill:
-    """What a prompt leaves behind: the next token's logits (float32), and the caches."""
+    """What a prompt leaves behind: the next token's logits (float32), and the caches.
+
+    >>> import swaa_jax as swaa
+    >>> model = swaa.load_model("tiny-retriever", policy="window=64,sinks=4")
+    >>> read = jax.eval_shape(model.prefill, jnp.array([[5, 6, 7]]))
+    >>> read.logits.shape, read.caches.layers[0].num_slots  # window + sinks
+    ((1, 2304), 68)
+    """
 
     logits: Float[Array, "B V"]
     caches: Caches
@@ -70,6 +77,12 @@ class HiddenStates:
         hidden: final hidden states, after the last norm.
         router_loss: the loss that keeps experts in balance; None without experts.
         tapped: what `tap` took out of each layer; None without one.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> model = swaa.load_model("tiny-retriever")
+        >>> jax.eval_shape(model.hidden_states, jnp.array([[5, 6, 7]])).hidden.shape
+        (1, 3, 256)
     """
 
     hidden: Float[Array, "B T D"]
@@ -80,6 +93,7 @@ class HiddenStates:
 class CausalLM(Described, nnx.Module):
     """A decoder with a language-model head, under an attention policy.
 
+    Its numbers are those of Transformers' class of the same family, which tests compare it with.
     Call it for logits of whole rows (training, scoring); `prefill` and `decode` generate.
 
     Without `rngs` its parameters are shapes, and nothing is allocated.
@@ -91,6 +105,14 @@ class CausalLM(Described, nnx.Module):
         backend: of attention and experts: "auto", a name, or names by op (`resolve_backend`).
         source: the directory that the model was loaded from, or None.
         lora_config: the config of its adapters (`swaa_jax.lora`), or None.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> model = swaa.load_model("tiny-retriever").with_policy("window=64,full_layers=1::2")
+        >>> [layer.window for layer in model.layer_attention[:2]]
+        [64, None]
+        >>> jax.eval_shape(model, jnp.array([[5, 6, 7]])).shape  # logits `[B, T, V]`
+        (1, 3, 2304)
     """
 
     layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer

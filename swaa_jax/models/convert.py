@@ -27,7 +27,12 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Converted:
-    """What was written: where, the files of weights, tensors and bytes in them."""
+    """What was written: where, the files of weights, tensors and bytes in them.
+
+    >>> half = convert_checkpoint("tiny-retriever", "half", dtype="float16")
+    >>> half.files, half.num_tensors, half.nbytes
+    (('model.safetensors',), 90, 13775360)
+    """
 
     directory: epath.Path
     files: tuple[str, ...]
@@ -70,6 +75,12 @@ def convert_checkpoint(
         CheckpointError: the source is incomplete or contradicts itself, or the destination is
             taken or cannot be written.
         ValueError, NotImplementedError: as `load_model`.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> done = convert_checkpoint("tiny-retriever", "windowed", policy="window=64,sinks=4")
+        >>> print(swaa.load_model(done.directory).policy)
+        window=64,sinks=4
     """
     wanted = None if dtype is None else check_dtype(dtype)
     integer(least=1)("max_shard_size", max_shard_size)

@@ -58,6 +58,10 @@ class Needs:
         training: whether the model is fine-tuned under it.
         thinking: whether the model thinks before it answers.
         prefer: "quality" or "efficiency".
+
+    Examples:
+        >>> load_policy_file("trained-quality").needs
+        Needs(training=True, thinking=None, prefer='quality')
     """
 
     training: bool | None = None
@@ -82,6 +86,11 @@ class Evidence:
         task: what it was asked.
         score: in percent.
         full: the same model's under full attention, fine-tuned where the policy is for that.
+
+    Examples:
+        >>> first = load_policy_file("trained-quality").evidence[0]
+        >>> first.model, first.task, first.score, first.full
+        ('Qwen3-4B-Thinking-2507', 'LongMemEval_24k', 73.2, 74.6)
     """
 
     model: str
@@ -105,6 +114,11 @@ class PolicyFile:
         source: where it comes from.
         needs: for whom it is.
         evidence: published scores.
+
+    Examples:
+        >>> shipped = load_policy_file("instruct-no-train")
+        >>> shipped.models, str(shipped.policy)
+        (('Qwen3-4B-Instruct-2507',), 'window=2000,sinks=10,full_layers=1::2,decode=full')
     """
 
     name: str
@@ -121,7 +135,12 @@ class PolicyFile:
 
 
 PolicyLike: TypeAlias = AttentionPolicy | Mapping[str, object] | PathLike
-"""A policy, however it is given: see `load_policy`."""
+"""A policy, however it is given: see `load_policy`.
+
+>>> forms = ["window=64", {"window": 64}, AttentionPolicy(window=64)]
+>>> {load_policy(each) for each in forms} == {AttentionPolicy(window=64)}
+True
+"""
 
 
 def load_policy(policy: PolicyLike) -> AttentionPolicy:
@@ -217,6 +236,10 @@ def load_policy_file(name_or_path: PathLike) -> PolicyFile:
     Raises:
         ValueError: no such name or a malformed file.
         FileNotFoundError: no such file.
+
+    Examples:
+        >>> print(load_policy_file("naive").description)
+        A sliding window in every layer and nothing else; the paper's baseline that collapses.
     """
     path = epath.Path(find_config("policies", name_or_path))
     policy = AttentionPolicy.load(path)

@@ -13,10 +13,18 @@ from swaa_jax.fields import integer, nearest, plural, wrong
 __all__ = ["HeadSelection", "LayerSelection"]
 
 LayerSelection: TypeAlias = Sequence[int] | str
-"""Layers, from 0: ints such as ``(1, 3, 5)``, or a slice of the layers in a string, ``"1::2"``."""
+"""Layers, from 0: ints such as ``(1, 3, 5)``, or a slice of the layers in a string, ``"1::2"``.
+
+>>> sorted(resolve_layers("layers", "1::2", 6)), sorted(resolve_layers("layers", (0, -1), 6))
+([1, 3, 5], [0, 5])
+"""
 
 HeadSelection: TypeAlias = Mapping[Any, Sequence[int]] | Sequence[tuple[int, Sequence[int]]]
-"""KV heads of some layers: ``{3: [0, 2], 5: [1]}``, or the pairs of that mapping."""
+"""KV heads of some layers: ``{3: [0, 2], 5: [1]}``, or the pairs of that mapping.
+
+>>> head_selection("heads", {5: [1], 3: [2, 0]})  # as a policy keeps it
+((3, (0, 2)), (5, (1,)))
+"""
 
 HeadPairs: TypeAlias = tuple[tuple[int, tuple[int, ...]], ...]
 """The same in its one form: sorted pairs of a layer and its heads."""

@@ -90,7 +90,7 @@ def _window(name: str, value: object) -> int | None:
 @told_keywords(_ELSEWHERE | {"decode": "full_decode"})
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerAttention:
-    """The attention of one layer, after `AttentionPolicy.resolve`.
+    """The attention of one layer, after `AttentionPolicy.resolve` (arXiv 2512.10411, section 3).
 
     A full layer is ``window=None``. Nothing else can change what it sees, so the other fields of a
     full layer are always their defaults, whatever was passed: equal behaviour compares equal.
@@ -146,7 +146,15 @@ class LayerAttention:
 
 @runtime_checkable
 class HfExpressible(Protocol):
-    """A model's config: it knows how its family's `config.json` says an attention policy."""
+    """A model's config: it knows how its family's `config.json` says an attention policy.
+
+    >>> import swaa_jax as swaa
+    >>> config = swaa.load_model("tiny-retriever").config
+    >>> isinstance(config, HfExpressible)
+    True
+    >>> config.to_hf(AttentionPolicy(window=64))["sliding_window"]
+    64
+    """
 
     def to_hf(self, policy: "AttentionPolicy | None" = None) -> dict[str, object]:
         """The `config.json` that says the policy."""

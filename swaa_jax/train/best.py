@@ -41,6 +41,10 @@ class BestConfig:
         patience: evaluations in a row that are not better, after which the run ends; None: it goes
             on to its last step.
         load: the run's model and exports are those of the best checkpoint; False: of the last.
+
+    Examples:
+        >>> BestConfig(metric="eval/accuracy", patience=3).is_min, BestConfig(metric="loss").is_min
+        (False, True)
     """
 
     metric: str = "loss"

@@ -48,7 +48,17 @@ _STEP = re.compile(r"\d{8,}")
 
 
 class CheckpointMismatchError(CheckpointError):
-    """A checkpoint that belongs to another model, policy, optimizer or data."""
+    """A checkpoint that belongs to another model, policy, optimizer or data.
+
+    >>> saved = Checkpoints("run", keep=2, identity={"policy": "window=64"})
+    >>> saved.save(1, {"w": jnp.ones(3)}, {})
+    >>> saved.wait()
+    >>> other = Checkpoints("run", keep=2, identity={"policy": "window=32"})
+    >>> other.restore({"w": jax.ShapeDtypeStruct((3,), jnp.float32)})
+    Traceback (most recent call last):
+        ...
+    swaa_jax.train.checkpoints.CheckpointMismatchError: ...policy was 'window=64' and is...
+    """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +90,15 @@ class Checkpoints:
         keep: complete ones that stay, besides that of the best evaluation.
         identity: plain data, nested, that a checkpoint must agree with to be gone on from.
         write_beside: puts small files in a checkpoint's directory, on process 0.
+
+    Examples:
+        >>> saved = Checkpoints("run", keep=2, identity={"policy": "window=64"})
+        >>> saved.save(1, {"w": jnp.ones(3)}, {"batch": 8})
+        >>> saved.wait()  # until it is on the disk
+        >>> found = saved.restore({"w": jax.ShapeDtypeStruct((3,), jnp.float32)})
+        >>> found.step, found.state["w"].tolist(), found.data
+        (1, [1.0, 1.0, 1.0], {'batch': 8})
+        >>> saved.close()
     """
 
     def __init__(

@@ -36,6 +36,11 @@ class OptimizerConfig:
         b1, b2, eps: Adam's.
         weight_decay: decoupled, times the learning rate.
         clip_norm: largest global norm of the gradient; None: no clipping.
+
+    Examples:
+        >>> config = OptimizerConfig(learning_rate=2e-4, total_steps=500, warmup_ratio=0.03)
+        >>> config.num_warmup_steps
+        15
     """
 
     learning_rate: float = 1e-4
@@ -106,6 +111,11 @@ class StepConfig:
         target_losses: metrics also hold what became of each target, for scores of one's own. Take
             these arrays out before `run_loop`, which writes scalars.
         seed: of dropout.
+
+    Examples:
+        >>> config = StepConfig(optimizer=OptimizerConfig(total_steps=500), accumulate=4)
+        >>> config.trainable, config.remat
+        ('lora', 'layer')
     """
 
     loss: LossConfig = LossConfig()  # noqa: RUF009

@@ -66,6 +66,15 @@ class RunPlan:
         warmup_steps: of them.
         parameters, trained_parameters: of the model, and those that are trained.
         memory: of a device.
+
+    Examples:
+        >>> import pathlib
+        >>> _ = pathlib.Path("mine.jsonl").write_text('{"prompt": "2 + 2?", "answer": "4"}')
+        >>> data = {"files": "mine.jsonl", "answers": "verbatim", "num_epochs": 40}
+        >>> data["chat_template_kwargs"] = {"enable_thinking": False}
+        >>> plan = plan_run(TrainConfig(model="tiny-retriever", data=data, output_dir="run"))
+        >>> plan.parameters, plan.trained_parameters, plan.warmup_steps
+        (6887680, 229376, 2)
     """
 
     config: TrainConfig
@@ -115,6 +124,15 @@ def plan_run(config: TrainConfig, *, progress: ProgressLike = None) -> RunPlan:
 
     Raises:
         CheckpointError, DataError, ValueError: as `train`.
+
+    Examples:
+        >>> import pathlib
+        >>> _ = pathlib.Path("mine.jsonl").write_text('{"prompt": "2 + 2?", "answer": "4"}')
+        >>> data = {"files": "mine.jsonl", "answers": "verbatim", "num_epochs": 40}
+        >>> data["chat_template_kwargs"] = {"enable_thinking": False}
+        >>> plan = plan_run(TrainConfig(model="tiny-retriever", data=data, output_dir="run"))
+        >>> plan.steps, plan.num_tokens  # print(plan) has memory, too
+        (40, 20)
     """
     mesh = config.make_mesh()
     config = config.with_dtype(mesh)

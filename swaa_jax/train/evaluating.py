@@ -29,7 +29,11 @@ __all__ = ["Evaluating", "ModelEvaluation", "prepare_evaluation"]
 logger = logging.getLogger(__name__)
 
 ModelEvaluation = Callable[[CausalLM, int], Mapping[str, float]]
-"""`(model, step) -> numbers by name`, such as a task's score; called on all processes."""
+"""`(model, step) -> numbers by name`, such as a task's score; called on all processes.
+
+>>> def count_full_layers(model, step):  # swaa_jax.train(..., evaluate=count_full_layers)
+...     return {"full_layers": float(sum(one.is_full for one in model.layer_attention))}
+"""
 
 _PROMPT_SHOWN, _PROMPT_PRINTED = 600, 100
 

@@ -44,6 +44,11 @@ class Schedule:
         eval_every: steps between evaluations; there is one after the last step, None: only there.
         print_every: steps between printed lines; None: one every half minute.
         profile: steps to trace; None: none.
+
+    Examples:
+        >>> schedule = Schedule(start=100, total=500, checkpoint_every=50)  # a run that goes on
+        >>> schedule.total - schedule.start, schedule.eval_every
+        (400, None)
     """
 
     start: int
@@ -64,6 +69,14 @@ class Outputs:
         writer: the metrics.
         sample_lines: the ids of this process's samples, step by step; None: nowhere.
         profiles: directory of the traces; None: nothing is traced.
+
+    Examples:
+        >>> from swaa_jax.train.metrics import MetricWriter
+        >>> place, off = epath.Path("run"), {"tensorboard": False, "wandb": None, "enabled": False}
+        >>> writer = MetricWriter(place, resumed_step=0, config={}, **off)
+        >>> outputs = Outputs(checkpoints=Checkpoints(place, keep=3, identity={}), writer=writer)
+        >>> outputs.profiles is None
+        True
     """
 
     checkpoints: Checkpoints
@@ -86,7 +99,14 @@ class Batches(Protocol):
 
 
 class NonFiniteLossError(ValueError):
-    """The loss or the gradient is NaN or infinite."""
+    """The loss or the gradient is NaN or infinite.
+
+    >>> try:
+    ...     raise NonFiniteLossError("loss: expected a finite number in step 3, got nan")
+    ... except ValueError as error:  # as all errors of settings and data are
+    ...     print(error)
+    loss: expected a finite number in step 3, got nan
+    """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +119,11 @@ class LoopResult:
         finished: to the last step, or to where patience ended (`best.is_over`); False where SIGTERM
             or Ctrl-C ended it, and a checkpoint is there to go on.
         metrics: of the last step that this process ran; empty if there was none.
+
+    Examples:
+        >>> state = TrainState(step=jax.numpy.int32(2), trainable={}, opt_state=())
+        >>> LoopResult(state=state, step=2, finished=False, metrics={}).finished
+        False
     """
 
     state: TrainState
@@ -137,7 +162,7 @@ def run_loop(
     state that has gone wrong is never kept.
 
     Args:
-        trainer: `trainer(state, batch) -> (state, metrics)`.
+        trainer: `trainer(state, batch) -> (state, metrics)`; metrics are scalars by name.
         state: of step `schedule.start`; its memory is given away.
         batches: local ones, from that step's on.
         schedule: when what happens.
@@ -153,6 +178,20 @@ def run_loop(
         NonFiniteLossError: a loss or gradient that is NaN or infinite; nothing is saved of it.
         CheckpointError: a save failed.
         KeyboardInterrupt: Ctrl-C came twice; the log says which step is saved.
+
+    Examples:
+        What `swaa_jax.train` does with a model, its batches and its outputs:
+
+        ```python
+        trainer = make_step(model, step_config)
+        feed = make_feed(None, batch_size=8, rows_per_device=8)
+        schedule = Schedule(start=0, total=500, checkpoint_every=100)
+        done = run_loop(
+            trainer, trainer.init(), load_data(data_config, tok),
+            schedule=schedule, feed=feed, outputs=outputs,
+        )
+        model = trainer.model(done.state)
+        ```
     """
     total, sample_lines = schedule.total, outputs.sample_lines
     best = Best(None) if best is None else best

@@ -13,7 +13,7 @@ __all__ = ["learning_rate", "make_optimizer"]
 
 
 def learning_rate(config: OptimizerConfig, step: Int[Array, ""]) -> Float[Array, ""]:
-    """The rate of a step, counted from 0.
+    """The rate of a step, counted from 0; as in Transformers' schedules, the first one is 0.
 
     Examples:
         >>> config = OptimizerConfig(learning_rate=1.0, schedule="linear", total_steps=10)
@@ -38,7 +38,14 @@ def learning_rate(config: OptimizerConfig, step: Int[Array, ""]) -> Float[Array,
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping, then AdamW; `update(gradient, state, params)`."""
+    """Clipping, then AdamW, of optax's parts; `update(gradient, state, params)`.
+
+    >>> optimizer = make_optimizer(OptimizerConfig(learning_rate=0.5, warmup_steps=0))
+    >>> params = {"w": jnp.ones((1, 2))}
+    >>> updates, state = optimizer.update(params, optimizer.init(params), params)  # gradient 1
+    >>> updates["w"].round(3).tolist()  # Adam's first step is the rate, against the gradient
+    [[-0.5, -0.5]]
+    """
 
     def matrices(params: Any) -> Any:
         return jax.tree.map(lambda param: param.ndim > 1, params)

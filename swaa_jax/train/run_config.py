@@ -72,6 +72,10 @@ class CheckpointConfig:
         resume: "auto": from the newest good one of `output_dir`, or from the beginning; "none":
             from the beginning, and `output_dir` must hold none; else the path of a checkpoint
             (`RUN/checkpoints/00000100`) or of a run's directory.
+
+    Examples:
+        >>> CheckpointConfig(every=None, minutes=30).keep  # a save every half hour, the last 3 stay
+        3
     """
 
     every: int | None = 100
@@ -101,6 +105,10 @@ class MetricsConfig:
         sample_ids: write which samples each step saw to `samples.jsonl`.
         print_every: steps between printed lines; None: a line every half minute. The first and the
             last step and every evaluation are printed in any case.
+
+    Examples:
+        >>> MetricsConfig(wandb="my-project", print_every=10).tensorboard
+        True
     """
 
     tensorboard: bool = True
@@ -131,6 +139,10 @@ class SamplesConfig:
             are shown beside the model's.
         prompts: texts to answer in their place, rendered as `data` says.
         max_new_tokens: the longest answer.
+
+    Examples:
+        >>> SamplesConfig(prompts=["2 + 2?"], max_new_tokens=16).prompts
+        ('2 + 2?',)
     """
 
     count: int = 4
@@ -154,6 +166,12 @@ class ProfileConfig:
     Attributes:
         first: the first step traced, from 1. Step 1 compiles; 3 shows the running speed.
         last: the last one.
+
+    Examples:
+        >>> ProfileConfig(first=3, last=2)
+        Traceback (most recent call last):
+            ...
+        ValueError: last: expected an integer of at least 3, got 2 (int)
     """
 
     first: int = 3

@@ -37,7 +37,14 @@ class TrainState:
     Attributes:
         step: optimizer steps done.
         trainable: float32 arrays by name, as they are called in the model, layer by layer.
-        opt_state: optax's; its moments have the names of `trainable`.
+        opt_state: optax's; its moments have the names and shapes of `trainable`.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> model = swaa.add_lora(swaa.load_model("tiny-retriever"), {"rank": 2})
+        >>> state = make_step(model, StepConfig(scan_layers=False)).abstract_state()
+        >>> len(state.trainable), {str(each.dtype) for each in state.trainable.values()}
+        (48, {'float32'})
     """
 
     step: Int[Array, ""]
@@ -89,6 +96,14 @@ class Trainer:
         config: as given.
         frozen: the arrays that a step does not change, by name; layers' stacked (`layers.*.`)
             where they are scanned.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> model = swaa.add_lora(swaa.load_model("tiny-retriever"), {"rank": 2})
+        >>> trainer = Trainer(model, StepConfig(scan_layers=False))
+        >>> state = trainer.init()
+        >>> int(state.step), trainer.num_compiles()
+        (0, 0)
     """
 
     def __init__(self, model: CausalLM, config: StepConfig, *, consume: bool = False):

@@ -43,6 +43,15 @@ def ask_model(
 
     Raises:
         ValueError: it is not of the recorded model's shape.
+
+    Examples:
+        A model in another format, or under another policy, against a record:
+
+        ```python
+        record = read_record("probes.json")
+        quantized = swaa.load_model("my-model", policy="window=2048", dtype="float16")
+        print(decide(record, ask_model(record, quantized, tok)))
+        ```
     """
     longest = max(len(probe.tokens) for probe in record.probes)
     most = max(max(probe.tokens) for probe in record.probes)
@@ -65,6 +74,11 @@ def only_model(endpoint: Endpoint, *, timeout_s: float = _LIST_SECONDS) -> str:
 
     Raises:
         ValueError: it has several, or does not say.
+
+    Examples:
+        ```python
+        only_model(Endpoint("http://localhost:8000/v1"))  # 'my-model'
+        ```
     """
     try:
         reply = endpoint.get("/models", timeout_s=timeout_s)
@@ -108,6 +122,13 @@ def ask_server(
     Raises:
         ValueError: it cannot be talked to, refuses every form of the request, reads another number
             of tokens than it was sent, or replies with something that is no completion.
+
+    Examples:
+        ```python
+        record = read_record("probes.json")
+        replies = ask_server(record, "http://localhost:8000/v1", model="my-model")
+        print(decide(record, replies))  # runs the recorded policy: window=2048,...
+        ```
     """
     if isinstance(endpoint, str):
         endpoint = Endpoint(url=endpoint, api_key=os.environ.get(API_KEY) or None)

@@ -9,7 +9,11 @@ from swaa_jax.policy import AttentionPolicy, LayerAttention
 __all__ = ["RECORDED", "Candidate", "candidates"]
 
 RECORDED = "the recorded policy"
-"""The name of the policy that a server should run."""
+"""The name of the policy that a server should run.
+
+>>> candidates(AttentionPolicy(window=64), num_layers=4)[0].name == RECORDED
+True
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,6 +23,11 @@ class Candidate:
     Attributes:
         name: says in what it differs, as in `window - 1`.
         policy: all of it.
+
+    Examples:
+        >>> found = candidates(AttentionPolicy(window=64), num_layers=4)
+        >>> [(one.name, str(one.policy)) for one in found[1:3]]
+        [('full attention', 'full'), ('window - 1', 'window=63')]
     """
 
     name: str

@@ -50,6 +50,11 @@ class Evidence:
         agreed: replies that never leave its path.
         large_jumps: replies that leave it over a gap that noise does not explain.
         residual: the median of log-probabilities' distances; None: the server gave none.
+
+    Examples:
+        >>> one = Evidence(name="full", log_likelihood=-2.5, agreed=8, large_jumps=0, residual=0.1)
+        >>> one.agreed, one.residual
+        (8, 0.1)
     """
 
     name: str
@@ -77,6 +82,15 @@ class Verdict(Tabular):
         best_policy: of the candidate that explains the replies best.
         recorded_policy: that it should run.
         noise: of the record.
+
+    Examples:
+        >>> verdict = Verdict(
+        ...     answer="other", name="window - 1", rival="full attention", evidence=(),
+        ...     num_probes=8, has_logprobs=True, best_policy=AttentionPolicy(window=63),
+        ...     recorded_policy=AttentionPolicy(window=64), noise=0.01,
+        ... )
+        >>> print(verdict)
+        runs window - 1: window=63; recorded was window=64
     """
 
     answer: Answer
@@ -180,6 +194,23 @@ def decide(record: Record, replies: Sequence[Reply]) -> Verdict:
 
     Raises:
         ValueError: not as many replies as probes, or something that is no record or no reply.
+
+    Examples:
+        >>> from swaa_jax.verify.candidates import candidates
+        >>> from swaa_jax.verify.paths import Option, Path, Step
+        >>> from swaa_jax.verify.record import Probe
+        >>> def answer(piece):  # of one token
+        ...     likely = (1, -0.1, piece), (2, -9.0, "?")
+        ...     options = [Option(id=i, logprob=p, piece=text) for i, p, text in likely]
+        ...     return Path(steps=(Step(options=tuple(options)),))
+        >>> found = tuple(candidates(AttentionPolicy(window=64), num_layers=4)[:2])
+        >>> paths = {one.name: answer(piece) for one, piece in zip(found, "ab")}
+        >>> record = Record(
+        ...     candidates=found, probes=(Probe(tokens=(5, 6), text=None, paths=paths),),
+        ...     noise=0.01, new_tokens=1, model={}, versions={},
+        ... )
+        >>> print(decide(record, [Reply(text="b")]))
+        runs full attention: full; recorded was window=64
     """
     if not isinstance(record, Record):
         raise wrong("record", "a Record, from make_record or read_record", type(record).__name__)

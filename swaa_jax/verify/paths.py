@@ -44,6 +44,10 @@ class Option:
         id: in the vocabulary.
         logprob: natural log-probability.
         piece: what it adds to the text; "" where that is nothing yet, or nothing that is shown.
+
+    Examples:
+        >>> Option(id=19, logprob=-0.105, piece="4").piece
+        '4'
     """
 
     id: int
@@ -53,7 +57,12 @@ class Option:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """The likeliest tokens of a step, likeliest first; at least two."""
+    """The likeliest tokens of a step, likeliest first; at least two.
+
+    >>> options = Option(id=19, logprob=-0.1, piece="4"), Option(id=20, logprob=-2.4, piece="5")
+    >>> round(Step(options=options).gap, 1)
+    2.3
+    """
 
     options: tuple[Option, ...]
 
@@ -69,7 +78,13 @@ class Step:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Path:
-    """The greedy answer to a prompt."""
+    """The greedy answer to a prompt.
+
+    >>> options = Option(id=19, logprob=-0.1, piece="4"), Option(id=20, logprob=-2.4, piece="5")
+    >>> path = Path(steps=(Step(options=options),))
+    >>> path.text, path.as_reply().scores
+    ('4', ({'4': -0.1, '5': -2.4},))
+    """
 
     steps: tuple[Step, ...]
 
@@ -92,6 +107,10 @@ class Reply:
         text: with `END` where it ended by itself.
         scores: of each new token, log-probabilities by text or as `token_id:7`; empty where the
             server gives none.
+
+    Examples:
+        >>> Reply(text=f"4{END}", scores=({"4": -0.1, "token_id:20": -2.4},)).text.rstrip(END)
+        '4'
     """
 
     text: str

@@ -61,6 +61,10 @@ class ProbeOptions:
         times: probes that should tell each two policies apart by tokens alone.
         most: probes that are kept.
         num_slots: answers at a time.
+
+    Examples:
+        >>> ProbeOptions(new_tokens=4, rounds=1).proposals  # quicker than by default, and less sure
+        64
     """
 
     seed: int = 0

@@ -52,6 +52,10 @@ class Probe:
         tokens: of the prompt.
         text: that encodes to these tokens; None: there is none.
         paths: by the candidate's name.
+
+    Examples:
+        >>> Probe(tokens=[5, 6, 7], text=None, paths={}).tokens
+        (5, 6, 7)
     """
 
     tokens: tuple[int, ...]
@@ -75,6 +79,21 @@ class Record:
         new_tokens: that a server is asked for.
         model: which one it was; see `describe_model`.
         versions: of the packages that computed it.
+
+    Examples:
+        >>> from swaa_jax.verify.candidates import candidates
+        >>> def answer(piece):  # of one token
+        ...     likely = (1, -0.1, piece), (2, -9.0, "?")
+        ...     options = [Option(id=i, logprob=p, piece=text) for i, p, text in likely]
+        ...     return Path(steps=(Step(options=tuple(options)),))
+        >>> found = tuple(candidates(AttentionPolicy(window=64), num_layers=4)[:2])
+        >>> paths = {one.name: answer(piece) for one, piece in zip(found, "ab")}
+        >>> record = Record(
+        ...     candidates=found, probes=(Probe(tokens=(5, 6), text=None, paths=paths),),
+        ...     noise=0.01, new_tokens=1, model={}, versions={},
+        ... )
+        >>> record.names, record.unclear  # the probe tells the two apart
+        (('the recorded policy', 'full attention'), [])
     """
 
     candidates: tuple[Candidate, ...]
@@ -148,7 +167,22 @@ class Record:
 
 
 def write_record(path: PathLike, record: Record) -> None:
-    """Writes it as JSON, all of it or nothing."""
+    """Writes it as JSON, all of it or nothing.
+
+    >>> from swaa_jax.verify.candidates import candidates
+    >>> def answer(piece):  # of one token
+    ...     tokens = Option(id=1, logprob=-0.1, piece=piece), Option(id=2, logprob=-9.0, piece="?")
+    ...     return Path(steps=(Step(options=tokens),))
+    >>> found = tuple(candidates(AttentionPolicy(window=64), num_layers=4)[:2])
+    >>> paths = {one.name: answer(piece) for one, piece in zip(found, "ab")}
+    >>> record = Record(
+    ...     candidates=found, probes=(Probe(tokens=(5, 6), text=None, paths=paths),), noise=0.01,
+    ...     new_tokens=1, model={}, versions={},
+    ... )
+    >>> write_record("probes.json", record)
+    >>> read_record("probes.json").policy.window
+    64
+    """
     document = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -181,6 +215,13 @@ def read_record(path: PathLike) -> Record:
     Raises:
         ValueError: it is something else; the message names the file and the place.
         OSError: it cannot be read.
+
+    Examples:
+        >>> _ = storage.epath.Path("probes.json").write_text('{"format": "another"}')
+        >>> read_record("probes.json")
+        Traceback (most recent call last):
+            ...
+        ValueError: probes.json: format: expected swaa-verify, got 'another' ...
     """
     document = storage.read_json(path)
     with naming(os.fspath(path)):

@@ -52,11 +52,16 @@ class LlmJudgeConfig:
             never sent, for models that have one temperature only.
         requests_per_minute: at most; None: as fast as it answers.
         attempts: requests for one verdict before it is given up.
-        timeout_s: of one request, from the connection to the reply's last byte.
+        timeout_s: seconds of one request, from the connection to the reply's last byte.
         cache: a JSONL file of verdicts on this machine, so that nothing is asked twice.
 
     Raises:
         ValueError: a value out of range, or a prompt that lacks one of the three.
+
+    Examples:
+        >>> config = LlmJudgeConfig(url="http://localhost:8000/v1", model="judge", timeout_s=60)
+        >>> config.endpoint.shown
+        'http://localhost:8000/v1'
     """
 
     url: str = dataclasses.field(repr=False)
@@ -99,7 +104,7 @@ class LlmJudgeConfig:
 
 
 class LlmJudge:
-    """A judge that asks a model; safe to call from several threads.
+    """A judge that asks a model over OpenAI's API; safe to call from several threads.
 
     Replies are read strictly, see :func:`read_verdict`. What is no verdict is asked for again, at
     temperature 1; so are HTTP 408, 409, 429 and 5xx, broken or silent connections and bodies that
@@ -111,6 +116,11 @@ class LlmJudge:
 
     Raises (when called):
         ValueError: the server refuses the request, or could not be talked to in all attempts.
+
+    Examples:
+        >>> judge = LlmJudge(LlmJudgeConfig(url="http://localhost:8000/v1", model="judge"))
+        >>> judge(Judged(question="1 + 1?", references=("2",), response="<think>Well")).reason
+        'thinking did not end'
     """
 
     def __init__(self, config: LlmJudgeConfig, *, pause_s: float = 1.0):

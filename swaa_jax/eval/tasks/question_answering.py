@@ -41,6 +41,12 @@ class Question:
         kind: what results are broken down by.
         messages: the chat; empty where it is the prompt alone.
         tools: what the chat template is told of.
+
+    Examples:
+        >>> record = {"context": "A text.", "question": "Why?", "answer": "So."}
+        >>> (question,) = read_questions([record])
+        >>> question.question, question.references
+        ('Why?', ('So.',))
     """
 
     id: str
@@ -64,6 +70,11 @@ def read_questions(path: Any, *, limit: int | None = None) -> list[Question]:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: another kind of file, no records, or one that lacks a question or an answer.
+
+    Examples:
+        >>> records = [{"prompt": "2 + 2?", "answer": "4"}, {"prompt": "1 + 1?", "answer": ["2"]}]
+        >>> [question.references for question in read_questions(records)]
+        [('4',), ('2',)]
     """
     limit = or_none(integer(least=1))("limit", limit)
     is_path = isinstance(path, str | os.PathLike)

@@ -29,6 +29,11 @@ class ModelFamily:
         config_class: reads its `config.json`.
         model_class: is built from that config.
         weight_rules: gives the table of its weights for a config.
+
+    Examples:
+        >>> family = FAMILIES["qwen3"]
+        >>> family.config_class.__name__, family.model_class.__name__
+        ('Qwen3Config', 'CausalLM')
     """
 
     config_class: type[DecoderConfig]
@@ -66,4 +71,8 @@ FAMILIES: Mapping[str, ModelFamily] = {
         ),
     )
 }
-"""Families by the `model_type` of their HF config."""
+"""Families by the `model_type` of their HF config.
+
+>>> sorted(FAMILIES)
+['gemma2', 'gemma3_text', 'llama', 'ministral', 'mistral', 'phi3', 'qwen2', 'qwen3', 'qwen3_moe']
+"""
