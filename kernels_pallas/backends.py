@@ -78,6 +78,13 @@ class Target:
     Attributes:
       platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
       device_kind: the chip, as ``jax.Device.device_kind`` names it; block sizes depend on it.
+
+    Examples:
+      >>> import jax
+      >>> Target.of(jax.devices("cpu")[0]).platform
+      'cpu'
+      >>> Target(platform="tpu", device_kind="TPU v5 lite").device_kind  # that is not attached
+      'TPU v5 lite'
     """
 
     platform: str
@@ -140,6 +147,12 @@ def resolve_backend(
     Raises:
       ValueError: the choice, or the environment's ``SWAA_BACKEND``, names a backend or an op that
         is not in the table; the message lists the names that are.
+
+    Examples:
+      >>> resolve_backend(platform="tpu"), resolve_backend("xla", platform="tpu")
+      ('pallas_tpu', 'xla')
+      >>> resolve_backend("swa_prefill=reference", op="swa_decode", platform="cpu")
+      'xla'
     """
     return _named(name, op) or _candidates(op, platform or jax.default_backend())[0]
 
@@ -197,6 +210,13 @@ def check_backend(choice: str, *, platform: str | None = None) -> None:
 
     Raises:
       ValueError, NotImplementedError: as :func:`choose_backend`, but for limits.
+
+    Examples:
+      >>> check_backend("swa_prefill=pallas_tpu,swa_decode=xla", platform="tpu")
+      >>> check_backend("palas_tpu", platform="tpu")
+      Traceback (most recent call last):
+          ...
+      ValueError: backend: expected one of ... (did you mean 'pallas_tpu'?)
     """
     named = {op: _named(choice, op) for op in BACKENDS}
     for op, name in named.items():

@@ -50,6 +50,11 @@ T = TypeVar("T")
 class DataError(ValueError):
     """Data that cannot be used. One paragraph: which file and record, what was expected, what was
     found, and what to do next.
+
+    >>> records_of([{"prompt": "2 + 2?"}])[0].text("answer")
+    Traceback (most recent call last):
+        ...
+    swaa_jax.records.DataError: record 0 of the list of records: answer: ...
     """
 
 

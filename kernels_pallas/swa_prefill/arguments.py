@@ -24,6 +24,13 @@ class AttentionOutput:
 
     Rows without any visible key (padding) hold ``out = 0`` and ``lse = -inf``. A log-sum-exp that
     was not asked for may be NaN.
+
+    Examples:
+      >>> from kernels_pallas import swa_prefill
+      >>> x = jnp.zeros((1, 5, 1, 4))
+      >>> found = swa_prefill(x, x, x, window=3, return_lse=True)
+      >>> jnp.exp(found.lse[0, :, 0]).round().tolist()  # all scores are 0: keys that a row sees
+      [1.0, 2.0, 3.0, 3.0, 3.0]
     """
 
     out: Float[Array, "B T N H"]

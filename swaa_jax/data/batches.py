@@ -15,7 +15,14 @@ __all__ = ["Batch", "PAD_SEGMENT", "make_batch"]
 
 AnyArray: TypeAlias = np.ndarray | jax.Array
 PAD_SEGMENT = -1
-"""Segment id of padding."""
+"""Segment id of padding.
+
+>>> from swaa_jax.data import Sample
+>>> sample = Sample(tokens=np.arange(2), stage_ids=np.zeros(2, int), is_target=np.ones(2, bool))
+>>> batch = make_batch([[(0, sample)]], width=3)
+>>> (batch.segment_ids != PAD_SEGMENT).tolist()
+[[True, True, False]]
+"""
 
 
 @jax.tree_util.register_dataclass
@@ -48,6 +55,13 @@ class Batch:
         loss_weights: of predicting `targets`.
         sample_ids: number of the sample, -1 in the padding.
         lengths: tokens of each row that are no padding.
+
+    Examples:
+        >>> answer = np.array([False, False, True])  # behind a prompt of two tokens
+        >>> sample = Sample(tokens=np.array([5, 6, 7]), stage_ids=answer * 1, is_target=answer)
+        >>> batch = make_batch([[(0, sample)]], width=4)
+        >>> batch.targets.tolist(), batch.loss_weights.tolist(), batch.padding_share
+        ([[6, 7, 0, 0]], [[0.0, 1.0, 0.0, 0.0]], 0.25)
     """
 
     tokens: Int[AnyArray, "B T"]
@@ -72,6 +86,13 @@ def make_batch(
 
     Raises:
         ValueError: a row that is longer.
+
+    Examples:
+        >>> given = np.zeros(2, int)
+        >>> sample = Sample(tokens=np.arange(2), stage_ids=given, is_target=given > 0)
+        >>> batch = make_batch([[(0, sample), (1, sample)], []], width=5)
+        >>> batch.segment_ids.tolist(), batch.lengths.tolist()
+        ([[0, 0, 1, 1, -1], [-1, -1, -1, -1, -1]], [4, 0])
     """
     shape = (len(rows), width)
     tokens, targets = np.full(shape, pad_id, np.int32), np.full(shape, pad_id, np.int32)

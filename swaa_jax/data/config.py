@@ -87,6 +87,13 @@ class DataConfig:
         num_threads: of reading ahead; 0 reads in the caller's thread.
         num_workers: processes of reading ahead, instead of threads; 0 for none.
         prefetch: batches that are made ahead.
+
+    Examples:
+        >>> config = DataConfig(files="train-*.parquet", seq_len=4096, answers="verbatim")
+        >>> config.files, config.widths
+        (('train-*.parquet',), (4096,))
+        >>> DataConfig.from_yaml(config.to_yaml()) == config
+        True
     """
 
     files: tuple[str, ...] = ()

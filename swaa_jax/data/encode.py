@@ -47,6 +47,15 @@ class Sample:
         tokens: ids.
         stage_ids: ANSWER where the token is produced at inference, PROMPT where it is given.
         is_target: whether predicting this token counts in the loss.
+
+    Examples:
+        >>> sample = Sample(  # "1 + 1 =", answered "2"
+        ...     tokens=np.array([21, 5, 21, 9, 22]),
+        ...     stage_ids=np.array([Stage.PROMPT] * 4 + [Stage.ANSWER]),
+        ...     is_target=np.array([False] * 4 + [True]),
+        ... )
+        >>> len(sample), int(sample.is_target.sum())
+        (5, 1)
     """
 
     tokens: Int[np.ndarray, " T"]
@@ -91,6 +100,16 @@ class Encoder:
         ... <|im_start|> assistant \n <think> \n   Hm </think> \n\n Yo <|im_end|>  \n
             P            P         P  P       P    A  A        A    A  A           (left out)
                                               ^ predicts the first answer token
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> from swaa_jax.records import records_of
+        >>> tok = swaa.load_tokenizer("tiny-retriever")
+        >>> encode = Encoder(tok, DataConfig(answers="verbatim"))
+        >>> record = {"prompt": "1 + 1?", "response": "</think>It is 2."}
+        >>> (sample,) = encode(records_of([record])[0])
+        >>> tok.decode(sample.tokens[sample.is_target])
+        '</think>It is 2.<|im_end|>'
     """
 
     def __init__(self, tok: "PreTrainedTokenizerBase", config: DataConfig):

@@ -76,6 +76,15 @@ class BatchSource:
         samples: what the batches are made of; `samples.report` counts what was dropped.
         plan: which samples are where; `plan.num_batches` an epoch, `plan.padding_share`.
         config: as given, with a `seq_len`.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> tok = swaa.load_tokenizer("tiny-retriever")
+        >>> config = DataConfig(seq_len=64, batch_size=2, answers="verbatim", num_epochs=2)
+        >>> record = {"prompt": "1 + 1?", "response": "</think>It is 2."}
+        >>> data = load_data(config, tok, records=[record] * 9)
+        >>> len(data), data.plan.num_batches, data[5].tokens.shape  # 2 epochs of 3
+        (6, 3, (2, 64))
     """
 
     def __init__(
@@ -136,6 +145,18 @@ class BatchIterator(Iterator[Batch]):
     Its state is the index of the next global batch and the plan that the index belongs to: plain
     data, the same on every process, valid for any number of processes. Batches that were made ahead
     and not taken do not count.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> tok = swaa.load_tokenizer("tiny-retriever")
+        >>> config = DataConfig(seq_len=64, batch_size=1, answers="verbatim", num_threads=0)
+        >>> record = {"prompt": "1 + 1?", "response": "</think>It is 2."}
+        >>> batches = iter(load_data(config, tok, records=[record] * 9))
+        >>> batch = next(batches)
+        >>> again = iter(load_data(config, tok, records=[record] * 9))
+        >>> again.set_state(batches.get_state())  # of a checkpoint
+        >>> again.next_batch
+        1
     """
 
     def __init__(self, source: BatchSource, *, start: int = 0):

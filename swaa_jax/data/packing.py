@@ -29,7 +29,17 @@ STATE_VERSION = 1
 
 
 class PlanMismatchError(ValueError):
-    """A saved position belongs to another plan: other data, settings or seed."""
+    """A saved position belongs to another plan: other data, settings or seed.
+
+    Examples:
+        >>> lengths = np.array([3, 5, 4])
+        >>> old = make_plan(lengths, "ab", DataConfig(seq_len=8, batch_size=1, seed=0))
+        >>> new = make_plan(lengths, "ab", DataConfig(seq_len=8, batch_size=1, seed=1))
+        >>> new.position(old.state(1))
+        Traceback (most recent call last):
+            ...
+        swaa_jax.data.packing.PlanMismatchError: data state: expected ... another plan: seed ...
+    """
 
 
 def pack(
@@ -84,6 +94,14 @@ class Plan:
         num_epochs: None: without end.
         identity: what the plan was made from, in words that an error can name.
         num_tokens: in all samples.
+
+    Examples:
+        >>> config = DataConfig(seq_len=8, batch_size=2, num_epochs=3)
+        >>> plan = make_plan(np.array([3, 5, 4, 8]), "ab", config)
+        >>> plan.num_batches, plan.total_batches, f"{plan.padding_share:.0%}"
+        (2, 6, '38%')
+        >>> plan.position(plan.state(4))  # of a checkpoint: the next batch
+        4
     """
 
     rows: tuple[tuple[int, ...], ...]
@@ -206,6 +224,12 @@ def make_plan(lengths: Int[np.ndarray, " samples"], digest: str, config: DataCon
 
     Raises:
         ValueError: a sample longer than `seq_len`, or an epoch without a whole batch.
+
+    Examples:
+        >>> config = DataConfig(seq_len=8, batch_size=2, packing="bucket", bucket_widths=[4, 8])
+        >>> plan = make_plan(np.array([3, 8, 2, 5]), "ab", config)
+        >>> plan.widths.tolist(), plan.num_batches  # a sample a row, as wide as its bucket
+        ([4, 8, 4, 8], 2)
     """
     widths = np.array(config.widths, np.int64)
     if config.packing == "pack":

@@ -82,6 +82,11 @@ class SampleReport:
         unused: columns that hold something and are not looked at.
         unread: keys of messages that the chat template does not name.
         open_thoughts: records whose answer is an open thought; `open_thought` is the first place.
+
+    Examples:
+        >>> print(SampleReport(records=9, samples=7, num_tokens=70, num_targets=20, judged_wrong=2))
+        7 samples of 70 tokens (20 in the loss) from 9 records;
+        dropped: 2 judged wrong, 0 too short, 0 too long
     """
 
     records: int = 0
@@ -111,6 +116,14 @@ class Samples:
         lengths: tokens of each.
         digest: of all tokens and marks: the same on every process that has the same data.
         report: how many there are, and what was dropped.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> tok = swaa.load_tokenizer("tiny-retriever")
+        >>> records = [{"prompt": "1 + 1?", "response": "</think>It is 2."}]
+        >>> samples = prepare_samples(DataConfig(answers="verbatim"), tok, records=records)
+        >>> len(samples), samples.lengths.tolist() == [len(samples[0])]
+        (1, True)
     """
 
     def __init__(self, *, lengths: Int[np.ndarray, " n"], digest: str, report: SampleReport):
@@ -142,6 +155,15 @@ def prepare_samples(
     Raises:
         DataError: a file or record that cannot be used, or nothing left after the filters.
         CheckpointError: a file that cannot be read, or no room for the cache.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> tok = swaa.load_tokenizer("tiny-retriever")
+        >>> record = {"prompt": "1 + 1?", "response": "</think>It is 2."}
+        >>> records = [record | {"judge": 1}, record | {"judge": 0}]
+        >>> samples = prepare_samples(DataConfig(answers="verbatim"), tok, records=records)
+        >>> samples.report.samples, samples.report.judged_wrong
+        (1, 1)
     """
     encoder = Encoder(tok, config)
     if records is not None:

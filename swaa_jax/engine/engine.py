@@ -41,10 +41,14 @@ class Engine:
             message says what would.
 
     Examples:
-        engine = Engine({"full": model, "window": model.with_policy("window=2048,sinks=10")})
-        engine.submit(Request(tokens=(5, 6, 7), max_new_tokens=20, model="window"))
-        for update in engine.run():
-            print(update.request, update.tokens, update.reason)
+        >>> import swaa_jax as swaa
+        >>> model = swaa.load_model("tiny-retriever")
+        >>> models = {"full": model, "window": model.with_policy("window=64,sinks=4")}
+        >>> engine = Engine(models, EngineOptions(num_slots=1, max_tokens=128))
+        >>> engine.submit(Request(tokens=(5, 6, 7), max_new_tokens=20, model="window"))
+        0
+        >>> engine.unfinished  # `for update in engine.run(): ...` gives their tokens
+        frozenset({0})
     """
 
     def __init__(

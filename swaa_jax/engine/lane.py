@@ -47,7 +47,12 @@ _STAGES = {"read_s": "reading", "decode_s": "generating"}
 """What each of the clock's times is of."""
 
 EndReason = Literal["end", "length", "not a number"]
-"""Why a request ended: a token that ends it, its longest answer, or bad logits."""
+"""Why a request ended: a token that ends it, its longest answer, or bad logits.
+
+>>> from typing import get_args
+>>> get_args(EndReason)
+('end', 'length', 'not a number')
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +66,10 @@ class Update:
         top_logprobs: of each token, the likeliest ids and their log-probabilities.
         reused_tokens: of the request's prompt, which were read before and were not read anew.
         reason: why it ended; None: it goes on.
+
+    Examples:
+        >>> Update(request=0, tokens=(9, 2), reason="end").tokens  # the last of an answer
+        (9, 2)
     """
 
     request: int
@@ -77,6 +86,11 @@ class EngineClock:
 
     Attributes:
         tell: called with what is begun: "compiling", "reading" a chunk, "generating".
+
+    Examples:
+        >>> clock = EngineClock(new_tokens=60, decode_s=1.5)  # of engine.clock
+        >>> clock.new_tokens / clock.decode_s  # tokens a second
+        40.0
     """
 
     read_tokens: int = 0

@@ -45,6 +45,13 @@ class EngineOptions:
         most_snapshots: more are not kept unless `max_snapshots` says so.
         snapshot_every: chunks from one to the next, within a prompt; there is one at the end of
             each prompt's last whole chunk in any case.
+
+    Examples:
+        >>> options = EngineOptions(num_slots=4, max_tokens=1000, chunk_size=256, page_size=64)
+        >>> options.columns, options.most_pages  # pages of the longest row, and of all rows
+        (16, 64)
+        >>> options.within(512).max_tokens  # of a model with a shorter context
+        512
     """
 
     num_slots: int = 8

@@ -86,6 +86,10 @@ class SamplingParams:
 
     Raises:
         ValueError: a value out of range.
+
+    Examples:
+        >>> SamplingParams(temperature=0.7, top_p=0.95).is_greedy, SamplingParams().is_greedy
+        (False, True)
     """
 
     temperature: float = 0.0
@@ -234,7 +238,11 @@ class SamplingParams:
 
 
 SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
-"""Names of the sampling settings."""
+"""Names of the sampling settings.
+
+>>> SAMPLING[:3]
+('temperature', 'top_k', 'top_p')
+"""
 
 _LARGEST = 1e30  # of settings that meet logits in float32, and its inverse the least
 _ALWAYS_STORED = ("temperature", "top_k", "top_p")

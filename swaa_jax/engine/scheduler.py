@@ -32,6 +32,11 @@ class Request:
 
     Raises:
         ValueError: a value out of range. Prompts are looked at when they are submitted.
+
+    Examples:
+        >>> request = Request(tokens=[5, 6, 7], max_new_tokens=20, ends=[2])
+        >>> request.tokens, request.params.temperature
+        ((5, 6, 7), 0.0)
     """
 
     tokens: Sequence[int]

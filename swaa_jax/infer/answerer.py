@@ -48,6 +48,16 @@ class Answerer:
     Raises:
         ValueError: `sampling="checkpoint"` without a generation config, or settings that do not
             fit the model, such as stop tokens outside its vocabulary.
+
+    Examples:
+        ```python
+        answerer = Answerer(model, tok, GenerateOptions(max_new_tokens=20), lengths=[100, 300])
+        for prompts in batches:  # of token ids; programs are compiled for the first ones
+            answering = answerer.start(prompts)
+            for tokens in answering:
+                print(tokens, "new tokens so far")
+            print([row.text for row in answering.rows], answering.timings)
+        ```
     """
 
     def __init__(
@@ -159,6 +169,14 @@ class Answering:
     Attributes:
         rows: one a prompt.
         options: how they are answered.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> model, tok = swaa.load_model("tiny-retriever"), swaa.load_tokenizer("tiny-retriever")
+        >>> answerer = Answerer(model, tok, GenerateOptions(max_new_tokens=4), lengths=[3])
+        >>> answering = answerer.start([[5, 6, 7]])  # `for tokens in answering: ...` goes on
+        >>> answering.rows[0].is_done, answering.timings.prompt_tokens
+        (False, 3)
     """
 
     def __init__(
@@ -280,6 +298,12 @@ def eos_token_ids(model: CausalLM, tok: "PreTrainedTokenizerBase | None") -> tup
 
     Raises:
         ValueError: one that is no token id.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> model, tok = swaa.load_model("tiny-retriever"), swaa.load_tokenizer("tiny-retriever")
+        >>> tok.convert_ids_to_tokens(eos_token_ids(model, tok))
+        ['<|im_end|>']
     """
     is_overridden = "eos_token_id" in config_overrides(model)
     ids = None if is_overridden else generation_config(model).get("eos_token_id")

@@ -40,6 +40,18 @@ class Generation:
         timings: what it cost.
         logprobs: of each of `tokens`, where they were asked for: the natural logarithm of its
             probability under the model, before temperature, filters and penalties.
+
+    Examples:
+        >>> timings = Timings(
+        ...     num_rows=1, prompt_tokens=3, new_tokens=2, prefill_s=0.1, first_token_s=0.0,
+        ...     decode_s=0.2, decode_steps=2, compile_s=0.0, cache_bytes=1 << 20,
+        ...     cache_bytes_per_row=1 << 20,
+        ... )
+        >>> done = Generation(
+        ...     texts=("It is 2.",), tokens=((8, 2),), finish_reasons=("eos",), timings=timings
+        ... )
+        >>> done.table().columns
+        ('prompt', 'text', 'new_tokens', 'finish_reason')
     """
 
     texts: tuple[str, ...]
@@ -160,6 +172,14 @@ class Stream(Iterator[str]):
 
     A piece never holds a part of a character nor a text that may still prove a stop string.
     `generation` is None until the last piece is out.
+
+    Examples:
+        ```python
+        pieces = swaa.stream(model, tok, "The grass is", max_new_tokens=8)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        assert pieces.generation is not None  # with tokens, the reason of the end and timings
+        ```
     """
 
     def __init__(self, answerer: Answerer, prompt: Sequence[int]):
@@ -230,6 +250,15 @@ def check_prompts(
     """Refuse prompts that this model cannot take; see `prompts.check_context`.
 
     With positions inside the cache only the prompt, and window and sinks, must fit the context.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> model = swaa.load_model("tiny-retriever")
+        >>> check_prompts(model, [[5, 6, 7]], max_new_tokens=20)
+        >>> check_prompts(model, [[5, 6, 70_000]], max_new_tokens=20)
+        Traceback (most recent call last):
+            ...
+        ValueError: prompt 0: expected token ids from 0 to ... got 70000; ...
     """
     context = context_of(model)
     if positions == "cache":
@@ -244,7 +273,16 @@ def check_prompts(
 
 
 def generation_of(answering: Answering) -> Generation:
-    """What has been answered, all of it."""
+    """What has been answered, all of it.
+
+    Examples:
+        ```python
+        answering = answerer.start([[5, 6, 7]])
+        for _ in answering:
+            pass
+        generation_of(answering).texts
+        ```
+    """
     rows = answering.rows
     reasons = [row.finish_reason for row in rows]
     assert all(reason is not None for reason in reasons), "a row was left unfinished"

@@ -35,7 +35,14 @@ COT_INSTRUCTION = (
     "Think step by step: first write down what in the text bears on the question, "
     "then give the final answer."
 )
-"""What `cot=True` appends to the last user message (paper, method 4: chain of thought)."""
+"""What `cot=True` appends to the last user message (arXiv 2512.10411, chain of thought).
+
+>>> import swaa_jax as swaa
+>>> tok = swaa.load_tokenizer("tiny-retriever")
+>>> (ids,) = encode_prompts(tok, [{"role": "user", "content": "1 + 1?"}], cot=True)
+>>> COT_INSTRUCTION in tok.decode(ids)
+True
+"""
 
 
 def as_batch(prompts: Prompts) -> list[Prompt]:
@@ -87,7 +94,7 @@ def encode_prompts(
     room: int | None = None,
     encode: Callable[[str], list[int]] | None = None,
 ) -> list[list[int]]:
-    """Token ids of each prompt.
+    r"""Token ids of each prompt, a list of T ints; arrays of ids have the shape `[T]`.
 
     Args:
         tok: the tokenizer; may be None where all prompts are token ids.
@@ -106,6 +113,13 @@ def encode_prompts(
     Raises:
         ValueError: an empty prompt, a template option for a prompt that is not a message list, or
             a template that fails.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> tok = swaa.load_tokenizer("tiny-retriever")
+        >>> text, chat = encode_prompts(tok, ["1 + 1?", [{"role": "user", "content": "1 + 1?"}]])
+        >>> tok.decode(text), tok.decode(chat)
+        ('1 + 1?', '<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n<think>\n')
     """
     for_chat = {
         "tools": tools is not None,
@@ -155,7 +169,13 @@ def encode_prompts(
 
 
 def warn_of_thinking(tok: "PreTrainedTokenizerBase", name: str) -> None:
-    """Says that a setting, `name`, does not change what the model is asked, where that is so."""
+    """Says that a setting, `name`, does not change what the model is asked, where that is so.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> tok = swaa.load_tokenizer("tiny-retriever")
+        >>> warn_of_thinking(tok, "enable_thinking")  # says nothing: the template has the variable
+    """
     has_template = getattr(tok, "chat_template", None)
     if not has_template or unused_variables(tok, {"enable_thinking": True}):
         log.warning(

@@ -33,6 +33,17 @@ class Timings:
         compile_s: tracing and compiling, 0 where the programs existed.
         cache_bytes: key/value caches as allocated, of all slots; of the largest set.
         cache_bytes_per_row: the same of one row.
+
+    Examples:
+        >>> timings = Timings(
+        ...     num_rows=2, prompt_tokens=600, new_tokens=40, prefill_s=0.5, first_token_s=0.0,
+        ...     decode_s=0.4, decode_steps=20, compile_s=3.0, cache_bytes=1 << 21,
+        ...     cache_bytes_per_row=1 << 20,
+        ... )
+        >>> timings.prefill_tokens_per_second, timings.time_per_output_token_s
+        (1200.0, 0.02)
+        >>> Timings.total([timings, timings]).new_tokens
+        80
     """
 
     num_batches: int = 1

@@ -55,6 +55,13 @@ def read_calibration(
 
     Raises:
         ValueError: an unknown field, a record that cannot be read, or no sample within the length.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> tok = swaa.load_tokenizer("tiny-retriever")
+        >>> records = [{"prompt": "1 + 1?", "response": "</think>It is 2."}] * 3
+        >>> len(read_calibration(records, tok, limit=2))
+        2
     """
     limit = or_none(integer(least=1))("limit", limit)
     is_files = _are_files(files)

@@ -53,6 +53,11 @@ class GatesConfig:
         per_head: a gate for every KV head, not for every layer.
         save_every: steps between two saves.
         seed: of the order of the samples.
+
+    Examples:
+        >>> config = GatesConfig(steps=400, sparsity=0.05, per_head=True)
+        >>> config.rows, config.learning_rate
+        (4, 0.02)
     """
 
     steps: int = 200
@@ -126,6 +131,13 @@ def train_gates(
         config: how to train.
         directory: where the state is saved (`gates.json`) and found again.
         progress: told how far it is.
+
+    Examples:
+        ```python
+        policy, config = AttentionPolicy(window=2048), GatesConfig(steps=400)
+        values = train_gates(model, samples, policy=policy, config=config)
+        values[:, 0].argsort()[::-1][:9]  # the nine layers that need full attention most
+        ```
     """
     split = split_model(model.with_policy(AttentionPolicy()))
     layers = policy.resolve(model.config.num_layers)

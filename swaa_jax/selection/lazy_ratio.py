@@ -46,6 +46,10 @@ class LazyRatioConfig:
         num_recent_keys: the last keys of the prompt, `w_recent`. In a prompt of less than four
             times as many tokens it is a quarter of them: else every layer would be lazy there.
         num_last_queries: the last queries, `w_last`.
+
+    Examples:
+        >>> LazyRatioConfig(num_recent_keys=512).num_sink_keys
+        4
     """
 
     num_sink_keys: int = 4
@@ -99,6 +103,18 @@ def lazy_ratios(
     """The ratio of every layer on the prompt of every sample, from `model` under full attention.
 
     Samples run one by one: the scores of the last queries are whole, `[N, w_last, T]`.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> model = swaa.load_model("tiny-retriever")
+        >>> tokens = np.arange(40, dtype=np.int32)
+        >>> sample = Sample(tokens=tokens, stage_ids=tokens * 0, is_target=tokens > 30)
+        >>> ratios = lazy_ratios(model, [sample])
+        >>> ratios.shape, bool((ratios > 0).all() and (ratios <= 1).all())
+        ((1, 8), True)
+
+    References:
+        LightTransfer's lazy ratio, as arXiv 2512.10411 compares it.
     """
     config = config or LazyRatioConfig()
     split = split_model(model.with_policy(AttentionPolicy()))

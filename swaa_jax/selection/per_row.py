@@ -51,6 +51,15 @@ class RowScorer:
     Attributes:
         num_compiles: programs that it has had compiled: one for each width of samples, and none
             where another scorer of this process had the same.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> from swaa_jax.selection import read_calibration
+        >>> model, tok = swaa.load_model("tiny-retriever"), swaa.load_tokenizer("tiny-retriever")
+        >>> samples = read_calibration([{"prompt": "1 + 1?", "response": "</think>2"}], tok)
+        >>> scorer = RowScorer(model, samples, policy=AttentionPolicy(window=4), rows_at_once=8)
+        >>> scorer.num_layers, scorer.candidates_at_once()  # for scorer([(), (1, 3), ...])
+        (8, 8)
     """
 
     def __init__(

@@ -20,6 +20,9 @@ def periodic_layers(num_layers: int, num_full_layers: int, *, offset: int) -> La
 
     Raises:
         ValueError: the offset is not below the distance between two layers.
+
+    References:
+        Section 3.3 of arXiv 2512.10411.
     """
     offsets = num_layers // num_full_layers
     if not 0 <= offset < offsets:

@@ -100,7 +100,11 @@ METHODS: Mapping[str, Method] = {
     "pairwise": _by_scores(pairwise, start=check_layers, least_gain=number(least=0), **_BUDGET),
     "gates": Method(run=_gates, options=GatesConfig),
 }
-"""Methods by name: another is a function in a file beside this one, and a line here."""
+"""Methods by name: another is a function in a file beside this one, and a line here.
+
+>>> sorted(METHODS)[:3], option_names("greedy")
+(['add_one', 'backward', 'gates'], ('max_evaluations',))
+"""
 
 
 def select_from_samples(
@@ -145,6 +149,18 @@ def select_from_samples(
     Raises:
         ValueError: an unknown method or option, a number of layers that leaves nothing to select,
             samples on which layers cannot be compared, or a directory of another run.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> from swaa_jax.selection import read_calibration
+        >>> model, tok = swaa.load_model("tiny-retriever"), swaa.load_tokenizer("tiny-retriever")
+        >>> samples = read_calibration([{"prompt": "What is 1 + 1?", "response": "</think>2"}], tok)
+        >>> found = select_from_samples(
+        ...     model, samples, method="periodic", options={"offset": 1}, num_full_layers=4,
+        ...     policy=AttentionPolicy(window=4),
+        ... )
+        >>> str(found.policy)
+        'window=4,full_layers=1+3+5+7'
     """
     started = time.perf_counter()
     options = check_options(method, options or {})
@@ -209,6 +225,14 @@ def check_options(method: str, options: Mapping[str, object]) -> dict[str, Any]:
 
     Raises:
         ValueError: an unknown method or option, or a value that it cannot have.
+
+    Examples:
+        >>> check_options("greedy", {"max_evaluations": 40})
+        {'max_evaluations': 40}
+        >>> check_options("greedy", {"max_evaluation": 40})
+        Traceback (most recent call last):
+            ...
+        ValueError: options of greedy: expected keys among max_evaluations, got 'max_evaluation' ...
     """
     one_of(*METHODS)("method", method)
     name = f"options of {method}"

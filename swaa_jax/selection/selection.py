@@ -52,6 +52,17 @@ class Selection:
         seconds: of all of it.
         details: what else the method found, as JSON's types.
         model: what the layers were selected for, by name; "" where it has none.
+
+    Examples:
+        >>> policy = AttentionPolicy(window=64, full_attention_layers=[1, 3])
+        >>> found = Selection(
+        ...     method="add_one", policy=policy, chosen=(1, 3), heads={},
+        ...     scores=(0.1, 0.9, 0.2, 0.8), nll_none=2.0, nll_chosen=1.1, nll_all=1.0,
+        ...     num_samples=32, num_evaluations=5, num_new=6, num_compiles=1, seconds=9.0,
+        ...     details={},
+        ... )
+        >>> found.what, found.likelihoods
+        ('2 of 4 layers', 'answer NLL 2.0000 with none full, 1.1000 with these, 1.0000 with all')
     """
 
     method: str

@@ -7,9 +7,11 @@ from typing import Any, ClassVar
 from swaa_jax.cli import eval as command
 from swaa_jax.cli.main import build_parser
 from swaa_jax.eval.report import Evaluation
+from swaa_jax.eval.report.statistics import bootstrap_interval
 from swaa_jax.eval.run import Cell, EvalConfig, PolicyEntry, Setting, TaskEntry
 from swaa_jax.eval.run.costs import CellCost
 from swaa_jax.eval.run.entries import ModelEntry
+from swaa_jax.eval.search import Candidate, SearchResult
 from swaa_jax.eval.tasks import Sample, Task
 from swaa_jax.policy import AttentionPolicy
 
@@ -106,6 +108,56 @@ def evaluation(cells: list[Cell], output_dir: Any = "out", **config: Any) -> Eva
         versions={"swaa_jax": "0", "jax": "0"},
         seconds=1.0,
         answered=0,
+    )
+
+
+def small_evaluation() -> Evaluation:
+    """What examples in docstrings are about: full attention, and a window that loses something."""
+    names = [f"s{number}" for number in range(20)]
+    policies = {"full": AttentionPolicy(), "window=64": AttentionPolicy(window=64)}
+    wrong = {"full": 2, "window=64": 10}
+    return evaluation(
+        [
+            cell(
+                name,
+                policy,
+                [row(one, at >= wrong[name]) for at, one in enumerate(names)],
+                model="mine",
+                task="qa",
+                skipped=3,
+            )
+            for name, policy in policies.items()
+        ],
+        output_dir=None,
+    )
+
+
+def small_search() -> SearchResult:
+    """What examples in docstrings are about: two windows, of which the wider one is chosen."""
+
+    def candidate(policy: str, right: int, share: float) -> Candidate:
+        scores = (1.0,) * right + (0.0,) * (20 - right)
+        return Candidate(
+            policy=AttentionPolicy.parse(policy),
+            scores=scores,
+            score=bootstrap_interval(scores),
+            prefill_share=share,
+            cache_bytes=int(share * 2**20),
+            full_pairs=1e6,
+            rounds=2,
+        )
+
+    full, wide = candidate("full", 20, 1.0), candidate("window=256", 19, 0.5)
+    narrow = candidate("window=64", 8, 0.1)
+    return SearchResult(
+        full=full,
+        candidates=(wide, narrow),
+        pareto=(narrow, wide, full),
+        chosen=wide,
+        num_samples=20,
+        num_answers=44,
+        exhaustive_answers=60,
+        task="qa",
     )
 
 

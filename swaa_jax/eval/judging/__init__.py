@@ -37,11 +37,15 @@ JUDGES: Mapping[str, Callable[..., Judge]] = {
     "ruler": ruler_judge,
     "llm": _llm_judge,
 }
-"""What makes each judge, by name; its keywords are the judge's settings."""
+"""What makes each judge, by name; its keywords are the judge's settings.
+
+>>> sorted(JUDGES), JUDGES["exact"] is exact_judge
+(['exact', 'includes', 'llm', 'regex', 'ruler'], True)
+"""
 
 
 def make_judge(name: str, **settings: object) -> Judge:
-    """The judge of that name.
+    r"""The judge of that name.
 
     Args:
         name: "exact", "includes", "regex", "ruler" or "llm".
@@ -50,6 +54,12 @@ def make_judge(name: str, **settings: object) -> Judge:
 
     Raises:
         ValueError: no such judge, or settings that it does not have.
+
+    Examples:
+        >>> judge = make_judge("regex", pattern=r"answer is (\w+)", which="last")
+        >>> said = "The answer is A. No, the answer is B."
+        >>> judge(Judged(question="Which?", references=("B",), response=said))
+        Verdict(accepted=True, reason='said B', score=1.0, failed=False)
     """
     one_of(*JUDGES)("judge", name)
     make = JUDGES[name]

@@ -22,6 +22,11 @@ class Judged:
         thinking: whether the prompt had opened a thought.
         grading: what a language model that judges must know besides the references; rules ignore
             it.
+
+    Examples:
+        >>> judged = Judged(question="2 + 2?", references=("4", "four"), response="It is 4.")
+        >>> any(reference in judged.response for reference in judged.references)
+        True
     """
 
     question: str
@@ -45,6 +50,12 @@ class Verdict:
         score: 0 to 1, where being right has degrees (RULER's: the fraction found); else 1 if it is
             accepted and 0 if not.
         failed: the judge came to no verdict; the answer is left out of scores, and counted.
+
+    Examples:
+        >>> Verdict(accepted=True, reason="said 4").score
+        1.0
+        >>> Verdict(accepted=False, reason="1 of 4 found", score=0.25).score
+        0.25
     """
 
     accepted: bool
@@ -59,7 +70,13 @@ class Verdict:
 
 
 Judge = Callable[[Judged], Verdict]
-"""Says of an answer whether it is right."""
+"""Says of an answer whether it is right.
+
+>>> def polite(judged: Judged) -> Verdict:
+...     return Verdict(accepted="please" in judged.response, reason="says please")
+>>> polite(Judged(question="?", references=("x",), response="x, please")).accepted
+True
+"""
 
 
 def answer_of(judged: Judged) -> str | Verdict:
@@ -79,6 +96,10 @@ class Answer:
     Attributes:
         text: what is to be scored; empty when the thinking never ended.
         finished: false when a thought was left open.
+
+    Examples:
+        >>> strip_thinking("Let me see.</think>It is 4.")
+        Answer(text='It is 4.', finished=True)
     """
 
     text: str

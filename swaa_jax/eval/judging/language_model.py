@@ -54,6 +54,11 @@ class LlmJudgeConfig:
 
     Raises:
         ValueError: a value out of range, or a prompt that lacks one of the three.
+
+    Examples:
+        >>> config = LlmJudgeConfig(url="http://localhost:8000/v1", model="judge", timeout_s=60)
+        >>> config.endpoint.shown
+        'http://localhost:8000/v1'
     """
 
     url: str = dataclasses.field(repr=False)
@@ -96,7 +101,7 @@ class LlmJudgeConfig:
 
 
 class LlmJudge:
-    """A judge that asks a model; safe to call from several threads.
+    """A judge that asks a model over OpenAI's API; safe to call from several threads.
 
     Replies are read strictly, see :func:`read_verdict`. What is no verdict is asked for again, at
     temperature 1; so are HTTP 408, 409, 429 and 5xx, broken or silent connections and bodies that
@@ -108,6 +113,11 @@ class LlmJudge:
 
     Raises (when called):
         ValueError: the server refuses the request, or could not be talked to in all attempts.
+
+    Examples:
+        >>> judge = LlmJudge(LlmJudgeConfig(url="http://localhost:8000/v1", model="judge"))
+        >>> judge(Judged(question="1 + 1?", references=("2",), response="<think>Well")).reason
+        'thinking did not end'
     """
 
     def __init__(self, config: LlmJudgeConfig, *, pause_s: float = 1.0):

@@ -53,6 +53,12 @@ def write_evaluation(
 
     Raises:
         ValueError: no directory, here or of the evaluation.
+
+    Examples:
+        >>> # done = swaa.evaluate(models="mine", policies="full,window=64", data="mine.jsonl")
+        >>> paths = write_evaluation(done, done.summaries, command="mine", output_dir="out")
+        >>> sorted(paths)[:4]
+        ['answers.jsonl', 'answers.parquet', 'report.html', 'report.md']
     """
     output_dir = evaluation.config.output_dir if output_dir is None else output_dir
     if output_dir is None:

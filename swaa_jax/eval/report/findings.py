@@ -14,7 +14,15 @@ NEAR = 0.05
 
 
 def findings(groups: Sequence[Group]) -> list[str]:
-    """A paragraph a group: the baseline and the others, what costs least near it, adapters."""
+    """A paragraph a group: the baseline and the others, what costs least near it, adapters.
+
+    Examples:
+        >>> # done = swaa.evaluate(models="mine", policies="full,window=64", data="mine.jsonl")
+        >>> print(findings(done.groups)[0])
+        mine: qa, non-thinking: full scores 90.0% [75.0, 100.0], the best of the others, window=64
+        (row 2), 50.0% [30.0, 70.0] (p = 0.008). No other policy has both more score and less
+        prefill work than: window=64 (row 2), full (row 1). ...
+    """
     return [" ".join(filter(None, map(str.strip, _sentences(group)))) for group in groups]
 
 
@@ -112,6 +120,11 @@ def _named(group: Group, summary: CellSummary) -> str:
 def remarks(summaries: Sequence[CellSummary], cells: Sequence[Cell]) -> list[str]:
     """What to know before numbers are compared: policies that saw everything, answers cut off,
     samples left out.
+
+    Examples:
+        >>> # done = swaa.evaluate(models="mine", policies="full,window=64", data="mine.jsonl")
+        >>> remarks(done.summaries, done.cells)
+        ["Samples left out, because they are longer than the model's context: 3 of mine, qa."]
     """
     found = []
     skipped = {f"{c.skipped} of {c.model}, {c.task}": None for c in cells if c.skipped}

@@ -33,11 +33,12 @@ class Evaluation:
         answered: answers that the last run made, the rest was there.
 
     Examples:
-        >>> import swaa_jax as swaa
-        >>> done = swaa.evaluate(
-        ...     models="tiny-retriever", policies="full,window=64", tasks="ruler,length=512"
-        ... )  # doctest: +SKIP
-        >>> done.table().to_pandas(), done.plot("chart.png"), done.report("out")  # doctest: +SKIP
+        >>> # done = swaa.evaluate(models="mine", policies="full,window=64", data="mine.jsonl")
+        >>> done
+        Evaluation(1 model, 1 task, 2 policies, 40 answers; print it for the table, .plot() for
+        the chart, .report(directory) for the report)
+        >>> [summary.score.mean for summary in done.summaries]
+        [0.9, 0.5]
     """
 
     config: EvalConfig

@@ -62,6 +62,14 @@ class CellSummary:
             tokens.
         difference: of the score to the baseline's; None for the baseline.
         p_value: of that difference, paired by sample.
+
+    Examples:
+        >>> # done = swaa.evaluate(models="mine", policies="full,window=64", data="mine.jsonl")
+        >>> full, narrow = summarize(done)
+        >>> narrow
+        CellSummary(2: mine, qa, non-thinking, window=64: 50.0% [30.0, 70.0])
+        >>> narrow.line()["prefill_share"], narrow.line()["cache_bytes_per_sample"]
+        (0.25, 262144)
     """
 
     number: int
@@ -208,6 +216,12 @@ class Group:
     Attributes:
         summaries: of the cells, in their order; the baseline is among them.
         baseline: the one that the others are tested against.
+
+    Examples:
+        >>> # done = swaa.evaluate(models="mine", policies="full,window=64", data="mine.jsonl")
+        >>> (group,) = done.groups
+        >>> group.title, [group.name(one) for one in group.others]
+        ('mine: qa, non-thinking', ['window=64'])
     """
 
     summaries: tuple[CellSummary, ...]
@@ -238,6 +252,11 @@ class Group:
 def summarize(evaluation: Evaluation) -> Summaries:
     """A summary of each cell that has answers: models, tasks and modes in their order, cells that
     are compared with one baseline next to one another.
+
+    Examples:
+        >>> # done = swaa.evaluate(models="mine", policies="full,window=64", data="mine.jsonl")
+        >>> [(one.cell.policy_name, one.score.mean, one.difference) for one in summarize(done)]
+        [('full', 0.9, None), ('window=64', 0.5, -0.4)]
     """
     config = evaluation.config
     cells = [cell for cell in evaluation.cells if cell.answers]
@@ -257,7 +276,13 @@ def summarize(evaluation: Evaluation) -> Summaries:
 
 
 def group_summaries(summaries: Sequence[CellSummary]) -> list[Group]:
-    """The groups, in the order of the rows."""
+    """The groups, in the order of the rows.
+
+    Examples:
+        >>> # done = swaa.evaluate(models="mine", policies="full,window=64", data="mine.jsonl")
+        >>> [(group.title, len(group.summaries)) for group in group_summaries(summarize(done))]
+        [('mine: qa, non-thinking', 2)]
+    """
     by_number = {summary.number: summary for summary in summaries}
     members: dict[int, list[CellSummary]] = {}
     for summary in summaries:

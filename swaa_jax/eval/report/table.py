@@ -31,7 +31,11 @@ LEGEND = (
     "that ended at their longest length. not known: a server's model, whose work and memory only "
     "the server sees."
 )
-"""What the columns of an evaluation's table mean, printed below it."""
+"""What the columns of an evaluation's table mean, printed below it.
+
+>>> LEGEND.partition(":")[0]
+'Scores in %, with 95% intervals'
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,7 +236,14 @@ COLUMNS = (
 
 
 def terminal_table(group: Group, *, width: int) -> Table:
-    """The lines of a group, in as many columns as the terminal has room for."""
+    """The lines of a group, in as many columns as the terminal has room for.
+
+    Examples:
+        >>> # done = swaa.evaluate(models="mine", policies="full,window=64", data="mine.jsonl")
+        >>> table = terminal_table(done.groups[0], width=80)
+        >>> str(table.title), [column.header for column in table.columns][:3]
+        ('mine: qa, non-thinking', ['#', 'policy', 'score'])
+    """
     columns = [one for one in COLUMNS if one.width is not None and one.width <= width]
     table = Table(
         title=Text(group.title), box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0)

@@ -58,6 +58,15 @@ class Cell:
             JSON's types.
         skipped: samples beyond the model's context.
         cost: what the answers took.
+
+    Examples:
+        >>> from swaa_jax.eval.run.costs import remote_cost
+        >>> cell = Cell(
+        ...     model="mine", policy_name="as served", policy=None, policy_note="a server's",
+        ...     task="qa", thinking=False, answers=(), skipped=0, cost=remote_cost(()),
+        ... )
+        >>> cell, cell.is_full
+        (Cell(mine, as served, qa, non-thinking: 0 answers), False)
     """
 
     model: str

@@ -67,6 +67,11 @@ class Setting:
     A policy's entry may be the reference's configuration, `{swaa_config: {...}}`, which is read
     when the model's depth is known: the reference names layers that a model may lack. A server's
     models have their own policies; a setting of nothing else has none.
+
+    Examples:
+        >>> setting = Setting(models="tiny-retriever", policies="full,window=64")
+        >>> [model.label for model in setting.models], [one.name for one in setting.policies]
+        (['tiny-retriever'], ['full', 'window=64'])
     """
 
     models: tuple[ModelEntry | RemoteEntry, ...]

@@ -54,6 +54,10 @@ class ModelEntry:
         revision: of a hub id.
         config_overrides: as `load_model` takes them (YaRN beyond 32k, say).
         loaded: the model itself, which is then asked as it is; `path` says where it is from.
+
+    Examples:
+        >>> ModelEntry(path="Qwen/Qwen3-4B", adapter="runs/swa/adapter").label
+        'Qwen3-4B + adapter'
     """
 
     path: str
@@ -119,6 +123,11 @@ class RemoteEntry:
 
     Raises:
         ValueError: a value out of range, no URL of HTTP, or completions without a tokenizer.
+
+    Examples:
+        >>> entry = RemoteEntry(url="http://user:password@localhost:8000/v1", model="mine")
+        >>> entry.label, entry.sends_chats, "password" in entry.source
+        ('mine at localhost:8000', True, False)
     """
 
     url: str = dataclasses.field(repr=False)
@@ -186,7 +195,12 @@ class RemoteEntry:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyEntry:
-    """A policy, and what results call it."""
+    """A policy, and what results call it.
+
+    Examples:
+        >>> PolicyEntry(name="mine", policy=AttentionPolicy(window=64)).policy.window
+        64
+    """
 
     name: str
     policy: AttentionPolicy
@@ -209,6 +223,12 @@ class TaskEntry:
         task: the task.
         judge: arguments of `make_judge`; None: the task's own.
         max_new_tokens: of an answer without its thinking; None: the task's own.
+
+    Examples:
+        >>> from swaa_jax.eval.tasks import make_task
+        >>> task = make_task("qa", files="mine.jsonl")
+        >>> TaskEntry(name="all", task=task, judge={"need": "all"}).judge_settings
+        {'name': 'includes', 'need': 'all'}
     """
 
     name: str

@@ -53,6 +53,12 @@ class SearchSpace:
         sinks: numbers of sink tokens.
         full_layers: layers that keep full attention; `()` for none.
         decode: "window", "full", or layers.
+
+    Examples:
+        >>> space = SearchSpace(windows=(1024, 2048), sinks=(10,), full_layers=((), "1::2"))
+        >>> policies = space.policies(num_layers=36)
+        >>> len(policies), str(policies[0])
+        (8, 'window=1024,sinks=10')
     """
 
     windows: tuple[int, ...]
@@ -96,6 +102,10 @@ class SearchConfig:
 
     Raises:
         ValueError: a value out of range.
+
+    Examples:
+        >>> SearchConfig(floor=0.95, max_cache_bytes=2 << 30).first_samples  # 2 GiB, 95% kept
+        8
     """
 
     floor: float | None = None
@@ -128,6 +138,15 @@ class Candidate:
         cache_bytes: the largest caches that a sample needed.
         full_pairs: (query, key) pairs that full attention visits on these prompts.
         rounds: that it was in.
+
+    Examples:
+        >>> scores = (1.0, 0.0, 1.0, 1.0)
+        >>> candidate = Candidate(
+        ...     policy=AttentionPolicy(window=64), scores=scores, score=bootstrap_interval(scores),
+        ...     prefill_share=0.3, cache_bytes=1 << 20, full_pairs=1e6, rounds=1,
+        ... )
+        >>> candidate.score.mean, candidate.costs
+        (0.75, (0.3, 1048576.0))
     """
 
     policy: AttentionPolicy
@@ -165,6 +184,12 @@ class SearchResult:
         num_answers: that the search took, and `exhaustive_answers`: that all candidates on all
             samples would have taken.
         task: what was asked, as results call it.
+
+    Examples:
+        >>> # found = swaa.search_policy(model, tok, data="mine.jsonl", floor=0.9)
+        >>> print(found.told)
+        Chosen: window=256, which keeps 95.0% of full attention's score and takes 50.0% of its
+        prefill pairs.
     """
 
     full: Candidate
@@ -261,7 +286,7 @@ def search_policies(
     loaded: "tuple[CausalLM, PreTrainedTokenizerBase] | None" = None,
     progress: ProgressLike = None,
 ) -> SearchResult:
-    """Search a space of policies; `search_policy` does it in one call.
+    """Search a space of policies by successive halving; `search_policy` does it in one call.
 
     Args:
         model: a checkpoint.
@@ -275,6 +300,17 @@ def search_policies(
 
     Raises:
         ValueError: no candidate, or none within the ceilings.
+
+    Examples:
+        ```python
+        model = ModelEntry(path="tiny-retriever")
+        task = TaskEntry(name="ruler", task=make_task("ruler", length=512))
+        space = SearchSpace(windows=(64, 128)).policies(num_layers=8)
+        found = search_policies(model, task, space, "search", config=SearchConfig(floor=0.9))
+        ```
+
+    References:
+        Successive halving: arXiv 1502.07943.
     """
     config = config or SearchConfig()
     alive = list(dict.fromkeys(policy for policy in space if not policy.is_full))

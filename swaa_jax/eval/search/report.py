@@ -46,6 +46,15 @@ def write_search(
 
     Returns:
         The files' paths by name.
+
+    Examples:
+        >>> # found = swaa.search_policy(model, tok, data="mine.jsonl", floor=0.9)
+        >>> paths = write_search(found, "search", command="mine.py", asked={"task": "qa"})
+        >>> sorted(paths)
+        ['policy.yaml', 'search.json', 'search.png']
+        >>> from swaa_jax import load_policy
+        >>> load_policy(paths["policy.yaml"]) == found.policy
+        True
     """
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

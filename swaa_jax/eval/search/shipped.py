@@ -139,6 +139,13 @@ class Recipe:
         memory: bytes of weights, of the caches of all rows, and of reading a prompt in chunks, as
             `generate` and `serve` do; an estimate near the TPU compiler's (`activation_bytes`).
         memory_in_one_piece: the same where the prompt is read in one pass, as scoring does.
+
+    Examples:
+        >>> recipe = recipes(training=False, thinking=True, prefer="efficiency")[0]
+        >>> recipe.name, recipe.scores
+        ('thinking-no-train-efficient', ['4B-Thinking: 50 of 73'])
+        >>> f"{recipe.cache_bytes / 2**30:.2f} GiB a row, {recipe.prefill_share:.0%} of the prefill"
+        '4.50 GiB a row, 12% of the prefill'
     """
 
     file: PolicyFile
@@ -187,6 +194,13 @@ class Recipes(list[Recipe]):
 
     Attributes:
         case: what work and memory are counted for.
+
+    Examples:
+        >>> found = recipes(context=8192, rows=4)
+        >>> found.case, found[0].name
+        ('Qwen3-4B, 4 rows of 8,192 tokens', 'full')
+        >>> found.table().columns[:3]
+        ('name', 'policy', 'published_scores')
     """
 
     def __init__(self, recipes: Iterable[Recipe], *, case: str):
@@ -275,6 +289,9 @@ def recipes(
         >>> found = swaa.recipes(training=False, thinking=True, prefer="efficiency")
         >>> found[0].name, str(found[0].policy)
         ('thinking-no-train-efficient', 'window=2000,sinks=100,decode=full')
+
+    References:
+        Section 4.2.2 and Table 2 of arXiv 2512.10411.
     """
     needs = Needs(training=training, thinking=thinking, prefer=prefer)  # pyright: ignore[reportArgumentType]
     memory = or_none(number(above=0))("memory", memory)

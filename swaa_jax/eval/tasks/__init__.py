@@ -27,7 +27,11 @@ TASKS: Mapping[str, type[Task]] = {
     "qa": QaTask,
     "ruler": RulerTask,
 }
-"""Every task by its name."""
+"""Every task by its name.
+
+>>> sorted(TASKS), TASKS["ruler"]().answer_tokens
+(['longbench_v2', 'longmemeval', 'qa', 'ruler'], 128)
+"""
 
 
 def make_task(name: str, **settings: object) -> Task:
@@ -39,6 +43,14 @@ def make_task(name: str, **settings: object) -> Task:
 
     Raises:
         ValueError: no such task, or a setting that it does not have; the nearest one is named.
+
+    Examples:
+        >>> make_task("ruler", variant="vt", length=8192).label
+        'ruler vt 8192'
+        >>> make_task("qa", files="mine.jsonl", limt=10)
+        Traceback (most recent call last):
+            ...
+        ValueError: task qa: expected keys among ... got 'limt' (did you mean 'limit'?)
     """
     one_of(*TASKS)("task", name)
     return from_mapping(TASKS[name], settings, f"task {name}")

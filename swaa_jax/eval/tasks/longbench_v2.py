@@ -46,7 +46,7 @@ Format your response as follows: "The correct answer is (insert answer here)".""
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LongBenchV2Task(FileTask):
-    """LongBench v2, zero-shot.
+    """LongBench v2 (arXiv 2412.15204), zero-shot.
 
     Attributes:
         files: a path or several, local or gs://.
@@ -60,6 +60,11 @@ class LongBenchV2Task(FileTask):
 
     Raises:
         ValueError: a value out of range.
+
+    Examples:
+        >>> task = LongBenchV2Task(files="data.json", length="short", max_tokens=128_000)
+        >>> task.label, task.needs_tokenizer  # to count tokens
+        ('longbench_v2 short up to 128000', True)
     """
 
     name: ClassVar[str] = "longbench_v2"

@@ -71,7 +71,7 @@ class _Session:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LongMemEvalTask(FileTask):
-    """LongMemEval, with histories of `min_tokens` to `max_tokens`.
+    """LongMemEval (arXiv 2410.10813), with histories of `min_tokens` to `max_tokens`.
 
     A sample's length is drawn evenly between the two, so that the mean is in the middle (24k), and
     sessions are added while they bring the history nearer to it. It stays far below where the
@@ -87,6 +87,10 @@ class LongMemEvalTask(FileTask):
 
     Raises:
         ValueError: a value out of range.
+
+    Examples:
+        >>> LongMemEvalTask(files="longmemeval_s.json", min_tokens=8_000, max_tokens=16_000).label
+        'longmemeval 8000-16000'
     """
 
     name: ClassVar[str] = "longmemeval"

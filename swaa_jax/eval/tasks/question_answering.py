@@ -43,8 +43,10 @@ class Question:
         tools: what the chat template is told of.
 
     Examples:
-        >>> Question(id="0", prompt="2 + 2?", references=("4", "four")).kind
-        ''
+        >>> record = {"context": "A text.", "question": "Why?", "answer": "So."}
+        >>> (question,) = read_questions([record])
+        >>> question.question, question.references
+        ('Why?', ('So.',))
     """
 
     id: str
@@ -70,9 +72,9 @@ def read_questions(path: Any, *, limit: int | None = None) -> list[Question]:
         ValueError: another kind of file, no records, or one that lacks a question or an answer.
 
     Examples:
-        >>> [asked] = read_questions([{"prompt": "2 + 2?", "answer": "4"}])
-        >>> asked.prompt, asked.references
-        ('2 + 2?', ('4',))
+        >>> records = [{"prompt": "2 + 2?", "answer": "4"}, {"prompt": "1 + 1?", "answer": ["2"]}]
+        >>> [question.references for question in read_questions(records)]
+        [('4',), ('2',)]
     """
     limit = or_none(integer(least=1))("limit", limit)
     is_path = isinstance(path, str | os.PathLike)

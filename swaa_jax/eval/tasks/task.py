@@ -32,6 +32,16 @@ class Sample:
         kind: what results are broken down by: a question's type, a domain.
         grading: what a language model that judges the answer must know besides the references.
         info: what else is worth keeping with the answer, as JSON's types.
+
+    Examples:
+        >>> sample = Sample(
+        ...     id="0",
+        ...     messages=({"role": "user", "content": "A long text. 1 + 1?"},),
+        ...     references=("2", "two"),
+        ...     question="1 + 1?",
+        ... )
+        >>> sample.references, sample.answer_prefix
+        (('2', 'two'), '')
     """
 
     id: str
@@ -54,6 +64,28 @@ class Task(abc.ABC):
         judge: who decides, with its settings: arguments of `make_judge` in
             `swaa_jax.eval.judging`.
         max_new_tokens: the longest answer without thinking, by default.
+
+    Examples:
+        >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+        ... class Sums(Task):
+        ...     name = "sums"
+        ...     judge = {"name": "includes"}
+        ...     max_new_tokens = 8
+        ...     count: int = 2
+        ...
+        ...     def samples(self, tokenizer, *, thinking):
+        ...         asked = [(f"{n} + 1?", str(n + 1)) for n in range(self.count)]
+        ...         return [
+        ...             Sample(
+        ...                 id=question,
+        ...                 messages=({"role": "user", "content": question},),
+        ...                 references=(answer,),
+        ...                 question=question,
+        ...             )
+        ...             for question, answer in asked
+        ...         ]
+        >>> [sample.references for sample in Sums().samples(None, thinking=False)]
+        [('1',), ('2',)]
     """
 
     name: ClassVar[str]
@@ -118,7 +150,7 @@ def encode_sample(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     room: int | None = None,
 ) -> list[int]:
-    """The sample's prompt as token ids: templated once, where the tokenizer has a template.
+    r"""The sample's prompt as token ids: templated once, where the tokenizer has a template.
 
     Args:
         sample: what to ask.
@@ -131,6 +163,14 @@ def encode_sample(
     Raises:
         ValueError: a chat that the template does not take or leaves a part of out, or one of
             several messages for a tokenizer without a template.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> tok = swaa.load_tokenizer("tiny-retriever")
+        >>> asked = ({"role": "user", "content": "1 + 1?"},)
+        >>> sample = Sample(id="0", messages=asked, references=("2",), question="1 + 1?")
+        >>> tok.decode(encode_sample(sample, tok, thinking=True))
+        '<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n<think>\n'
     """
     prefix = "" if thinking else sample.answer_prefix
     if getattr(tokenizer, "chat_template", None):

@@ -31,7 +31,7 @@ RULER_VARIANTS = (*NIAH_TASKS, *_ANSWER_TOKENS)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RulerTask(Task):
-    """One of RULER's tasks; answers may be as long as RULER lets them.
+    """One of RULER's tasks (arXiv 2404.06654); answers may be as long as RULER lets them.
 
     Attributes:
         variant: one of `RULER_VARIANTS`.
@@ -42,6 +42,14 @@ class RulerTask(Task):
 
     Raises:
         ValueError: an unknown variant or haystack, or a count below 1.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> tok = swaa.load_tokenizer("tiny-retriever")
+        >>> task = RulerTask(variant="niah_single_1", length=256, num_samples=1)
+        >>> (sample,) = task.samples(tok, thinking=False)
+        >>> sample.id, 0.99 * 256 <= sample.info["num_tokens"] <= 256
+        ('niah_single_1-0', True)
     """
 
     name: ClassVar[str] = "ruler"
