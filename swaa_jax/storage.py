@@ -125,6 +125,9 @@ def reading(path: epath.PathLike) -> Iterator[None]:
     """Makes whatever fails in the block the error of a path that cannot be read: a bucket's library
     raises what it likes.
 
+    Raises:
+        CheckpointError: something failed.
+
     >>> with reading("gs://bucket/model"):
     ...     raise OSError("no route to host")
     Traceback (most recent call last):

@@ -73,6 +73,7 @@ SOURCES: dict[str, dict[str, str]] = {
 }
 """What implements the paper, another library's interface or a format, and the name that says so."""
 
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_public_names_say_what_they_do_and_raise(room):
     for name, value, told in public_docs.documented(room):
