@@ -128,11 +128,12 @@ def reading(path: epath.PathLike) -> Iterator[None]:
     Raises:
         CheckpointError: something failed.
 
-    >>> with reading("gs://bucket/model"):
-    ...     raise OSError("no route to host")
-    Traceback (most recent call last):
-        ...
-    swaa_jax.storage.CheckpointError: 'gs://bucket/model': ... (no route to host); ...
+    Examples:
+        >>> with reading("gs://bucket/model"):
+        ...     raise OSError("no route to host")
+        Traceback (most recent call last):
+            ...
+        swaa_jax.storage.CheckpointError: 'gs://bucket/model': ... (no route to host); ...
     """
     try:
         yield
