@@ -223,7 +223,7 @@ def model_from_config(
 
     >>> config = checkpoint.read_config("tiny-retriever") | {"num_hidden_layers": 2}
     >>> model = model_from_config(config, policy="window=64", seed=1)
-    >>> model(jnp.zeros((1, 3), int)).shape
+    >>> jax.eval_shape(model, jnp.zeros((1, 3), int)).shape  # logits `[B, T, V]`
     (1, 3, 2304)
     """
     keep_compiled_programs()
