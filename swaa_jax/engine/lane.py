@@ -82,7 +82,7 @@ class Update:
 
 @dataclasses.dataclass(kw_only=True)
 class EngineClock:
-    """What was done so far, and how long it took.
+    """What was done so far, and how long it took: counts of tokens, chunks and steps, and seconds.
 
     Attributes:
         tell: called with what is begun: "compiling", "reading" a chunk, "generating".

@@ -26,7 +26,7 @@ class Timings:
         prompt_tokens: real prompt tokens, padding not counted.
         new_tokens: tokens returned.
         reused_tokens: of the prompts', which had been read before and were not read anew.
-        prefill_s: reading all prompts.
+        prefill_s: seconds of reading all prompts; the others that end in `_s` are seconds, too.
         first_token_s: drawing first tokens, where stored results have it apart; else 0.
         decode_s: drawing tokens.
         decode_steps: of one token a row.

@@ -49,7 +49,7 @@ class LlmJudgeConfig:
             never sent, for models that have one temperature only.
         requests_per_minute: at most; None: as fast as it answers.
         attempts: requests for one verdict before it is given up.
-        timeout_s: of one request, from the connection to the reply's last byte.
+        timeout_s: seconds of one request, from the connection to the reply's last byte.
         cache: a JSONL file of verdicts on this machine, so that nothing is asked twice.
 
     Raises:

@@ -118,7 +118,7 @@ class RemoteEntry:
             tokenizer, else chat.
         concurrency: requests under way at a time.
         attempts: requests for one answer before the run is given up.
-        timeout_s: of one request, from the connection to the reply's last byte.
+        timeout_s: seconds of one request, from the connection to the reply's last byte.
         api_key_env: the environment variable of the server's key; None: `SWAA_EVAL_API_KEY`.
 
     Raises:
