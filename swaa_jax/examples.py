@@ -92,10 +92,10 @@ class Example:
         format: which shape it has, one of `FORMATS`.
 
     Examples:
-        >>> record = Record(file="mine.jsonl", index=0, fields={"prompt": "2 + 2?", "mood": "good"})
+        >>> record = Record(file="mine.jsonl", index=0, fields={"prompt": "2 + 2?", "seen": "yes"})
         >>> example = read_example(record)
         >>> example.asked, example.unused
-        (({'role': 'user', 'content': '2 + 2?'},), ('mood',))
+        (({'role': 'user', 'content': '2 + 2?'},), ('seen',))
     """
 
     record: Record
@@ -319,7 +319,7 @@ def read_example(
 def warn_unused(columns: Iterable[str]) -> None:
     """Says once which columns of the data are not looked at.
 
-    >>> warn_unused(["mood"])  # logged
+    >>> warn_unused(["seen_on"])  # logged
     """
     if names := [repr(name) + _near_column(name) for name in columns]:
         shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

@@ -381,16 +381,7 @@ def or_none(check: Check[T]) -> Check["T | None"]:
 
 
 def set_field(instance: object, name: str, value: object) -> None:
-    """Sets a field of a frozen dataclass, in its `__post_init__` only.
-
-    >>> @dataclasses.dataclass(frozen=True)
-    ... class Named:
-    ...     name: str
-    ...     def __post_init__(self):
-    ...         set_field(self, "name", self.name.strip())
-    >>> Named(" mine ")
-    Named(name='mine')
-    """
+    """Sets a field of a frozen dataclass, in its `__post_init__` only; see `check_fields`."""
     object.__setattr__(instance, name, value)
 
 

@@ -216,10 +216,11 @@ def attend_cached(
         >>> from swaa_jax.attention import build_cache
         >>> layer, x = LayerAttention(window=4, num_sink_tokens=1), jnp.ones((1, 6, 2, 16))
         >>> cache = build_cache(x, x, lengths=jnp.array([6]), layer=layer)  # of 6 tokens
-        >>> new = jnp.ones((1, 1, 2, 16))
-        >>> out, cache = attend_cached(new, new, new, cache, layer=layer, pos_B=jnp.array([6]))
-        >>> out.shape, sorted(cache.slot_positions[0].tolist())
-        ((1, 1, 2, 16), [0, 3, 4, 5, 6])
+        >>> def step(x, cache):
+        ...     return attend_cached(x, x, x, cache, layer=layer, pos_B=jnp.array([6]))
+        >>> out, cache = jax.eval_shape(step, jnp.ones((1, 1, 2, 16)), cache)  # a new token
+        >>> out.shape, cache.num_slots  # window + sinks, as before
+        ((1, 1, 2, 16), 5)
     """
     num_kv_heads = k.shape[2]
     parts = split_heads(layer, num_kv_heads)

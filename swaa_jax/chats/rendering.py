@@ -395,7 +395,7 @@ def _as_json(arguments: Any) -> str:
 def warn_of_unread(keys: Iterable[str]) -> None:
     """Says, once for each, which keys of messages have no effect.
 
-    >>> warn_of_unread(["mood"])  # logged, once a process
+    >>> warn_of_unread(["seen_on"])  # logged, once a process
     """
     with _WARNING:  # threads render a file's records
         for key in keys:

@@ -131,14 +131,11 @@ def generate(
 
     Examples:
         >>> import swaa_jax as swaa
-        >>> model, tok = swaa.load_model("tiny-retriever"), swaa.load_tokenizer("tiny-retriever")
-        >>> said = "One of the special magic numbers for quiet-river is: 4817203. The sky is blue."
-        >>> asked = "What are all the special magic numbers for quiet-river in the provided text?"
-        >>> chat = [{"role": "user", "content": f"{said} {asked}"}]
-        >>> narrow = model.with_policy("window=16,decode=full")
-        >>> out = generate(narrow, tok, chat, max_new_tokens=32, enable_thinking=False)
-        >>> out.texts[0], out.finish_reasons
-        ?
+        >>> model = swaa.load_model("tiny-retriever", policy="window=64,sinks=4,decode=full")
+        >>> tok = swaa.load_tokenizer("tiny-retriever")
+        >>> out = generate(model, tok, "The grass is green. The sky", max_new_tokens=8)
+        >>> len(out.tokens[0]), out.finish_reasons  # print(out.texts[0])
+        (8, ('length',))
     """
     options = GenerateOptions.of(options, overrides)
     check_model("model", model)

@@ -159,7 +159,7 @@ def load_adapter(
         >>> base = swaa.load_model("tiny-retriever")
         >>> tuned = load_adapter(base, "tiny-retriever-lora", with_policy=True)  # a shipped one
         >>> tuned.lora_config.rank, str(tuned.policy)
-        ?
+        (16, 'window=16,full_layers=1::2')
     """
     check_module(model)
     check_place("directory", directory)

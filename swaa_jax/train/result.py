@@ -40,8 +40,13 @@ class TrainResult(Tabular):
         best_value: the metric then; None as well.
 
     Examples:
-        >>> result = swaa.train("mine.yaml")  # doctest: +SKIP
-        >>> result.plot("curve.png")  # doctest: +SKIP
+        `swaa_jax.train` gives one:
+
+        ```python
+        result = swaa.train("mine.yaml")
+        result.plot("curve.png")
+        result.table().to_pandas()
+        ```
     """
 
     step: int

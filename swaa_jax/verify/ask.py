@@ -72,6 +72,10 @@ def ask_model(
 def only_model(endpoint: Endpoint, *, timeout_s: float = _LIST_SECONDS) -> str:
     """The name of the one model that a server has.
 
+    Args:
+        endpoint: the server.
+        timeout_s: seconds that it may take to answer.
+
     Raises:
         ValueError: it has several, or does not say.
 
@@ -112,8 +116,8 @@ def ask_server(
             environment's ``SWAA_VERIFY_API_KEY``.
         model: its name there; None: the only one it has.
         logprobs: ask for log-probabilities; a server that refuses is asked without.
-        timeout_s: of a request.
-        pause_s: before a second attempt, where it is busy; longer each time.
+        timeout_s: seconds that a request may take.
+        pause_s: seconds before a second attempt, where it is busy; longer each time.
         progress: who is told how far it is; see `swaa_jax.progress`.
 
     Returns:

@@ -119,8 +119,10 @@ def make_record(
             context, or no probe tells it from anything.
 
     Examples:
-        >>> record = make_record(model, tok, "window=16,sinks=4")  # doctest: +SKIP
-        >>> decide(record, ask_server(record, "http://localhost:8000/v1"))  # doctest: +SKIP
+        ```python
+        record = make_record(model, tok, "window=2048,sinks=10")
+        decide(record, ask_server(record, "http://localhost:8000/v1"))
+        ```
     """
     policy = model.policy if policy is None else load_policy(policy)
     given: Any = against
