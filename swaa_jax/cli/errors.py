@@ -114,7 +114,9 @@ def one_paragraph(error: BaseException) -> str:
         where = "the output" if error.filename is None else os.fsdecode(error.filename)
         advice = _DISK_ERRORS[error.errno]
         got = show(error.strerror)
-        return printable(f"{_bounded(where)}: expected a place to write or read, got {got}; {advice}")
+        return printable(
+            f"{_bounded(where)}: expected a place to write or read, got {got}; {advice}"
+        )
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         advice = ""
         if isinstance(error, FileNotFoundError):
