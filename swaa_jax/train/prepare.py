@@ -88,7 +88,7 @@ def check_lengths(data: BatchSource, longest: int) -> None:
 
 
 def prepare_directory(config: TrainConfig) -> epath.Path:
-    """Sees that `output_dir` can be made and that all processes reach it; nothing stays there yet."""
+    """Sees that `output_dir` can be made and all processes reach it; nothing stays there yet."""
     directory = epath.Path(config.output_dir).expanduser()
     probe = directory / ".reached"
     made: list[epath.Path] = []
