@@ -90,9 +90,10 @@ def is_user_error(error: BaseException) -> bool:
     own code raised: theirs name the argument and the way out. The same types from deep inside
     another library (numpy refusing to broadcast, say) are bugs.
     """
-    if isinstance(error, OSError):
-        is_of_file = isinstance(error, _FILE_ERRORS) and error.filename is not None
-        return is_of_file or error.errno in _DISK_ERRORS
+    if isinstance(error, _FILE_ERRORS) and error.filename is not None:
+        return True
+    if isinstance(error, OSError) and not isinstance(error, _FILE_ERRORS):
+        return error.errno in _DISK_ERRORS
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

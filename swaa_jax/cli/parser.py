@@ -100,20 +100,25 @@ class _Parser(argparse.ArgumentParser):
     def refuse(self, words: Sequence[str]) -> NoReturn:
         """Ends with what the command does not take, each word with its near flag."""
         known = [flag for action in self._actions for flag in action.option_strings]
-        told = [f"{show(word)}{self._hint(word, known)}" for word in words[:3]]
+        behind = [*words[1:], "--"]
+        told = [
+            f"{show(word)}{self._hint(word, known, after)}"
+            for word, after in zip(words[:3], behind, strict=False)
+        ]
         more = ["..."] if len(words) > 3 else []
         self.error(f"expected no further arguments, got {', '.join(told + more)}")
 
-    def _hint(self, word: str, known: Sequence[str]) -> str:
+    def _hint(self, word: str, known: Sequence[str], after: str) -> str:
         key, equals, _ = word.partition("=")
         ours = _FLAGS_ELSEWHERE.get(key.replace("_", "-"), "")
         if ours.partition(" ")[0] in known:
             return f" ({ours} here)"
         near = nearest(key, known, cutoff=0.75)
         takes_keys = any(action.dest == "overrides" for action in self._actions)
-        if near or not takes_keys or not key.startswith("--"):
+        is_setting = equals or "." in key or not after.startswith("-")
+        if near or not takes_keys or not key.startswith("--") or not is_setting:
             return near
-        setting = word.lstrip("-") if equals else f"{key.lstrip('-')}=VALUE"
+        setting = word.lstrip("-") if equals or after.startswith("-") else f"{word[2:]}={after}"
         return f" (a key of the config? write {show(setting)})"
 
     def _check_value(self, action: argparse.Action, value: object) -> None:

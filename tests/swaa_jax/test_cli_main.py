@@ -343,7 +343,7 @@ def test_a_mistake_in_flags_is_told_in_one_paragraph(words, told, capsys):
     [
         ("help train", "COMMAND: expected a command, got 'help'; write --help"),
         ("version", "expected a command, got 'version'; write --version"),
-        ("train tiny --learning_rate 1e-4", "write 'learning_rate=VALUE'"),
+        ("train tiny --learning_rate 1e-4", "write 'learning_rate=1e-4'"),
         ("train tiny --optimizer.learning_rate=1", "write 'optimizer.learning_rate=1'"),
         ("serve m --max-model-len 9", "'--max-model-len' (--max-tokens here)"),
         ("serve m --tensor_parallel_size 2", "(--mesh tensor=N here)"),
@@ -356,10 +356,19 @@ def test_a_mistake_in_flags_is_told_in_one_paragraph(words, told, capsys):
         ("generate m hi --policy window=x --tail 1", "error: policy: window: expected"),
         ("generate m hi --window 8 --full-heads 3", "error: --full-heads: expected LAYER:HEAD"),
         ("generate m hi --window 8 --decode ful", "got 'ful' (str) (did you mean 'full'?)"),
+        ("train job.yml", "job.yml: expected a file that is there, got none; say job.yaml"),
+        ("train job.jsonl", "is a file, but the path of a config ends in .yaml"),
+        ("train job.jsonl", "write data.files=job.jsonl"),
+        ("train model", "write model=model"),
+        ("train empty.yaml", "error: empty.yaml: expected settings, got an empty file"),
         ("recipes thinking", "error: NAME: expected the name of a shipped config"),
     ],
 )
-def test_what_is_typed_wrong_is_told_by_its_name(words, told, capsys):
+def test_what_is_typed_wrong_is_told_by_its_name(words, told, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("job.yaml", "job.jsonl", "empty.yaml"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "model").mkdir()
     try:
         code = main(words.split())
     except SystemExit as stopped:
@@ -368,6 +377,7 @@ def test_what_is_typed_wrong_is_told_by_its_name(words, told, capsys):
     assert (code, captured.out) == (2, "")
     assert told in captured.err
     assert captured.err.count("\n") == 1
+    assert len(list(tmp_path.iterdir())) == 4  # nothing was written
 
 
 @pytest.mark.parametrize(
