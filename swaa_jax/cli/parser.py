@@ -125,9 +125,10 @@ class _Parser(argparse.ArgumentParser):
         if action.choices is None or value in action.choices:
             return
         known = [str(choice) for choice in action.choices]
-        if action.dest == "command" and value in _SAID_ELSEWHERE:
+        flag = _SAID_ELSEWHERE.get(str(value))
+        if action.dest == "command" and flag is not None:
             raise argparse.ArgumentError(
-                action, f"expected a command, got {show(value)}; write {_SAID_ELSEWHERE[value]}"
+                action, f"expected a command, got {show(value)}; write {flag}"
             )
         raise argparse.ArgumentError(
             action,
