@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-from swaa_jax.fields import describe, nearest
+from swaa_jax.fields import describe, nearest, show
 from swaa_jax.typing import PathLike
 
 __all__ = ["config_path", "find_config", "list_configs"]
@@ -81,8 +81,14 @@ def find_config(kind: str, name_or_path: PathLike) -> PathLike:
         return config_path(kind, name)
     except ValueError as error:
         beside = [f"{name}{one}" for one in _ENDINGS if os.path.isfile(name + one)]
-        if not beside:
+        if not beside and not os.path.exists(name):
             raise
+        if not beside:
+            what = "a directory" if os.path.isdir(name) else "a file"
+            raise ValueError(
+                f"{error}; {show(name)} is {what}, but the path of a config ends in "
+                f"{', '.join(_ENDINGS)}"
+            ) from error
         raise ValueError(f"{error}; for the file say {beside[0]}") from error
 
 

@@ -241,8 +241,10 @@ def with_overrides(
 
 def _split(name: str, setting: str) -> tuple[str, str]:
     key, equals, value = setting.partition("=")
-    if not equals or not key.strip():
-        raise wrong(name, "KEY=VALUE", setting)
+    if not key.strip():
+        raise wrong(name, "KEY=VALUE", setting, "put a key before the =")
+    if not equals:
+        raise wrong(name, "KEY=VALUE", setting, "put = and its value behind it")
     return key.strip(), value
 
 

@@ -4,13 +4,19 @@ A mistake of the user's is one paragraph on stderr and exit code 2. A bug of our
 traceback. `SWAA_TRACEBACK=1` shows the traceback of the former too.
 """
 
+import codecs
 import contextlib
+import errno
+import io
+import json
 import os
 import signal
 import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
+
+from swaa_jax.fields import show
 
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -19,6 +25,15 @@ CLOSED_PIPE = 141  # 128 + SIGPIPE
 _GC_CALLBACK = "_xla_gc_callback"
 _LONGEST = 300
 _OUR_PACKAGES = ("swaa_jax", "kernels_pallas")
+_ESCAPES = "swaa_escapes"
+_DISK_ERRORS = {
+    errno.ENOSPC: "make room there, or write to another disk",
+    errno.EDQUOT: "make room there, or write to another disk",
+    errno.EROFS: "write to another place",
+    errno.EIO: "look at that disk, or write to another one",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.ELOOP: "look at the links of the path",
+}
 _FILE_ERRORS = (
     FileNotFoundError,
     FileExistsError,
@@ -35,6 +50,7 @@ def run_command(command: Callable[[], int], *, name: str) -> int:
         command: does the work and returns the exit code.
         name: what the message begins with, such as "swaa generate".
     """
+    _write_what_it_may()
     try:
         with _interrupts_arrive():
             code = command()
@@ -46,10 +62,12 @@ def run_command(command: Callable[[], int], *, name: str) -> int:
     except BrokenPipeError:
         _discard_output()
         return CLOSED_PIPE
-    except (ValueError, NotImplementedError, *_FILE_ERRORS) as error:
+    except (ValueError, NotImplementedError, OSError) as error:
         if os.environ.get("SWAA_TRACEBACK", "0") not in ("", "0") or not is_user_error(error):
             raise
         print(f"{name}: error: {one_paragraph(error)}", file=sys.stderr)
+        if isinstance(error, OSError):
+            _discard_unwritten()
         return USER_ERROR
     except BaseException as error:
         from swaa_jax.checkpoint.tokenizer import is_panic
@@ -74,6 +92,8 @@ def is_user_error(error: BaseException) -> bool:
     """
     if isinstance(error, _FILE_ERRORS) and error.filename is not None:
         return True
+    if isinstance(error, OSError) and not isinstance(error, _FILE_ERRORS):
+        return error.errno in _DISK_ERRORS
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -91,14 +111,26 @@ def one_paragraph(error: BaseException) -> str:
     >>> one_paragraph(FileNotFoundError(2, "No such file or directory", "a.txt"))
     'No such file or directory: a.txt; check the path, which begins where the command was run'
     """
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS and error.strerror:
+        where = "the output" if error.filename is None else os.fsdecode(error.filename)
+        advice = _DISK_ERRORS[error.errno]
+        got = show(error.strerror)
+        return printable(
+            f"{_bounded(where)}: expected a place to write or read, got {got}; {advice}"
+        )
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         advice = ""
         if isinstance(error, FileNotFoundError):
             is_relative = not os.path.isabs(os.fsdecode(error.filename))
             begins = ", which begins where the command was run" if is_relative else ""
             advice = f"; check the path{begins}"
-        return printable(f"{error.strerror}: {error.filename}{advice}")
+        path = _bounded(os.fsdecode(error.filename))
+        return printable(f"{error.strerror}: {path}{advice}")
     return printable(" ".join(str(error).split())) or type(error).__name__
+
+
+def _bounded(path: str) -> str:
+    return path if len(path) <= _LONGEST else f"{path[:_LONGEST]}..."
 
 
 def printable(text: str) -> str:
@@ -135,6 +167,27 @@ def _interrupts_arrive() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _write_what_it_may() -> None:
+    r"""Characters that the terminal's encoding lacks come as JSON writes them: ``\u00e9``."""
+    codecs.register_error(_ESCAPES, _escaped)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors=_ESCAPES)
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+def _discard_unwritten() -> None:
+    """Drop what a full disk did not take, of which the interpreter would complain at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _discard_output()
 
 
 def _discard_output() -> None:

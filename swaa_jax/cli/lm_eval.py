@@ -32,8 +32,8 @@ def run(args: argparse.Namespace) -> int:
         from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(
-            "lm-eval: the harness is not installed; pip install 'swaa_jax[harness]', then for "
-            "example: swaa lm-eval run --model swaa --model_args "
+            "lm_eval: expected lm-evaluation-harness, got none that is installed; pip install "
+            "'swaa-jax[harness]', then for example: swaa lm-eval run --model swaa --model_args "
             "pretrained=MODEL,window=2048,num_sink_tokens=10 --tasks hellaswag"
         ) from None
     import swaa_jax.eval.harness

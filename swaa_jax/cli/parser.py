@@ -18,6 +18,36 @@ __all__ = ["CommandParser", "RootParser", "add_old_name", "fold"]
 _LONGEST_ERROR = 500  # argparse repeats a value whole
 _WIDEST = 100
 _EXAMPLES = 2
+_SAID_ELSEWHERE = {"help": "--help", "version": "--version"}
+_FLAGS_ELSEWHERE = {
+    # vLLM, SGLang
+    "--max-model-len": "--max-tokens",
+    "--context-length": "--max-tokens",
+    "--max-num-seqs": "--slots",
+    "--max-running-requests": "--slots",
+    "--gpu-memory-utilization": "--memory-share",
+    "--mem-fraction-static": "--memory-share",
+    "--chunked-prefill-size": "--chunk-size",
+    "--served-model-name": "--name",
+    "--api-key": "--api-keys",
+    "--lora-modules": "--adapter",
+    "--lora-paths": "--adapter",
+    "--tensor-parallel-size": "--mesh tensor=N",
+    "--tp-size": "--mesh tensor=N",
+    "--tp": "--mesh tensor=N",
+    "--hf-overrides": "--config-override",
+    "--torch-dtype": "--dtype",
+    # their benchmarks
+    "--random-input-len": "--prompt-tokens",
+    "--random-output-len": "--output-tokens",
+    "--num-prompts": "--requests",
+    "--max-concurrency": "--concurrency",
+    "--request-rate": "--rate",
+    # lm-evaluation-harness, Transformers
+    "--output-path": "--output",
+    "--sliding-window": "--window",
+}
+"""What other programs call our flags, where no likeness shows it."""
 _TYPES = {int: "an integer", float: "a number"}
 
 
@@ -70,22 +100,36 @@ class _Parser(argparse.ArgumentParser):
     def refuse(self, words: Sequence[str]) -> NoReturn:
         """Ends with what the command does not take, each word with its near flag."""
         known = [flag for action in self._actions for flag in action.option_strings]
-        told = [f"{show(word)}{self._hint(word, known)}" for word in words[:3]]
+        behind = [*words[1:], "--"]
+        told = [
+            f"{show(word)}{self._hint(word, known, after)}"
+            for word, after in zip(words[:3], behind, strict=False)
+        ]
         more = ["..."] if len(words) > 3 else []
         self.error(f"expected no further arguments, got {', '.join(told + more)}")
 
-    def _hint(self, word: str, known: Sequence[str]) -> str:
+    def _hint(self, word: str, known: Sequence[str], after: str) -> str:
         key, equals, _ = word.partition("=")
+        ours = _FLAGS_ELSEWHERE.get(key.replace("_", "-"), "")
+        if ours.partition(" ")[0] in known:
+            return f" ({ours} here)"
         near = nearest(key, known, cutoff=0.75)
         takes_keys = any(action.dest == "overrides" for action in self._actions)
-        if near or not takes_keys or not key.startswith("--") or not (equals or "." in key):
+        is_setting = equals or "." in key or not after.startswith("-")
+        if near or not takes_keys or not key.startswith("--") or not is_setting:
             return near
-        return f" (a key of the config? write {show(word.lstrip('-'))})"
+        setting = word.lstrip("-") if equals or after.startswith("-") else f"{word[2:]}={after}"
+        return f" (a key of the config? write {show(setting)})"
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
         if action.choices is None or value in action.choices:
             return
         known = [str(choice) for choice in action.choices]
+        flag = _SAID_ELSEWHERE.get(str(value))
+        if action.dest == "command" and flag is not None:
+            raise argparse.ArgumentError(
+                action, f"expected a command, got {show(value)}; write {flag}"
+            )
         raise argparse.ArgumentError(
             action,
             f"expected one of {', '.join(known)}, got {show(value)}{nearest(value, known)}",

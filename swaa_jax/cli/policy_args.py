@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING
 
+from swaa_jax.cli.flags import flag_of
 from swaa_jax.cli.parser import add_old_name, fold
 
 if TYPE_CHECKING:
@@ -52,10 +53,18 @@ def policy_from_args(args: argparse.Namespace) -> "AttentionPolicy | None":
         ValueError: an unknown name, a malformed value, or fields that do not go together.
     """
     from swaa_jax.policy import AttentionPolicy, load_policy, parse_fields
+    from swaa_jax.policy.text import KEYS
 
-    keys = ("window", "sinks", "full_layers", "full_heads", "decode", "tail")
-    flags = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
+    flags = {key: getattr(args, key) for key in KEYS if getattr(args, key) is not None}
     if args.policy is None and not flags:
         return None
     base = AttentionPolicy() if args.policy is None else load_policy(args.policy)
-    return dataclasses.replace(base, **parse_fields(flags))
+    try:
+        return dataclasses.replace(base, **parse_fields(flags))
+    except ValueError as error:
+        field, _, said = str(error).removeprefix("policy: ").partition(":")
+        typed = KEYS if args.policy is None else flags
+        key = next((one for one in typed if field in (one, KEYS[one])), None)
+        if key is None:
+            raise
+        raise ValueError(f"{flag_of(key)}:{said}") from error

@@ -97,7 +97,17 @@ def _config(config: str | None, overrides: list[str]) -> "TrainConfig":
             "CONFIG: expected a file, a shipped name, or KEY=VALUE such as model=..., data.files="
             "... and output_dir=..., got nothing; see swaa train --help for examples"
         )
-    return TrainConfig.load(None if config is None else find_config("train", config), overrides)
+    if config is None:
+        return TrainConfig.load(None, overrides)
+    try:
+        found = find_config("train", config)
+    except ValueError as error:
+        key = ""
+        if os.path.exists(config):
+            key = "model" if os.path.isdir(config) else "data.files"
+        advice = f"; write {key}={config} where it is that" if key else ""
+        raise ValueError(f"CONFIG: {str(error).removeprefix('train: ')}{advice}") from error
+    return TrainConfig.load(found, overrides)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from swaa_jax.fields import check_keys, describe, wrong
+from swaa_jax.fields import check_keys, describe, nearest, wrong
 
 if TYPE_CHECKING:
     from swaa_jax.policy.policy import AttentionPolicy
@@ -124,7 +124,10 @@ def _value(key: str, text: str) -> Any:
         return _layers(key, text, "layers such as 1::2 or 0+3, or none")
     if name == "decode":
         expected = "window, full, none or layers such as 1::2 or 0+3"
-        return text if text in ("window", "full") else _layers(key, text, expected)
+        words = ("window", "full")
+        if text not in words and (near := nearest(text, words)):
+            raise ValueError(f"policy: {key}: expected {expected}, got {describe(text)}{near}")
+        return text if text in words else _layers(key, text, expected)
     return _integer(key, text)
 
 

@@ -1,5 +1,6 @@
 """What a run is before its first step: its data, its number of steps, its directory."""
 
+import contextlib
 import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any
@@ -87,18 +88,23 @@ def check_lengths(data: BatchSource, longest: int) -> None:
 
 
 def prepare_directory(config: TrainConfig) -> epath.Path:
-    """Makes `output_dir`, and sees that all processes reach it; nothing is written yet."""
+    """Sees that `output_dir` can be made and all processes reach it; nothing stays there yet."""
     directory = epath.Path(config.output_dir).expanduser()
     probe = directory / ".reached"
+    made: list[epath.Path] = []
     with reading(directory):
         if runtime.is_main_process():
             if is_local(directory):
+                made = [path for path in (directory, *directory.parents) if not path.exists()]
                 directory.mkdir(parents=True, exist_ok=True)
             probe.write_text("")
         runtime.wait_for_all("output_dir")
         is_reached = all_processes(probe.exists())
         if runtime.is_main_process():
             probe.unlink(missing_ok=True)
+            for path in made:  # innermost first; one that somebody else now uses stays
+                with contextlib.suppress(OSError):
+                    path.rmdir()
     if not is_reached:
         raise ValueError(
             f"output_dir: expected a directory that all {jax.process_count()} processes can reach, "

@@ -15,7 +15,7 @@ from swaa_jax.data import DataConfig
 from swaa_jax.lora import add_lora, merge_lora, save_adapter
 from swaa_jax.models import CausalLM, load_model, save_model
 from swaa_jax.progress import ProgressLike, progress_like, say
-from swaa_jax.storage import CheckpointError, write_text_atomic
+from swaa_jax.storage import CheckpointError, is_local, write_text_atomic
 from swaa_jax.train.best import Best
 from swaa_jax.train.checkpoints import Checkpoints, Restored
 from swaa_jax.train.dry_run import describe_run
@@ -159,7 +159,10 @@ def train(
         start, state = restored.step, restored.state
         batches.set_state(restored.data)
         best.set_state(restored.best)
-    if runtime.is_main_process():  # only now, since a run that is refused leaves all as it was
+    # Only now is something written: a run that is refused leaves all as it was.
+    if is_local(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    if runtime.is_main_process():
         written = dataclasses.replace(config, data=_with_files(source.config, config))
         write_text_atomic(directory / "config.yaml", written.to_yaml())
     say(f"{plan}\nevaluation  {evaluating}", enabled=progress)

@@ -377,7 +377,12 @@ class TrainConfig:
         file = epath.Path(path)
         document = read_text(file)
         with naming(file):
-            fields = mapping("training config", parse_yaml(document))
+            found = parse_yaml(document)
+            if found is None:
+                raise ValueError(
+                    "expected settings, got an empty file; write some, as in configs/train"
+                )
+            fields = mapping("training config", found)
             return cls.from_dict(with_overrides(fields, overrides, named=named))
 
 

@@ -1,6 +1,7 @@
 """`swaa` itself: quick to ask, registered commands, exit codes, what an error looks like."""
 
 import argparse
+import errno
 import os
 import pathlib
 import re
@@ -335,3 +336,87 @@ def test_a_mistake_in_flags_is_told_in_one_paragraph(words, told, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(told, line), line
     assert line.endswith("--help")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("help train", "COMMAND: expected a command, got 'help'; write --help"),
+        ("version", "expected a command, got 'version'; write --version"),
+        ("train tiny --learning_rate 1e-4", "write 'learning_rate=1e-4'"),
+        ("train tiny --optimizer.learning_rate=1", "write 'optimizer.learning_rate=1'"),
+        ("serve m --max-model-len 9", "'--max-model-len' (--max-tokens here)"),
+        ("serve m --tensor_parallel_size 2", "(--mesh tensor=N here)"),
+        ("bench m --num-prompts 9", "(--requests here)"),
+        ("convert a b --max-model-len 9", "got '--max-model-len', '9'; see"),  # has no such flag
+        ("generate m hi --window abc", "error: --window: expected an integer, got 'abc'"),
+        ("generate m hi --window 8 --sinks -1", "error: --sinks: expected an integer of at least"),
+        ("generate m hi --sinks 4", "error: --window: expected a window beside"),
+        ("generate m hi --policy window=8 --tail -1", "error: --tail: expected"),
+        ("generate m hi --policy window=x --tail 1", "error: policy: window: expected"),
+        ("generate m hi --window 8 --full-heads 3", "error: --full-heads: expected LAYER:HEAD"),
+        ("generate m hi --window 8 --decode ful", "got 'ful' (str) (did you mean 'full'?)"),
+        ("train job.yml", "job.yml: expected a file that is there, got none; say job.yaml"),
+        ("train job.jsonl", "is a file, but the path of a config ends in .yaml"),
+        ("train job.jsonl", "write data.files=job.jsonl"),
+        ("train model", "write model=model"),
+        ("train empty.yaml", "error: empty.yaml: expected settings, got an empty file"),
+        ("recipes thinking", "error: NAME: expected the name of a shipped config"),
+    ],
+)
+def test_what_is_typed_wrong_is_told_by_its_name(words, told, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("job.yaml", "job.jsonl", "empty.yaml"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "model").mkdir()
+    try:
+        code = main(words.split())
+    except SystemExit as stopped:
+        code = stopped.code
+    captured = capsys.readouterr()
+    assert (code, captured.out) == (2, "")
+    assert told in captured.err
+    assert captured.err.count("\n") == 1
+    assert len(list(tmp_path.iterdir())) == 4  # nothing was written
+
+
+@pytest.mark.parametrize(
+    ("number", "path", "told"),
+    [
+        (errno.ENOSPC, None, "swaa x: error: the output: expected a place to write or read, got"),
+        (errno.EROFS, "/mnt/a", "swaa x: error: /mnt/a: expected a place to write or read, got"),
+        (errno.ENAMETOOLONG, "a" * 5000, "give a shorter path"),
+    ],
+)
+def test_a_disk_that_takes_nothing_is_one_paragraph(number, path, told, capsys):
+    def command():
+        raise OSError(number, os.strerror(number), path)
+
+    assert errors.run_command(command, name="swaa x") == 2
+    err = capsys.readouterr().err
+    assert told in err
+    assert err.count("\n") == 1
+    assert len(err) < 600
+    with pytest.raises(OSError, match="Bad file"):  # a bug of ours keeps its traceback
+        errors.run_command(lambda: os.close(-1) or 0, name="swaa x")
+
+
+def test_a_full_output_and_a_narrow_encoding():
+    def done(text, **kwargs):
+        code = (
+            "import sys; from swaa_jax.cli.errors import run_command\n"
+            f"sys.exit(run_command(lambda: print({text!a}) or 0, name='swaa x'))"
+        )
+        return subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, check=False, **kwargs
+        )
+
+    with open("/dev/full", "w") as full:
+        found = done("a line", stdout=full)
+    assert found.returncode == 2
+    assert found.stderr.startswith(b"swaa x: error: the output: expected a place")
+    assert found.stderr.count(b"\n") == 1
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    found = done("\xe9 \u2500 \U0001f642", stdout=subprocess.PIPE, env=environment)
+    assert (found.returncode, found.stderr) == (0, b"")
+    assert found.stdout == b"\xe9 \\u2500 \\ud83d\\ude42\n"  # as JSON writes them

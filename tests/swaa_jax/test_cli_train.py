@@ -93,6 +93,7 @@ def test_a_row_without_an_answer(inputs, tmp_path, capsys):
     path.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c", "response": ""}\n')
     assert run(inputs, tmp_path, f"data.files={path}") == 2
     assert "bad.jsonl, record 1 (line 2)" in error(capsys)
+    assert not (tmp_path / "out").exists()  # a run that is refused leaves nothing
 
 
 def test_a_checkpoint_of_another_run(inputs, tmp_path, capsys):
