@@ -117,7 +117,8 @@ def nearest(word: object, known: Iterable[str], *, cutoff: float = 0.55) -> str:
     """
     shown = word[:80] if isinstance(word, str) else show(word)
     known = list(known)
-    near = difflib.get_close_matches(shown, known, n=1, cutoff=cutoff)
+    near = [one for one in known if one.casefold() == shown.casefold()]
+    near = near or difflib.get_close_matches(shown, known, n=1, cutoff=cutoff)
     near = near or [one for one in known if _is_short_for(shown, one)]
     return f" (did you mean {near[0]!r}?)" if near else ""
 
@@ -175,7 +176,7 @@ def integer(*, least: int | None = None, most: int | None = None) -> Check[int]:
         except TypeError:
             found = None
         if found is None or not (least is None or found >= least):
-            raise wrong(name, expected, value)
+            raise wrong(name, expected, value, _as_number(value, int))
         if most is not None and found > most:
             raise wrong(name, expected, value)
         return found
@@ -210,10 +211,23 @@ def number(
         if not is_finite or not all(
             holds(value, limit) for _, limit, holds in bounds if limit is not None
         ):
-            raise wrong(name, expected, value)
+            raise wrong(name, expected, value, _as_number(value, float))
         return value
 
     return check
+
+
+def _as_number(value: object, kind: Callable[[str], int | float]) -> str:
+    """What to write where a number came in quotes, or a whole one as a float; else nothing."""
+    if isinstance(value, float) and value.is_integer() and kind is int:
+        return f"write {int(value)}"
+    if not isinstance(value, str) or len(value) > 20:
+        return ""
+    try:
+        kind(value)
+    except ValueError:
+        return ""
+    return f"write {value.strip()}, without quotes"
 
 
 def one_of(*known: object) -> Check[Any]:

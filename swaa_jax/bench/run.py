@@ -10,6 +10,7 @@ from swaa_jax.bench.cells import Cell, run_cells
 from swaa_jax.bench.result import BenchResult
 from swaa_jax.bench.workload import LengthsLike, Workload, lengths_given
 from swaa_jax.fields import check_keys, integer, nearest, number, or_none, path, show, wrong
+from swaa_jax.given import told_keywords
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy, load_policy, split_policies
 from swaa_jax.progress import ProgressLike, show_progress
@@ -33,6 +34,7 @@ _ONLY_HERE += ("backend", *_ROOM)
 _ONLY_THERE = ("vocab_size", "request_s", "api_key")
 
 
+@told_keywords()
 def bench(
     models: object = None,
     policies: object = None,

@@ -40,6 +40,7 @@ from swaa_jax.fields import (
     wrong,
 )
 from swaa_jax.fields import path as path_text
+from swaa_jax.given import told_keywords
 from swaa_jax.infer import (
     SAMPLING,
     Answerer,
@@ -101,6 +102,7 @@ class DistillConfig(SamplingParams):
         self.check_attempts(self.attempts)
 
 
+@told_keywords()
 def distill(
     model: ModelLike,
     tok: "PreTrainedTokenizerBase | PathLike | None" = None,

@@ -148,7 +148,7 @@ def load_adapter(
     """
     check_module(model)
     place_of("directory", directory)
-    path = checkpoint.check_directory(directory)
+    path = checkpoint.check_directory(directory, "an adapter (adapter_config.json and its weights)")
     record = _read_config(path)
     config = peft_config.from_peft(record, path / CONFIG_FILE)
     model = without_lora(model)

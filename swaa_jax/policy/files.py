@@ -29,7 +29,6 @@ from swaa_jax.fields import (
     one_of,
     or_none,
     section,
-    show,
     text,
     wrong,
 )
@@ -138,8 +137,8 @@ def load_policy(policy: PolicyLike) -> AttentionPolicy:
         except ValueError as error:
             raise ValueError(f"policy: {error}") from error
     if not isinstance(policy, str | os.PathLike):
-        is_window = isinstance(policy, int) and not isinstance(policy, bool)
-        advice = f'write "window={show(policy)}"' if is_window else ""
+        is_window = hasattr(policy, "__index__") and not isinstance(policy, bool)
+        advice = f'write "window={policy}"' if is_window else ""
         expected = "a name, a file, fields in a text or a mapping, or an AttentionPolicy"
         raise wrong("policy", expected, policy, advice)
     if "=" in (name := os.fspath(policy)) and not name.endswith((".yaml", ".yml", ".json")):
@@ -154,7 +153,8 @@ def load_policy_file(name_or_path: PathLike) -> PolicyFile:
         ValueError: no such name or a malformed file.
         FileNotFoundError: no such file.
     """
-    path = epath.Path(find_config("policies", name_or_path))
+    advice = "fields are written as window=64,sinks=4, files end in .yaml or .json"
+    path = epath.Path(find_config("policies", name_or_path, advice=advice))
     policy = AttentionPolicy.load(path)
     document = (parse_json if path.suffix == ".json" else parse_yaml)(read_text(path))
     with naming(path):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from swaa_jax.data import Sample
 from swaa_jax.fields import check_keys, flag, integer, or_none, path, wrong
+from swaa_jax.given import told_keywords
 from swaa_jax.models import CausalLM
 from swaa_jax.models.given import ModelLike, model_given, tokenizer_given
 from swaa_jax.policy import PolicyLike, load_policy
@@ -27,6 +28,7 @@ _OWN = (
 )
 
 
+@told_keywords()
 def select_layers(
     model: ModelLike,
     tok: "PreTrainedTokenizerBase | PathLike | None" = None,

@@ -12,6 +12,7 @@ from flax import nnx
 from swaa_jax import checkpoint, runtime
 from swaa_jax.costs import FlopCounter
 from swaa_jax.data import DataConfig
+from swaa_jax.given import told_keywords
 from swaa_jax.lora import add_lora, merge_lora, save_adapter
 from swaa_jax.models import CausalLM, load_model, save_model
 from swaa_jax.progress import ProgressLike, progress_like, say
@@ -41,6 +42,7 @@ __all__ = ["TrainResult", "train"]
 logger = logging.getLogger(__name__)
 
 
+@told_keywords()
 def train(
     config: "TrainConfig | Mapping[str, Any] | PathLike | None" = None,
     *,
