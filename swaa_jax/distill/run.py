@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@told_keywords({"do_sample": "temperature", "max_tokens": "max_new_tokens"})
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillConfig(SamplingParams):
     """How questions are answered; how tokens are drawn is in `SamplingParams`.

@@ -12,6 +12,7 @@ from flax import nnx
 from swaa_jax import checkpoint, runtime
 from swaa_jax.costs import FlopCounter
 from swaa_jax.data import DataConfig
+from swaa_jax.fields import wrong
 from swaa_jax.given import told_keywords
 from swaa_jax.lora import add_lora, merge_lora, save_adapter
 from swaa_jax.models import CausalLM, load_model, save_model
@@ -103,6 +104,8 @@ def train(
     config, tok = given.config, given.tok
     check_wandb(config.metrics.wandb)
     progress_like("progress", progress)
+    if evaluate is not None and not callable(evaluate):
+        raise wrong("evaluate", "a function of the model and the step, or None", evaluate)
     mesh = config.make_mesh() if given.model is None else given.model.mesh
     config = config.with_dtype(mesh)
     feed = make_feed(
