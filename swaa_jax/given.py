@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from swaa_jax.fields import describe, nearest, show, wrong
+from swaa_jax.fields import describe, nearest, plural, show, wrong
 
 __all__ = ["model_of", "place_of", "told_keywords", "tokenizer_of", "tokens_of"]
 
@@ -97,7 +97,8 @@ def _mistake(
     extra = args[skip + len(places) :]
     if extra:
         by_name = [one.name for one in takes if one.kind is one.KEYWORD_ONLY]
-        expected = f"{len(places)} arguments without a name" if places else "arguments by name"
+        count = f"{len(places)} {plural('argument', len(places))} without a name"
+        expected = count if places else "arguments by name"
         advice = f"; name it: one of {', '.join(by_name)}" if by_name else ""
         return TypeError(
             f"{name}: expected {expected}, got a positional one, {describe(extra[0])}{advice}"

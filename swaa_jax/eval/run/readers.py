@@ -132,7 +132,7 @@ def policies(name: str, value: Any) -> tuple[PolicyEntry | Mapping[str, object],
 
 
 def _named_policy(name: str, label: object, policy: Any) -> PolicyEntry:
-    if not isinstance(policy, str | Mapping | AttentionPolicy | os.PathLike):
+    if label == "" or not isinstance(policy, str | Mapping | AttentionPolicy | os.PathLike):
         expected = "policies by name, {'mine': 'window=64'}, or fields of one"
         hint = nearest(label, sorted(_POLICY_KEYS))
         raise ValueError(f"{name}: expected {expected}, got {show({label: policy})}{hint}")
@@ -172,6 +172,8 @@ def task_entry(name: str, entry: Any) -> TaskEntry:
         return entry
     if isinstance(entry, Task):
         return TaskEntry(name=entry.label, task=entry)
+    if isinstance(entry, type) and issubclass(entry, Task):
+        raise ValueError(f"{name}: expected a task, got the class; write {entry.__name__}(...)")
     fields = named_settings(entry, "task") if isinstance(entry, str) else entry
     if not isinstance(fields, Mapping) or not isinstance(fields.get("task"), str):
         raise wrong(name, "a mapping such as {task: qa, files: mine.jsonl}", entry)
