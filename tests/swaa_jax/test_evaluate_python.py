@@ -1,6 +1,7 @@
 """`swaa.evaluate` and `swaa.search_policy`: objects in and out, and what they say of mistakes."""
 
 import dataclasses
+import io
 import json
 import pathlib
 import re
@@ -194,6 +195,12 @@ MISTAKES = [
     ({**ASKED, "attempts": 2}, "attempts"),
     ({**ASKED, "max_new_tokens": 4}, "max_new_tokens: expected data with it"),
     ({**ASKED, "judge": 3}, "judge: expected a mapping"),
+    ({**ASKED, "judge": len}, "judge: expected a judge's name, .*; a task of your own"),
+    ({**ASKED, "baseline": "ful"}, r"baseline: expected one of .*did you mean 'full'\?"),
+    ({**ASKED, "policies": {"": "full"}}, "policies: expected policies by name"),
+    ({**ASKED, "tasks": RulerTask}, r"tasks\[0\]: expected a task, got the class; write RulerTask"),
+    ({**ASKED, "data": io.StringIO("{}")}, "data: expected a list of records, .*; give its path"),
+    ({**ASKED, "limit": "4"}, r"limit: .*, got '4' \(str\); write 4, without quotes"),
     ({**ASKED, "dtype": "int8"}, "dtype: expected one of"),
     ({**ASKED, "settings": []}, "settings: expected none with models and policies"),
 ]
@@ -234,7 +241,7 @@ def test_mistakes_with_objects(mine, no_type_checks):
         with pytest.raises(ValueError, match=message) as told:
             _config(None, {"policies": "full", "tasks": RULER, **arguments})
         assert "\n" not in str(told.value) and len(str(told.value)) < 600
-    with pytest.raises(TypeError, match="evaluate: expected 1 arguments without a name, got"):
+    with pytest.raises(TypeError, match="evaluate: expected 1 argument without a name, got"):
         swaa.evaluate(None, tok, data=QUESTIONS)
     with pytest.raises(TypeError, match="EvalConfig: expected arguments by name, got"):
         EvalConfig("full")
