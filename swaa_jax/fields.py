@@ -327,8 +327,15 @@ def check_fields(instance: object, **checks: Check[object]) -> None:
         set_field(instance, name, check(name, getattr(instance, name)))
 
 
-def check_keys(name: str, keys: Iterable[object], known: Sequence[str], advice: str = "") -> None:
-    """Refuses unknown keys; each is told with the nearest known one.
+def check_keys(
+    name: str,
+    keys: Iterable[object],
+    known: Sequence[str],
+    advice: str = "",
+    *,
+    aliases: Mapping[Any, str] | None = None,
+) -> None:
+    """Refuses unknown keys; each is told with the nearest known one, or with that of `aliases`.
 
     >>> check_keys("data", {"pakcing": "pack"}, ["packing", "seed"])
     Traceback (most recent call last):
@@ -337,7 +344,11 @@ def check_keys(name: str, keys: Iterable[object], known: Sequence[str], advice: 
     unknown = [key for key in keys if key not in known]
     if not unknown:
         return
-    shown = [f"{show(key)}{nearest(key, known)}" for key in unknown[:_SHOWN_KEYS]]
+    ours = {} if aliases is None else aliases
+    shown = [
+        show(key) + (f" (did you mean {ours[key]!r}?)" if key in ours else nearest(key, known))
+        for key in unknown[:_SHOWN_KEYS]
+    ]
     if len(unknown) > _SHOWN_KEYS:
         shown.append(f"and {len(unknown) - _SHOWN_KEYS} more")
     expected = f"keys among {', '.join(known)}" if known else "no keys"

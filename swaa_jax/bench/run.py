@@ -14,6 +14,7 @@ from swaa_jax.given import told_keywords
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy, load_policy, split_policies
 from swaa_jax.progress import ProgressLike, show_progress
+from swaa_jax.runs import check_place
 from swaa_jax.typing import PathLike
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def bench(
     References:
         Table 5 of arXiv 2512.10411.
     """
-    or_none(path)("directory", directory)
+    check_place("directory", or_none(path)("directory", directory))
     prepared = prepare(
         models,
         policies,
@@ -174,7 +175,8 @@ def prepare(
     here: dict[str, Any] = {name: options.get(name) for name in _ONLY_HERE}
     here["policies"] = policies
     there: dict[str, Any] = {name: options.get(name) for name in _ONLY_THERE}
-    check_keys("bench", options, [*_ONLY_HERE, *_ONLY_THERE, *_OWN])
+    aliases = {"output_dir": "directory", "model": "models", "policy": "policies"}
+    check_keys("bench", options, [*_ONLY_HERE, *_ONLY_THERE, *_OWN], aliases=aliases)
     idle = [name for name, value in (here if url else there).items() if value not in (None, {})]
     if idle:
         got = "a key" if idle[0] == "api_key" else show((here | there)[idle[0]])

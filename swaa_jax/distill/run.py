@@ -176,7 +176,9 @@ def _config(config: object, fields: Mapping[str, object]) -> DistillConfig:
     if config is not None and not isinstance(config, DistillConfig):
         raise wrong("config", "a DistillConfig", config, "give its fields as keywords")
     known = [field.name for field in dataclasses.fields(DistillConfig)]
-    check_keys("distill", fields, [*known, "directory", "config", "limit", "settings", "progress"])
+    own = ["directory", "config", "limit", "settings", "progress"]
+    aliases = {"data": "questions", "dataset": "questions", "output_dir": "directory"}
+    check_keys("distill", fields, [*known, *own], aliases=aliases)
     values: dict[str, Any] = dict(fields)
     return DistillConfig(**values) if config is None else dataclasses.replace(config, **values)
 
@@ -211,6 +213,8 @@ def _questions(questions: object, limit: object) -> Sequence[Question]:
         )
     given: Any = questions
     if isinstance(questions, list | tuple) and all(isinstance(one, Question) for one in questions):
+        if not given:
+            raise wrong("questions", "at least one", given)
         return given[:most]
     return read_questions(given, limit=most)
 
