@@ -45,7 +45,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
+def make_mesh(devices: Sequence[jax.Device] | None = None, /, **sizes: int) -> Mesh:
     """A mesh over `devices` (default: all) with the named axis sizes; axes not named have size 1.
 
     >>> make_mesh(jax.devices()[:1]).shape["fsdp"]
@@ -100,7 +100,7 @@ def resolve_mesh(mesh: Mesh | str | Mapping[str, int] | None) -> Mesh | None:
             raise wrong("mesh", _MESH, mesh)
         return make_mesh(fsdp=len(jax.devices()))
     if isinstance(mesh, Mapping):
-        return make_mesh(**{str(axis): size for axis, size in mesh.items()})
+        return make_mesh(None, **{str(axis): size for axis, size in mesh.items()})
     if not isinstance(mesh, Mesh):
         raise wrong("mesh", _MESH, mesh)
     unknown = [axis for axis in mesh.axis_names if axis not in MESH_AXES]
