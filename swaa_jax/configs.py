@@ -83,8 +83,12 @@ def find_config(kind: str, name_or_path: PathLike, *, advice: str = "") -> PathL
         return config_path(kind, name)
     except ValueError as error:
         beside = [f"{name}{one}" for one in _ENDINGS if os.path.isfile(name + one)]
-        if os.path.isdir(name):
-            advice = f"{show(name)} is a directory: say a file in it"
+        if os.path.isdir(name) and not beside:
+            expected = "the name of a shipped config, or a file"
+            raise ValueError(
+                f"{kind}: expected {expected}, got {show(name)}, which is a directory; say a file "
+                "in it"
+            ) from error
         if beside:
             advice = f"for the file say {beside[0]}"
         raise ValueError(f"{error}{advice and f'; {advice}'}") from error
