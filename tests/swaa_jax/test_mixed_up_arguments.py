@@ -191,5 +191,11 @@ def test_functions_that_take_any_option_name_what_is_missing(model):
         (lambda: swaa.distill(), ["expected model, got none"]),
         (lambda: swaa.bench(model, "full", 512), ["512 (int); name it: one of prompt_tokens"]),
         (lambda: swaa.train({}, model), ["name it: one of model"]),
+        (
+            lambda: swaa.train(
+                model="tiny-retriever", data=[{"prompt": "a", "answer": "b"}], evaluate=3
+            ),
+            ["evaluate: expected a function of the model"],
+        ),
     ):
         told(call, *words)
