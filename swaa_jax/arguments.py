@@ -129,7 +129,11 @@ def _near(key: str, known: list[str], aliases: Mapping[str, str]) -> str:
 
 
 def check_keywords(
-    function: Callable[..., Any], given: Iterable[str], known: Iterable[str]
+    function: Callable[..., Any],
+    given: Iterable[str],
+    known: Iterable[str],
+    *,
+    aliases: Mapping[str, str] | None = None,
 ) -> None:
     """Refuses keywords that a function with `**options` does not know.
 
@@ -140,6 +144,7 @@ def check_keywords(
         function: whose arguments are known too.
         given: what came in place of its `**options`.
         known: the options that it has.
+        aliases: names that people know from elsewhere, with ours.
 
     Raises:
         ValueError: one that is neither.
@@ -149,7 +154,7 @@ def check_keywords(
         for name, one in inspect.signature(function).parameters.items()
         if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)
     ]
-    check_keys(function.__name__, given, list(dict.fromkeys([*own, *known])))
+    check_keys(function.__name__, given, list(dict.fromkeys([*own, *known])), aliases=aliases)
 
 
 def check_model(name: str, value: Any) -> Any:

@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-from swaa_jax.fields import describe, nearest, show
+from swaa_jax.fields import describe, nearest, one_line, show
 from swaa_jax.typing import PathLike
 
 __all__ = ["config_path", "find_config", "list_configs"]
@@ -55,41 +55,48 @@ def config_path(kind: str, name: str) -> pathlib.Path:
     return _folder(kind) / f"{name}.yaml"
 
 
-def find_config(kind: str, name_or_path: PathLike) -> PathLike:
+def find_config(kind: str, name_or_path: PathLike, *, advice: str = "") -> PathLike:
     """A path as it is, and the path of a shipped config by its name.
 
     What ends in ``.yaml``, ``.yml`` or ``.json`` is a path, anything else a name.
 
+    Args:
+        kind: a folder of `configs/`, such as ``"policies"``.
+        name_or_path: what was given.
+        advice: what else may be written where no config has the name.
+
     Raises:
         ValueError: there is no shipped config of that name; a file that is meant is named.
-        FileNotFoundError: there is no such file, but one of another ending.
+        FileNotFoundError: there is no such local file; one of another ending is named.
 
     Examples:
-        >>> find_config("policies", "mine.yaml"), os.path.basename(find_config("policies", "naive"))
-        ('mine.yaml', 'naive.yaml')
+        >>> os.path.basename(find_config("policies", "naive"))
+        'naive.yaml'
+        >>> find_config("policies", "mine.yaml")
+        Traceback (most recent call last):
+        FileNotFoundError: mine.yaml: expected a file that is there, got none; check the path
     """
     name = os.fspath(name_or_path)
     stem, ending = os.path.splitext(name)
     others = [f"{stem}{one}" for one in _ENDINGS if one != ending and os.path.isfile(stem + one)]
     if ending in _ENDINGS:
-        if others and "://" not in name and not os.path.exists(name):
+        if "://" not in name and not os.path.exists(name):
+            beside = ([f"say {others[0]}, which is"] if others else []) + ["check the path"]
             raise FileNotFoundError(
-                f"{name}: expected a file that is there, got none; say {others[0]}, which is"
+                f"{one_line(name)}: expected a file that is there, got none; {beside[0]}"
             )
         return name_or_path
     try:
         return config_path(kind, name)
     except ValueError as error:
         beside = [f"{name}{one}" for one in _ENDINGS if os.path.isfile(name + one)]
-        if not beside and not os.path.exists(name):
-            raise
-        if not beside:
+        if beside:
+            advice = f"for the file say {beside[0]}"
+        elif os.path.exists(name):
             what = "a directory" if os.path.isdir(name) else "a file"
-            raise ValueError(
-                f"{error}; {show(name)} is {what}, but the path of a config ends in "
-                f"{', '.join(_ENDINGS)}"
-            ) from error
-        raise ValueError(f"{error}; for the file say {beside[0]}") from error
+            endings = ", ".join(_ENDINGS)
+            advice = f"{show(name)} is {what}, but the path of a config ends in {endings}"
+        raise ValueError(f"{error}{advice and f'; {advice}'}") from error
 
 
 def _folder(kind: str) -> pathlib.Path:

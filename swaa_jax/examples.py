@@ -185,7 +185,10 @@ class Example:
         said = own[-1]["content"] if own else None
         if isinstance(said, str) and said.strip():
             return (said,)
-        raise self.record.missing("an answer that is not empty")
+        raise self.record.missing(
+            "an answer that is not empty",
+            "give answer, a text or a list of texts of which any one is right",
+        )
 
     @functools.cached_property
     def references(self) -> tuple[str, ...]:

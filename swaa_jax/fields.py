@@ -144,7 +144,8 @@ def nearest(word: object, known: Iterable[str], *, cutoff: float = 0.55) -> str:
     """
     shown = word[:80] if isinstance(word, str) else show(word)
     known = list(known)
-    near = difflib.get_close_matches(shown, known, n=1, cutoff=cutoff)
+    near = [one for one in known if one.casefold() == shown.casefold()]
+    near = near or difflib.get_close_matches(shown, known, n=1, cutoff=cutoff)
     near = near or [one for one in known if _is_short_for(shown, one)]
     return f" (did you mean {near[0]!r}?)" if near else ""
 
@@ -210,7 +211,7 @@ def integer(*, least: int | None = None, most: int | None = None) -> Check[int]:
         except TypeError:
             found = None
         if found is None or not (least is None or found >= least):
-            raise wrong(name, expected, value)
+            raise wrong(name, expected, value, _as_number(value, int))
         if most is not None and found > most:
             raise wrong(name, expected, value)
         return found
@@ -249,10 +250,23 @@ def number(
         if not is_finite or not all(
             holds(value, limit) for _, limit, holds in bounds if limit is not None
         ):
-            raise wrong(name, expected, value)
+            raise wrong(name, expected, value, _as_number(value, float))
         return value
 
     return check
+
+
+def _as_number(value: object, kind: Callable[[str], int | float]) -> str:
+    """What to write where a number came in quotes, or a whole one as a float; else nothing."""
+    if isinstance(value, float) and value.is_integer() and kind is int:
+        return f"write {int(value)}"
+    if not isinstance(value, str) or len(value) > 20:
+        return ""
+    try:
+        kind(value)
+    except ValueError:
+        return ""
+    return f"write {value.strip()}, without quotes"
 
 
 def one_of(*known: object) -> Check[Any]:
@@ -402,8 +416,15 @@ def check_fields(instance: object, **checks: Check[object]) -> None:
         set_field(instance, name, check(name, getattr(instance, name)))
 
 
-def check_keys(name: str, keys: Iterable[object], known: Sequence[str], advice: str = "") -> None:
-    """Refuses unknown keys; each is told with the nearest known one.
+def check_keys(
+    name: str,
+    keys: Iterable[object],
+    known: Sequence[str],
+    advice: str = "",
+    *,
+    aliases: Mapping[Any, str] | None = None,
+) -> None:
+    """Refuses unknown keys; each is told with the nearest known one, or with that of `aliases`.
 
     >>> check_keys("data", {"pakcing": "pack"}, ["packing", "seed"])
     Traceback (most recent call last):
@@ -412,7 +433,11 @@ def check_keys(name: str, keys: Iterable[object], known: Sequence[str], advice: 
     unknown = [key for key in keys if key not in known]
     if not unknown:
         return
-    shown = [f"{show(key)}{nearest(key, known)}" for key in unknown[:_SHOWN_KEYS]]
+    ours = {} if aliases is None else aliases
+    shown = [
+        show(key) + (f" (did you mean {ours[key]!r}?)" if key in ours else nearest(key, known))
+        for key in unknown[:_SHOWN_KEYS]
+    ]
     if len(unknown) > _SHOWN_KEYS:
         shown.append(f"and {len(unknown) - _SHOWN_KEYS} more")
     expected = f"keys among {', '.join(known)}" if known else "no keys"

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -189,17 +190,20 @@ def find_files(patterns: Sequence[epath.PathLike]) -> list[epath.Path]:
             else:
                 matches = [path] if path.exists() else []
         if not matches:
+            on_hub = re.fullmatch(r"[\w.-]+/[\w-]+", pattern) and not os.path.isdir(pattern)
+            loaded = f"; a dataset of the hub is data=datasets.load_dataset({show(pattern)}, ...)"
             raise FileNotFoundError(
                 f"files: expected a {', '.join(_USUAL)} or .json file, a directory of them, or a "
                 f"glob pattern, got {show(pattern)}, where nothing is; the working directory is "
-                f"{os.getcwd()}"
+                f"{os.getcwd()}{loaded if on_hub else ''}"
             )
         found += matches
     for path in found:
         if path.suffix not in _ENDINGS:
             raise DataError(
                 f"files: expected a file that ends in .parquet or .jsonl or .json, got "
-                f"{show(os.fspath(path))}; convert or rename it (jsonl: one JSON object a line)"
+                f"{show(os.fspath(path))}; convert or rename it (jsonl: one JSON object a line), "
+                "or give what pandas reads of it"
             )
     return found
 
@@ -266,8 +270,9 @@ def _mappings(data: Any) -> Any:
             f"data: expected {expected}, got a {type(data).__name__}, which has no length; take "
             "some of it, list(data.take(1000))"
         )
-    if isinstance(data, str | bytes) or not isinstance(data, Iterable):
-        raise DataError(f"data: expected {expected}, got {describe(data)}")
+    if isinstance(data, str | bytes) or hasattr(data, "read") or not isinstance(data, Iterable):
+        advice = "; give its path" if hasattr(data, "read") else ""
+        raise DataError(f"data: expected {expected}, got {describe(data)}{advice}")
     return data if hasattr(data, "__getitem__") and hasattr(data, "__len__") else list(data)
 
 
@@ -284,7 +289,7 @@ def _records(files: Sequence["_JsonLines | _Parquet | _InMemory"]) -> Records:
     records = Records(files)
     if not len(records):
         names = ", ".join(file.name for file in files) or "no file"
-        raise DataError(f"{names}: expected at least one record, got none; check the files")
+        raise DataError(f"{names}: expected at least one record, got none; give some")
     return records
 
 

@@ -6,6 +6,8 @@ nested plain data. The same command finds it there and goes on; another one is t
 
 import hashlib
 import json
+import os
+import pathlib
 from collections.abc import Mapping, Sequence
 
 from etils import epath
@@ -13,7 +15,7 @@ from etils import epath
 from swaa_jax import runtime, storage
 from swaa_jax.fields import show, wrong
 
-__all__ = ["claim", "differences", "fingerprint"]
+__all__ = ["check_writable", "claim", "differences", "fingerprint"]
 
 _SHOWN = 6
 
@@ -47,6 +49,28 @@ def differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
     if len(names) > _SHOWN:
         shown.append(f"and {len(names) - _SHOWN} more")
     return "; ".join(shown)
+
+
+def check_writable(name: str, directory: epath.PathLike | None) -> None:
+    """Refuses a local path that no files can be written in, without making anything yet.
+
+    Args:
+        name: what the path is called, for messages.
+        directory: the path; None is fine.
+
+    Raises:
+        ValueError: it is not a directory and cannot become one, or cannot be written.
+    """
+    if directory is None or not storage.is_local(directory):
+        return
+    nearest = pathlib.Path(directory).expanduser().absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(
+            f"{name}: expected a directory that can be written, got {os.fspath(directory)}, and "
+            f"{nearest} is {'not writable' if nearest.is_dir() else 'a file'}; give another one"
+        )
 
 
 def claim(

@@ -26,7 +26,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kernels_pallas import Target
-from swaa_jax.fields import wrong
+from swaa_jax.fields import integer, nearest, wrong
 
 __all__ = [
     "MESH_AXES",
@@ -52,6 +52,8 @@ MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
 True
 """
 
+_MESH = 'None, "auto", sizes such as {"fsdp": 4, "tensor": 2}, or a jax.sharding.Mesh'
+
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "vocab": ("tensor",),
@@ -71,7 +73,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
 """
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
+def make_mesh(devices: Sequence[jax.Device] | None = None, /, **sizes: int) -> Mesh:
     """A mesh over `devices` (default: all) with the named axis sizes; axes not named have size 1.
 
     >>> make_mesh(jax.devices()[:1]).shape["fsdp"]
@@ -83,7 +85,10 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh
     devices = jax.devices() if devices is None else list(devices)
     unknown = sorted(set(sizes) - set(MESH_AXES))
     if unknown:
-        raise ValueError(f"mesh axes: expected some of {MESH_AXES}, got {unknown}")
+        told = ", ".join(f"{axis!r}{nearest(axis, MESH_AXES)}" for axis in unknown)
+        raise ValueError(f"mesh: expected axes among {', '.join(MESH_AXES)}, got {told}")
+    size = integer(least=1)
+    sizes = {axis: size(f"mesh.{axis}", number) for axis, number in sizes.items()}
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
     if (product := math.prod(shape)) != len(devices):
         platform = devices[0].platform if len(devices) else "no"
@@ -107,8 +112,11 @@ def _how_to_get(count: int, platform: str) -> str:
     return ": lower a size, or join hosts (docs/many-devices.md)"
 
 
-def resolve_mesh(mesh: Mesh | str | None) -> Mesh | None:
-    """A Mesh as it is, `"auto"` as all devices along fsdp, None as no mesh.
+def resolve_mesh(mesh: Mesh | str | Mapping[str, int] | None) -> Mesh | None:
+    """A Mesh as it is, sizes of axes and `"auto"` (all along fsdp) over all devices, None as none.
+
+    >>> resolve_mesh({"fsdp": 1}) == resolve_mesh("auto")
+    True
 
     Raises:
         ValueError: anything else, or a mesh with an axis that is not one of `MESH_AXES`.
@@ -121,10 +129,12 @@ def resolve_mesh(mesh: Mesh | str | None) -> Mesh | None:
         return None
     if isinstance(mesh, str):
         if mesh != "auto":
-            raise wrong("mesh", 'None, "auto" or a jax.sharding.Mesh', mesh)
+            raise wrong("mesh", _MESH, mesh)
         return make_mesh(fsdp=len(jax.devices()))
+    if isinstance(mesh, Mapping):
+        return make_mesh(None, **{str(axis): size for axis, size in mesh.items()})
     if not isinstance(mesh, Mesh):
-        raise wrong("mesh", 'None, "auto" or a jax.sharding.Mesh', mesh)
+        raise wrong("mesh", _MESH, mesh)
     unknown = [axis for axis in mesh.axis_names if axis not in MESH_AXES]
     if unknown:
         raise ValueError(

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from swaa_jax.arguments import check_keywords
+from swaa_jax.arguments import check_keywords, told_keywords
 from swaa_jax.bench.cells import Cell, run_cells
 from swaa_jax.bench.result import BenchResult
 from swaa_jax.bench.workload import LengthsLike, Workload, lengths_given
@@ -14,6 +14,7 @@ from swaa_jax.fields import integer, nearest, number, or_none, path, show, wrong
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy, load_policy, several_policies
 from swaa_jax.progress import ProgressLike, show_progress
+from swaa_jax.runs import check_writable
 from swaa_jax.typing import PathLike
 
 __all__ = ["API_KEY", "DEFAULT_POLICIES", "DEFAULT_VOCAB", "Bench", "bench", "prepare"]
@@ -34,6 +35,7 @@ _ONLY_HERE = (
 _ONLY_THERE = ("vocab_size", "request_s", "api_key")
 
 
+@told_keywords()
 def bench(
     models: object = None,
     policies: object = None,
@@ -98,8 +100,9 @@ def bench(
     References:
         Table 5 of arXiv 2512.10411.
     """
-    check_keywords(bench, options, [*_ONLY_HERE, *_ONLY_THERE])
-    or_none(path)("directory", directory)
+    aliases = {"output_dir": "directory", "model": "models", "policy": "policies"}
+    check_keywords(bench, options, [*_ONLY_HERE, *_ONLY_THERE], aliases=aliases)
+    check_writable("directory", or_none(path)("directory", directory))
     workload = Workload(
         prompt_tokens=lengths_given("prompt_tokens", prompt_tokens),
         output_tokens=lengths_given("output_tokens", output_tokens),

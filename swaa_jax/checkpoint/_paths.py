@@ -35,10 +35,17 @@ SHIPPED_ADAPTERS = {"tiny-retriever-lora": _ASSETS / "tiny-retriever-lora"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def check_directory(directory: epath.PathLike) -> epath.Path:
+_CHECKPOINT = "a checkpoint (config.json and safetensors weights)"
+
+
+def check_directory(directory: epath.PathLike, what: str = _CHECKPOINT) -> epath.Path:
     """`directory` as a path, if it is one; `~` and names of what is shipped are resolved.
 
     A directory of that name in the working directory comes first.
+
+    Args:
+        directory: what was given.
+        what: what it is to hold, for messages.
 
     Raises:
         CheckpointError: it does not exist, or is a file; says so when it looks like a hub id.
@@ -61,8 +68,7 @@ def check_directory(directory: epath.PathLike) -> epath.Path:
         raise unreadable(directory, error) from error
     if exists:
         raise CheckpointError(
-            f"{path}: expected the directory of a checkpoint (config.json and safetensors "
-            f"weights), got a file; did you mean {path.parent}?"
+            f"{path}: expected the directory of {what}, got a file; did you mean {path.parent}?"
         )
     advice = "check the path"
     if not is_local(path):
@@ -72,10 +78,11 @@ def check_directory(directory: epath.PathLike) -> epath.Path:
             "it has the form of a Hugging Face hub id: load_model, load_tokenizer and "
             "checkpoint.open_checkpoint download those"
         )
+    kind, names = ("a model", SHIPPED) if what == _CHECKPOINT else ("one", SHIPPED_ADAPTERS)
     raise CheckpointError(
-        f"{show(str(directory))}: expected the directory of a checkpoint (config.json and "
-        f"safetensors weights), or a model that this package ships ({', '.join(SHIPPED)}), got a "
-        f"path that does not exist{nearest(str(directory), SHIPPED, cutoff=0.75)}; {advice}"
+        f"{show(str(directory))}: expected the directory of {what}, or {kind} that this package "
+        f"ships ({', '.join(names)}), got a path that does not exist"
+        f"{nearest(str(directory), names, cutoff=0.75)}; {advice}"
     )
 
 

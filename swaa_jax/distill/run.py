@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from swaa_jax import runtime, storage
-from swaa_jax.arguments import check_keywords
+from swaa_jax.arguments import check_keywords, told_keywords
 from swaa_jax.checkpoint.provenance import weight_marks
 from swaa_jax.checkpoint.tokenizer import opens_thinking
 from swaa_jax.distill.summary import DistillSummary
@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@told_keywords({"do_sample": "temperature", "max_tokens": "max_new_tokens"})
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillConfig(SamplingParams):
     """How questions are answered (section 3.5 of arXiv 2512.10411); `SamplingParams` has how tokens
@@ -107,6 +108,7 @@ class DistillConfig(SamplingParams):
         self.check_attempts(self.attempts)
 
 
+@told_keywords()
 def distill(
     model: ModelLike,
     tok: "PreTrainedTokenizerBase | PathLike | None" = None,
@@ -179,7 +181,8 @@ def _config(config: object, fields: Mapping[str, object]) -> DistillConfig:
     if config is not None and not isinstance(config, DistillConfig):
         raise wrong("config", "a DistillConfig", config, "give its fields as keywords")
     known = [field.name for field in dataclasses.fields(DistillConfig)]
-    check_keywords(distill, fields, known)
+    aliases = {"data": "questions", "dataset": "questions", "output_dir": "directory"}
+    check_keywords(distill, fields, known, aliases=aliases)
     values: dict[str, Any] = dict(fields)
     return DistillConfig(**values) if config is None else dataclasses.replace(config, **values)
 
@@ -214,6 +217,8 @@ def _questions(questions: object, limit: object) -> Sequence[Question]:
         )
     given: Any = questions
     if isinstance(questions, list | tuple) and all(isinstance(one, Question) for one in questions):
+        if not given:
+            raise wrong("questions", "at least one", given)
         return given[:most]
     return read_questions(given, limit=most)
 

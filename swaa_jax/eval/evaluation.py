@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import logging
 import os
-import pathlib
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,6 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from swaa_jax import storage
 from swaa_jax.arguments import told_keywords
 from swaa_jax.checkpoint import load_tokenizer
 from swaa_jax.checkpoint.provenance import describe_device, describe_versions
@@ -51,7 +49,7 @@ from swaa_jax.models import CausalLM
 from swaa_jax.models.function import Structure
 from swaa_jax.policy import AttentionPolicy
 from swaa_jax.progress import ProgressLike, ShowProgress, progress_like, show_progress
-from swaa_jax.runs import fingerprint
+from swaa_jax.runs import check_writable, fingerprint
 from swaa_jax.storage import read_text
 from swaa_jax.typing import PathLike
 
@@ -185,7 +183,7 @@ def _run(
 ) -> Evaluation:
     """Run an evaluation, or what is left of it, in its directory."""
     start = time.perf_counter()
-    _check_output(config.directory)  # before any work, all that can be told before
+    check_writable("output_dir", config.directory)  # before any work, all that can be told before
     judges = {entry.name: _judge(entry, config) for entry in config.tasks}
     for task in config.tasks:
         task.task.check()
@@ -298,24 +296,6 @@ def _check_remote(config: EvalConfig, mesh: Mesh | str | None) -> None:
             "%s: expected nothing where all models are asked by their url, got a value; without "
             "effect",
             ", ".join(given),
-        )
-
-
-def _check_output(directory: str) -> None:
-    """See that answers can be kept, without making anything yet.
-
-    Raises:
-        ValueError: the path is not a directory and cannot become one, or cannot be written.
-    """
-    if not storage.is_local(directory):
-        return
-    nearest = pathlib.Path(directory).absolute()
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ValueError(
-            f"output_dir: expected a directory that can be written, got {directory}, and {nearest} "
-            f"is {'not writable' if nearest.is_dir() else 'a file'}; give another one"
         )
 
 

@@ -163,7 +163,7 @@ def load_adapter(
     """
     check_module(model)
     check_place("directory", directory)
-    path = checkpoint.check_directory(directory)
+    path = checkpoint.check_directory(directory, "an adapter (adapter_config.json and its weights)")
     record = _read_config(path)
     config = peft_config.from_peft(record, path / CONFIG_FILE)
     model = without_lora(model)

@@ -47,7 +47,7 @@ def load_model(
     path: PathLike,
     policy: PolicyLike | None = None,
     dtype: jnp.dtype | str | None = None,
-    mesh: Mesh | str | None = None,
+    mesh: Mesh | str | Mapping[str, int] | None = None,
     revision: str | None = None,
     config_overrides: Mapping[str, object] | None = None,
     backend: str = "auto",
@@ -65,8 +65,9 @@ def load_model(
             choice is logged.
         dtype: of parameters and activations: bfloat16, float16 or float32. None, as everywhere in
             this package: `default_dtype`, float32 on a CPU and bfloat16 elsewhere.
-        mesh: None (one device), `"auto"` (all devices along fsdp), or a mesh with the axes of
-            `swaa_jax.sharding.MESH_AXES`. Each device then reads only its own slices.
+        mesh: None (one device), `"auto"` (all devices along fsdp), sizes such as
+            `{"fsdp": 4, "tensor": 2}`, or a mesh with the axes of `swaa_jax.sharding.MESH_AXES`.
+            Each device then reads only its own slices.
         revision: of a hub id: a branch, a tag or a commit; a directory has none.
         config_overrides: config values under their HF names that replace the checkpoint's.
         backend: what computes attention and experts: `"auto"` (kernels on TPUs, plain XLA
@@ -212,7 +213,7 @@ def model_from_config(
     *,
     policy: PolicyLike | None = None,
     dtype: jnp.dtype | str = "float32",
-    mesh: Mesh | str | None = None,
+    mesh: Mesh | str | Mapping[str, int] | None = None,
     seed: int = 0,
     backend: str = "auto",
 ) -> CausalLM:

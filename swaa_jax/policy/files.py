@@ -30,7 +30,6 @@ from swaa_jax.fields import (
     one_of,
     or_none,
     section,
-    show,
     text,
     wrong,
 )
@@ -167,8 +166,8 @@ def load_policy(policy: PolicyLike) -> AttentionPolicy:
         except ValueError as error:
             raise ValueError(f"policy: {error}") from error
     if not isinstance(policy, str | os.PathLike):
-        is_window = isinstance(policy, int) and not isinstance(policy, bool)
-        advice = f'write "window={show(policy)}"' if is_window else ""
+        is_window = hasattr(policy, "__index__") and not isinstance(policy, bool)
+        advice = f'write "window={policy}"' if is_window else ""
         expected = "a name, a file, fields in a text or a mapping, or an AttentionPolicy"
         raise wrong("policy", expected, policy, advice)
     if "=" in (name := os.fspath(policy)) and not name.endswith((".yaml", ".yml", ".json")):
@@ -202,7 +201,7 @@ def several_policies(name: str, value: Any) -> list[tuple[str | None, Any]]:
     if not isinstance(value, Mapping) or _is_fields(value):
         return [(None, one) for one in (value if isinstance(value, list | tuple) else [value])]
     for label, one in value.items():
-        if not isinstance(one, _LIKE):
+        if label == "" or not isinstance(one, _LIKE):
             expected = "policies by name, {'mine': 'window=64'}, or fields of one"
             hint = nearest(label, sorted(_FIELDS))
             raise ValueError(f"{name}: expected {expected}, got {show({label: one})}{hint}")
@@ -241,7 +240,8 @@ def load_policy_file(name_or_path: PathLike) -> PolicyFile:
         >>> print(load_policy_file("naive").description)
         A sliding window in every layer and nothing else; the paper's baseline that collapses.
     """
-    path = epath.Path(find_config("policies", name_or_path))
+    advice = "fields are written as window=64,sinks=4, files end in .yaml or .json"
+    path = epath.Path(find_config("policies", name_or_path, advice=advice))
     policy = AttentionPolicy.load(path)
     document = (parse_json if path.suffix == ".json" else parse_yaml)(read_text(path))
     with naming(path):

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from swaa_jax.fields import integer, nearest, plural, wrong
+from swaa_jax.fields import integer, nearest, plural, show, wrong
 
 __all__ = ["HeadSelection", "LayerSelection"]
 
@@ -56,6 +56,9 @@ def layer_selection(name: str, value: object) -> str | tuple[int, ...]:
         return _canonical_slice(name, value)
     if not isinstance(value, Iterable) or isinstance(value, Mapping | bytes):
         advice = ""
+        if isinstance(value, slice):
+            parts = (value.start, value.stop, value.step)
+            advice = f'write "{":".join("" if part is None else show(part) for part in parts)}"'
         if isinstance(value, int) and not isinstance(value, bool):
             advice = (
                 f"for that one layer write [{value}]; if it was a slice in YAML, quote it: a bare "

@@ -84,7 +84,9 @@ def _window(name: str, value: object) -> int | None:
     try:
         return or_none(_keys(least=1))(name, value)
     except ValueError as error:
-        raise ValueError(f"{error}; None, or null, means full attention") from None
+        is_number = isinstance(value, str | float) and str(value)[:1].isdigit()
+        advice = "" if is_number else "; None, or null, means full attention"
+        raise ValueError(f"{error}{advice}") from None
 
 
 @told_keywords(_ELSEWHERE | {"decode": "full_decode"})

@@ -153,5 +153,6 @@ def _heads(key: str, text: str) -> list[tuple[int, tuple[int, ...]]]:
 
 def _integer(key: str, text: str, expected: str = "an integer") -> int:
     if not re.fullmatch(r"\s*[+-]?\d{1,1000}\s*", text):
-        raise wrong(f"policy: {key}", expected, text)
+        advice = "put commas between fields" if "=" in text else ""
+        raise wrong(f"policy: {key}", expected, text, advice)
     return int(text)

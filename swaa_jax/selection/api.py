@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from swaa_jax.arguments import check_keywords
+from swaa_jax.arguments import check_keywords, told_keywords
 from swaa_jax.data import Sample
 from swaa_jax.fields import flag, integer, or_none, path, wrong
 from swaa_jax.models import CausalLM
 from swaa_jax.models.loaded import ModelLike, loaded_model, loaded_tokenizer
 from swaa_jax.policy import PolicyLike, load_policy
 from swaa_jax.progress import ProgressLike
+from swaa_jax.runs import check_writable
 from swaa_jax.selection.calibration import read_calibration
 from swaa_jax.selection.select import METHODS, check_options, option_names, select_from_samples
 from swaa_jax.selection.selection import Selection
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["count_of_share", "select_layers"]
 
 
+@told_keywords()
 def select_layers(
     model: ModelLike,
     tok: "PreTrainedTokenizerBase | PathLike | None" = None,
@@ -99,7 +101,7 @@ def select_layers(
     or_none(flag)("enable_thinking", enable_thinking)
     integer(least=2)("max_length", max_length)
     or_none(integer(least=1))("rows_at_once", rows_at_once)
-    or_none(path)("directory", directory)
+    check_writable("directory", or_none(path)("directory", directory))
     if tok is not None and data is None and isinstance(tok, list | tuple):
         raise ValueError(
             "data: expected data behind the tokenizer, got none; the order is model, tok, data, "
@@ -146,20 +148,23 @@ def count_of_share(name: str, share: object, num_layers: int) -> int:
     Raises:
         ValueError: no part, or one that leaves no full layer or no windowed one.
     """
+    count = round(_part(name, share) * num_layers)
+    if not 0 < count < num_layers:
+        expected = f"a part of the {num_layers} layers, as in 1/4 or 0.25, that leaves full and"
+        raise wrong(name, f"{expected} windowed ones", share)
+    return count
+
+
+def _part(name: str, share: object) -> Fraction:
+    """A part of the layers, of however many there are."""
     given: Any = share
     try:
         part = Fraction(given) if not isinstance(share, bool) else Fraction(0)
-        count = round(part * num_layers)
     except (ValueError, ZeroDivisionError, TypeError, OverflowError):
-        part, count = Fraction(0), 0
-    if not 0 < part < 1 or not 0 < count < num_layers:
-        raise wrong(
-            name,
-            f"a part of the {num_layers} layers, as in 1/4 or 0.25, that leaves full and windowed "
-            "ones",
-            share,
-        )
-    return count
+        part = Fraction(0)
+    if not 0 < part < 1:
+        raise wrong(name, "a part of the layers, above 0 and below 1, as in 1/4 or 0.25", share)
+    return part
 
 
 def _check_size(share: object, num_full_layers: object) -> None:
@@ -169,6 +174,8 @@ def _check_size(share: object, num_full_layers: object) -> None:
         raise ValueError(
             f"share: expected it or num_full_layers, got {got}; give share=1/4, for example"
         )
+    if share is not None and num_full_layers is None:
+        _part("share", share)
 
 
 def _num_full_layers(share: object, num_full_layers: int | None, num_layers: int) -> int:
@@ -189,7 +196,9 @@ def _checked_options(method: Any, options: Mapping[str, object]) -> dict[str, An
                 f"{name}: expected an option of {method} ({', '.join(known) or 'it has none'}), "
                 f"got one of {', '.join(others)}; leave it out, or give that method"
             )
-    check_keywords(select_layers, [one for one in options if one not in known], known)
+    aliases = {"output_dir": "directory", "policies": "policy"}
+    unknown = [one for one in options if one not in known]
+    check_keywords(select_layers, unknown, known, aliases=aliases)
     return check_options(method, options)
 
 

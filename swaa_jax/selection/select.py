@@ -192,6 +192,7 @@ def select_from_samples(
             nll_chosen = nll[ranking.chosen]
         else:  # rows cannot tell heads apart
             nll_chosen = float(np.mean(scorer.of_policy(chosen_policy)))
+        bar.show(f"{method}: done", 1.0)
     return Selection(
         method=method,
         policy=chosen_policy,

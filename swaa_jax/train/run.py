@@ -9,9 +9,10 @@ from etils import epath
 from flax import nnx
 
 from swaa_jax import checkpoint, runtime
-from swaa_jax.arguments import check_keywords
+from swaa_jax.arguments import check_keywords, told_keywords
 from swaa_jax.costs import FlopCounter
 from swaa_jax.data import DataConfig
+from swaa_jax.fields import wrong
 from swaa_jax.lora import add_lora, merge_lora, save_adapter
 from swaa_jax.models import CausalLM, load_model, save_model
 from swaa_jax.progress import ProgressLike, progress_like, say
@@ -42,6 +43,7 @@ __all__ = ["TrainResult", "train"]
 logger = logging.getLogger(__name__)
 
 
+@told_keywords()
 def train(
     config: "TrainConfig | Mapping[str, Any] | PathLike | None" = None,
     *,
@@ -105,6 +107,8 @@ def train(
     config, tok = given.config, given.tok
     check_wandb(config.metrics.wandb)
     progress_like("progress", progress)
+    if evaluate is not None and not callable(evaluate):
+        raise wrong("evaluate", "a function of the model and the step, or None", evaluate)
     mesh = config.make_mesh() if given.model is None else given.model.mesh
     config = config.with_dtype(mesh)
     feed = make_feed(

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from swaa_jax import sharding
 from swaa_jax.arguments import told_keywords
 from swaa_jax.data import DataConfig
-from swaa_jax.documents import parse_yaml, with_overrides
+from swaa_jax.documents import named_settings, parse_yaml, with_overrides
 from swaa_jax.fields import (
     Check,
     check_fields,
@@ -460,8 +460,10 @@ def _best(name: str, value: object) -> BestConfig:
 
 
 def _tasks(name: str, value: Any) -> tuple[Mapping[str, Any], ...]:
-    """Mappings that `task_entry` reads, which are checked; one, or a kind, may stand alone."""
+    """Mappings that `task_entry` reads, which are checked; one may stand alone, or as a text."""
     several = value if isinstance(value, list | tuple) else [value]
-    entries = [{"task": one} if isinstance(one, str) else one for one in several]
+    entries = [named_settings(one, "task") if isinstance(one, str) else one for one in several]
     read_tasks(name, entries)
+    if objects := [one for one in entries if not isinstance(one, Mapping)]:
+        raise wrong(name, "texts or mappings", objects[0], 'write "ruler,length=1024", say')
     return tuple(map(dict, entries))

@@ -142,7 +142,7 @@ def test_flags_change_the_preset():
     "arguments, message",
     [
         (["--adapter", "nowhere"], "nowhere"),
-        (["--policies", "none.yaml"], "No such file or directory: none.yaml"),
+        (["--policies", "none.yaml"], "none.yaml: expected a file that is there"),
         (["--policies", "dmeo"], "did you mean 'demo'"),
         (["--policies", "broken.yaml"], "broken.yaml: "),
         (["--policies", "empty.yaml"], "empty.yaml: policies: expected at least one"),

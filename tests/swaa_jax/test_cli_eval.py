@@ -129,7 +129,7 @@ def test_values_of_settings_may_hold_commas():
             "output_dir: expected a directory",
         ),
         (["tiny-table-1", "--max-new-tokens", "7"], "--max-new-tokens: expected --data or --task"),
-        (["nothing.yaml"], "No such file or directory: nothing.yaml"),
+        (["nothing.yaml"], "nothing.yaml: expected a file that is there"),
         (["tiny-tabel-1"], "did you mean 'tiny-table-1'?"),
         (["--model", "m"], "evaluation: expected a value for tasks or data, got none; say which"),
         (["--model", "m", "--task", "rulr"], "did you mean 'ruler'?"),

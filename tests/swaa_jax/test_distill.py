@@ -83,6 +83,8 @@ def test_everything_in_memory_and_what_it_shows(retriever, tmp_path):
         ({"questions": None}, "questions: expected a list of dicts, .* the order is model, tok,"),
         ({"questions": {"prompt": "a", "answer": "b"}}, "data: expected a list of records"),
         ({"questions": [{"prompt": "x"}]}, "expected an answer"),
+        ({"questions": []}, "questions: expected at least one"),
+        ({"data": "mine.jsonl"}, r"got 'data' \(did you mean 'questions'\?\)"),
         ({"judge": "exakt"}, "did you mean 'exact'"),
         ({"judge": {"pattern": "x"}}, "judge: expected a mapping with a name"),
         ({"judge": {"name": "regex", "patern": "x"}}, "did you mean 'pattern'"),

@@ -1,6 +1,7 @@
 """`swaa.evaluate` and `swaa.search_policy`: objects in and out, and what they say of mistakes."""
 
 import dataclasses
+import io
 import json
 import pathlib
 import re
@@ -194,6 +195,12 @@ MISTAKES = [
     ({**ASKED, "attempts": 2}, "attempts"),
     ({**ASKED, "max_new_tokens": 0}, "max_new_tokens: expected an integer of at least 1"),
     ({**ASKED, "judge": 3}, "judge: expected a mapping"),
+    ({**ASKED, "judge": len}, "judge: expected a judge's name, .*; a task of your own"),
+    ({**ASKED, "baseline": "ful"}, r"baseline: expected one of .*did you mean 'full'\?"),
+    ({**ASKED, "policies": {"": "full"}}, "policies: expected policies by name"),
+    ({**ASKED, "tasks": RulerTask}, r"tasks\[0\]: expected a task, got the class; write RulerTask"),
+    ({**ASKED, "data": io.StringIO("{}")}, "data: expected a list of records, .*; give its path"),
+    ({**ASKED, "limit": "4"}, r"limit: .*, got '4' \(str\); write 4, without quotes"),
     ({**ASKED, "dtype": "int8"}, "dtype: expected one of"),
     ({**ASKED, "settings": []}, "settings: expected none with models and policies"),
 ]

@@ -12,6 +12,7 @@ import swaa_jax as swaa
 from swaa_jax.engine import Engine, EngineOptions, Request, SamplingParams
 from swaa_jax.infer.likelihoods import Continuation, score_continuations, score_policies
 from swaa_jax.models import convert_checkpoint, model_from_config
+from swaa_jax.sharding import resolve_mesh
 from tests.support import byte_tokenizer
 from tests.support.random_models import random_model
 
@@ -154,5 +155,47 @@ def test_policies_engines_and_the_rest(model):
         (lambda: model([1, 2, 3]), ["tokens: "]),
         (lambda: model(jnp.array([1, 2, 3])), ["tokens[None, :]"]),
         (lambda: model.prefill(jnp.ones((1, 3))), ["float32"]),
+    ):
+        told(call, *words)
+
+
+def test_policies_and_meshes_as_people_write_them(tmp_path):
+    (tmp_path / "p.txt").write_text("window=64")
+    load, number = swaa.load_policy, swaa.AttentionPolicy
+    every_second = {"window": 4, "full_attention_layers": slice(1, None, 2)}
+    for call, words in (
+        (lambda: load("FULL"), ["did you mean 'full'?"]),
+        (lambda: load("Window=4"), ["did you mean 'window'?"]),
+        (lambda: load("window: 64"), ["as window=64,sinks=4"]),
+        (lambda: load("window=64 sinks=4"), ["put commas between fields"]),
+        (lambda: load(np.int64(64)), ['write "window=64"']),
+        (lambda: load(tmp_path), ["is a directory"]),
+        (lambda: load(tmp_path / "p.txt"), ["files end in .yaml or .json"]),
+        (lambda: load(tmp_path / "p.yaml"), ["p.yaml: expected a file that is there"]),
+        (lambda: load(every_second), ['write "1::2"']),
+        (lambda: number(window="64"), ["'64' (str); write 64, without quotes"]),
+        (lambda: number(window=64.0), ["64.0 (float); write 64"]),
+        (lambda: number(window=0), ["None, or null, means full attention"]),
+        (lambda: swaa.GenerateOptions(temperature="0.7"), ["write 0.7, without quotes"]),
+        (lambda: resolve_mesh({"fspd": 1}), ["did you mean 'fsdp'?"]),
+        (lambda: resolve_mesh({"fsdp": 1.5}), ["mesh.fsdp: expected an integer"]),
+        (lambda: resolve_mesh("fsdp=1"), ['sizes such as {"fsdp": 4']),
+    ):
+        told(call, *words, kind=(ValueError, FileNotFoundError))
+    assert resolve_mesh({"fsdp": 8}) == resolve_mesh("auto")
+
+
+def test_functions_that_take_any_option_name_what_is_missing(model):
+    for call, words in (
+        (lambda: swaa.select_layers(model), ["expected policy, got none"]),
+        (lambda: swaa.distill(), ["expected model, got none"]),
+        (lambda: swaa.bench(model, "full", 512), ["512 (int); name it: one of prompt_tokens"]),
+        (lambda: swaa.train({}, model), ["name it: one of model"]),
+        (
+            lambda: swaa.train(
+                model="tiny-retriever", data=[{"prompt": "a", "answer": "b"}], evaluate=3
+            ),
+            ["evaluate: expected a function of the model"],
+        ),
     ):
         told(call, *words)

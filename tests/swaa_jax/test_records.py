@@ -1,6 +1,7 @@
 """Records of files, and one convention of columns for all that read them."""
 
 import copy
+import io
 import json
 import pickle
 
@@ -178,3 +179,20 @@ def test_fault_22_row_groups_are_refused_by_what_they_would_take(tmp_path, monke
     monkeypatch.setattr("swaa_jax.parquet.PARQUET_BYTES", 64 << 20)
     with pytest.raises(DataError, match=r"noise\.parquet: row group 0: expected at most 64 MB"):
         open_records([tmp_path / "noise.parquet"])
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: find_files(["openai/gsm8k"]), "data=datasets.load_dataset('openai/gsm8k', ...)"),
+        (lambda: records_of(io.StringIO("{}")), "give its path"),
+        (lambda: records_of([]), "expected at least one record, got none; give some"),
+        (lambda: read_example(records_of([{"prompt": "a"}])[0]).right_answers, "; give answer, a"),
+    ],
+    ids=["a dataset of the hub", "an open file", "nothing", "no answer"],
+)
+def test_what_to_give_instead_is_told(call, words):
+    with pytest.raises((DataError, FileNotFoundError)) as caught:
+        call()
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)

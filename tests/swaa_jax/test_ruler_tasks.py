@@ -445,11 +445,11 @@ def test_wrong_settings(settings, message):
 @pytest.mark.parametrize(
     "variant, message",
     [
-        ("niah_single_1", "target_length: the question and 1 needle alone take"),
-        ("niah_multivalue", "target_length: the question and 4 needles alone take"),
-        ("vt", "target_length: the question and its example alone take"),
-        ("cwe", "target_length: 11 words alone take"),
-        ("fwe", "target_length: 74 coded words alone take"),
+        ("niah_single_1", "length: expected more than the question and 1 needle alone take"),
+        ("niah_multivalue", "length: expected more than the question and 4 needles alone take"),
+        ("vt", "length: expected more than the question and its example alone take"),
+        ("cwe", "length: expected more than 11 words alone take"),
+        ("fwe", "length: expected more than 74 coded words alone take"),
     ],
 )
 def test_too_short(variant, message):

@@ -294,6 +294,7 @@ NOT_BUILT = {
         **GOOD, samples=0
     ),
     "task: expected one of": lambda m, t: train(**GOOD, eval_tasks="rulr"),
+    "task ruler: expected keys among": lambda m, t: train(**GOOD, eval_tasks="ruler,lenght=9"),
     "eval_tasks[0]: expected a mapping such as": lambda m, t: train(**GOOD, eval_tasks=[3]),
     "eval_tasks: expected names that tell the scores apart": lambda m, t: train(
         **GOOD, eval_tasks=[{"task": "ruler", "name": "loss"}]

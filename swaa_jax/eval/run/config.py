@@ -220,6 +220,10 @@ class EvalConfig(SamplingParams):
         )
         self.check_attempts(self.attempts)
         _distinct("tasks", [entry.name for entry in self.tasks])
+        policies = [policy for setting in self.settings for policy in setting.policies]
+        named = [entry.name for entry in policies if isinstance(entry, PolicyEntry)]
+        if self.baseline is not None and named and len(named) == len(policies):
+            one_of(*dict.fromkeys(named))("baseline", self.baseline)
         known: dict[str, ModelEntry | RemoteEntry] = {}
         for model in self.models:
             if known.setdefault(model.label, model) != model:
@@ -413,6 +417,9 @@ def _asked(
         )
     if judge is None:
         return found
+    if callable(judge):
+        advice = "a task of your own has it: docs/add-a-task.md; distill takes functions"
+        raise wrong("judge", "a judge's name, or a mapping of it and its settings", judge, advice)
     judge = named_settings(judge, "name") if isinstance(judge, str) else mapping("judge", judge)
     return tuple(dataclasses.replace(one, judge=judge) for one in found)
 

@@ -165,6 +165,8 @@ def task_entry(name: str, entry: Any) -> TaskEntry:
         return entry
     if isinstance(entry, Task):
         return TaskEntry(name=entry.label, task=entry)
+    if isinstance(entry, type) and issubclass(entry, Task):
+        raise ValueError(f"{name}: expected a task, got the class; write {entry.__name__}(...)")
     fields = named_settings(entry, "task") if isinstance(entry, str) else entry
     if not isinstance(fields, Mapping) or not isinstance(fields.get("task"), str):
         raise wrong(name, "a mapping such as {task: qa, files: mine.jsonl}", entry)

@@ -103,20 +103,23 @@ def search_policy(
         raise wrong("enable_thinking", "true or false, one mode a search", enable_thinking)
     asked = _asked(model, tok, data, task, thinking=enable_thinking, settings=settings)
     (entry,), (task_entry,) = asked.local_models, asked.tasks
+    values = {
+        "sinks": _values("sinks", sinks),
+        "full_layers": _values("full_layers", full_layers),
+        "decode": _values("decode", decode),
+    }
+    space = None  # of windows that are given, before the model is loaded
+    if windows is not None:
+        space = SearchSpace(windows=_values("windows", windows), **values)
     with (
         tempfile.TemporaryDirectory(prefix="swaa_search_") as place,
         show_progress("starting", total=1, enabled=progress) as bar,
     ):
         bar.show(f"loading {entry.label}", 0.0)
         loaded = load_entry(entry, config=asked)
-        if windows is None:
-            windows = suggest_windows(_lengths(loaded, asked, task_entry))
-        space = SearchSpace(
-            windows=_values("windows", windows),
-            sinks=_values("sinks", sinks),
-            full_layers=_values("full_layers", full_layers),
-            decode=_values("decode", decode),
-        )
+        if space is None:
+            suggested = suggest_windows(_lengths(loaded, asked, task_entry))
+            space = SearchSpace(windows=_values("windows", suggested), **values)
         return search_policies(
             entry,
             task_entry,

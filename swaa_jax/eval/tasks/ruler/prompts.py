@@ -168,8 +168,8 @@ def fit_units(
     shortest = len(render(()).prompt_ids)
     if shortest > target_length:
         raise ValueError(
-            f"target_length: the question and {hidden} alone take {shortest} tokens; got "
-            f"{target_length}. Ask for a longer prompt, {fewer}"
+            f"length: expected more than the question and {hidden} alone take, {shortest} tokens, "
+            f"got {target_length}; ask for a longer prompt, {fewer}"
         )
     # Pieces are counted one by one, which for most tokenizers is exact and for the rest a little
     # off: the whole is then counted, and the budget corrected by what it missed. In short prompts
@@ -216,8 +216,8 @@ def fit_count(
     size = len(rendered.prompt_ids)
     if size > target_length:
         raise ValueError(
-            f"target_length: {least} {what} alone take {size} tokens; got {target_length}. Ask for "
-            "a longer prompt"
+            f"length: expected more than {least} {what} alone take, {size} tokens, got "
+            f"{target_length}; ask for a longer prompt"
         )
     high = None  # the fewest words that are known to be too many
     while size < target_length * (1 - LENGTH_TOLERANCE):
