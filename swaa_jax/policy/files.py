@@ -30,6 +30,7 @@ from swaa_jax.fields import (
     one_of,
     or_none,
     section,
+    show,
     text,
     wrong,
 )
