@@ -1,7 +1,9 @@
 """Set up before JAX is imported: fake devices, shape checking, reproducible Hypothesis."""
 
+import gc
 import os
 
+from tests.support import programs
 from tests.support.processes import QUICK_COMPILES
 
 # Eight CPU devices stand in for a mesh. Flags are read once, when JAX's backend starts.
@@ -10,9 +12,7 @@ for _flag, _value in _FLAGS.items():
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
 
-# Tests leave nothing on disk: no programs either, unless somebody says where.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+programs.keep_for_this_run()
 
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
@@ -39,3 +39,12 @@ settings.load_profile("repeatable")
 def no_type_checks(monkeypatch):
     """Calls as users make them, without the import hook: wrong types reach our own messages."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Between files, a process that has grown lets its compiled programs go."""
+    if nextitem is not None and nextitem.path != item.path and programs.resident_gib() > 2.5:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()

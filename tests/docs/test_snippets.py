@@ -1,38 +1,52 @@
 """What README and docs tell readers to type runs; `tests/support/snippets.py` says how."""
 
-import dataclasses
 import json
+import shutil
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from etils import epath
 
+import swaa_jax as swaa
 from swaa_jax.checkpoint import SHIPPED
+from swaa_jax.models import model_from_config
 from tests.support.snippets import PAGES, ROOT, Reader, snippets
 
 BLOCKS = {page: list(snippets((ROOT / page).read_text())) for page in PAGES}
 READ = [page for page, blocks in BLOCKS.items() if any(each.language for each in blocks)]
 
-UNTRIED = (
-    *(
-        f"docs/{name}.md"
-        for name in (
-            "benchmarking",
-            "evaluation",
-            "python-api",
-            "select-layers",
-            "tpu",
-            "training",
-        )
-    ),
-)  # read, not run, so far
+# Tried on the shipped model, as a reader does: what they say needs answers that are right.
+AS_SHIPPED = ("README.md", "docs/data.md")
+
+# Elsewhere its architecture and tokenizer, with a hundredth of its parameters, drawn at random.
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.2,
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The directory of such a model."""
+    shipped = SHIPPED["tiny-retriever"]
+    config = {**json.loads((shipped / "config.json").read_text()), **SMALL}
+    path = epath.Path(tmp_path_factory.mktemp("small")) / "my-model"
+    tokenizer = swaa.load_tokenizer("tiny-retriever")
+    swaa.save_model(model_from_config(config, dtype="float32"), path, tokenizer=tokenizer)
+    return path
 
 
 @pytest.fixture
-def desk(tmp_path, monkeypatch):
+def desk(tmp_path, monkeypatch, small):
     """The files that pages take for granted: a model, questions with answers, training data."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my-model").symlink_to(SHIPPED["tiny-retriever"])
+    shutil.copytree(small, tmp_path / "my-model")
     asked = [
         {
             "prompt": f"One of the special magic numbers for calm-lake is: {number}. What is it?",
@@ -49,9 +63,9 @@ def desk(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", READ)
 @pytest.mark.usefixtures("desk")
-def test_snippets_run(page):
+def test_snippets_run(page, small, monkeypatch):
+    if page not in AS_SHIPPED:
+        monkeypatch.setitem(SHIPPED, "tiny-retriever", small)
     reader = Reader(page)
     for snippet in BLOCKS[page]:
-        if page in UNTRIED:
-            snippet = dataclasses.replace(snippet, skip=(*snippet.skip, "untried"))
         reader.run(snippet)

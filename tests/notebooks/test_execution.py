@@ -10,6 +10,7 @@ from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell
 
 from notebooks import execute
+from tests.support import programs
 from tests.support.processes import QUICK_COMPILES
 
 SECONDS = 60
@@ -47,7 +48,12 @@ def run(wheel, tmp_path):
             notebook,
             folder=tmp_path,
             packages=[wheel],
-            variables={"XLA_FLAGS": flags, "MPLBACKEND": "", "HF_HOME": str(tmp_path / "hf")},
+            variables={
+                "XLA_FLAGS": flags,
+                "MPLBACKEND": "",
+                "HF_HOME": str(tmp_path / "hf"),
+                **programs.for_a_child(),
+            },
         )
 
     return run

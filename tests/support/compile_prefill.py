@@ -27,6 +27,7 @@ WINDOWS = [
     for window in (2048, 4096, None)
 ]
 LONGEST = [program for program in WINDOWS if program[0] == 131072 and program[3] != 4096]
+LONGEST_WINDOW = [program for program in LONGEST if program[3]]
 FORWARD = [(*program[:4], False, program[5]) for program in WINDOWS]
 FEATURES = [(4000, (8, 2, 64), "bfloat16", "rows", True, True)]  # H of 128 is in MORE
 MORE = [
@@ -37,6 +38,7 @@ MORE = [
 SETS = {
     "windows": WINDOWS,
     "longest": LONGEST,
+    "longest window": LONGEST_WINDOW,
     "forward": FORWARD,
     "features": FEATURES,
     "more": MORE,

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 
+from tests.support import programs
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 # Tests compile much and run little. Without LLVM's optimizations, with one module a program and
@@ -38,8 +40,14 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
-def environment(*, devices: int = 1, quick_compiles: bool = True, **more: str) -> dict[str, str]:
-    """This process's environment for a child with its own number of fake CPU devices."""
+def environment(
+    *, devices: int = 1, quick_compiles: bool = True, programs_kept: bool = True, **more: str
+) -> dict[str, str]:
+    """This process's environment for a child with its own number of fake CPU devices.
+
+    It finds the programs that other children of this run have compiled, unless `programs_kept` is
+    False.
+    """
     flags = {"--xla_force_host_platform_device_count": devices}
     flags |= QUICK_COMPILES if quick_compiles else {}
     # A proxy would be asked for this machine's own ports, too.
@@ -53,6 +61,7 @@ def environment(*, devices: int = 1, quick_compiles: bool = True, **more: str) -
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": " ".join(f"{name}={value}" for name, value in flags.items()),
         "PYTHONPATH": str(ROOT),
+        **(programs.for_a_child() if programs_kept else {}),
         **more,
     }
 
@@ -68,7 +77,11 @@ def run_together(
     running = [
         subprocess.Popen(
             [sys.executable, *command],
-            env=environment(devices=devices, **(variables[index] if variables else {})),
+            env=environment(
+                devices=devices,
+                programs_kept=False,  # they compile the same at the same time
+                **(variables[index] if variables else {}),
+            ),
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -25,7 +25,7 @@ def run_script(script: Any, *arguments: Any) -> subprocess.CompletedProcess[str]
     return subprocess.run(
         [sys.executable, script, *map(str, arguments)],
         cwd=processes.ROOT,
-        env=processes.environment(quick_compiles=False),
+        env=processes.environment(quick_compiles=False, programs_kept=False),
         capture_output=True,
         text=True,
     )

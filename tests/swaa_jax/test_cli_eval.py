@@ -187,7 +187,7 @@ def test_the_reports_command_has_no_key(monkeypatch):
 
 def test_a_search_writes_a_policy_that_can_be_used(tmp_path, capsys):
     words = ["--search", "--model", "tiny-retriever", "--output", str(tmp_path / "found")]
-    words += ["--task", "ruler,variant=niah_multiquery,length=1024,num_samples=2"]
+    words += ["--task", "ruler,variant=niah_multiquery,length=512,num_samples=2"]
     words += ["--windows", "16,96"]
     words += ["--sinks", "0", "--full-layers", "none", "--decode", "full", "--first-samples", "1"]
     assert main(["recipes", *words]) == 0

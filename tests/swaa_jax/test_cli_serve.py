@@ -201,7 +201,7 @@ def test_two_processes_of_one_mesh_serve_as_one(tmp_path):
             saved,
             *flags,
             "--coordinator", where, "--num-processes", "2", "--process-id", str(number),
-            **processes.environment(),
+            **processes.environment(programs_kept=False, JAX_ENABLE_COMPILATION_CACHE="false"),
         )
         for number in range(2)
     ]  # fmt: skip

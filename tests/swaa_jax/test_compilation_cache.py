@@ -44,7 +44,7 @@ def generate(saved, home, *flags: str) -> tuple[str, dict[str, int]]:
     }
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *command],
-        env=processes.environment(**variables),
+        env=processes.environment(programs_kept=False, **variables),
         cwd=processes.ROOT,
         capture_output=True,
         text=True,

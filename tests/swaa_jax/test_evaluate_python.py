@@ -15,9 +15,8 @@ import swaa_jax as swaa
 from swaa_jax.eval.evaluation import _config
 from swaa_jax.eval.run import EvalConfig
 from swaa_jax.eval.tasks import QaTask, RulerTask
-from tests.support import byte_tokenizer
 from tests.support.evaluations import CountingTask, cell, evaluation, row
-from tests.support.random_models import random_model
+from tests.support.random_models import random_model, save_random_model
 
 QUESTIONS = [
     {"prompt": "One and one are", "answer": "e"},
@@ -33,8 +32,7 @@ PLAIN = datasets.Dataset.from_list(
 def mine(tmp_path_factory):
     """A small model and its tokenizer, as `load_model` and `load_tokenizer` give them."""
     path = tmp_path_factory.mktemp("model") / "random"
-    swaa.save_model(random_model(vocab_size=byte_tokenizer.VOCAB_SIZE), path)
-    byte_tokenizer.build().save_pretrained(path)
+    save_random_model(path, num_hidden_layers=2)
     return swaa.load_model(path, dtype="float32"), swaa.load_tokenizer(path)
 
 

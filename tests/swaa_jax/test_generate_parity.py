@@ -1,5 +1,7 @@
 """Generation with real models: Transformers' own answers, and the policies' stages and caches."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -108,20 +110,30 @@ def recomputed(model, prompts, answers):
     )
 
 
+@pytest.fixture(scope="module")
+def answered(model):
+    """The answers under a policy of the table, or none; each is asked for once."""
+    return functools.cache(
+        lambda name: (
+            generate(
+                model.with_policy(POLICIES.get(name)),
+                None,
+                PROMPTS,
+                max_new_tokens=NEW,
+                ignore_eos=True,
+            ).tokens
+        )
+    )
+
+
 @pytest.mark.parametrize("name", POLICIES)
-def test_stages_and_caches_under_every_policy(model, name):
-    under = model.with_policy(POLICIES[name])
-    out = generate(under, None, PROMPTS, max_new_tokens=NEW, ignore_eos=True)
-    assert out.tokens == recomputed(under, PROMPTS, out.tokens)
+def test_stages_and_caches_under_every_policy(model, answered, name):
+    found = answered(name)
+    assert found == recomputed(model.with_policy(POLICIES[name]), PROMPTS, found)
 
 
-def test_the_policy_shows(model):
-    full = generate(model, None, PROMPTS, max_new_tokens=NEW).tokens
-    answers = {full} | {
-        generate(model.with_policy(policy), None, PROMPTS, max_new_tokens=NEW).tokens
-        for policy in POLICIES.values()
-    }
-    assert len(answers) == len(POLICIES) + 1
+def test_the_policy_shows(answered):
+    assert len({answered(name) for name in (None, *POLICIES)}) == len(POLICIES) + 1
 
 
 def test_caches_are_as_small_as_decoding_allows(model):

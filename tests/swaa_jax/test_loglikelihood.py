@@ -33,7 +33,7 @@ def asked(vocab_size, seed=0):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_likelihoods_are_those_of_each_row_alone(name):
-    model = random_model(policy=POLICIES[name])
+    model = random_model(policy=POLICIES[name], num_hidden_layers=2)
     pairs = asked(model.config.vocab_size)
     # A continuation that greedy decoding gives: the answer to the second context.
     out = swaa.generate(model, None, [pairs[1].context], max_new_tokens=3, ignore_eos=True)
@@ -54,7 +54,7 @@ def test_likelihoods_are_those_of_each_row_alone(name):
 
 
 def test_the_stage_of_the_continuation_matters():
-    model = random_model(policy=POLICIES["FA decode"])
+    model = random_model(policy=POLICIES["FA decode"], num_hidden_layers=2)
     (pair,) = asked(model.config.vocab_size)[3:4]
     read = Continuation(context=pair.context, tokens=pair.tokens, is_answer=False)
     windowed = model.with_policy(swaa.AttentionPolicy(window=4))
@@ -88,7 +88,7 @@ SWEEP = [
 
 
 def test_policies_as_rows_of_one_program_score_as_each_by_itself():
-    model = random_model()
+    model = random_model(num_hidden_layers=2)
     pairs = asked(model.config.vocab_size)
     pairs.append(Continuation(context=pairs[2].context, tokens=pairs[2].tokens, is_answer=False))
     found = score_policies(model, pairs, SWEEP, batch_size=16)

@@ -21,11 +21,13 @@ def compile_for(generation, *sets):
 
 
 @pytest.mark.parametrize(
-    "generation, sets, count", [("v5e", ("longest", "features"), 3), ("v6e", ("longest",), 2)]
+    "generation, sets, count",
+    [("v5e", ("longest", "features"), 3), ("v6e", ("longest window",), 1)],
 )
 def test_a_window_and_full_attention(generation, sets, count):
-    """128k tokens of Qwen3-4B's heads, with 128 sinks: a window of 2,048, and none. Then everything
-    traced: window and sinks a row, full rows, lengths, segments, offset; a soft cap.
+    """128k tokens of Qwen3-4B's heads, with 128 sinks: a window of 2,048, and none (on v6e a slow
+    test has that). Then everything traced: window and sinks a row, full rows, lengths, segments,
+    offset; a soft cap.
 
     Each program is a forward and a backward pass, of three kernels.
     """
