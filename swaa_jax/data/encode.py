@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -82,11 +82,15 @@ class Notes:
         unused: its columns that hold something and are not looked at.
         unread: keys of its messages that have no effect, as the keys of a dict.
         open_thought: the place of an answer that is an open thought, "" if there is none.
+        thoughtless: the place of an answer that was rendered with `enable_thinking: false` though
+            nobody said so, since it has no thought and the template would open one; "" if there is
+            none.
     """
 
     unused: tuple[str, ...] = ()
     unread: dict[str, None] = dataclasses.field(default_factory=dict)
     open_thought: str = ""
+    thoughtless: str = ""
 
 
 class Encoder:
@@ -228,6 +232,10 @@ class Encoder:
         rendered = self._render(record, messages[: index + 1], tools, prompt=False)
         whole, notes.unread = rendered.text, notes.unread | dict.fromkeys(rendered.unread)
         if not whole.startswith(prompt):
+            if plain := self._thoughtless(example, messages, index):
+                if "enable_thinking" not in self._config.chat_template_kwargs:
+                    notes.thoughtless = f"{record.place}: message {index}"
+                return plain
             at = next((n for n, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b), 0)
             raise DataError(
                 f"{record.place}: message {index}: expected the chat template to render this "
@@ -243,6 +251,32 @@ class Encoder:
         if answer is None:  # no token ends it, but the template may mark what is generated
             answer = self._continue(prompt, prompt_ids, whole[len(prompt) : end])
         return _Turn(prompt_ids, answer)
+
+    def _thoughtless(
+        self, example: Example, messages: Sequence[Message], index: int
+    ) -> _Turn | None:
+        """An answer without a thought behind a prompt that opens none, where a template has both.
+
+        None for any other answer, and where the user sets `enable_thinking` to another value.
+        """
+        message, given = messages[index], self._config.chat_template_kwargs
+        content = message["content"]
+        is_plain = isinstance(content, str) and not set(message) - {"role", "content", *FLAGS}
+        if not is_plain or OPENING.search(content) or CLOSING.search(content):
+            return None
+        variables = {**given, "enable_thinking": False}
+        if given.get("enable_thinking", False) is not False:
+            return None
+        if unused_variables(self._tok, variables):
+            return None
+        asked = self._render(
+            example.record, messages[:index], example.tools, prompt=True, variables=variables
+        )
+        if opens_thinking(self._tok, asked.text):
+            return None
+        prompt_ids = self._ids(asked.text)
+        answer = self._continue(asked.text, prompt_ids, content)
+        return _Turn(prompt_ids, [*answer, *self._tail])
 
     def _check_history(
         self, record: Record, turns: Sequence[_Turn], answers: Sequence[int]
@@ -260,14 +294,20 @@ class Encoder:
                 )
 
     def _render(
-        self, record: Record, messages: Sequence[Message], tools: Tools, *, prompt: bool
+        self,
+        record: Record,
+        messages: Sequence[Message],
+        tools: Tools,
+        *,
+        prompt: bool,
+        variables: Mapping[str, Any] | None = None,
     ) -> Rendered:
         try:
             return render_chat(
                 self._tok,
                 messages,
                 tools=tools,
-                variables=self._config.chat_template_kwargs,
+                variables=self._config.chat_template_kwargs if variables is None else variables,
                 generation_prompt=prompt,
             )
         except ChatError as error:

@@ -77,6 +77,7 @@ class SampleReport:
         unused: columns that hold something and are not looked at.
         unread: keys of messages that the chat template does not name.
         open_thoughts: records whose answer is an open thought; `open_thought` is the first place.
+        thoughtless: records whose answer was rendered without thinking, since it has no thought.
 
     Examples:
         >>> print(SampleReport(records=9, samples=7, num_tokens=70, num_targets=20, judged_wrong=2))
@@ -95,6 +96,7 @@ class SampleReport:
     unread: tuple[str, ...] = ()
     open_thoughts: int = 0
     open_thought: str = ""
+    thoughtless: int = 0
 
     def __str__(self) -> str:
         return (
@@ -201,6 +203,14 @@ def _tell(report: SampleReport) -> None:
     """Says what somebody who gave the data should know, whether it was read now or before."""
     warn_unused(report.unused)
     warn_of_unread(report.unread)
+    if report.thoughtless:
+        log.warning(
+            "enable_thinking: expected thoughts in the answers, or chat_template_kwargs: "
+            "{enable_thinking: false}, since the template opens a thought, got neither in %d of %d "
+            "records; they are trained on as answers without thinking: generate with "
+            "enable_thinking=False",
+            *(report.thoughtless, report.records),
+        )
     if report.open_thoughts:
         log.warning(
             "%s: expected an answer with the end of a thought, since the generation prompt opens "
@@ -258,11 +268,13 @@ def _first_pass(
     unused: dict[str, None] = {}
     unread: dict[str, None] = {}
     thoughts: list[str] = []
+    thoughtless = 0
     for number, encoded in enumerate(_encoded(records, encoder, config, progress)):
         place, samples, notes = encoded
         unused |= dict.fromkeys(notes.unused)
         unread |= notes.unread
         thoughts += [notes.open_thought] if notes.open_thought else []
+        thoughtless += bool(notes.thoughtless)
         counts["judged_wrong"] += samples is None
         for part, sample in enumerate(samples or ()):
             if limit is not None and len(sample) > limit:
@@ -293,6 +305,7 @@ def _first_pass(
         unread=tuple(unread),
         open_thoughts=len(thoughts),
         open_thought=thoughts[0] if thoughts else "",
+        thoughtless=thoughtless,
         **counts,
     )
     if not num_samples:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from swaa_jax.checkpoint.tokenizer import load_tokenizer
-from swaa_jax.data import DataConfig, DataError, Encoder
+from swaa_jax.data import DataConfig, DataError, Encoder, prepare_samples
 from swaa_jax.infer.prompts import encode_prompts
 from swaa_jax.records import Record
 from tests.support import byte_tokenizer, chat_templates
@@ -140,6 +140,22 @@ def test_a_template_that_drops_the_answers_thinking():
         assert parts(tok, sample)[1] == (1, "Hm\n</think>\n\nYo<|im_end|>")
     with pytest.raises(DataError, match="expected an answer's content alone"):
         encode(encoder(tok, answers="verbatim")[1], [USER, {**REPLY, "reasoning_content": "Hm"}])
+
+
+def test_plain_answers_of_a_thinking_template_are_trained_on_without_thinking(caplog):
+    """As `generate(enable_thinking=False)` is asked; what the user says of thinking holds."""
+    tok = load_tokenizer("tiny-retriever")
+    for given in ({}, {"enable_thinking": False}):
+        (sample,) = encode(encoder(tok, chat_template_kwargs=given)[1], [USER, REPLY])
+        (prompt,) = encode_prompts(tok, [USER], enable_thinking=False)
+        assert list(sample.tokens[: len(prompt)]) == prompt
+        assert parts(tok, sample)[1] == (1, "Yo<|im_end|>")
+    _, thinking = encoder(tok, chat_template_kwargs={"enable_thinking": True})
+    with pytest.raises(DataError, match="as its generation prompt begins it"):
+        encode(thinking, [USER, REPLY])
+    found = prepare_samples(DataConfig(), tok, records=[{"prompt": "Hi", "answer": "Yo"}] * 3)
+    assert found.report.thoughtless == 3
+    assert "generate with enable_thinking=False" in caplog.text
 
 
 def test_tokens_never_merge_over_the_end_of_the_prompt():
