@@ -20,7 +20,7 @@ from swaa_jax.eval.evaluation import evaluate
 from swaa_jax.eval.report.statistics import Interval, bootstrap_interval, format_score
 from swaa_jax.eval.run import Cell, EvalConfig, ModelEntry, PolicyEntry, Setting, TaskEntry
 from swaa_jax.eval.run.loading import load_entry
-from swaa_jax.fields import check_fields, integer, number, or_none
+from swaa_jax.fields import check_fields, integer, number, or_none, plural
 from swaa_jax.figures import save_figure
 from swaa_jax.policy import AttentionPolicy, LayerSelection
 from swaa_jax.progress import ProgressLike, ShowProgress, show_progress
@@ -257,7 +257,8 @@ class SearchResult(Tabular):
         return save_figure(search_figure(self), path)
 
     def __repr__(self) -> str:
-        return f"SearchResult({len(self.candidates)} candidates, {self.told})"
+        count = len(self.candidates)
+        return f"SearchResult({count} {plural('candidate', count)}, {self.told})"
 
     def __str__(self) -> str:
         return str(self.table())
