@@ -128,7 +128,8 @@ def test_fault_08_thinking_that_no_template_asks_for_is_told_elsewhere(
     caplog.clear()
     tok, config = byte_tokenizer.build(template=None), DistillConfig(enable_thinking=True)
     model = random_model(num_hidden_layers=1)
-    distill(model, tok, [], make_judge("exact"), tmp_path / "out", config=config)
+    question = [{"prompt": "a", "answer": "b"}]
+    distill(model, tok, question, make_judge("exact"), tmp_path / "out", config=config)
     assert told in caplog.text
 
 
