@@ -93,9 +93,10 @@ def find_config(kind: str, name_or_path: PathLike, *, advice: str = "") -> PathL
         if beside:
             advice = f"for the file say {beside[0]}"
         elif os.path.exists(name):
-            what = "a directory" if os.path.isdir(name) else "a file"
-            endings = ", ".join(_ENDINGS)
-            advice = f"{show(name)} is {what}, but the path of a config ends in {endings}"
+            what = "a directory" if os.path.isdir(name) else "a file of another ending"
+            expected = f"the name of a shipped config, or a file that ends in {', '.join(_ENDINGS)}"
+            told = f"{kind}: expected {expected}, got {show(name)}, which is {what}"
+            raise ValueError(f"{told}{advice and f'; {advice}'}") from error
         raise ValueError(f"{error}{advice and f'; {advice}'}") from error
 
 
