@@ -18,7 +18,7 @@ which mesh axes each name is split. An axis that its mesh axes do not divide is 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -73,7 +73,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
 """
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None, /, **sizes: int) -> Mesh:
+def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
     """A mesh over `devices` (default: all) with the named axis sizes; axes not named have size 1.
 
     >>> make_mesh(jax.devices()[:1]).shape["fsdp"]
@@ -83,10 +83,7 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, /, **sizes: int) -> M
         ValueError: an unknown axis, or sizes whose product is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    unknown = sorted(set(sizes) - set(MESH_AXES))
-    if unknown:
-        told = ", ".join(f"{axis!r}{nearest(axis, MESH_AXES)}" for axis in unknown)
-        raise ValueError(f"mesh: expected axes among {', '.join(MESH_AXES)}, got {told}")
+    _check_axes(sizes)
     size = integer(least=1)
     sizes = {axis: size(f"mesh.{axis}", number) for axis, number in sizes.items()}
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
@@ -102,6 +99,13 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, /, **sizes: int) -> M
     )
 
 
+def _check_axes(names: Iterable[str]) -> None:
+    unknown = sorted(set(names) - set(MESH_AXES))
+    if unknown:
+        told = ", ".join(f"{axis!r}{nearest(axis, MESH_AXES)}" for axis in unknown)
+        raise ValueError(f"mesh: expected axes among {', '.join(MESH_AXES)}, got {told}")
+
+
 def _how_to_get(count: int, platform: str) -> str:
     """How a process comes to so many devices."""
     if platform == "cpu":
@@ -115,14 +119,11 @@ def _how_to_get(count: int, platform: str) -> str:
 def resolve_mesh(mesh: Mesh | str | Mapping[str, int] | None) -> Mesh | None:
     """A Mesh as it is, sizes of axes and `"auto"` (all along fsdp) over all devices, None as none.
 
-    >>> resolve_mesh({"fsdp": 1}) == resolve_mesh("auto")
-    True
-
     Raises:
         ValueError: anything else, or a mesh with an axis that is not one of `MESH_AXES`.
 
     Examples:
-        >>> resolve_mesh("auto").shape["fsdp"] == len(jax.devices())
+        >>> resolve_mesh({"fsdp": len(jax.devices())}) == resolve_mesh("auto")
         True
     """
     if mesh is None:
@@ -132,7 +133,9 @@ def resolve_mesh(mesh: Mesh | str | Mapping[str, int] | None) -> Mesh | None:
             raise wrong("mesh", _MESH, mesh)
         return make_mesh(fsdp=len(jax.devices()))
     if isinstance(mesh, Mapping):
-        return make_mesh(None, **{str(axis): size for axis, size in mesh.items()})
+        sizes = {str(axis): size for axis, size in mesh.items()}
+        _check_axes(sizes)  # `devices` too is none
+        return make_mesh(**sizes)
     if not isinstance(mesh, Mesh):
         raise wrong("mesh", _MESH, mesh)
     unknown = [axis for axis in mesh.axis_names if axis not in MESH_AXES]

@@ -38,7 +38,7 @@ def test_several_processes_share_by_default(monkeypatch):
         ("devices=8", "--mesh: .* data, fsdp, tensor"),
         ("", "--mesh"),
         ("fsdp=3", "number of devices, 8"),
-        ("fsdp=0,tensor=8", "number of devices, 8"),
+        ("fsdp=0,tensor=8", "mesh.fsdp: expected an integer of at least 1"),
     ],
 )
 def test_malformed_meshes(text, message):

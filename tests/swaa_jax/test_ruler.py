@@ -158,7 +158,7 @@ def test_questions_are_not_in_the_order_of_the_needles():
         (dict(num_queries=5), "num_queries"),
         (dict(num_queries=0), "num_queries"),
         (dict(num_samples=-1), "num_samples"),
-        (dict(target_length=100), "target_length"),
+        (dict(target_length=100), "length: expected more than the question and 4 needles"),
     ],
 )
 def test_errors_name_the_argument(change, name):
