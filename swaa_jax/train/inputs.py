@@ -11,9 +11,10 @@ import jax
 from swaa_jax import checkpoint
 from swaa_jax.configs import find_config
 from swaa_jax.data import DataConfig
-from swaa_jax.fields import wrong, wrong_kind
+from swaa_jax.fields import nearest, wrong, wrong_kind
 from swaa_jax.models import CausalLM
 from swaa_jax.models.loaded import loaded_tokenizer
+from swaa_jax.records import are_files, records_of
 from swaa_jax.train.run_config import TrainConfig, as_section
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def gather(
             files, records = (), data
             values["data"] = _merged(base, "data", {"files": files})
         elif isinstance(data, Mapping):
+            _check_is_config(data)
             given = dict(data)
             records = given.pop("records", None)
             given |= {} if records is None else {"files": ()}
@@ -71,6 +73,8 @@ def gather(
         else:
             values["data"] = _merged(base, "data", {"files": data})
     if eval_data is not None:
+        if isinstance(eval_data, Mapping):
+            records_of(eval_data, name="eval_data")  # says what to give instead
         if _is_records(eval_data):
             values["eval_files"], eval_records = (), eval_data
         else:
@@ -135,11 +139,16 @@ def _merged(base: Mapping[str, Any], name: str, value: Any) -> Any:
 
 def _is_records(data: Any) -> bool:
     """Whether data is in memory, rather than files or fields."""
-    if isinstance(data, str | os.PathLike | Mapping | DataConfig):
-        return False
-    if isinstance(data, list | tuple):
-        return not all(isinstance(one, str | os.PathLike) for one in data)
-    return True
+    is_empty = isinstance(data, list | tuple) and not data
+    return not (isinstance(data, Mapping | DataConfig) or is_empty or are_files(data))
+
+
+def _check_is_config(data: Mapping[Any, Any]) -> None:
+    """Refuses records by name, by split or by column, where fields of `DataConfig` may stand."""
+    known = ["records", *(field.name for field in dataclasses.fields(DataConfig))]
+    is_misspelt = all(key in known or nearest(key, known, cutoff=0.8) for key in data)
+    if not is_misspelt and not set(known) & set(data):
+        records_of(data)
 
 
 def _has_files(data: Any) -> bool:
