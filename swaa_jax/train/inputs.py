@@ -4,6 +4,7 @@ import dataclasses
 import os
 import tempfile
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,7 +12,7 @@ import jax
 from swaa_jax import checkpoint
 from swaa_jax.configs import find_config
 from swaa_jax.data import DataConfig
-from swaa_jax.fields import nearest, wrong, wrong_kind
+from swaa_jax.fields import wrong, wrong_kind
 from swaa_jax.models import CausalLM
 from swaa_jax.models.loaded import loaded_tokenizer
 from swaa_jax.records import are_files, records_of
@@ -66,6 +67,9 @@ def gather(
             _check_is_config(data)
             given = dict(data)
             records = given.pop("records", None)
+            if records is not None and are_files(records):
+                expected = "a list of dicts, a datasets.Dataset or a pandas frame"
+                raise wrong("data.records", expected, records, "files go to data.files")
             given |= {} if records is None else {"files": ()}
             values["data"] = _merged(base, "data", given)
         elif isinstance(data, DataConfig):
@@ -75,6 +79,9 @@ def gather(
     if eval_data is not None:
         if isinstance(eval_data, Mapping):
             records_of(eval_data, name="eval_data")  # says what to give instead
+        if isinstance(eval_data, list | tuple) and not eval_data:
+            advice = "leave it out to evaluate on none"
+            raise wrong("eval_data", "at least one record or file", eval_data, advice)
         if _is_records(eval_data):
             values["eval_files"], eval_records = (), eval_data
         else:
@@ -146,9 +153,9 @@ def _is_records(data: Any) -> bool:
 def _check_is_config(data: Mapping[Any, Any]) -> None:
     """Refuses records by name, by split or by column, where fields of `DataConfig` may stand."""
     known = ["records", *(field.name for field in dataclasses.fields(DataConfig))]
-    is_misspelt = all(key in known or nearest(key, known, cutoff=0.8) for key in data)
+    is_misspelt = all(get_close_matches(str(key), known, n=1, cutoff=0.8) for key in data)
     if not is_misspelt and not set(known) & set(data):
-        records_of(data)
+        records_of(data)  # says what to give instead
 
 
 def _has_files(data: Any) -> bool:

@@ -251,6 +251,12 @@ NOT_BUILT = {
     # Data in forms that other functions take, or that others' trainers do.
     "got a dict; write [{": lambda m, t: train(**{**GOOD, "data": RECORDS[0]}),
     "data: expected a list of records": lambda m, t: train(**{**GOOD, "data": {"a": RECORDS}}),
+    "data.records: expected a list of dicts, a datasets.Dataset or a pandas frame, got 'a.jsonl'": (
+        lambda m, t: train(**{**GOOD, "data": {"records": "a.jsonl"}})
+    ),
+    "eval_data: expected at least one record or file, got []": lambda m, t: train(
+        **GOOD, eval_data=[]
+    ),
     "take one split, data['train']": lambda m, t: train(
         **{**GOOD, "data": datasets.DatasetDict(train=datasets.Dataset.from_list(RECORDS))}
     ),
