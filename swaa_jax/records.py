@@ -31,6 +31,7 @@ __all__ = [
     "DataError",
     "Record",
     "Records",
+    "are_files",
     "find_files",
     "open_records",
     "records_of",
@@ -156,6 +157,16 @@ class Records:
         return f"Records({len(self)})"
 
 
+def are_files(data: object) -> bool:
+    """Whether data is a path, or a list of paths, rather than records in memory.
+
+    >>> are_files("mine.jsonl"), are_files(["a.parquet", "b.parquet"]), are_files([{"prompt": ""}])
+    (True, True, False)
+    """
+    several = data if isinstance(data, list | tuple) and data else [data]
+    return all(isinstance(one, str | os.PathLike) for one in several)
+
+
 def find_files(patterns: Sequence[epath.PathLike]) -> list[epath.Path]:
     """The files that are meant, in the order given, those of a directory or pattern sorted.
 
@@ -236,12 +247,13 @@ def open_records(files: Sequence[epath.PathLike]) -> Records:
     return _records([_open(os.fspath(file)) for file in files])
 
 
-def records_of(data: Any) -> Records:
+def records_of(data: Any, *, name: str = "data") -> Records:
     """Records that are in memory.
 
     Args:
         data: a list (or an iterable) of mappings, a Hugging Face `datasets.Dataset`, a pandas frame
             or a pyarrow table.
+        name: the argument's, for messages.
 
     Raises:
         DataError: there are none, or it is something else: the message says what to do with it.
@@ -250,16 +262,16 @@ def records_of(data: Any) -> Records:
         >>> records_of([{"prompt": "1 + 1 =", "answer": "2"}])[0].text("answer")
         '2'
     """
-    return _records([_InMemory("the list of records", _mappings(data))])
+    return _records([_InMemory("the list of records", _mappings(name, data))])
 
 
-def _mappings(data: Any) -> Any:
+def _mappings(name: str, data: Any) -> Any:
     """The records of an object, by number: a list, or what has a length and is indexed alike."""
     expected = "a list of records, a datasets.Dataset or a pandas frame"
     if isinstance(data, Mapping):
         splits = [key for key, value in data.items() if hasattr(value, "column_names")]
-        advice = f"take one split, data[{splits[0]!r}]" if splits else 'write [{"prompt": ...}]'
-        raise DataError(f"data: expected {expected}, got a {type(data).__name__}; {advice}")
+        advice = f"take one split, {name}[{splits[0]!r}]" if splits else 'write [{"prompt": ...}]'
+        raise DataError(f"{name}: expected {expected}, got a {type(data).__name__}; {advice}")
     if hasattr(data, "to_pylist"):  # pyarrow's
         return data.to_pylist()
     if hasattr(data, "columns") and callable(getattr(data, "to_dict", None)):  # a frame of pandas'
@@ -267,12 +279,12 @@ def _mappings(data: Any) -> Any:
         return [{str(name): _plain(value) for name, value in one.items()} for one in records]
     if hasattr(data, "column_names") and not hasattr(data, "__len__"):
         raise DataError(
-            f"data: expected {expected}, got a {type(data).__name__}, which has no length; take "
-            "some of it, list(data.take(1000))"
+            f"{name}: expected {expected}, got a {type(data).__name__}, which has no length; take "
+            f"some of it, list({name}.take(1000))"
         )
     if isinstance(data, str | bytes) or hasattr(data, "read") or not isinstance(data, Iterable):
         advice = "; give its path" if hasattr(data, "read") else ""
-        raise DataError(f"data: expected {expected}, got {describe(data)}{advice}")
+        raise DataError(f"{name}: expected {expected}, got {describe(data)}{advice}")
     return data if hasattr(data, "__getitem__") and hasattr(data, "__len__") else list(data)
 
 

@@ -129,7 +129,7 @@ def distill(
             loads by, then with full attention, as in the paper.
         tok: its tokenizer; None: that of the model's files. Prompts go through its chat template,
             where it has one.
-        questions: a list of dicts, a `datasets.Dataset`, a pandas frame or a file, with `prompt`
+        questions: a list of dicts, a `datasets.Dataset`, a pandas frame or files, with `prompt`
             (or `context` and `question`) and `answer`; or `Question`s.
         judge: "exact", "includes", "regex", "ruler" or "llm"; with settings as a mapping,
             ``{"name": "regex", "pattern": "answer: (.*)"}``; or a function of a `Judged` that gives
@@ -212,7 +212,7 @@ def _questions(questions: object, limit: object) -> Sequence[Question]:
     most = or_none(integer(least=1))("limit", limit)
     if questions is None:
         raise ValueError(
-            "questions: expected a list of dicts, a datasets.Dataset, a pandas frame, or a file, "
+            "questions: expected a list of dicts, a datasets.Dataset, a pandas frame, or files, "
             "got None; the order is model, tok, questions, judge"
         )
     given: Any = questions
@@ -220,7 +220,7 @@ def _questions(questions: object, limit: object) -> Sequence[Question]:
         if not given:
             raise wrong("questions", "at least one", given)
         return given[:most]
-    return read_questions(given, limit=most)
+    return read_questions(given, limit=most, name="questions")
 
 
 def _distill(

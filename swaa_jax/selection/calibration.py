@@ -16,7 +16,7 @@ from swaa_jax.infer.prompts import check_context
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy, Stage
 from swaa_jax.progress import ProgressLike
-from swaa_jax.records import records_of
+from swaa_jax.records import are_files, records_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +64,7 @@ def read_calibration(
         2
     """
     limit = or_none(integer(least=1))("limit", limit)
-    is_files = _are_files(files)
+    is_files = are_files(files)
     given: Any = files if is_files else ()
     several = [given] if isinstance(given, str | os.PathLike) else given
     records = None if is_files else [record.fields for record in records_of(files)]
@@ -79,12 +79,6 @@ def read_calibration(
     samples = prepare_samples(config, tok, records=records, progress=progress)
     count = len(samples) if limit is None else min(limit, len(samples))
     return [samples[number] for number in range(count)]
-
-
-def _are_files(data: object) -> bool:
-    """Whether data is a path or several, rather than records in memory."""
-    several = data if isinstance(data, list | tuple) and data else [data]
-    return all(isinstance(one, str | os.PathLike) for one in several)
 
 
 def check_samples(model: CausalLM, samples: Sequence[Sample], policy: AttentionPolicy) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import tempfile
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -14,6 +15,7 @@ from swaa_jax.data import DataConfig
 from swaa_jax.fields import wrong, wrong_kind
 from swaa_jax.models import CausalLM
 from swaa_jax.models.loaded import loaded_tokenizer
+from swaa_jax.records import are_files, records_of
 from swaa_jax.train.run_config import TrainConfig, as_section
 
 if TYPE_CHECKING:
@@ -62,8 +64,12 @@ def gather(
             files, records = (), data
             values["data"] = _merged(base, "data", {"files": files})
         elif isinstance(data, Mapping):
+            _check_is_config(data)
             given = dict(data)
             records = given.pop("records", None)
+            if records is not None and are_files(records):
+                expected = "a list of dicts, a datasets.Dataset or a pandas frame"
+                raise wrong("data.records", expected, records, "files go to data.files")
             given |= {} if records is None else {"files": ()}
             values["data"] = _merged(base, "data", given)
         elif isinstance(data, DataConfig):
@@ -71,6 +77,11 @@ def gather(
         else:
             values["data"] = _merged(base, "data", {"files": data})
     if eval_data is not None:
+        if isinstance(eval_data, Mapping):
+            records_of(eval_data, name="eval_data")  # says what to give instead
+        if isinstance(eval_data, list | tuple) and not eval_data:
+            advice = "leave it out to evaluate on none"
+            raise wrong("eval_data", "at least one record or file", eval_data, advice)
         if _is_records(eval_data):
             values["eval_files"], eval_records = (), eval_data
         else:
@@ -135,11 +146,16 @@ def _merged(base: Mapping[str, Any], name: str, value: Any) -> Any:
 
 def _is_records(data: Any) -> bool:
     """Whether data is in memory, rather than files or fields."""
-    if isinstance(data, str | os.PathLike | Mapping | DataConfig):
-        return False
-    if isinstance(data, list | tuple):
-        return not all(isinstance(one, str | os.PathLike) for one in data)
-    return True
+    is_empty = isinstance(data, list | tuple) and not data
+    return not (isinstance(data, Mapping | DataConfig) or is_empty or are_files(data))
+
+
+def _check_is_config(data: Mapping[Any, Any]) -> None:
+    """Refuses records by name, by split or by column, where fields of `DataConfig` may stand."""
+    known = ["records", *(field.name for field in dataclasses.fields(DataConfig))]
+    is_misspelt = all(get_close_matches(str(key), known, n=1, cutoff=0.8) for key in data)
+    if not is_misspelt and not set(known) & set(data):
+        records_of(data)  # says what to give instead
 
 
 def _has_files(data: Any) -> bool:

@@ -81,7 +81,7 @@ def test_everything_in_memory_and_what_it_shows(retriever, tmp_path):
     [
         ({"model": "tok", "tok": "model"}, "model: expected a model from load_model"),
         ({"questions": None}, "questions: expected a list of dicts, .* the order is model, tok,"),
-        ({"questions": {"prompt": "a", "answer": "b"}}, "data: expected a list of records"),
+        ({"questions": {"prompt": "a", "answer": "b"}}, "questions: expected a list of records"),
         ({"questions": [{"prompt": "x"}]}, "expected an answer"),
         ({"questions": []}, "questions: expected at least one"),
         ({"data": "mine.jsonl"}, r"got 'data' \(did you mean 'questions'\?\)"),

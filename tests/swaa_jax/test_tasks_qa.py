@@ -90,6 +90,7 @@ def test_several_files_and_limits(tmp_path):
     assert [(s.id, s.question) for s in samples] == [(str(n), f"{n}?") for n in range(4)]
     assert len(QaTask(files=[first, second], limit=2).samples(None, thinking=False)) == 2
     assert len(read_questions(first, limit=2)) == 2
+    assert len(read_questions([first, second])) == 4
     # What lies beyond the limit is not looked at.
     first.write_text(first.read_text() + "{torn")
     assert len(QaTask(files=first, limit=3).samples(None, thinking=False)) == 3

@@ -248,6 +248,24 @@ NOT_BUILT = {
         **GOOD, tok=m
     ),
     "data: expected a list of dicts": lambda m, t: train(model="tiny-retriever", output_dir="x"),
+    # Data in forms that other functions take, or that others' trainers do.
+    "got a dict; write [{": lambda m, t: train(**{**GOOD, "data": RECORDS[0]}),
+    "data: expected a list of records": lambda m, t: train(**{**GOOD, "data": {"a": RECORDS}}),
+    "data.records: expected a list of dicts, a datasets.Dataset or a pandas frame, got 'a.jsonl'": (
+        lambda m, t: train(**{**GOOD, "data": {"records": "a.jsonl"}})
+    ),
+    "eval_data: expected at least one record or file, got []": lambda m, t: train(
+        **GOOD, eval_data=[]
+    ),
+    "take one split, data['train']": lambda m, t: train(
+        **{**GOOD, "data": datasets.DatasetDict(train=datasets.Dataset.from_list(RECORDS))}
+    ),
+    "take one split, eval_data['train']": lambda m, t: train(
+        **GOOD, eval_data=datasets.DatasetDict(train=datasets.Dataset.from_list(RECORDS))
+    ),
+    "'batchsize' (did you mean 'batch_size'?)": lambda m, t: train(
+        **{**GOOD, "data": {"batchsize": 4, "files": "a.jsonl"}}
+    ),
     "(did you mean 'policy'?)": lambda m, t: train(**GOOD, polices="naive"),
     "revision: expected none with a loaded model": lambda m, t: train(
         **{**GOOD, "model": m}, tok=t, revision="main"

@@ -29,6 +29,7 @@ from swaa_jax.fields import (
 )
 from swaa_jax.models import CausalLM
 from swaa_jax.policy import AttentionPolicy, load_policy, several_policies
+from swaa_jax.records import are_files
 
 __all__ = ["data_entries", "models", "policies", "policy_entry", "several", "task_entry", "tasks"]
 
@@ -197,7 +198,8 @@ def data_entries(name: str, value: Any) -> tuple[TaskEntry, ...]:
             for label, one in value.items()
         ]
         return _some(name, found)
-    files = list(value) if _is_files(value) else [value]
+    is_list = isinstance(value, list | tuple) and are_files(value)
+    files = list(value) if is_list else [value]
     entries = [_questions(name, file) for file in files]
     labels = [one.name for one in entries]
     return tuple(
@@ -212,11 +214,5 @@ def _questions(name: str, value: Any) -> TaskEntry:
         expected = "a file, a list of records, a datasets.Dataset or a pandas frame"
         got = value if value is None or isinstance(value, int) else type(value).__name__
         raise wrong(name, expected, got, advice)
-    is_files = isinstance(value, str | os.PathLike) or _is_files(value)
-    task = QaTask(files=value) if is_files else QaTask(data=value)
+    task = QaTask(files=value) if are_files(value) else QaTask(data=value)
     return TaskEntry(name=task.label, task=task)
-
-
-def _is_files(value: object) -> bool:
-    is_list = isinstance(value, list | tuple) and bool(value)
-    return is_list and all(isinstance(one, str | os.PathLike) for one in value)  # pyright: ignore[reportGeneralTypeIssues]

@@ -19,7 +19,7 @@ from swaa_jax.eval.tasks.files import FileTask
 from swaa_jax.eval.tasks.task import Sample
 from swaa_jax.examples import Example, read_example, warn_unused
 from swaa_jax.fields import integer, or_none, wrong
-from swaa_jax.records import Record, Records, find_files, open_records, records_of
+from swaa_jax.records import Record, Records, are_files, find_files, open_records, records_of
 from swaa_jax.runs import fingerprint
 from swaa_jax.typing import PathLike
 
@@ -58,14 +58,15 @@ class Question:
     tools: Tools = None
 
 
-def read_questions(path: Any, *, limit: int | None = None) -> list[Question]:
-    """The questions of a file, of a directory of files, of those that match a pattern, or of
-    records in memory.
+def read_questions(data: Any, *, limit: int | None = None, name: str = "data") -> list[Question]:
+    """The questions of files, of directories of them, of those that match a pattern, or of records
+    in memory.
 
     Args:
-        path: of .parquet, .jsonl or .json files; local or gs://. Or what `records_of` takes: a list
-            of dicts, a `datasets.Dataset`, a pandas frame.
+        data: a path or several, of .parquet, .jsonl or .json files; local or gs://. Or what
+            `records_of` takes: a list of dicts, a `datasets.Dataset`, a pandas frame.
         limit: the first so many; None: all.
+        name: the argument's, for messages.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -77,8 +78,11 @@ def read_questions(path: Any, *, limit: int | None = None) -> list[Question]:
         [('4',), ('2',)]
     """
     limit = or_none(integer(least=1))("limit", limit)
-    is_path = isinstance(path, str | os.PathLike)
-    records = open_records(find_files([path])) if is_path else records_of(path)
+    if are_files(data):
+        several = [data] if isinstance(data, str | os.PathLike) else data
+        records = open_records(find_files(several))
+    else:
+        records = records_of(data, name=name)
     return _questions(itertools.islice(records, limit))
 
 
