@@ -220,7 +220,7 @@ def _policies(args: argparse.Namespace, preset: list[object]) -> "list[PolicyEnt
 
     if args.policies is None:
         return [read("policies", entry) for entry in preset]
-    path = epath.Path(find_config("demo", args.policies))
+    path = epath.Path(find_config("demo", args.policies, called="--policies"))
     with naming(path):
         document = read_document(read_text(path))
         (setting, *_) = document.get("settings") or [document]

@@ -10,6 +10,7 @@ _OTHERWISE = {
     "models": "MODEL",
     "num_requests": "--requests",
     "num_slots": "--slots",
+    "path_or_hub_id": "MODEL",
     "request_s": "--request-seconds",
 }
 """Fields whose flags have other names."""

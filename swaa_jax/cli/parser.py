@@ -48,6 +48,13 @@ _FLAGS_ELSEWHERE = {
     "--sliding-window": "--window",
 }
 """What other programs call our flags, where no likeness shows it."""
+_VALUES_ELSEWHERE = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "half": "float16",
+    "float": "float32",
+}
 _TYPES = {int: "an integer", float: "a number"}
 
 
@@ -113,7 +120,10 @@ class _Parser(argparse.ArgumentParser):
         ours = _FLAGS_ELSEWHERE.get(key.replace("_", "-"), "")
         if ours.partition(" ")[0] in known:
             return f" ({ours} here)"
-        near = nearest(key, known, cutoff=0.75)
+        # Short forms are refused, but it is plain what was meant.
+        longer = [flag for flag in known if len(key) > 3 and flag.startswith(key)]
+        near = nearest(longer[0], longer) if len(longer) == 1 else ""
+        near = near or nearest(key, known, cutoff=0.75)
         takes_keys = any(action.dest == "overrides" for action in self._actions)
         is_setting = equals or "." in key or not after.startswith("-")
         if near or not takes_keys or not key.startswith("--") or not is_setting:
@@ -128,12 +138,27 @@ class _Parser(argparse.ArgumentParser):
         flag = _SAID_ELSEWHERE.get(str(value))
         if action.dest == "command" and flag is not None:
             raise argparse.ArgumentError(
-                action, f"expected a command, got {show(value)}; write {flag}"
+                action, f"expected a command, got {show(value)}; write swaa {flag}"
             )
+        other = _VALUES_ELSEWHERE.get(str(value))
+        near = f" ({other} here)" if other in known else nearest(value, known)
         raise argparse.ArgumentError(
-            action,
-            f"expected one of {', '.join(known)}, got {show(value)}{nearest(value, known)}",
+            action, f"expected one of {', '.join(known)}, got {show(value)}{near}"
         )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._given: dict[str, object] = {}
+        return super().parse_known_args(args, namespace)
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        value = super()._get_values(action, arg_strings)
+        if action.option_strings and type(action) is argparse._StoreAction:
+            before = self._given.setdefault(action.dest, value)
+            if before != value:
+                raise argparse.ArgumentError(
+                    action, f"expected one, got {show(before)} and {show(value)}; drop one"
+                )
+        return value
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         try:

@@ -96,10 +96,7 @@ def run(args: argparse.Namespace, *, of_search: Sequence[argparse.Action]) -> in
         name = alone[0].option_strings[0]
         raise ValueError(f"{name}: expected --search with it, got none; add it or leave {name} out")
     if args.name is not None:
-        try:
-            config_path("policies", args.name)
-        except ValueError as error:  # it tells the nearest name
-            raise ValueError(str(error).replace("policies:", "NAME:", 1)) from error
+        config_path("policies", args.name, called="NAME")  # it tells the nearest name
     overrides = process_args.config_overrides_from_args(args)
     size = None if args.model is None else ModelSize.read(args.model, overrides)
     needs = {name: getattr(args, name) for name in ("training", "thinking", "prefer", "memory")}

@@ -341,8 +341,8 @@ def test_a_mistake_in_flags_is_told_in_one_paragraph(words, told, capsys):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("help train", "COMMAND: expected a command, got 'help'; write --help"),
-        ("version", "expected a command, got 'version'; write --version"),
+        ("help train", "COMMAND: expected a command, got 'help'; write swaa --help"),
+        ("version", "expected a command, got 'version'; write swaa --version"),
         ("train tiny --learning_rate 1e-4", "write 'learning_rate=1e-4'"),
         ("train tiny --optimizer.learning_rate=1", "write 'optimizer.learning_rate=1'"),
         ("serve m --max-model-len 9", "'--max-model-len' (--max-tokens here)"),
