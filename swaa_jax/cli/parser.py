@@ -5,6 +5,7 @@ shows everything.
 """
 
 import argparse
+import re
 import shutil
 import sys
 import textwrap
@@ -55,6 +56,13 @@ _VALUES_ELSEWHERE = {
     "half": "float16",
     "float": "float32",
 }
+_IN_OUR_WORDS = (
+    (r"^the following arguments are required: (.*)$", r"expected \1, got none"),
+    (r"^one of the arguments (.*) is required$", r"expected one of \1, got none"),
+    (r": not allowed with argument (\S+)$", r": expected no \1 with it, got both; drop one"),
+    (r": expected one argument$", r": expected a value behind it, got none"),
+)
+"""What argparse says, and how we say it."""
 _TYPES = {int: "an integer", float: "a number"}
 
 
@@ -101,6 +109,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         told = message.removeprefix("argument ")
+        for pattern, ours in _IN_OUR_WORDS:
+            told = re.sub(pattern, ours, told)
         told = told if len(told) <= _LONGEST_ERROR else f"{told[:_LONGEST_ERROR]}..."
         self.exit(2, f"{self.prog}: {told}; see {self.prog} --help\n")
 

@@ -258,6 +258,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        integer(least=0)("seed", self.seed)  # before data takes it over
         if isinstance(self.data, Mapping):
             set_field(self, "data", {"seed": self.seed, **self.data})
         check_fields(
@@ -383,12 +384,19 @@ class TrainConfig:
                     "expected settings, got an empty file; write some, as in configs/train"
                 )
             fields = mapping("training config", found)
+        try:
             return cls.from_dict(with_overrides(fields, overrides, named=named))
+        except ValueError:
+            with naming(file):
+                cls.from_dict(fields)
+            raise  # the file alone is well: the mistake is in what was set over it
 
 
 def _mesh_sizes(name: str, value: object) -> Mapping[str, int] | str | None:
     if value is None or (isinstance(value, str) and value == "auto"):
         return value
+    if isinstance(value, str):
+        value = sharding.mesh_sizes(name, value)
     if not isinstance(value, Mapping):
         raise wrong(name, "null, auto or sizes such as {fsdp: 4, tensor: 2}", value)
     check_keys(name, value, sharding.MESH_AXES)

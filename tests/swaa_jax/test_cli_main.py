@@ -326,7 +326,7 @@ def test_a_variable_that_nothing_reads_is_told(capsys, monkeypatch, tmp_path):
             "generate m p --top-k " + "x" * 5000,
             "swaa generate: --top-k: expected an integer, got .*x{40}.*; see",
         ),
-        ("generate", "swaa generate: the following arguments are required: MODEL, PROMPT"),
+        ("generate", "swaa generate: expected MODEL, PROMPT, got none; see"),
     ],
 )
 def test_a_mistake_in_flags_is_told_in_one_paragraph(words, told, capsys):
