@@ -150,8 +150,7 @@ class _Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(
                 action, f"expected a command, got {show(value)}; write swaa {flag}"
             )
-        other = _VALUES_ELSEWHERE.get(str(value))
-        near = f" ({other} here)" if other in known else nearest(value, known)
+        near = nearest(_VALUES_ELSEWHERE.get(str(value), value), known)
         raise argparse.ArgumentError(
             action, f"expected one of {', '.join(known)}, got {show(value)}{near}"
         )
