@@ -138,7 +138,7 @@ def mesh_sizes(name: str, text: str) -> dict[str, int]:
 def resolve_mesh(mesh: Mesh | str | Mapping[str, int] | None) -> Mesh | None:
     """A Mesh as it is, sizes of axes and `"auto"` (all along fsdp) over all devices, None as none.
 
-    >>> resolve_mesh({"fsdp": 1}) == resolve_mesh("auto")
+    >>> resolve_mesh({"fsdp": 1}) == resolve_mesh("fsdp=1") == resolve_mesh("auto")
     True
 
     Raises:

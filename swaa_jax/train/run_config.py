@@ -193,8 +193,8 @@ class TrainConfig:
         config_overrides: values of the model's `config.json`, as `load_model` takes them.
         policy: attention policy to train under, in YAML whatever `load_policy` takes;
             None: the model's own.
-        mesh: axis sizes such as {"fsdp": 4, "tensor": 2}; "auto": all devices along fsdp; None: one
-            device, or "auto" where there are several processes.
+        mesh: axis sizes, {"fsdp": 4, "tensor": 2} or "fsdp=4,tensor=2"; "auto": all devices along
+            fsdp; None: one device, or "auto" where there are several processes.
         data: files and how they become batches, see `DataConfig`: a mapping of its fields, or the
             files alone. `data.batch_size` is rows a step, over all processes, and
             `data.num_epochs` epochs.
