@@ -32,12 +32,13 @@ def list_configs(kind: str) -> list[str]:
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in files)
 
 
-def config_path(kind: str, name: str) -> pathlib.Path:
+def config_path(kind: str, name: str, *, called: str | None = None) -> pathlib.Path:
     """The path of a shipped config.
 
     Args:
         kind: a folder of `configs/`, such as ``"policies"``.
         name: file name without ``.yaml``, with ``/`` for folders below.
+        called: what the message calls the name; default: the kind.
 
     Raises:
         ValueError: there is none; the message suggests the nearest name and lists them all.
@@ -49,13 +50,15 @@ def config_path(kind: str, name: str) -> pathlib.Path:
     names = list_configs(kind)
     if name not in names:
         raise ValueError(
-            f"{kind}: expected the name of a shipped config, {', '.join(names)}, got "
+            f"{called or kind}: expected the name of a shipped config, {', '.join(names)}, got "
             f"{describe(name)}{nearest(name, names)}"
         )
     return _folder(kind) / f"{name}.yaml"
 
 
-def find_config(kind: str, name_or_path: PathLike, *, advice: str = "") -> PathLike:
+def find_config(
+    kind: str, name_or_path: PathLike, *, called: str | None = None, advice: str = ""
+) -> PathLike:
     """A path as it is, and the path of a shipped config by its name.
 
     What ends in ``.yaml``, ``.yml`` or ``.json`` is a path, anything else a name.
@@ -63,6 +66,7 @@ def find_config(kind: str, name_or_path: PathLike, *, advice: str = "") -> PathL
     Args:
         kind: a folder of `configs/`, such as ``"policies"``.
         name_or_path: what was given.
+        called: what the message calls it; default: the kind.
         advice: what else may be written where no config has the name.
 
     Raises:
@@ -87,7 +91,7 @@ def find_config(kind: str, name_or_path: PathLike, *, advice: str = "") -> PathL
             )
         return name_or_path
     try:
-        return config_path(kind, name)
+        return config_path(kind, name, called=called)
     except ValueError as error:
         beside = [f"{name}{one}" for one in _ENDINGS if os.path.isfile(name + one)]
         if beside:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from swaa_jax.fields import describe, wrong
+from swaa_jax.fields import describe, show, wrong
 from swaa_jax.limits import DEEPEST_NESTING
 
 __all__ = [
@@ -209,15 +209,19 @@ def with_overrides(
             its key: so that one of a recipe's fields can be changed.
 
     Raises:
-        ValueError: no ``=``, malformed YAML, or a key below something that has no keys.
+        ValueError: no ``=``, malformed YAML, a key twice, or one below something that has no keys.
 
     Examples:
         >>> with_overrides({"optimizer": {"learning_rate": 1}}, ["optimizer.learning_rate=3e-4"])
         {'optimizer': {'learning_rate': 0.0003}}
     """
     result: dict[str, Any] = dict(fields)
+    given: dict[str, str] = {}
     for override in overrides:
         key, value = _split(name, override)
+        if given.setdefault(key, value) != value:
+            both = f"{show(given[key])} and {show(value)}"
+            raise ValueError(f"{name} {show(key)}: expected one value, got {both}; drop one")
         *parents, last = key.split(".")
         if len(parents) > DEEPEST_NESTING:
             raise wrong(name, f"a key of {_NOT_DEEPER}", key)

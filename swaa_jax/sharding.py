@@ -26,7 +26,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kernels_pallas import Target
-from swaa_jax.fields import integer, nearest, wrong
+from swaa_jax.fields import integer, nearest, show, wrong
 
 __all__ = [
     "MESH_AXES",
@@ -38,6 +38,7 @@ __all__ = [
     "constrain_whole",
     "kv_head_copies",
     "make_mesh",
+    "mesh_sizes",
     "resolve_mesh",
     "sharding_for",
     "spec_for",
@@ -116,6 +117,28 @@ def _how_to_get(count: int, platform: str) -> str:
     return ": lower a size, or join hosts (docs/many-devices.md)"
 
 
+def mesh_sizes(name: str, text: str) -> dict[str, int]:
+    """The sizes of axes that a text such as `fsdp=4,tensor=2` has.
+
+    >>> mesh_sizes("mesh", "fsdp=4,tensor=2")
+    {'fsdp': 4, 'tensor': 2}
+
+    Raises:
+        ValueError: malformed, or an unknown axis.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = (piece.strip() for piece in part.partition("="))
+        if axis not in MESH_AXES or not size.isdecimal() or axis in sizes:
+            raise ValueError(
+                f"{name}: expected 'auto', or sizes such as fsdp=4,tensor=2 of some of "
+                f"{', '.join(MESH_AXES)}, got {show(text)}"
+                f"{'' if axis in MESH_AXES else nearest(axis, (*MESH_AXES, 'auto'))}"
+            )
+        sizes[axis] = int(size)
+    return sizes
+
+
 def resolve_mesh(mesh: Mesh | str | Mapping[str, int] | None) -> Mesh | None:
     """A Mesh as it is, sizes of axes and `"auto"` (all along fsdp) over all devices, None as none.
 
@@ -125,13 +148,14 @@ def resolve_mesh(mesh: Mesh | str | Mapping[str, int] | None) -> Mesh | None:
     Examples:
         >>> resolve_mesh({"fsdp": len(jax.devices())}) == resolve_mesh("auto")
         True
+        >>> resolve_mesh(f"fsdp={len(jax.devices())}") == resolve_mesh("auto")
+        True
     """
     if mesh is None:
         return None
     if isinstance(mesh, str):
-        if mesh != "auto":
-            raise wrong("mesh", _MESH, mesh)
-        return make_mesh(fsdp=len(jax.devices()))
+        sizes = {"fsdp": len(jax.devices())} if mesh == "auto" else mesh_sizes("mesh", mesh)
+        return make_mesh(**sizes)
     if isinstance(mesh, Mapping):
         sizes = {str(axis): size for axis, size in mesh.items()}
         _check_axes(sizes)  # `devices` too is none

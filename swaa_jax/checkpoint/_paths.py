@@ -67,9 +67,9 @@ def check_directory(directory: epath.PathLike, what: str = _CHECKPOINT) -> epath
     except Exception as error:  # a bucket's library raises what it likes
         raise unreadable(directory, error) from error
     if exists:
-        raise CheckpointError(
-            f"{path}: expected the directory of {what}, got a file; did you mean {path.parent}?"
-        )
+        beside = (path.parent / "config.json").exists()
+        advice = f"did you mean {path.parent}?" if beside else "give a directory"
+        raise CheckpointError(f"{path}: expected the directory of {what}, got a file; {advice}")
     advice = "check the path"
     if not is_local(path):
         advice = "check the bucket and the path, and that this account may list it"

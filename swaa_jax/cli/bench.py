@@ -160,6 +160,7 @@ def run(args: argparse.Namespace) -> int:
     from swaa_jax.bench.run import prepare
     from swaa_jax.bench.workload import Workload, parse_lengths
     from swaa_jax.redact import typed_command
+    from swaa_jax.runs import check_writable
 
     options: dict[str, Any] = {
         name: value for name in _OPTIONS if (value := getattr(args, name)) is not None
@@ -171,6 +172,7 @@ def run(args: argparse.Namespace) -> int:
         given = {"mesh": args.mesh, "config_overrides": overrides}
     else:
         models, given = args.model, {"config_overrides": overrides}
+    check_writable("--output", args.output)  # and not after minutes of answers
     with naming_flags(args):
         workload = Workload(
             prompt_tokens=parse_lengths("prompt_tokens", args.prompt_tokens),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from swaa_jax.cli import Commands, process_args
+from swaa_jax.cli.flags import naming_flags
 from swaa_jax.cli.json_output import add_json
 
 if TYPE_CHECKING:
@@ -155,11 +156,15 @@ def run(args: argparse.Namespace) -> int:
     from swaa_jax.eval.run import EvalConfig
     from swaa_jax.models import default_dtype
     from swaa_jax.redact import typed_command
+    from swaa_jax.runs import check_writable
     from swaa_jax.storage import write_text_atomic
 
     process_args.start(args)
     runtime.return_freed_arrays()
-    config = EvalConfig.from_dict(_fields(args))
+    if args.output_dir is not None:
+        check_writable("--output", args.output_dir)
+    with naming_flags(args, num_samples="--samples"):
+        config = EvalConfig.from_dict(_fields(args))
     config = dataclasses.replace(config, dtype=config.dtype or default_dtype())
     if not args.json:
         print(textwrap.fill(_introduction(config), 80))
@@ -220,7 +225,7 @@ def _policies(args: argparse.Namespace, preset: list[object]) -> "list[PolicyEnt
 
     if args.policies is None:
         return [read("policies", entry) for entry in preset]
-    path = epath.Path(find_config("demo", args.policies))
+    path = epath.Path(find_config("demo", args.policies, called="--policies"))
     with naming(path):
         document = read_document(read_text(path))
         (setting, *_) = document.get("settings") or [document]

@@ -234,7 +234,7 @@ def _config(args: argparse.Namespace) -> "EvalConfig":
     if policies == []:
         raise ValueError(f"--policies: expected at least one, got {args.policies!r}")
     if path is not None:
-        path = str(find_config("eval", path))
+        path = str(find_config("eval", path, called="CONFIG"))
     try:
         fields = {} if path is None else read_document(read_text(path))
         if args.model or args.url:

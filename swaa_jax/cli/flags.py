@@ -10,6 +10,7 @@ _OTHERWISE = {
     "models": "MODEL",
     "num_requests": "--requests",
     "num_slots": "--slots",
+    "path_or_hub_id": "MODEL",
     "request_s": "--request-seconds",
 }
 """Fields whose flags have other names."""
@@ -25,16 +26,17 @@ def flag_of(field: str) -> str:
 
 
 @contextlib.contextmanager
-def naming_flags(args: argparse.Namespace) -> Iterator[None]:
+def naming_flags(args: argparse.Namespace, **others: str) -> Iterator[None]:
     """Puts a flag in place of the field that a message of the block begins with.
 
     Args:
         args: with the command's flags; a field that has none keeps its name.
+        others: flags by fields, where the command's own differ from the rest.
     """
     try:
         yield
     except ValueError as error:
         field, colon, said = str(error).partition(":")
-        if not colon or (field not in _OTHERWISE and field not in vars(args)):
+        if not colon or field not in {**_OTHERWISE, **vars(args), **others}:
             raise
-        raise ValueError(f"{flag_of(field)}:{said}") from error
+        raise ValueError(f"{others.get(field) or flag_of(field)}:{said}") from error

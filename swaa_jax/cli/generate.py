@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from swaa_jax.cli import Commands, process_args
+from swaa_jax.cli.flags import naming_flags
 from swaa_jax.cli.policy_args import add_policy_arguments, policy_from_args
 from swaa_jax.cli.sampling_args import add_sampling_arguments
 
@@ -139,32 +140,36 @@ def run(args: argparse.Namespace) -> int:
     if args.chat is False and args.enable_thinking is not None:
         how = "--thinking" if args.enable_thinking else "--no-thinking"
         raise ValueError(f"{how}: expected a chat, whose template it is for, got --raw; drop one")
+    if args.chat is False and args.cot:
+        raise ValueError("--cot: expected a chat, to whose message it adds, got --raw; drop one")
     texts = _read_prompts(args)
     policy = policy_from_args(args)
 
     # Slow to import, hence not above: `swaa --help` stays fast.
     from swaa_jax import infer, load_model, load_tokenizer, runtime
 
-    process_args.start(args)
-    tok = load_tokenizer(args.model, args.revision)
-    chat = bool(tok.chat_template) if args.chat is None else args.chat
-    prompts = [[{"role": "user", "content": text}] if chat else text for text in texts]
-    mesh = process_args.mesh_from_args(args)
-    model = load_model(
-        args.model,
-        policy=policy,
-        dtype=args.dtype,
-        mesh=mesh,
-        revision=args.revision,
-        config_overrides=process_args.config_overrides_from_args(args),
-        backend=args.backend,
-    )
-
     # Flags are named after the options that they set.
     fields = {field.name for field in dataclasses.fields(infer.GenerateOptions)}
     given = {name: value for name, value in vars(args).items() if name in fields}
-    # Warmed up where speed is shown, so that it is the running one.
-    options = infer.GenerateOptions(**given, warmup=args.stats)
+    with naming_flags(args):  # before a model is loaded, which may take minutes
+        # Warmed up where speed is shown, so that it is the running one.
+        options = infer.GenerateOptions(**given, warmup=args.stats)
+    overrides = process_args.config_overrides_from_args(args)
+
+    process_args.start(args)
+    with naming_flags(args):
+        tok = load_tokenizer(args.model, args.revision)
+        model = load_model(
+            args.model,
+            policy=policy,
+            dtype=args.dtype,
+            mesh=process_args.mesh_from_args(args),
+            revision=args.revision,
+            config_overrides=overrides,
+            backend=args.backend,
+        )
+    chat = bool(tok.chat_template) if args.chat is None else args.chat
+    prompts = [[{"role": "user", "content": text}] if chat else text for text in texts]
     if len(prompts) == 1 and not args.json:
         pieces = infer.stream(model, tok, prompts[0], options=options)
         for piece in pieces:
@@ -207,7 +212,7 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
             raise ValueError(f"{name}: expected UTF-8 text, got {error}") from error
         if not text.strip():
             where = f" in {name}" if isinstance(source, pathlib.Path) or source == "-" else ""
-            raise ValueError(f"expected some text, got an empty prompt{where}")
+            raise ValueError(f"PROMPT: expected some text, got an empty one{where}")
         from_pipe = isinstance(source, pathlib.Path) or source == "-"
         texts.append(text.removesuffix("\n") if from_pipe else text)
     return texts

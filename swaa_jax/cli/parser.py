@@ -5,6 +5,7 @@ shows everything.
 """
 
 import argparse
+import re
 import shutil
 import sys
 import textwrap
@@ -48,6 +49,20 @@ _FLAGS_ELSEWHERE = {
     "--sliding-window": "--window",
 }
 """What other programs call our flags, where no likeness shows it."""
+_VALUES_ELSEWHERE = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "half": "float16",
+    "float": "float32",
+}
+_IN_OUR_WORDS = (
+    (r"^the following arguments are required: (.*)$", r"expected \1, got none"),
+    (r"^one of the arguments (.*) is required$", r"expected one of \1, got none"),
+    (r": not allowed with argument (\S+)$", r": expected no \1 with it, got both; drop one"),
+    (r": expected one argument$", r": expected a value behind it, got none"),
+)
+"""What argparse says, and how we say it."""
 _TYPES = {int: "an integer", float: "a number"}
 
 
@@ -94,6 +109,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         told = message.removeprefix("argument ")
+        for pattern, ours in _IN_OUR_WORDS:
+            told = re.sub(pattern, ours, told)
         told = told if len(told) <= _LONGEST_ERROR else f"{told[:_LONGEST_ERROR]}..."
         self.exit(2, f"{self.prog}: {told}; see {self.prog} --help\n")
 
@@ -113,7 +130,10 @@ class _Parser(argparse.ArgumentParser):
         ours = _FLAGS_ELSEWHERE.get(key.replace("_", "-"), "")
         if ours.partition(" ")[0] in known:
             return f" ({ours} here)"
-        near = nearest(key, known, cutoff=0.75)
+        # Short forms are refused, but it is plain what was meant.
+        longer = [flag for flag in known if len(key) > 3 and flag.startswith(key)]
+        near = nearest(longer[0], longer) if len(longer) == 1 else ""
+        near = near or nearest(key, known, cutoff=0.75)
         takes_keys = any(action.dest == "overrides" for action in self._actions)
         is_setting = equals or "." in key or not after.startswith("-")
         if near or not takes_keys or not key.startswith("--") or not is_setting:
@@ -128,12 +148,26 @@ class _Parser(argparse.ArgumentParser):
         flag = _SAID_ELSEWHERE.get(str(value))
         if action.dest == "command" and flag is not None:
             raise argparse.ArgumentError(
-                action, f"expected a command, got {show(value)}; write {flag}"
+                action, f"expected a command, got {show(value)}; write swaa {flag}"
             )
+        near = nearest(_VALUES_ELSEWHERE.get(str(value), value), known)
         raise argparse.ArgumentError(
-            action,
-            f"expected one of {', '.join(known)}, got {show(value)}{nearest(value, known)}",
+            action, f"expected one of {', '.join(known)}, got {show(value)}{near}"
         )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._given: dict[str, object] = {}
+        return super().parse_known_args(args, namespace)
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        value = super()._get_values(action, arg_strings)
+        if action.option_strings and type(action) is argparse._StoreAction:
+            before = self._given.setdefault(action.dest, value)
+            if before != value:
+                raise argparse.ArgumentError(
+                    action, f"expected one, got {show(before)} and {show(value)}; drop one"
+                )
+        return value
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         try:

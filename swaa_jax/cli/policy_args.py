@@ -58,7 +58,10 @@ def policy_from_args(args: argparse.Namespace) -> "AttentionPolicy | None":
     flags = {key: getattr(args, key) for key in KEYS if getattr(args, key) is not None}
     if args.policy is None and not flags:
         return None
-    base = AttentionPolicy() if args.policy is None else load_policy(args.policy)
+    try:
+        base = AttentionPolicy() if args.policy is None else load_policy(args.policy)
+    except ValueError as error:
+        raise ValueError(f"--policy: {str(error).removeprefix('policy: ')}") from error
     try:
         return dataclasses.replace(base, **parse_fields(flags))
     except ValueError as error:

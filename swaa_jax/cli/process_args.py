@@ -172,17 +172,6 @@ def parse_mesh(text: str) -> "Mesh":
     """
     import jax
 
-    from swaa_jax.fields import nearest, show
-    from swaa_jax.sharding import MESH_AXES, make_mesh
+    from swaa_jax.sharding import make_mesh, mesh_sizes
 
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        axis, _, size = (piece.strip() for piece in part.partition("="))
-        if axis not in MESH_AXES or not size.isdecimal() or axis in sizes:
-            raise ValueError(
-                f"--mesh: expected 'auto', or sizes such as fsdp=4,tensor=2 of some of "
-                f"{', '.join(MESH_AXES)}, got {show(text)}"
-                f"{'' if axis in MESH_AXES else nearest(axis, (*MESH_AXES, 'auto'))}"
-            )
-        sizes[axis] = int(size)
-    return make_mesh(jax.devices(), **sizes)
+    return make_mesh(jax.devices(), **mesh_sizes("--mesh", text))

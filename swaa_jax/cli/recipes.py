@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from swaa_jax.cli import Commands, process_args
-from swaa_jax.cli.flags import naming_flags
+from swaa_jax.cli.flags import flag_of, naming_flags
 from swaa_jax.cli.json_output import add_json
 from swaa_jax.cli.recipes_search import add_search_arguments, run_search
+from swaa_jax.fields import show
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,6 +48,7 @@ compiler says of Qwen3-4B. A chip has a little less than its name says: 15.75 Gi
 """
 
 _GIB = 1 << 30
+_NEEDS = ("training", "thinking", "prefer", "memory")
 
 
 def add_parser(subparsers: Commands) -> None:
@@ -90,22 +92,21 @@ def run(args: argparse.Namespace, *, of_search: Sequence[argparse.Action]) -> in
     if args.search:
         if args.model is None:
             raise ValueError("--search: expected --model, and --data or --task, got no --model")
+        if args.name is not None:
+            raise ValueError(f"NAME: expected none with --search, got {show(args.name)}; drop it")
+        _refuse(args, "none with --search", "training", "prefer", "memory", "context")
         return run_search(args)
     alone = [flag for flag in of_search if getattr(args, flag.dest) != flag.default]
     if alone:
         name = alone[0].option_strings[0]
         raise ValueError(f"{name}: expected --search with it, got none; add it or leave {name} out")
     if args.name is not None:
-        try:
-            config_path("policies", args.name)
-        except ValueError as error:  # it tells the nearest name
-            raise ValueError(str(error).replace("policies:", "NAME:", 1)) from error
+        config_path("policies", args.name, called="NAME")  # it tells the nearest name
+        _refuse(args, f"none with {args.name}, which is shown whole", *_NEEDS)
     overrides = process_args.config_overrides_from_args(args)
     size = None if args.model is None else ModelSize.read(args.model, overrides)
-    needs = {name: getattr(args, name) for name in ("training", "thinking", "prefer", "memory")}
+    needs = {name: getattr(args, name) for name in _NEEDS}
     asked = any(value is not None for value in needs.values())
-    if args.name is not None:
-        needs = {}
     with naming_flags(args):
         found = recipes(size, context=args.context, rows=args.rows, **needs)
     if args.name is not None:
@@ -119,6 +120,16 @@ def run(args: argparse.Namespace, *, of_search: Sequence[argparse.Action]) -> in
         if asked:
             print(f"Begin with {found[0].name}: {found[0].file.description}")
     return 0
+
+
+def _refuse(args: argparse.Namespace, expected: str, *names: str) -> None:
+    """Refuses the flags that would be dropped."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None:
+            flag = flag_of(f"no_{name}" if value is False else name)
+            got = "it" if isinstance(value, bool) else show(value)
+            raise ValueError(f"{flag}: expected {expected}, got {got}; drop it")
 
 
 def _table(recipes: "Recipes") -> None:

@@ -3,6 +3,7 @@
 import argparse
 
 from swaa_jax.cli import process_args
+from swaa_jax.cli.flags import naming_flags
 from swaa_jax.cli.task_args import add_task_arguments, tasks_from_args, with_judge
 
 _GIB = 1 << 30
@@ -57,26 +58,27 @@ def run_search(args: argparse.Namespace) -> int:
             f"--search: expected one --data or --task to search with, got {len(tasks)}"
         )
     overrides = process_args.config_overrides_from_args(args)
-    found = search_policy(
-        ModelEntry(path=args.model, config_overrides=overrides),
-        task=tasks[0],
-        floor=args.floor,
-        max_prefill=args.max_prefill,
-        max_cache_bytes=None if args.max_cache is None else int(args.max_cache * _GIB),
-        windows=None if args.windows is None else _numbers("--windows", args.windows),
-        sinks=_numbers("--sinks", args.sinks),
-        full_layers=[
-            parse_fields({"full_layers": one})["full_attention_layers"]
-            for one in args.full_layers.split(";")
-        ],
-        decode=[parse_fields({"decode": one})["decode"] for one in args.decode.split(",")],
-        first_samples=args.first_samples,
-        enable_thinking=bool(args.thinking),
-        batch_size=args.batch_size,
-        limit=args.limit,
-        output_dir=args.output,
-        progress=True,
-    )
+    with naming_flags(args, num_sink_tokens="--sinks", full_attention_layers="--full-layers"):
+        found = search_policy(
+            ModelEntry(path=args.model, config_overrides=overrides),
+            task=tasks[0],
+            floor=args.floor,
+            max_prefill=args.max_prefill,
+            max_cache_bytes=None if args.max_cache is None else int(args.max_cache * _GIB),
+            windows=None if args.windows is None else _numbers("--windows", args.windows),
+            sinks=_numbers("--sinks", args.sinks),
+            full_layers=[
+                parse_fields({"full_layers": one})["full_attention_layers"]
+                for one in args.full_layers.split(";")
+            ],
+            decode=[parse_fields({"decode": one})["decode"] for one in args.decode.split(",")],
+            first_samples=args.first_samples,
+            enable_thinking=bool(args.thinking),
+            batch_size=args.batch_size,
+            limit=args.limit,
+            output_dir=args.output,
+            progress=True,
+        )
     if not runtime.is_main_process():
         return 0
     paths = write_search(

@@ -149,19 +149,24 @@ def run(args: argparse.Namespace) -> int:
 
     from swaa_jax import AttentionPolicy, load_model, load_tokenizer, runtime
     from swaa_jax.redact import typed_command
+    from swaa_jax.runs import check_writable
     from swaa_jax.selection import check_options, read_calibration, select_layers
+    from swaa_jax.selection.api import check_share
     from swaa_jax.selection.report import write_selection
 
     options = check_options(args.method, options)
-    policy = AttentionPolicy(window=args.window, num_sink_tokens=args.sinks, decode=args.decode)
-    samples = read_calibration(
-        args.data,
-        load_tokenizer(args.model, revision=args.revision),
-        limit=args.samples,
-        max_length=args.max_length,
-        progress=not args.quiet,
-        **_data_fields(args),
-    )
+    with naming_flags(args, limit="--samples", num_sink_tokens="--sinks"):
+        check_share(args.share)
+        check_writable("OUT", args.output)
+        policy = AttentionPolicy(window=args.window, num_sink_tokens=args.sinks, decode=args.decode)
+        samples = read_calibration(
+            args.data,
+            load_tokenizer(args.model, revision=args.revision),
+            limit=args.samples,
+            max_length=args.max_length,
+            progress=not args.quiet,
+            **_data_fields(args),
+        )
     model = load_model(
         args.model,
         policy=AttentionPolicy(),

@@ -172,6 +172,7 @@ def run(args: argparse.Namespace) -> int:
         ) from error
     from swaa_jax import runtime
     from swaa_jax.checkpoint.tokenizer import load_tokenizer
+    from swaa_jax.fields import number
     from swaa_jax.models import load_model
     from swaa_jax.serve.app import make_app, make_engine
     from swaa_jax.serve.guard import read_keys
@@ -179,16 +180,24 @@ def run(args: argparse.Namespace) -> int:
     from swaa_jax.serve.models import served_models
     from swaa_jax.serve.running import bind, run_server
 
-    keys = read_keys(args.api_keys)
+    with naming_flags(args):
+        keys = read_keys(args.api_keys)
     options = _options(args)
     policies, adapters = _policies(args.also), _adapters(args.adapter)
+    _room(args, None)  # now, and not after minutes of loading
+    if args.name == "":
+        raise ValueError("--name: expected a name, got an empty one; leave it out for the model's")
+    if args.memory_share is not None:
+        with naming_flags(args):
+            number(above=0, most=1)("memory_share", args.memory_share)
     process_args.start(args)
     # A server logs its requests whether or not --verbose asks for what is chosen.
     logging.getLogger("swaa_jax.serve").setLevel(logging.INFO)
     with contextlib.ExitStack() as held:
         # Before the weights, which may be long in coming.
         is_first = runtime.is_main_process()
-        bound = held.enter_context(bind(args.host, args.port)) if is_first else None
+        with naming_flags(args):
+            bound = held.enter_context(bind(args.host, args.port)) if is_first else None
         model = load_model(
             args.model,
             policy=policy_from_args(args),
@@ -266,7 +275,8 @@ def _given(args: argparse.Namespace, kind: Any) -> dict[str, Any]:
 
 def _policies(texts: list[str]) -> dict[str, str]:
     """By label; a policy without one is its own label."""
-    from swaa_jax.fields import show
+    from swaa_jax.fields import naming, show
+    from swaa_jax.policy import load_policy
 
     found: dict[str, str] = {}
     for text in texts:
@@ -280,6 +290,8 @@ def _policies(texts: list[str]) -> dict[str, str]:
             raise ValueError(
                 f"--also: expected each label once, got {show(label)} twice; rename one"
             )
+        with naming("--also"):
+            load_policy(policy)
         found[label] = policy
     return found
 
@@ -288,7 +300,8 @@ _POLICY_KEYS = ("window", "sinks", "full_layers", "full_heads", "decode", "tail"
 
 
 def _adapters(texts: list[str]) -> dict[str, str]:
-    from swaa_jax.fields import show
+    from swaa_jax.checkpoint import check_directory
+    from swaa_jax.fields import naming, show
 
     found: dict[str, str] = {}
     for text in texts:
@@ -299,5 +312,7 @@ def _adapters(texts: list[str]) -> dict[str, str]:
             raise ValueError(
                 f"--adapter: expected each label once, got {show(label)} twice; rename one"
             )
+        with naming("--adapter"):
+            check_directory(directory, "an adapter (adapter_config.json and its weights)")
         found[label] = directory
     return found

@@ -100,13 +100,13 @@ def _config(config: str | None, overrides: list[str]) -> "TrainConfig":
     if config is None:
         return TrainConfig.load(None, overrides)
     try:
-        found = find_config("train", config)
+        found = find_config("train", config, called="CONFIG")
     except ValueError as error:
         key = ""
         if os.path.exists(config):
             key = "model" if os.path.isdir(config) else "data.files"
         advice = f"; write {key}={config} where it is that" if key else ""
-        raise ValueError(f"CONFIG: {str(error).removeprefix('train: ')}{advice}") from error
+        raise ValueError(f"{error}{advice}") from error
     return TrainConfig.load(found, overrides)
 
 

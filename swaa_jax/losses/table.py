@@ -87,7 +87,7 @@ class LossConfig:
                 raise wrong("top_k", "None", self.top_k, advice)
         if not self.factors:
             raise ValueError(
-                "loss: expected a factor above 0 among sft, self_distill and others, got none; "
+                "sft: expected a factor above 0 among sft, self_distill and others, got none; "
                 "nothing would be trained"
             )
 

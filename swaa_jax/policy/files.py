@@ -242,7 +242,7 @@ def load_policy_file(name_or_path: PathLike) -> PolicyFile:
         A sliding window in every layer and nothing else; the paper's baseline that collapses.
     """
     advice = "fields are written as window=64,sinks=4, files end in .yaml or .json"
-    path = epath.Path(find_config("policies", name_or_path, advice=advice))
+    path = epath.Path(find_config("policies", name_or_path, called="policy", advice=advice))
     policy = AttentionPolicy.load(path)
     document = (parse_json if path.suffix == ".json" else parse_yaml)(read_text(path))
     with naming(path):

@@ -167,6 +167,12 @@ def _part(name: str, share: object) -> Fraction:
     return part
 
 
+def check_share(share: object) -> None:
+    """Refuses what can be no model's part of the layers, before a model is loaded; None is fine."""
+    if share is not None:
+        _part("share", share)
+
+
 def _check_size(share: object, num_full_layers: object) -> None:
     or_none(integer(least=1))("num_full_layers", num_full_layers)
     if (share is None) == (num_full_layers is None):
@@ -174,8 +180,7 @@ def _check_size(share: object, num_full_layers: object) -> None:
         raise ValueError(
             f"share: expected it or num_full_layers, got {got}; give share=1/4, for example"
         )
-    if share is not None and num_full_layers is None:
-        _part("share", share)
+    check_share(share)
 
 
 def _num_full_layers(share: object, num_full_layers: int | None, num_layers: int) -> int:

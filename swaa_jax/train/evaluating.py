@@ -96,7 +96,8 @@ class Evaluating:
         if self.scorer is not None:
             parts.append(", ".join(self.scorer.names))
         if self.prompts:
-            parts.append(f"{len(self.prompts)} answers")
+            several = "s" if len(self.prompts) > 1 else ""
+            parts.append(f"{len(self.prompts)} answer{several}")
         if self.function is not None:
             parts.append("a function of yours")
         when = "at the end" if every is None else f"every {every} steps and at the end"

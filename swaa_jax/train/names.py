@@ -64,6 +64,8 @@ OTHERS: Mapping[str, Mapping[str, str]] = {
         "gradient_checkpointing": "remat",
         "peft_config": "lora",
         "data_seed": "data.seed",
+        "dataset_text_field": "data.columns",
+        "completion_only_loss": "data.loss_on",
         # MaxText
         "steps": "max_steps",
         "per_device_batch_size": "rows_per_device; data.batch_size is a step's rows, on all "
@@ -86,6 +88,7 @@ OTHERS: Mapping[str, Mapping[str, str]] = {
         "initialize_from_hf": "model",
         "hf_save_path": "output_dir, which has adapter/ or model/",
         "checkpointer": "checkpoint",
+        "trainer": "no section: max_steps, eval_every, seed, mesh stand at the top",
     },
     "data": {
         "path": "data.files",

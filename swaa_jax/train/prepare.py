@@ -11,6 +11,7 @@ from etils import epath
 from swaa_jax import runtime
 from swaa_jax.data import BatchSource, load_data
 from swaa_jax.progress import ProgressLike
+from swaa_jax.runs import check_writable
 from swaa_jax.storage import is_local, reading
 from swaa_jax.train.checkpoints import all_processes
 from swaa_jax.train.feed import Feed
@@ -89,6 +90,7 @@ def check_lengths(data: BatchSource, longest: int) -> None:
 
 def prepare_directory(config: TrainConfig) -> epath.Path:
     """Sees that `output_dir` can be made and all processes reach it; nothing stays there yet."""
+    check_writable("output_dir", config.output_dir)
     directory = epath.Path(config.output_dir).expanduser()
     probe = directory / ".reached"
     made: list[epath.Path] = []

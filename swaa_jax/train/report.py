@@ -22,6 +22,7 @@ __all__ = ["Report", "SaveClock", "duration", "reporting"]
 
 _LINE_SECONDS = 30.0
 _RECENT_STEPS = 50
+_RECENT_PAUSES = 5
 
 
 def duration(seconds: float) -> str:
@@ -43,20 +44,32 @@ def reporting(
     # Lines are the report's own; the bar's would say the same again.
     shown = None if progress is True else progress
     with show_progress("starting", total=total, unit="steps", done=start, enabled=shown) as bar:
-        yield Report(bar, total=total, print_every=schedule.print_every, progress=progress)
+        yield Report(
+            bar,
+            total=total,
+            print_every=schedule.print_every,
+            eval_every=schedule.eval_every,
+            progress=progress,
+        )
 
 
 @dataclasses.dataclass(kw_only=True)
 class _Speed:
-    """Seconds of the last steps, for how long the rest will take."""
+    """Seconds of the last steps and evaluations, for how long the rest will take."""
 
     recent: "collections.deque[float]" = dataclasses.field(
         default_factory=lambda: collections.deque(maxlen=_RECENT_STEPS)
     )
+    pauses: "collections.deque[float]" = dataclasses.field(
+        default_factory=lambda: collections.deque(maxlen=_RECENT_PAUSES)
+    )
 
-    def left(self, steps: int) -> float | None:
-        """Seconds; the median, since a step that compiles takes many times as long."""
-        return steps * statistics.median(self.recent) if self.recent else None
+    def left(self, steps: int, evaluations: int) -> float | None:
+        """Seconds; medians, since what compiles takes many times as long."""
+        if not self.recent:
+            return None
+        pause = statistics.median(self.pauses) if self.pauses else 0.0
+        return steps * statistics.median(self.recent) + evaluations * pause
 
 
 class Report:
@@ -66,14 +79,24 @@ class Report:
         bar: told of every step.
         total: steps of the run.
         print_every: steps between lines; None: by time.
+        eval_every: steps between evaluations; None: one at the end.
         progress: who is told.
     """
 
     def __init__(
-        self, bar: Progress, *, total: int, print_every: int | None, progress: ProgressLike
+        self,
+        bar: Progress,
+        *,
+        total: int,
+        print_every: int | None,
+        eval_every: int | None,
+        progress: ProgressLike,
     ):
         self._bar, self._total, self._every, self._progress = bar, total, print_every, progress
+        self._eval_every = eval_every
         self._speed = _Speed()
+        self._num_evaluated = 0
+        self._last: float | None = None  # when an evaluation began, until the step after it
         self._began = self._printed = time.monotonic()
         self._is_first = True
 
@@ -85,18 +108,27 @@ class Report:
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """A step's numbers."""
-        text = summary(values)
+        text, now = summary(values), time.monotonic()
         if (seconds := values.get("seconds")) is not None:
             self._speed.recent.append(seconds)
+            # What an evaluation takes, with the checkpoint of the best; the first one compiles.
+            if self._last is not None and self._num_evaluated > 1:
+                self._speed.pauses.append(max(0.0, now - self._last - seconds))
+        self._last = None
         if self._is_first:
             text += f"  (compiled and run in {time.monotonic() - self._began:.1f} s)"
-        elif (left := self._speed.left(self._total - step)) is not None and step < self._total:
+        elif step < self._total and (left := self._left(step)) is not None:
             text += f"  ETA {duration(left)}"
         self._show(text, step)
         if self._is_due(step):
             self._printed = time.monotonic()
             self._say(f"step {step}/{self._total}  {text}")
         self._is_first = False
+
+    def _left(self, step: int) -> float | None:
+        every = self._eval_every or self._total
+        evaluations = -(-self._total // every) - step // every
+        return self._speed.left(self._total - step, evaluations)
 
     def _is_due(self, step: int) -> bool:
         if self._is_first or step >= self._total:
@@ -107,8 +139,11 @@ class Report:
 
     def evaluating(self, step: int) -> None:
         """Before an evaluation, which takes a while."""
-        self._began = time.monotonic()
+        self._began = self._last = time.monotonic()
+        self._num_evaluated += 1
         self._show(f"evaluating at step {step}", step)
+        if self._num_evaluated == 1:
+            self._say(f"evaluating at step {step} (the first time it compiles) ...")
 
     def evaluated(self, step: int, scores: Mapping[str, float], best: Best) -> None:
         """After it."""

@@ -193,8 +193,8 @@ class TrainConfig:
         config_overrides: values of the model's `config.json`, as `load_model` takes them.
         policy: attention policy to train under, in YAML whatever `load_policy` takes;
             None: the model's own.
-        mesh: axis sizes such as {"fsdp": 4, "tensor": 2}; "auto": all devices along fsdp; None: one
-            device, or "auto" where there are several processes.
+        mesh: axis sizes, {"fsdp": 4, "tensor": 2} or "fsdp=4,tensor=2"; "auto": all devices along
+            fsdp; None: one device, or "auto" where there are several processes.
         data: files and how they become batches, see `DataConfig`: a mapping of its fields, or the
             files alone. `data.batch_size` is rows a step, over all processes, and
             `data.num_epochs` epochs.
@@ -258,6 +258,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        integer(least=0)("seed", self.seed)  # before data takes it over
         if isinstance(self.data, Mapping):
             set_field(self, "data", {"seed": self.seed, **self.data})
         check_fields(
@@ -383,12 +384,19 @@ class TrainConfig:
                     "expected settings, got an empty file; write some, as in configs/train"
                 )
             fields = mapping("training config", found)
+        try:
             return cls.from_dict(with_overrides(fields, overrides, named=named))
+        except ValueError:
+            with naming(file):
+                cls.from_dict(fields)
+            raise  # the file alone is well: the mistake is in what was set over it
 
 
 def _mesh_sizes(name: str, value: object) -> Mapping[str, int] | str | None:
     if value is None or (isinstance(value, str) and value == "auto"):
         return value
+    if isinstance(value, str):
+        value = sharding.mesh_sizes(name, value)
     if not isinstance(value, Mapping):
         raise wrong(name, "null, auto or sizes such as {fsdp: 4, tensor: 2}", value)
     check_keys(name, value, sharding.MESH_AXES)

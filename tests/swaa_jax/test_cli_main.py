@@ -326,7 +326,19 @@ def test_a_variable_that_nothing_reads_is_told(capsys, monkeypatch, tmp_path):
             "generate m p --top-k " + "x" * 5000,
             "swaa generate: --top-k: expected an integer, got .*x{40}.*; see",
         ),
-        ("generate", "swaa generate: the following arguments are required: MODEL, PROMPT"),
+        ("generate", "swaa generate: expected MODEL, PROMPT, got none; see"),
+        ("generate m p --dtype fp32", "swaa generate: --dtype: .* .did you mean 'float32'"),
+        ("generate m p --max-new 5", "swaa generate: .* got '--max-new' .did you mean '--max-new-"),
+        (
+            "generate m p --seed 1 --seed 2",
+            "swaa generate: --seed: expected one, got 1 and 2; drop",
+        ),
+        ("generate m p --raw --chat", "swaa generate: --chat: expected no --raw with it, got both"),
+        ("generate m p --window", "swaa generate: --window: expected a value behind it, got none"),
+        (
+            "select m d o --window 8",
+            "swaa select: expected one of --num-full-layers --share, got n",
+        ),
     ],
 )
 def test_a_mistake_in_flags_is_told_in_one_paragraph(words, told, capsys):
@@ -341,8 +353,8 @@ def test_a_mistake_in_flags_is_told_in_one_paragraph(words, told, capsys):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("help train", "COMMAND: expected a command, got 'help'; write --help"),
-        ("version", "expected a command, got 'version'; write --version"),
+        ("help train", "COMMAND: expected a command, got 'help'; write swaa --help"),
+        ("version", "expected a command, got 'version'; write swaa --version"),
         ("train tiny --learning_rate 1e-4", "write 'learning_rate=1e-4'"),
         ("train tiny --optimizer.learning_rate=1", "write 'optimizer.learning_rate=1'"),
         ("serve m --max-model-len 9", "'--max-model-len' (--max-tokens here)"),
@@ -353,7 +365,7 @@ def test_a_mistake_in_flags_is_told_in_one_paragraph(words, told, capsys):
         ("generate m hi --window 8 --sinks -1", "error: --sinks: expected an integer of at least"),
         ("generate m hi --sinks 4", "error: --window: expected a window beside"),
         ("generate m hi --policy window=8 --tail -1", "error: --tail: expected"),
-        ("generate m hi --policy window=x --tail 1", "error: policy: window: expected"),
+        ("generate m hi --policy window=x --tail 1", "error: --policy: window: expected"),
         ("generate m hi --window 8 --full-heads 3", "error: --full-heads: expected LAYER:HEAD"),
         ("generate m hi --window 8 --decode ful", "got 'ful' (str) (did you mean 'full'?)"),
         ("train job.yml", "job.yml: expected a file that is there, got none; say job.yaml"),
@@ -362,6 +374,29 @@ def test_a_mistake_in_flags_is_told_in_one_paragraph(words, told, capsys):
         ("train model", "write model=model"),
         ("train empty.yaml", "error: empty.yaml: expected settings, got an empty file"),
         ("recipes thinking", "error: NAME: expected the name of a shipped config"),
+        ("recipes full --memory 16", "--memory: expected none with full, which is shown whole"),
+        ("recipes --search --model m --no-training", "--no-training: expected none with --search"),
+        ("recipes full --search --model m", "NAME: expected none with --search, got 'full'"),
+        ("eval nope", "error: CONFIG: expected the name of a shipped config"),
+        ("generate m hi --policy nope", "error: --policy: expected the name of a shipped config"),
+        ("generate m hi --policy sinks=4", "error: --policy: window: expected a window beside"),
+        ("generate m hi --max-new-tokens 0", "error: --max-new-tokens: expected an integer of at"),
+        ("generate m hi --temperature -1", "error: --temperature: expected a number of at least 0"),
+        ("generate m hi --raw --cot", "error: --cot: expected a chat, to whose message it adds"),
+        ("generate m _", "error: PROMPT: expected some text, got an empty one"),
+        ("train tiny max_steps=1 max_steps=2", "'max_steps': expected one value, got '1' and '2'"),
+        ("train tiny lora.rank=0", "swaa train: error: lora.rank: expected an integer"),
+        ("train tiny mesh=tenser=2", "error: mesh: expected 'auto', or sizes such as fsdp=4,tenso"),
+        ("train tiny seed=x", "error: seed: expected an integer of at least 0, got 'x'"),
+        ("train tiny loss.sft=0", "error: loss.sft: expected a factor above 0 among"),
+        ("train tiny eval_tasks=qa", "task qa, files: expected a path or several"),
+        ("train tiny trainer.steps=5", "got 'trainer', which is no section: max_steps"),
+        ("train tiny output_dir=job.jsonl", "error: output_dir: expected a directory that can be"),
+        ("select m job.jsonl o --window 8 --share 2", "error: --share: expected a part of the la"),
+        ("select m job.jsonl job.jsonl --window 8 --share 1/2", "error: OUT: expected a directory"),
+        ("bench tiny-retriever --output job.jsonl", "error: --output: expected a directory that"),
+        ("demo --samples 0", "error: --samples: expected an integer of at least 1"),
+        ("demo --output job.jsonl", "error: --output: expected a directory that can be written"),
     ],
 )
 def test_what_is_typed_wrong_is_told_by_its_name(words, told, capsys, monkeypatch, tmp_path):
@@ -370,7 +405,7 @@ def test_what_is_typed_wrong_is_told_by_its_name(words, told, capsys, monkeypatc
         (tmp_path / name).write_text("")
     (tmp_path / "model").mkdir()
     try:
-        code = main(words.split())
+        code = main(["" if word == "_" else word for word in words.split()])
     except SystemExit as stopped:
         code = stopped.code
     captured = capsys.readouterr()

@@ -154,15 +154,21 @@ def test_other_machines_without_keys_are_told_of(capsys, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--port", "70000"], "port: expected an integer of at least 0 and of at most 65535"),
+        (
+            ["--port", "70000"],
+            "error: --port: expected an integer of at least 0 and of at most 65535",
+        ),
         (["--also", "full", "--also", "full"], "--also: expected each label once, got 'full' twi"),
-        (["--also", "x=nave"], "expected"),
+        (["--also", "x=nave"], "error: --also: policy: expected the name of a shipped config"),
         (["--also", "a b=full"], "policies: expected labels of at most 200 letters"),
         (["--max-tokens", "9000"], "--max-tokens: expected at most the model's context of 8192"),
         (["--also", "=full"], "--also: expected [LABEL=]POLICY, got '=full'"),
         (["--adapter", "x"], "--adapter: expected LABEL=DIR, got 'x'"),
         (["--api-keys", "keys.txt"], "No such file or directory: keys.txt"),
         (["--slots", "0"], "error: --slots: expected an integer of at least 1"),
+        (["--name", ""], "error: --name: expected a name, got an empty one"),
+        (["--memory-share", "0"], "error: --memory-share: expected a number above 0"),
+        (["--adapter", "x=nope"], "error: --adapter: 'nope': expected the directory of an adapter"),
         (["--name", "a/b"], "name: expected at most 100 letters"),
         (["--request-seconds", "0"], "error: --request-seconds: expected a number above 0"),
     ],

@@ -103,7 +103,7 @@ def test_list_and_path():
             lambda: configs.config_path("policies", "naiv"),
             "policies: expected .*full, .*got 'naiv' .*did you mean 'naive'",
         ),
-        (lambda: load_policy("../pyproject"), "policies: expected the name of a shipped config"),
+        (lambda: load_policy("../pyproject"), "policy: expected the name of a shipped config"),
     ],
 )
 def test_unknown_names(call, message):

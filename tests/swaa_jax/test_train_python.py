@@ -19,7 +19,7 @@ from swaa_jax.records import records_of
 from swaa_jax.train import Best, BestConfig, OptimizerConfig, TrainConfig, train
 from swaa_jax.train.inputs import gather
 from swaa_jax.train.names import OTHERS
-from swaa_jax.train.report import SaveClock
+from swaa_jax.train.report import Report, SaveClock
 from tests.support import byte_tokenizer, train_runs
 
 RECORDS = [{"prompt": f"{n} plus one", "answer": f"{n + 1}"} for n in range(12)]
@@ -407,6 +407,37 @@ def test_the_best_of_numbers():
     assert (again.step, again.value, again.stale, again.is_over) == (2, 0.8, 1, False)
     again.update(4, {"loss": 0.9})
     assert again.is_over
+
+
+def test_the_time_that_is_left_counts_evaluations(monkeypatch):
+    now, told = [0.0], []
+
+    def step(number, seconds):
+        now[0] += seconds
+        report.step(number, {"loss": 1.0, "seconds": seconds})
+
+    def evaluation(number, seconds):
+        report.evaluating(number)
+        now[0] += seconds
+
+    class Bar:
+        def show(self, text, done):
+            told.append(text)
+
+    monkeypatch.setattr("swaa_jax.train.report.time.monotonic", lambda: now[0])
+    report = Report(Bar(), total=95, print_every=1, eval_every=10, progress=None)
+    report.compiling(1)
+    for number in range(1, 11):
+        step(number, 2)
+    assert "compiled and run" in told[1]
+    assert told[-1].endswith("ETA 2:50")  # 85 steps of 2 s; of evaluations nothing is known
+    evaluation(10, 500)  # compiles
+    for number in range(11, 21):
+        step(number, 2)
+    assert told[-1].endswith("ETA 2:30")
+    evaluation(20, 30)
+    step(21, 2)
+    assert told[-1].endswith("ETA 6:28")  # 74 steps of 2 s, and 8 evaluations of 30 s
 
 
 def test_saves_by_the_clock(monkeypatch):

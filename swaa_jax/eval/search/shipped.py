@@ -337,12 +337,12 @@ def recipes(
             "needs: expected some that a shipped recipe is for, got "
             f"{needs_text(needs)}; leave one out, or list all recipes"
         )
-    least = min(recipe.memory for recipe in others)
+    least = min(recipe.memory for recipe in others) / _GIB
+    shown = f"{least:.1f}" if least >= 0.1 else f"{least:.1g}"
     less = "" if training else "; recipes for fine-tuning (training) keep the smallest caches"
     raise ValueError(
-        f"memory: expected at least {least / _GIB:.1f} GiB (weights, caches and activations of "
-        f"{case} under the smallest fitting recipe), got {memory:g}; take a shorter context or "
-        f"fewer rows{less}"
+        f"memory: expected at least {shown} GiB (weights, caches and activations of {case} under "
+        f"the smallest fitting recipe), got {memory:g}; take a shorter context or fewer rows{less}"
     )
 
 

@@ -30,7 +30,12 @@ class FileTask(Task):
     def __post_init__(self) -> None:
         check_fields(self, files=texts, limit=or_none(integer(least=1)))
         if not self.paths:
-            raise wrong("files", "a path or several", self.files)
+            raise wrong(
+                f"task {self.name}, files",
+                "a path or several",
+                self.files,
+                f"say which, as in {{task: {self.name}, files: mine.jsonl}}",
+            )
 
     @property
     def paths(self) -> tuple[str, ...]:
