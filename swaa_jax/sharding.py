@@ -155,11 +155,11 @@ def resolve_mesh(mesh: Mesh | str | Mapping[str, int] | None) -> Mesh | None:
         return None
     if isinstance(mesh, str):
         sizes = {"fsdp": len(jax.devices())} if mesh == "auto" else mesh_sizes("mesh", mesh)
-        return make_mesh(**sizes)
+        return make_mesh(None, **sizes)
     if isinstance(mesh, Mapping):
         sizes = {str(axis): size for axis, size in mesh.items()}
         _check_axes(sizes)  # `devices` too is none
-        return make_mesh(**sizes)
+        return make_mesh(None, **sizes)
     if not isinstance(mesh, Mesh):
         raise wrong("mesh", _MESH, mesh)
     unknown = [axis for axis in mesh.axis_names if axis not in MESH_AXES]

@@ -13,7 +13,7 @@ from notebooks import execute
 from tests.support import programs
 from tests.support.processes import QUICK_COMPILES
 
-SECONDS = 60
+SECONDS = 240
 """What a notebook may take of one core: seconds of CPU, whatever else the machine does."""
 
 # Executes in the kernel after all else: which package was it?
