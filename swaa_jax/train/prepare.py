@@ -12,7 +12,7 @@ from swaa_jax import runtime
 from swaa_jax.data import BatchSource, load_data
 from swaa_jax.progress import ProgressLike
 from swaa_jax.runs import check_writable
-from swaa_jax.storage import is_local, reading
+from swaa_jax.storage import is_local, read_text, reading
 from swaa_jax.train.checkpoints import all_processes
 from swaa_jax.train.feed import Feed
 from swaa_jax.train.run_config import TrainConfig
@@ -89,9 +89,14 @@ def check_lengths(data: BatchSource, longest: int) -> None:
 
 
 def prepare_directory(config: TrainConfig) -> epath.Path:
-    """Sees that `output_dir` can be made and all processes reach it; nothing stays there yet."""
+    """Sees that `output_dir` can be made and all processes reach it; nothing stays there yet.
+
+    Raises:
+        ValueError: it cannot, or a file would be lost that no run wrote.
+    """
     check_writable("output_dir", config.output_dir)
     directory = epath.Path(config.output_dir).expanduser()
+    _check_config_file(directory)
     probe = directory / ".reached"
     made: list[epath.Path] = []
     with reading(directory):
@@ -114,3 +119,18 @@ def prepare_directory(config: TrainConfig) -> epath.Path:
             "or a shared disk"
         )
     return directory
+
+
+def _check_config_file(directory: epath.Path) -> None:
+    """Refuses to replace a `config.yaml` that somebody wrote by hand."""
+    path = directory / "config.yaml"
+    if not path.exists() or (directory / "metrics.jsonl").exists():
+        return
+    text = read_text(path)
+    with contextlib.suppress(ValueError):
+        if TrainConfig.load(path).to_yaml() == text:
+            return  # a run's, which ended before its first step
+    raise ValueError(
+        f"output_dir: expected a run's directory, or one without a config.yaml, got {directory}, "
+        "whose config.yaml no run wrote; it would be replaced: name another directory"
+    )

@@ -19,6 +19,7 @@ from swaa_jax.records import records_of
 from swaa_jax.train import Best, BestConfig, OptimizerConfig, TrainConfig, train
 from swaa_jax.train.inputs import gather
 from swaa_jax.train.names import OTHERS
+from swaa_jax.train.prepare import prepare_directory
 from swaa_jax.train.report import Report, SaveClock
 from tests.support import byte_tokenizer, train_runs
 
@@ -449,3 +450,17 @@ def test_saves_by_the_clock(monkeypatch):
     assert clock.is_due(11)
     clock.saved()
     assert not clock.is_due(12)
+
+
+def test_a_config_that_somebody_wrote_is_not_replaced(tmp_path):
+    config = TrainConfig(model="m", data={"files": "a.jsonl"}, output_dir=str(tmp_path))
+    path = tmp_path / "config.yaml"
+    path.write_text("model: m  # mine\n")
+    with pytest.raises(ValueError, match="yaml no run wrote"):
+        prepare_directory(config)
+    assert path.read_text() == "model: m  # mine\n" and os.listdir(tmp_path) == ["config.yaml"]
+    path.write_text(config.to_yaml())
+    prepare_directory(config)  # a run's, which wrote nothing else
+    path.write_text("changed by hand")
+    (tmp_path / "metrics.jsonl").write_text("")
+    prepare_directory(config)
