@@ -126,8 +126,9 @@ def test_fault_08_thinking_that_no_template_asks_for_is_told_elsewhere(
     harness(NEVER, enable_thinking=False)
     assert told in caplog.text
     caplog.clear()
-    tok, config = byte_tokenizer.build(template=None), DistillConfig(enable_thinking=True)
-    model = random_model(num_hidden_layers=1)
+    tok = byte_tokenizer.build(template=None)
+    config = DistillConfig(enable_thinking=True, attempts=1, max_new_tokens=2)
+    model = random_model(num_hidden_layers=1, vocab_size=byte_tokenizer.VOCAB_SIZE)
     question = [{"prompt": "a", "answer": "b"}]
     distill(model, tok, question, make_judge("exact"), tmp_path / "out", config=config)
     assert told in caplog.text
