@@ -43,7 +43,7 @@ def no_type_checks(monkeypatch):
 
 def pytest_runtest_teardown(item, nextitem):
     """Between files, a process that has grown lets its compiled programs go."""
-    if nextitem is not None and nextitem.path != item.path and programs.resident_gib() > 2.5:
+    if nextitem is not None and nextitem.path != item.path and programs.resident_gib() > 5:
         import jax
 
         jax.clear_caches()
