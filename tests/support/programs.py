@@ -10,10 +10,10 @@ DIRECTORY = "JAX_COMPILATION_CACHE_DIR"
 
 
 def settings(directory: os.PathLike | str) -> dict[str, str]:
-    """Variables for a process that keeps all that it compiles in this directory."""
+    """Variables for a process that keeps in this directory what takes it long to compile."""
     return {
         DIRECTORY: str(directory),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
