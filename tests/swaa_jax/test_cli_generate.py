@@ -210,10 +210,10 @@ def test_a_policy_layer_out_of_range(fails, directory):
 
 
 def test_an_empty_prompt(fails, directory, monkeypatch, tmp_path):
-    assert "empty prompt" in fails(directory, "", *COMMON)
-    assert "empty prompt" in fails(directory, " \n", "--raw", *COMMON)
+    assert "PROMPT: expected some text, got an empty one" in fails(directory, "", *COMMON)
+    assert "PROMPT: expected some text" in fails(directory, " \n", "--raw", *COMMON)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    assert "empty prompt in standard input" in fails(directory, *COMMON)
+    assert "got an empty one in standard input" in fails(directory, *COMMON)
     (tmp_path / "empty.txt").write_text("\n")
     assert "empty.txt" in fails(directory, "--file", tmp_path / "empty.txt")
 
@@ -226,7 +226,7 @@ def test_a_prompt_beyond_the_context(fails, directory):
 
 def test_other_mistakes(fails, directory, tmp_path):
     assert "temperature" in fails(directory, "hi", "--temperature", -1, *COMMON)
-    assert "max_new_tokens" in fails(directory, "hi", "--max-new-tokens", 0)
+    assert "--max-new-tokens" in fails(directory, "hi", "--max-new-tokens", 0)
     assert "no-such-policy" in fails(directory, "hi", "--policy", "no-such-policy")
     assert "No such file" in fails(directory, "--file", tmp_path / "none.txt")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
