@@ -172,7 +172,6 @@ def run(args: argparse.Namespace) -> int:
         ) from error
     from swaa_jax import runtime
     from swaa_jax.checkpoint.tokenizer import load_tokenizer
-    from swaa_jax.engine import EngineOptions
     from swaa_jax.fields import number
     from swaa_jax.models import load_model
     from swaa_jax.serve.app import make_app, make_engine
@@ -185,8 +184,7 @@ def run(args: argparse.Namespace) -> int:
         keys = read_keys(args.api_keys)
     options = _options(args)
     policies, adapters = _policies(args.also), _adapters(args.adapter)
-    with naming_flags(args):  # now, and not after minutes of loading
-        EngineOptions(**_room_fields(args, None))
+    _room(args, None)  # now, and not after minutes of loading
     if args.name == "":
         raise ValueError("--name: expected a name, got an empty one; leave it out for the model's")
     if args.memory_share is not None:
@@ -246,8 +244,7 @@ def _options(args: argparse.Namespace) -> "ServeOptions":
         return ServeOptions(**_given(args, ServeOptions))
 
 
-def _room_fields(args: argparse.Namespace, context: int | None) -> dict[str, Any]:
-    """What the flags say of `EngineOptions`; asks no device, as before processes have joined."""
+def _room(args: argparse.Namespace, context: int | None) -> "EngineOptions":
     from swaa_jax.engine import EngineOptions
 
     given = _given(args, EngineOptions)
@@ -257,13 +254,6 @@ def _room_fields(args: argparse.Namespace, context: int | None) -> dict[str, Any
             f"{args.max_tokens}; lower it, or extend the context by --config-override"
         )
     given.setdefault("max_tokens", min(context or _MOST_TOKENS, _MOST_TOKENS))
-    return given
-
-
-def _room(args: argparse.Namespace, context: int | None) -> "EngineOptions":
-    from swaa_jax.engine import EngineOptions
-
-    given = _room_fields(args, context)
     with naming_flags(args):
         room = EngineOptions(**given)
         if args.chunk_size is None and room.sizes[0] > _MOST_CHUNK:
