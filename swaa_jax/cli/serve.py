@@ -184,13 +184,13 @@ def run(args: argparse.Namespace) -> int:
         keys = read_keys(args.api_keys)
     options = _options(args)
     policies, adapters = _policies(args.also), _adapters(args.adapter)
-    _room(args, None)  # now, and not after minutes of loading
     if args.name == "":
         raise ValueError("--name: expected a name, got an empty one; leave it out for the model's")
     if args.memory_share is not None:
         with naming_flags(args):
             number(above=0, most=1)("memory_share", args.memory_share)
     process_args.start(args)
+    _room(args, None)  # asks which device there is; now, and not after minutes of loading
     # A server logs its requests whether or not --verbose asks for what is chosen.
     logging.getLogger("swaa_jax.serve").setLevel(logging.INFO)
     with contextlib.ExitStack() as held:
