@@ -205,5 +205,7 @@ def test_somebody_elses_directory_is_refused(retriever, tmp_path):
     (tmp_path / "file").write_text("mine")
     for name, got in (("mine", r"one with other files \('notes.txt'\)"), ("file", "a file")):
         with pytest.raises(ValueError, match=f"expected a new or empty directory.* got {got}"):
-            distill(*retriever, [], make_judge("exact"), tmp_path / name)
+            distill(
+                *retriever, [{"prompt": "a", "answer": "b"}], make_judge("exact"), tmp_path / name
+            )
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
