@@ -68,13 +68,10 @@ class RunPlan:
         memory: of a device.
 
     Examples:
-        >>> import pathlib
-        >>> _ = pathlib.Path("mine.jsonl").write_text('{"prompt": "2 + 2?", "answer": "4"}')
-        >>> data = {"files": "mine.jsonl", "answers": "verbatim", "num_epochs": 40}
-        >>> data["chat_template_kwargs"] = {"enable_thinking": False}
-        >>> plan = plan_run(TrainConfig(model="tiny-retriever", data=data, output_dir="run"))
-        >>> plan.parameters, plan.trained_parameters, plan.warmup_steps
-        (6887680, 229376, 2)
+        >>> from swaa_jax.configs import config_path
+        >>> plan = plan_run(TrainConfig.load(config_path("train", "tiny")))
+        >>> plan.parameters, plan.trained_parameters  # print(plan) has memory, too
+        (6887680, 57344)
     """
 
     config: TrainConfig
@@ -131,7 +128,7 @@ def plan_run(config: TrainConfig, *, progress: ProgressLike = None) -> RunPlan:
         >>> data = {"files": "mine.jsonl", "answers": "verbatim", "num_epochs": 40}
         >>> data["chat_template_kwargs"] = {"enable_thinking": False}
         >>> plan = plan_run(TrainConfig(model="tiny-retriever", data=data, output_dir="run"))
-        >>> plan.steps, plan.num_tokens  # print(plan) has memory, too
+        >>> plan.steps, plan.num_tokens
         (40, 20)
     """
     mesh = config.make_mesh()

@@ -82,18 +82,12 @@ class Record:
 
     Examples:
         >>> from swaa_jax.verify.candidates import candidates
-        >>> def answer(piece):  # of one token
-        ...     likely = (1, -0.1, piece), (2, -9.0, "?")
-        ...     options = [Option(id=i, logprob=p, piece=text) for i, p, text in likely]
-        ...     return Path(steps=(Step(options=tuple(options)),))
         >>> found = tuple(candidates(AttentionPolicy(window=64), num_layers=4)[:2])
-        >>> paths = {one.name: answer(piece) for one, piece in zip(found, "ab")}
         >>> record = Record(
-        ...     candidates=found, probes=(Probe(tokens=(5, 6), text=None, paths=paths),),
-        ...     noise=0.01, new_tokens=1, model={}, versions={},
+        ...     candidates=found, probes=(), noise=0.01, new_tokens=1, model={}, versions={}
         ... )
-        >>> record.names, record.unclear  # the probe tells the two apart
-        (('the recorded policy', 'full attention'), [])
+        >>> record.names
+        ('the recorded policy', 'full attention')
     """
 
     candidates: tuple[Candidate, ...]

@@ -11,6 +11,7 @@ from etils import epath
 import swaa_jax as swaa
 from swaa_jax.checkpoint import SHIPPED
 from swaa_jax.models import model_from_config
+from tests.support.random_models import HF_CONFIG
 from tests.support.snippets import PAGES, ROOT, Reader, snippets
 
 BLOCKS = {page: list(snippets((ROOT / page).read_text())) for page in PAGES}
@@ -20,15 +21,9 @@ READ = [page for page, blocks in BLOCKS.items() if any(each.language for each in
 AS_SHIPPED = ("README.md", "docs/data.md")
 
 # Elsewhere its architecture and tokenizer, with a hundredth of its parameters, drawn at random.
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "initializer_range": 0.2,
-}
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SIZES += ("num_key_value_heads", "head_dim", "initializer_range")
+SMALL = {name: HF_CONFIG[name] for name in SIZES}
 
 
 @pytest.fixture(scope="module")
