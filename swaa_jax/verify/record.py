@@ -83,11 +83,13 @@ class Record:
     Examples:
         >>> from swaa_jax.verify.candidates import candidates
         >>> found = tuple(candidates(AttentionPolicy(window=64), num_layers=4)[:2])
+        >>> same = {one.name: Path(steps=()) for one in found}  # nothing tells the two apart
         >>> record = Record(
-        ...     candidates=found, probes=(), noise=0.01, new_tokens=1, model={}, versions={}
+        ...     candidates=found, probes=(Probe(tokens=(5, 6), text=None, paths=same),),
+        ...     noise=0.01, new_tokens=1, model={}, versions={},
         ... )
-        >>> record.names
-        ('the recorded policy', 'full attention')
+        >>> record.unclear
+        [('the recorded policy', 'full attention')]
     """
 
     candidates: tuple[Candidate, ...]
