@@ -32,7 +32,7 @@ class BenchResult(Tabular):
 
     Examples:
         >>> from swaa_jax.bench import Lengths
-        >>> load = Workload(prompt=Lengths(values=(8,)), output=Lengths(values=(4,)), concurrency=1)
+        >>> load = Workload(prompt_tokens=Lengths(values=(8,)), output_tokens=Lengths(values=(4,)))
         >>> failed = Measurement(name="full", error="out of memory")
         >>> done = BenchResult(measurements=(failed,), workload=load, title="tiny-retriever.")
         >>> done["full"].error, done.is_complete

@@ -163,7 +163,7 @@ class _Parser(argparse.ArgumentParser):
         value = super()._get_values(action, arg_strings)
         if action.option_strings and type(action) is argparse._StoreAction:
             before = self._given.setdefault(action.dest, value)
-            if before != value:
+            if before is not value and before != value:  # nan is not itself
                 raise argparse.ArgumentError(
                     action, f"expected one, got {show(before)} and {show(value)}; drop one"
                 )

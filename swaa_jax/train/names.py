@@ -88,7 +88,7 @@ OTHERS: Mapping[str, Mapping[str, str]] = {
         "initialize_from_hf": "model",
         "hf_save_path": "output_dir, which has adapter/ or model/",
         "checkpointer": "checkpoint",
-        "trainer": "no section: max_steps, eval_every, seed, mesh stand at the top",
+        "trainer": "max_steps, eval_every, seed, mesh, of no section,",
     },
     "data": {
         "path": "data.files",

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import itertools
 import json
 import threading
 import time
@@ -81,20 +82,21 @@ def test_models_of_our_server(url):
 def test_the_command_on_our_server(url, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runtime, "setup_logging", lambda level: None)
     monkeypatch.setenv("SWAA_BENCH_API_KEY", KEY)
-    words = [
-        "bench",
-        "tiny,tiny:narrow",
-        "--url",
-        url,
-        "--requests",
-        "4",
-        "--rate",
-        "50",
-        "--vocab",
-        "200",
-    ]
-    words += ["--prompt-tokens", "20", "--output-tokens", "4", "--output", str(tmp_path / "out")]
-    assert main(words) == 0
+    flags = {
+        "--url": url,
+        "--requests": "4",
+        "--rate": "50",
+        "--vocab": "200",
+        "--prompt-tokens": "20",
+        "--output-tokens": "4",
+        "--output": str(tmp_path / "out"),
+    }
+
+    def run(**changed):
+        others = {f"--{name.replace('_', '-')}": value for name, value in changed.items()}
+        return main(["bench", "tiny,tiny:narrow", *itertools.chain(*(flags | others).items())])
+
+    assert run() == 0
     found = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert [one["name"] for one in found["measurements"]] == ["tiny", "tiny:narrow"]
     assert KEY not in (tmp_path / "out" / "bench.json").read_text()
@@ -103,19 +105,19 @@ def test_the_command_on_our_server(url, tmp_path, monkeypatch, capsys):
     # What goes wrong before an answer leaves the files as they were.
     files = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
-    def mistaken(*further):
-        code = main([*words, *further])
+    def mistaken(**changed):
+        code = run(**changed)
         out, said = capsys.readouterr()
         assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
         assert out == "" and KEY not in said
         return code, said
 
-    code, said = mistaken("--prompt-tokens", "500")
+    code, said = mistaken(prompt_tokens="500")
     assert code == 2 and "got 400 " in said and "ask for shorter prompts and answers" in said
     assert "{" not in said and "SWAA_BENCH_API_KEY" not in said
-    code, said = mistaken("--vocab", "100000")
+    code, said = mistaken(vocab="100000")
     assert code == 2 and "got 400 " in said and "a smaller vocab_size" in said
-    code, said = mistaken("--output-tokens", "500")
+    code, said = mistaken(output_tokens="500")
     assert code == 1 and "4 requests of 4 failed" in said and "no answer came" in said
     monkeypatch.setenv("SWAA_BENCH_API_KEY", "another-key-of-the-tests")
     code, said = mistaken()

@@ -179,7 +179,8 @@ def test_policies_and_meshes_as_people_write_them(tmp_path):
         (lambda: swaa.GenerateOptions(temperature="0.7"), ["write 0.7, without quotes"]),
         (lambda: resolve_mesh({"fspd": 1}), ["did you mean 'fsdp'?"]),
         (lambda: resolve_mesh({"fsdp": 1.5}), ["mesh.fsdp: expected an integer"]),
-        (lambda: resolve_mesh("fsdp=1"), ['sizes such as {"fsdp": 4']),
+        (lambda: resolve_mesh("fsdp"), ["sizes such as fsdp=4,tensor=2"]),
+        (lambda: resolve_mesh("fsdp=1"), ["the number of devices, 8, got {'fsdp': 1}"]),
     ):
         told(call, *words, kind=(ValueError, FileNotFoundError))
     assert resolve_mesh({"fsdp": 8}) == resolve_mesh("auto")
