@@ -56,11 +56,11 @@ class DataConfig:
             its prompt, that of its response and the end token; not for ``"chat"``.
         chat_template_kwargs: variables of the template, ``{"enable_thinking": False}``: give here
             what will be given at inference.
-        answers: ``"template"``: an answer is what the template renders for it; one without a
-            thought goes behind the prompt of ``enable_thinking=False`` where the template would
-            open one. ``"verbatim"``: it is the text as it is after the generation prompt, and the
-            end of turn. Verbatim suits text that a model produced, and templates that drop the
-            answer's thinking.
+        answers: ``"template"``: an answer is what the template renders for it. ``"verbatim"``: it
+            is the text as it is after the generation prompt, and the end of turn. Verbatim suits
+            text that a model produced, and templates that drop the answer's thinking. In both, one
+            without a thought goes behind the prompt of ``enable_thinking=False`` where the
+            template would open one.
         stop_tokens: tokens that end an answer, where that is not the tokenizer's end token and the
             template does not show it.
         answer_stage: which answers of a conversation are ANSWER: all, or the last one, as at

@@ -227,14 +227,14 @@ class Encoder:
         if self._config.answers == "verbatim":
             text = _verbatim(record, messages[index], prompt)
             if not CLOSING.search(text) and opens_thinking(self._tok, prompt):
+                if plain := self._thoughtless(example, messages, index, notes):
+                    return plain
                 notes.open_thought = f"{record.place}: message {index}"
             return _Turn(prompt_ids, [*self._continue(prompt, prompt_ids, text), *self._tail])
         rendered = self._render(record, messages[: index + 1], tools, prompt=False)
         whole, notes.unread = rendered.text, notes.unread | dict.fromkeys(rendered.unread)
         if not whole.startswith(prompt):
-            if plain := self._thoughtless(example, messages, index):
-                if "enable_thinking" not in self._config.chat_template_kwargs:
-                    notes.thoughtless = f"{record.place}: message {index}"
+            if plain := self._thoughtless(example, messages, index, notes):
                 return plain
             at = next((n for n, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b), 0)
             raise DataError(
@@ -253,7 +253,7 @@ class Encoder:
         return _Turn(prompt_ids, answer)
 
     def _thoughtless(
-        self, example: Example, messages: Sequence[Message], index: int
+        self, example: Example, messages: Sequence[Message], index: int, notes: Notes
     ) -> _Turn | None:
         """An answer without a thought behind a prompt that opens none, where a template has both.
 
@@ -274,6 +274,8 @@ class Encoder:
         )
         if opens_thinking(self._tok, asked.text):
             return None
+        if "enable_thinking" not in given:
+            notes.thoughtless = f"{example.record.place}: message {index}"
         prompt_ids = self._ids(asked.text)
         answer = self._continue(asked.text, prompt_ids, content)
         return _Turn(prompt_ids, [*answer, *self._tail])

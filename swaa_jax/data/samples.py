@@ -207,7 +207,7 @@ def _tell(report: SampleReport) -> None:
         log.warning(
             "enable_thinking: expected thoughts in the answers, or chat_template_kwargs: "
             "{enable_thinking: false}, since the template opens a thought, got neither in %d of %d "
-            "records; they are trained on as answers without thinking: generate with "
+            "records; they are taken as answers without thinking: generate with "
             "enable_thinking=False",
             *(report.thoughtless, report.records),
         )

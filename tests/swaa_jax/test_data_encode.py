@@ -142,18 +142,21 @@ def test_a_template_that_drops_the_answers_thinking():
         encode(encoder(tok, answers="verbatim")[1], [USER, {**REPLY, "reasoning_content": "Hm"}])
 
 
-def test_plain_answers_of_a_thinking_template_are_trained_on_without_thinking(caplog):
+@pytest.mark.parametrize("answers", ["template", "verbatim"])
+def test_plain_answers_of_a_thinking_template_are_trained_on_without_thinking(answers, caplog):
     """As `generate(enable_thinking=False)` is asked; what the user says of thinking holds."""
     tok = load_tokenizer("tiny-retriever")
     for given in ({}, {"enable_thinking": False}):
-        (sample,) = encode(encoder(tok, chat_template_kwargs=given)[1], [USER, REPLY])
+        encode_record = encoder(tok, chat_template_kwargs=given, answers=answers)[1]
+        (sample,) = encode(encode_record, [USER, REPLY])
         (prompt,) = encode_prompts(tok, [USER], enable_thinking=False)
         assert list(sample.tokens[: len(prompt)]) == prompt
         assert parts(tok, sample)[1] == (1, "Yo<|im_end|>")
     _, thinking = encoder(tok, chat_template_kwargs={"enable_thinking": True})
     with pytest.raises(DataError, match="as its generation prompt begins it"):
         encode(thinking, [USER, REPLY])
-    found = prepare_samples(DataConfig(), tok, records=[{"prompt": "Hi", "answer": "Yo"}] * 3)
+    records = [{"prompt": "Hi", "answer": "Yo"}] * 3
+    found = prepare_samples(DataConfig(answers=answers), tok, records=records)
     assert found.report.thoughtless == 3
     assert "generate with enable_thinking=False" in caplog.text
 
