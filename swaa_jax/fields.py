@@ -225,6 +225,7 @@ def number(
     most: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    unit: str | None = None,
 ) -> Check[float]:
     """A finite number within limits, an int or a float as it was given.
 
@@ -238,7 +239,8 @@ def number(
         ("below", below, operator.lt),
     ]
     limits = [f"{words} {limit:g}" for words, limit, _ in bounds if limit is not None]
-    expected = " ".join(["a number", " and ".join(limits)]).strip()
+    kind = f"a number of {unit}" if unit else "a number"
+    expected = " ".join([kind, " and ".join(limits)]).strip()
 
     def check(name: str, value: Any) -> Any:
         given: Any = value

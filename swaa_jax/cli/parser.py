@@ -19,7 +19,7 @@ __all__ = ["CommandParser", "RootParser", "add_old_name", "fold"]
 _LONGEST_ERROR = 500  # argparse repeats a value whole
 _WIDEST = 100
 _EXAMPLES = 2
-_SAID_ELSEWHERE = {"help": "--help", "version": "--version"}
+_SAID_ELSEWHERE = {"help": "swaa --help, or swaa COMMAND --help", "version": "swaa --version"}
 _FLAGS_ELSEWHERE = {
     # vLLM, SGLang
     "--max-model-len": "--max-tokens",
@@ -145,10 +145,10 @@ class _Parser(argparse.ArgumentParser):
         if action.choices is None or value in action.choices:
             return
         known = [str(choice) for choice in action.choices]
-        flag = _SAID_ELSEWHERE.get(str(value))
-        if action.dest == "command" and flag is not None:
+        ours = _SAID_ELSEWHERE.get(str(value))
+        if action.dest == "command" and ours is not None:
             raise argparse.ArgumentError(
-                action, f"expected a command, got {show(value)}; write swaa {flag}"
+                action, f"expected a command, got {show(value)}; write {ours}"
             )
         near = nearest(_VALUES_ELSEWHERE.get(str(value), value), known)
         raise argparse.ArgumentError(

@@ -30,7 +30,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-VERSION = 5
+VERSION = 6
 META = "meta.json"
 """The file that is written last, and without which there is no cache."""
 

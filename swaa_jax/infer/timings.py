@@ -121,5 +121,6 @@ class Timings(Tabular):
         if self.reused_tokens:
             parts.append(f"{self.reused_tokens} prompt tokens reused")
         parts.append(f"KV cache {self.cache_bytes / 2**20:,.2f} MiB")
-        parts.append(f"compiled in {self.compile_s:,.1f} s")
+        if self.compile_s >= 0.05:
+            parts.append(f"compiled in {self.compile_s:,.1f} s")
         return ", ".join(parts)

@@ -81,10 +81,10 @@ class OptimizerConfig:
 
     @property
     def num_warmup_steps(self) -> int:
-        """Steps before the schedule begins."""
+        """Steps before the schedule begins; those of a ratio leave one of the run."""
         if self.warmup_steps is not None:
             return self.warmup_steps
-        return math.ceil(self.warmup_ratio * self.total_steps)
+        return min(math.ceil(self.warmup_ratio * self.total_steps), self.total_steps - 1)
 
     @property
     def num_decay_steps(self) -> int:

@@ -353,7 +353,10 @@ def test_a_mistake_in_flags_is_told_in_one_paragraph(words, told, capsys):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("help train", "COMMAND: expected a command, got 'help'; write swaa --help"),
+        (
+            "help train",
+            "COMMAND: expected a command, got 'help'; write swaa --help, or swaa COMMAND --help",
+        ),
         ("version", "expected a command, got 'version'; write swaa --version"),
         ("train tiny --learning_rate 1e-4", "write 'learning_rate=1e-4'"),
         ("train tiny --optimizer.learning_rate=1", "write 'optimizer.learning_rate=1'"),
@@ -390,7 +393,7 @@ def test_a_mistake_in_flags_is_told_in_one_paragraph(words, told, capsys):
         ("train tiny seed=x", "error: seed: expected an integer of at least 0, got 'x'"),
         ("train tiny loss.sft=0", "error: loss.sft: expected a factor above 0 among"),
         ("train tiny eval_tasks=qa", "task qa, files: expected a path or several"),
-        ("train tiny trainer.steps=5", "got 'trainer', which is no section: max_steps"),
+        ("train tiny trainer.steps=5", "got 'trainer', which is max_steps"),
         ("train tiny output_dir=job.jsonl", "error: output_dir: expected a directory that can be"),
         ("select m job.jsonl o --window 8 --share 2", "error: --share: expected a part of the la"),
         ("select m job.jsonl job.jsonl --window 8 --share 1/2", "error: OUT: expected a directory"),

@@ -116,6 +116,7 @@ def test_recipes_in_python(no_type_checks):
     assert [one.memory for one in tiny] == [one.memory for one in by_name]
     for arguments, message in [
         ({"memory": 5}, "memory: expected at least 10.5 GiB"),
+        ({"memory": "16GiB"}, "memory: expected a number of GiB above 0, got '16GiB'"),
         ({"prefer": "speed"}, "prefer: expected one of quality, efficiency, got 'speed'"),
         ({"model": 3}, "model: expected a path or name"),
         ({"context": "long"}, "context: expected an integer"),

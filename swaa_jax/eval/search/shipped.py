@@ -320,7 +320,7 @@ def recipes(
         Section 4.2.2 and Table 2 of arXiv 2512.10411.
     """
     needs = Needs(training=training, thinking=thinking, prefer=prefer)  # pyright: ignore[reportArgumentType]
-    memory = or_none(number(above=0))("memory", memory)
+    memory = or_none(number(above=0, unit="GiB"))("memory", memory)
     size, name = _size_of(model)
     context = min(_CONTEXT, size.context) if context is None else context
     every = list_recipes(size, context=context, rows=rows)
