@@ -11,10 +11,10 @@ from hypothesis import given, settings
 
 from kernels_pallas import swa_prefill
 from kernels_pallas.backends import choose_backend
-from kernels_pallas.swa_prefill import pallas_gpu, reference
+from kernels_pallas.swa_prefill import pallas_triton, reference
 from kernels_pallas.swa_prefill.arguments import PrefillArguments
 
-SMALL = pallas_gpu.Tiles(block_q=16, block_kv=16)
+SMALL = pallas_triton.Tiles(block_q=16, block_kv=16)
 B, T, S = 2, 40, 90
 # The softmax weights are rounded before they meet the values, and the result is: 2^-8 each.
 RTOL = {"bfloat16": 3 * 2.0**-8, "float16": 3 * 2.0**-11}
@@ -42,7 +42,7 @@ def compiled(dtype, *, is_full, has_full_rows, softcap, tiles=SMALL):
         if not has_full_rows:
             known.pop("q_full")
         arguments = PrefillArguments(q=q, k=k, v=v, scale=0.3, softcap=softcap, **known)
-        got = pallas_gpu.attend_in_blocks(arguments, tiles=tiles, interpret=True).out
+        got = pallas_triton.attend_in_blocks(arguments, tiles=tiles, interpret=True).out
         exact = (x.astype(jnp.float32) for x in (q, k, v))
         q, k, v = (jnp.nan_to_num(x) for x in exact)
         arguments = PrefillArguments(q=q, k=k, v=v, scale=0.3, softcap=softcap, **known)
@@ -75,7 +75,7 @@ def test_chunks_equal_the_reference(is_full, has_full_rows, data):
 @pytest.mark.parametrize("tiles", [(64, 16), (16, 64)])
 @pytest.mark.parametrize("dtype", RTOL)
 def test_blocks_types_and_caps(dtype, tiles):
-    tiles = pallas_gpu.Tiles(block_q=tiles[0], block_kv=tiles[1])
+    tiles = pallas_triton.Tiles(block_q=tiles[0], block_kv=tiles[1])
     known = {
         "q_offset": jnp.array([50, 7], jnp.int32),
         "lengths": jnp.array([90, 30], jnp.int32),
@@ -91,16 +91,16 @@ def test_blocks_types_and_caps(dtype, tiles):
 def test_gradients_are_those_of_xla():
     def loss(q, k, v, backend):
         known = {"window": 9, "num_sink_tokens": 2, "q_offset": 50, "scale": 0.3}
-        if backend == "pallas_gpu":
+        if backend == "pallas_triton":
             arguments = PrefillArguments(q=q, k=k, v=v, **known)
-            out = pallas_gpu.attend_in_blocks(arguments, tiles=SMALL, interpret=True).out
+            out = pallas_triton.attend_in_blocks(arguments, tiles=SMALL, interpret=True).out
         else:
             out = swa_prefill(q, k, v, backend=backend, **known)
         return jnp.sum(jnp.sin(out.astype(jnp.float32)))
 
     given = arrays("bfloat16")
     gradients = [
-        jax.grad(loss, argnums=(0, 1, 2))(*given, backend) for backend in ("pallas_gpu", "xla")
+        jax.grad(loss, argnums=(0, 1, 2))(*given, backend) for backend in ("pallas_triton", "xla")
     ]
     for got, want in zip(*gradients, strict=True):
         got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
@@ -115,7 +115,7 @@ def test_auto_takes_it_for_chunks_on_gpus_alone():
     on_gpu = {"window": 9, "scale": 1.0, "target": Target(platform="gpu", device_kind="any")}
     chunk = PrefillArguments(q=q, k=k, v=v, q_offset=50, **on_gpu)
     whole = PrefillArguments(q=q, k=k[:, :T], v=v[:, :T], **on_gpu)
-    assert choose_backend("swa_prefill", "auto", chunk) == "pallas_gpu"
+    assert choose_backend("swa_prefill", "auto", chunk) == "pallas_triton"
     assert choose_backend("swa_prefill", "auto", whole) == "cudnn"
 
 
@@ -129,10 +129,10 @@ def test_auto_takes_it_for_chunks_on_gpus_alone():
 def test_what_it_cannot_compute_is_named(change, words):
     q, k, v = arrays("bfloat16")
     arguments = PrefillArguments(q=q, k=k, v=v, window=None, scale=1.0, **change)
-    assert any(words in limit for limit in pallas_gpu.limits(arguments))
+    assert any(words in limit for limit in pallas_triton.limits(arguments))
     q, k, v = arrays("float32")
     float32 = PrefillArguments(q=q, k=k, v=v, window=None, scale=1.0)
-    assert any("bfloat16" in limit for limit in pallas_gpu.limits(float32))
+    assert any("bfloat16" in limit for limit in pallas_triton.limits(float32))
 
 
 def assert_close(got, want, dtype):
