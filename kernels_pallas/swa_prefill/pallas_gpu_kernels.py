@@ -178,8 +178,10 @@ def choose_tiles(head_dim: int) -> Tiles:
 
 
 class _Steps:
-    """The blocks of keys that a tile visits: steps up to `sinks`, `left`, `masked` and `total`, each
-    with what a step's number lacks of its block's.
+    """The blocks of keys that a tile visits.
+
+    Steps end at `sinks`, `left`, `masked` and `total`; with each kind goes what its steps' numbers
+    lack of their blocks'.
     """
 
     def __init__(self, table_ref: Any, row: Any, block: Any):
