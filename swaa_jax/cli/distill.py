@@ -130,8 +130,5 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(done.to_dict())
     elif not args.quiet:
-        print(
-            f"{done.path}: {done.kept} answers kept; {done.accepted} of {done.answers} accepted, "
-            f"{done.questions_answered} of {done.questions} questions answered"
-        )
+        print(done)
     return 0

@@ -121,6 +121,19 @@ class DistillSummary(Tabular):
         axis.spines[["top", "right"]].set_visible(False)
         return save_figure(figure, path)
 
+    def __str__(self) -> str:
+        """The figures in words, and what to do where there is nothing to train on."""
+        lines = [f"{self.path}: {self._told()}" if self.path else self._told()]
+        cut = sum(attempt["reason"] == "cut off" for attempt in self.attempts)
+        if cut:
+            lines.append(f"{cut} of the answers were cut off: raise max_new_tokens")
+        if not self.accepted and cut < self.answers:
+            lines.append(
+                "no answer was accepted: see why in the column `reason` of `attempts`; the judge "
+                "`exact` wants the reference and nothing else, `includes` wants it somewhere"
+            )
+        return "\n".join(lines)
+
     def __repr__(self) -> str:
         where = f"; {self.path}" if self.path else ""
         return f"DistillSummary({self._told()}{where})"

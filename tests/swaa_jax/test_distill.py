@@ -74,6 +74,7 @@ def test_everything_in_memory_and_what_it_shows(retriever, tmp_path):
     assert done.plot(tmp_path / "accepted.png")._repr_png_()[:4] == b"\x89PNG"
     judged = swaa.distill(*retriever, rows, lambda judged: False, limit=2, **fields)
     assert (judged.questions, judged.answers, judged.accepted, judged.records()) == (2, 6, 0, [])
+    assert str(judged).startswith("0 answers kept") and "raise max_new_tokens" in str(judged)
 
 
 @pytest.mark.parametrize(

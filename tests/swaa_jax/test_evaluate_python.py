@@ -166,7 +166,7 @@ MISTAKES = [
     ({"models": [], "tasks": RULER}, "models: expected at least one"),
     ({**ASKED, "polices": "naive"}, r"'polices' \(did you mean 'policies'\?\)"),
     ({**ASKED, "batchsize": 3}, r"'batchsize' \(did you mean 'batch_size'\?\)"),
-    ({**ASKED, "policies": "nope"}, r"policies\[0\]: policies: expected the name of a shipped"),
+    ({**ASKED, "policies": "nope"}, r"policies\[0\]: policy: expected the name of a shipped"),
     ({**ASKED, "policies": "sinks=4"}, r"policies\[0\]: window: expected a window beside"),
     ({**ASKED, "policies": {"windw": 64}}, r"did you mean 'window'"),
     ({**ASKED, "policies": {"mine": "windw=64"}}, r"policies\['mine'\]: .*did you mean 'window'"),

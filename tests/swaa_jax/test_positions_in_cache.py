@@ -55,7 +55,7 @@ def brute_force(model, tokens, prompt_length, sinks):
     return np.asarray(model.head(model.norm(x)))[0]
 
 
-@pytest.mark.parametrize("sinks", [SINKS, 0])
+@pytest.mark.parametrize("sinks", [SINKS, pytest.param(0, marks=pytest.mark.slow)])
 def test_answers_far_beyond_the_context_are_the_loops(sinks):
     model = build(sinks)
     options = {"max_new_tokens": 60, "logprobs": True, "ignore_eos": True}

@@ -1,6 +1,7 @@
 """`swaa recipes`: what is listed, recommended and counted, against the paper and whole models."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -40,8 +41,13 @@ def test_evidence_is_the_papers(name):
         assert got == ([] if scores is None else list(zip(scores, limits, strict=True)))
 
 
+@functools.cache
+def listed():
+    return recipes.list_recipes()
+
+
 def names(needs, **options):
-    return [one.file.name for one in recipes.recommend(recipes.list_recipes(), needs, **options)]
+    return [one.file.name for one in recipes.recommend(listed(), needs, **options)]
 
 
 def test_recommendations_are_table_2():

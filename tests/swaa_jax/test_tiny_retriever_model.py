@@ -49,7 +49,7 @@ def found(target_length, num_samples, *, enable_thinking):
     return sum(scores) / len(scores)
 
 
-@pytest.mark.parametrize("enable_thinking", [False, True])
+@pytest.mark.parametrize("enable_thinking", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_full_attention_finds_the_values(enable_thinking):
     assert found(512, 1, enable_thinking=enable_thinking) == 1.0
 

@@ -22,7 +22,10 @@ def compile_for(generation, *sets):
 
 @pytest.mark.parametrize(
     "generation, sets, count",
-    [("v5e", ("longest", "features"), 3), ("v6e", ("longest window",), 1)],
+    [
+        pytest.param("v5e", ("longest", "features"), 3, marks=pytest.mark.slow),
+        ("v6e", ("longest window",), 1),
+    ],
 )
 def test_a_window_and_full_attention(generation, sets, count):
     """128k tokens of Qwen3-4B's heads, with 128 sinks: a window of 2,048, and none (on v6e a slow
