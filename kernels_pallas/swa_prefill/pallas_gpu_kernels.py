@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.layout import LOWEST
@@ -40,6 +40,8 @@ HEAD_MULTIPLE = 64
 
 _BLOCK_Q = 64
 """Rows of a warpgroup: those of the tensor cores' products."""
+
+plgpu: Any = mosaic_gpu  # each JAX has its own signatures; 0.11 and later will do
 
 _WARPGROUPS = 2
 _LOG2_E = math.log2(math.e)
