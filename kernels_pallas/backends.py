@@ -45,6 +45,7 @@ BACKENDS: dict[str, dict[str, Backend]] = {
     "swa_prefill": {
         "pallas_tpu": Backend(platform="tpu"),
         "pallas_gpu": Backend(platform="gpu"),
+        "pallas_triton": Backend(platform="gpu"),
         "cudnn": Backend(platform="gpu"),
         "xla": Backend(),
         "reference": Backend(by_name_only=True),

@@ -151,6 +151,8 @@ GPUS: Mapping[str, Chip] = {
     ),
 }
 
+_HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA H800", "NVIDIA H20", "NVIDIA GH200")
+
 
 def find_chip(device_kind: str) -> Chip | None:
     """The chip of that kind; None where the table has none.
@@ -163,6 +165,15 @@ def find_chip(device_kind: str) -> Chip | None:
         kind: chip for chip in GPUS.values() for kind in chip.kinds if device_kind.startswith(kind)
     }
     return found[max(found, key=len)] if found else None
+
+
+def is_hopper(target: Target) -> bool:
+    """Whether a target is a GPU whose compute capability is 9.0.
+
+    >>> is_hopper(Target(platform="gpu", device_kind="NVIDIA H100 80GB HBM3"))
+    True
+    """
+    return target.device_kind.startswith(_HOPPER)
 
 
 def generation_of(target: Target | None) -> str:

@@ -1,264 +1,189 @@
-"""The ``pallas_gpu`` backend: a Triton kernel for chunks of prompts beside what is cached.
+"""The ``pallas_gpu`` backend: a kernel for Hopper GPUs, through Pallas's Mosaic GPU.
 
-A program is a block of one head's queries, and reads the blocks of keys that they see::
+It takes all that ``swa_prefill`` takes in 16 bits: windows and sinks that are traced or not, full
+rows, segments, lengths, soft caps, queries at an offset. What a row sees becomes two ranges of keys
+(its own, and the sinks of its segment), so that the kernel knows of none of these.
 
-    keys      sinks   .    . window . . . . . . . . . . chunk
-            [ masked |    | masked | free  free  free | masked ]
-              n_sink        left     all rows see all   diagonal
-
-Rows behind a row's length cost nothing but their zeros. There is no gradient of its own: where one
-is asked for, the ``xla`` backend computes it.
+There is no gradient of its own yet. Where one is asked for, ``cudnn`` computes the output and its
+gradient where it can, and ``xla`` does else.
 """
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.layout import LOWEST, next_power_of_two, pad_end
-from kernels_pallas.mask import per_row, visible
-from kernels_pallas.swa_prefill import xla
-from kernels_pallas.swa_prefill.arguments import AttentionOutput, PrefillArguments
-from kernels_pallas.triton import triton as plgpu
-from kernels_pallas.triton import triton_limits
+from kernels_pallas.backends import Target
+from kernels_pallas.chips import is_hopper
+from kernels_pallas.layout import pad_end
+from kernels_pallas.mask import RowInfo, block_map, per_row
+from kernels_pallas.swa_prefill import cudnn, xla
+from kernels_pallas.swa_prefill import pallas_gpu_kernels as kernels
+from kernels_pallas.swa_prefill.arguments import (
+    AttentionOutput,
+    PrefillArguments,
+    without_padding,
+)
 
-_LOG2_E = math.log2(math.e)
-_LEAST_HEAD_DIM = 16
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """How the kernel is cut: queries and keys of a block, powers of two; Triton's warps, stages."""
-
-    block_q: int = 128
-    block_kv: int = 64
-    num_warps: int = 8
-    num_stages: int = 3
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Static:
-    tiles: Tiles
-    is_full: bool
-    has_full_rows: bool
-    scale: float
-    softcap: float | None
-    interpret: bool
+_LEAST_JAX = (0, 11)
+_ROW_RULES = ("window", "num_sink_tokens", "q_offset", "lengths", "segment_ids", "q_full")
 
 
 def limits(arguments: PrefillArguments) -> tuple[str, ...]:
-    """What the kernel cannot compute."""
-    found, head_dim = triton_limits(arguments.q.dtype), arguments.q.shape[3]
+    """What the kernel cannot compute, or not here."""
+    found, head_dim = [], arguments.q.shape[3]
+    if jax.__version_info__ < _LEAST_JAX:
+        found.append(f"jax: expected 0.11 or later, got {jax.__version__}")
+    target = arguments.target or Target.here()
+    if not is_hopper(target):
+        found.append(f"target: expected a Hopper GPU (H100, H200), got {target.device_kind}")
+    if arguments.q.dtype not in (jnp.bfloat16, jnp.float16):
+        found.append(f"q: expected bfloat16 or float16, got {arguments.q.dtype}")
     if head_dim > 256:
         found.append(f"q: expected a head dim of at most 256, got {head_dim}")
-    if arguments.segment_ids is not None:
-        found.append("segment_ids: expected None, got an array")
-    if arguments.return_lse:
-        found.append("return_lse: expected False, got True")
+    if not float(arguments.scale) > 0:
+        found.append(f"scale: expected above 0, got {arguments.scale}")
     return tuple(found)
 
 
 def drawbacks(arguments: PrefillArguments) -> tuple[str, ...]:
-    """Whole rows are cuDNN's, which has a gradient."""
-    if isinstance(arguments.q_offset, int) and arguments.q_offset == 0:
-        return ("q_offset: whole rows, which cudnn computes faster",)
-    return ()
-
-
-def choose_tiles(head_dim: int) -> Tiles:
-    """Those that an H100 was fastest with; wide heads leave less room."""
-    return Tiles() if head_dim <= 128 else Tiles(block_q=64, block_kv=32, num_warps=4, num_stages=2)
+    """On a GPU the kernel has run with heads of 128, to which 80 and 96 are filled up."""
+    head_dim = arguments.q.shape[3]
+    if 64 < head_dim <= 128:
+        return ()
+    return (f"q: a head dim of {head_dim}, with which the kernel has not run on a GPU yet",)
 
 
 def compute(arguments: PrefillArguments) -> AttentionOutput:
-    """Compiled for the GPU; ``lse`` is NaN. Padding may hold NaN."""
-    return attend_in_blocks(arguments, tiles=choose_tiles(arguments.q.shape[3]))
+    """Compiled for the GPU; ``lse`` is NaN unless it is asked for. Padding may hold NaN."""
+    return attend(arguments, tiles=None)
 
 
-def attend_in_blocks(
-    arguments: PrefillArguments, *, tiles: Tiles, interpret: bool = False
-) -> AttentionOutput:
-    """The kernel with these tiles; ``interpret``: in plain JAX, on any device."""
-    static = _Static(
-        tiles=tiles,
-        is_full=arguments.window is None,
-        has_full_rows=arguments.q_full is not None and arguments.window is not None,
+def attend(arguments: PrefillArguments, *, tiles: Any, interpret: Any = False) -> AttentionOutput:
+    """The kernel with these tiles (None: those that an H200 was fastest with); ``interpret``: an
+    ``InterpretGPUParams``, to run it without a GPU.
+    """
+    given = {name: getattr(arguments, name) for name in _ROW_RULES}
+    numbers = {name: value for name, value in given.items() if isinstance(value, int)}
+    call = _Call(
+        numbers=tuple(sorted(numbers.items())),
         scale=float(arguments.scale),
-        softcap=arguments.softcap,
+        softcap=None if arguments.softcap is None else float(arguments.softcap),
+        return_lse=arguments.return_lse,
+        target=arguments.target,
+        tiles=tiles,
         interpret=interpret,
     )
-    per_row_arrays: dict[str, Array] = {
-        name: jnp.asarray(value, jnp.int32)
-        for name in ("window", "num_sink_tokens", "q_offset", "lengths")
-        if (value := getattr(arguments, name)) is not None
+    traced: dict[str, Array] = {
+        name: jnp.asarray(value)
+        for name, value in given.items()
+        if name not in numbers and value is not None
     }
-    if static.has_full_rows:
-        per_row_arrays["q_full"] = jnp.asarray(arguments.q_full)
-    # Blocks are powers of two, heads too. A wider head changes no product.
-    head_dim = arguments.q.shape[3]
-    wider = max(_LEAST_HEAD_DIM, next_power_of_two(head_dim)) - head_dim
-    q, k, v = (pad_end(x, wider, axis=3) for x in (arguments.q, arguments.k, arguments.v))
-    out: Any = _attend(static, q, k, v, per_row_arrays)
-    out = out[..., :head_dim]
-    return AttentionOutput(out=out, lse=jnp.full(out.shape[:3], jnp.nan, jnp.float32))
+    result: Any = _attend(call, arguments.q, arguments.k, arguments.v, traced)
+    return AttentionOutput(out=result[0], lse=result[1])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Call:
+    """What is known while tracing; hashable."""
+
+    numbers: tuple[tuple[str, int], ...]
+    scale: float
+    softcap: float | None
+    return_lse: bool
+    target: Target | None
+    tiles: Any
+    interpret: Any
+
+    def arguments(self, q: Array, k: Array, v: Array, traced: dict[str, Array]) -> PrefillArguments:
+        """The call's own, again."""
+        fields: dict[str, Any] = {"window": None, **dict(self.numbers), **traced}
+        return PrefillArguments(
+            q=q,
+            k=k,
+            v=v,
+            scale=self.scale,
+            softcap=self.softcap,
+            return_lse=self.return_lse,
+            target=self.target,
+            **fields,
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    static: _Static,
+    call: _Call,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    known: dict[str, Array],
-) -> Float[Array, "B T N H"]:
-    num_batch, num_queries, num_heads, head_dim = q.shape
-    num_keys, num_kv_heads = k.shape[1:3]
-    block_q = static.tiles.block_q
-    padding = -num_queries % block_q
-
-    def each(name: str, default: int) -> Int[Array, " B"]:
-        value = per_row(known[name]) if name in known else jnp.int32(default)
-        return jnp.broadcast_to(value.astype(jnp.int32), (num_batch,))
-
-    offset_B = each("q_offset", 0)
-    # What a row's queries see at most, and what its keys hold.
-    end_B = jnp.minimum(each("lengths", num_keys), offset_B + num_queries)
-    rules = (offset_B, end_B, each("window", 0), each("num_sink_tokens", 0))
-    full_BT = known.get("q_full", jnp.zeros((num_batch, num_queries), bool))
-    kernel = functools.partial(
-        _attend_to_keys, static=static, num_keys=num_keys, num_groups=num_heads // num_kv_heads
+    traced: dict[str, Array],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    arguments = call.arguments(q, k, v, traced)
+    rows = arguments.rows()
+    num_batch, num_rows, num_heads, head_dim = q.shape
+    tiles = call.tiles or kernels.choose_tiles(head_dim)
+    shape = kernels.Shape.of(q.shape, num_kv_heads=k.shape[2])
+    # A weight of 0 times NaN is NaN; what is hidden may hold it.
+    v = without_padding(arguments, rows)[2]
+    wider, longer = -head_dim % kernels.HEAD_MULTIPLE, -num_rows % shape.rows_of_tile
+    q = pad_end(pad_end(q, wider, axis=3), longer, axis=1)
+    k, v = (pad_end(x, wider, axis=3) for x in (k, v))
+    k, v = (pad_end(x, -x.shape[1] % tiles.block_kv, axis=1) for x in (k, v))
+    blocks = block_map(
+        rows,
+        window=arguments.window,
+        num_sink_tokens=arguments.num_sink_tokens,
+        block_q=shape.rows_of_tile,
+        block_kv=tiles.block_kv,
     )
-    shape = (num_batch, num_queries + padding, num_heads, head_dim)
-    out = pl.pallas_call(
-        kernel,
-        grid=(shape[1] // block_q, num_heads, num_batch),
-        out_shape=jax.ShapeDtypeStruct(shape, q.dtype),
-        compiler_params=plgpu.CompilerParams(
-            num_warps=static.tiles.num_warps, num_stages=static.tiles.num_stages
-        ),
-        interpret=static.interpret,
-        name="swa_prefill",
-    )(
-        jnp.stack(rules, axis=1),
-        pad_end(full_BT.astype(jnp.int32), padding, axis=1),
-        pad_end(q, padding, axis=1),
-        k,
-        v,
+    static = kernels.Static(
+        tiles=tiles,
+        scale=call.scale,
+        softcap=call.softcap,
+        has_low=arguments.window is not None or arguments.segment_ids is not None,
+        has_sinks=arguments.window is not None and not _is_zero(arguments.num_sink_tokens),
+        interpret=call.interpret,
     )
-    return out[:, :num_queries]
+    bounds = pad_end(_bounds(arguments, rows), longer, axis=2, value=-1)
+    out, lse = kernels.attend(static, q, k, v, bounds, kernels.step_table(blocks))
+    lse = lse[:, :, :num_rows].swapaxes(1, 2) if call.return_lse else jnp.nan
+    lse = jnp.broadcast_to(lse, (num_batch, num_rows, num_heads)).astype(jnp.float32)
+    return out[:, :num_rows, :, :head_dim], lse
 
 
-def _attend_forward(static: _Static, q: Array, k: Array, v: Array, known: dict[str, Array]):
-    return _attend(static, q, k, v, known), (q, k, v, known)
+def _bounds(arguments: PrefillArguments, rows: RowInfo) -> Int[Array, "B 4 T"]:
+    """The two ranges of keys that each row sees; see ``pallas_gpu_kernels.attend``."""
+    low = rows.q_start
+    if arguments.window is not None:
+        low = jnp.maximum(rows.q_index - per_row(arguments.window)[:, None] + 1, rows.q_start)
+        if rows.q_full is not None:
+            low = jnp.where(rows.q_full, rows.q_start, low)
+    sinks_end = jnp.minimum(rows.q_start + per_row(arguments.num_sink_tokens)[:, None], low)
+    ranges = (low, jnp.where(rows.q_valid, rows.q_index, -1), rows.q_start, sinks_end)
+    return jnp.stack(jnp.broadcast_arrays(*ranges), axis=1).astype(jnp.int32)
 
 
-def _attend_backward(static: _Static, saved: tuple[Any, ...], cotangent: Array):
-    q, k, v, known = saved
+def _attend_forward(call: _Call, q: Array, k: Array, v: Array, traced: dict[str, Array]):
+    arguments = call.arguments(q, k, v, traced)
+    other = xla if cudnn.limits(arguments) or call.interpret else cudnn
 
-    def in_xla(q: Array, k: Array, v: Array) -> Array:
-        fields: dict[str, Any] = {"window": None, **known}
-        return xla.compute(
-            PrefillArguments(q=q, k=k, v=v, scale=static.scale, softcap=static.softcap, **fields)
-        ).out
+    def elsewhere(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+        found = other.compute(dataclasses.replace(arguments, q=q, k=k, v=v))
+        return found.out, found.lse
 
-    return (*jax.vjp(in_xla, q, k, v)[1](cotangent), None)
+    return jax.vjp(elsewhere, q, k, v)
+
+
+def _attend_backward(call: _Call, gradient: Any, cotangents: Any):
+    del call
+    return (*gradient(cotangents), None)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _attend_to_keys(
-    # in
-    rules_ref: Any,  # [B, 4]: offset, end, window, sinks
-    full_ref: Any,  # [B, T]
-    q_ref: Any,  # [B, T, N, H]
-    k_ref: Any,  # [B, S, K, H]
-    v_ref: Any,
-    # out
-    out_ref: Any,  # [B, T, N, H]
-    *,
-    static: _Static,
-    num_keys: int,
-    num_groups: int,
-) -> None:
-    block_q, block_kv = static.tiles.block_q, static.tiles.block_kv
-    # The last blocks see the most keys, and come first.
-    number = pl.num_programs(0) - 1 - pl.program_id(0)
-    head, row = pl.program_id(1), pl.program_id(2)
-    offset, end, window, sinks = (rules_ref[row, rule] for rule in range(4))
-    rows = pl.ds(number * block_q, block_q)
-    q_TH = q_ref[row, rows, head]
-    q_index = offset + number * block_q + jnp.arange(block_q)
-    first = offset + number * block_q
-    last = jnp.minimum(first + block_q, end) - 1
-    q_full = full_ref[row, rows] > 0
-
-    # Blocks of keys: free from `free` to `diagonal`, which all rows see whole; see above.
-    stop = jnp.where(first < end, pl.cdiv(last + 1, block_kv), 0)
-    left = free = jnp.int32(0)
-    if not static.is_full:
-        left = jnp.maximum(first - window + 1, 0) // block_kv
-        free = pl.cdiv(jnp.maximum(last - window + 1, 0), block_kv)
-        if static.has_full_rows:
-            left = jnp.where(jnp.max(q_full.astype(jnp.int32)) > 0, 0, left)
-    left, free = jnp.minimum(left, stop), jnp.minimum(free, stop)
-    diagonal = jnp.clip((first + 1) // block_kv, free, stop)
-    num_sink_blocks = jnp.minimum(pl.cdiv(jnp.minimum(sinks, num_keys), block_kv), left)
-    num_left = num_sink_blocks + free - left
-
-    def masked_block(step: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        block = jnp.where(step < num_sink_blocks, step, left + step - num_sink_blocks)
-        block = jnp.where(step < num_left, block, diagonal + step - num_left)
-        return add_block(block, sums, masked=True)
-
-    def add_block(
-        block: Array, sums: tuple[Array, Array, Array], *, masked: bool
-    ) -> tuple[Array, Array, Array]:
-        largest_T, total_T, out_TH = sums
-        start = block * block_kv
-        k_index = start + jnp.arange(block_kv)
-        here = (row, pl.ds(start, block_kv), head // num_groups)
-        there = {"mask": (k_index < end)[:, None], "other": 0} if masked else {}
-        k_SH = plgpu.load(k_ref.at[here], **there)
-        scores_TS = plgpu.dot(q_TH, k_SH, trans_b=True).astype(jnp.float32)
-        if static.softcap is None:
-            scores_TS *= static.scale * _LOG2_E
-        else:
-            scores_TS = static.softcap * jnp.tanh(scores_TS * (static.scale / static.softcap))
-            scores_TS *= _LOG2_E
-        if masked:
-            seen_TS = visible(
-                q_index[:, None],
-                k_index[None],
-                window=None if static.is_full else window,
-                num_sink_tokens=sinks,
-                q_full=q_full[:, None] if static.has_full_rows else False,
-            )
-            scores_TS = jnp.where(seen_TS, scores_TS, -jnp.inf)
-        new_largest_T = jnp.maximum(largest_T, jnp.max(scores_TS, axis=1))
-        weights_TS = jnp.exp2(scores_TS - new_largest_T[:, None])
-        shrunk_T = jnp.exp2(largest_T - new_largest_T)
-        v_SH = plgpu.load(v_ref.at[here], **there)
-        weighed_TH = plgpu.dot(weights_TS.astype(v_SH.dtype), v_SH).astype(jnp.float32)
-        return (
-            new_largest_T,
-            total_T * shrunk_T + jnp.sum(weights_TS, axis=1),
-            out_TH * shrunk_T[:, None] + weighed_TH,
-        )
-
-    sums = (
-        jnp.full((block_q,), LOWEST, jnp.float32),
-        jnp.zeros((block_q,), jnp.float32),
-        jnp.zeros(q_TH.shape, jnp.float32),
-    )
-    sums = lax.fori_loop(0, num_left + stop - diagonal, masked_block, sums)
-    sums = lax.fori_loop(free, diagonal, functools.partial(add_block, masked=False), sums)
-    _, total_T, out_TH = sums
-    out_TH = out_TH / jnp.where(total_T > 0, total_T, 1)[:, None]
-    out_ref[row, rows, head] = jnp.where((q_index < end)[:, None], out_TH, 0).astype(out_ref.dtype)
+def _is_zero(value: object) -> bool:
+    return isinstance(value, int) and value == 0

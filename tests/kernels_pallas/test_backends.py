@@ -51,7 +51,7 @@ def test_auto_logs_its_choice_once(op, caplog):
     "op, platform, names",
     [
         ("swa_prefill", "cpu", ("xla",)),
-        ("swa_prefill", "gpu", ("pallas_gpu", "cudnn", "xla")),
+        ("swa_prefill", "gpu", ("pallas_gpu", "pallas_triton", "cudnn", "xla")),
         ("swa_prefill", "tpu", ("pallas_tpu", "xla")),
         ("swa_decode", "gpu", ("pallas_gpu", "xla")),
         ("grouped_matmul", "tpu", ("pallas_tpu", "xla")),
@@ -129,7 +129,8 @@ def test_a_named_backend_runs_within_its_limits_and_raises_beyond_them(made_up):
 def test_unknown_name_lists_the_names():
     with pytest.raises(
         ValueError,
-        match="'auto', 'cudnn', 'pallas_gpu', 'pallas_tpu', 'reference', 'xla' for swa_prefill",
+        match="'auto', 'cudnn', 'pallas_gpu', 'pallas_tpu', 'pallas_triton', 'reference', 'xla' "
+        "for swa_prefill",
     ):
         resolve_backend("cuda")
 

@@ -72,7 +72,7 @@ def test_limits(limit):
     case = arguments(**LIMITED[limit], target=GPU)
     assert limits(case) == (limit,)
     chosen = choose_backend("swa_prefill", "auto", case)
-    assert chosen == ("pallas_gpu" if "q_offset" in LIMITED[limit] else "xla")
+    assert chosen == ("pallas_triton" if "q_offset" in LIMITED[limit] else "xla")
     with pytest.raises(NotImplementedError, match=f"'cudnn' cannot .*{re.escape(limit)}"):
         choose_backend("swa_prefill", "cudnn", case)
 

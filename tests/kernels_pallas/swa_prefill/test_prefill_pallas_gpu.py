@@ -1,141 +1,201 @@
-"""The Triton kernel, interpreted, against the dense reference, with NaN in all that is padding."""
+"""The kernel for Hopper GPUs, interpreted, against a loop; and lowered, without a GPU.
 
+The interpreter runs the warpgroups as threads, with NaN in memory that is not written, and finds
+races; warpgroups that wait for each other hang. Shapes are few, since each takes seconds.
+"""
+
+import dataclasses
 import functools
 
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import swa_prefill
-from kernels_pallas.backends import choose_backend
-from kernels_pallas.swa_prefill import pallas_gpu, reference
+from kernels_pallas.backends import Target, choose_backend
+from kernels_pallas.swa_prefill import cudnn, pallas_gpu, xla
+from kernels_pallas.swa_prefill import pallas_gpu_kernels as kernels
 from kernels_pallas.swa_prefill.arguments import PrefillArguments
+from tests.support import bruteforce
 
-SMALL = pallas_gpu.Tiles(block_q=16, block_kv=16)
-B, T, S = 2, 40, 90
+HOPPER = Target(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
+has_kernel = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="JAX 0.11 and later have what the kernel is written in"
+)
 # The softmax weights are rounded before they meet the values, and the result is: 2^-8 each.
 RTOL = {"bfloat16": 3 * 2.0**-8, "float16": 3 * 2.0**-11}
+# One block of threads has four tiles or more, or three have what is left over.
+FEW, ODD = {"num_blocks": 1}, {"num_blocks": 3}
+TWO_ROWS = np.array([130, 0])
+SEGMENTS = np.repeat([[0, 1, 0, 2]], [30, 100, 70, 56], axis=1)
+CASES = {  # (B, T, S), (N, K, H), tiles, options
+    "window": ((1, 256, 256), (2, 1, 64), FEW, {"window": 100, "sinks": 8}),
+    "many short tiles": ((1, 384, 384), (2, 1, 64), FEW, {"window": 10}),
+    "full, a group of four": ((1, 128, 128), (4, 1, 64), ODD, {"window": None}),
+    "a group of three": ((2, 128, 128), (3, 1, 64), ODD, {"window": 50, "sinks": 3}),
+    "a tile that is not whole": ((1, 100, 100), (1, 1, 64), ODD, {"window": 30, "sinks": 70}),
+    "lengths": ((2, 256, 256), (2, 1, 64), ODD, {"window": 70, "sinks": 4, "lengths": TWO_ROWS}),
+    "segments": ((1, 256, 256), (2, 1, 64), ODD, {"window": 40, "sinks": 4, "segments": SEGMENTS}),
+    "full rows": ((1, 256, 256), (2, 1, 64), ODD, {"window": 40, "sinks": 4, "full_from": 200}),
+    "offsets": (
+        (2, 64, 256),
+        (2, 1, 64),
+        ODD,
+        {"window": np.array([40, 300]), "sinks": np.array([4, 0]), "offset": np.array([100, 192])},
+    ),
+    "soft cap": ((1, 64, 64), (2, 1, 64), ODD, {"window": 20, "softcap": 2.0}),
+    "head dim 80": ((1, 64, 64), (2, 2, 80), ODD, {"window": 20, "sinks": 2}),
+    "head dim 256": (
+        (1, 128, 128),
+        (2, 2, 256),
+        {"num_buffers": 1},
+        {"window": 20, "sinks": 2, "dtype": "float16"},
+    ),
+}
 
 
-def arrays(dtype, heads=(4, 2), head_dim=16, seed=0):
+def build(sizes, heads, *, seed=0, dtype="bfloat16", **options):
+    """The arguments of a call, with NaN in keys that no row sees, and the loop's of its mask."""
+    (num_batch, num_rows, num_keys), (many, few, head_dim) = sizes, heads
     rng = np.random.default_rng(seed)
-    shapes = ((B, T, heads[0]), (B, S, heads[1]), (B, S, heads[1]))
-    return tuple(jnp.asarray(rng.standard_normal((*x, head_dim)), dtype) for x in shapes)
-
-
-def with_nan(k, offset, lengths):
-    """NaN in keys that no query sees: behind the length and behind the last query."""
-    ends = np.minimum(np.asarray(lengths), np.asarray(offset) + T)
-    hidden = np.arange(S)[None] >= ends[:, None]
-    return jnp.where(hidden[:, :, None, None], jnp.nan, k)
-
-
-@functools.cache
-def compiled(dtype, *, is_full, has_full_rows, softcap, tiles=SMALL):
-    def run(q, k, v, known):
-        known = dict(known)
-        if is_full:
-            known["window"] = None
-        if not has_full_rows:
-            known.pop("q_full")
-        arguments = PrefillArguments(q=q, k=k, v=v, scale=0.3, softcap=softcap, **known)
-        got = pallas_gpu.attend_in_blocks(arguments, tiles=tiles, interpret=True).out
-        exact = (x.astype(jnp.float32) for x in (q, k, v))
-        q, k, v = (jnp.nan_to_num(x) for x in exact)
-        arguments = PrefillArguments(q=q, k=k, v=v, scale=0.3, softcap=softcap, **known)
-        return got, reference.compute(arguments).out
-
-    return jax.jit(run)
-
-
-@given(data=st.data())
-@settings(max_examples=25, deadline=None)
-@pytest.mark.parametrize("is_full, has_full_rows", [(True, False), (False, False), (False, True)])
-def test_chunks_equal_the_reference(is_full, has_full_rows, data):
-    draw = data.draw
-    offset = np.array([draw(st.integers(0, S - T)) for _ in range(B)], np.int32)
-    lengths = offset + np.array([draw(st.integers(0, T)) for _ in range(B)], np.int32)
-    q, k, v = arrays("bfloat16", seed=draw(st.integers(0, 99)))
-    k, v = (with_nan(x, offset, lengths) for x in (k, v))
-    known = {
-        "q_offset": jnp.asarray(offset),
-        "lengths": jnp.asarray(lengths),
-        "window": jnp.int32(draw(st.integers(1, S))),
-        "num_sink_tokens": jnp.int32(draw(st.integers(0, 40))),
-        "q_full": jnp.asarray(np.random.default_rng(0).random((B, T)) < draw(st.floats(0, 1))),
+    q, k, v = (
+        np.asarray(jnp.asarray(rng.standard_normal((num_batch, *shape, head_dim)), dtype))
+        for shape in ((num_rows, many), (num_keys, few), (num_keys, few))
+    )
+    offset, lengths = options.get("offset", 0), options.get("lengths")
+    full = None
+    if "full_from" in options:
+        full = np.broadcast_to(np.arange(num_rows) >= options["full_from"], (num_batch, num_rows))
+    ends = np.broadcast_to(np.asarray(offset) + num_rows, (num_batch,))
+    if lengths is not None:
+        ends = np.minimum(ends, lengths)
+    hidden = (np.arange(num_keys) >= ends[:, None])[:, :, None, None]
+    array = jnp.asarray
+    arguments = PrefillArguments(
+        q=array(q),
+        k=array(np.where(hidden, np.nan, k).astype(k.dtype)),
+        v=array(np.where(hidden, np.nan, v).astype(v.dtype)),
+        window=_traced(options["window"]),
+        num_sink_tokens=_traced(options.get("sinks", 0)),
+        q_full=None if full is None else array(full),
+        lengths=None if lengths is None else array(lengths),
+        segment_ids=None if "segments" not in options else array(options["segments"]),
+        q_offset=_traced(offset),
+        scale=head_dim**-0.5,
+        softcap=options.get("softcap"),
+        return_lse=True,
+        target=HOPPER,
+    )
+    oracle = {
+        "window": options["window"],
+        "sinks": options.get("sinks", 0),
+        "q_full": full,
+        "lengths": lengths,
+        "segment_ids": options.get("segments"),
+        "q_offset": offset,
     }
-    run = compiled("bfloat16", is_full=is_full, has_full_rows=has_full_rows, softcap=None)
-    got, want = run(q, k, v, known)
-    assert_close(got, want, "bfloat16")
+    return arguments, oracle
 
 
-@pytest.mark.parametrize("tiles", [(64, 16), (16, 64)])
-@pytest.mark.parametrize("dtype", RTOL)
-def test_blocks_types_and_caps(dtype, tiles):
-    tiles = pallas_gpu.Tiles(block_q=tiles[0], block_kv=tiles[1])
-    known = {
-        "q_offset": jnp.array([50, 7], jnp.int32),
-        "lengths": jnp.array([90, 30], jnp.int32),
-        "window": jnp.int32(20),
-        "num_sink_tokens": jnp.int32(3),
-        "q_full": jnp.zeros((B, T), bool),
-    }
-    run = compiled(dtype, is_full=False, has_full_rows=False, softcap=1.5, tiles=tiles)
-    got, want = run(*arrays(dtype), known)
-    assert_close(got, want, dtype)
+def _traced(value):
+    return jnp.asarray(value, jnp.int32) if isinstance(value, np.ndarray) else value
 
 
-def test_gradients_are_those_of_xla():
-    def loss(q, k, v, backend):
-        known = {"window": 9, "num_sink_tokens": 2, "q_offset": 50, "scale": 0.3}
-        if backend == "pallas_gpu":
-            arguments = PrefillArguments(q=q, k=k, v=v, **known)
-            out = pallas_gpu.attend_in_blocks(arguments, tiles=SMALL, interpret=True).out
-        else:
-            out = swa_prefill(q, k, v, backend=backend, **known)
-        return jnp.sum(jnp.sin(out.astype(jnp.float32)))
-
-    given = arrays("bfloat16")
-    gradients = [
-        jax.grad(loss, argnums=(0, 1, 2))(*given, backend) for backend in ("pallas_gpu", "xla")
-    ]
-    for got, want in zip(*gradients, strict=True):
-        got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
-        # The cotangent is of an output that is rounded twice, apart.
-        assert np.linalg.norm(got - want) <= 2.0**-7 * np.linalg.norm(want)
+def interpreted(arguments, tiles):
+    """The kernel's result; the interpreter raises where it finds a race."""
+    params = plgpu.InterpretGPUParams(detect_races=True)
+    tiles = kernels.Tiles(**{"block_kv": 64, **tiles})
+    attend = functools.partial(pallas_gpu.attend, tiles=tiles, interpret=params)
+    found = on_arrays(arguments, attend)(arguments.q, arguments.k, arguments.v)
+    return jax.block_until_ready(found)
 
 
-def test_auto_takes_it_for_chunks_on_gpus_alone():
-    from kernels_pallas.backends import Target
+def on_arrays(arguments, compute):
+    """A compiled function of q, k and v."""
+    return jax.jit(lambda q, k, v: compute(dataclasses.replace(arguments, q=q, k=k, v=v)))
 
-    q, k, v = arrays("bfloat16")
-    on_gpu = {"window": 9, "scale": 1.0, "target": Target(platform="gpu", device_kind="any")}
-    chunk = PrefillArguments(q=q, k=k, v=v, q_offset=50, **on_gpu)
-    whole = PrefillArguments(q=q, k=k[:, :T], v=v[:, :T], **on_gpu)
-    assert choose_backend("swa_prefill", "auto", chunk) == "pallas_gpu"
-    assert choose_backend("swa_prefill", "auto", whole) == "cudnn"
+
+@has_kernel
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_the_loop(case):
+    sizes, heads, tiles, options = CASES[case]
+    arguments, mask = build(sizes, heads, **options)
+    found = interpreted(arguments, tiles)
+    want = bruteforce.attend(
+        *(np.asarray(x, np.float64) for x in (arguments.q, arguments.k, arguments.v)),
+        bruteforce.visible_pairs(shape=sizes, **mask),
+        scale=arguments.scale,
+        softcap=arguments.softcap,
+    )
+    tolerance = RTOL[str(arguments.q.dtype)] * max(1.0, np.abs(want.out).max())
+    np.testing.assert_allclose(np.asarray(found.out, np.float64), want.out, atol=tolerance)
+    np.testing.assert_allclose(np.asarray(found.lse), want.lse, atol=1e-5)
+
+
+@has_kernel
+def test_a_planted_race_is_found(monkeypatch):
+    """Without the fence the copy engine may read an output that is not yet written."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # no public name
+
+    monkeypatch.setattr(plgpu, "commit_smem", lambda: None)
+    arguments, _ = build((1, 64, 64), (2, 1, 64), window=20)
+    with pytest.raises(Exception, match="RACE DETECTED"):
+        interpreted(arguments, ODD)
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+@has_kernel
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_it_is_lowered_for_a_gpu(head_dim):
+    """Layouts, and that it fits shared memory; compiling it takes a GPU."""
+    arguments, _ = build((1, 256, 256), (4, 2, head_dim), window=100, sinks=4)
+    traced = on_arrays(arguments, pallas_gpu.compute).trace(arguments.q, arguments.k, arguments.v)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_gradients_are_of_another_backend(monkeypatch):
+    """cuDNN's where it can (here with the same words to XLA), else ours in XLA."""
+    in_xla = functools.partial(cudnn.compute, implementation="xla")
+    calls = []
+    monkeypatch.setattr(cudnn, "compute", lambda x: calls.append(x) or in_xla(x))
+    for window in (20, jnp.array([20], jnp.int32)):
+        arguments, _ = build((1, 64, 64), (2, 1, 16), window=20)
+        arguments = dataclasses.replace(arguments, window=window, return_lse=False)
+
+        def loss(q, k, v, compute):
+            changed = dataclasses.replace(arguments, q=q, k=k, v=v)  # noqa: B023
+            return jnp.sum(jnp.sin(compute(changed).out.astype(jnp.float32)))
+
+        given = (arguments.q, arguments.k, arguments.v)
+        found, want = (
+            jax.grad(loss, argnums=(0, 1, 2))(*given, compute)
+            for compute in (pallas_gpu.compute, xla.compute)
+        )
+        for one, other in zip(found, want, strict=True):
+            one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
+            assert np.linalg.norm(one - other) <= 2.0**-6 * np.linalg.norm(other)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"segment_ids": jnp.zeros((B, S), jnp.int32)}, "segment_ids: expected None"),
-        ({"return_lse": True}, "return_lse: expected False"),
+        ({"target": Target(platform="gpu", device_kind="NVIDIA A100-SXM4-80GB")}, "a Hopper GPU"),
+        ({"scale": -1.0}, "scale: expected above 0, got -1.0"),
     ],
 )
 def test_what_it_cannot_compute_is_named(change, words):
-    q, k, v = arrays("bfloat16")
-    arguments = PrefillArguments(q=q, k=k, v=v, window=None, scale=1.0, **change)
+    arguments, _ = build((1, 64, 64), (2, 1, 128), window=20)
+    arguments = dataclasses.replace(arguments, **change)
     assert any(words in limit for limit in pallas_gpu.limits(arguments))
-    q, k, v = arrays("float32")
-    float32 = PrefillArguments(q=q, k=k, v=v, window=None, scale=1.0)
-    assert any("bfloat16" in limit for limit in pallas_gpu.limits(float32))
+    assert choose_backend("swa_prefill", "auto", arguments) != "pallas_gpu"
 
 
-def assert_close(got, want, dtype):
-    got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
-    assert np.all(np.isfinite(got))
-    np.testing.assert_allclose(got, want, atol=RTOL[dtype] * max(1.0, np.abs(want).max()))
+@pytest.mark.parametrize("version, chosen", [((0, 10, 2), "xla"), ((0, 12, 0), "pallas_gpu")])
+def test_auto_takes_it_on_hopper_from_jax_0_11(version, chosen, monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", version)
+    arguments, _ = build((1, 64, 64), (2, 1, 128), window=20, segments=np.zeros((1, 64), int))
+    assert choose_backend("swa_prefill", "auto", arguments) == chosen
+    wide, _ = build((1, 64, 64), (2, 1, 256), window=20, segments=np.zeros((1, 64), int))
+    assert choose_backend("swa_prefill", "auto", wide) == "xla"
