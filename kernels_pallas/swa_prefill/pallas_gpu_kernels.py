@@ -38,13 +38,13 @@ __all__ = ["HEAD_MULTIPLE", "Shape", "Static", "Tiles", "attend", "choose_tiles"
 HEAD_MULTIPLE = 64
 """Of which head dims are multiples: what a swizzled row of shared memory holds."""
 
-_BLOCK_Q = 64
+BLOCK_Q = 64
 """Rows of a warpgroup: those of the tensor cores' products."""
 
 plgpu: Any = mosaic_gpu  # each JAX has its own signatures; 0.11 and later will do
 
-_WARPGROUPS = 2
-_LOG2_E = math.log2(math.e)
+WARPGROUPS = 2
+LOG2_E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ class Shape:
     @property
     def rows_of_tile(self) -> int:
         """Rows of one head."""
-        return _WARPGROUPS * _BLOCK_Q // self.heads_of_tile
+        return WARPGROUPS * BLOCK_Q // self.heads_of_tile
 
     @property
     def parts(self) -> int:
@@ -149,7 +149,7 @@ class Shape:
 
 
 def step_table(blocks: BlockMap) -> Int[Array, "B Q 8"]:
-    """What a tile reads of the block map: see :class:`_Steps`.
+    """What a tile reads of the block map: see :class:`Steps`.
 
     One without visible keys visits block 0, all of it hidden: both warpgroups take their turns in
     every tile, or one would wait for the other.
@@ -179,7 +179,7 @@ def choose_tiles(head_dim: int) -> Tiles:
     return Tiles() if head_dim <= 128 else Tiles(block_kv=64, num_buffers=1)
 
 
-class _Steps:
+class Steps:
     """The blocks of keys that a tile visits.
 
     Steps end at `sinks`, `left`, `masked` and `total`; with each kind goes what its steps' numbers
@@ -232,22 +232,22 @@ def attend(
         pl.run_scoped(
             functools.partial(_kernel, *refs, static=static, shape=shape, dtype=q.dtype),
             (
-                memory(tiles.num_buffers, _WARPGROUPS, rows=_BLOCK_Q),
+                memory(tiles.num_buffers, WARPGROUPS, rows=BLOCK_Q),
                 memory(slots, rows=tiles.block_kv),
                 memory(slots, rows=tiles.block_kv),
-                plgpu.SMEM((_WARPGROUPS, _BLOCK_Q), jnp.float32),
+                plgpu.SMEM((WARPGROUPS, BLOCK_Q), jnp.float32),
             ),
             (
-                plgpu.Barrier(num_barriers=tiles.num_buffers * _WARPGROUPS),
+                plgpu.Barrier(num_barriers=tiles.num_buffers * WARPGROUPS),
                 plgpu.Barrier(num_barriers=slots),
                 plgpu.Barrier(num_barriers=slots),
             ),
             (
-                plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=tiles.num_buffers),
-                plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=slots),
-                plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=slots),
+                plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.num_buffers),
+                plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=slots),
+                plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=slots),
             ),
-            plgpu.Barrier(num_arrivals=_WARPGROUPS),
+            plgpu.Barrier(num_arrivals=WARPGROUPS),
             collective_axes="thread",
         )
 
@@ -259,7 +259,7 @@ def attend(
         ),
         grid=(static.blocks_of(shape),),
         grid_names=("block",),
-        num_threads=_WARPGROUPS + 1,
+        num_threads=WARPGROUPS + 1,
         thread_name="thread",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=static.interpret,
@@ -268,7 +268,7 @@ def attend(
     return out, lse
 
 
-def _load(ref: Any, *, layout: Any) -> Any:
+def load(ref: Any, *, layout: Any) -> Any:
     """What device memory holds, in registers."""
     if "idx" in inspect.signature(plgpu.load).parameters:  # JAX 0.11
         return plgpu.load(ref, (), layout=layout, optimized=False)
@@ -309,24 +309,24 @@ def _kernel(
         first = rows * shape.rows_of_tile
         if shape.heads_of_tile == 2:
             return row, kv_head, rows, first, head + warpgroup
-        return row, kv_head, rows, first + warpgroup * _BLOCK_Q, head
+        return row, kv_head, rows, first + warpgroup * BLOCK_Q, head
 
-    @pl.when(thread == _WARPGROUPS)
+    @pl.when(thread == WARPGROUPS)
     def _load_keys() -> None:
         plgpu.set_max_registers(40, action="decrease")
 
         def tile(number: Any, before: Any) -> Any:
             buffer = number % buffers
             plgpu.barrier_wait(freed[0].at[buffer])
-            for warpgroup in range(_WARPGROUPS):
+            for warpgroup in range(WARPGROUPS):
                 row, kv_head, rows, first, head = place(number, warpgroup)
                 plgpu.copy_gmem_to_smem(
-                    q_ref.at[row, pl.ds(first, _BLOCK_Q), head],
+                    q_ref.at[row, pl.ds(first, BLOCK_Q), head],
                     qo.at[buffer, warpgroup],
-                    filled[0].at[buffer * _WARPGROUPS + warpgroup],
+                    filled[0].at[buffer * WARPGROUPS + warpgroup],
                 )
             row, kv_head, rows, _, _ = place(number, 0)
-            steps = _Steps(table_ref, row, rows)
+            steps = Steps(table_ref, row, rows)
 
             @pl.loop(0, steps.total)
             def _step(step: Any) -> None:
@@ -347,7 +347,7 @@ def _kernel(
             for slot in range(count):
                 plgpu.barrier_wait(barrier.at[slot])
 
-    @pl.when(thread < _WARPGROUPS)
+    @pl.when(thread < WARPGROUPS)
     def _compute() -> None:
         plgpu.set_max_registers(232, action="increase")
         # All is free at first.
@@ -364,14 +364,14 @@ def _kernel(
         def tile(number: Any, before: Any) -> Any:
             buffer = number % buffers
             row, _, rows, first, head = place(number, thread)
-            steps = _Steps(table_ref, row, rows)
+            steps = Steps(table_ref, row, rows)
             q_TH = qo.at[buffer, thread]
             by_row, products = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
             low, high, sinks, sinks_end = (
-                _load(bounds_ref.at[row, bound, pl.ds(first, _BLOCK_Q)], layout=by_row)
+                load(bounds_ref.at[row, bound, pl.ds(first, BLOCK_Q)], layout=by_row)
                 for bound in range(4)
             )
-            plgpu.barrier_wait(filled[0].at[buffer * _WARPGROUPS + thread])
+            plgpu.barrier_wait(filled[0].at[buffer * WARPGROUPS + thread])
             plgpu.barrier_wait(filled[1].at[before % slots])
 
             def add_block(step: Any, sums: tuple[Any, ...], *, masked: bool) -> tuple[Any, ...]:
@@ -383,19 +383,19 @@ def _kernel(
                     take_turns()
                     return scores_ref[...]
 
-                scores = pl.run_scoped(multiply_keys, plgpu.ACC((_BLOCK_Q, block_kv), jnp.float32))
+                scores = pl.run_scoped(multiply_keys, plgpu.ACC((BLOCK_Q, block_kv), jnp.float32))
                 plgpu.barrier_arrive(freed[1].at[slot])
-                factor = static.scale * _LOG2_E
+                factor = static.scale * LOG2_E
                 if static.softcap is not None:
                     capped = jnp.tanh(scores * (static.scale / static.softcap))
-                    scores, factor = capped * static.softcap, _LOG2_E
+                    scores, factor = capped * static.softcap, LOG2_E
 
                 def spread(x: Any) -> Any:
-                    return lax.broadcast_in_dim(x, (_BLOCK_Q, block_kv), [0])
+                    return lax.broadcast_in_dim(x, (BLOCK_Q, block_kv), [0])
 
                 if masked:
                     keys = plgpu.broadcasted_iota(
-                        jnp.int32, (_BLOCK_Q, block_kv), 1, layout=products
+                        jnp.int32, (BLOCK_Q, block_kv), 1, layout=products
                     )
                     keys = keys + steps.block(step) * block_kv
                     seen = keys <= spread(high)
@@ -448,9 +448,9 @@ def _kernel(
                 return new_largest, total, out
 
             sums = (
-                plgpu.layout_cast(jnp.full((_BLOCK_Q,), LOWEST, jnp.float32), by_row),
-                plgpu.layout_cast(jnp.zeros((_BLOCK_Q,), jnp.float32), by_row),
-                plgpu.layout_cast(jnp.zeros((_BLOCK_Q, q_ref.shape[3]), jnp.float32), products),
+                plgpu.layout_cast(jnp.full((BLOCK_Q,), LOWEST, jnp.float32), by_row),
+                plgpu.layout_cast(jnp.zeros((BLOCK_Q,), jnp.float32), by_row),
+                plgpu.layout_cast(jnp.zeros((BLOCK_Q, q_ref.shape[3]), jnp.float32), products),
             )
             sums = lax.fori_loop(0, steps.masked, functools.partial(add_block, masked=True), sums)
 
@@ -463,9 +463,9 @@ def _kernel(
             out = out * lax.broadcast_in_dim(1 / some, out.shape, [0])
             seen = lax.broadcast_in_dim(total, out.shape, [0]) > 0
             q_TH[...] = jnp.where(seen, out, 0.0).astype(dtype)
-            lse.at[thread][...] = jnp.where(total > 0, largest / _LOG2_E + jnp.log(some), -jnp.inf)
+            lse.at[thread][...] = jnp.where(total > 0, largest / LOG2_E + jnp.log(some), -jnp.inf)
             plgpu.commit_smem()
-            there = pl.ds(first, _BLOCK_Q)
+            there = pl.ds(first, BLOCK_Q)
             plgpu.copy_smem_to_gmem(q_TH, out_ref.at[row, there, head])
             plgpu.copy_smem_to_gmem(lse.at[thread], lse_ref.at[row, head, there])
             # Now, not within the next tile: the other warpgroup may wait there for its turn, which
