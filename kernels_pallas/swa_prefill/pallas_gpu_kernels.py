@@ -199,6 +199,7 @@ class Steps:
         return step + jnp.where(step < self.sinks, sinks, shift)
 
 
+@functools.partial(jax.jit, static_argnums=0)  # so a model's layers are traced and lowered once
 def attend(
     static: Static,
     q: Float[Array, "B T N H"],
