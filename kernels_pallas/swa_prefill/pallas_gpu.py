@@ -4,8 +4,7 @@ It takes all that ``swa_prefill`` takes in 16 bits: windows and sinks that are t
 rows, segments, lengths, soft caps, queries at an offset. What a row sees becomes two ranges of keys
 (its own, and the sinks of its segment), so that the kernel knows of none of these.
 
-There is no gradient of its own yet. Where one is asked for, ``cudnn`` computes the output and its
-gradient where it can, and ``xla`` does else.
+Its gradient has kernels of its own, up to a head dim of 128; ``xla`` computes that of wider heads.
 """
 
 import dataclasses
@@ -20,8 +19,9 @@ from kernels_pallas.backends import Target
 from kernels_pallas.chips import is_hopper
 from kernels_pallas.layout import pad_end
 from kernels_pallas.mask import RowInfo, block_map, per_row
-from kernels_pallas.swa_prefill import cudnn, xla
+from kernels_pallas.swa_prefill import pallas_gpu_gradient as gradient
 from kernels_pallas.swa_prefill import pallas_gpu_kernels as kernels
+from kernels_pallas.swa_prefill import xla
 from kernels_pallas.swa_prefill.arguments import (
     AttentionOutput,
     PrefillArguments,
@@ -58,7 +58,7 @@ def drawbacks(arguments: PrefillArguments) -> tuple[str, ...]:
 
 
 def compute(arguments: PrefillArguments) -> AttentionOutput:
-    """Compiled for the GPU; ``lse`` is NaN unless it is asked for. Padding may hold NaN."""
+    """Compiled for the GPU. Padding may hold NaN."""
     return attend(arguments, tiles=None)
 
 
@@ -121,37 +121,73 @@ def _attend(
     v: Float[Array, "B S K H"],
     traced: dict[str, Array],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    arguments = call.arguments(q, k, v, traced)
-    rows = arguments.rows()
-    num_batch, num_rows, num_heads, head_dim = q.shape
-    tiles = call.tiles or kernels.choose_tiles(head_dim)
-    shape = kernels.Shape.of(q.shape, num_kv_heads=k.shape[2])
-    # A weight of 0 times NaN is NaN; what is hidden may hold it.
-    v = without_padding(arguments, rows)[2]
-    wider, longer = -head_dim % kernels.HEAD_MULTIPLE, -num_rows % shape.rows_of_tile
-    q = pad_end(pad_end(q, wider, axis=3), longer, axis=1)
-    k, v = (pad_end(x, wider, axis=3) for x in (k, v))
-    k, v = (pad_end(x, -x.shape[1] % tiles.block_kv, axis=1) for x in (k, v))
-    blocks = block_map(
-        rows,
-        window=arguments.window,
-        num_sink_tokens=arguments.num_sink_tokens,
-        block_q=shape.rows_of_tile,
-        block_kv=tiles.block_kv,
-    )
-    static = kernels.Static(
-        tiles=tiles,
-        scale=call.scale,
-        softcap=call.softcap,
-        has_low=arguments.window is not None or arguments.segment_ids is not None,
-        has_sinks=arguments.window is not None and not _is_zero(arguments.num_sink_tokens),
-        interpret=call.interpret,
-    )
-    bounds = pad_end(_bounds(arguments, rows), longer, axis=2, value=-1)
-    out, lse = kernels.attend(static, q, k, v, bounds, kernels.step_table(blocks))
-    lse = lse[:, :, :num_rows].swapaxes(1, 2) if call.return_lse else jnp.nan
-    lse = jnp.broadcast_to(lse, (num_batch, num_rows, num_heads)).astype(jnp.float32)
-    return out[:, :num_rows, :, :head_dim], lse
+    case = _Case.of(call, q, k, v, traced)
+    tiles = call.tiles or kernels.choose_tiles(q.shape[3])
+    static, table = case.static(tiles), case.step_table(tiles)
+    out, lse = kernels.attend(static, case.q, case.k, case.v, case.bounds, table)
+    num_rows, head_dim = q.shape[1], q.shape[3]
+    return out[:, :num_rows, :, :head_dim], lse[:, :, :num_rows].swapaxes(1, 2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Case:
+    """A call as the kernels take it: whole tiles, and zeros where NaN would spread."""
+
+    call: _Call
+    arguments: PrefillArguments
+    rows: RowInfo
+    q: Array
+    k: Array
+    v: Array
+    bounds: Array
+
+    @classmethod
+    def of(cls, call: _Call, q: Array, k: Array, v: Array, traced: dict[str, Array]) -> "_Case":
+        """The case of a call."""
+        arguments = call.arguments(q, k, v, traced)
+        rows = arguments.rows()
+        # A weight of 0 times NaN is NaN, and what is hidden may hold it.
+        q, k, v = without_padding(arguments, rows)
+        longer = -q.shape[1] % kernels.Shape.of(q.shape, num_kv_heads=k.shape[2]).rows_of_tile
+        k, v = (_whole(x, -x.shape[1] % gradient.KEYS_OF_TILE) for x in (k, v))
+        return cls(
+            call=call,
+            arguments=arguments,
+            rows=rows,
+            q=_whole(q, longer),
+            k=k,
+            v=v,
+            bounds=pad_end(_bounds(arguments, rows), longer, axis=2, value=-1),
+        )
+
+    def static(self, tiles: kernels.Tiles) -> kernels.Static:
+        """What the kernels know while they are traced."""
+        arguments = self.arguments
+        return kernels.Static(
+            tiles=tiles,
+            scale=self.call.scale,
+            softcap=self.call.softcap,
+            has_low=arguments.window is not None or arguments.segment_ids is not None,
+            has_sinks=arguments.window is not None and not _is_zero(arguments.num_sink_tokens),
+            interpret=self.call.interpret,
+        )
+
+    def step_table(self, tiles: kernels.Tiles) -> Int[Array, "B Q 8"]:
+        """Which keys the tiles of rows visit."""
+        shape = kernels.Shape.of(self.q.shape, num_kv_heads=self.k.shape[2])
+        blocks = block_map(
+            self.rows,
+            window=self.arguments.window,
+            num_sink_tokens=self.arguments.num_sink_tokens,
+            block_q=shape.rows_of_tile,
+            block_kv=tiles.block_kv,
+        )
+        return kernels.step_table(blocks)
+
+
+def _whole(x: Float[Array, "B T N H"], longer: int) -> Float[Array, "B T2 N H2"]:
+    """With as many rows more, and heads as wide as the kernels take."""
+    return pad_end(pad_end(x, -x.shape[3] % kernels.HEAD_MULTIPLE, axis=3), longer, axis=1)
 
 
 def _bounds(arguments: PrefillArguments, rows: RowInfo) -> Int[Array, "B 4 T"]:
@@ -167,19 +203,47 @@ def _bounds(arguments: PrefillArguments, rows: RowInfo) -> Int[Array, "B 4 T"]:
 
 
 def _attend_forward(call: _Call, q: Array, k: Array, v: Array, traced: dict[str, Array]):
-    arguments = call.arguments(q, k, v, traced)
-    other = xla if cudnn.limits(arguments) or call.interpret else cudnn
+    if q.shape[3] > gradient.MOST_HEAD_DIM:
+        arguments = call.arguments(q, k, v, traced)
 
-    def elsewhere(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-        found = other.compute(dataclasses.replace(arguments, q=q, k=k, v=v))
-        return found.out, found.lse
+        def elsewhere(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+            found = xla.compute(dataclasses.replace(arguments, q=q, k=k, v=v))
+            return found.out, found.lse
 
-    return jax.vjp(elsewhere, q, k, v)
+        result, pull = jax.vjp(elsewhere, q, k, v)
+        return result, (pull,)
+    out, lse = _attend(call, q, k, v, traced)
+    return (out, lse), (q, k, v, traced, out, lse)
 
 
-def _attend_backward(call: _Call, gradient: Any, cotangents: Any):
-    del call
-    return (*gradient(cotangents), None)
+def _attend_backward(call: _Call, saved: Any, cotangents: tuple[Array, Array]):
+    if len(saved) == 1:
+        return (*saved[0](cotangents), None)
+    q, k, v, traced, out, lse = saved
+    case = _Case.of(call, q, k, v, traced)
+    num_rows, num_keys, head_dim = q.shape[1], k.shape[1], q.shape[3]
+    longer = case.q.shape[1] - num_rows
+    valid = case.rows.q_valid[:, :, None]
+    d_out = jnp.where(valid[..., None], cotangents[0], 0).astype(q.dtype)
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=3)
+    delta = delta - jnp.where(valid, cotangents[1], 0)
+    # In units of log2, as the weights are computed, and above all scores where no key is seen.
+    lse = jnp.where(jnp.isfinite(lse), lse * kernels.LOG2_E, gradient.ABOVE_ALL_SCORES)
+    lse = pad_end(lse.swapaxes(1, 2), longer, axis=2, value=gradient.ABOVE_ALL_SCORES)
+    delta = pad_end(delta.swapaxes(1, 2), longer, axis=2)
+    arrays = (case.q, case.k, case.v, _whole(d_out, longer), lse, delta, case.bounds)
+    tiles = call.tiles or gradient.choose_tiles()
+    d_q = gradient.queries_gradient(case.static(tiles), *arrays, case.step_table(tiles))
+    table = gradient.key_table(
+        case.rows,
+        window=case.arguments.window,
+        num_sink_tokens=case.arguments.num_sink_tokens,
+        num_keys=num_keys,
+        num_rows=case.q.shape[1],
+    )
+    d_k, d_v = gradient.keys_gradient(case.static(tiles), *arrays, *table)
+    d_k, d_v = (x[:, :num_keys, :, :head_dim] for x in (d_k, d_v))
+    return d_q[:, :num_rows, :, :head_dim], d_k, d_v, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

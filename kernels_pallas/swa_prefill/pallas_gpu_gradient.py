@@ -1,4 +1,4 @@
-"""The gradient of ``pallas_gpu``: a kernel for dq, and one for dk and dv, each pair of blocks twice.
+"""The gradient of ``pallas_gpu``: a kernel for dq, and one for dk and dv.
 
 With p the weights, as the log-sum-exp gives them anew, and delta = rowsum(d_out * out) - d_lse::
 
@@ -6,8 +6,8 @@ With p the weights, as the log-sum-exp gives them anew, and delta = rowsum(d_out
 
 dq walks as the forward kernel does: a tile's rows, and the blocks of keys that they see. dk and dv
 are by keys: 64 of them for each of two warpgroups, and all rows of the group's heads that see them,
-64 at a time, so that sums over heads and rows stay in registers. Scores are transposed there, [keys,
-rows], which makes the weights the left operand of both products::
+64 at a time, so that sums over heads and rows stay in registers. Scores are transposed there,
+[keys, rows], which makes the weights the left operand of both products::
 
     rows    . . | sees the block whole . . | . . . | full rows, or other segments' sinks
             [ masked ][     whole          ][masked]      [ masked ]
@@ -16,7 +16,6 @@ Nothing is added in device memory, so a gradient is the same each time.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -25,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.layout import pad_end
 from kernels_pallas.mask import IntOrPerRow, RowInfo, per_row
 from kernels_pallas.swa_prefill.pallas_gpu_kernels import (
     BLOCK_Q,
@@ -33,11 +33,26 @@ from kernels_pallas.swa_prefill.pallas_gpu_kernels import (
     Shape,
     Static,
     Steps,
+    Tiles,
     load,
     plgpu,
 )
 
-__all__ = ["KEYS_OF_TILE", "queries_gradient", "keys_gradient", "key_table"]
+__all__ = [
+    "ABOVE_ALL_SCORES",
+    "KEYS_OF_TILE",
+    "MOST_HEAD_DIM",
+    "choose_tiles",
+    "key_table",
+    "keys_gradient",
+    "queries_gradient",
+]
+
+MOST_HEAD_DIM = 128
+"""Sums of dk and dv of wider heads do not fit the registers."""
+
+ABOVE_ALL_SCORES = 1e30
+"""The log-sum-exp of rows that see nothing: their weights are 0."""
 
 KEYS_OF_TILE = WARPGROUPS * BLOCK_Q
 """Keys of a tile of dk and dv."""
@@ -45,24 +60,34 @@ KEYS_OF_TILE = WARPGROUPS * BLOCK_Q
 _FAR = jnp.iinfo(jnp.int32).max
 
 
+def choose_tiles() -> Tiles:
+    """Keys of a step of dq, and how many steps of either kernel are loaded at once."""
+    return Tiles(block_kv=64, num_stages=4, num_buffers=1)
+
+
 def key_table(
-    rows: RowInfo, *, window: IntOrPerRow | None, num_sink_tokens: IntOrPerRow, num_keys: int
+    rows: RowInfo,
+    *,
+    window: IntOrPerRow | None,
+    num_sink_tokens: IntOrPerRow,
+    num_keys: int,
+    num_rows: int,
 ) -> tuple[Int[Array, "B J 8"], Int[Array, "B Q"]]:
     """Which blocks of 64 rows a tile of keys is read by, and the blocks that have full rows.
 
     Blocks are numbered along the rows. As in ``pallas_gpu_kernels.step_table`` a line has the ends
     of its kinds of steps and what a step's number lacks of its block's; the last kind, full rows
-    beyond the others, are places in the second array instead.
+    beyond the others, are places in the second array instead. `num_rows` are those of whole tiles.
     """
-    num_batch, num_rows = rows.q_index.shape
-    num_blocks = -(-num_rows // BLOCK_Q)
+    num_batch, given = rows.q_index.shape
+    num_blocks = num_rows // BLOCK_Q
     low_BT, start_BT = rows.q_start, rows.q_start
     if window is not None:
         low_BT = jnp.maximum(rows.q_index - per_row(window)[:, None] + 1, rows.q_start)
 
     def blocks(x_BT: Array, reduce: Any, fill: int) -> Array:
         x_BT = jnp.where(rows.q_valid, x_BT, fill)
-        x_BT = jnp.pad(x_BT, ((0, 0), (0, -num_rows % BLOCK_Q)), constant_values=fill)
+        x_BT = pad_end(x_BT, num_rows - given, axis=1, value=fill)
         return reduce(x_BT.reshape(num_batch, num_blocks, BLOCK_Q), axis=2)
 
     first, last = blocks(rows.q_index, jnp.min, _FAR), blocks(rows.q_index, jnp.max, -1)
@@ -116,6 +141,7 @@ def key_table(
     return jnp.stack(columns, axis=2).astype(jnp.int32), listed
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def queries_gradient(
     static: Static,
     q: Float[Array, "B T N H"],
@@ -127,8 +153,8 @@ def queries_gradient(
     bounds: Int[Array, "B 4 T"],
     table: Int[Array, "B Q 8"],
 ) -> Float[Array, "B T N H"]:
-    """dq. Arguments are those of ``pallas_gpu_kernels.attend``, and lse in units of log2, far above
-    all scores in rows that see nothing; d_out is 0 there.
+    """The gradient in q. Arguments are those of ``pallas_gpu_kernels.attend``, and lse in units of
+    log2, far above all scores in rows that see nothing; d_out is 0 there.
     """
     shape, tiles, head_dim = Shape.of(q.shape, num_kv_heads=k.shape[2]), static.tiles, q.shape[3]
     memory = functools.partial(_memory, head_dim=head_dim, dtype=q.dtype)
@@ -152,10 +178,14 @@ def queries_gradient(
         )
 
     return _kernel_of(
-        entry, out_type=jax.ShapeDtypeStruct(q.shape, q.dtype), blocks=shape.num_tiles, static=static
+        entry,
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        blocks=shape.num_tiles,
+        static=static,
     )(q, k, v, d_out, lse, delta, bounds, table)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def keys_gradient(
     static: Static,
     q: Float[Array, "B T N H"],
@@ -168,8 +198,8 @@ def keys_gradient(
     table: Int[Array, "B J 8"],
     listed: Int[Array, "B Q"],
 ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-    """dk and dv, S being a multiple of `KEYS_OF_TILE`; the last two are :func:`key_table`'s. q and
-    d_out are 0 in rows that see nothing.
+    """Those in k and v. S is a multiple of `KEYS_OF_TILE`, the last two are :func:`key_table`'s; q
+    and d_out are 0 in rows that see nothing.
     """
     head_dim, slots = q.shape[3], static.tiles.num_stages
     memory = functools.partial(_memory, head_dim=head_dim, dtype=q.dtype)
@@ -271,7 +301,9 @@ def _queries_kernel(
             keys = pl.ds(steps.block(step) * block_kv, block_kv)
             plgpu.barrier_wait(freed.at[slot])
             for x_ref, x in ((k_ref, k), (v_ref, v)):
-                plgpu.copy_gmem_to_smem(x_ref.at[row, keys, kv_head], x.at[slot], filled[1].at[slot])
+                plgpu.copy_gmem_to_smem(
+                    x_ref.at[row, keys, kv_head], x.at[slot], filled[1].at[slot]
+                )
 
         for slot in range(slots):
             plgpu.barrier_wait(freed.at[slot])
@@ -345,7 +377,9 @@ def _keys_kernel(
     dk_ref: Any,  # [B, S, K, H]
     dv_ref: Any,
     # in shared memory
-    memory: tuple[Any, ...],  # k and v [2, 64, H], q and d_out [slots, 64, H], lse, delta [slots, 64]
+    memory: tuple[
+        Any, ...
+    ],  # k and v [2, 64, H], q and d_out [slots, 64, H], lse, delta [slots, 64]
     filled: tuple[Any, ...],  # barriers: of the first two, of the others
     freed: Any,
     *,
@@ -356,7 +390,10 @@ def _keys_kernel(
     k, v, q, d_out, lse, delta = memory
     slots, num_kv_heads = static.tiles.num_stages, k_ref.shape[2]
     num_groups = q_ref.shape[2] // num_kv_heads
-    number, kv_head = lax.axis_index("block") // num_kv_heads, lax.axis_index("block") % num_kv_heads
+    number, kv_head = (
+        lax.axis_index("block") // num_kv_heads,
+        lax.axis_index("block") % num_kv_heads,
+    )
     num_tiles = k_ref.shape[1] // KEYS_OF_TILE
     row, tile = number // num_tiles, number % num_tiles  # the first keys have the most rows
     steps = Steps(table_ref, row, tile)

@@ -19,7 +19,6 @@ The keys of a tile are visited by blocks, those of which some are hidden from so
 
 import dataclasses
 import functools
-import inspect
 import math
 from typing import Any
 
@@ -270,9 +269,7 @@ def attend(
 
 
 def load(ref: Any, *, layout: Any) -> Any:
-    """What device memory holds, in registers."""
-    if "idx" in inspect.signature(plgpu.load).parameters:  # JAX 0.11
-        return plgpu.load(ref, (), layout=layout, optimized=False)
+    """What memory holds, in registers."""
     return plgpu.load(ref, layout=layout, optimized=False)
 
 

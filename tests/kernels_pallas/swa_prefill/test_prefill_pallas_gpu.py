@@ -14,7 +14,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.backends import Target, choose_backend
-from kernels_pallas.swa_prefill import cudnn, pallas_gpu, xla
+from kernels_pallas.swa_prefill import pallas_gpu
 from kernels_pallas.swa_prefill import pallas_gpu_kernels as kernels
 from kernels_pallas.swa_prefill.arguments import PrefillArguments
 from tests.support import bruteforce
@@ -154,28 +154,33 @@ def test_it_is_lowered_for_a_gpu(head_dim):
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_gradients_are_of_another_backend(monkeypatch):
-    """cuDNN's where it can (here with the same words to XLA), else ours in XLA."""
-    in_xla = functools.partial(cudnn.compute, implementation="xla")
-    calls = []
-    monkeypatch.setattr(cudnn, "compute", lambda x: calls.append(x) or in_xla(x))
-    for window in (20, jnp.array([20], jnp.int32)):
-        arguments, _ = build((1, 64, 64), (2, 1, 16), window=20)
-        arguments = dataclasses.replace(arguments, window=window, return_lse=False)
-
-        def loss(q, k, v, compute):
-            changed = dataclasses.replace(arguments, q=q, k=k, v=v)  # noqa: B023
-            return jnp.sum(jnp.sin(compute(changed).out.astype(jnp.float32)))
-
-        given = (arguments.q, arguments.k, arguments.v)
-        found, want = (
-            jax.grad(loss, argnums=(0, 1, 2))(*given, compute)
-            for compute in (pallas_gpu.compute, xla.compute)
-        )
-        for one, other in zip(found, want, strict=True):
-            one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
-            assert np.linalg.norm(one - other) <= 2.0**-6 * np.linalg.norm(other)
-    assert len(calls) == 1
+@has_kernel
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_the_loops(case):
+    sizes, heads, _, options = CASES[case]
+    if heads[2] > 128:
+        pytest.skip("computed by XLA")
+    arguments, mask = build(sizes, heads, **options)
+    params = plgpu.InterpretGPUParams(detect_races=True)
+    tiles = kernels.Tiles(block_kv=64, num_buffers=1)
+    attend = functools.partial(pallas_gpu.attend, tiles=tiles, interpret=params)
+    given = (arguments.q, arguments.k, arguments.v)
+    found, pull = jax.vjp(on_arrays(arguments, attend), *given)
+    rng = np.random.default_rng(1)
+    d_out = jnp.asarray(rng.standard_normal(found.out.shape), found.out.dtype)
+    d_lse = jnp.asarray(rng.standard_normal(found.lse.shape), jnp.float32)
+    gradients = pull(dataclasses.replace(found, out=d_out, lse=d_lse))
+    want = bruteforce.gradients(
+        *(np.asarray(x, np.float64) for x in given),
+        bruteforce.visible_pairs(shape=sizes, **mask),
+        d_out=d_out,
+        d_lse=d_lse,
+        scale=arguments.scale,
+        softcap=arguments.softcap,
+    )
+    for one, other in zip(gradients, want, strict=True):
+        tolerance = 2 * RTOL[str(arguments.q.dtype)] * max(1.0, np.abs(other).max())
+        np.testing.assert_allclose(np.asarray(one, np.float64), other, atol=tolerance)
 
 
 @pytest.mark.parametrize(
