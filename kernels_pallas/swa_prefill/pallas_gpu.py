@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.backends import Target
@@ -234,6 +235,8 @@ def _attend_backward(call: _Call, saved: Any, cotangents: tuple[Array, Array]):
     arrays = (case.q, case.k, case.v, _whole(d_out, longer), lse, delta, case.bounds)
     tiles = call.tiles or gradient.choose_tiles()
     d_q = gradient.queries_gradient(case.static(tiles), *arrays, case.step_table(tiles))
+    if call.interpret:  # one kernel at a time: the interpreter's state is the process's
+        d_q, arrays = lax.optimization_barrier((d_q, arrays))
     table = gradient.key_table(
         case.rows,
         window=case.arguments.window,
