@@ -19,7 +19,6 @@ The keys of a tile are visited by blocks, those of which some are hidden from so
 
 import dataclasses
 import functools
-import inspect
 import math
 from typing import Any
 
@@ -269,13 +268,6 @@ def attend(
     return out, lse
 
 
-def _load(ref: Any, *, layout: Any) -> Any:
-    """What device memory holds, in registers."""
-    if "idx" in inspect.signature(plgpu.load).parameters:  # JAX 0.11
-        return plgpu.load(ref, (), layout=layout, optimized=False)
-    return plgpu.load(ref, layout=layout, optimized=False)
-
-
 def _kernel(
     # in, in device memory
     q_ref: Any,  # [B, T, N, H]
@@ -369,7 +361,11 @@ def _kernel(
             q_TH = qo.at[buffer, thread]
             by_row, products = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
             low, high, sinks, sinks_end = (
-                _load(bounds_ref.at[row, bound, pl.ds(first, _BLOCK_Q)], layout=by_row)
+                plgpu.load(
+                    bounds_ref.at[row, bound, pl.ds(first, _BLOCK_Q)],
+                    layout=by_row,
+                    optimized=False,
+                )
                 for bound in range(4)
             )
             plgpu.barrier_wait(filled[0].at[buffer * _WARPGROUPS + thread])
