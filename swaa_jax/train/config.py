@@ -29,7 +29,8 @@ class OptimizerConfig:
         schedule: "cosine", "linear" or "constant" after the warm-up; "warmup_stable_decay":
             constant, and linear in the last `decay_steps`.
         total_steps: optimizer steps of the whole run.
-        warmup_ratio: share of `total_steps`, rounded up; `warmup_steps` replaces it.
+        warmup_ratio: share of `total_steps`, rounded up, all steps but one at most; `warmup_steps`
+            replaces it.
         warmup_steps: None: by `warmup_ratio`.
         decay_steps: of "warmup_stable_decay"; None: a tenth of `total_steps`, rounded up.
         min_lr_ratio: of `learning_rate`, at the end.

@@ -116,6 +116,7 @@ def test_a_checkpoint_of_another_run(inputs, tmp_path, capsys):
 
 def test_settings_without_effect_are_told(inputs, tmp_path, capsys):
     words = ("max_steps=1", "eval_every=1", "profile.first=3", "mesh=null")
+    words += ("optimizer.warmup_steps=1",)
     assert run(inputs, tmp_path, *words) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "eval_every: expected eval_files, eval_tasks or samples for it, got none" in said

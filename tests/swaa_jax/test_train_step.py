@@ -282,6 +282,12 @@ def test_a_step_lowers_from_shapes_alone():
     )
 
 
+def test_a_ratio_of_warm_up_leaves_a_step():
+    for total, steps in ((1, 0), (2, 1), (100, 5)):
+        assert OptimizerConfig(total_steps=total).num_warmup_steps == steps
+    assert OptimizerConfig(total_steps=1, warmup_steps=1).num_warmup_steps == 1
+
+
 def test_what_does_not_fit_is_refused():
     model = lora_model()
     with pytest.raises(ValueError, match="add_lora"):
