@@ -64,7 +64,7 @@ def compute(arguments: PrefillArguments) -> AttentionOutput:
 
 
 def attend(arguments: PrefillArguments, *, tiles: Any, interpret: Any = False) -> AttentionOutput:
-    """The kernel with these tiles (None: those that an H200 was fastest with); ``interpret``: an
+    """The kernel with these tiles (None: ``choose_tiles``); ``interpret``: an
     ``InterpretGPUParams``, to run it without a GPU.
     """
     given = {name: getattr(arguments, name) for name in _ROW_RULES}
