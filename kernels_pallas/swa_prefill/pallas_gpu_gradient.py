@@ -24,8 +24,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.layout import pad_end
-from kernels_pallas.mask import IntOrPerRow, RowInfo, per_row
 from kernels_pallas.swa_prefill.pallas_gpu_kernels import (
     BLOCK_Q,
     LOG2_E,
@@ -37,13 +35,12 @@ from kernels_pallas.swa_prefill.pallas_gpu_kernels import (
     load,
     plgpu,
 )
+from kernels_pallas.swa_prefill.pallas_gpu_key_table import KEYS_OF_TILE, joined
 
 __all__ = [
     "ABOVE_ALL_SCORES",
-    "KEYS_OF_TILE",
     "MOST_HEAD_DIM",
     "choose_tiles",
-    "key_table",
     "keys_gradient",
     "queries_gradient",
 ]
@@ -54,91 +51,10 @@ MOST_HEAD_DIM = 128
 ABOVE_ALL_SCORES = 1e30
 """The log-sum-exp of rows that see nothing: their weights are 0."""
 
-KEYS_OF_TILE = WARPGROUPS * BLOCK_Q
-"""Keys of a tile of dk and dv."""
-
-_FAR = jnp.iinfo(jnp.int32).max
-
 
 def choose_tiles() -> Tiles:
     """Keys of a step of dq, and how many steps of either kernel are loaded at once."""
     return Tiles(block_kv=64, num_stages=4, num_buffers=1)
-
-
-def key_table(
-    rows: RowInfo,
-    *,
-    window: IntOrPerRow | None,
-    num_sink_tokens: IntOrPerRow,
-    num_keys: int,
-    num_rows: int,
-) -> tuple[Int[Array, "B J 8"], Int[Array, "B Q"]]:
-    """Which blocks of 64 rows a tile of keys is read by, and the blocks that have full rows.
-
-    Blocks are numbered along the rows. As in ``pallas_gpu_kernels.step_table`` a line has the ends
-    of its kinds of steps and what a step's number lacks of its block's; the last kind, full rows
-    beyond the others, are places in the second array instead. `num_rows` are those of whole tiles.
-    """
-    num_batch, given = rows.q_index.shape
-    num_blocks = num_rows // BLOCK_Q
-    low_BT, start_BT = rows.q_start, rows.q_start
-    if window is not None:
-        low_BT = jnp.maximum(rows.q_index - per_row(window)[:, None] + 1, rows.q_start)
-
-    def blocks(x_BT: Array, reduce: Any, fill: int) -> Array:
-        x_BT = jnp.where(rows.q_valid, x_BT, fill)
-        x_BT = pad_end(x_BT, num_rows - given, axis=1, value=fill)
-        return reduce(x_BT.reshape(num_batch, num_blocks, BLOCK_Q), axis=2)
-
-    first, last = blocks(rows.q_index, jnp.min, _FAR), blocks(rows.q_index, jnp.max, -1)
-    # Blocks without valid rows are the last ones, and seen by no key.
-    last = jnp.where(last < 0, _FAR, last)
-    least_low, most_low = blocks(low_BT, jnp.min, _FAR), blocks(low_BT, jnp.max, _FAR)
-    least_start, most_start = blocks(start_BT, jnp.min, _FAR), blocks(start_BT, jnp.max, _FAR)
-    num_tiles = -(-num_keys // KEYS_OF_TILE)
-    begin = jnp.arange(num_tiles, dtype=jnp.int32) * KEYS_OF_TILE
-    end = begin + KEYS_OF_TILE - 1
-
-    def count(x_BQ: Array, key_J: Array, side: str) -> Array:
-        """Entries below a key (or at it: "right"), of arrays that do not fall."""
-        find = functools.partial(jnp.searchsorted, side=side)
-        return jax.vmap(lambda x: find(x, key_J))(x_BQ).astype(jnp.int32)
-
-    some = count(first, jnp.full((1,), _FAR, jnp.int32), "left")  # blocks with valid rows
-    seen_from = jnp.minimum(count(last, begin, "left"), some)
-    seen_to = jnp.clip(count(least_low, end, "right"), seen_from, some)
-    segment_to = jnp.clip(count(least_start, end, "right"), seen_to, some)
-    if window is not None:
-        sinks_B1 = per_row(num_sink_tokens)[:, None]
-        reach = jnp.where(most_start == _FAR, _FAR, most_start + sinks_B1)
-        has_sinks = (count(reach, begin, "right") < segment_to) & (sinks_B1 > 0)
-        seen_to = jnp.where(has_sinks, segment_to, seen_to)
-    whole_from = jnp.clip(count(first, end, "left"), seen_from, seen_to)
-    whole_to = jnp.clip(count(most_low, begin, "right"), whole_from, seen_to)
-    listed = jnp.full((num_batch, num_blocks), _FAR, jnp.int32)
-    full_from = full_to = jnp.zeros_like(seen_from)
-    if window is not None and rows.q_full is not None:
-        has_full = blocks(rows.q_full.astype(jnp.int32), jnp.max, 0) > 0
-        numbers = jnp.arange(num_blocks, dtype=jnp.int32)
-        listed = jnp.sort(jnp.where(has_full, numbers, _FAR), axis=1)
-        place = jax.vmap(lambda x, at: jnp.searchsorted(x, at).astype(jnp.int32))
-        full_from = place(listed, seen_to)
-        full_to = jnp.maximum(place(listed, segment_to), full_from)
-    left = whole_from - seen_from
-    right = left + seen_to - whole_to
-    masked = right + full_to - full_from
-    total = masked + whole_to - whole_from
-    columns = (
-        left,
-        right,
-        masked,
-        total,
-        seen_from,
-        whole_to - left,
-        full_from - right,
-        whole_from - masked,
-    )
-    return jnp.stack(columns, axis=2).astype(jnp.int32), listed
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -195,16 +111,17 @@ def keys_gradient(
     lse: Float[Array, "B N T"],
     delta: Float[Array, "B N T"],
     bounds: Int[Array, "B 4 T"],
-    table: Int[Array, "B J 8"],
+    lines: Int[Array, "B L 11"],
     listed: Int[Array, "B Q"],
 ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-    """Those in k and v. S is a multiple of `KEYS_OF_TILE`, the last two are :func:`key_table`'s; q
-    and d_out are 0 in rows that see nothing.
+    """Those in k and v. S is a multiple of `KEYS_OF_TILE`, the last two are those of
+    ``pallas_gpu_key_table.key_table``; q and d_out are 0 in rows that see nothing.
     """
     head_dim, slots = q.shape[3], static.tiles.num_stages
+    num_pieces = lines.shape[1] - k.shape[1] // KEYS_OF_TILE
     memory = functools.partial(_memory, head_dim=head_dim, dtype=q.dtype)
     numbers = plgpu.SMEM((slots, BLOCK_Q), jnp.float32)
-    num_batch, num_keys, num_kv_heads, _ = k.shape
+    num_batch, _, num_kv_heads, _ = k.shape
 
     def entry(*refs: Any) -> None:
         pl.run_scoped(
@@ -216,20 +133,29 @@ def keys_gradient(
                 memory(slots, rows=BLOCK_Q),
                 numbers,
                 numbers,
+                plgpu.SMEM((slots, 4, BLOCK_Q), jnp.int32),
             ),
             (
                 plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
-                plgpu.Barrier(num_arrivals=4, num_barriers=slots),
+                plgpu.Barrier(num_arrivals=5, num_barriers=slots),
             ),
             plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=slots),
             collective_axes="thread",
         )
 
-    one = jax.ShapeDtypeStruct(k.shape, k.dtype)
-    blocks = num_batch * num_kv_heads * (num_keys // KEYS_OF_TILE)
-    compiled = _kernel_of(entry, out_type=(one, one), blocks=blocks, static=static)
-    d_k, d_v = compiled(q, k, v, d_out, lse, delta, bounds, table, listed)
-    return d_k, d_v
+    whole = jax.ShapeDtypeStruct(k.shape, k.dtype)
+    further = (num_batch, max(num_pieces, 1) * KEYS_OF_TILE, *k.shape[2:])
+    further = jax.ShapeDtypeStruct(further, k.dtype)
+    compiled = _kernel_of(
+        entry,
+        out_type=(whole, whole, further, further),
+        blocks=num_batch * num_kv_heads * lines.shape[1],
+        static=static,
+    )
+    d_k, d_v, more_k, more_v = compiled(q, k, v, d_out, lse, delta, bounds, lines, listed)
+    if num_pieces == 0:
+        return d_k, d_v
+    return joined(d_k, more_k, lines[:, :num_pieces]), joined(d_v, more_v, lines[:, :num_pieces])
 
 
 def _memory(*lead: int, rows: int, head_dim: int, dtype: Any) -> Any:
@@ -371,15 +297,16 @@ def _keys_kernel(
     lse_ref: Any,  # [B, N, T]
     delta_ref: Any,
     bounds_ref: Any,  # [B, 4, T]
-    table_ref: Any,  # [B, J, 8]
+    lines_ref: Any,  # [B, P + J, 11]
     listed_ref: Any,  # [B, Q]
     # out
     dk_ref: Any,  # [B, S, K, H]
     dv_ref: Any,
-    # in shared memory
-    memory: tuple[
-        Any, ...
-    ],  # k and v [2, 64, H], q and d_out [slots, 64, H], lse, delta [slots, 64]
+    more_dk_ref: Any,  # [B, P * 128, K, H]
+    more_dv_ref: Any,
+    # in shared memory: k and v [2, 64, H]; q and d_out [slots, 64, H]; lse, delta [slots, 64];
+    # bounds [slots, 4, 64]
+    memory: tuple[Any, ...],
     filled: tuple[Any, ...],  # barriers: of the first two, of the others
     freed: Any,
     *,
@@ -387,26 +314,27 @@ def _keys_kernel(
     dtype: Any,
 ) -> None:
     thread = lax.axis_index("thread")
-    k, v, q, d_out, lse, delta = memory
+    k, v, q, d_out, lse, delta, bounds = memory
     slots, num_kv_heads = static.tiles.num_stages, k_ref.shape[2]
     num_groups = q_ref.shape[2] // num_kv_heads
     number, kv_head = (
         lax.axis_index("block") // num_kv_heads,
         lax.axis_index("block") % num_kv_heads,
     )
-    num_tiles = k_ref.shape[1] // KEYS_OF_TILE
-    row, tile = number // num_tiles, number % num_tiles  # the first keys have the most rows
-    steps = Steps(table_ref, row, tile)
+    num_lines = lines_ref.shape[1]
+    num_pieces = num_lines - k_ref.shape[1] // KEYS_OF_TILE
+    row, line = number // num_lines, number % num_lines  # further pieces, then the first keys
+    steps = Steps(lines_ref, row, line)
+    tile, begin, end = (lines_ref[row, line, column] for column in (8, 9, 10))
+    masked = jnp.clip(steps.masked - begin, 0, end - begin)
+    whole = end - begin - masked
+    all_masked, all_steps = num_groups * masked, num_groups * (end - begin)
 
     def rows_of(step: Any) -> tuple[Any, Any]:
         """Head and first row of a step: masked ones of all heads come first, then the others."""
-        is_masked = step < num_groups * steps.masked
-        whole = steps.total - steps.masked
-        rest = step - num_groups * steps.masked
-        head = jnp.where(
-            is_masked, step // jnp.maximum(steps.masked, 1), rest // jnp.maximum(whole, 1)
-        )
-        at = jnp.where(is_masked, step - head * steps.masked, steps.masked + rest - head * whole)
+        is_masked, rest = step < all_masked, step - all_masked
+        head = jnp.where(is_masked, step // jnp.maximum(masked, 1), rest // jnp.maximum(whole, 1))
+        at = jnp.where(is_masked, step - head * masked, masked + rest - head * whole) + begin
         block = steps.block(at)
         is_listed = (at >= steps.left) & (at < steps.masked)
         found = listed_ref[row, jnp.where(is_listed, block, 0)]
@@ -422,16 +350,19 @@ def _keys_kernel(
                     x_ref.at[row, keys, kv_head], x.at[warpgroup], filled[0].at[warpgroup]
                 )
 
-        @pl.loop(0, num_groups * steps.total)
+        @pl.loop(0, all_steps)
         def _step(step: Any) -> None:
             slot = step % slots
-            head, begin = rows_of(step)
-            there = pl.ds(begin, BLOCK_Q)
+            head, first = rows_of(step)
+            there = pl.ds(first, BLOCK_Q)
             plgpu.barrier_wait(freed.at[slot])
             for x_ref, x in ((q_ref, q), (d_out_ref, d_out)):
                 plgpu.copy_gmem_to_smem(x_ref.at[row, there, head], x.at[slot], filled[1].at[slot])
             for x_ref, x in ((lse_ref, lse), (delta_ref, delta)):
                 plgpu.copy_gmem_to_smem(x_ref.at[row, head, there], x.at[slot], filled[1].at[slot])
+            plgpu.copy_gmem_to_smem(
+                bounds_ref.at[row, :, there], bounds.at[slot], filled[1].at[slot]
+            )
 
         for slot in range(slots):
             plgpu.barrier_wait(freed.at[slot])
@@ -449,52 +380,75 @@ def _keys_kernel(
             return lax.broadcast_in_dim(x, square, [1])
 
         def add_rows(step: Any, sums: tuple[Any, Any], *, masked: bool) -> tuple[Any, Any]:
-            dk, dv = sums
             slot = step % slots
             plgpu.barrier_wait(filled[1].at[slot])
+            q_TH, d_out_TH = q.at[slot], d_out.at[slot]
 
-            def multiply(scores_ref: Any, d_weights_ref: Any) -> tuple[Any, Any]:
-                plgpu.wgmma(scores_ref, k.at[thread], q.at[slot].transpose((1, 0)))
-                plgpu.wgmma(d_weights_ref, v.at[thread], d_out.at[slot].transpose((1, 0)))
+            def weigh(scores: Any) -> tuple[Any, Any]:
+                lse_T = load(lse.at[slot], layout=by_column)
+                weights, slope = _weights(scores, spread(lse_T), static)
+                if masked:
+                    ranges = [load(bounds.at[slot, n], layout=by_column) for n in range(4)]
+                    keys = plgpu.broadcasted_iota(jnp.int32, square, 0, layout=products)
+                    keys = keys + tile * KEYS_OF_TILE + thread * BLOCK_Q
+                    seen = _seen(keys, [spread(x) for x in ranges], static)
+                    weights = jnp.where(seen, weights, 0.0)
+                return weights, slope
+
+            def change(weights: Any, slope: Any, d_weights: Any) -> Any:
+                ds = weights * (d_weights - spread(load(delta.at[slot], layout=by_column)))
+                return (ds if slope is None else ds * slope).astype(dtype)
+
+            def multiply(refs: Any) -> None:
+                # Each product begins before the one before it is waited for:
+                #     tensor cores    scores | d_weights | dv | dk
+                #     the rest               | weights   | ds |
+                dk_ref, dv_ref, scores_ref, d_weights_ref = refs
+                plgpu.wgmma(scores_ref, k.at[thread], q_TH.transpose((1, 0)))
+                plgpu.wgmma(d_weights_ref, v.at[thread], d_out_TH.transpose((1, 0)))
+                weights, slope = weigh(plgpu.wgmma_accumulator_load(scores_ref, wait_n=1))
+                plgpu.wgmma(dv_ref, weights.astype(dtype), d_out_TH)
+                d_weights = plgpu.wgmma_accumulator_load(d_weights_ref, wait_n=1)
+                plgpu.wgmma(dk_ref, change(weights, slope, d_weights), q_TH)
+
+            def multiply_apart(scores_ref: Any, d_weights_ref: Any) -> tuple[Any, Any]:
+                plgpu.wgmma(scores_ref, k.at[thread], q_TH.transpose((1, 0)))
+                plgpu.wgmma(d_weights_ref, v.at[thread], d_out_TH.transpose((1, 0)))
                 return scores_ref[...], d_weights_ref[...]
 
-            accumulator = plgpu.ACC(square, jnp.float32)
-            scores, d_weights = pl.run_scoped(multiply, accumulator, accumulator)
-            weights, slope = _weights(scores, spread(load(lse.at[slot], layout=by_column)), static)
-            if masked:
-                _, begin = rows_of(step)
-                there = pl.ds(begin, BLOCK_Q)
-                bounds = [load(bounds_ref.at[row, n, there], layout=by_column) for n in range(4)]
-                keys = plgpu.broadcasted_iota(jnp.int32, square, 0, layout=products)
-                keys = keys + tile * KEYS_OF_TILE + thread * BLOCK_Q
-                seen = _seen(keys, [spread(bound) for bound in bounds], static)
-                weights = jnp.where(seen, weights, 0.0)
-            ds = weights * (d_weights - spread(load(delta.at[slot], layout=by_column)))
-            ds = (ds if slope is None else ds * slope).astype(dtype)
-            weights = weights.astype(dtype)
-
-            def multiply_d_out(dv_ref: Any) -> None:
-                plgpu.wgmma(dv_ref, weights, d_out.at[slot])
-
-            def multiply_queries(dk_ref: Any) -> None:
-                plgpu.wgmma(dk_ref, ds, q.at[slot])
-
-            dv = _add_product(dv, weights, d_out.at[slot], multiply_d_out, static)
-            dk = _add_product(dk, ds, q.at[slot], multiply_queries, static)
+            if static.interpret:
+                accumulator = plgpu.ACC(square, jnp.float32)
+                scores, d_weights = pl.run_scoped(multiply_apart, accumulator, accumulator)
+                weights, slope = weigh(scores)
+                ds = change(weights, slope, d_weights)
+                dk, dv = sums
+                dv = dv + _dot(weights.astype(dtype), d_out_TH)
+                dk = dk + _dot(ds, q_TH)
+            else:
+                nothing = plgpu.layout_cast(jnp.zeros(square, jnp.float32), products)
+                refs = tuple(plgpu.ACC.init(x) for x in (*sums, nothing, nothing))
+                dk, dv, _, _ = pl.run_state(multiply)(refs)
             plgpu.barrier_arrive(freed.at[slot])
             return dk, dv
 
         nothing = jnp.zeros((BLOCK_Q, k_ref.shape[3]), jnp.float32)
         sums = (plgpu.layout_cast(nothing, products), plgpu.layout_cast(nothing, products))
-        masked, total = num_groups * steps.masked, num_groups * steps.total
-        sums = lax.fori_loop(0, masked, functools.partial(add_rows, masked=True), sums)
-        dk, dv = lax.fori_loop(masked, total, functools.partial(add_rows, masked=False), sums)
+        sums = lax.fori_loop(0, all_masked, functools.partial(add_rows, masked=True), sums)
+        dk, dv = lax.fori_loop(
+            all_masked, all_steps, functools.partial(add_rows, masked=False), sums
+        )
         k.at[thread][...] = (dk * static.scale).astype(dtype)
         v.at[thread][...] = dv.astype(dtype)
         plgpu.commit_smem()
-        keys = pl.ds(tile * KEYS_OF_TILE + thread * BLOCK_Q, BLOCK_Q)
-        plgpu.copy_smem_to_gmem(k.at[thread], dk_ref.at[row, keys, kv_head])
-        plgpu.copy_smem_to_gmem(v.at[thread], dv_ref.at[row, keys, kv_head])
+
+        def write(first: Any, to_dk_ref: Any, to_dv_ref: Any) -> None:
+            keys = pl.ds(first + thread * BLOCK_Q, BLOCK_Q)
+            plgpu.copy_smem_to_gmem(k.at[thread], to_dk_ref.at[row, keys, kv_head])
+            plgpu.copy_smem_to_gmem(v.at[thread], to_dv_ref.at[row, keys, kv_head])
+
+        is_further = line < num_pieces
+        pl.when(is_further)(lambda: write(line * KEYS_OF_TILE, more_dk_ref, more_dv_ref))
+        pl.when(~is_further)(lambda: write(tile * KEYS_OF_TILE, dk_ref, dv_ref))
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -519,8 +473,13 @@ def _seen(keys: Any, bounds: list[Any], static: Static) -> Any:
 
 def _add_product(sums: Any, left: Any, right_ref: Any, multiply: Any, static: Static) -> Any:
     """``sums + left @ right_ref``, on the tensor cores."""
-    if not static.interpret:
-        return pl.run_state(multiply)(plgpu.ACC.init(sums))
+    if static.interpret:
+        return sums + _dot(left, right_ref)
+    return pl.run_state(multiply)(plgpu.ACC.init(sums))
+
+
+def _dot(left: Any, right_ref: Any) -> Any:
+    """The product for the interpreter, which knows none onto what is there."""
     found = jnp.dot(left, right_ref[...], preferred_element_type=jnp.float32)
     plgpu.commit_smem()  # this read is not the tensor cores'
-    return sums + found
+    return found

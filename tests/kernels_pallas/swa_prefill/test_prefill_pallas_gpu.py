@@ -14,8 +14,9 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.backends import Target, choose_backend
-from kernels_pallas.swa_prefill import pallas_gpu
+from kernels_pallas.swa_prefill import cudnn, pallas_gpu, xla
 from kernels_pallas.swa_prefill import pallas_gpu_kernels as kernels
+from kernels_pallas.swa_prefill import pallas_gpu_key_table as key_table
 from kernels_pallas.swa_prefill.arguments import PrefillArguments
 from tests.support import bruteforce
 
@@ -156,9 +157,14 @@ def test_it_is_lowered_for_a_gpu(head_dim):
 
 
 @has_kernel
-@pytest.mark.parametrize("case", CASES)
-def test_gradients_are_the_loops(case):
-    sizes, heads, _, options = CASES[case]
+@pytest.mark.parametrize("case", (*CASES, "pieces"))
+def test_gradients_are_the_loops(case, monkeypatch):
+    """In "pieces" the sinks' keys, which all rows read, are cut into several."""
+    if case == "pieces":
+        monkeypatch.setattr(key_table, "choose_num_pieces", lambda _: 7)
+        sizes, heads, options = (2, 448, 448), (2, 1, 64), {"window": 40, "sinks": 5}
+    else:
+        sizes, heads, _, options = CASES[case]
     if heads[2] > 128:
         pytest.skip("computed by XLA")
     arguments, mask = build(sizes, heads, **options)
@@ -182,6 +188,53 @@ def test_gradients_are_the_loops(case):
     for one, other in zip(gradients, want, strict=True):
         tolerance = 2 * RTOL[str(arguments.q.dtype)] * max(1.0, np.abs(other).max())
         np.testing.assert_allclose(np.asarray(one, np.float64), other, atol=tolerance)
+
+
+@pytest.mark.parametrize("num_pieces", (1, 4, 30))
+def test_pieces_have_each_step_once(num_pieces):
+    """And none has more than its share of all steps."""
+    rng = np.random.default_rng(num_pieces)
+    total = rng.integers(0, 9, (2, 8))
+    total[:, 3] = 0
+    total[0, 0], total[1, 7] = 60, 45
+    table = np.arange(2 * 8 * 8).reshape(2, 8, 8)
+    table[:, :, 3] = total
+    lines = np.asarray(key_table.cut(jnp.asarray(table), num_pieces))
+    assert lines.shape == (2, num_pieces + 8, 11)
+    for row in range(2):
+        steps = [[] for _ in range(8)]
+        for line, (*of_tile, tile, begin, end) in enumerate(lines[row]):
+            assert of_tile == table[row, tile].tolist()
+            assert 0 <= end - begin <= -(-total[row].sum() // num_pieces)
+            if line >= num_pieces:
+                assert (tile, begin) == (line - num_pieces, 0)
+            steps[tile] += range(begin, end)
+        assert [sorted(each) for each in steps] == [list(range(n)) for n in total[row]]
+
+
+def test_gradients_of_another_backend(monkeypatch):
+    """cuDNN's without a window (here with the same words to XLA), XLA's of wide heads."""
+    in_xla = functools.partial(cudnn.compute, implementation="xla")
+    calls = []
+    monkeypatch.setattr(cudnn, "compute", lambda x: calls.append(x) or in_xla(x))
+    for window, head_dim in ((None, 16), (20, 256)):
+        arguments, _ = build((1, 64, 64), (2, 1, head_dim), window=window)
+        arguments = dataclasses.replace(arguments, return_lse=False)
+
+        def loss(q, k, v, compute):
+            changed = dataclasses.replace(arguments, q=q, k=k, v=v)  # noqa: B023
+            return jnp.sum(jnp.sin(compute(changed).out.astype(jnp.float32)))
+
+        given = (arguments.q, arguments.k, arguments.v)
+        found, want = (
+            jax.grad(loss, argnums=(0, 1, 2))(*given, compute)
+            for compute in (pallas_gpu.compute, xla.compute)
+        )
+        for one, other in zip(found, want, strict=True):
+            one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
+            # Outputs, weights and cotangents are rounded to bfloat16 apart: 2^-8 for each.
+            assert np.linalg.norm(one - other) <= 2.0**-6 * np.linalg.norm(other)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(
