@@ -10,7 +10,7 @@ and cuDNN that of layers without a window.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -221,8 +221,8 @@ def _attend_forward(call: _Call, q: Array, k: Array, v: Array, traced: dict[str,
     arguments = call.arguments(q, k, v, traced)
     other = _other_gradient(call, arguments)
     if other is None:
-        out, lse = _attend(call, q, k, v, traced)
-        return (out, lse), (q, k, v, traced, out, lse)
+        result: Any = _attend(call, q, k, v, traced)
+        return result, (q, k, v, traced, *result)
 
     def elsewhere(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         found = other.compute(dataclasses.replace(arguments, q=q, k=k, v=v))
@@ -233,7 +233,7 @@ def _attend_forward(call: _Call, q: Array, k: Array, v: Array, traced: dict[str,
 
 def _attend_backward(call: _Call, saved: Any, cotangents: tuple[Array, Array]):
     if callable(saved):
-        return (*saved(cotangents), None)
+        return (*cast("Any", saved)(cotangents), None)
     q, k, v, traced, out, lse = saved
     case = _Case.of(call, q, k, v, traced)
     num_rows, num_keys, head_dim = q.shape[1], k.shape[1], q.shape[3]
