@@ -52,14 +52,6 @@ def limits(arguments: PrefillArguments) -> tuple[str, ...]:
     return tuple(found)
 
 
-def drawbacks(arguments: PrefillArguments) -> tuple[str, ...]:
-    """On a GPU the kernel has run with heads of 128, to which 80 and 96 are filled up."""
-    head_dim = arguments.q.shape[3]
-    if 64 < head_dim <= 128:
-        return ()
-    return (f"q: a head dim of {head_dim}, with which the kernel has not run on a GPU yet",)
-
-
 def compute(arguments: PrefillArguments) -> AttentionOutput:
     """Compiled for the GPU. Padding may hold NaN."""
     return attend(arguments, tiles=None)
