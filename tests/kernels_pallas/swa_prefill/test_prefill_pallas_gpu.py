@@ -254,7 +254,7 @@ def test_what_it_cannot_compute_is_named(change, words):
 @pytest.mark.parametrize("version, chosen", [((0, 10, 2), "xla"), ((0, 12, 0), "pallas_gpu")])
 def test_auto_takes_it_on_hopper_from_jax_0_11(version, chosen, monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", version)
-    arguments, _ = build((1, 64, 64), (2, 1, 128), window=20, segments=np.zeros((1, 64), int))
-    assert choose_backend("swa_prefill", "auto", arguments) == chosen
-    wide, _ = build((1, 64, 64), (2, 1, 256), window=20, segments=np.zeros((1, 64), int))
-    assert choose_backend("swa_prefill", "auto", wide) == "xla"
+    for head_dim in (128, 256):
+        heads, segments = (2, 1, head_dim), np.zeros((1, 64), int)
+        arguments, _ = build((1, 64, 64), heads, window=20, segments=segments)
+        assert choose_backend("swa_prefill", "auto", arguments) == chosen
