@@ -58,13 +58,16 @@ def limits(arguments: DecodeArguments) -> tuple[str, ...]:
 
 def choose_tiles(arguments: DecodeArguments) -> kernels.Tiles:
     """As many units as run at once, more where there are many rows; and what fits shared memory
-    twice.
+    twice, but for many rows of heads above 128.
     """
-    head_dim, num_kv_heads = arguments.q.shape[3], arguments.cache_k.shape[2]
-    units = max(_LEAST_UNITS, _UNITS_AT_ONCE // (arguments.q.shape[0] * num_kv_heads))
+    num_batch, num_new, num_heads, head_dim = arguments.q.shape
+    num_kv_heads = arguments.cache_k.shape[2]
+    units = max(_LEAST_UNITS, _UNITS_AT_ONCE // (num_batch * num_kv_heads))
     units = min(units, _num_blocks(arguments) + (arguments.new_k is not None))
     if head_dim <= 64:
         return kernels.Tiles(units=units, num_buffers=6)
+    if head_dim <= 128 and num_new * num_heads // num_kv_heads > 40:
+        return kernels.Tiles(units=units, step_slots=64, num_buffers=5)
     return kernels.Tiles(units=units, step_slots=128 if head_dim <= 128 else 64, num_buffers=3)
 
 

@@ -20,6 +20,8 @@ Each writes its output and log-sum-exp, and a second kernel joins them.
 import dataclasses
 import functools
 import math
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -47,6 +49,9 @@ NEVER = jnp.iinfo(jnp.int32).max
 """Position of a slot that holds nothing: no query is that far."""
 
 plgpu: Any = mosaic_gpu  # each JAX has its own signatures; 0.11 and later will do
+
+_BLOCKS_AT_ONCE = 16
+"""Blocks whose positions are waited for together."""
 
 _LANES = 128
 _LOG2_E = math.log2(math.e)
@@ -149,7 +154,10 @@ def attend(
         pl.run_scoped(
             body,
             (loaded, written) if static.interpret else plgpu.RefUnion(loaded, read, written),
-            plgpu.SMEM((parts, MAX_ROWS, COLUMNS), q.dtype, transforms=tiled),
+            # Parts overlap: what follows a part's rows is padding of the product's.
+            plgpu.SMEM(
+                (parts * num_rows + MAX_ROWS - num_rows, COLUMNS), q.dtype, transforms=tiled
+            ),
             plgpu.SMEM((MAX_ROWS,), jnp.float32),
             plgpu.Barrier(num_arrivals=parts),
             plgpu.Barrier(
@@ -185,7 +193,7 @@ def _attend_to_unit(
     *refs: Any,
     # k, v [B, S, K, H] or [P, page, K, H]; new k, v [B, n, K, H] if there are any
     # out: [B, K, U, R, H], lse [B, K, U, R]
-    # in shared memory: three views of the buffers; q [H / 64, 64, 64], lse [64]; barriers: q and
+    # in shared memory: three views of the buffers; q [H / 64 * R + 64 - R, 64], lse [64]; barriers: q and
     # each buffer hold what was loaded
     static: Static,
     has_new: bool,
@@ -233,7 +241,9 @@ def _attend_to_unit(
 
         if has_new:
             pl.when(start < end)(lambda: pieces(x_refs[0], cached))
-            pl.when(start >= end)(lambda: pieces(x_refs[1], lambda first: (row, start - end + first)))
+            pl.when(start >= end)(
+                lambda: pieces(x_refs[1], lambda first: (row, start - end + first))
+            )
         else:
             pieces(x_refs[0], cached)
 
@@ -257,7 +267,7 @@ def _attend_to_unit(
     for part in range(parts):
         plgpu.copy_gmem_to_smem(
             q_ref.at[row, head, :, pl.ds(part * COLUMNS, COLUMNS)],
-            q.at[part, pl.ds(0, num_rows)],
+            q.at[pl.ds(part * num_rows, num_rows)],
             q_filled,
         )
     first, last, count = _seen_slots(static, rules_ref, positions_ref, row, unit, num_blocks)
@@ -295,7 +305,8 @@ def _attend_to_unit(
         def multiply_keys(scores_ref: Any) -> Any:
             for part in range(parts):
                 k = read.at[k_buffer, part]
-                plgpu.wgmma(scores_ref, q.at[part], k.transpose((1, 0)))
+                q_rows = q.at[pl.ds(part * num_rows, MAX_ROWS)]
+                plgpu.wgmma(scores_ref, q_rows, k.transpose((1, 0)))
             return scores_ref[...]
 
         scores = pl.run_scoped(multiply_keys, plgpu.ACC((MAX_ROWS, step_slots), jnp.float32))
@@ -308,9 +319,7 @@ def _attend_to_unit(
         # In units of log2, so that a weight takes one multiply-add and one exp2.
         new_largest = jnp.maximum(largest, scores.max(axis=1) * factor)
         shrunk = jnp.exp2(largest - new_largest)
-        weights = jnp.exp2(
-            scores * factor - lax.broadcast_in_dim(new_largest, scores.shape, [0])
-        )
+        weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(new_largest, scores.shape, [0]))
         total = total * shrunk + weights.sum(axis=1)
         weights_low = weights.astype(q_ref.dtype)
         outs = [out * lax.broadcast_in_dim(shrunk, out.shape, [0]) for out in outs]
@@ -323,9 +332,7 @@ def _attend_to_unit(
 
         @pl.when(has_hidden)
         def _hide_values() -> None:
-            _zero_hidden(
-                static, rules_ref, positions_ref, row, first_slot(step), read.at[v_buffer]
-            )
+            _zero_hidden(static, rules_ref, positions_ref, row, first_slot(step), read.at[v_buffer])
 
         if static.interpret:  # knows no products onto what is there
             outs = [
@@ -374,16 +381,22 @@ def _attend_to_unit(
     plgpu.wait_smem_to_gmem(0)
 
 
-def _is_seen(static: Static, rules_ref: Any, row: Any, k_pos: Any) -> Any:
-    """Which positions some new token sees."""
-    seen = None
-    for token in range(static.num_new):
-        q_pos, window, sinks = (rules_ref[row, rule, token * static.num_groups] for rule in range(3))
-        one = visible(
-            q_pos, k_pos, window=None if static.is_full else window, num_sink_tokens=sinks
-        )
-        seen = one if seen is None else seen | one
-    return seen
+def _is_seen(static: Static, rules_ref: Any, row: Any) -> Callable[[Any], Any]:
+    """Tells which positions some new token sees."""
+    tokens = [
+        [rules_ref[row, rule, token * static.num_groups] for rule in range(3)]
+        for token in range(static.num_new)
+    ]
+
+    def is_seen(k_pos: Any) -> Any:
+        window_of = (lambda window: None) if static.is_full else (lambda window: window)
+        seen = [
+            visible(q_pos, k_pos, window=window_of(window), num_sink_tokens=sinks)
+            for q_pos, window, sinks in tokens
+        ]
+        return functools.reduce(operator.or_, seen)
+
+    return is_seen
 
 
 def _seen_slots(
@@ -396,25 +409,33 @@ def _seen_slots(
     units = static.tiles.units
     layout = plgpu.Layout.WG_STRIDED((BLOCK,), vec_size=1)
     lane = plgpu.broadcasted_iota(jnp.int32, (BLOCK,), 0, layout=layout)
+    is_seen = _is_seen(static, rules_ref, row)
+    own_blocks = (num_blocks - unit + units - 1) // units
+    at_once = min(_BLOCKS_AT_ONCE, -(-num_blocks // units))
 
-    def add_block(number: Any, found: tuple[Any, ...]) -> tuple[Any, ...]:
+    def positions_of(number: Any) -> Any:
+        number = jnp.minimum(number, own_blocks - 1)
+        here = pl.ds((unit + number * units) * BLOCK, BLOCK)
+        return plgpu.load(positions_ref.at[row, here], layout=layout, optimized=False)
+
+    def add_blocks(turn: Any, found: tuple[Any, ...]) -> tuple[Any, ...]:
+        numbers = [turn * at_once + ahead for ahead in range(at_once)]
         first, last, count = found
-        block = unit + number * units
-        k_pos = plgpu.load(
-            positions_ref.at[row, pl.ds(block * BLOCK, BLOCK)], layout=layout, optimized=False
-        )
-        seen, slot = _is_seen(static, rules_ref, row, k_pos), number * BLOCK + lane
-        return (
-            jnp.minimum(first, jnp.where(seen, slot, NEVER)),
-            jnp.maximum(last, jnp.where(seen, slot, -1)),
-            count + jnp.where(seen, 1, 0),
-        )
+        for number, k_pos in zip(
+            numbers, [positions_of(number) for number in numbers], strict=True
+        ):
+            slot = number * BLOCK + lane
+            seen = is_seen(k_pos) & (slot < own_blocks * BLOCK)
+            first = jnp.minimum(first, jnp.where(seen, slot, NEVER))
+            last = jnp.maximum(last, jnp.where(seen, slot, -1))
+            count += jnp.where(seen, 1, 0)
+        return first, last, count
 
     nothing = tuple(
         plgpu.layout_cast(jnp.full((BLOCK,), value, jnp.int32), layout) for value in (NEVER, -1, 0)
     )
-    own_blocks = (num_blocks - unit + units - 1) // units
-    first, last, count = lax.fori_loop(0, own_blocks, add_block, nothing)
+    turns = (own_blocks + at_once - 1) // at_once
+    first, last, count = lax.fori_loop(0, turns, add_blocks, nothing)
     last = jnp.max(last)
     return jnp.minimum(jnp.min(first), last + 1), last, jnp.sum(count)
 
@@ -423,13 +444,12 @@ def _zero_hidden(
     static: Static, rules_ref: Any, positions_ref: Any, row: Any, first_slot: Any, v: Any
 ) -> None:
     """Zeros in place of values that no new token sees: a weight of 0 times NaN is NaN."""
-    slots = static.tiles.step_slots
     k_pos = plgpu.load(
-        positions_ref.at[row, pl.ds(first_slot, slots)],
+        positions_ref.at[row, pl.ds(first_slot, static.tiles.step_slots)],
         layout=plgpu.Layout.WGMMA.reduce(1),
         optimized=False,
     )
-    seen = _is_seen(static, rules_ref, row, k_pos)
+    seen = _is_seen(static, rules_ref, row)(k_pos)
     for part in range(v.shape[0]):
         values = plgpu.load(v.at[part], layout=plgpu.Layout.WGMMA, optimized=False)
         v.at[part][...] = jnp.where(lax.broadcast_in_dim(seen, values.shape, [0]), values, 0)
