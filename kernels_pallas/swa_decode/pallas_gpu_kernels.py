@@ -118,7 +118,7 @@ def attend(
     table: Int[Array, "B M"],
     cache: tuple[Array, Array],
     new: tuple[Array, ...],
-) -> tuple[Float[Array, "B K U R H"], Float[Array, "B K U R"]]:
+) -> tuple[Float[Array, "B K U R L"], Float[Array, "B K U R"]]:
     """Each unit's output, and log2 of its sum of weights.
 
     Args:
@@ -132,8 +132,8 @@ def attend(
       new: keys and values of the new tokens, or nothing if they are in the cache.
 
     Returns:
-      The outputs, their last axis in whole lanes, of which H count; and zeros and -inf for rows
-      that see no key of a unit.
+      The outputs, L the whole lanes that hold H; zeros and -inf for rows that see no key of a
+      unit.
     """
     num_batch, num_kv_heads, num_rows, head_dim = q.shape
     tiles, parts = static.tiles, q.shape[3] // COLUMNS
@@ -193,8 +193,8 @@ def _attend_to_unit(
     *refs: Any,
     # k, v [B, S, K, H] or [P, page, K, H]; new k, v [B, n, K, H] if there are any
     # out: [B, K, U, R, H], lse [B, K, U, R]
-    # in shared memory: three views of the buffers; q [H / 64 * R + 64 - R, 64], lse [64]; barriers: q and
-    # each buffer hold what was loaded
+    # in shared memory: three views of the buffers; q [H / 64 * R + 64 - R, 64], lse [64]
+    # barriers: q and each buffer hold what was loaded
     static: Static,
     has_new: bool,
 ) -> None:
@@ -460,9 +460,9 @@ def _zero_hidden(
 def join(
     static: Static,
     dtype: Any,
-    parts: Float[Array, "B K U R H"],
+    parts: Float[Array, "B K U R L"],
     lse: Float[Array, "B K U R"],
-) -> Float[Array, "B n N H"]:
+) -> Float[Array, "B n N L"]:
     """One softmax over all units of each query, as :func:`attend` leaves them; zeros where none
     sees a key.
     """

@@ -1,4 +1,4 @@
-"""The ``pallas_triton`` backend: a Triton kernel that reads pages or rows of a cache where they lie.
+"""The ``pallas_triton`` backend: a Triton kernel that reads pages or rows of a cache in place.
 
 A row's slots are cut into units, and each has a softmax of its own, which `sums.joined` joins with
 the others' and with that of the new tokens. A program is one unit of one KV head::
