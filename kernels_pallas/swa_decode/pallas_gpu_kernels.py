@@ -476,13 +476,13 @@ def join(
         row, token = number // num_new, number % num_new
         here = head // groups, token * groups + head % groups
         sums = [lse_ref[row, here[0], unit, here[1]] for unit in range(units)]
+        outs = [parts_ref[row, here[0], unit, here[1]] for unit in range(units)]
         largest = functools.reduce(jnp.maximum, sums, jnp.float32(LOWEST))
-        total, out = jnp.float32(0), None
-        for unit, one in enumerate(sums):
-            weight = jnp.exp2(one - largest)
-            weighed = weight * parts_ref[row, here[0], unit, here[1]]
-            total, out = total + weight, weighed if out is None else out + weighed
-        out_ref[row, token, head] = (out / jnp.where(total > 0, total, 1.0)).astype(dtype)
+        weights = [jnp.exp2(one - largest) for one in sums]
+        total = functools.reduce(operator.add, weights)
+        shares = [weight / jnp.where(total > 0, total, 1.0) for weight in weights]
+        weighed = [share * out for share, out in zip(shares, outs, strict=True)]
+        out_ref[row, token, head] = functools.reduce(operator.add, weighed).astype(dtype)
 
     compiled = plgpu.kernel(
         kernel,
