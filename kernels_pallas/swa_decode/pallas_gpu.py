@@ -27,6 +27,9 @@ _UNITS_AT_ONCE = 264
 _LEAST_UNITS = 4
 """Units of each row and KV head, of which there may be many: rows differ in what they hold."""
 
+_MOST_UNITS = 66
+"""What is joined at once, in registers."""
+
 
 def limits(arguments: DecodeArguments) -> tuple[str, ...]:
     """What the kernel cannot compute, or not here."""
@@ -63,7 +66,8 @@ def choose_tiles(arguments: DecodeArguments) -> kernels.Tiles:
     num_batch, num_new, num_heads, head_dim = arguments.q.shape
     num_kv_heads = arguments.cache_k.shape[2]
     units = max(_LEAST_UNITS, _UNITS_AT_ONCE // (num_batch * num_kv_heads))
-    units = min(units, _num_blocks(arguments) + (arguments.new_k is not None))
+    num_blocks = _num_blocks(arguments) + (arguments.new_k is not None)
+    units = min(units, num_blocks, _MOST_UNITS)
     if head_dim <= 64:
         return kernels.Tiles(units=units, num_buffers=6)
     if head_dim <= 128 and num_new * num_heads // num_kv_heads > 40:

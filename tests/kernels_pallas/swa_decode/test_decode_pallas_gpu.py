@@ -162,21 +162,15 @@ def test_it_is_lowered_for_a_gpu(head_dim, num_new):
     "changes, units",
     [
         (dict(num_slots=131072), 33),  # 264 of 8 heads
+        (dict(num_slots=131072, heads=(8, 1)), 66),
         (dict(num_slots=2058), 17),  # blocks of 128 slots, and none of new tokens
         (dict(num_slots=8192, num_batch=32), 4),
         (dict(num_slots=100), 1),
     ],
 )
 def test_how_many_units_a_row_has(changes, units):
-    given = arguments(
-        heads=(32, 8),
-        head_dim=128,
-        dtype=jnp.bfloat16,
-        abstract=True,
-        new_k=None,
-        new_v=None,
-        **changes,
-    )
+    options = {"heads": (32, 8), "head_dim": 128, "dtype": jnp.bfloat16, "abstract": True}
+    given = arguments(**{**options, "new_k": None, "new_v": None, **changes})
     assert pallas_gpu.choose_tiles(given).units == units
 
 
