@@ -53,6 +53,7 @@ BACKENDS: dict[str, dict[str, Backend]] = {
     "swa_decode": {
         "pallas_tpu": Backend(platform="tpu"),
         "pallas_gpu": Backend(platform="gpu"),
+        "pallas_triton": Backend(platform="gpu"),
         "xla": Backend(),
         "reference": Backend(by_name_only=True),
     },
@@ -125,7 +126,7 @@ def available_backends(op: str = "swa_prefill") -> tuple[str, ...]:
     """Names that ``backend=`` takes for ``op``, sorted, without ``"auto"``.
 
     >>> available_backends("swa_decode")
-    ('pallas_gpu', 'pallas_tpu', 'reference', 'xla')
+    ('pallas_gpu', 'pallas_tpu', 'pallas_triton', 'reference', 'xla')
     """
     return tuple(sorted(BACKENDS.get(op, {})))
 

@@ -1,82 +1,78 @@
-"""The ``pallas_gpu`` backend: a Triton kernel that reads pages or rows of a cache where they lie.
+"""The ``pallas_gpu`` backend: kernels for Hopper GPUs, through Pallas's Mosaic GPU.
 
-A row's slots are cut into units, and each has a softmax of its own, which `sums.joined` joins with
-the others' and with that of the new tokens. A program is one unit of one KV head::
-
-    row 0   [ page 7  page 2 | page 9    -   |   -      -  ]     table   7 2 9 - - -
-    blocks    .  .  x  x       x  .  .  .        .  .            bounds  (2, 4) (0, 1) (0, 0)
-              '- unit 0 ----'  '- unit 1 --'  '- unit 2 -'
-
-It reads from the first block that one of its query heads sees to the last one, so that work follows
-what rows hold and see, however long they might be.
+One kernel reads rows or pages of a cache where they lie, and the new tokens' own keys after them;
+another joins what its units give. What a slot holds is told by its position alone, which the kernel
+looks at itself, so that little is left to do around it.
 """
-
-import dataclasses
-import functools
-import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.layout import LOWEST, next_power_of_two, pad_end
-from kernels_pallas.mask import per_row, visible
+from kernels_pallas.backends import Target
+from kernels_pallas.chips import is_hopper
+from kernels_pallas.layout import pad_end
+from kernels_pallas.mask import per_row
+from kernels_pallas.swa_decode import pallas_gpu_kernels as kernels
 from kernels_pallas.swa_decode.arguments import DecodeArguments
-from kernels_pallas.swa_decode.sums import Sums, joined
-from kernels_pallas.swa_decode.xla import attend_apart, by_kv_head, products_on
-from kernels_pallas.triton import triton as plgpu
-from kernels_pallas.triton import triton_limits
 
-NEVER = jnp.iinfo(jnp.int32).max
+_LEAST_JAX = (0, 11)
 
-_LEAST_ROWS = 16
-"""Of a product's left side, and slots of a block at least."""
+_LEAST_PIECE = 8
+"""Slots of a page are a multiple of it: rows over which shared memory is swizzled."""
 
-_PROGRAMS = 4096
-"""Programs from which on units are made larger rather than more."""
+_UNITS_AT_ONCE = 264
+"""Two for each multiprocessor of an H100 or H200."""
 
+_LEAST_UNITS = 4
+"""Units of each row and KV head, of which there may be many: rows differ in what they hold."""
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """How the kernel is cut.
-
-    Attributes:
-        block_slots: slots that are read at a time, a power of two; pages are whole blocks.
-        unit_blocks: blocks of a program.
-        num_warps, num_stages: of Triton: warps of a program, and blocks that are on their way.
-    """
-
-    block_slots: int
-    unit_blocks: int
-    num_warps: int = 4
-    num_stages: int = 3
+_MOST_UNITS = 66
+"""What is joined at once, in registers."""
 
 
 def limits(arguments: DecodeArguments) -> tuple[str, ...]:
-    """What the kernel cannot compute."""
-    found, head_dim = triton_limits(arguments.q.dtype), arguments.q.shape[3]
-    if head_dim < 16 or head_dim > 256 or head_dim & (head_dim - 1):
-        found.append(f"q: expected a head dim of 16, 32, 64, 128 or 256, got {head_dim}")
-    if arguments.page_table is not None and arguments.cache_k.shape[1] % _LEAST_ROWS:
+    """What the kernel cannot compute, or not here."""
+    found, (_, num_new, num_heads, head_dim) = [], arguments.q.shape
+    if jax.__version_info__ < _LEAST_JAX:
+        found.append(f"jax: expected 0.11 or later, got {jax.__version__}")
+    target = arguments.target or Target.here()
+    if not is_hopper(target):
+        found.append(f"target: expected a Hopper GPU (H100, H200), got {target.device_kind}")
+    if arguments.q.dtype not in (jnp.bfloat16, jnp.float16):
+        found.append(f"q: expected bfloat16 or float16, got {arguments.q.dtype}")
+    if head_dim > 256 or head_dim % 8:
+        found.append(f"q: expected a head dim of at most 256, a multiple of 8, got {head_dim}")
+    num_rows = num_new * (num_heads // arguments.cache_k.shape[2])
+    if num_rows > kernels.MAX_ROWS:
         found.append(
-            f"cache_k: expected pages of a multiple of {_LEAST_ROWS} slots, got "
+            f"q: expected at most {kernels.MAX_ROWS} new tokens times query heads of a KV head, "
+            f"got {num_rows}"
+        )
+    if arguments.page_table is not None and arguments.cache_k.shape[1] % _LEAST_PIECE:
+        found.append(
+            f"cache_k: expected pages of a multiple of {_LEAST_PIECE} slots, got "
             f"{arguments.cache_k.shape[1]}"
         )
+    if not float(arguments.scale) > 0:
+        found.append(f"scale: expected above 0, got {arguments.scale}")
     return tuple(found)
 
 
-def choose_tiles(arguments: DecodeArguments) -> Tiles:
-    """Blocks of up to 64 slots, and units of 4 blocks or as many as keep programs few."""
-    block = 64
-    if arguments.page_table is not None:
-        block = min(block, math.gcd(block, arguments.cache_k.shape[1]))
-    num_batch, num_kv_heads = arguments.q.shape[0], arguments.cache_k.shape[2]
-    units = max(1, _PROGRAMS // (num_batch * num_kv_heads))
-    num_blocks = -(-arguments.num_slots // block)
-    return Tiles(block_slots=block, unit_blocks=min(max(4, -(-num_blocks // units)), num_blocks))
+def choose_tiles(arguments: DecodeArguments) -> kernels.Tiles:
+    """As many units as run at once, more where there are many rows; and what fits shared memory
+    twice, but for many rows of heads above 128.
+    """
+    num_batch, num_new, num_heads, head_dim = arguments.q.shape
+    num_kv_heads = arguments.cache_k.shape[2]
+    units = max(_LEAST_UNITS, _UNITS_AT_ONCE // (num_batch * num_kv_heads))
+    num_blocks = _num_blocks(arguments) + (arguments.new_k is not None)
+    units = min(units, num_blocks, _MOST_UNITS)
+    if head_dim <= 64:
+        return kernels.Tiles(units=units, num_buffers=6)
+    if head_dim <= 128 and num_new * num_heads // num_kv_heads > 40:
+        return kernels.Tiles(units=units, step_slots=64, num_buffers=5)
+    return kernels.Tiles(units=units, step_slots=128 if head_dim <= 128 else 64, num_buffers=3)
 
 
 def compute(arguments: DecodeArguments) -> Float[Array, "B n N H"]:
@@ -85,185 +81,64 @@ def compute(arguments: DecodeArguments) -> Float[Array, "B n N H"]:
 
 
 def decode_in_units(
-    arguments: DecodeArguments, *, tiles: Tiles, interpret: bool = False
+    arguments: DecodeArguments, *, tiles: kernels.Tiles, interpret: object = False
 ) -> Float[Array, "B n N H"]:
-    """The kernel with these tiles; ``interpret``: in plain JAX, on any device."""
-    q_BnKGH = by_kv_head(arguments)
-    parts = _attend_to_cache(arguments, q_BnKGH, tiles=tiles, interpret=interpret)
-    if arguments.new_k is not None and arguments.new_v is not None:
-        mask = arguments.mask(arguments.q_positions)
-        products = products_on(q_BnKGH.shape[1], platform="gpu")
-        new = attend_apart(
-            arguments, q_BnKGH, arguments.new_k, arguments.new_v, mask, products=products
-        )
-        parts = jax.tree.map(lambda x, one: jnp.concatenate([x, one[None]]), parts, new)
-    return joined(parts).reshape(arguments.q.shape).astype(arguments.q.dtype)
-
-
-def _attend_to_cache(
-    arguments: DecodeArguments,
-    q_BnKGH: Float[Array, "B n K G H"],
-    *,
-    tiles: Tiles,
-    interpret: bool,
-) -> Sums:
-    """Sums over each unit of each row; units come first."""
-    num_batch, num_new, num_kv_heads, num_groups, head_dim = q_BnKGH.shape
-    num_rows = num_new * num_groups
-    missing_rows = max(_LEAST_ROWS, next_power_of_two(num_rows)) - num_rows
-    unit_slots = tiles.block_slots * tiles.unit_blocks
-    num_units = -(-arguments.num_slots // unit_slots)
-    missing_slots = num_units * unit_slots - arguments.num_slots
-    positions_BS = arguments.cache_positions.astype(jnp.int32)
-    q_BKRH = q_BnKGH.transpose(0, 2, 1, 3, 4).reshape(num_batch, num_kv_heads, num_rows, head_dim)
-    # What programs write has rows to spare, so that each may write whole tiles, the last one too.
-    written = num_kv_heads * num_rows + missing_rows
-    shape = (num_batch, num_units, written)
-    kernel = functools.partial(
-        _attend_to_unit,
+    """The kernels with these tiles; ``interpret``: an ``InterpretGPUParams``, to run them without
+    a GPU.
+    """
+    num_batch, num_new, num_heads, head_dim = arguments.q.shape
+    num_kv_heads, is_paged = arguments.cache_k.shape[2], arguments.page_table is not None
+    groups = num_heads // num_kv_heads
+    static = kernels.Static(
         tiles=tiles,
-        num_rows=num_rows,
-        num_slots=arguments.num_slots,
-        has_pages=arguments.page_table is not None,
+        num_new=num_new,
+        num_groups=groups,
+        num_blocks=_num_blocks(arguments),
+        page_slots=arguments.cache_k.shape[1] if is_paged else None,
         is_full=arguments.window is None,
         scale=float(arguments.scale),
-        softcap=arguments.softcap,
-    )
-    table = arguments.page_table
-    if table is None:
-        table = jnp.arange(num_batch, dtype=jnp.int32)[:, None]
-    largest, total, out = pl.pallas_call(
-        kernel,
-        grid=(num_kv_heads, num_units, num_batch),
-        out_shape=(
-            jax.ShapeDtypeStruct(shape, jnp.float32),
-            jax.ShapeDtypeStruct(shape, jnp.float32),
-            jax.ShapeDtypeStruct((*shape, head_dim), jnp.float32),
-        ),
-        compiler_params=plgpu.CompilerParams(
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages
-        ),
+        softcap=None if arguments.softcap is None else float(arguments.softcap),
         interpret=interpret,
-        name="swa_decode",
-    )(
-        table.astype(jnp.int32),
-        _bounds(arguments, tiles, num_units),
-        pad_end(_row_rules(arguments, num_groups), missing_rows, axis=2, value=-1),
-        pad_end(positions_BS, missing_slots, axis=1, value=-1),
-        pad_end(q_BKRH, missing_rows, axis=2),
-        arguments.cache_k,
-        arguments.cache_v,
     )
-
-    def by_query(x: Array) -> Array:
-        """[U, B, n, K, G, ...] of what was written."""
-        x = x[:, :, : num_kv_heads * num_rows]
-        x = x.reshape(num_batch, num_units, num_kv_heads, num_new, num_groups, *x.shape[3:])
-        return jnp.moveaxis(jnp.swapaxes(x, 0, 1), 3, 2)
-
-    def per_query(x: Array) -> Array:
-        return jnp.moveaxis(by_query(x), 2, -1)
-
-    return Sums(
-        largest_BKGn=per_query(largest), total_BKGn=per_query(total), out_BnKGH=by_query(out)
+    q = arguments.q.reshape(num_batch, num_new, num_kv_heads, groups, head_dim)
+    q = q.transpose(0, 2, 1, 3, 4).reshape(num_batch, num_kv_heads, num_new * groups, head_dim)
+    q = pad_end(pad_end(q, -q.shape[2] % 8, axis=2), -head_dim % kernels.COLUMNS, axis=3)
+    table = arguments.page_table
+    parts, lse = kernels.attend(
+        static,
+        q,
+        _row_rules(arguments, groups),
+        _positions(arguments),
+        jnp.zeros((num_batch, 1), jnp.int32) if table is None else table.astype(jnp.int32),
+        (arguments.cache_k, arguments.cache_v),
+        tuple(x for x in (arguments.new_k, arguments.new_v) if x is not None),
     )
+    return kernels.join(static, arguments.q.dtype, parts, lse)[..., :head_dim]
 
 
-def _bounds(arguments: DecodeArguments, tiles: Tiles, num_units: int) -> Int[Array, "B U 2"]:
-    """Of each unit, the first block that is seen and the first behind all that are."""
-    seen_BS = jnp.any(arguments.mask(arguments.cache_positions), axis=1)
-    size = num_units * tiles.unit_blocks * tiles.block_slots
-    seen_BS = pad_end(seen_BS, size - seen_BS.shape[1], axis=1)
-    seen = jnp.any(seen_BS.reshape(-1, num_units, tiles.unit_blocks, tiles.block_slots), axis=3)
-    number = jnp.arange(tiles.unit_blocks, dtype=jnp.int32)
-    end = jnp.max(jnp.where(seen, number + 1, 0), axis=2)
-    first = jnp.min(jnp.where(seen, number, tiles.unit_blocks), axis=2)
-    return jnp.stack([jnp.minimum(first, end), end], axis=-1)
+def _num_blocks(arguments: DecodeArguments) -> int:
+    """Blocks of cached slots."""
+    return -(-arguments.num_slots // kernels.BLOCK)
 
 
-def _row_rules(arguments: DecodeArguments, num_groups: int) -> Int[Array, "B 3 R"]:
-    """Position, window and sinks of each query of a KV head; rows are ``[token, group]``."""
+def _positions(arguments: DecodeArguments) -> Int[Array, "B S"]:
+    """Positions of cached slots, then of the new tokens, each filled up to whole blocks."""
+    found = [arguments.cache_positions]
+    if arguments.new_k is not None:
+        found.append(arguments.q_positions)
+    found = [pad_end(x, -x.shape[1] % kernels.BLOCK, axis=1, value=-1) for x in found]
+    positions = jnp.concatenate(found, axis=1).astype(jnp.int32)
+    return jnp.where(positions >= 0, positions, kernels.NEVER)
+
+
+def _row_rules(arguments: DecodeArguments, num_groups: int) -> Int[Array, "B 3 64"]:
+    """Position, window and sinks of each row of a KV head; rows are ``[token, group]``."""
     shape = arguments.q_positions.shape
     # A full row has a window that nothing is older than.
-    window = per_row(NEVER if arguments.window is None else arguments.window)[:, None]
+    window = per_row(kernels.NEVER if arguments.window is None else arguments.window)[:, None]
     if arguments.q_full is not None:
-        window = jnp.where(arguments.q_full, NEVER, window)
+        window = jnp.where(arguments.q_full, kernels.NEVER, window)
     rules = (arguments.q_positions, window, per_row(arguments.num_sink_tokens)[:, None])
     rules = [jnp.broadcast_to(rule.astype(jnp.int32), shape) for rule in rules]
-    return jnp.repeat(jnp.stack(rules, axis=1), num_groups, axis=2)
-
-
-def _attend_to_unit(
-    # in
-    table_ref: Any,  # [B, M], or [B, 1] row numbers
-    bounds_ref: Any,  # [B, U, 2]
-    rules_ref: Any,  # [B, 3, R]
-    positions_ref: Any,  # [B, S]
-    q_ref: Any,  # [B, K, R, H]
-    k_ref: Any,  # [P, page, K, H], or [B, S, K, H]
-    v_ref: Any,
-    # out
-    largest_ref: Any,  # [B, U, K * rows + some]
-    total_ref: Any,
-    out_ref: Any,  # [B, U, K * rows + some, H]
-    *,
-    tiles: Tiles,
-    num_rows: int,
-    num_slots: int,
-    has_pages: bool,
-    is_full: bool,
-    scale: float,
-    softcap: float | None,
-) -> None:
-    head, unit, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    block, page_slots = tiles.block_slots, k_ref.shape[1]
-    q_RH = q_ref[row, head]
-    q_pos, window, sinks = (rules_ref[row, rule][:, None] for rule in range(3))
-    first_slot = unit * tiles.unit_blocks * block
-
-    def add_block(number: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        largest_R, total_R, out_RH = sums
-        start = first_slot + number * block
-        if has_pages:
-            page, at = table_ref[row, start // page_slots], start % page_slots
-            there = None
-        else:
-            page, at = row, start
-            there = (start + jnp.arange(block) < num_slots)[:, None]
-        here = (page, pl.ds(at, block), head)
-        k_sH = plgpu.load(k_ref.at[here], mask=there, other=None if there is None else 0)
-        k_pos = positions_ref[row, pl.ds(start, block)]
-        seen_Rs = visible(
-            q_pos, k_pos[None], window=None if is_full else window, num_sink_tokens=sinks
-        )
-        seen_Rs &= (k_pos >= 0)[None]
-        scores_Rs = scale * plgpu.dot(q_RH, k_sH, trans_b=True).astype(jnp.float32)
-        if softcap is not None:
-            scores_Rs = softcap * jnp.tanh(scores_Rs / softcap)
-        scores_Rs = jnp.where(seen_Rs, scores_Rs, -jnp.inf)
-        new_largest_R = jnp.maximum(largest_R, jnp.max(scores_Rs, axis=1))
-        weights_Rs = jnp.exp(scores_Rs - new_largest_R[:, None])
-        shrunk_R = jnp.exp(largest_R - new_largest_R)
-        v_sH = plgpu.load(v_ref.at[here], mask=there, other=None if there is None else 0)
-        v_sH = jnp.where((jnp.max(seen_Rs.astype(jnp.int32), axis=0) > 0)[:, None], v_sH, 0)
-        weighed_RH = plgpu.dot(weights_Rs.astype(v_sH.dtype), v_sH).astype(jnp.float32)
-        return (
-            new_largest_R,
-            total_R * shrunk_R + jnp.sum(weights_Rs, axis=1),
-            out_RH * shrunk_R[:, None] + weighed_RH,
-        )
-
-    num_padded, head_dim = q_RH.shape
-    nothing = (
-        jnp.full((num_padded,), LOWEST, jnp.float32),
-        jnp.zeros((num_padded,), jnp.float32),
-        jnp.zeros((num_padded, head_dim), jnp.float32),
-    )
-    largest_R, total_R, out_RH = lax.fori_loop(
-        bounds_ref[row, unit, 0], bounds_ref[row, unit, 1], add_block, nothing
-    )
-    rows = pl.ds(head * num_rows, num_padded)
-    is_real = jnp.arange(num_padded) < num_rows
-    plgpu.store(largest_ref.at[row, unit, rows], largest_R, mask=is_real)
-    plgpu.store(total_ref.at[row, unit, rows], total_R, mask=is_real)
-    plgpu.store(out_ref.at[row, unit, rows], out_RH, mask=is_real[:, None])
+    rows = jnp.repeat(jnp.stack(rules, axis=1), num_groups, axis=2)
+    return pad_end(rows, kernels.MAX_ROWS - rows.shape[2], axis=2, value=-1)

@@ -53,7 +53,7 @@ def test_auto_logs_its_choice_once(op, caplog):
         ("swa_prefill", "cpu", ("xla",)),
         ("swa_prefill", "gpu", ("pallas_gpu", "pallas_triton", "cudnn", "xla")),
         ("swa_prefill", "tpu", ("pallas_tpu", "xla")),
-        ("swa_decode", "gpu", ("pallas_gpu", "xla")),
+        ("swa_decode", "gpu", ("pallas_gpu", "pallas_triton", "xla")),
         ("grouped_matmul", "tpu", ("pallas_tpu", "xla")),
         ("grouped_matmul", "a new platform", ("xla",)),
     ],

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 
 from kernels_pallas import backends, swa_decode, swa_prefill
-from kernels_pallas.swa_decode import pallas_gpu, pallas_tpu
+from kernels_pallas.swa_decode import pallas_tpu, pallas_triton
 from kernels_pallas.swa_decode.xla import products_on
 from tests.support import bruteforce
 
-BACKENDS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
+BACKENDS = ("reference", "xla", "pallas_tpu", "pallas_triton")
 # The kernels, interpreted, in blocks so small that a cache has several, the last cut short.
 INTERPRETED = {
     pallas_tpu: functools.partial(
@@ -24,15 +24,15 @@ INTERPRETED = {
         blocks=pallas_tpu.DecodeBlocks(slots=5, splits=2),
         interpret=True,
     ),
-    pallas_gpu: functools.partial(
-        pallas_gpu.decode_in_units,
-        tiles=pallas_gpu.Tiles(block_slots=5, unit_blocks=2),
+    pallas_triton: functools.partial(
+        pallas_triton.decode_in_units,
+        tiles=pallas_triton.Tiles(block_slots=5, unit_blocks=2),
         interpret=True,
     ),
 }
 TARGETS = {
     "pallas_tpu": backends.Target(platform="tpu", device_kind="TPU v5 lite"),
-    "pallas_gpu": backends.Target(platform="gpu", device_kind="NVIDIA H100"),
+    "pallas_triton": backends.Target(platform="gpu", device_kind="NVIDIA H100"),
 }
 # float32: see the prefill suite. 16-bit: the softmax weights are rounded once before they meet the
 # values and the result once after, a unit of 2^-8 (2^-11) each on entries of at most 4.
