@@ -32,14 +32,14 @@ def limits(arguments: GroupedMatmulArguments) -> tuple[str, ...]:
         found.append(f"target: expected a Hopper GPU (H100, H200), got {target.device_kind}")
     if arguments.x.dtype not in (jnp.bfloat16, jnp.float16):
         found.append(f"x: expected bfloat16 or float16, got {arguments.x.dtype}")
-    sizes = arguments.w.shape[1:]
-    if any(size % kernels.LANES or size == 0 for size in sizes):
-        found.append(f"w: expected D and F to be multiples of {kernels.LANES}, got {sizes}")
     return tuple(found)
 
 
 def compute(arguments: GroupedMatmulArguments) -> Float[Array, "M F"]:
-    """Each group's matrix is read once for every tile of its rows, from the caches if not alone."""
+    """Reads each group's matrix once for every tile of its rows, from a cache where tiles are many.
+
+    The kernels take D and F in multiples of 64: others are filled up with zeros, in copies.
+    """
     plan = Plan(rows_per_group=arguments.rows_per_group)
     return grouped(arguments.x, arguments.w, arguments.group_sizes, plan)
 
@@ -108,32 +108,39 @@ def tile_table(
     return table, ends[-1:]
 
 
-def _padded(x: Array) -> Array:
-    return pad_end(x, -x.shape[0] % kernels.ALIGNMENT, axis=0)
+def _padded(x: Array, *multiples: int) -> Array:
+    """Zeros behind the last axes, up to multiples of these; the array itself if it is whole."""
+    for axis, multiple in zip(range(x.ndim - len(multiples), x.ndim), multiples, strict=True):
+        if x.shape[axis] % multiple:
+            x = pad_end(x, -x.shape[axis] % multiple, axis=axis)
+    return x
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "transpose_w"))
 def _product(
     x: Array, w: Array, group_sizes: Array, plan: Plan, *, transpose_w: bool = False
 ) -> Array:
-    inner, outer = (w.shape[2], w.shape[1]) if transpose_w else w.shape[1:]
-    num_rows, num_groups = x.shape[0], w.shape[0]
-    if num_rows == 0 or num_groups == 0:
+    num_rows, outer = x.shape[0], w.shape[1 if transpose_w else 2]
+    if 0 in (*x.shape, *w.shape):
         return jnp.zeros((num_rows, outer), x.dtype)
-    tiles = plan.tiles(inner, outer)
+    x = _padded(x, kernels.ALIGNMENT, kernels.LANES)
+    w = _padded(w, kernels.LANES, kernels.LANES)
+    tiles = plan.tiles(x.shape[1], w.shape[1 if transpose_w else 2])
     table, count = tile_table(group_sizes, rows=tiles.rows, num_rows=num_rows)
-    out = kernels.products(tiles, _padded(x), w, table, count, transpose_w=transpose_w)
-    return zero_rows_of_no_group(out[:num_rows], group_sizes)
+    out = kernels.products(tiles, x, w, table, count, transpose_w=transpose_w)
+    return zero_rows_of_no_group(out[:num_rows, :outer], group_sizes)
 
 
 @functools.partial(jax.jit, static_argnames="plan")
 def _weight_gradient(x: Array, dy: Array, group_sizes: Array, plan: Plan) -> Array:
-    if group_sizes.shape[0] == 0 or x.shape[0] == 0:
-        return jnp.zeros((group_sizes.shape[0], x.shape[1], dy.shape[1]), x.dtype)
+    shape = (group_sizes.shape[0], x.shape[1], dy.shape[1])
+    if 0 in (*shape, x.shape[0]):
+        return jnp.zeros(shape, x.dtype)
     ends = jnp.cumsum(group_sizes.astype(jnp.int32))
     bounds = jnp.stack([ends - group_sizes.astype(jnp.int32), ends], axis=1)
-    tiles = plan.gradient_tiles(dy.shape[1])
-    return kernels.weight_gradient(tiles, _padded(x), _padded(dy.astype(x.dtype)), bounds)
+    x, dy = (_padded(each, kernels.ALIGNMENT, kernels.LANES) for each in (x, dy.astype(x.dtype)))
+    dw = kernels.weight_gradient(plan.gradient_tiles(dy.shape[1]), x, dy, bounds)
+    return dw[:, : shape[1], : shape[2]]
 
 
 grouped = differentiable(_product, _weight_gradient)

@@ -185,7 +185,7 @@ def _products(
         @pl.loop(0, num_units)
         def _unit(number: Any) -> None:
             tile, column = place(number)
-            group, first = table_ref[tile, 0], table_ref[tile, 1]
+            group, first = table_ref[tile, 0], pl.multiple_of(table_ref[tile, 1], ALIGNMENT)
 
             @pl.loop(0, steps)
             def _step(step: Any) -> None:
@@ -234,7 +234,7 @@ def _products(
 
             sums = pl.run_scoped(multiply, plgpu.ACC((_ROWS, columns), jnp.float32))
             plgpu.barrier_arrive(freed.at[(before + steps - 1) % slots])
-            first = table_ref[tile, 1] + thread * _ROWS
+            first = pl.multiple_of(table_ref[tile, 1], ALIGNMENT) + thread * _ROWS
             low, high = (
                 jnp.clip(table_ref[tile, bound] - thread * _ROWS, 0, _ROWS) for bound in (2, 3)
             )
