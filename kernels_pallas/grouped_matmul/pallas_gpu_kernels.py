@@ -79,19 +79,23 @@ def _swizzled(*shape: int, dtype: Any) -> Any:
 
 
 def _call(
-    kernel: Any, tiles: Tiles, out_type: Any, num_units: int, second: tuple[int, int], *args: Array
+    kernel: Any,
+    tiles: Tiles,
+    out_type: Any,
+    num_units: int,
+    factors: tuple[tuple[int, int], tuple[int, int]],
+    *args: Array,
 ) -> Array:
-    """Runs a kernel, with the shared memory and barriers that both have; ``second`` is the shape of
-    a slot of the second factor.
+    """Runs a kernel, with the shared memory and barriers that both have; ``factors`` are the shapes
+    of what a slot holds: for each warpgroup that computes, and for all.
     """
     groups, slots, dtype = tiles.warpgroups, tiles.num_stages, out_type.dtype
-    left = (_ROWS, tiles.depth)
 
     def entry(*refs: Any) -> None:
         pl.run_scoped(
             functools.partial(kernel, *refs, tiles=tiles),
-            _swizzled(slots, groups, *left, dtype=dtype),
-            _swizzled(slots, *second, dtype=dtype),
+            _swizzled(slots, groups, *factors[0], dtype=dtype),
+            _swizzled(slots, *factors[1], dtype=dtype),
             (
                 _swizzled(groups, tiles.num_buffers, _ROWS, LANES, dtype=dtype),
                 plgpu.SMEM((groups, _ROWS, LANES), dtype),
@@ -117,7 +121,7 @@ def _call(
 def products(
     tiles: Tiles,
     x: Float[Array, "M D"],
-    w: Float[Array, "E D F"],
+    w: Float[Array, "E _ _"],
     table: Int[Array, "T 4"],
     count: Int[Array, "1"],
     *,
@@ -128,18 +132,21 @@ def products(
     Args:
       tiles: of the kernel.
       x: M is a multiple of 8, D and F of 64.
-      w: in x's dtype, which has 16 bits; ``[E, F, D]`` with ``transpose_w``.
+      w: ``[E, D, F]``, or ``[E, F, D]`` with ``transpose_w``; in x's dtype, which has 16 bits.
       table: group, first row, and which of the tile's rows are the group's: from, to.
       count: of tiles.
     """
     inner, outer = (w.shape[2], w.shape[1]) if transpose_w else w.shape[1:]
     parts = -(-outer // tiles.columns)
+    matrix = (tiles.columns, tiles.depth) if transpose_w else (tiles.depth, tiles.columns)
     return _call(
-        functools.partial(_products, parts=parts, transpose_w=transpose_w, steps=inner // tiles.depth),
+        functools.partial(
+            _products, parts=parts, transpose_w=transpose_w, steps=inner // tiles.depth
+        ),
         tiles,
         jax.ShapeDtypeStruct((x.shape[0], outer), x.dtype),
         table.shape[0] * parts,
-        (tiles.columns, tiles.depth) if transpose_w else (tiles.depth, tiles.columns),
+        ((_ROWS, tiles.depth), matrix),
         x,
         w,
         table,
@@ -271,9 +278,11 @@ def _products(
 def _store(values: Any, memory: Any, out_ref: Any, rows: Any, column: Any) -> None:
     """Copies 64 rows of a result to device memory, 64 columns at a time."""
     buffers = memory.shape[0]
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last result's, long ago
     for number in range(values.shape[1] // LANES):
         buffer = memory.at[number % buffers]
-        plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
+        if number >= buffers:
+            plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
         at = number * LANES
         buffer[...] = values[:, at : at + LANES]
         plgpu.commit_smem()
@@ -290,18 +299,18 @@ def weight_gradient(
     """Each group's ``x^T dy``; zeros for groups without rows.
 
     Args:
-      tiles: of the kernel. Their ``rows`` are columns of ``x``; a step is 64 rows.
+      tiles: of the kernel, 64 columns of ``x`` for each warpgroup. A step is 64 rows.
       x, dy: M is a multiple of 8, D and F of 64. Rows of no group may hold anything.
       bounds: each group's first row, and the one after its last.
     """
     num_groups, inner, outer = bounds.shape[0], x.shape[1], dy.shape[1]
-    parts = (-(-inner // tiles.rows), -(-outer // tiles.columns))
+    parts = (-(-inner // (tiles.warpgroups * _ROWS)), -(-outer // tiles.columns))
     return _call(
         functools.partial(_weight_gradient, parts=parts, num_groups=num_groups),
         tiles,
         jax.ShapeDtypeStruct((num_groups, inner, outer), x.dtype),
         num_groups * parts[0] * parts[1],
-        (_ROWS, tiles.columns),
+        ((_ROWS, LANES), (_ROWS, tiles.columns)),
         x,
         dy,
         bounds,
@@ -397,10 +406,12 @@ def _weight_gradient(
                     @pl.when((begin > 0) | (end < _ROWS))
                     def _hide() -> None:
                         hide(x.at[slot, thread], begin, end)
-                        for at in range(0, columns // LANES):
+                        for at in range(columns // LANES):
+
                             @pl.when(at % warpgroups == thread)
                             def _hide_part(at: int = at) -> None:
                                 hide(dy.at[slot, :, pl.ds(at * LANES, LANES)], begin, end)
+
                         plgpu.commit_smem()
                         plgpu.barrier_arrive(hidden)
                         plgpu.barrier_wait(hidden)
