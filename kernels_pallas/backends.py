@@ -59,6 +59,7 @@ BACKENDS: dict[str, dict[str, Backend]] = {
     },
     "grouped_matmul": {
         "pallas_tpu": Backend(platform="tpu"),
+        "pallas_gpu": Backend(platform="gpu"),
         "xla": Backend(),
         "ragged_dot": Backend(by_name_only=True),
         "reference": Backend(by_name_only=True),

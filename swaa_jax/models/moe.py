@@ -24,6 +24,7 @@ from swaa_jax.models.blocks import FeedForward, Initial, Linear, RouterStatistic
 from swaa_jax.products import grouped_product, product
 from swaa_jax.sharding import spec_for, split_over, target_of
 
+_COMPARED = 512  # choices of experts, up to which they are compared rather than sorted
 _GATHERED = "fsdp"  # the mesh axis over which experts' matrices are stored in slices of D
 
 
@@ -172,7 +173,7 @@ class SparseMLP(nnx.Module):
         num_local = gate.shape[0]
         local = jnp.where(real[:, None], routing.experts - layout.first_expert(num_local), -1)
         local = jnp.where((local >= 0) & (local < num_local), local, num_local).reshape(-1)
-        order = jnp.argsort(local)
+        order, place = _sort(local)
         sizes = jnp.sum(local[:, None] == jnp.arange(num_local), axis=0, dtype=jnp.int32)
         by_expert = functools.partial(
             grouped_product,
@@ -192,10 +193,9 @@ class SparseMLP(nnx.Module):
             # Where F is split, a device's share of the inner product over F is multiplied on: the
             # shares are added at the end, like those of `down`.
             (outputs,) = adapter(inner, (outputs,), factors, by_expert)
-        outputs = outputs[jnp.argsort(order)].reshape(*routing.experts.shape, -1)
-        out = jnp.einsum(
-            "Mk,MkD->MD", routing.weights, outputs, preferred_element_type=jnp.float32
-        ).astype(x.dtype)
+        outputs = outputs[place].reshape(*routing.experts.shape, -1).astype(jnp.float32)
+        # Summed like this, XLA reads the rows, weighs and adds them in one kernel.
+        out = jnp.sum(routing.weights[:, :, None] * outputs, axis=1).astype(x.dtype)
 
         chosen = jnp.sum(routing.experts[:, :, None] == jnp.arange(num_experts), axis=1)
         real_M1 = real[:, None]
@@ -205,6 +205,23 @@ class SparseMLP(nnx.Module):
             num_tokens=jnp.sum(real, dtype=jnp.float32)[None],
         )
         return layout.add(out).reshape(x.shape), statistics
+
+
+def _sort(keys: Int[Array, " R"]) -> tuple[Int[Array, " R"], Int[Array, " R"]]:
+    """The stable order of numbers of experts, and each one's place in it.
+
+    A few keys (a decoding step's) are compared with each other, in two kernels of the compiler's
+    where sorting takes several.
+    """
+    count = keys.shape[0]
+    number = jnp.arange(count, dtype=jnp.int32)
+    if count > _COMPARED:
+        order = jnp.argsort(keys)
+        return order, jnp.zeros_like(number).at[order].set(number, unique_indices=True)
+    distinct = keys.astype(jnp.int32) * count + number
+    place = jnp.sum(distinct < distinct[:, None], axis=1, dtype=jnp.int32)
+    order = jnp.sum(jnp.where(place == number[:, None], number, 0), axis=1, dtype=jnp.int32)
+    return order, place
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

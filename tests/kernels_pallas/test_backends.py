@@ -55,6 +55,7 @@ def test_auto_logs_its_choice_once(op, caplog):
         ("swa_prefill", "tpu", ("pallas_tpu", "xla")),
         ("swa_decode", "gpu", ("pallas_gpu", "pallas_triton", "xla")),
         ("grouped_matmul", "tpu", ("pallas_tpu", "xla")),
+        ("grouped_matmul", "gpu", ("pallas_gpu", "xla")),
         ("grouped_matmul", "a new platform", ("xla",)),
     ],
 )

@@ -11,6 +11,7 @@ from flax import nnx
 
 import swaa_jax as swaa
 from swaa_jax import sharding
+from swaa_jax.models import moe
 from swaa_jax.models.blocks import Initial, RouterStatistics, Rows
 from swaa_jax.models.moe import SparseMLP, load_balancing_loss
 from tests.support.random_models import random_model
@@ -272,3 +273,11 @@ def test_the_balance_loss_moves_the_router():
 def test_wrong_configs_are_named(field, value, message):
     with pytest.raises(ValueError, match=message):
         random_model(**{**MOE, field: value})
+
+
+@pytest.mark.parametrize("count", [1, 40, moe._COMPARED + 1])
+def test_choices_are_sorted_stably(count):
+    experts = np.random.default_rng(count).integers(0, 7, count)
+    order, place = map(np.asarray, moe._sort(jnp.asarray(experts)))
+    np.testing.assert_array_equal(order, np.argsort(experts, stable=True))
+    np.testing.assert_array_equal(order[place], np.arange(count))

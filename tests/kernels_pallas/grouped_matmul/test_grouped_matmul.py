@@ -139,12 +139,18 @@ def test_tiles_keep_the_waste_below_a_sixth_and_fit_the_vmem(tokens):
 
 
 def test_auto_takes_the_platforms_kernel_and_never_ragged_dot():
-    assert available_backends("grouped_matmul") == ("pallas_tpu", "ragged_dot", "reference", "xla")
+    assert available_backends("grouped_matmul") == (
+        "pallas_gpu",
+        "pallas_tpu",
+        "ragged_dot",
+        "reference",
+        "xla",
+    )
     chosen = {
         platform: resolve_backend(op="grouped_matmul", platform=platform)
         for platform in ("cpu", "gpu", "tpu", None)
     }
-    assert chosen == {"cpu": "xla", "gpu": "xla", "tpu": "pallas_tpu", None: "xla"}
+    assert chosen == {"cpu": "xla", "gpu": "pallas_gpu", "tpu": "pallas_tpu", None: "xla"}
 
 
 @pytest.mark.parametrize(
