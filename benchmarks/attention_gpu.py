@@ -21,11 +21,8 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -46,9 +43,6 @@ PASSES = ("forward", "gradient")  # the second is forward and backward together
 COLORS = dict(
     zip(SIDES, ("#2a6f97", "#61a5c2", "#8d99ae", "#adb5bd", "#d1495b", "#edae49"), strict=True)
 )
-MOST_DIFFERENCE = 0.02
-"""Between two sides' results, over the norm of one. Both round to 8 bits, products and sums alike:
-some 0.4% each; ten times as much is another mask."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,10 +120,7 @@ def main() -> int:
         plot=plot,
         about={"shape": dict(zip("NKH", heads(smoke=arguments.smoke), strict=True))},
     )
-    wrong = [row for row in rows if row.get("difference", 0) > MOST_DIFFERENCE]
-    for row in wrong:
-        print(f"{row['side']} computes something else: {row}", file=sys.stderr)
-    return int(bool(wrong))
+    return int(gpu_timing.differ(rows))
 
 
 def add_ratios(peaks: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> None:
@@ -168,50 +159,29 @@ def measure(arguments: argparse.Namespace) -> None:
     name, length = arguments.part.split(":")
     case, tokens = cases(smoke=arguments.smoke)[name], int(length)
     shape = heads(smoke=arguments.smoke)
-    makers: dict[tuple[str, str], Any] = {}
-    with ThreadPoolExecutor(4) as pool:
-        for side in arguments.sides:
-            for one in arguments.passes:
-                if side != "flex":
-                    makers[side, one] = pool.submit(jax_side, side, case, tokens, shape, one)
-        for one in arguments.passes if "flex" in arguments.sides else ():
-            makers["flex", one] = attempt(flex_side, case, tokens, shape, one)
-    makers = {
-        key: attempt(made.result) if hasattr(made, "result") else made
-        for key, made in makers.items()
-    }
+    both = [(side, one) for side in arguments.sides for one in arguments.passes]
+    made = gpu_timing.prepare(
+        {
+            (side, one): functools.partial(jax_side, side, case, tokens, shape, one)
+            for side, one in both
+            if side != "flex"
+        },
+        {
+            (side, one): functools.partial(flex_side, case, tokens, shape, one)
+            for side, one in both
+            if side == "flex"
+        },
+    )
     gpu_turns.take_turn()
     arrays = data(tokens, shape)
     for one in arguments.passes:
-        calls: dict[str, Callable[[], Any]] = {}
-        rows: dict[str, dict[str, Any]] = {}
-        for side in arguments.sides:
-            made = makers[side, one]
-            call = made if isinstance(made, str) else attempt(made, arrays)
-            if isinstance(call, str):
-                rows[side] = {"reason": call}
-            else:
-                calls[side] = call
-        rows |= gpu_timing.median_ms(calls)
+        rows = gpu_timing.timed({side: made[side, one] for side in arguments.sides}, arrays)
         flops = 4 * shape[0] * shape[2] * num_pairs(case, tokens) * (1 if one == "forward" else 3.5)
-        first: Any = None
-        for side in arguments.sides:
-            row = rows[side]
+        for side, row in rows.items():
             if "ms" in row:
                 row["tflops"] = flops / row["ms"] / 1e9
-                sampled = sample(calls[side]())
-                first = first or sampled
-                row["difference"] = difference(sampled, first)
             about = {"case": name, "tokens": tokens, "pass": one, "side": side}
             gpu_turns.tell({**about, **row})
-
-
-def attempt(call: Callable[..., Any], *arguments: Any) -> Any:
-    """What it returns, or why it does not."""
-    try:
-        return call(*arguments)
-    except Exception as error:
-        return gpu_timing.reason(error)
 
 
 def data(tokens: int, shape: tuple[int, int, int]) -> tuple[Any, ...]:
@@ -230,7 +200,7 @@ def data(tokens: int, shape: tuple[int, int, int]) -> tuple[Any, ...]:
 
 def jax_side(
     side: str, case: Case, tokens: int, shape: tuple[int, int, int], one: str
-) -> Callable[..., Any]:
+) -> gpu_timing.Maker:
     """A backend of ours, or JAX's own kernel, compiled: from arrays to a call."""
     import jax
     import jax.numpy as jnp
@@ -295,7 +265,7 @@ def mgpu(case: Case, shape: tuple[int, int, int]) -> Callable[..., Any]:
     return lambda q, k, v: attention_mgpu.attention(q, k, v, config)
 
 
-def flex_side(case: Case, tokens: int, shape: tuple[int, int, int], one: str) -> Callable[..., Any]:
+def flex_side(case: Case, tokens: int, shape: tuple[int, int, int], one: str) -> gpu_timing.Maker:
     """FlexAttention, compiled for these shapes: from arrays to a call."""
     import torch
     from torch.nn.attention.flex_attention import flex_attention
@@ -307,7 +277,9 @@ def flex_side(case: Case, tokens: int, shape: tuple[int, int, int], one: str) ->
 
     def call(q: Any, k: Any, v: Any, gradient: Any) -> Any:
         out = compiled(q, k, v, block_mask=mask, enable_gqa=True)
-        return out if one == "forward" else torch.autograd.grad(out, (q, k, v), gradient)
+        if one == "forward":
+            return out.transpose(1, 2)
+        return [x.transpose(1, 2) for x in torch.autograd.grad(out, (q, k, v), gradient)]
 
     def of(arrays: Sequence[Any]) -> Callable[[], Any]:
         given = [x.transpose(1, 2).contiguous() for x in arrays]  # [1, heads, T, H]
@@ -340,28 +312,6 @@ def flex_mask(case: Case, tokens: int) -> Any:
         return found & (q // text == k // text) if case.texts > 1 else found
 
     return create_block_mask(seen, None, None, tokens, tokens, device="cuda", _compile=True)
-
-
-def sample(result: Any) -> list[np.ndarray]:
-    """The first and last rows of an output, or of each gradient, in float32."""
-    arrays = result if isinstance(result, tuple | list) else [result]
-    found = []
-    for array in arrays:
-        if type(array).__module__.startswith("torch"):
-            array = array.detach().transpose(1, 2)
-            ends = (array[:, :128].float().cpu().numpy(), array[:, -128:].float().cpu().numpy())
-        else:
-            ends = tuple(np.asarray(part, np.float32) for part in (array[:, :128], array[:, -128:]))
-        found.append(np.concatenate(ends, axis=1))
-    return found
-
-
-def difference(some: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float:
-    """The largest norm of a difference over the norm of what it is compared with."""
-    return max(
-        float(np.linalg.norm(one - other) / np.linalg.norm(other))
-        for one, other in zip(some, others, strict=True)
-    )
 
 
 # Reading the results

@@ -21,8 +21,7 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +44,6 @@ examples:
 BACKENDS = ("pallas_gpu", "pallas_triton", "xla")
 MOST_CACHES = 16
 """Of one call's size; 16 rings are 128 MiB, more than an H200's 60 MB of L2."""
-MOST_DIFFERENCE = 0.02
-"""As in `attention_gpu.py`, for outputs of 16 bits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,10 +165,7 @@ def main() -> int:
         plot=plot,
         about={"shape": dict(zip("NKH", heads(smoke=arguments.smoke), strict=True))},
     )
-    wrong = [row for row in rows if row.get("difference", 0) > MOST_DIFFERENCE]
-    for row in wrong:
-        print(f"{row['side']} computes something else: {row}", file=sys.stderr)
-    return int(bool(wrong))
+    return int(gpu_timing.differ(rows))
 
 
 def add_shares(peaks: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> None:
@@ -240,30 +234,18 @@ def measure_kernel(arguments: argparse.Namespace, name: str, case: Case) -> None
     count = 2 if arguments.smoke else MOST_CACHES
     num_caches = min(count, max(1, math.ceil(2**28 / call_bytes(case, shape))))
     loops = count // num_caches
-    with ThreadPoolExecutor(4) as pool:
-        made = {
-            backend: pool.submit(compiled, backend, case, shape, num_caches, loops)
+    made = gpu_timing.prepare(
+        {
+            backend: functools.partial(compiled, backend, case, shape, num_caches, loops)
             for backend in arguments.backends
         }
+    )
     gpu_turns.take_turn()
-    arrays = data(case, shape, num_caches)
-    rows: dict[str, dict[str, Any]] = {}
-    calls: dict[str, Callable[[], Any]] = {}
-    for backend, program in made.items():
-        if error := program.exception():
-            rows[backend] = {"reason": gpu_timing.reason(error)}
-        else:
-            calls[backend] = functools.partial(program.result(), *arrays)
-    rows |= gpu_timing.median_ms(calls)
-    first: Any = None
-    for backend in arguments.backends:
-        row = rows[backend]
+    rows = gpu_timing.timed(made, data(case, shape, num_caches))
+    for backend, row in rows.items():
         if "ms" in row:
             row["us"] = 1e3 * row["ms"] / (loops * num_caches)
             row["bytes"] = call_bytes(case, shape)
-            out = np.asarray(calls[backend](), np.float32)
-            first = out if first is None else first
-            row["difference"] = float(np.linalg.norm(out - first) / np.linalg.norm(first))
         gpu_turns.tell({"case": name, "side": backend, **row})
 
 
@@ -299,7 +281,7 @@ def data(case: Case, shape: tuple[int, int, int], num_caches: int) -> tuple[Any,
 
 def compiled(
     backend: str, case: Case, shape: tuple[int, int, int], num_caches: int, loops: int
-) -> Callable[..., Any]:
+) -> gpu_timing.Maker:
     """`loops` times all caches, each call's output the next one's queries."""
     import jax
 
@@ -327,7 +309,8 @@ def compiled(
         return jax.lax.fori_loop(0, loops, once, q)
 
     abstract = jax.eval_shape(lambda: data(case, shape, num_caches))
-    return jax.jit(program).lower(*abstract).compile()
+    runs = jax.jit(program).lower(*abstract).compile()
+    return lambda arrays: functools.partial(runs, *arrays)
 
 
 # Reading the results

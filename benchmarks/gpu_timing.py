@@ -12,16 +12,24 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 from machine import version
 
 ROUNDS, CALLS, FEW_ROUNDS = 5, 10, 3
 ROUND_S = 0.1
 RESULTS = Path(__file__).resolve().parent / "results"
 
-Call = Callable[[], Any]
+MOST_DIFFERENCE = 0.02
+"""Between two sides' results, as a share of one's norm. They round to 8 bits, operands and results:
+some 0.4% each; a result that is five times further away is another one."""
+
+Call: TypeAlias = Callable[[], Any]
+Maker: TypeAlias = Callable[[Sequence[Any]], Call]
+"""Of a side that is compiled: from arrays to a call."""
 
 
 def share_card() -> None:
@@ -103,6 +111,81 @@ def median_ms(
             "calls": counts[name],
         }
     return {name: found[name] for name in sides}
+
+
+def attempt(call: Callable[..., Any], *arguments: Any) -> Any:
+    """What it returns, or why it does not, as a text."""
+    try:
+        return call(*arguments)
+    except Exception as error:
+        return reason(error)
+
+
+def prepare(
+    in_threads: Mapping[Any, Callable[[], Maker]],
+    here: Mapping[Any, Callable[[], Maker]] | None = None,
+) -> dict[Any, Maker | str]:
+    """Compiles sides, JAX's in threads and others `here` meanwhile; a text says why one failed."""
+    with ThreadPoolExecutor(6) as pool:
+        others = {key: pool.submit(attempt, make) for key, make in in_threads.items()}
+        mine = {key: attempt(make) for key, make in (here or {}).items()}
+    return mine | {key: other.result() for key, other in others.items()}
+
+
+def timed(made: Mapping[str, Maker | str], arrays: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    """Rows of `median_ms` for sides that `prepare` gave, with the same arrays.
+
+    A row has the `difference` of its result from that of the first side that runs, as well; sides
+    must give arrays of the same axes.
+    """
+    calls: dict[str, Call] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for side, maker in made.items():
+        call = maker if isinstance(maker, str) else attempt(maker, arrays)
+        if isinstance(call, str):
+            rows[side] = {"reason": call}
+        else:
+            calls[side] = call
+    rows |= median_ms(calls)
+    first: list[np.ndarray] | None = None
+    for side, call in calls.items():
+        if "ms" in rows[side]:
+            found = _sample(call())
+            first = first or found
+            rows[side]["difference"] = difference(found, first)
+    return {side: rows[side] for side in made}
+
+
+def _sample(result: Any) -> list[np.ndarray]:
+    """About a million numbers of each array, in float32."""
+    found = []
+    for array in result if isinstance(result, tuple | list) else [result]:
+        flat = array.reshape(-1)
+        part = flat[:: max(1, flat.shape[0] >> 20) | 1]  # odd: from all columns of 2^n
+        is_torch = type(array).__module__.startswith("torch")
+        part = part.detach().float().cpu().numpy() if is_torch else part
+        found.append(np.asarray(part, np.float32))
+    return found
+
+
+def difference(some: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float:
+    """The largest norm of a difference over the norm of what it is compared with.
+
+    >>> difference([np.ones(4)], [np.full(4, 2.0)])
+    0.5
+    """
+    return max(
+        float(np.linalg.norm(one - other) / np.linalg.norm(other))
+        for one, other in zip(some, others, strict=True)
+    )
+
+
+def differ(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a side computed something else than the others; says which."""
+    wrong = [row for row in rows if not row.get("difference", 0) <= MOST_DIFFERENCE]
+    for row in wrong:
+        print(f"{row['part']}: {row['side']} computes something else: {row}", file=sys.stderr)
+    return bool(wrong)
 
 
 def peaks(*, is_small: bool = False) -> dict[str, Any]:
