@@ -300,6 +300,12 @@ def flex_mask(case: Case, tokens: int) -> Any:
     """The blocks that a case needs, and what is seen in them."""
     from torch.nn.attention.flex_attention import create_block_mask
 
+    seen = flex_seen(case, tokens)
+    return create_block_mask(seen, None, None, tokens, tokens, device="cuda", _compile=True)
+
+
+def flex_seen(case: Case, tokens: int) -> Callable[..., Any]:
+    """The case as FlexAttention asks for it, with no more in it than the case needs."""
     window, sinks, text, full = case.window, case.sinks, tokens // case.texts, case.full_rows
 
     def seen(b: Any, h: Any, q: Any, k: Any) -> Any:
@@ -311,7 +317,7 @@ def flex_mask(case: Case, tokens: int) -> Any:
             found = found & (near | (q >= tokens - full) if full else near)
         return found & (q // text == k // text) if case.texts > 1 else found
 
-    return create_block_mask(seen, None, None, tokens, tokens, device="cuda", _compile=True)
+    return seen
 
 
 # Reading the results

@@ -12,11 +12,13 @@ A part that fails, hangs or runs out of memory takes nothing with it: its rows h
 import argparse
 import contextlib
 import json
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,7 @@ def run(
         content = gpu_timing.read(output)
         plot(content, output.with_suffix(".png"))
         return content["rows"]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that the parts end, too
     rows: Rows = []
     peaks: dict[str, Any] = {}
     for part, found in in_turns(
@@ -121,8 +124,8 @@ def in_turns(
     for first in range(0, len(parts), jobs):
         some = [_Part(script, part, argv) for part in parts[first : first + jobs]]
         try:
-            for part in some:
-                part.wait_until_ready(limit)
+            with ThreadPoolExecutor(len(some)) as pool:
+                list(pool.map(lambda part: part.wait_until_ready(limit), some))
             for part in some:
                 yield part.name, part.timed(limit)
         finally:
