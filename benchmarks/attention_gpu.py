@@ -362,11 +362,9 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     figure.legend(labels.values(), labels.keys(), loc="lower center", ncols=7, fontsize=8)
-    shape = result.get("shape", {})
-    figure.suptitle(
-        f"Attention, {shape}, bfloat16, one {result.get('device', '')}".replace("'", ""),
-        fontsize=10,
-    )
+    shape = ", ".join(f"{name} {size}" for name, size in result.get("shape", {}).items())
+    title = f"Attention, {shape}, bfloat16, one {result.get('device', '')}"
+    figure.suptitle(title, fontsize=10)
     figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -42,6 +42,7 @@ examples:
   python benchmarks/decode_gpu.py --smoke                     # does it run here? tiny, on the CPU
 """
 BACKENDS = ("pallas_gpu", "pallas_triton", "xla")
+COLORS = dict(zip(BACKENDS, ("#2a6f97", "#61a5c2", "#adb5bd"), strict=True))
 MOST_CACHES = 16
 """Of one call's size; 16 rings are 128 MiB, more than an H200's 60 MB of L2."""
 
@@ -329,21 +330,18 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         1, 2, figsize=(11, 4), gridspec_kw={"width_ratios": [5, 3]}
     )
     names = list(dict.fromkeys(row["case"] for row in kernels))
-    for number, side in enumerate(BACKENDS):
+    sides = [side for side in BACKENDS if any(row["side"] == side for row in kernels)]
+    for number, side in enumerate(sides):
         mine = {row["case"]: row["bytes_per_s"] / 1e9 for row in kernels if row["side"] == side}
-        places = [names.index(name) + 0.27 * (number - 1) for name in mine]
-        left.bar(
-            places,
-            list(mine.values()),
-            0.25,
-            label=side,
-            color=("#2a6f97", "#61a5c2", "#adb5bd")[number],
-        )
+        shift = 0.27 * (number - (len(sides) - 1) / 2)
+        places = [names.index(name) + shift for name in mine]
+        left.bar(places, list(mine.values()), 0.25, label=side, color=COLORS[side])
     if "copy_bytes_per_s" in result:
         left.axhline(
             result["copy_bytes_per_s"] / 1e9, color="#999999", linestyle=":", label="a copy"
         )
     left.set_xticks(range(len(names)), names, fontsize=8)
+    left.set_xlim(-0.6, max(len(names), 1) - 0.4)
     left.set_ylabel("GB/s of keys and values that are seen")
     left.set_title("swa_decode", fontsize=10)
     left.legend(fontsize=8)
@@ -356,8 +354,8 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     layers = {row["layers"] for row in models}
     right.set_title(f"Qwen3-4B shape, {', '.join(map(str, layers))} layers", fontsize=10)
     right.tick_params(axis="x", labelsize=8)
-    if models:
-        right.legend(fontsize=8)
+    right.set_visible(bool(models))
+    right.legend(fontsize=8)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"Decoding, bfloat16, one {result.get('device', '')}", fontsize=10)

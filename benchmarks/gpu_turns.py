@@ -123,14 +123,15 @@ def in_turns(
     """
     for first in range(0, len(parts), jobs):
         some = [_Part(script, part, argv) for part in parts[first : first + jobs]]
+        readers = ThreadPoolExecutor(len(some))
         try:
-            with ThreadPoolExecutor(len(some)) as pool:
-                list(pool.map(lambda part: part.wait_until_ready(limit), some))
+            list(readers.map(lambda part: part.wait_until_ready(limit), some))
             for part in some:
                 yield part.name, part.timed(limit)
         finally:
             for part in some:
                 part.end()
+            readers.shutdown()  # after the parts: a reader waits for what its part prints
 
 
 class _Part:

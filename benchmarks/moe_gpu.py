@@ -379,14 +379,17 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     sides = [side for side in KERNELS if any(row["side"] == side for row in long)]
     for number, side in enumerate(sides):
         mine = {(r["case"], r["pass"]): r["tflops"] for r in long if r["side"] == side}
-        places = [names.index(name) + 0.2 * (number - 1) for name in mine]
+        shift = 0.2 * (number - (len(sides) - 1) / 2)
+        places = [names.index(name) + shift for name in mine]
         left.bar(places, list(mine.values()), 0.19, label=side, color=COLORS[side])
     if "product_flops_per_s" in result:
         peak = result["product_flops_per_s"] / 1e12
         left.axhline(peak, color="#999999", linestyle=":", label="dense product")
     left.set_xticks(range(len(names)), [f"{case}\n{one}" for case, one in names], fontsize=8)
     left.set_ylabel("TFLOP/s")
-    left.set_title("32,768 tokens, 8 of 128 experts", fontsize=10)
+    left.set_xlim(-0.6, max(len(names), 1) - 0.4)
+    tokens = ", ".join(f"{count:,}" for count in sorted({row["tokens"] for row in long}))
+    left.set_title(f"{tokens} tokens", fontsize=10)
     short = [row for row in rows if "us" in row]
     for side in KERNELS:
         for case, style in zip(PRODUCTS, ("o-", "s--"), strict=True):
