@@ -291,3 +291,48 @@ def test_lengths_are_checked(load, capsys):
     with pytest.raises(SystemExit):
         load("attention_gpu").parse_arguments(["--lengths", "1000"])
     assert "--lengths: expected multiples of 1024, got 1000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows", ("one", "packed"))
+def test_rows_of_a_training_step(load, rows):
+    step = load("train_step")
+    arguments = step.parse_arguments(["--tokens", "64", "--rows", rows])
+    found = step.batch(arguments, 100)
+    text = 8 if rows == "packed" else 64
+    tokens, targets = found["tokens"][0], found["targets"][0]
+    assert (targets[:-1] == tokens[1:]).all()
+    for place in range(64):
+        text_number, position = divmod(place, text)
+        is_answer = position >= 3 * text // 4
+        has_target = rows == "one" or position < text - 1  # the next text's first is none
+        assert found["stage_ids"][0, place] == is_answer
+        assert found["loss_weights"][0, place] == (is_answer and has_target)
+        if rows == "packed":
+            assert found["segment_ids"][0, place] == text_number
+            assert found["positions"][0, place] == position
+    assert ("segment_ids" in found) == (rows == "packed")
+
+
+def test_ratios_of_training_steps(load, tmp_path):
+    step = load("train_step")
+    seconds = {
+        ("one", "swaa_jax"): (2.0, 1.0),
+        ("one", "torch_flex_compiled"): (1.5, 3.0),
+        ("packed", "swaa_jax"): (1.25, 5.0),
+    }
+    rows = [
+        {"rows": rows, "side": side, "seconds": each, "remat": remat, "flops": 4e14}
+        | {"peak_flops": 1e15}
+        for (rows, side), both in seconds.items()
+        for remat, each in zip((False, True), both, strict=True)
+    ]
+    rows.append({"rows": "packed", "side": "torch_flex_compiled", "remat": None, "error": "late"})
+    best = {(row["rows"], row["side"]): row for row in step.best_of(rows, 1000)}
+    assert set(best) == set(seconds)
+    assert best["one", "swaa_jax"]["seconds"] == 1.0 and best["one", "swaa_jax"]["mfu"] == 0.4
+    assert best["one", "torch_flex_compiled"]["speed_of_ours"] == 1.5
+    assert best["packed", "swaa_jax"]["speed_of_one"] == 0.8
+    assert "speed_of_one" not in best["one", "swaa_jax"]
+    output = tmp_path / "plot.png"
+    step.plot({"rows": rows, "tokens": 1000, "device": "a card"}, output)
+    assert output.stat().st_size > 10_000
