@@ -336,3 +336,32 @@ def test_ratios_of_training_steps(load, tmp_path):
     output = tmp_path / "plot.png"
     step.plot({"rows": rows, "tokens": 1000, "device": "a card"}, output)
     assert output.stat().st_size > 10_000
+
+
+def test_serving_of_recorded_rows(load, tmp_path, monkeypatch, capsys):
+    serving = load("serving")
+    rows = [
+        {"case": "mixed", "side": "swaa_jax", "tokens_per_s": 900.0, "seconds": 1, "peak_gib": 2}
+        | {"device": "a card"},
+        {"case": "mixed", "side": "transformers", "tokens_per_s": 100.0, "seconds": 9}
+        | {"peak_gib": 3},
+        {"case": "million", "side": "swaa_jax", "reason": "took more than 1 s"},
+        {"case": "batch", "side": "swaa_jax", "tokens_per_s": 5e4, "seconds": 9, "peak_gib": 4},
+        {"case": "clients", "side": "swaa_jax", "overhead": {"whole": 0.02, "streamed": 0.01}}
+        | {"new_tokens_per_s": {"engine": 1000.0, "whole": 980.0, "streamed": 990.0}},
+        {"case": "reuse", "side": "swaa_jax", "first_s": 1.5, "again_s": 0.25},
+    ]
+    for row in rows:
+        serving.report(row)
+    printed = capsys.readouterr().out.splitlines()
+    assert "took more than 1 s" in printed[2] and "the server costs 2.0%" in printed[4]
+    assert serving.mixed_ratio(rows) == 9
+    assert serving.bars_of("million", rows) == {}
+    assert list(serving.bars_of("batch", rows).values()) == [5e4, 30_700]
+    output = tmp_path / "serving.json"
+    monkeypatch.setattr(sys, "argv", ["serving", "--cases", "mixed"])
+    serving.write(rows, output)
+    kept = json.loads(output.read_text())
+    assert kept["command"] == "python benchmarks/serving.py --cases mixed"
+    assert kept["mixed_ratio"] == 9 and kept["device"] == "a card" and kept["rows"] == rows
+    assert output.with_suffix(".png").stat().st_size > 10_000
