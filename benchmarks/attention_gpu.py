@@ -159,6 +159,7 @@ def measure(arguments: argparse.Namespace) -> None:
     name, length = arguments.part.split(":")
     case, tokens = cases(smoke=arguments.smoke)[name], int(length)
     shape = heads(smoke=arguments.smoke)
+    pairs = num_pairs(case, tokens)
     both = [(side, one) for side in arguments.sides for one in arguments.passes]
     made = gpu_timing.prepare(
         {
@@ -176,7 +177,7 @@ def measure(arguments: argparse.Namespace) -> None:
     arrays = data(tokens, shape)
     for one in arguments.passes:
         rows = gpu_timing.timed({side: made[side, one] for side in arguments.sides}, arrays)
-        flops = 4 * shape[0] * shape[2] * num_pairs(case, tokens) * (1 if one == "forward" else 3.5)
+        flops = 4 * shape[0] * shape[2] * pairs * (1 if one == "forward" else 3.5)
         for side, row in rows.items():
             if "ms" in row:
                 row["tflops"] = flops / row["ms"] / 1e9

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def run(
 ) -> Rows:
     """A benchmark's whole run, or one of its parts in this process; the rows.
 
-    Results are written after each part, so that a run that is ended early keeps what it has.
+    The JSON is written after each part, so that a run that is ended early keeps what it has.
 
     Args:
         arguments: with those of `add_arguments`.
@@ -82,19 +82,24 @@ def run(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that the parts end, too
     rows: Rows = []
     peaks: dict[str, Any] = {}
-    for part, found in in_turns(
+    turns = in_turns(
         script, [PEAKS, *parts], sys.argv[1:], limit=arguments.limit, jobs=arguments.jobs
-    ):
-        if part == PEAKS:
-            peaks = found[0]
-            print(peaks, flush=True)
-            continue
-        rows += [{"part": part, **row} for row in found]
-        finish(peaks, rows)
-        report(rows[-len(found) :])
-        if output is not None:
-            about = {**peaks, **about}
-            gpu_timing.write(output, command=Path(script).name, about=about, rows=rows)
+    )
+    try:
+        for part, found in turns:
+            if part == PEAKS:
+                peaks = found[0]
+                print(peaks, flush=True)
+                continue
+            rows += [{"part": part, **row} for row in found]
+            finish(peaks, rows)
+            report(rows[-len(found) :])
+            if output is not None:
+                about = {**peaks, **about}
+                gpu_timing.write(output, command=Path(script).name, about=about, rows=rows)
+    finally:
+        turns.close()
+        if output is not None and rows:
             plot({**about, "rows": rows}, output.with_suffix(".png"))
     return rows
 
@@ -110,7 +115,7 @@ def _tell_peaks(*, is_small: bool) -> None:
 
 def in_turns(
     script: str, parts: Sequence[str], argv: Sequence[str], *, limit: float, jobs: int
-) -> Iterator[tuple[str, Rows]]:
+) -> Generator[tuple[str, Rows]]:
     """Each part's name and the rows that it printed, as they come, or one with a `reason`.
 
     Args:
