@@ -2,9 +2,10 @@
 
 All sides train rank-16 adapters on q, k, v of the same randomly drawn Qwen3-0.6B-shaped model, in
 bfloat16, on the same row of tokens under the same policy: window, sinks, every second layer full,
-and FA decode on the answer, the last quarter. Each side runs in a process of its own, with and
-without computing layers again in the backward pass, and its better time counts. Losses of the first
-step are compared. Model FLOPs of MFU count visible pairs and no recomputation, for all sides alike.
+and FA decode on the answer, the last quarter. The row is one text, or 8 of one length packed. Each
+side runs in a process of its own, with and without computing layers again in the backward pass, and
+its better time counts. Losses of the first step are compared. Model FLOPs of MFU count visible
+pairs and no recomputation, for all sides alike.
 """
 
 import argparse
@@ -26,11 +27,15 @@ from machine import version  # noqa: E402
 
 EPILOG = """\
 examples:
-  python benchmarks/train_step.py                   # all sides; about 5 minutes on an H100
+  python benchmarks/train_step.py                   # all sides; about 10 minutes on an H100
+  python benchmarks/train_step.py --sides swaa_jax torch_flex_compiled --rows packed
   python benchmarks/train_step.py --sides swaa_jax torch_sdpa --tokens 16384
   python benchmarks/train_step.py --smoke           # does it run here? tiny, on the CPU
 """
 SIDES = ("swaa_jax", "torch_sdpa", "torch_flex", "torch_flex_compiled")
+ROWS = ("one", "packed")
+TEXTS = 8
+"""In a packed row."""
 LORA = {"r": 16, "alpha": 128, "targets": ["q_proj", "k_proj", "v_proj"]}
 LEARNING_RATE = 1e-4
 
@@ -42,16 +47,22 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--sides", nargs="+", choices=SIDES, default=SIDES)
+    add("--rows", nargs="+", choices=ROWS, default=ROWS, help="one text in a row, or several")
     add("--tokens", type=int, default=8192, help="of the row; default 8192")
     add("--window", type=int, default=2048)
     add("--sinks", type=int, default=10)
     add("--steps", type=int, default=20, help="timed steps; the median counts")
     add("--limit", type=float, default=200, help="seconds that a side may take")
-    add("--output", default=str(ROOT / "benchmarks" / "results" / "train_step.json"))
-    add("--smoke", action="store_true", help="two tiny layers, two steps, nothing kept")
+    add("--output", type=Path, help="the JSON; the plot lies beside it; default: in results/")
+    add("--redraw", action="store_true", help="draw the plot of --output anew; runs nothing")
+    add("--smoke", action="store_true", help="two tiny layers, two steps; kept only with --output")
     add("--side", help=argparse.SUPPRESS)  # one side, in a process of its own
     add("--model", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    if arguments.output is None and not arguments.smoke:
+        arguments.output = ROOT / "benchmarks" / "results" / "train_step.json"
+    if arguments.tokens % (4 * TEXTS):
+        parser.error(f"--tokens: expected a multiple of {4 * TEXTS}, got {arguments.tokens}")
     if arguments.smoke:
         arguments.tokens, arguments.window, arguments.steps = 128, 32, 2
         arguments.sides = [side for side in arguments.sides if "flex" not in side]
@@ -66,14 +77,24 @@ def main() -> int:
         for remat in (False, True):
             print(json.dumps({"remat": remat, **run(arguments, remat=remat)}), flush=True)
         return 0
+    if arguments.redraw:
+        plot(json.loads(arguments.output.read_text()), arguments.output.with_suffix(".png"))
+        return 0
     with tempfile.TemporaryDirectory() as directory:
         in_process(arguments, "model", directory)
-        rows = [row for side in arguments.sides for row in in_process(arguments, side, directory)]
+        rows = [
+            row
+            for packed in arguments.rows
+            for side in arguments.sides
+            for row in in_process(arguments, side, directory, packed)
+        ]
     report(rows, arguments)
     return 0
 
 
-def in_process(arguments: argparse.Namespace, side: str, directory: str) -> list[dict[str, Any]]:
+def in_process(
+    arguments: argparse.Namespace, side: str, directory: str, packed: str = "one"
+) -> list[dict[str, Any]]:
     """A side's rows; one with an `error` where it failed or took too long."""
     if side == "model":
         code = f"import train_step as t; t.write_model({directory!r}, smoke={arguments.smoke})"
@@ -81,7 +102,7 @@ def in_process(arguments: argparse.Namespace, side: str, directory: str) -> list
     else:
         sizes = [f"--{name}={getattr(arguments, name)}" for name in ("tokens", "window", "sinks")]
         command = [sys.executable, __file__, *sizes, f"--steps={arguments.steps}"]
-        command += [f"--side={side}", f"--model={directory}"]
+        command += [f"--side={side}", f"--model={directory}", f"--rows={packed}"]
     path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path}
     try:
@@ -95,8 +116,8 @@ def in_process(arguments: argparse.Namespace, side: str, directory: str) -> list
     rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     if error:
         rows.append({"remat": None, "error": error.strip().splitlines()[-1]})
-        print(f"{side}: {error[-1500:]}", file=sys.stderr)
-    return [{"side": side, **row} for row in rows]
+        print(f"{side}, {packed}: {error[-1500:]}", file=sys.stderr)
+    return [{"side": side, "rows": packed, **row} for row in rows]
 
 
 def write_model(directory: str, *, smoke: bool) -> None:
@@ -119,18 +140,33 @@ def write_model(directory: str, *, smoke: bool) -> None:
     swaa.save_model(nnx.merge(graphdef, state), directory, overwrite=True)
 
 
+def text_tokens(arguments: argparse.Namespace) -> int:
+    """Tokens of a text in the row."""
+    return arguments.tokens // (TEXTS if "packed" in arguments.rows else 1)
+
+
 def batch(arguments: argparse.Namespace, vocab: int) -> dict[str, Any]:
-    """One row: tokens, targets, weights and stages as numpy arrays."""
+    """One row as numpy arrays: what a training step takes, and of a packed one what tells texts
+    apart. The last quarter of each text is its answer; a text's last token has no target.
+    """
     import numpy as np
 
-    tokens = np.random.default_rng(0).integers(0, vocab, (1, arguments.tokens + 1))
-    answer = np.arange(arguments.tokens)[None] >= arguments.tokens * 3 // 4
-    return {
-        "tokens": tokens[:, :-1].astype(np.int32),
-        "targets": tokens[:, 1:].astype(np.int32),
-        "loss_weights": answer.astype(np.float32),
+    drawn = np.random.default_rng(0).integers(0, vocab, (1, arguments.tokens + 1))
+    text = text_tokens(arguments)
+    positions = np.arange(arguments.tokens, dtype=np.int32)[None] % text
+    answer = positions >= text * 3 // 4
+    is_packed = text < arguments.tokens
+    weights = answer & (positions < text - 1) if is_packed else answer
+    found = {
+        "tokens": drawn[:, :-1].astype(np.int32),
+        "targets": drawn[:, 1:].astype(np.int32),
+        "loss_weights": weights.astype(np.float32),
         "stage_ids": answer.astype(np.int32),
     }
+    if is_packed:
+        segments = np.arange(arguments.tokens, dtype=np.int32)[None] // text
+        found |= {"segment_ids": segments, "positions": positions}
+    return found
 
 
 def timed(step: Callable[[], Any], wait: Callable[[Any], Any], steps: int) -> float:
@@ -168,11 +204,11 @@ def run_jax(arguments: argparse.Namespace, *, remat: bool) -> dict[str, Any]:
     model = swaa.add_lora(model, lora, rngs=nnx.Rngs(0))
     data = batch(arguments, model.config.vocab_size)
 
-    counted = types.SimpleNamespace(
-        **data,
-        segment_ids=np.zeros_like(data["tokens"]),
-        positions=np.arange(arguments.tokens)[None],
-    )
+    whole = {
+        "segment_ids": np.zeros_like(data["tokens"]),
+        "positions": np.arange(arguments.tokens)[None],
+    }
+    counted = types.SimpleNamespace(**(whole | data))
     flops = FlopCounter(model, trains_all=False, with_teacher=False)(counted)
     trainer = make_step(
         model,
@@ -246,37 +282,43 @@ def run_torch(arguments: argparse.Namespace, *, remat: bool) -> dict[str, Any]:
         for name, value in batch(arguments, config.vocab_size).items()
     }
     tokens, answer = data["tokens"].long(), data["stage_ids"][0].bool()
-    targets = data["targets"].long()[0][answer]
+    keep = torch.nonzero(data["loss_weights"][0])[:, 0]
+    targets = data["targets"].long()[0][keep]
     window, sinks = arguments.window, arguments.sinks
+    length, text = arguments.tokens, text_tokens(arguments)
+    is_packed = text < length
+
+    def earlier(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return (q >= k) & (q // text == k // text) if is_packed else q >= k
 
     def seen(b: Any, h: Any, q: Any, k: Any) -> Any:
-        return (q >= k) & ((q - k < window) | (k < sinks) | answer[q])
+        first = k % text if is_packed else k
+        return earlier(b, h, q, k) & ((q - k < window) | (first < sinks) | answer[q])
 
-    length = arguments.tokens
     if flex:
         from torch.nn.attention.flex_attention import create_block_mask
 
         masks = {
             "sliding_attention": create_block_mask(seen, None, None, length, length, device=device),
-            "full_attention": create_block_mask(
-                lambda b, h, q, k: q >= k, None, None, length, length, device=device
-            ),
+            "full_attention": create_block_mask(earlier, None, None, length, length, device=device),
         }
     else:
         rows = torch.arange(length, device=device)
-        windowed = seen(None, None, rows[:, None], rows[None, :])[None, None]
-        masks = {"sliding_attention": windowed, "full_attention": None}  # None: causal, fused
+        dense = [mask(None, None, rows[:, None], rows)[None, None] for mask in (seen, earlier)]
+        # Without a mask SDPA is causal, and fused.
+        full = dense[1] if is_packed else None
+        masks = {"sliding_attention": dense[0], "full_attention": full}
     forward = model
     if arguments.side.endswith("compiled"):
         forward = torch.compile(model)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0
     )
-    keep = torch.nonzero(answer)[:, 0]
+    positions = {"position_ids": data["positions"].long()} if is_packed else {}
 
     def step() -> Any:
         optimizer.zero_grad(set_to_none=True)
-        out = forward(input_ids=tokens, attention_mask=masks, logits_to_keep=keep)
+        out = forward(input_ids=tokens, attention_mask=masks, logits_to_keep=keep, **positions)
         loss = torch.nn.functional.cross_entropy(out.logits[0].float(), targets)
         loss.backward()
         optimizer.step()
@@ -299,57 +341,109 @@ def run_torch(arguments: argparse.Namespace, *, remat: bool) -> dict[str, Any]:
     }
 
 
+def best_of(rows: Sequence[dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
+    """Each side's better row, with rates and ratios added: `speed_of_ours` over a side's on such
+    rows, and of packed rows `speed_of_one`, over the same side's with one text.
+    """
+    known = [row for row in rows if "seconds" in row]
+    about = next((row for row in known if "flops" in row), {})
+    best: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in sorted(known, key=lambda row: row["seconds"]):
+        best.setdefault((row["rows"], row["side"]), row)
+    flops = {row["rows"]: row["flops"] for row in known if "flops" in row}
+    for (packed, side), row in best.items():
+        row["tokens_per_second"] = tokens / row["seconds"]
+        if about.get("peak_flops") and packed in flops:
+            row["mfu"] = flops[packed] / row["seconds"] / about["peak_flops"]
+        if (packed, "swaa_jax") in best:
+            row["speed_of_ours"] = row["seconds"] / best[packed, "swaa_jax"]["seconds"]
+        if packed == "packed" and ("one", side) in best:
+            row["speed_of_one"] = best["one", side]["seconds"] / row["seconds"]
+    order = [(row["rows"], row["side"]) for row in known]
+    return [best[key] for key in dict.fromkeys(order)]
+
+
 def report(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
     """A table of each side's better time, with ratios; all rows go to the file."""
     from rich.console import Console
     from rich.table import Table
 
-    known = [row for row in rows if "seconds" in row]
-    about = next((row for row in known if "flops" in row), {})
-    best = {
-        side: min((row for row in known if row["side"] == side), key=lambda row: row["seconds"])
-        for side in dict.fromkeys(row["side"] for row in known)
-    }
-    table = Table(title=f"{arguments.tokens:,} tokens, {about.get('device')}")
-    names = ("side", "remat", "ms", "tokens/s", "MFU", "loss", "first step s", "GiB", "our speed")
-    for name in names:
-        table.add_column(name, justify="left" if name == "side" else "right")
-    ours = best.get("swaa_jax")
-    for side, row in best.items():
-        rate = arguments.tokens / row["seconds"]
-        row["tokens_per_second"] = rate
-        if about.get("peak_flops"):
-            row["mfu"] = about["flops"] / row["seconds"] / about["peak_flops"]
-        if ours is not None:
-            row["speed_of_ours"] = row["seconds"] / ours["seconds"]
+    best = best_of(rows, arguments.tokens)
+    device = next((row["device"] for row in rows if "device" in row), None)
+    table = Table(title=f"{arguments.tokens:,} tokens, {device}")
+    names = ("rows", "side", "remat", "ms", "tokens/s", "MFU", "loss", "first step s", "GiB")
+    for name in (*names, "our speed", "over one"):
+        table.add_column(name, justify="left" if name in ("rows", "side") else "right")
+    for row in best:
         table.add_row(
-            side,
+            row["rows"],
+            row["side"],
             "yes" if row["remat"] else "no",
             f"{1e3 * row['seconds']:.1f}",
-            f"{rate:,.0f}",
+            f"{row['tokens_per_second']:,.0f}",
             f"{row['mfu']:.1%}" if "mfu" in row else "",
             f"{row['loss']:.4f}",
             f"{row['first_step_s']:.0f}",
             f"{row['peak_gib']:.1f}",
-            f"{row['speed_of_ours']:.2f}" if ours is not None else "",
+            f"{row['speed_of_ours']:.2f}" if "speed_of_ours" in row else "",
+            f"{row['speed_of_one']:.2f}" if "speed_of_one" in row else "",
         )
-    Console(width=120).print(table)
-    losses = [row["loss"] for row in best.values()]
-    if losses and max(losses) - min(losses) > 0.02:
-        sys.exit(f"the sides do not compute the same: losses of the first step are {losses}")
-    if arguments.smoke:
+    Console(width=130).print(table)
+    for packed in ROWS:
+        losses = [row["loss"] for row in best if row["rows"] == packed]
+        if losses and max(losses) - min(losses) > 0.02:
+            sys.exit(f"the sides do not compute the same: losses of the first step are {losses}")
+    if arguments.output is None:
         return
     result = {
         "command": " ".join(["python", "benchmarks/train_step.py", *sys.argv[1:]]),
         "what": "seconds of a LoRA training step, batch of one row; the median of "
         f"{arguments.steps}",
         "tokens": arguments.tokens,
+        "texts_in_a_packed_row": TEXTS,
         "window": arguments.window,
         "sinks": arguments.sinks,
         "versions": {name: version(name) for name in ("jax", "torch", "transformers", "peft")},
+        "device": device,
         "rows": list(rows),
     }
-    Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    plot(result, arguments.output.with_suffix(".png"))
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Tokens a second of each side's better time, one text a row beside packed rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    best = best_of(result["rows"], result["tokens"])
+    sides = list(dict.fromkeys(row["side"] for row in best))
+    figure, axis = plt.subplots(figsize=(8, 3.8))
+    for packed, shift, color in zip(ROWS, (-0.2, 0.2), ("#2a6f97", "#edae49"), strict=True):
+        mine = [row for row in best if row["rows"] == packed]
+        bars = axis.bar(
+            [sides.index(row["side"]) + shift for row in mine],
+            [row["tokens_per_second"] for row in mine],
+            0.38,
+            color=color,
+            label={"one": "one text a row", "packed": f"{TEXTS} texts a row"}[packed],
+        )
+        shares = [f"{row['mfu']:.0%} MFU" if "mfu" in row else "" for row in mine]
+        axis.bar_label(bars, shares, fontsize=8)
+    axis.set_xticks(range(len(sides)), sides, fontsize=9)
+    axis.set_ylabel("tokens/s")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8)
+    axis.set_title(
+        f"A LoRA step, Qwen3-0.6B shape, rows of {result['tokens']:,} tokens, bfloat16, one "
+        f"{result['device']}",
+        fontsize=9,
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

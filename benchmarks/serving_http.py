@@ -1,12 +1,6 @@
-"""What the server costs beside the bare engine, on one GPU, and what reuse saves.
+"""Cases of `serving.py` over HTTP, in a server of this process: many clients, and reuse.
 
-A Qwen3-4B-shaped model with random weights and a vocabulary of words, in bfloat16, greedy.
-
-- overhead: 32 clients, each with one request at a time, 96 requests of 512 to 4,096 tokens with 128
-  new ones; a bare engine that is kept as busy, and the server over HTTP, whole and streamed. The
-  clients are a process of their own. Output tokens a second.
-- reuse: a conversation of 30,000 tokens, asked once and once more with another turn. Seconds to the
-  first token of the stream.
+As a script it is the clients, which have a process of their own: `serving_http.py URL JOB`.
 """
 
 import argparse
@@ -28,24 +22,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from machine import version  # noqa: E402
+from serving_engine import config_of  # noqa: E402
 
 CLIENTS = 32
 CHUNK = 1024  # the server's default on a GPU
-
-
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--requests", type=int, default=96, metavar="N", help="default 96")
-    parser.add_argument("--steps-per-call", type=int, default=16, metavar="N", help="default 16")
-    parser.add_argument("--smoke", action="store_true", help="tiny, on the CPU, nothing kept")
-    parser.add_argument("--output", metavar="FILE", help="default: benchmarks/results/serve.json")
-    parser.add_argument("--part", choices=["overhead", "reuse"], help=argparse.SUPPRESS)
-    parser.add_argument("--load", nargs=2, help=argparse.SUPPRESS)  # the clients' own process
-    return parser.parse_args(argv)
 
 
 def words(count: int) -> Any:
@@ -130,7 +110,7 @@ def in_clients(url: str, job: dict[str, Any], work: Path) -> dict[str, float]:
     path = work / "job.json"
     path.write_text(json.dumps(job))
     done = subprocess.run(
-        [sys.executable, __file__, "--load", url, str(path)],
+        [sys.executable, __file__, url, str(path)],
         capture_output=True, text=True, timeout=500, env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     if done.returncode:
@@ -175,21 +155,22 @@ def served(engine: Any, models: Any) -> tuple[Any, str, threading.Thread]:
 
 def made(*, smoke: bool) -> Any:
     """The model, as it is served."""
-    from model_shapes import MODELS
-
     from swaa_jax.models import model_from_config
     from swaa_jax.serve.models import ServedModel, ServedModels
 
-    config = {**MODELS["Qwen3-4B"], "max_position_embeddings": 1 << 17}
-    if smoke:
-        config |= {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64}
-        config |= {"vocab_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = config_of(smoke=smoke)
     model = model_from_config(config, dtype="bfloat16")
     return ServedModels([ServedModel.of("model", model, words(config["vocab_size"]))])
 
 
-def overhead(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Rates of the bare engine, and of the server."""
+def chunks(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How prompts are read."""
+    size = arguments.chunk_size or (64 if arguments.smoke else CHUNK)
+    return {"chunk_size": size, "chunks_per_round": arguments.chunks_per_round}
+
+
+def clients(arguments: argparse.Namespace) -> dict[str, Any]:
+    """New tokens a second of the bare engine, and of the server."""
     from swaa_jax.serve import EngineOptions
     from swaa_jax.serve.app import make_engine
 
@@ -199,8 +180,8 @@ def overhead(arguments: argparse.Namespace) -> dict[str, Any]:
         num_slots=CLIENTS,
         max_tokens=256 if arguments.smoke else 8192,
         steps_per_call=arguments.steps_per_call,
-        chunk_size=64 if arguments.smoke else CHUNK,
         reuse=False,
+        **chunks(arguments),
     )
     prompts = prompts_of(arguments, vocab)
     engine = make_engine(models, room)
@@ -218,9 +199,10 @@ def overhead(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "clients": CLIENTS,
         "requests": arguments.requests,
-        "output_tokens_per_s": rates,
+        "new_tokens_per_s": best,
+        "all_runs": rates,
         "overhead": {name: 1 - best[name] / best["engine"] for name in ("whole", "streamed")},
-        "median_first_token_s": min(run["first_token_s"] for run in runs),
+        "first_token_s": min(run["first_token_s"] for run in runs),
     }
 
 
@@ -233,9 +215,7 @@ def reuse(arguments: argparse.Namespace) -> dict[str, Any]:
 
     models, long = made(smoke=arguments.smoke), 1000 if arguments.smoke else 30_000
     vocab = models["model"].model.config.vocab_size
-    room = EngineOptions(
-        num_slots=2, max_tokens=2 * long, chunk_size=64 if arguments.smoke else CHUNK
-    )
+    room = EngineOptions(num_slots=2, max_tokens=2 * long, **chunks(arguments))
     server, url, thread = served(make_engine(models, room), models)
     rng = random.Random(0)
     runs = []
@@ -251,38 +231,11 @@ def reuse(arguments: argparse.Namespace) -> dict[str, Any]:
     server.should_exit = True
     thread.join()
     ratio = float(np.median([run["again_s"] / run["first_s"] for run in runs]))
-    return {"runs": runs, "ratio": ratio}
-
-
-def main() -> int:
-    """Runs each part in a process of its own, prints and writes."""
-    arguments = parse_arguments()
-    if arguments.load:
-        url, path = arguments.load
-        print(json.dumps(asyncio.run(load(url, json.loads(Path(path).read_text())))))
-        return 0
-    if arguments.part:
-        import jax
-
-        found = {"overhead": overhead, "reuse": reuse}[arguments.part](arguments)
-        print(json.dumps({"device": jax.devices()[0].device_kind, **found}))
-        return 0
-    result: dict[str, Any] = {"command": "python benchmarks/serve.py"}
-    result["versions"] = {name: version(name) for name in ("jax", "starlette", "uvicorn")}
-    for part in ("overhead", "reuse"):
-        command = [sys.executable, __file__, *sys.argv[1:], "--part", part]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=500)
-        if done.returncode:
-            sys.exit(f"{part} failed")
-        result[part] = json.loads(done.stdout.splitlines()[-1])
-        print(json.dumps(result[part], indent=1), flush=True)
-    if not arguments.smoke or arguments.output:
-        output = Path(arguments.output or ROOT / "benchmarks/results/serve.json")
-        partial = output.with_suffix(".json.new")
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(partial, output)
-    return 0
+    medians = {
+        name: float(np.median([run[name] for run in runs])) for name in ("first_s", "again_s")
+    }
+    return {**medians, "ratio": ratio, "runs": runs}
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    print(json.dumps(asyncio.run(load(sys.argv[1], json.loads(Path(sys.argv[2]).read_text())))))
