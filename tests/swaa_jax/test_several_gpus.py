@@ -214,6 +214,7 @@ def test_half_of_the_devices_load_what_all_have_saved(sizes, tmp_path):
             optimizer={"learning_rate": 0.01, "warmup_steps": 0},
             metrics={"tensorboard": False},
             checkpoint={"every": 2},
+            dtype="float32",
             evaluate=evaluate,
             eval_every=5,
             output_dir=output,
