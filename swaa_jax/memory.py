@@ -103,7 +103,7 @@ class Demand:
         row_option, token_option: what says so.
         bytes_of: `(rows, tokens) -> bytes` of all that is in memory, weights included.
         memory: bytes of a device.
-        advice: what else helps.
+        advice: what else helps, a few commands.
         unit: tokens are told in multiples of it.
 
     Examples:
@@ -113,7 +113,7 @@ class Demand:
         ...     memory=16 << 30, advice="take a policy with smaller windows", unit=256,
         ... )
         >>> demand.exceeds, demand.would_fit()
-        (True, '8 rows of 1536 tokens or 3 rows of 4096 tokens would fit')
+        (True, 'about 8 rows of 1536 tokens or 3 rows of 4096 tokens would fit')
     """
 
     rows: int
@@ -159,7 +159,11 @@ class Demand:
             found.append((1, tokens))
         if not found:
             return "not one row would fit"
-        return " or ".join(f"{_rows(n)} of {tokens} tokens" for n, tokens in found) + " would fit"
+        return (
+            "about "
+            + " or ".join(f"{_rows(n)} of {tokens} tokens" for n, tokens in found)
+            + " would fit"
+        )
 
     @property
     def _units(self) -> int:
@@ -170,11 +174,11 @@ class Demand:
         needed = f"which take about {gib(self.needed)}"
         if lacking:
             needed += f", and {gib(lacking)} more was asked for"
+        lower = self.token_option + (f" or {self.row_option}" if self.rows > 1 else "")
         return DeviceMemoryError(
             f"{self.token_option}: expected rows that fit a device's {gib(self.memory)}, got "
-            f"{self.rows} of {self.tokens} tokens, {needed}; about "
-            f"{self.would_fit(lacking=lacking)}: lower {self.token_option} or {self.row_option}, "
-            f"or {self.advice}"
+            f"{self.rows} of {self.tokens} tokens, {needed}; "
+            f"{self.would_fit(lacking=lacking)}: lower {lower}, or {self.advice}"
         )
 
 

@@ -4,31 +4,16 @@ import dataclasses
 from collections.abc import Mapping
 
 from kernels_pallas.layout import round_up
-from swaa_jax.costs import activation_bytes
+from swaa_jax.costs import working_bytes
 from swaa_jax.engine.lane import Lane
 from swaa_jax.engine.options import EngineOptions
 from swaa_jax.memory import Demand
 from swaa_jax.models.function import SplitModel
 
 
-def working_bytes(model: SplitModel, options: EngineOptions) -> int:
-    """What a chunk computes with on each device, an estimate; 0: nothing is known of it."""
-    config, layers = model.config, model.layers
-    if layers is None:
-        return 0
-    parts = 1 if model.mesh is None else model.mesh.shape.get("tensor", 1)
-    return activation_bytes(
-        layers,
-        hidden_size=config.hidden_size,
-        ffw_size=config.active_ffw_size // parts,
-        num_heads=config.num_heads // parts,
-        num_kv_heads=max(1, config.num_kv_heads // parts),
-        head_dim=config.head_dim,
-        context=options.max_tokens,
-        read=options.sizes[0],
-        is_paged=True,
-        itemsize=max(array.dtype.itemsize for array in model.arrays.values()),
-    )
+def chunk_bytes(model: SplitModel, options: EngineOptions) -> int:
+    """What reading a chunk takes on each device besides weights and caches, an estimate."""
+    return working_bytes(model, context=options.max_tokens, read=options.sizes[0], is_paged=True)
 
 
 def demand_of(
@@ -37,6 +22,7 @@ def demand_of(
     *,
     weight_bytes: int,
     memory: int,
+    share: float,
 ) -> Demand:
     """All slots, as long as they may be; what would fit is told of the model with the largest.
 
@@ -45,22 +31,26 @@ def demand_of(
         options: of each.
         weight_bytes: of all models on each device.
         memory: bytes of a device.
+        share: of it, that weights and caches may take.
     """
-    sizes = {
-        name: _bytes_of_rows(
-            model, options[name], options[name].num_slots, options[name].max_tokens
-        )
-        for name, model in models.items()
+    caches = {
+        name: _cache_bytes(models[name], given, given.num_slots, given.max_tokens)
+        for name, given in options.items()
     }
-    name = max(sizes, key=lambda one: sizes[one])
+    name = max(caches, key=lambda one: caches[one])
     model, given = models[name], options[name]
-    others = weight_bytes + sum(sizes.values()) - sizes[name]
+    others = weight_bytes + sum(caches.values()) - caches[name]
+
+    def bytes_of(rows: int, tokens: int) -> int:
+        kept = others + _cache_bytes(model, given, rows, tokens)
+        return max(kept + chunk_bytes(model, _asked(given, rows, tokens)), int(kept / share))
+
     return Demand(
         rows=given.num_slots,
         tokens=given.max_tokens,
         row_option="num_slots (batch_size of generate)",
         token_option="max_tokens",
-        bytes_of=lambda rows, tokens: others + _bytes_of_rows(model, given, rows, tokens),
+        bytes_of=bytes_of,
         memory=memory,
         advice="chunk_size or memory_share, window more layers, without FA decode, or split the "
         "model over more devices (mesh)",
@@ -68,10 +58,10 @@ def demand_of(
     )
 
 
-def _bytes_of_rows(model: SplitModel, options: EngineOptions, rows: int, tokens: int) -> int:
-    """What so many rows of so many tokens each take on each device, besides weights."""
+def _asked(options: EngineOptions, rows: int, tokens: int) -> EngineOptions:
+    """The options for so many rows of so many tokens, all of which may be in use."""
     tokens = max(2, tokens)
-    asked = dataclasses.replace(
+    return dataclasses.replace(
         options,
         num_slots=rows,
         max_tokens=tokens,
@@ -79,5 +69,9 @@ def _bytes_of_rows(model: SplitModel, options: EngineOptions, rows: int, tokens:
         pool_tokens=None,
         most_pool_tokens=None,
     )
-    needs = Lane.needs(model, asked, name="")
-    return needs.fixed_bytes + needs.page_bytes * needs.most_pages + working_bytes(model, asked)
+
+
+def _cache_bytes(model: SplitModel, options: EngineOptions, rows: int, tokens: int) -> int:
+    """What such rows keep on each device."""
+    needs = Lane.needs(model, _asked(options, rows, tokens), name="")
+    return needs.fixed_bytes + needs.page_bytes * needs.most_pages

@@ -6,13 +6,13 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 
 from swaa_jax.arguments import check_model, told_keywords
-from swaa_jax.engine.demand import demand_of, working_bytes
+from swaa_jax.engine.demand import chunk_bytes, demand_of
 from swaa_jax.engine.lane import EngineClock, Lane, Load, Update
 from swaa_jax.engine.memory import plan_memory
 from swaa_jax.engine.options import EngineOptions
 from swaa_jax.engine.scheduler import Request
 from swaa_jax.fields import check_keys, first_of, nearest, number, show, text, wrong
-from swaa_jax.memory import Demand, bytes_of_arrays, device_memory, told_when_full
+from swaa_jax.memory import bytes_of_arrays, device_memory, told_when_full
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import SplitModel, split_model
 
@@ -83,21 +83,19 @@ class Engine:
         self.options: Mapping[str, EngineOptions] = chosen
         arrays = [array for model in split.values() for array in model.arrays.values()]
         weight_bytes, memory = bytes_of_arrays(arrays), device_memory(arrays[0])
-
-        def demand(room: int) -> Demand:
-            return demand_of(split, chosen, weight_bytes=weight_bytes, memory=room)
-
+        self._demand = functools.partial(
+            demand_of, split, chosen, weight_bytes=weight_bytes, memory=memory, share=memory_share
+        )
         plans = plan_memory(
             [Lane.needs(model, chosen[name], name=name) for name, model in split.items()],
             weight_bytes=weight_bytes,
             memory=memory,
             share=memory_share,
-            working_bytes=max(working_bytes(model, chosen[name]) for name, model in split.items()),
-            would_fit=lambda: demand(int(memory_share * memory)).would_fit(),
+            working_bytes=max(chunk_bytes(model, chosen[name]) for name, model in split.items()),
+            would_fit=lambda: self._demand().would_fit(),
         )
         self.clock = EngineClock()
         ids = itertools.count()
-        self._demand = functools.partial(demand, memory)
         with told_when_full(self._demand):
             self._lanes = {
                 name: Lane(model, chosen[name], plan=plan, ids=ids, clock=self.clock)

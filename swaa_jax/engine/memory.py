@@ -113,7 +113,7 @@ def plan_memory(
     left = room - weight_bytes - fixed
 
     def told() -> str:
-        return "" if would_fit is None else f", where about {would_fit()}"
+        return "" if would_fit is None else f", where {would_fit()}"
 
     others = f"weights of {gib(weight_bytes)} and rows' own memory of {gib(fixed)}"
     if left < 0:
