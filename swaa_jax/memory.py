@@ -103,14 +103,14 @@ class Demand:
         row_option, token_option: what says so.
         bytes_of: `(rows, tokens) -> bytes` of all that is in memory, weights included.
         memory: bytes of a device.
-        advice: what else helps, a few commands.
+        advice: what else helps, behind "lower num_slots, ".
         unit: tokens are told in multiples of it.
 
     Examples:
         >>> demand = Demand(
         ...     rows=8, tokens=4096, row_option="num_slots", token_option="max_tokens",
         ...     bytes_of=lambda rows, tokens: (4 << 30) + rows * tokens * (1 << 20),
-        ...     memory=16 << 30, advice="take a policy with smaller windows", unit=256,
+        ...     memory=16 << 30, advice="or take a policy with smaller windows", unit=256,
         ... )
         >>> demand.exceeds, demand.would_fit()
         (True, 'about 8 rows of 1536 tokens or 3 rows of 4096 tokens would fit')
@@ -159,11 +159,8 @@ class Demand:
             found.append((1, tokens))
         if not found:
             return "not one row would fit"
-        return (
-            "about "
-            + " or ".join(f"{_rows(n)} of {tokens} tokens" for n, tokens in found)
-            + " would fit"
-        )
+        told = " or ".join(f"{_rows(n)} of {tokens} tokens" for n, tokens in found)
+        return f"about {told} would fit"
 
     @property
     def _units(self) -> int:
@@ -178,7 +175,7 @@ class Demand:
         return DeviceMemoryError(
             f"{self.token_option}: expected rows that fit a device's {gib(self.memory)}, got "
             f"{self.rows} of {self.tokens} tokens, {needed}; "
-            f"{self.would_fit(lacking=lacking)}: lower {lower}, or {self.advice}"
+            f"{self.would_fit(lacking=lacking)}: lower {lower}, {self.advice}"
         )
 
 

@@ -52,7 +52,7 @@ def demand_of(
         token_option="max_tokens",
         bytes_of=bytes_of,
         memory=memory,
-        advice="chunk_size or memory_share, window more layers, without FA decode, or split the "
+        advice="lower chunk_size or memory_share, window more layers, without FA decode, or split the "
         "model over more devices (mesh)",
         unit=given.sizes[1],
     )

@@ -277,7 +277,7 @@ def _demand(model: SplitModel, *, rows: int, tokens: int) -> Demand:
         token_option="continuations",
         bytes_of=bytes_of,
         memory=device_memory(next(iter(model.arrays.values()))),
-        advice="split the model over more devices (mesh)",
+        advice="or split the model over more devices (mesh)",
     )
 
 

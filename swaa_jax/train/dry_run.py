@@ -225,7 +225,7 @@ def _advice(config: TrainConfig) -> str:
     """What else takes less memory than the run's settings."""
     found = [] if config.remat == "layer" else ["take remat=layer"]
     found += ["train adapters (lora.rank=16)"] if config.lora is None else []
-    return ", ".join([*found, "split the model over more devices (mesh.fsdp)"])
+    return ", ".join([*found, "or split the model over more devices (mesh.fsdp)"])
 
 
 def _count(variables: Sequence[nnx.Variable]) -> int:

@@ -31,7 +31,7 @@ def demand(**changes):
         "token_option": "tokens_option",
         "bytes_of": lambda rows, tokens: 700 + rows * (50 + 3 * tokens),
         "memory": 10_000,
-        "advice": "do this",
+        "advice": "or do this",
         "unit": 10,
     }
     return Demand(**(given | changes))
@@ -142,7 +142,7 @@ def test_generate_tells_what_would_fit(monkeypatch):
         raise OUT
 
     monkeypatch.setattr("swaa_jax.engine.lane.Lane.round", full)
-    with pytest.raises(DeviceMemoryError, match=r"max_tokens: expected rows that .* batch_size"):
+    with pytest.raises(DeviceMemoryError, match=r"max_tokens: expected rows that .*batch_size"):
         swaa.generate(model_of(FULL), None, [[5, 6, 7]] * 2, max_new_tokens=4)
 
 
