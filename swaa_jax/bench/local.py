@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from kernels_pallas.backends import record_choices
 from swaa_jax.bench.cells import Cell
 from swaa_jax.bench.measure import Measurement, Timeline
 from swaa_jax.bench.workload import Planned, Workload
@@ -124,7 +125,8 @@ def _measure(
         engine = Engine(model, room, **share)
         measurement.cache_bytes = engine.cache_bytes
         vocab = model.config.vocab_size
-        _warm_up(engine, workload, vocab)
+        with record_choices() as choices:
+            _warm_up(engine, workload, vocab)
         planned = workload.plan(vocab)
         measurement.timelines = [Timeline.of(one) for one in planned]
         compiled, clock = engine.clock.compile_s, dataclasses.replace(engine.clock)
@@ -147,6 +149,7 @@ def _measure(
         "read_s": now.read_s - clock.read_s,
         "decode_steps": now.decode_steps - clock.decode_steps,
         "decode_s": now.decode_s - clock.decode_s,
+        "backends": list(map(str, choices)),
     }
 
 

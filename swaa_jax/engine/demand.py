@@ -52,8 +52,8 @@ def demand_of(
         token_option="max_tokens",
         bytes_of=bytes_of,
         memory=memory,
-        advice="lower chunk_size or memory_share, window more layers, without FA decode, or split the "
-        "model over more devices (mesh)",
+        advice="lower chunk_size or memory_share, window more layers, without FA decode, or split "
+        "the model over more devices (mesh)",
         unit=given.sizes[1],
     )
 
