@@ -12,13 +12,14 @@ The environment's ``SWAA_BACKEND`` is such a choice, and stands in for ``auto`` 
 asked for. It is read when a program is traced.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import importlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -117,6 +118,61 @@ class BackendModule(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which backend computes an operation, and why not another.
+
+    Attributes:
+      op: the operation.
+      name: the backend.
+      platform: that it was chosen for.
+      is_named: it was asked for by name; else ``auto`` took it.
+      left_out: those before it in the table, each with what speaks against it.
+
+    Examples:
+      >>> choice = Choice(op="swa_prefill", name="xla", platform="gpu", left_out=(("cudnn", "q"),))
+      >>> str(choice)
+      "swa_prefill: backend 'auto' is 'xla' on platform 'gpu'; it leaves out 'cudnn': q"
+    """
+
+    op: str
+    name: str
+    platform: str
+    is_named: bool = False
+    left_out: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        if self.is_named:
+            return f"{self.op}: backend {self.name!r}, as asked for"
+        why = "".join(f"; it leaves out {name!r}: {reason}" for name, reason in self.left_out)
+        return f"{self.op}: backend 'auto' is {self.name!r} on platform {self.platform!r}{why}"
+
+
+_RECORDS: list[dict[Choice, None]] = []
+
+
+@contextlib.contextmanager
+def record_choices() -> Iterator[Mapping[Choice, None]]:
+    """Collects the choices of programs that are traced within, each once, in their order.
+
+    A program that was traced before makes none.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from kernels_pallas import grouped_matmul
+      >>> with record_choices() as found:
+      ...     x = grouped_matmul(jnp.ones((4, 1)), jnp.ones((1, 1, 1)), jnp.array([4]))
+      >>> [choice.name for choice in found]
+      ['xla']
+    """
+    found: dict[Choice, None] = {}
+    _RECORDS.append(found)
+    try:
+        yield found
+    finally:
+        _RECORDS[:] = [one for one in _RECORDS if one is not found]
+
+
 def no_limits(arguments: object) -> tuple[str, ...]:
     """The limits of a backend that computes whatever its operation takes."""
     del arguments
@@ -157,7 +213,12 @@ def resolve_backend(
       >>> resolve_backend("swa_prefill=reference", op="swa_decode", platform="cpu")
       'xla'
     """
-    return _named(name, op) or _candidates(op, platform or jax.default_backend())[0]
+    named, platform = _named(name, op), platform or jax.default_backend()
+    if named is not None:
+        return named
+    found = _candidates(op, platform)[0]
+    _log_choice(Choice(op=op, name=found, platform=platform))
+    return found
 
 
 def choose_backend(op: str, choice: str, arguments: Any) -> str:
@@ -180,17 +241,27 @@ def choose_backend(op: str, choice: str, arguments: Any) -> str:
                 f"{op}: backend {named!r} cannot compute this: {'; '.join(limits)}; change that, "
                 "or pass backend='auto' or 'xla'"
             )
-        return named
+        return _chosen(Choice(op=op, name=named, platform=platform, is_named=True))
+    left_out: list[tuple[str, str]] = []
     for name in _candidates(op, platform):
         module = load_backend(op, name)
         against = module.limits(arguments) or getattr(module, "drawbacks", no_limits)(arguments)
         if not against:
-            return name
-        _log_limits(op, name, against)
+            return _chosen(Choice(op=op, name=name, platform=platform, left_out=tuple(left_out)))
+        left_out.append((name, "; ".join(against)))
+    why = "; ".join(f"{name!r}: {reason}" for name, reason in left_out)
     raise NotImplementedError(
-        f"{op}: expected a backend without limits on platform {platform!r}, got none; the log of "
-        "kernels_pallas says why"
+        f"{op}: expected a backend without limits on platform {platform!r}, got none ({why})"
     )
+
+
+def _chosen(choice: Choice) -> str:
+    """The name; the choice is logged, and kept for whoever collects them."""
+    for found in _RECORDS:
+        found[choice] = None
+    if not choice.is_named:
+        _log_choice(choice)
+    return choice.name
 
 
 def compute(op: str, choice: str, arguments: Any) -> Any:
@@ -292,23 +363,16 @@ def _is_interpreted() -> bool:
 
 def _candidates(op: str, platform: str) -> tuple[str, ...]:
     """What ``auto`` takes on the platform, best first."""
-    names = tuple(
+    return tuple(
         name
         for name, backend in BACKENDS[op].items()
         if not backend.by_name_only and backend.platform in (None, platform)
     )
-    _log_candidates(op, platform, names)
-    return names
 
 
 @functools.cache
-def _log_candidates(op: str, platform: str, names: tuple[str, ...]) -> None:
-    logger.info("%s: backend 'auto' is %r on platform %r", op, names[0], platform)
-
-
-@functools.cache
-def _log_limits(op: str, name: str, limits: tuple[str, ...]) -> None:
-    logger.info("%s: backend 'auto' leaves out %r: %s", op, name, "; ".join(limits))
+def _log_choice(choice: Choice) -> None:
+    logger.info("%s", choice)
 
 
 @functools.cache

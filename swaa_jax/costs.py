@@ -26,6 +26,7 @@ from jaxtyping import Bool, Int, Real
 from kernels_pallas.chips import find_chip
 from swaa_jax.fields import wrong
 from swaa_jax.models import CausalLM
+from swaa_jax.models.function import SplitModel
 from swaa_jax.policy import LayerAttention, Stage
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "peak_flops",
     "prefill_attention_share",
     "visible_pairs",
+    "working_bytes",
 ]
 
 
@@ -276,6 +278,33 @@ def activation_bytes(
     has_full = any(one.window is None or one.full_decode or one.full_heads for one in layers)
     copies = _COPIES * row if is_paged and has_full else 0
     return itemsize * (min(read, context) * width + copies)
+
+
+def working_bytes(model: SplitModel, *, context: int, read: int, is_paged: bool) -> int:
+    """`activation_bytes` of a model on each of its devices; 0 where it has no policy to count by.
+
+    >>> import swaa_jax as swaa
+    >>> from swaa_jax.models.function import split_model
+    >>> model = split_model(swaa.load_model("tiny-retriever", dtype="float32"))
+    >>> working_bytes(model, context=1024, read=256, is_paged=True) / 2**20  # MiB
+    13.5
+    """
+    config, layers = model.config, model.layers
+    if layers is None:
+        return 0
+    parts = 1 if model.mesh is None else model.mesh.shape.get("tensor", 1)
+    return activation_bytes(
+        layers,
+        hidden_size=config.hidden_size,
+        ffw_size=config.active_ffw_size // parts,
+        num_heads=config.num_heads // parts,
+        num_kv_heads=max(1, config.num_kv_heads // parts),
+        head_dim=config.head_dim,
+        context=context,
+        read=read,
+        is_paged=is_paged,
+        itemsize=max(array.dtype.itemsize for array in model.arrays.values()),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,15 @@ import gc
 import os
 
 from tests.support import programs
-from tests.support.processes import QUICK_COMPILES
+from tests.support.processes import ON_GPUS, QUICK_COMPILES, has_gpus
 
-# Eight CPU devices stand in for a mesh. Flags are read once, when JAX's backend starts.
-_FLAGS = {"--xla_force_host_platform_device_count": "8", **QUICK_COMPILES}
+# Eight CPU devices stand in for a mesh. Flags are read once, when JAX's backend starts. GPUs are
+# there or not, and programs for them are optimised or refused.
+_FLAGS = {"--xla_force_host_platform_device_count": "8"}
+if has_gpus():
+    os.environ.update(ON_GPUS)
+else:
+    _FLAGS |= QUICK_COMPILES
 for _flag, _value in _FLAGS.items():
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()

@@ -125,7 +125,9 @@ def terminal_table(measurements: Sequence[Measurement], *, title: str) -> Table:
 
 
 def remarks(measurements: Sequence[Measurement]) -> list[str]:
-    """What to mind in the figures: errors, cuts, answers that are too short, late compilation."""
+    """What to mind in the figures: errors, cuts, answers that are too short, late compilation; and
+    which backends computed, each once.
+    """
     found = []
     for measurement in measurements:
         name, summary = one_line(measurement.name)[:_LONGEST_NAME], measurement.summary
@@ -151,7 +153,8 @@ def remarks(measurements: Sequence[Measurement]) -> list[str]:
         late = measurement.details.get("compile_s_while_measured", 0.0)
         if late > 0:
             found.append(f"{name}: {late:.3g} s of the time was spent compiling")
-    return found
+    lines = [line for one in measurements for line in one.details.get("backends", ())]
+    return [*found, *dict.fromkeys(lines)]
 
 
 def write_report(

@@ -133,6 +133,9 @@ def _of_jax(
         yield from _devices(found)
     if "error" in found:
         yield _compute(found)
+    for name, lines in found.get("backends", {}).items():
+        for line in lines:
+            yield Finding(section=section, name=name, value=line)
     stage = found.get("stage", "import")
     if stage == "done":
         return

@@ -12,6 +12,7 @@ STAGES = {
     "import": "importing JAX",
     "devices": "asking for the devices",
     "compute": "computing attention",
+    "backends": "choosing backends",
     "done": "",
 }
 """In order, and what was being done where nothing came after."""
@@ -42,7 +43,8 @@ def main() -> None:
         devices_s=time.perf_counter() - started,
         stage="compute",
     )
-    _tell(**_compute(), stage="done")
+    _tell(**_compute(), stage="backends")
+    _tell(backends=_backends(), stage="done")
 
 
 def _about(device: Any) -> dict[str, Any]:
@@ -88,6 +90,63 @@ def _compute() -> dict[str, Any]:
         "compute_s": seconds,
         "error": float(error),
     }
+
+
+def _backends() -> dict[str, list[str]]:
+    """What computes each operation of a model like Qwen3-4B here, and what speaks against others;
+    nothing is computed.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    import kernels_pallas as kernels
+    from kernels_pallas.backends import record_choices
+    from swaa_jax.models import default_dtype
+
+    dtype = default_dtype(None)
+
+    def floats(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def integers(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    rules: dict[str, Any] = {"window": 2048, "num_sink_tokens": 10}
+    num_heads, num_kv_heads, head_dim = 32, 8, 128
+    prompt = [floats(1, 4096, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
+    chunk = [floats(1, 1024, num_heads, head_dim), *prompt[1:]]
+    slots = [floats(1, 1, num_heads, head_dim), *([floats(1, 4096, num_kv_heads, head_dim)] * 2)]
+
+    def decode(q: Any, k: Any, v: Any, at: Any, positions: Any) -> Any:
+        return kernels.swa_decode(q, k, v, q_positions=at, cache_positions=positions, **rules)
+
+    calls: dict[str, tuple[Any, list[Any]]] = {
+        "prompts": (lambda q, k, v: kernels.swa_prefill(q, k, v, **rules), prompt),
+        "chunks of prompts": (
+            lambda q, k, v, at: kernels.swa_prefill(q, k, v, q_offset=at, **rules),
+            [*chunk, integers()],
+        ),
+        "packed rows": (
+            lambda q, k, v, ids: kernels.swa_prefill(q, k, v, segment_ids=ids, **rules),
+            [*prompt, integers(1, 4096)],
+        ),
+        "new tokens": (decode, [*slots, integers(1, 1), integers(1, 4096)]),
+        "experts": (
+            kernels.grouped_matmul,
+            [floats(4096, 2048), floats(8, 2048, 768), integers(8)],
+        ),
+    }
+    found = {}
+    for name, (call, arguments) in calls.items():
+        with record_choices() as choices:
+            jax.eval_shape(call, *arguments)
+        found[name] = [
+            f"{one.op}: {one.name}"
+            + (", as asked for" if one.is_named else "")
+            + "".join(f"; not {other} ({why})" for other, why in one.left_out)
+            for one in choices
+        ]
+    return found
 
 
 def _tell(**found: Any) -> None:

@@ -1,15 +1,18 @@
 """`Engine`: requests in, tokens out, for one model or for several over one set of weights."""
 
 import collections
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 
 from swaa_jax.arguments import check_model, told_keywords
+from swaa_jax.engine.demand import chunk_bytes, demand_of
 from swaa_jax.engine.lane import EngineClock, Lane, Load, Update
-from swaa_jax.engine.memory import bytes_of_arrays, device_memory, plan_memory
+from swaa_jax.engine.memory import plan_memory
 from swaa_jax.engine.options import EngineOptions
 from swaa_jax.engine.scheduler import Request
 from swaa_jax.fields import check_keys, first_of, nearest, number, show, text, wrong
+from swaa_jax.memory import bytes_of_arrays, device_memory, told_when_full
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import SplitModel, split_model
 
@@ -79,18 +82,25 @@ class Engine:
             chosen[name] = chosen[name].within(context)
         self.options: Mapping[str, EngineOptions] = chosen
         arrays = [array for model in split.values() for array in model.arrays.values()]
+        weight_bytes, memory = bytes_of_arrays(arrays), device_memory(arrays[0])
+        self._demand = functools.partial(
+            demand_of, split, chosen, weight_bytes=weight_bytes, memory=memory, share=memory_share
+        )
         plans = plan_memory(
             [Lane.needs(model, chosen[name], name=name) for name, model in split.items()],
-            weight_bytes=bytes_of_arrays(arrays),
-            memory=device_memory(arrays[0]),
+            weight_bytes=weight_bytes,
+            memory=memory,
             share=memory_share,
+            working_bytes=max(chunk_bytes(model, chosen[name]) for name, model in split.items()),
+            would_fit=lambda: self._demand().would_fit(),
         )
         self.clock = EngineClock()
         ids = itertools.count()
-        self._lanes = {
-            name: Lane(model, chosen[name], plan=plan, ids=ids, clock=self.clock)
-            for (name, model), plan in zip(split.items(), plans, strict=True)
-        }
+        with told_when_full(self._demand):
+            self._lanes = {
+                name: Lane(model, chosen[name], plan=plan, ids=ids, clock=self.clock)
+                for (name, model), plan in zip(split.items(), plans, strict=True)
+            }
         self._at: dict[int, Lane] = {}  # of each request that is left
         self._told: collections.deque[Update] = collections.deque()  # by `run`, not yet
 
@@ -180,9 +190,10 @@ class Engine:
 
         updates: list[Update] = []
         try:
-            for lane in self._lanes.values():
-                if not lane.is_idle:
-                    updates += lane.round(once)
+            with told_when_full(self._demand):
+                for lane in self._lanes.values():
+                    if not lane.is_idle:
+                        updates += lane.round(once)
         finally:
             once()
         for update in updates:

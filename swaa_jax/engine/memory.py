@@ -4,47 +4,14 @@ is made.
 
 import dataclasses
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from swaa_jax.attention import Caches, PagedCache
+from swaa_jax.memory import DeviceMemoryError, gib
 from swaa_jax.sharding import attention_specs
-
-_MIB, _GIB = 1 << 20, 1 << 30
-
-
-def device_memory(array: jax.Array) -> int:
-    """Bytes that a device of the array has for arrays; CPU devices share the machine's memory.
-
-    Processes that share the array plan alike, so it is the least that any of them has, in whole
-    MiB.
-    """
-    device = min(array.sharding.addressable_devices, key=lambda device: device.id)
-    stats = device.memory_stats()
-    if stats and "bytes_limit" in stats:
-        memory = int(stats["bytes_limit"])
-    else:
-        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        memory = machine // len(jax.local_devices(backend=device.platform))
-    least = np.int32(memory // _MIB)
-    if not array.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        least = np.min(multihost_utils.process_allgather(least))
-    return int(least) * _MIB
-
-
-def bytes_of_arrays(arrays: Iterable[jax.Array]) -> int:
-    """What the arrays take on each device; one that is there twice counts once."""
-    distinct = {id(array): array for array in arrays}
-    return sum(
-        math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
-        for array in distinct.values()
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +80,13 @@ class Plan:
 
 
 def plan_memory(
-    needs: Sequence[Needs], *, weight_bytes: int, memory: int, share: float
+    needs: Sequence[Needs],
+    *,
+    weight_bytes: int,
+    memory: int,
+    share: float,
+    working_bytes: int = 0,
+    would_fit: Callable[[], str] | None = None,
 ) -> list[Plan]:
     """How many pages and snapshots each model gets.
 
@@ -125,17 +98,27 @@ def plan_memory(
         weight_bytes: of all models on each device.
         memory: bytes of a device.
         share: of it, for weights, rings, snapshots and pages together.
+        working_bytes: that a step computes with, an estimate: less is shared out where the rest of
+            the memory is smaller.
+        would_fit: says what would where rows do not fit; see `swaa_jax.memory.Demand`.
 
     Raises:
-        ValueError: they do not fit; the message says what would.
+        DeviceMemoryError: they do not fit; the message says what would.
     """
     fixed = sum(each.fixed_bytes for each in needs)
-    left = int(share * memory) - weight_bytes - fixed
-    within = f"{share:.3g} of a device's {_gib(memory)}"
-    others = f"weights of {_gib(weight_bytes)} and rows' own memory of {_gib(fixed)}"
+    room, within = int(share * memory), f"{share:.3g} of a device's {gib(memory)}"
+    if memory - working_bytes < room:
+        room = memory - working_bytes
+        within = f"a device's {gib(memory)} less {gib(working_bytes)} that a step computes with"
+    left = room - weight_bytes - fixed
+
+    def told() -> str:
+        return "" if would_fit is None else f", where {would_fit()}"
+
+    others = f"weights of {gib(weight_bytes)} and rows' own memory of {gib(fixed)}"
     if left < 0:
-        raise ValueError(
-            f"memory_share: expected room for {others}, got {within}; lower num_slots or "
+        raise DeviceMemoryError(
+            f"memory_share: expected room for {others}, got {within}{told()}; lower num_slots or "
             "max_tokens, or raise memory_share"
         )
     pages = {at: each.most_pages for at, each in enumerate(needs) if not each.page_bytes}
@@ -148,12 +131,12 @@ def plan_memory(
         nonlocal left, others
         fit = max(0, left - last) // size
         if count > fit:
-            raise ValueError(
+            raise DeviceMemoryError(
                 f"{option}: expected at most {fit * unit} for {name!r}, as fit into {within} with "
                 f"{others}, got {count * unit}; ask for fewer, or raise memory_share"
             )
         left -= count * size
-        others += f", {option} of {name!r} of {_gib(count * size)}"
+        others += f", {option} of {name!r} of {gib(count * size)}"
         return count
 
     for at, each in enumerate(needs):
@@ -179,10 +162,10 @@ def plan_memory(
     pages |= _parts(left, pools)
     for at, want in pools.items():
         if not pages[at]:
-            raise ValueError(
+            raise DeviceMemoryError(
                 f"memory_share: expected room for a page of {needs[at].page_size} tokens "
-                f"({_gib(want.size)}) for {needs[at].name!r} with {others}, got {within}; lower "
-                "num_slots, or raise memory_share"
+                f"({gib(want.size)}) for {needs[at].name!r} with {others}, got {within}{told()}; "
+                "lower num_slots, or raise memory_share"
             )
     return [Plan(pages=pages[at], snapshots=snapshots[at]) for at in range(len(needs))]
 
@@ -206,7 +189,3 @@ def _parts(room: int, wants: Mapping[int, _Want]) -> dict[int, int]:
         parts[at] = min(want.most, room // (len(wants) - len(parts)) // want.size)
         room -= parts[at] * want.size
     return parts
-
-
-def _gib(count: int) -> str:
-    return f"{count / _GIB:.3g} GiB"

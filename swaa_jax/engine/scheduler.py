@@ -172,7 +172,8 @@ class Scheduler:
             fits = self.pool.num_pages * self.pool.page_size
             raise ValueError(
                 f"tokens: expected prompt and answer of at most {fits} tokens, which all pages of "
-                f"the pool hold, got {count} + {new}; shorten one, or give the pool more"
+                f"the pool hold, got {count} + {new}; shorten one, give the pool more, or window "
+                "more layers, without FA decode"
             )
         number = next(self._ids)
         self._waiting.append((number, request))

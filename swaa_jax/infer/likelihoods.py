@@ -17,15 +17,18 @@ from jaxtyping import Array, Bool, Float, Int
 from kernels_pallas.layout import next_power_of_two
 from swaa_jax.arguments import check_model
 from swaa_jax.attention import LayerKind, RowWindows
+from swaa_jax.costs import working_bytes
 from swaa_jax.fields import integer, wrong
 from swaa_jax.infer.buckets import length_bucket, pad_right
 from swaa_jax.infer.prompts import check_context
 from swaa_jax.losses import TargetLosses, target_losses
+from swaa_jax.memory import Demand, bytes_of_arrays, device_memory, told_when_full
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import SplitModel, Structure, jit_by_structure, split_model
 from swaa_jax.policy import AttentionPolicy, LayerAttention, PolicyLike, Stage, load_policy
 from swaa_jax.progress import ProgressLike, show_progress
 from swaa_jax.runtime import to_host
+from swaa_jax.sharding import batch_parts
 
 __all__ = [
     "Continuation",
@@ -236,18 +239,19 @@ def _score(
         windows = np.full((split.config.num_layers, count), width, np.int32)
         for row, own in enumerate(layers):
             windows[:, row] = row_windows(own, width)
-    losses = _token_losses(
-        split.arrays,
-        tokens,
-        lengths,
-        stages,
-        at,
-        targets,
-        windows,
-        structure=split.structure,
-        num_sink_tokens=num_sink_tokens,
-    )
-    nll, correct = map(to_host, losses)
+    with told_when_full(lambda: _demand(split, rows=count, tokens=width)):
+        losses = _token_losses(
+            split.arrays,
+            tokens,
+            lengths,
+            stages,
+            at,
+            targets,
+            windows,
+            structure=split.structure,
+            num_sink_tokens=num_sink_tokens,
+        )
+        nll, correct = map(to_host, losses)
     return [
         Likelihood(
             logprob=-float(np.sum(nll[row, : len(one.tokens)], dtype=np.float64)),
@@ -255,6 +259,26 @@ def _score(
         )
         for row, one in enumerate(group)
     ]
+
+
+def _demand(model: SplitModel, *, rows: int, tokens: int) -> Demand:
+    """What rows that are read in one piece ask of each device."""
+    weights = bytes_of_arrays(model.arrays.values())
+    parts, _ = batch_parts(model.mesh)
+
+    def bytes_of(rows: int, tokens: int) -> int:
+        working = working_bytes(model, context=tokens, read=tokens, is_paged=False)
+        return weights + -(-rows // parts) * working
+
+    return Demand(
+        rows=rows,
+        tokens=tokens,
+        row_option="batch_size",
+        token_option="continuations",
+        bytes_of=bytes_of,
+        memory=device_memory(next(iter(model.arrays.values()))),
+        advice="or split the model over more devices (mesh)",
+    )
 
 
 @functools.partial(jit_by_structure, static_argnames=("num_sink_tokens",))

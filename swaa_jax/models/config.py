@@ -107,6 +107,11 @@ class DecoderConfig:
         return 0
 
     @property
+    def active_ffw_size(self) -> int:
+        """Width of what a token's feed-forward passes, at most: of experts, its own together."""
+        return self.intermediate_size
+
+    @property
     def sizes(self) -> dict[str, Any]:
         """What the shapes of the weights follow from, under HF's names."""
         return {

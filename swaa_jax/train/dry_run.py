@@ -13,9 +13,10 @@ from swaa_jax import checkpoint
 from swaa_jax.data import BatchSource
 from swaa_jax.lora import LoraParam, add_lora
 from swaa_jax.losses import logits_bytes
+from swaa_jax.memory import Demand, gib, memory_of
 from swaa_jax.models import CausalLM, read_blueprint
 from swaa_jax.progress import ProgressLike
-from swaa_jax.sharding import sharding_for
+from swaa_jax.sharding import batch_parts, sharding_for
 from swaa_jax.train.config import StepConfig
 from swaa_jax.train.evaluating import prepare_evaluation
 from swaa_jax.train.feed import Feed, make_feed
@@ -66,6 +67,7 @@ class RunPlan:
         warmup_steps: of them.
         parameters, trained_parameters: of the model, and those that are trained.
         memory: of a device.
+        demand: the same as a function of rows and tokens, and what a device has.
 
     Examples:
         >>> from swaa_jax.configs import config_path
@@ -88,6 +90,7 @@ class RunPlan:
     parameters: int
     trained_parameters: int
     memory: MemoryEstimate
+    demand: Demand = dataclasses.field(repr=False, compare=False)
 
     def __str__(self) -> str:
         memory, data = self.memory, self.config.data
@@ -109,11 +112,17 @@ class RunPlan:
             "steps": f"{self.steps:,} of {data.batch_size} rows of up to {data.seq_len:,} tokens "
             f"({self.epochs:.3g} epochs), {self.warmup_steps:,} of them warm-up",
             "devices": f"{self.placement}; {self.accumulate} micro-batch(es) a step",
-            "memory": f"about {memory.total / _GIB:.2f} GiB a device: {parts}",
+            "memory": f"about {memory.total / _GIB:.2f} GiB a device: {parts}{self._too_much}",
             "saved": " and ".join([*saves, "at the end"]),
             "output": config.output_dir,
         }
         return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
+
+    @property
+    def _too_much(self) -> str:
+        if not self.demand.exceeds:
+            return ""
+        return f"; a device has {gib(self.demand.memory)}: about {self.demand.would_fit()}"
 
 
 def plan_run(config: TrainConfig, *, progress: ProgressLike = None) -> RunPlan:
@@ -178,8 +187,13 @@ def describe_run(
     adapters = [variable for variable in every if isinstance(variable, LoraParam)]
     trained = every if config.lora is None else adapters
     parts = 1 if mesh is None else math.prod(mesh.shape.values())
-    rows = feed.batch_size // feed.accumulate
+    split = batch_parts(mesh)[0]
+    rows = max(1, feed.batch_size // feed.accumulate // split)
     seq_len = data.config.widths[-1]
+
+    def memory(rows: int, tokens: int) -> MemoryEstimate:
+        return _memory(model, trained, step_config, mesh, tokens=rows * tokens)
+
     return RunPlan(
         config=dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=seq_len)),
         policy=str(model.policy),
@@ -194,8 +208,24 @@ def describe_run(
         warmup_steps=step_config.optimizer.num_warmup_steps,
         parameters=_count(every) - _count(adapters),
         trained_parameters=_count(trained),
-        memory=_memory(model, trained, step_config, mesh, rows=rows, tokens=seq_len),
+        memory=memory(rows, seq_len),
+        demand=Demand(
+            rows=rows,
+            tokens=seq_len,
+            row_option="rows_per_device",
+            token_option="data.seq_len",
+            bytes_of=lambda rows, tokens: memory(rows, tokens).total,
+            memory=memory_of(jax.local_devices()[0] if mesh is None else mesh.local_devices[0]),
+            advice=_advice(config),
+        ),
     )
+
+
+def _advice(config: TrainConfig) -> str:
+    """What else takes less memory than the run's settings."""
+    found = [] if config.remat == "layer" else ["take remat=layer"]
+    found += ["train adapters (lora.rank=16)"] if config.lora is None else []
+    return ", ".join([*found, "or split the model over more devices (mesh.fsdp)"])
 
 
 def _count(variables: Sequence[nnx.Variable]) -> int:
@@ -215,9 +245,8 @@ def _placement(mesh: Mesh | None) -> str:
         text += f", of {jax.device_count()}"
     if jax.process_count() > 1:
         text += f", {jax.process_count()} processes"
-    stats = device.memory_stats() if device in jax.local_devices() else None
-    limit = (stats or {}).get("bytes_limit")
-    return text + (f", {limit / _GIB:.1f} GiB each" if limit else "")
+    is_shared = device.platform == "cpu"  # it is the machine's
+    return text + ("" if is_shared else f", {gib(memory_of(device))} each")
 
 
 def _memory(
@@ -226,9 +255,9 @@ def _memory(
     config: StepConfig,
     mesh: Mesh | None,
     *,
-    rows: int,
     tokens: int,
 ) -> MemoryEstimate:
+    """Of micro-batches of so many tokens on a device."""
     itemsize = 2 if config.dtype == "bfloat16" else 4
     variables = [variable for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))]
     names = {id(variable) for variable in trained}
@@ -238,9 +267,7 @@ def _memory(
         if id(variable) not in names and not isinstance(variable, LoraParam)
     )
     trained_size = sum(_shard_size(variable, mesh) for variable in trained)
-    split = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     tensor = 1 if mesh is None else mesh.shape["tensor"]
-    local = max(1, rows // split) * tokens
     shape = model.config
     kept = {"layer": 1, "dots": 6, "none": 16}[config.remat] * shape.num_layers * shape.hidden_size
     working = (
@@ -250,8 +277,8 @@ def _memory(
     return MemoryEstimate(
         weights=weights + (trained_size * itemsize if config.trainable == "all" else 0),
         trained=4 * _F32 * trained_size,
-        activations=local * (kept + 2 * working) * itemsize,
-        logits=logits_bytes(config.loss, num_tokens=local, vocab=shape.vocab_size),
+        activations=tokens * (kept + 2 * working) * itemsize,
+        logits=logits_bytes(config.loss, num_tokens=tokens, vocab=shape.vocab_size),
     )
 
 

@@ -14,6 +14,7 @@ from swaa_jax.costs import FlopCounter
 from swaa_jax.data import DataConfig
 from swaa_jax.fields import wrong
 from swaa_jax.lora import add_lora, merge_lora, save_adapter
+from swaa_jax.memory import told_when_full
 from swaa_jax.models import CausalLM, load_model, save_model
 from swaa_jax.progress import ProgressLike, progress_like, say
 from swaa_jax.storage import CheckpointError, is_local, write_text_atomic
@@ -88,6 +89,7 @@ def train(
         CheckpointError: files of the model, or a checkpoint of another run in `output_dir`.
         DataError: data that cannot be used; file and record are named.
         NonFiniteLossError: the loss or the gradient is NaN or infinite.
+        DeviceMemoryError: a device has no room for it; the message says how many tokens would fit.
         ValueError: settings that do not fit each other, the model or the devices.
 
     Examples:
@@ -148,7 +150,10 @@ def train(
     if config.lora is not None:
         student = add_lora(base, config.lora, rngs=nnx.Rngs(config.seed))
     plan = describe_run(config, student, mesh=mesh, feed=feed, data=source, steps=total_steps)
-    trainer = make_step(student, step_config, consume=given.model is None)
+    if plan.demand.exceeds:
+        logger.warning("an estimate, which may be too large: %s", plan.demand.error())
+    with told_when_full(lambda: plan.demand):
+        trainer = make_step(student, step_config, consume=given.model is None)
     checkpoints = Checkpoints(
         directory,
         keep=config.checkpoint.keep,
@@ -158,7 +163,8 @@ def train(
     restored = checkpoints.restore(trainer.abstract_state(), config.checkpoint.resume)
     batches, best = source.iterator(), Best(config.best)
     if restored is None:
-        start, state = 0, trainer.init()
+        with told_when_full(lambda: plan.demand):
+            start, state = 0, trainer.init()
     else:
         start, state = restored.step, restored.state
         batches.set_state(restored.data)
@@ -178,35 +184,36 @@ def train(
         return evaluating.run(trainer, state, step, writer)
 
     try:
-        result = run_loop(
-            trainer,
-            state,
-            batches,
-            schedule=Schedule(
-                start=start,
-                total=total_steps,
-                checkpoint_every=config.checkpoint.every,
-                checkpoint_minutes=config.checkpoint.minutes,
-                eval_every=config.eval_every,
-                print_every=config.metrics.print_every,
-                profile=config.profile,
-            ),
-            feed=feed,
-            outputs=Outputs(
-                checkpoints=checkpoints,
-                writer=writer,
-                sample_lines=sample_lines,
-                profiles=directory / "profiles",
-            ),
-            flops=FlopCounter(
-                student,
-                trains_all=config.lora is None,
-                with_teacher=config.loss.needs_teacher,
-            ),
-            evaluate=evaluation if evaluating.does_something else None,
-            best=best,
-            progress=progress,
-        )
+        with told_when_full(lambda: plan.demand):
+            result = run_loop(
+                trainer,
+                state,
+                batches,
+                schedule=Schedule(
+                    start=start,
+                    total=total_steps,
+                    checkpoint_every=config.checkpoint.every,
+                    checkpoint_minutes=config.checkpoint.minutes,
+                    eval_every=config.eval_every,
+                    print_every=config.metrics.print_every,
+                    profile=config.profile,
+                ),
+                feed=feed,
+                outputs=Outputs(
+                    checkpoints=checkpoints,
+                    writer=writer,
+                    sample_lines=sample_lines,
+                    profiles=directory / "profiles",
+                ),
+                flops=FlopCounter(
+                    student,
+                    trains_all=config.lora is None,
+                    with_teacher=config.loss.needs_teacher,
+                ),
+                evaluate=evaluation if evaluating.does_something else None,
+                best=best,
+                progress=progress,
+            )
         checkpoints.close()
     finally:
         batches.close()

@@ -38,7 +38,7 @@ def test_the_readme_shows_the_table():
 
 @pytest.mark.parametrize("op", ("swa_prefill", "swa_decode"))
 def test_auto_logs_its_choice_once(op, caplog):
-    backends._log_candidates.cache_clear()
+    backends._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="kernels_pallas"):
         assert resolve_backend("auto", op=op) == "xla"
         assert resolve_backend("auto", op=op) == "xla"
@@ -107,13 +107,29 @@ def made_up(monkeypatch):
 
 
 def test_auto_passes_over_what_has_limits_or_drawbacks(made_up, caplog):
-    backends._log_limits.cache_clear()
+    backends._log_choice.cache_clear()
     assert made_up("auto", Text("ab")) == "short ab"
     with caplog.at_level(logging.INFO, logger="kernels_pallas"):
         assert made_up("auto", Text("abc")) == "any abc"
         assert made_up("auto", Text("z")) == "any z"
-    assert "leaves out 'short': text: expected at most 2 letters, got more" in caplog.text
-    assert "leaves out 'short': it is slow with z" in caplog.text
+        assert made_up("auto", Text("z")) == "any z"
+    told = "made_up: backend 'auto' is 'any' on platform 'tpu'; it leaves out 'short': "
+    reasons = ("text: expected at most 2 letters, got more", "it is slow with z")
+    assert [record.getMessage() for record in caplog.records] == [told + why for why in reasons]
+
+
+def test_choices_are_collected(made_up):
+    with backends.record_choices() as found:
+        for choice, text in (("auto", "abc"), ("auto", "abd"), ("short", "ab"), ("auto", "ab")):
+            made_up(choice, Text(text))
+    made_up("any", Text("ab"))
+    told = [(each.name, each.is_named, dict(each.left_out)) for each in found]
+    assert told == [
+        ("any", False, {"short": "text: expected at most 2 letters, got more"}),
+        ("short", True, {}),
+        ("short", False, {}),
+    ]
+    assert not backends._RECORDS
 
 
 def test_a_named_backend_runs_within_its_limits_and_raises_beyond_them(made_up):

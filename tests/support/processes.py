@@ -1,6 +1,7 @@
-"""Several processes that JAX takes for one run, on this machine's CPU."""
+"""Several processes that JAX takes for one run, on this machine's CPU or its GPUs."""
 
 import dataclasses
+import importlib.util
 import os
 import pathlib
 import socket
@@ -22,6 +23,40 @@ QUICK_COMPILES = {
 }
 if metadata.version("jaxlib").startswith("0.10."):  # later ones end at a flag that they do not know
     QUICK_COMPILES["--xla_cpu_use_fusion_emitters"] = "false"
+
+# What tests ask of JAX on GPUs: memory as it is needed, since several processes share it, and
+# float32 products in full, since tolerances are those of float32 (by default they have 10 bits).
+ON_GPUS = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+}
+
+
+def has_gpus() -> bool:
+    """Whether JAX, which is not asked, will take NVIDIA GPUs."""
+    platforms = (os.environ.get("JAX_PLATFORMS") or "cuda").split(",")
+    return (
+        bool({"cuda", "gpu"}.intersection(platforms))
+        and any(pathlib.Path("/dev").glob("nvidia[0-9]*"))
+        and any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
+    )
+
+
+def on_devices(*numbers: int) -> dict[str, str]:
+    """Variables for a child that has these of the machine's devices.
+
+    They are its GPUs, or, on a machine without, as many fake CPU devices of the child's own.
+    """
+    if has_gpus():
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, numbers))}
+        return {"JAX_PLATFORMS": "cuda,cpu", "XLA_FLAGS": "", **ON_GPUS, **visible}
+    return {"XLA_FLAGS": _flags(len(numbers), quick_compiles=True)}
+
+
+def _flags(devices: int, *, quick_compiles: bool) -> str:
+    flags = {"--xla_force_host_platform_device_count": devices}
+    flags |= QUICK_COMPILES if quick_compiles else {}
+    return " ".join(f"{name}={value}" for name, value in flags.items())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +83,6 @@ def environment(
     It finds the programs that other children of this run have compiled, unless `programs_kept` is
     False.
     """
-    flags = {"--xla_force_host_platform_device_count": devices}
-    flags |= QUICK_COMPILES if quick_compiles else {}
     # A proxy would be asked for this machine's own ports, too.
     kept = {
         name: value
@@ -59,8 +92,8 @@ def environment(
     return {
         **kept,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": " ".join(f"{name}={value}" for name, value in flags.items()),
-        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": _flags(devices, quick_compiles=quick_compiles),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         **(programs.for_a_child() if programs_kept else {}),
         **more,
     }

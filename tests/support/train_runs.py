@@ -14,7 +14,7 @@ from tests.support.random_models import HF_CONFIG
 NUM_SAMPLES = 24
 
 
-def small_model(seed: int = 0) -> Any:
+def small_model(seed: int = 0, **more: Any) -> Any:
     """Two layers over bytes."""
     return model_from_config(
         {
@@ -25,6 +25,7 @@ def small_model(seed: int = 0) -> Any:
             "eos_token_id": byte_tokenizer.EOS_ID,
         },
         seed=seed,
+        **more,
     )
 
 

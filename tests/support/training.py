@@ -1,5 +1,6 @@
 """Small models with adapters, and batches, for the tests of `swaa_jax.train`."""
 
+import functools
 from typing import Any
 
 import jax
@@ -87,6 +88,12 @@ def random_batch(seed: int, *, num_rows: int = 8, width: int = 24, per_row: int 
     made = examples(num_rows * per_row, seed=seed)
     rows = [made[row * per_row : (row + 1) * per_row] for row in range(num_rows)]
     return packed(rows, width=width)
+
+
+def gradient(trainer: Any, state: Any, batch: Any) -> Any:
+    """A step's gradient before clipping, and its metrics."""
+    run = functools.partial(trainer._gradient, state.trainable, trainer.frozen)
+    return jax.jit(lambda batch: trainer._over_micro_batches(run, batch, None))(trainer.put(batch))
 
 
 def to_host(tree: Any) -> Any:

@@ -194,6 +194,7 @@ def test_policies_in_this_process(model):
         assert one.details["compile_s"] > 0
         assert one.details["compile_s_while_measured"] == 0, "the warm-up left programs out"
         assert one.details["read_tokens"] == sum(prompt for prompt, _ in WORK.lengths())
+        assert "swa_decode: backend 'auto' is 'xla' on platform 'cpu'" in remarks([one])
     narrow, full = (cell.measurement for cell in cells)
     assert narrow.cache_bytes < full.cache_bytes
     assert full.policy == "full" and narrow.policy == "window=16,sinks=2"

@@ -22,6 +22,9 @@ def test_this_machine(capsys, monkeypatch, tmp_path):
     assert found["versions", "python"]["value"].startswith(sys.version.split()[0])
     assert found["devices", "devices"]["value"] == "1 x cpu (cpu)"
     assert "as the reference has it" in found["devices", "windowed attention"]["value"]
+    for name, op in (("prompts", "swa_prefill"), ("new tokens", "swa_decode")):
+        assert found["devices", name]["value"] == f"{op}: xla"
+    assert found["devices", "experts"]["value"] == "grouped_matmul: xla"
     assert found["caches and disk", "hub token"]["value"] == "there"
     cache = found["caches and disk", "compilation cache"]
     assert cache["status"] == "ok" and str(tmp_path) in cache["value"]

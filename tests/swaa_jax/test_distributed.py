@@ -13,7 +13,7 @@ import swaa_jax as swaa
 from swaa_jax import runtime
 from swaa_jax.checkpoint import WeightReader
 from swaa_jax.cli import main
-from tests.support import byte_tokenizer, load_shared, processes
+from tests.support import byte_tokenizer, devices, load_shared, processes
 from tests.support.random_models import random_model
 
 SETTINGS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -35,9 +35,12 @@ def saved(tmp_path_factory):
 
 
 def start_two(*command: str, **options) -> list[processes.Finished]:
-    port = processes.free_port()
+    """Two processes with a device each."""
+    devices.need(2)
+    address = f"127.0.0.1:{processes.free_port()}"
     variables = [
-        {SETTINGS[0]: f"127.0.0.1:{port}", SETTINGS[1]: "2", SETTINGS[2]: str(process)}
+        {SETTINGS[0]: address, SETTINGS[1]: "2", SETTINGS[2]: str(process)}
+        | processes.on_devices(process)
         for process in range(2)
     ]
     return processes.run_together([command, command], variables=variables, **options)
@@ -48,6 +51,7 @@ def lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if not line.startswith("[Gloo]")]
 
 
+@pytest.mark.multigpu
 def test_two_processes_share_a_model(saved, tmp_path):
     """Each reads what it needs, no more than 60%; the logits are those of one process. Saved again
     by both, every tensor is what it was.
@@ -81,6 +85,7 @@ def test_two_processes_share_a_model(saved, tmp_path):
             np.testing.assert_array_equal(after.read(name), before.read(name), err_msg=name)
 
 
+@pytest.mark.multigpu
 def test_two_processes_answer_a_prompt(saved, capsys):
     """`swaa generate` over both; process 0 alone prints."""
     command = ("generate", str(saved), "ab", "--raw", "--max-new-tokens", "4", "--verbose")

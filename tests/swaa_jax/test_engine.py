@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import swaa_jax as swaa
 from swaa_jax.engine import Engine, EngineOptions, Request, SamplingParams, compile_counts
+from swaa_jax.memory import DeviceMemoryError
 from tests.support.compiles import counted
 from tests.support.random_models import HF_CONFIG, random_model
 
@@ -381,7 +382,7 @@ def test_an_engine_whose_step_failed_says_so(monkeypatch):
 
     monkeypatch.setattr("swaa_jax.engine.lane._read", out_of_memory)
     lane._compiled.add(out_of_memory)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+    with pytest.raises(DeviceMemoryError, match="max_tokens: expected rows that fit"):
         engine.round()
     monkeypatch.undo()
     with pytest.raises(RuntimeError, match=r"engine: expected the state .* make another Engine"):

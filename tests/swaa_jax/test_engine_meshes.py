@@ -1,4 +1,4 @@
-"""The engine on meshes of virtual devices: one device's tokens, split caches, no new programs."""
+"""The engine on meshes of devices: one device's tokens, split caches, no new programs."""
 
 import dataclasses
 import functools
@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import swaa_jax as swaa
-from swaa_jax import sharding
 from swaa_jax.attention import PagedCache, RingCache
 from swaa_jax.engine import Engine, EngineOptions, Request, SamplingParams
 from swaa_jax.engine.lane import Lane
 from swaa_jax.models.function import split_model
 from tests.support.compiles import counted
+from tests.support.devices import mesh_of
 from tests.support.random_models import HF_CONFIG, random_model
 
 OPTIONS = EngineOptions(num_slots=4, max_tokens=64, chunk_size=16, page_size=8, pool_tokens=160)
@@ -36,16 +36,21 @@ MESHES = {
     "fsdp": {"fsdp": 2},
     "all": {"data": 2, "fsdp": 2, "tensor": 2},
     "more than the KV heads": {"tensor": 4},
+    "experts alone": {"expert": 2},
     "expert": {"expert": 2, "tensor": 2},
 }
 QUICK = ("tensor", "data", "fsdp")
+ON_GPUS = (*QUICK, "more than the KV heads")
 
 
 def cases():
     for mesh in MESHES:
         for policy in POLICIES:
             quick = mesh in QUICK and (policy == "1::2" or mesh == "tensor")
-            yield pytest.param(policy, mesh, marks=[] if quick else pytest.mark.slow)
+            marks = [] if quick else [pytest.mark.slow]
+            if mesh in ON_GPUS and policy == "1::2":
+                marks.append(pytest.mark.multigpu)
+            yield pytest.param(policy, mesh, marks=marks)
 
 
 def requests() -> list[Request]:
@@ -95,8 +100,7 @@ def on_one_device(policy, is_sparse=False):
 
 
 def check(policy, sizes, **overrides):
-    mesh = sharding.make_mesh(jax.devices()[: int(np.prod(list(sizes.values())))], **sizes)
-    model = model_of(policy, mesh, **overrides)
+    model = model_of(policy, mesh_of(**sizes), **overrides)
     options = options_of(policy)
     engine = Engine(model, options)
     needed = Lane.needs(split_model(model), options, name="model")
@@ -147,6 +151,7 @@ def test_tokens_are_those_of_one_device(policy, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["expert", "data"])
+@pytest.mark.multigpu
+@pytest.mark.parametrize("mesh", ["experts alone", "expert", "data"])
 def test_experts_on_a_mesh(mesh):
     check("1::2", MESHES[mesh], **EXPERTS)

@@ -14,6 +14,7 @@ from swaa_jax import sharding
 from swaa_jax.models import moe
 from swaa_jax.models.blocks import Initial, RouterStatistics, Rows
 from swaa_jax.models.moe import SparseMLP, load_balancing_loss
+from tests.support.devices import mesh_of
 from tests.support.random_models import random_model
 
 B, T, D, F, E = 4, 6, 8, 12, 4
@@ -23,6 +24,13 @@ MESHES: dict[str, Any] = {
     "tensor": {"fsdp": 2, "tensor": 4},
     "experts that do not divide": {"expert": 8},
 }
+FEWER: dict[str, Any] = {
+    "two of experts": {"expert": 2},
+    "two of tensor": {"tensor": 2},
+    "four": {"expert": 2, "tensor": 2},
+}
+"""As many devices as one machine's GPUs may be."""
+on_gpus = (pytest.mark.slow, pytest.mark.multigpu)
 LENGTHS = jnp.array([6, 2, 0, 5])
 
 
@@ -98,9 +106,11 @@ def dense(x, router, gate, up, down):
     return jnp.where((jnp.arange(T) < LENGTHS[:, None])[..., None], out, 0.0)
 
 
-@pytest.mark.parametrize("name", [None, *MESHES])
+@pytest.mark.parametrize(
+    "name", [None, *MESHES, *(pytest.param(name, marks=on_gpus) for name in FEWER)]
+)
 def test_values_and_gradients_equal_dense_autodiff(name):
-    mesh = None if name is None else sharding.make_mesh(**MESHES[name])
+    mesh = None if name is None else mesh_of(**(MESHES | FEWER)[name])
     made = block(mesh=mesh)
     graph, params, rest = nnx.split(made, nnx.Param, ...)
     direction = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, D)).astype(np.float32))
@@ -182,12 +192,21 @@ def on_one_device():
     return everything(random_model(POLICY, **MOE))
 
 
-@pytest.mark.parametrize("sizes", [MESHES["experts"], MESHES["tensor"]], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        MESHES["experts"],
+        MESHES["tensor"],
+        *(pytest.param(sizes, marks=on_gpus) for sizes in FEWER.values()),
+    ],
+    ids=str,
+)
 def test_a_sharded_model_equals_one_device(sizes, on_one_device):
     """Two KV heads: `tensor=4` does not divide them."""
-    many = random_model(POLICY, mesh=sharding.make_mesh(**sizes), **MOE)
+    mesh = mesh_of(**sizes)
+    many = random_model(POLICY, mesh=mesh, **MOE)
     kernel = many.layers[0].mlp.experts.up_proj.kernel[...]
-    assert kernel.addressable_shards[0].data.size == kernel.size // 8
+    assert kernel.addressable_shards[0].data.size == kernel.size // mesh.size
     for got, want in zip(everything(many), on_one_device, strict=True):
         # float32; partial sums over devices are added in another order.
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)

@@ -314,20 +314,20 @@ def test_the_memory_of_a_device_bounds_the_pool(monkeypatch):
     assert lane.page_bytes == page_bytes
     weights = engines.bytes_of_arrays(engines.split_model(model).arrays.values())
     room = weights + lane.fixed_bytes + 20 * page_bytes
-    monkeypatch.setattr(engines, "device_memory", lambda _: 2 * room)
-    engine = Engine(model, options, memory_share=0.5)
+    monkeypatch.setattr(engines, "device_memory", lambda _: 10 * room)
+    engine = Engine(model, options, memory_share=0.1)
     assert engine.cache_bytes == 20 * page_bytes
     with pytest.raises(ValueError, match="at most 160 tokens, which all pages of the pool hold"):
         engine.submit(request(0, max_new_tokens=121))
     for tokens, fits in ((160, True), (161, False)):
         asked = asked_of(options, tokens)
         if fits:
-            assert Engine(model, asked, memory_share=0.5).cache_bytes == 20 * page_bytes
+            assert Engine(model, asked, memory_share=0.1).cache_bytes == 20 * page_bytes
             continue
         with pytest.raises(ValueError, match="pool_tokens: expected at most 160 for 'model'"):
-            Engine(model, asked, memory_share=0.5)
+            Engine(model, asked, memory_share=0.1)
     # Weights that models share count once.
-    both = Engine({"a": model, "b": model}, asked_of(options, 80), memory_share=0.55)
+    both = Engine({"a": model, "b": model}, asked_of(options, 80), memory_share=0.11)
     assert both.cache_bytes == 20 * page_bytes
     with pytest.raises(ValueError, match="memory_share: expected a number above 0 and of at most"):
         Engine(model, options, memory_share=1.5)
@@ -341,14 +341,14 @@ def test_the_memory_of_a_device_bounds_snapshots(monkeypatch):
     assert lane.snapshot_bytes == 2 * 8 * (2 * 2 * 16 + 1) * 4  # layers, slots, K and V, float32
     weights = engines.bytes_of_arrays(engines.split_model(model).arrays.values())
     room = weights + lane.fixed_bytes + 5 * lane.snapshot_bytes
-    monkeypatch.setattr(engines, "device_memory", lambda _: 2 * room)
+    monkeypatch.setattr(engines, "device_memory", lambda _: 10 * room)
     for options, kept in ((OPTIONS, 5), (dataclasses.replace(OPTIONS, most_snapshots=3), 3)):
-        engine = Engine(model, options, memory_share=0.5)
+        engine = Engine(model, options, memory_share=0.1)
         answers(engine, [engine.submit(request(0, tokens=(at,) * 33)) for at in range(9)])
         assert engine._lanes["model"]._prefixes.num_snapshots == kept
-    Engine(model, dataclasses.replace(OPTIONS, max_snapshots=5), memory_share=0.5)
+    Engine(model, dataclasses.replace(OPTIONS, max_snapshots=5), memory_share=0.1)
     with pytest.raises(ValueError, match="max_snapshots: expected at most 5 for 'model', as fit"):
-        Engine(model, dataclasses.replace(OPTIONS, max_snapshots=6), memory_share=0.5)
+        Engine(model, dataclasses.replace(OPTIONS, max_snapshots=6), memory_share=0.1)
 
 
 def asked_of(options, tokens):

@@ -5,13 +5,13 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
 
 from swaa_jax.checkpoint import WeightReader
-from tests.support import processes, train_runs
+from tests.support import devices, processes, train_runs
 
 MESH = "mesh.fsdp=2"
 
@@ -96,14 +96,21 @@ def opened_file(output: pathlib.Path) -> int:
     return path.stat().st_ino if path.exists() else 0
 
 
-def kill_when(inputs, output: pathlib.Path, moment: Callable[[], bool], *overrides: str) -> bool:
+def kill_when(
+    inputs,
+    output: pathlib.Path,
+    moment: Callable[[], bool],
+    *overrides: str,
+    variables: Mapping[str, str] = {},
+) -> bool:
     """Whether it was killed while it trained; False where the run came to its end before.
 
     What an earlier process left on the disk is no moment of this one.
     """
-    config, variables = inputs
+    config, shared = inputs
     before = opened_file(output)
-    process = train_runs.start(train_runs.command(config, output, *overrides), **variables)
+    command = train_runs.command(config, output, *overrides)
+    process = train_runs.start(command, **{**shared, **variables})
     try:
         limit = time.monotonic() + 240
         while process.poll() is None and time.monotonic() < limit:
@@ -172,6 +179,8 @@ def wait_for(moment: Callable[[], bool], timeout: float = 240) -> None:
 
 
 def start_two(inputs, output: pathlib.Path, *overrides: str) -> list[subprocess.Popen[str]]:
+    """Processes with a device each."""
+    devices.need(2)
     config, variables = inputs
     port = processes.free_port()
     command = train_runs.command(config, output, MESH, *overrides)
@@ -179,6 +188,7 @@ def start_two(inputs, output: pathlib.Path, *overrides: str) -> list[subprocess.
         train_runs.start(
             command,
             **variables,
+            **processes.on_devices(number),
             JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
             JAX_NUM_PROCESSES="2",
             JAX_PROCESS_ID=str(number),
@@ -188,6 +198,28 @@ def start_two(inputs, output: pathlib.Path, *overrides: str) -> list[subprocess.
 
 
 @pytest.mark.slow
+@pytest.mark.multigpu
+@pytest.mark.parametrize("count", [2, 4])
+def test_killed_on_all_devices_half_of_them_go_on(inputs, tmp_path, count):
+    """Of one process. Without dropout, whose masks are a micro-batch's."""
+    devices.need(count)
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    settings = (f"data.batch_size={count}", "data.num_epochs=3", "lora.dropout=0.0")
+    mesh = f"mesh.fsdp={count}"
+    every, half = (processes.on_devices(*range(n)) for n in (count, count // 2))
+    train(inputs, whole, *settings, mesh, **every)
+    assert kill_when(
+        *(inputs, output, lambda: num_steps(output) >= 5, *settings, mesh), variables=every
+    )
+    done = num_steps(output)
+    train(inputs, output, *settings, f"mesh.fsdp={count // 2}", **half)
+    assert 5 <= done < num_steps(output) == 3 * train_runs.NUM_SAMPLES // count
+    assert train_runs.seen_samples(output) == train_runs.seen_samples(whole)
+    assert_close_runs(output, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.multigpu
 def test_two_processes_stop_together_and_one_goes_on(inputs, whole, tmp_path):
     """Process 1 gets the signal. The rest is run by one process with one device."""
     output = tmp_path / "out"
@@ -202,7 +234,7 @@ def test_two_processes_stop_together_and_one_goes_on(inputs, whole, tmp_path):
     done = num_steps(output)
     latest = max(int(p.name) for p in (output / "checkpoints").iterdir())
     assert latest == done < 200 * train_runs.NUM_SAMPLES // 2
-    train(inputs, output, longer, "checkpoint.every=1000")
+    train(inputs, output, longer, "checkpoint.every=1000", **processes.on_devices(0))
     seen = train_runs.seen_samples(output)
     other = train_runs.seen_samples(output, "samples-1.jsonl")
     assert [step for step, _ in seen] == list(range(1, len(seen) + 1))
@@ -210,7 +242,19 @@ def test_two_processes_stop_together_and_one_goes_on(inputs, whole, tmp_path):
     assert sorted(together) == sorted(list(range(train_runs.NUM_SAMPLES)) * 200)
 
 
+def assert_close_runs(output: pathlib.Path, whole: pathlib.Path) -> None:
+    """Losses, gradients and adapters of runs on other numbers of devices."""
+    # float32: sums over rows are in another order, and Adam divides small gradients by their size.
+    np.testing.assert_allclose(
+        train_runs.curve(output), train_runs.curve(whole), rtol=2e-4, atol=1e-5
+    )
+    expected = adapter(whole)
+    for name, value in adapter(output).items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-3, atol=1e-4, err_msg=name)
+
+
 @pytest.mark.slow
+@pytest.mark.multigpu
 def test_two_processes_train_to_the_same(inputs, tmp_path):
     """As one process on one device, which takes the rows in turn. Without dropout: its masks are
     drawn for each micro-batch, and there is one here and two there.
@@ -219,12 +263,8 @@ def test_two_processes_train_to_the_same(inputs, tmp_path):
     ends = [finish(process) for process in start_two(inputs, two, plain)]
     for code, _, err in ends:
         assert code == 0, err
-    train(inputs, one, plain)
-    # float32: sums over rows are in another order, and Adam divides small gradients by their size.
-    np.testing.assert_allclose(train_runs.curve(two), train_runs.curve(one), rtol=2e-4, atol=1e-5)
-    expected = adapter(one)
-    for name, value in adapter(two).items():
-        np.testing.assert_allclose(value, expected[name], rtol=1e-3, atol=1e-4, err_msg=name)
+    train(inputs, one, plain, **processes.on_devices(0))
+    assert_close_runs(two, one)
     shares = [
         [r["padding_share"] for r in train_runs.read_lines(output / "metrics.jsonl") if "loss" in r]
         for output in (one, two)

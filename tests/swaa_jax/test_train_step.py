@@ -14,9 +14,11 @@ from swaa_jax import sharding
 from swaa_jax.lora import LoraConfig, LoraParam, without_lora
 from swaa_jax.train import LossConfig, OptimizerConfig, StepConfig, make_step
 from swaa_jax.train.feed import make_feed
+from tests.support.devices import mesh_of
 from tests.support.training import (
     POLICY,
     examples,
+    gradient,
     lora_model,
     packed,
     random_batch,
@@ -39,12 +41,6 @@ def train(model, step_config, batches):
         history.append(metrics)
     assert trainer.num_compiles() == 1
     return to_host(state.trainable), to_host(history)
-
-
-def gradient(trainer, state, batch):
-    """The gradient before clipping, and the metrics."""
-    run = functools.partial(trainer._gradient, state.trainable, trainer.frozen)
-    return jax.jit(lambda batch: trainer._over_micro_batches(run, batch, None))(trainer.put(batch))
 
 
 def assert_close(got, want, *, rtol=1e-5, atol=1e-6):
@@ -104,21 +100,41 @@ def test_accumulation_weighs_micro_batches_by_their_targets():
     np.testing.assert_array_equal([m["loss"] for m in history], [m["loss"] for m in cut[1]])
 
 
-@pytest.mark.parametrize(
-    "per_row", [2, pytest.param(1, marks=pytest.mark.slow)], ids=["packed", "one a row"]
-)
-def test_five_sharded_steps_equal_those_of_one_device(per_row):
+def five_steps(mesh=None, *, per_row, scan_layers):
     batches = [random_batch(i, per_row=per_row) for i in range(5)]
     for batch in batches if per_row == 1 else ():
         del batch["segment_ids"], batch["positions"]
-    step_config = config(remat="layer")
-    one, one_history = train(lora_model(), step_config, batches)
-    for sizes in ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
-        mesh = sharding.make_mesh(**sizes)
-        many, many_history = train(lora_model(mesh=mesh), step_config, batches)
-        # float32; sums over devices are added in another order.
-        assert_close(many, one, rtol=0, atol=1e-5)
-        assert_close(many_history, one_history, rtol=1e-5, atol=1e-5)
+    step_config = config(remat="layer", scan_layers=scan_layers)
+    return train(lora_model(mesh=mesh), step_config, batches)
+
+
+five_steps_of_one_device = functools.cache(five_steps)
+
+
+def assert_five_steps_equal(sizes, **kind):
+    many, many_history = five_steps(mesh_of(**sizes), **kind)
+    one, one_history = five_steps_of_one_device(**kind)
+    # float32; sums over devices are added in another order.
+    assert_close(many, one, rtol=0, atol=1e-5)
+    assert_close(many_history, one_history, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "per_row", [2, pytest.param(1, marks=pytest.mark.slow)], ids=["packed", "one a row"]
+)
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_five_sharded_steps_equal_those_of_one_device(sizes, per_row):
+    assert_five_steps_equal(sizes, per_row=per_row, scan_layers=False)
+
+
+@pytest.mark.slow
+@pytest.mark.multigpu
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 2}, {"data": 2}, {"fsdp": 4}, {"data": 2, "tensor": 2}], ids=str
+)
+def test_five_scanned_sharded_steps_equal_those_of_one_device(sizes):
+    """Layers in a scan, each computed again for its gradient, of packed rows."""
+    assert_five_steps_equal(sizes, per_row=2, scan_layers=True)
 
 
 def test_rows_of_one_sample_need_no_segments():

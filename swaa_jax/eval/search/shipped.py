@@ -83,9 +83,7 @@ class ModelSize:
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             hidden_size=config.hidden_size,
-            ffw_size=round(
-                config.intermediate_size * max(1, config.num_stored_experts * config.expert_share)
-            ),
+            ffw_size=config.active_ffw_size,
             weight_bytes=weight_bytes,
             context=config.max_position_embeddings,
             own=config.own.resolve(config.num_layers),

@@ -84,6 +84,13 @@ class Qwen3MoeConfig(DecoderConfig):
         """The part of a layer's experts that a token goes to."""
         return self.num_experts_per_tok / self.num_experts if self.num_experts else 1.0
 
+    @property
+    def active_ffw_size(self) -> int:
+        """Width of what a token's feed-forward passes, at most: of experts, its own together."""
+        sparse = [self.is_sparse(index) for index in range(self.num_layers)]
+        experts = self.num_experts_per_tok * self.moe_intermediate_size if any(sparse) else 0
+        return max(experts, 0 if all(sparse) else self.intermediate_size)
+
     def is_sparse(self, index: int) -> bool:
         """Whether layer `index` has experts."""
         return (

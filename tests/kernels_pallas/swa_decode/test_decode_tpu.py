@@ -239,13 +239,13 @@ def test_what_it_refuses(message):
     ],
 )
 def test_auto_on_a_tpu_takes_the_kernel_unless_it_should_not(changes, why_not, caplog):
-    backends._log_limits.cache_clear()
+    backends._log_choice.cache_clear()
     given = dataclasses.replace(arguments(abstract=True, **changes), target=V5E)
     with caplog.at_level(logging.INFO, logger="kernels_pallas"):
         chosen = backends.choose_backend("swa_decode", "auto", given)
     assert chosen == ("pallas_tpu" if why_not is None else "xla")
     if why_not is not None:
-        assert f"backend 'auto' leaves out 'pallas_tpu': {why_not}" in caplog.text
+        assert f"'xla' on platform 'tpu'; it leaves out 'pallas_tpu': {why_not}" in caplog.text
 
 
 @pytest.mark.parametrize("head_dim", (64, 128))
