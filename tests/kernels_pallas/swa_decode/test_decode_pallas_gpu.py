@@ -198,13 +198,19 @@ def test_what_it_cannot_compute_is_named(change, words):
 
 
 @pytest.mark.parametrize(
-    "version, chosen", [((0, 10, 2), "pallas_triton"), ((0, 12, 0), "pallas_gpu")]
+    "version, head_dim, chosen",
+    [
+        ((0, 10, 2), 128, "pallas_triton"),
+        ((0, 12, 0), 128, "pallas_triton"),
+        ((0, 10, 2), 80, "xla"),
+        ((0, 12, 0), 80, "pallas_gpu"),
+    ],
 )
-def test_auto_takes_it_on_hopper_from_jax_0_11(version, chosen, monkeypatch):
+def test_auto_takes_it_where_triton_cannot(version, head_dim, chosen, monkeypatch):
     from kernels_pallas import triton
 
     monkeypatch.setattr(jax, "__version_info__", version)
     monkeypatch.setattr(triton, "triton", object())  # whether this JAX has it or not
-    given = arguments(head_dim=128, dtype=jnp.bfloat16, abstract=True)
+    given = arguments(head_dim=head_dim, dtype=jnp.bfloat16, abstract=True)
     given = dataclasses.replace(given, target=HOPPER)
     assert choose_backend("swa_decode", "auto", given) == chosen
