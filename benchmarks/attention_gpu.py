@@ -353,7 +353,8 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
             axis.set_xticks(ticks, [f"{t // 1024}k" if t >= 1024 else str(t) for t in ticks])
             axis.minorticks_off()
             axis.set_ylim(bottom=0)
-            axis.set_title(f"{name}, {one}", fontsize=9)
+            words = "forward" if one == "forward" else "forward and backward"
+            axis.set_title(f"{name}, {words}", fontsize=9)
             axis.spines[["top", "right"]].set_visible(False)
     for line in axes:
         line[0].set_ylabel("TFLOP/s, visible pairs")

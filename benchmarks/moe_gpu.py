@@ -373,8 +373,11 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = result["rows"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
     long = [row for row in rows if "tflops" in row]
+    short = [row for row in rows if "us" in row]
+    if not (long or short):  # a model's speeds are two numbers
+        return
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
     names = list(dict.fromkeys((row["case"], row["pass"]) for row in long))
     sides = [side for side in KERNELS if any(row["side"] == side for row in long)]
     for number, side in enumerate(sides):
@@ -390,7 +393,6 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     left.set_xlim(-0.6, max(len(names), 1) - 0.4)
     tokens = ", ".join(f"{count:,}" for count in sorted({row["tokens"] for row in long}))
     left.set_title(f"{tokens} tokens", fontsize=10)
-    short = [row for row in rows if "us" in row]
     for side in KERNELS:
         for case, style in zip(PRODUCTS, ("o-", "s--"), strict=True):
             points = sorted(
