@@ -27,8 +27,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu
 from jaxtyping import Array, Float, Int
+
+from kernels_pallas.mosaic_gpu import plgpu
 
 __all__ = ["ALIGNMENT", "LANES", "Tiles", "products", "weight_gradient"]
 
@@ -40,8 +41,6 @@ LANES = 64
 
 _ROWS = 64
 """Rows of a warpgroup: those of the tensor cores' products."""
-
-plgpu: Any = mosaic_gpu  # each JAX has its own signatures; 0.11 and later will do
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
