@@ -185,7 +185,8 @@ def _bounds(arguments: PrefillArguments, rows: RowInfo) -> Int[Array, "B 4 T"]:
         low = jnp.maximum(rows.q_index - per_row(arguments.window)[:, None] + 1, rows.q_start)
         if rows.q_full is not None:
             low = jnp.where(rows.q_full, rows.q_start, low)
-    sinks_end = jnp.minimum(rows.q_start + per_row(arguments.num_sink_tokens)[:, None], low)
+    sinks = per_row(arguments.num_sink_tokens)[:, None]
+    sinks_end = rows.q_start + jnp.minimum(sinks, low - rows.q_start)
     ranges = (low, jnp.where(rows.q_valid, rows.q_index, -1), rows.q_start, sinks_end)
     return jnp.stack(jnp.broadcast_arrays(*ranges), axis=1).astype(jnp.int32)
 

@@ -67,7 +67,7 @@ def key_table(
     segment_to = jnp.clip(count(least_start, end, "right"), seen_to, some)
     if window is not None:
         sinks_B1 = per_row(num_sink_tokens)[:, None]
-        reach = jnp.where(most_start == _FAR, _FAR, most_start + sinks_B1)
+        reach = most_start + jnp.minimum(sinks_B1, _FAR - most_start)
         has_sinks = (count(reach, begin, "right") < segment_to) & (sinks_B1 > 0)
         seen_to = jnp.where(has_sinks, segment_to, seen_to)
     whole_from = jnp.clip(count(first, end, "left"), seen_from, seen_to)
