@@ -40,10 +40,15 @@ def demand_of(
     name = max(caches, key=lambda one: caches[one])
     model, given = models[name], options[name]
     others = weight_bytes + sum(caches.values()) - caches[name]
+    # Models read in turn.
+    others_chunk = max(
+        (chunk_bytes(models[one], options[one]) for one in options if one != name), default=0
+    )
 
     def bytes_of(rows: int, tokens: int) -> int:
         kept = others + _cache_bytes(model, given, rows, tokens)
-        return max(kept + chunk_bytes(model, _asked(given, rows, tokens)), int(kept / share))
+        chunk = max(others_chunk, chunk_bytes(model, _asked(given, rows, tokens)))
+        return max(kept + chunk, int(kept / share))
 
     return Demand(
         rows=given.num_slots,
