@@ -122,7 +122,7 @@ class RunPlan:
     def _too_much(self) -> str:
         if not self.demand.exceeds:
             return ""
-        return f"; a device has {gib(self.demand.memory)}: about {self.demand.would_fit()}"
+        return f"; a device has {gib(self.demand.memory)}: {self.demand.would_fit()}"
 
 
 def plan_run(config: TrainConfig, *, progress: ProgressLike = None) -> RunPlan:
