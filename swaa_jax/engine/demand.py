@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from kernels_pallas.layout import round_up
 from swaa_jax.costs import working_bytes
 from swaa_jax.engine.lane import Lane
+from swaa_jax.engine.memory import SLOTS
 from swaa_jax.engine.options import EngineOptions
 from swaa_jax.memory import Demand
 from swaa_jax.models.function import SplitModel
@@ -53,7 +54,7 @@ def demand_of(
     return Demand(
         rows=given.num_slots,
         tokens=given.max_tokens,
-        row_option="num_slots (batch_size of generate)",
+        row_option=SLOTS,
         token_option="max_tokens",
         bytes_of=bytes_of,
         memory=memory,

@@ -13,6 +13,9 @@ from swaa_jax.attention import Caches, PagedCache
 from swaa_jax.memory import DeviceMemoryError, gib
 from swaa_jax.sharding import attention_specs
 
+SLOTS = "num_slots (batch_size of generate)"
+"""How messages name the number of rows."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheBytes:
@@ -120,7 +123,7 @@ def plan_memory(
     others = f"weights of {gib(weight_bytes)} and rows' own memory of {gib(fixed)}"
     if left < 0:
         raise DeviceMemoryError(
-            f"memory_share: expected room for {others}, got {within}{told()}; lower num_slots or "
+            f"memory_share: expected room for {others}, got {within}{told()}; lower {SLOTS} or "
             f"max_tokens, {remedy}"
         )
     pages = {at: each.most_pages for at, each in enumerate(needs) if not each.page_bytes}
@@ -167,7 +170,7 @@ def plan_memory(
             raise DeviceMemoryError(
                 f"memory_share: expected room for a page of {needs[at].page_size} tokens "
                 f"({gib(want.size)}) for {needs[at].name!r} with {others}, got {within}{told()}; "
-                f"lower num_slots or max_tokens, {remedy}"
+                f"lower {SLOTS} or max_tokens, {remedy}"
             )
     return [Plan(pages=pages[at], snapshots=snapshots[at]) for at in range(len(needs))]
 

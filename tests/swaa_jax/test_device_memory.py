@@ -212,8 +212,15 @@ def run(tmp_path, **changes):
 
 
 def test_a_run_that_will_hardly_fit_is_warned_of(tmp_path, monkeypatch, caplog):
+    """And tried."""
+
+    def begins(*args, **kwargs):
+        raise InterruptedError
+
+    monkeypatch.setattr(Trainer, "__call__", begins)
     monkeypatch.setattr(dry_run, "memory_of", lambda _: 300_000)
-    run(tmp_path, rows_per_device=4)
+    with pytest.raises(InterruptedError):
+        run(tmp_path, rows_per_device=4)
     (line,) = [one.getMessage() for one in caplog.records if "expected rows" in one.getMessage()]
     assert "data.seq_len: expected rows that fit a device's 0.000279 GiB, got 4 of 64" in line
     ((rows, tokens), *_) = said(line)
