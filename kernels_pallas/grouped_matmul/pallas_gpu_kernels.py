@@ -1,8 +1,8 @@
 """The kernels of ``pallas_gpu``, for Hopper's tensor cores and copy engine.
 
-Rows are cut into tiles, each with rows of one group, and columns into parts. A block of threads
-takes every so-manieth unit, a part of a tile: one warpgroup loads what up to two others multiply,
-64 rows each, and runs ahead through a ring of slots, into the next unit too::
+Rows are cut into tiles, each with rows of one group, and columns into parts. A unit is a part of a
+tile; with n blocks of threads, each takes every n-th. One warpgroup of it loads what up to two
+others multiply, 64 rows each, and runs ahead through a ring of slots, into the next unit too::
 
     loads       x0 w0 | x1 w1 | x2 w2 | ...            D in steps
     computes          | x0 w0 | x1 w1 | ...  | stores

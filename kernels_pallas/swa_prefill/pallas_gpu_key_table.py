@@ -114,8 +114,8 @@ def cut(table: Int[Array, "B J 8"], num_pieces: int) -> Int[Array, "B L 11"]:
         lines   0 0 0 ........ 0 0 0, 0 | 0 0 0 | 1 1 | 2 2 | 3 3
                 [ further pieces      ] [ each tile's first     ]
 
-    A line is that of the piece's tile, its tile, and its first and last step but one; those of the
-    P pieces that no tile needs have no steps.
+    A line is that of the piece's tile, with three more columns: the tile, the piece's first step,
+    and the one behind its last. Those of the P pieces that no tile needs have no steps.
     """
     num_tiles = table.shape[1]
     total_BJ = table[:, :, 3]
