@@ -30,6 +30,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import gpu_arguments  # noqa: E402
 import gpu_models  # noqa: E402
 import gpu_timing  # noqa: E402
 import gpu_turns  # noqa: E402
@@ -145,9 +146,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--cases", nargs="+", choices=cases(), default=list(cases()))
     add("--backends", nargs="+", choices=BACKENDS, default=BACKENDS, help="of the kernels")
     add("--sides", nargs="+", choices=gpu_models.SIDES, default=["swaa_jax"], help="of the models")
-    add("--layers", type=int, help="of the models; default: all 36")
+    add("--layers", type=gpu_arguments.count, help="of the models; default: all 36")
     gpu_turns.add_arguments(parser, jobs=len(cases()))
-    return parser.parse_args(argv)
+    return gpu_arguments.parse(parser, argv, name="decode_gpu", smoke={})
 
 
 def main() -> int:
@@ -177,9 +178,7 @@ def add_shares(peaks: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> None
             row["bytes_per_s"] = row["bytes"] / (1e-6 * row["us"])
             if bandwidth:
                 row["share_of_copy"] = row["bytes_per_s"] / bandwidth
-        if bandwidth and row.get("ms_per_token") and "step_bytes" in row:
-            row["floor_ms"] = 1e3 * row["step_bytes"] / bandwidth
-            row["share_of_floor"] = row["floor_ms"] / row["ms_per_token"]
+        gpu_models.add_floor(row, bandwidth)
 
 
 def report(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -191,10 +190,7 @@ def report(rows: Sequence[Mapping[str, Any]]) -> None:
             share = row.get("share_of_copy")
             line += f" {share:4.0%} of a copy" if share else ""
         elif "ms_per_token" in row:
-            line += f" {row['ms_per_token']:7.2f} ms a token"
-            if "floor_ms" in row:
-                line += f", floor {row['floor_ms']:.2f} ({row['share_of_floor']:.0%})"
-            line += f"; prefill {row['prefill_tokens_per_s']:,.0f} tokens/s"
+            line += f" {gpu_models.speeds(row)}"
         else:
             line += f" {row['reason'][:110]}"
         print(line, flush=True)

@@ -7,6 +7,7 @@ tokens choose, and what the caches hold of the rows.
 
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -130,3 +131,19 @@ def transformers(
 
 
 SIDES = {"swaa_jax": ours, "transformers": transformers}
+
+
+def add_floor(row: dict[str, Any], bandwidth: float | None) -> None:
+    """Of a row with a step's time and bytes: the least time, at so many bytes a second."""
+    if bandwidth and row.get("ms_per_token") and "step_bytes" in row:
+        row["floor_ms"] = 1e3 * row["step_bytes"] / bandwidth
+        row["share_of_floor"] = row["floor_ms"] / row["ms_per_token"]
+
+
+def speeds(row: Mapping[str, Any]) -> str:
+    """A model's speeds in words."""
+    per_token = row["ms_per_token"]
+    told = "no new token was timed" if per_token is None else f"{per_token:.2f} ms a token"
+    if "floor_ms" in row:
+        told += f", floor {row['floor_ms']:.2f} ({row['share_of_floor']:.0%})"
+    return f"{told}; prefill {row['prefill_tokens_per_s']:,.0f} tokens/s"

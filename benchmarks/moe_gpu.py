@@ -28,6 +28,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import gpu_arguments  # noqa: E402
 import gpu_models  # noqa: E402
 import gpu_timing  # noqa: E402
 import gpu_turns  # noqa: E402
@@ -97,15 +98,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     choices = ("products", "model_32k")
     add("--cases", nargs="+", choices=choices, default=choices)
     add("--products", nargs="+", choices=PRODUCTS, default=PRODUCTS)
-    add("--tokens", nargs="+", type=int, default=[1, 8, 32, 64, 32768])
+    add("--tokens", nargs="+", type=gpu_arguments.count, default=[1, 8, 32, 64, 32768])
     add("--kernels", nargs="+", choices=KERNELS, default=KERNELS, help="sides of the products")
     add("--sides", nargs="+", choices=gpu_models.SIDES, default=["swaa_jax"], help="of the model")
-    add("--layers", type=int, help="of the model; default: all 48")
+    add("--layers", type=gpu_arguments.count, help="of the model; default: all 48")
     gpu_turns.add_arguments(parser, jobs=10)
-    arguments = parser.parse_args(argv)
-    if arguments.smoke:
-        arguments.tokens = [1, 600]
-    return arguments
+    return gpu_arguments.parse(parser, argv, name="moe_gpu", smoke={"tokens": [1, 600]})
 
 
 def main() -> int:
@@ -137,9 +135,7 @@ def add_shares(peaks: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> None
             row["share_of_product"] = 1e12 * row["tflops"] / speed
         if "bytes_per_s" in row and bandwidth:
             row["share_of_copy"] = row["bytes_per_s"] / bandwidth
-        if bandwidth and row.get("ms_per_token") and "step_bytes" in row:
-            row["floor_ms"] = 1e3 * row["step_bytes"] / bandwidth
-            row["share_of_floor"] = row["floor_ms"] / row["ms_per_token"]
+        gpu_models.add_floor(row, bandwidth)
 
 
 def report(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -153,10 +149,7 @@ def report(rows: Sequence[Mapping[str, Any]]) -> None:
             share = f" {row['share_of_copy']:4.0%}" if "share_of_copy" in row else ""
             line += f" {row['us']:9.1f} us {row['bytes_per_s'] / 1e9:6.0f} GB/s{share} of a copy"
         elif "ms_per_token" in row:
-            line += f" {row['policy']}: prefill {row['prefill_tokens_per_s']:,.0f} tokens/s, "
-            line += f"{row['ms_per_token']:.2f} ms a token"
-            if "floor_ms" in row:
-                line += f", floor {row['floor_ms']:.2f} ({row['share_of_floor']:.0%})"
+            line += f" {row['policy']}: {gpu_models.speeds(row)}"
         else:
             line += f" {row['reason'][:110]}"
         print(line, flush=True)

@@ -18,9 +18,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.backends import Target
-from kernels_pallas.chips import is_hopper
 from kernels_pallas.layout import pad_end
 from kernels_pallas.mask import RowInfo, block_map, per_row
+from kernels_pallas.mosaic_gpu import hopper_limits
 from kernels_pallas.swa_prefill import cudnn, xla
 from kernels_pallas.swa_prefill import pallas_gpu_gradient as gradient
 from kernels_pallas.swa_prefill import pallas_gpu_kernels as kernels
@@ -31,20 +31,13 @@ from kernels_pallas.swa_prefill.arguments import (
     without_padding,
 )
 
-_LEAST_JAX = (0, 11)
 _ROW_RULES = ("window", "num_sink_tokens", "q_offset", "lengths", "segment_ids", "q_full")
 
 
 def limits(arguments: PrefillArguments) -> tuple[str, ...]:
     """What the kernel cannot compute, or not here."""
-    found, head_dim = [], arguments.q.shape[3]
-    if jax.__version_info__ < _LEAST_JAX:
-        found.append(f"jax: expected 0.11 or later, got {jax.__version__}")
-    target = arguments.target or Target.here()
-    if not is_hopper(target):
-        found.append(f"target: expected a Hopper GPU (H100, H200), got {target.device_kind}")
-    if arguments.q.dtype not in (jnp.bfloat16, jnp.float16):
-        found.append(f"q: expected bfloat16 or float16, got {arguments.q.dtype}")
+    found = hopper_limits("q", arguments.q.dtype, target=arguments.target)
+    head_dim = arguments.q.shape[3]
     if head_dim > 256:
         found.append(f"q: expected a head dim of at most 256, got {head_dim}")
     if not float(arguments.scale) > 0:
@@ -192,7 +185,8 @@ def _bounds(arguments: PrefillArguments, rows: RowInfo) -> Int[Array, "B 4 T"]:
         low = jnp.maximum(rows.q_index - per_row(arguments.window)[:, None] + 1, rows.q_start)
         if rows.q_full is not None:
             low = jnp.where(rows.q_full, rows.q_start, low)
-    sinks_end = jnp.minimum(rows.q_start + per_row(arguments.num_sink_tokens)[:, None], low)
+    sinks = per_row(arguments.num_sink_tokens)[:, None]
+    sinks_end = rows.q_start + jnp.minimum(sinks, low - rows.q_start)
     ranges = (low, jnp.where(rows.q_valid, rows.q_index, -1), rows.q_start, sinks_end)
     return jnp.stack(jnp.broadcast_arrays(*ranges), axis=1).astype(jnp.int32)
 

@@ -24,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.mosaic_gpu import plgpu
 from kernels_pallas.swa_prefill.pallas_gpu_kernels import (
     BLOCK_Q,
     LOG2_E,
@@ -33,7 +34,6 @@ from kernels_pallas.swa_prefill.pallas_gpu_kernels import (
     Steps,
     Tiles,
     load,
-    plgpu,
 )
 from kernels_pallas.swa_prefill.pallas_gpu_key_table import KEYS_OF_TILE, joined
 

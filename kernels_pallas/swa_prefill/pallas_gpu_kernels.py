@@ -26,11 +26,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.layout import LOWEST
 from kernels_pallas.mask import BlockMap
+from kernels_pallas.mosaic_gpu import plgpu
 
 __all__ = ["HEAD_MULTIPLE", "Shape", "Static", "Tiles", "attend", "choose_tiles", "step_table"]
 
@@ -39,8 +39,6 @@ HEAD_MULTIPLE = 64
 
 BLOCK_Q = 64
 """Rows of a warpgroup: those of the tensor cores' products."""
-
-plgpu: Any = mosaic_gpu  # each JAX has its own signatures; 0.11 and later will do
 
 WARPGROUPS = 2
 LOG2_E = math.log2(math.e)

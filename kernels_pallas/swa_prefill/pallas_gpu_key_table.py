@@ -65,7 +65,7 @@ def key_table(
     segment_to = jnp.clip(count(least_start, end, "right"), seen_to, some)
     if window is not None:
         sinks_B1 = per_row(num_sink_tokens)[:, None]
-        reach = jnp.where(most_start == _FAR, _FAR, most_start + sinks_B1)
+        reach = most_start + jnp.minimum(sinks_B1, _FAR - most_start)
         has_sinks = (count(reach, begin, "right") < segment_to) & (sinks_B1 > 0)
         seen_to = jnp.where(has_sinks, segment_to, seen_to)
     whole_from = jnp.clip(count(first, end, "left"), seen_from, seen_to)
@@ -119,8 +119,8 @@ def cut(table: Int[Array, "B J 8"], num_pieces: int) -> Int[Array, "B L 11"]:
         lines   0 0 0 ........ 0 0 0, 0 | 0 0 0 | 1 1 | 2 2 | 3 3
                 [ further pieces      ] [ each tile's first     ]
 
-    A line is that of the piece's tile, its tile, and its first and last step but one; those of the
-    P pieces that no tile needs have no steps.
+    A line is that of the piece's tile, with three more columns: the tile, the piece's first step,
+    and the one behind its last. Those of the P pieces that no tile needs have no steps.
     """
     num_tiles = table.shape[1]
     total_BJ = table[:, :, 3]

@@ -22,7 +22,7 @@ from swaa_jax.fields import integer, wrong
 from swaa_jax.infer.buckets import length_bucket, pad_right
 from swaa_jax.infer.prompts import check_context
 from swaa_jax.losses import TargetLosses, target_losses
-from swaa_jax.memory import Demand, bytes_of_arrays, device_memory, told_when_full
+from swaa_jax.memory import Demand, bytes_of_arrays, memory_here, told_when_full
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import SplitModel, Structure, jit_by_structure, split_model
 from swaa_jax.policy import AttentionPolicy, LayerAttention, PolicyLike, Stage, load_policy
@@ -262,7 +262,10 @@ def _score(
 
 
 def _demand(model: SplitModel, *, rows: int, tokens: int) -> Demand:
-    """What rows that are read in one piece ask of each device."""
+    """What rows that are read in one piece ask of each device.
+
+    It is asked where this process runs out of memory, and asks no other process.
+    """
     weights = bytes_of_arrays(model.arrays.values())
     parts, _ = batch_parts(model.mesh)
 
@@ -276,7 +279,7 @@ def _demand(model: SplitModel, *, rows: int, tokens: int) -> Demand:
         row_option="batch_size",
         token_option="continuations",
         bytes_of=bytes_of,
-        memory=device_memory(next(iter(model.arrays.values()))),
+        memory=memory_here(next(iter(model.arrays.values()))),
         advice="or split the model over more devices (mesh)",
     )
 

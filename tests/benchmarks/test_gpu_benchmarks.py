@@ -259,10 +259,14 @@ def test_tables_and_plots_of_recorded_rows(load, name, tmp_path, monkeypatch, ca
     module = load(name)
     rows = [dict(row) for row in RECORDED[name]]
     finish = module.add_ratios if name == "attention_gpu" else module.add_shares
+    failed = {"part": "a part", "reason": "took more than 9 s"}  # a process that hung
+    rows.insert(1, failed)
     finish(PEAKS, rows)
     module.report(rows)
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == len(rows)
+    assert printed.pop(1).split(maxsplit=2) == ["a", "part", failed["reason"]]
+    rows.remove(failed)
     if name == "attention_gpu":
         assert [row.get("speed_over_flex") for row in rows[:3]] == [1.5, 1.0, None]
         assert "1.50 x flex" in printed[0] and "full causal attention alone" in printed[2]
@@ -272,7 +276,7 @@ def test_tables_and_plots_of_recorded_rows(load, name, tmp_path, monkeypatch, ca
         assert "8.00 ms a token, floor 4.00 (50%)" in printed[-1]
         assert rows[0]["share_of_copy"] == pytest.approx(0.5)
     output = tmp_path / "result.json"
-    output.write_text(json.dumps({**PEAKS, "rows": rows}))
+    output.write_text(json.dumps({**PEAKS, "rows": [*rows, failed]}))
     monkeypatch.setattr(sys, "argv", [name, "--redraw", "--output", str(output)])
     assert module.main() == 0
     assert output.with_suffix(".png").stat().st_size > 10_000
@@ -287,10 +291,50 @@ def test_help_teaches(load, name, capsys):
     assert f"python benchmarks/{name}.py --smoke" in shown and "examples:" in shown
 
 
-def test_lengths_are_checked(load, capsys):
-    with pytest.raises(SystemExit):
-        load("attention_gpu").parse_arguments(["--lengths", "1000"])
-    assert "--lengths: expected multiples of 1024, got 1000" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "name, given, told",
+    [
+        ("attention_gpu", "--lengths 1000", "--lengths: expected multiples of 1024, got 1000"),
+        ("attention_gpu", "--lengths -1024", "--lengths: expected a whole number of at least 1"),
+        ("attention_gpu", "--smoke --lengths 100", "--lengths: expected multiples of 32, got 100"),
+        ("attention_gpu", "--jobs 0", "--jobs: expected a whole number of at least 1, got '0'"),
+        ("decode_gpu", "--layers 0", "--layers: expected a whole number of at least 1, got '0'"),
+        ("decode_gpu", "--limit nan", "--limit: expected seconds, a number above 0, got 'nan'"),
+        ("moe_gpu", "--tokens 1 0", "--tokens: expected a whole number of at least 1, got '0'"),
+        ("moe_gpu", "--output a.png", "--output: expected a file that ends in .json, got 'a.png'"),
+        ("moe_gpu", "--redraw --output no.json", "--redraw: expected results in --output, got no"),
+        ("serving", "--redraw --smoke", "--redraw: expected results in --output, got None"),
+        ("serving", "--repeats 0", "--repeats: expected a whole number of at least 1, got '0'"),
+        (
+            "serving",
+            "--sides transformers --cases mixed batch",
+            "--sides: expected swaa_jax for batch, got transformers alone",
+        ),
+        ("train_step", "--steps 0", "--steps: expected a whole number of at least 1, got '0'"),
+        ("train_step", "--sinks -1", "--sinks: expected a whole number of at least 0, got '-1'"),
+        ("train_step", "--tokens 100", "--tokens: expected a multiple of 32, got 100"),
+    ],
+)
+def test_wrong_arguments_are_named(load, capsys, name, given, told):
+    with pytest.raises(SystemExit) as ended:
+        load(name).parse_arguments(given.split())
+    assert ended.value.code == 2 and told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, given, kept",
+    [
+        ("attention_gpu", "--lengths 1024 --sides xla", {"lengths": [1024], "sides": ["xla"]}),
+        ("moe_gpu", "--tokens 9", {"tokens": [9]}),
+        ("serving", "--slots 32 --requests 5", {"slots": 32, "requests": 5}),
+        ("train_step", "--tokens 64 --sides torch_flex", {"tokens": 64, "sides": ["torch_flex"]}),
+    ],
+)
+def test_a_smoke_run_takes_what_is_given(load, name, given, kept):
+    """And is tiny in all else; it keeps nothing."""
+    found = vars(load(name).parse_arguments(["--smoke", *given.split()]))
+    plain = vars(load(name).parse_arguments(["--smoke"]))
+    assert found == plain | kept != plain and found["output"] is None
 
 
 @pytest.mark.parametrize("rows", ("one", "packed"))

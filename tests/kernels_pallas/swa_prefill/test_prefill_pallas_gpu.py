@@ -190,6 +190,19 @@ def test_gradients_are_the_loops(case, monkeypatch):
         np.testing.assert_allclose(np.asarray(one, np.float64), other, atol=tolerance)
 
 
+def test_as_many_sinks_as_an_int_holds():
+    """Behind a segment's start no int counts them; all its keys are sinks all the same."""
+    found = []
+    for sinks in (256, 2**31 - 1):
+        arguments, _ = build((1, 256, 256), (2, 1, 64), window=9, sinks=sinks, segments=SEGMENTS)
+        rows = arguments.rows()
+        table = key_table.key_table(
+            rows, window=9, num_sink_tokens=sinks, num_keys=256, num_rows=256
+        )
+        found.append((pallas_gpu._bounds(arguments, rows), table))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
 @pytest.mark.parametrize("num_pieces", (1, 4, 30))
 def test_pieces_have_each_step_once(num_pieces):
     """And none has more than its share of all steps."""
@@ -227,7 +240,7 @@ def test_gradients_of_another_backend(monkeypatch):
 
         given = (arguments.q, arguments.k, arguments.v)
         found, want = (
-            jax.grad(loss, argnums=(0, 1, 2))(*given, compute)
+            jax.jit(jax.grad(loss, argnums=(0, 1, 2)), static_argnums=3)(*given, compute)
             for compute in (pallas_gpu.compute, xla.compute)
         )
         for one, other in zip(found, want, strict=True):
