@@ -83,13 +83,12 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as directory:
         in_process(arguments, "model", directory)
-        rows = [
-            row
-            for packed in arguments.rows
-            for side in arguments.sides
-            for row in in_process(arguments, side, directory, packed)
-        ]
-    report(rows, arguments)
+        rows: list[dict[str, Any]] = []
+        for packed in arguments.rows:
+            for side in arguments.sides:
+                rows += in_process(arguments, side, directory, packed)
+                write(rows, arguments)
+    report(rows, arguments.tokens)
     timed = {(row["rows"], row["side"]) for row in rows if "seconds" in row}
     return int(len(timed) < len(arguments.rows) * len(arguments.sides))
 
@@ -370,14 +369,38 @@ def best_of(rows: Sequence[dict[str, Any]], tokens: int) -> list[dict[str, Any]]
     return [best[key] for key in dict.fromkeys(order)]
 
 
-def report(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    """A table of each side's better time, with ratios; all rows go to the file."""
+def device_of(rows: Sequence[dict[str, Any]]) -> str | None:
+    """The card that the sides ran on."""
+    return next((row["device"] for row in rows if "device" in row), None)
+
+
+def write(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """All rows, as far as they are there, and the plot."""
+    if arguments.output is None:
+        return
+    result = {
+        "command": " ".join(["python", "benchmarks/train_step.py", *sys.argv[1:]]),
+        "what": "seconds of a LoRA training step, batch of one row; the median of "
+        f"{arguments.steps}",
+        "tokens": arguments.tokens,
+        "texts_in_a_packed_row": TEXTS,
+        "window": arguments.window,
+        "sinks": arguments.sinks,
+        "versions": {name: version(name) for name in ("jax", "torch", "transformers", "peft")},
+        "device": device_of(rows),
+        "rows": list(rows),
+    }
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    plot(result, arguments.output.with_suffix(".png"))
+
+
+def report(rows: Sequence[dict[str, Any]], tokens: int) -> None:
+    """A table of each side's better time, with ratios."""
     from rich.console import Console
     from rich.table import Table
 
-    best = best_of(rows, arguments.tokens)
-    device = next((row["device"] for row in rows if "device" in row), None)
-    table = Table(title=f"{arguments.tokens:,} tokens, {device}")
+    best = best_of(rows, tokens)
+    table = Table(title=f"{tokens:,} tokens, {device_of(rows)}")
     names = ("rows", "side", "remat", "ms", "tokens/s", "MFU", "loss", "first step s", "GiB")
     for name in (*names, "our speed", "over one"):
         table.add_column(name, justify="left" if name in ("rows", "side") else "right")
@@ -400,22 +423,6 @@ def report(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> Non
         losses = [row["loss"] for row in best if row["rows"] == packed]
         if losses and max(losses) - min(losses) > 0.02:
             sys.exit(f"the sides do not compute the same: losses of the first step are {losses}")
-    if arguments.output is None:
-        return
-    result = {
-        "command": " ".join(["python", "benchmarks/train_step.py", *sys.argv[1:]]),
-        "what": "seconds of a LoRA training step, batch of one row; the median of "
-        f"{arguments.steps}",
-        "tokens": arguments.tokens,
-        "texts_in_a_packed_row": TEXTS,
-        "window": arguments.window,
-        "sinks": arguments.sinks,
-        "versions": {name: version(name) for name in ("jax", "torch", "transformers", "peft")},
-        "device": device,
-        "rows": list(rows),
-    }
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    plot(result, arguments.output.with_suffix(".png"))
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

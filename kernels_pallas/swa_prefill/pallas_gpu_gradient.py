@@ -200,7 +200,7 @@ def _queries_kernel(
     thread = lax.axis_index("thread")
     q, d_out, k, v = memory
     slots, block_kv = static.tiles.num_stages, static.tiles.block_kv
-    row, kv_head, tile_rows, head = shape.tile(lax.axis_index("block"))
+    row, kv_head, tile_rows, head = shape.tile(lax.axis_index("block"), has_low=static.has_low)
     first = tile_rows * shape.rows_of_tile
     is_pair = shape.heads_of_tile == 2
     steps = Steps(table_ref, row, tile_rows)

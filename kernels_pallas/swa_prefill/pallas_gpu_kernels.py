@@ -133,13 +133,21 @@ class Shape:
         """All of them."""
         return self.num_batch * self.num_kv_heads * self.row_blocks * self.parts
 
-    def tile(self, number: Any) -> tuple[Any, Any, Any, Any]:
-        """Batch row, KV head, block of rows and first head of a tile; the last rows come first,
-        since they may see the most keys.
+    def tile(self, number: Any, *, has_low: bool) -> tuple[Any, Any, Any, Any]:
+        """Batch row, KV head, block of rows and first head of a tile.
+
+        The last rows come first, since they may see the most keys. Where all rows see all keys
+        before them, a head's follow one another, so that its keys stay in the chip's memory. Else
+        all heads of the same rows do: the few rows that see far more than others, full ones, then
+        fall on all blocks of threads alike.
         """
         number, part = number // self.parts, number % self.parts
-        number, block = number // self.row_blocks, number % self.row_blocks
-        row, kv_head = number // self.num_kv_heads, number % self.num_kv_heads
+        if has_low:
+            number, kv_head = number // self.num_kv_heads, number % self.num_kv_heads
+            row, block = number // self.row_blocks, number % self.row_blocks
+        else:
+            number, block = number // self.row_blocks, number % self.row_blocks
+            row, kv_head = number // self.num_kv_heads, number % self.num_kv_heads
         group = self.num_heads // self.num_kv_heads
         head = kv_head * group + part * self.heads_of_tile
         return row, kv_head, self.row_blocks - 1 - block, head
@@ -304,7 +312,7 @@ def _kernel(
 
     def place(number: Any, warpgroup: Any) -> tuple[Any, Any, Any, Any, Any]:
         """Where a warpgroup's rows are: batch row, KV head, block of rows, first row, head."""
-        row, kv_head, rows, head = shape.tile(block + number * blocks)
+        row, kv_head, rows, head = shape.tile(block + number * blocks, has_low=static.has_low)
         first = rows * shape.rows_of_tile
         if shape.heads_of_tile == 2:
             return row, kv_head, rows, first, head + warpgroup
