@@ -194,8 +194,8 @@ def _bounds(arguments: PrefillArguments, rows: RowInfo) -> Int[Array, "B 4 T"]:
 def _other_gradient(call: _Call, arguments: PrefillArguments) -> Any:
     """The backend whose output and gradient stand in for the kernels'; None: none.
 
-    Measured on an H200 (bfloat16, 32 heads over 8, head dim 128, 32k tokens; forward and backward,
-    ms): full causal 61 here, 56 in cuDNN; a window of 2,048 8.8 and 8.6; with 128 sinks 9.9 and 18.
+    These kernels' gradient knows heads up to 128. cuDNN has the faster one of full causal attention
+    on an H200, not of a window with sinks (`benchmarks/attention_gpu.py` measures both).
     """
     if arguments.q.shape[3] > gradient.MOST_HEAD_DIM:
         return xla
