@@ -34,7 +34,7 @@ import gpu_turns  # noqa: E402
 EPILOG = """\
 examples:
   python benchmarks/attention_gpu.py                           # all; about 4 minutes on an H200
-  python benchmarks/attention_gpu.py --cases sinks full --lengths 131072 --sides pallas_gpu flex
+  python benchmarks/attention_gpu.py --cases sinks full --sides flex --output /tmp/a.json
   python benchmarks/attention_gpu.py --redraw                  # the plot again, from the JSON
   python benchmarks/attention_gpu.py --smoke                   # does it run here? tiny, on the CPU
 """

@@ -5,13 +5,26 @@ that a decode step could take is the time to read its bytes once: weights, of ex
 tokens choose, and what the caches hold of the rows.
 """
 
+import argparse
+import dataclasses
 import statistics
 import time
 from collections.abc import Mapping
 from typing import Any
 
+import gpu_turns
 import numpy as np
 from model_shapes import MODELS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """Rows of so many prompt tokens, and new ones, under a policy."""
+
+    policy: str
+    rows: int = 1
+    prompt: int
+    new: int = 64
 
 
 def config_of(name: str, *, layers: int | None, smoke: bool, positions: int) -> dict[str, Any]:
@@ -131,6 +144,19 @@ def transformers(
 
 
 SIDES = {"swaa_jax": ours, "transformers": transformers}
+
+
+def measure(arguments: argparse.Namespace, model: str, case: Case, side: str) -> dict[str, Any]:
+    """A side's figures. It compiles when its turn has come: a model takes most of the memory."""
+    gpu_turns.take_turn()
+    config = config_of(
+        model,
+        layers=arguments.layers,
+        smoke=arguments.smoke,
+        positions=case.prompt + case.new,
+    )
+    found = SIDES[side](config, case.policy, rows=case.rows, prompt=case.prompt, new=case.new)
+    return {"layers": config["num_hidden_layers"], **dataclasses.asdict(case), **found}
 
 
 def add_floor(row: dict[str, Any], bandwidth: float | None) -> None:

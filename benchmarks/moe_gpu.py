@@ -36,8 +36,8 @@ import gpu_turns  # noqa: E402
 EPILOG = """\
 examples:
   python benchmarks/moe_gpu.py                                # all; about 4 minutes on an H200
-  python benchmarks/moe_gpu.py --products gate_up --tokens 1 32768 --cases products
-  python benchmarks/moe_gpu.py --cases model_32k --layers 6 --sides swaa_jax transformers
+  python benchmarks/moe_gpu.py --cases products --tokens 1 --output /tmp/moe.json
+  python benchmarks/moe_gpu.py --cases model_32k --layers 6 --output /tmp/model.json
   python benchmarks/moe_gpu.py --smoke                        # does it run here? tiny, on the CPU
 """
 OURS = ("pallas_gpu", "xla", "ragged_dot")
@@ -103,7 +103,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--sides", nargs="+", choices=gpu_models.SIDES, default=["swaa_jax"], help="of the model")
     add("--layers", type=gpu_arguments.count, help="of the model; default: all 48")
     gpu_turns.add_arguments(parser, jobs=10)
-    return gpu_arguments.parse(parser, argv, name="moe_gpu", smoke={"tokens": [1, 600]})
+    products = [(name, "cases", ["products"]) for name in ("products", "tokens", "kernels")]
+    model = [(name, "cases", ["model_32k"]) for name in ("sides", "layers")]
+    smoke = {"tokens": [1, 600]}
+    return gpu_arguments.parse(parser, argv, name="moe_gpu", smoke=smoke, needs=[*products, *model])
 
 
 def main() -> int:
@@ -163,25 +166,21 @@ def measure(arguments: argparse.Namespace) -> None:
     gpu_timing.share_card()
     name, _, rest = arguments.part.partition(":")
     if name == "model_32k":
-        gpu_turns.tell({"case": name, "side": rest, **measure_model(arguments, rest)})
+        case = model_case(smoke=arguments.smoke, side=rest)
+        found = gpu_models.measure(arguments, "Qwen3-30B-A3B", case, rest)
+        gpu_turns.tell({"case": name, "side": rest, **found})
     elif int(rest) <= MOST_DECODED:
         measure_decoding(arguments, name, int(rest))
     else:
         measure_prefill(arguments, name, int(rest))
 
 
-def measure_model(arguments: argparse.Namespace, side: str) -> dict[str, Any]:
-    """Compiles when its turn has come: the model takes most of the card's memory."""
-    gpu_turns.take_turn()
-    prompt, new = (256, 4) if arguments.smoke else (32768, 64)
-    config = gpu_models.config_of(
-        "Qwen3-30B-A3B", layers=arguments.layers, smoke=arguments.smoke, positions=prompt + new
-    )
-    policy = "window=32,sinks=8" if arguments.smoke else "window=2048,sinks=10"
+def model_case(*, smoke: bool, side: str) -> gpu_models.Case:
+    """Prefill and decoding; Transformers has no sinks beside a window."""
+    policy = "window=32,sinks=8" if smoke else "window=2048,sinks=10"
     policy = "full" if side == "transformers" else policy
-    found = gpu_models.SIDES[side](config, policy, rows=1, prompt=prompt, new=new)
-    about = {"layers": config["num_hidden_layers"], "policy": policy, "prompt": prompt}
-    return {**about, **found}
+    prompt, new = (256, 4) if smoke else (32768, 64)
+    return gpu_models.Case(policy=policy, prompt=prompt, new=new)
 
 
 def measure_prefill(arguments: argparse.Namespace, name: str, tokens: int) -> None:

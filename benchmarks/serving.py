@@ -34,8 +34,8 @@ import gpu_timing  # noqa: E402
 EPILOG = """\
 examples:
   python benchmarks/serving.py                          # all; about 12 minutes on an H100
-  python benchmarks/serving.py --cases mixed --sides swaa_jax --chunk-size 1024
-  python benchmarks/serving.py --cases clients reuse    # what the server costs, and saves
+  python benchmarks/serving.py --cases mixed --chunk-size 1024 --output /tmp/serving.json
+  python benchmarks/serving.py --cases clients reuse --output /tmp/serving_http.json
   python benchmarks/serving.py --smoke                  # does it run here? tiny, on the CPU
 """
 TITLES = {
@@ -69,7 +69,20 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     gpu_arguments.add_results(parser)
     add("--one", nargs=2, help=argparse.SUPPRESS)  # a case and a side, in a process of its own
     smoke = {"slots": 4, "requests": 40}
-    arguments = gpu_arguments.parse(parser, argv, name="serving", smoke=smoke)
+    ours = ("chunk_size", "chunks_per_round", "steps_per_call", "slots")
+    needs = [
+        *((name, "sides", ["swaa_jax"]) for name in ours),
+        ("steps_per_call", "cases", [case for case in TITLES if case != "reuse"]),
+        ("slots", "cases", [case for case in TITLES if case not in HTTP]),
+        ("repeats", "cases", ["mixed"]),
+        ("requests", "cases", ["clients"]),
+    ]
+    arguments = gpu_arguments.parse(parser, argv, name="serving", smoke=smoke, needs=needs)
+    if "sides" in gpu_arguments.given(parser, argv) and not arguments.one:
+        idle = set(arguments.sides) - {s for c in arguments.cases for s in sides_of(c, SIDES)}
+        if idle and "swaa_jax" in arguments.sides:
+            told = " ".join(arguments.cases)
+            parser.error(f"--sides: expected swaa_jax alone for {told}, got transformers, too")
     for case in arguments.cases:
         if not sides_of(case, arguments.sides):
             parser.error(f"--sides: expected swaa_jax for {case}, got transformers alone")

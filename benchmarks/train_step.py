@@ -30,8 +30,8 @@ from machine import version  # noqa: E402
 EPILOG = """\
 examples:
   python benchmarks/train_step.py                   # all sides; about 10 minutes on an H100
-  python benchmarks/train_step.py --sides swaa_jax torch_flex_compiled --rows packed
-  python benchmarks/train_step.py --sides swaa_jax torch_sdpa --tokens 16384
+  python benchmarks/train_step.py --sides swaa_jax --rows packed --output /tmp/step.json
+  python benchmarks/train_step.py --tokens 16384 --output /tmp/step_16k.json
   python benchmarks/train_step.py --smoke           # does it run here? tiny, on the CPU
 """
 SIDES = ("swaa_jax", "torch_sdpa", "torch_flex", "torch_flex_compiled")

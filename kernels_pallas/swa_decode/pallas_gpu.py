@@ -52,9 +52,8 @@ def limits(arguments: DecodeArguments) -> tuple[str, ...]:
 def drawbacks(arguments: DecodeArguments) -> tuple[str, ...]:
     """Why ``pallas_triton`` is the better, where it can compute the arguments.
 
-    Microseconds a layer on an H200 (bfloat16, 32 heads over 8, head dim 128), here and there: a
-    ring of 2,058 slots 15.6 and 12.7; 20k tokens held of 128k slots 111 and 75; 32 rows of 8k
-    tokens 302 and 306; 8 new tokens after 128k 181 and 245.
+    On an H200 it is so with rings and with rows that hold little of their slots, not with several
+    new tokens after a long row (`benchmarks/decode_gpu.py` measures both).
     """
     if pallas_triton.limits(arguments):
         return ()

@@ -34,6 +34,7 @@ __all__ = [
     "Continuation",
     "Likelihood",
     "losses_at",
+    "reading_demand",
     "row_kinds",
     "row_windows",
     "score_continuations",
@@ -239,7 +240,7 @@ def _score(
         windows = np.full((split.config.num_layers, count), width, np.int32)
         for row, own in enumerate(layers):
             windows[:, row] = row_windows(own, width)
-    with told_when_full(lambda: _demand(split, rows=count, tokens=width)):
+    with told_when_full(lambda: reading_demand(split, rows=count, tokens=width)):
         losses = _token_losses(
             split.arrays,
             tokens,
@@ -261,8 +262,15 @@ def _score(
     ]
 
 
-def _demand(model: SplitModel, *, rows: int, tokens: int) -> Demand:
-    """What rows that are read in one piece ask of each device.
+def reading_demand(
+    model: SplitModel,
+    *,
+    rows: int,
+    tokens: int,
+    row_option: str = "batch_size",
+    token_option: str = "continuations",
+) -> Demand:
+    """What rows that are read in one piece ask of each device; the options are what says so.
 
     It is asked where this process runs out of memory, and asks no other process.
     """
@@ -276,8 +284,8 @@ def _demand(model: SplitModel, *, rows: int, tokens: int) -> Demand:
     return Demand(
         rows=rows,
         tokens=tokens,
-        row_option="batch_size",
-        token_option="continuations",
+        row_option=row_option,
+        token_option=token_option,
         bytes_of=bytes_of,
         memory=memory_here(next(iter(model.arrays.values()))),
         advice="or split the model over more devices (mesh)",

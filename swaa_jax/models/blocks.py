@@ -132,7 +132,7 @@ def made_once(x: Float[Array, "B T D"], rows: "Rows") -> Float[Array, "B T D"]:
 
     Left to itself a TPU's compiler puts norms and sums into the products' programs, again for each
     of them, and takes seconds to write each one: most of a deep model's compile time. A GPU's
-    compiler does not, and what it makes by itself is a program to start: 3 of a layer's 25.
+    compiler does not, and what it makes by itself is a program more to start.
     """
     is_gpu = (target_of(rows.mesh) or Target.here()).platform == "gpu"
     return x if rows.pos_B is None or is_gpu else jax.lax.optimization_barrier(x)

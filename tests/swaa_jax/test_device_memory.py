@@ -4,9 +4,11 @@ import dataclasses
 import re
 
 import jax
+import numpy as np
 import pytest
 
 import swaa_jax as swaa
+from swaa_jax.data import Sample
 from swaa_jax.engine import Engine, EngineOptions
 from swaa_jax.engine import engine as engines
 from swaa_jax.engine.demand import chunk_bytes, demand_of
@@ -188,6 +190,42 @@ def test_scoring_tells_what_would_fit(monkeypatch):
     texts = [Continuation(context=[5] * n, tokens=[6]) for n in (30, 40)]
     with pytest.raises(DeviceMemoryError, match="lower continuations or batch_size"):
         score_continuations(model_of(FULL), texts)
+
+
+@pytest.mark.parametrize(
+    "method, program, lower",
+    [
+        ("add_one", "per_row._row_losses", "max_length or rows_at_once"),
+        ("gates", "gates._step", "max_length or rows"),
+        ("lazy_ratio", "lazy_ratio._ratios", "max_length"),
+    ],
+)
+def test_selection_tells_what_would_fit(method, program, lower, monkeypatch):
+    def full(*args, **kwargs):
+        raise OUT
+
+    full.num_compiled = lambda structure: 0
+    monkeypatch.setattr(f"swaa_jax.selection.{program}", full)
+    tokens = np.arange(40, dtype=np.int32)
+    samples = [Sample(tokens=tokens, stage_ids=tokens * 0, is_target=tokens > 30)] * 2
+    with pytest.raises(DeviceMemoryError, match=f"max_length: expected rows .* lower {lower}, or"):
+        swaa.select_layers(
+            model_of(FULL), data=samples, policy="window=8", num_full_layers=1, method=method
+        )
+
+
+def test_distillation_tells_what_would_fit(monkeypatch):
+    def full(*args, **kwargs):
+        raise OUT
+
+    monkeypatch.setattr("swaa_jax.engine.lane.Lane.round", full)
+    with pytest.raises(DeviceMemoryError, match=r"max_tokens: expected rows that .*batch_size"):
+        swaa.distill(
+            train_runs.small_model(),
+            byte_tokenizer.build(),
+            [{"prompt": "one plus one", "answer": "2"}],
+            max_new_tokens=4,
+        )
 
 
 def run(tmp_path, **changes):
