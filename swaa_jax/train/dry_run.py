@@ -23,7 +23,7 @@ from swaa_jax.train.feed import Feed, make_feed
 from swaa_jax.train.prepare import check_lengths, count_steps, read_data
 from swaa_jax.train.run_config import TrainConfig
 
-__all__ = ["RunPlan", "describe_run", "plan_run"]
+__all__ = ["MemoryEstimate", "RunPlan", "describe_run", "estimate_memory", "plan_run"]
 
 _F32, _GIB = 4, 2**30
 
@@ -192,7 +192,7 @@ def describe_run(
     seq_len = data.config.widths[-1]
 
     def memory(rows: int, tokens: int) -> MemoryEstimate:
-        return _memory(model, trained, step_config, mesh, tokens=rows * tokens)
+        return estimate_memory(model, trained, step_config, mesh, tokens=rows * tokens)
 
     return RunPlan(
         config=dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=seq_len)),
@@ -249,7 +249,7 @@ def _placement(mesh: Mesh | None) -> str:
     return text + ("" if is_shared else f", {gib(memory_of(device))} each")
 
 
-def _memory(
+def estimate_memory(
     model: CausalLM,
     trained: Sequence[nnx.Variable],
     config: StepConfig,
@@ -257,7 +257,7 @@ def _memory(
     *,
     tokens: int,
 ) -> MemoryEstimate:
-    """Of micro-batches of so many tokens on a device."""
+    """Of micro-batches of so many tokens on a device; a mesh of sizes alone will do."""
     itemsize = 2 if config.dtype == "bfloat16" else 4
     variables = [variable for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))]
     names = {id(variable) for variable in trained}

@@ -429,7 +429,12 @@ def list_recipes(
 
 
 def memory_of(
-    size: ModelSize, layers: Sequence[LayerAttention], context: int, *, rows: int = 1
+    size: ModelSize,
+    layers: Sequence[LayerAttention],
+    context: int,
+    *,
+    rows: int = 1,
+    chunk_size: int = _CHUNK,
 ) -> tuple[int, int]:
     """Bytes of weights, caches and activations: a prompt read in chunks, and in one piece.
 
@@ -457,7 +462,7 @@ def memory_of(
         )
 
     kept = size.weight_bytes + rows * row
-    in_chunks = kept + activations(_CHUNK, is_paged=True)
+    in_chunks = kept + activations(chunk_size, is_paged=True)
     return in_chunks, kept + rows * activations(context, is_paged=False)
 
 

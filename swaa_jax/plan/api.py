@@ -1,0 +1,225 @@
+"""`swaa.plan`: what a model needs on devices that need not be attached, before anybody pays."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from swaa_jax import checkpoint
+from swaa_jax.arguments import told_keywords
+from swaa_jax.bench.shapes import SHAPES
+from swaa_jax.fields import integer, number, one_of, or_none, wrong
+from swaa_jax.models import FAMILIES
+from swaa_jax.plan.closed import BY_FORMULA, closed_form
+from swaa_jax.plan.measure import measure
+from swaa_jax.plan.program import Program, check_chip
+from swaa_jax.plan.result import Figures, Plan
+from swaa_jax.plan.shapes import abstract_model
+from swaa_jax.plan.solve import largest
+from swaa_jax.plan.work import chip_of, estimate_time, layer_work, model_flops
+from swaa_jax.policy import load_policy
+from swaa_jax.progress import ProgressLike, say
+from swaa_jax.sharding import RULES, mesh_sizes
+from swaa_jax.typing import PathLike
+
+__all__ = ["SOLVED", "WORK", "Measure", "plan"]
+
+WORK = {
+    "train": ("train",),
+    "prefill": ("chunk",),
+    "decode": ("steps",),
+    "serve": ("chunk", "steps"),
+    "score": ("prefill",),
+}
+"""What can be planned, and the programs that it runs: the engine reads prompts in chunks, and
+scoring in one piece."""
+
+SOLVED = ("context", "batch", "slots")
+
+Measure = Callable[[Program], dict[str, Any]]
+"""What says what a program needs, as `measure` does."""
+
+_MOST_CONTEXT, _MOST_ROWS, _CONTEXT_STEP = 1 << 24, 1 << 16, 4096
+
+
+@told_keywords()
+def plan(
+    work: str,
+    model: PathLike,
+    *,
+    policy: Any = None,
+    chip: str = "here",
+    mesh: Mapping[str, int] | str | None = None,
+    context: int = 32768,
+    batch: int | None = None,
+    lora_rank: int | None = 16,
+    remat: str | None = None,
+    chunk_size: int = 1024,
+    config_overrides: Mapping[str, Any] | None = None,
+    solve: str | None = None,
+    step: int | None = None,
+    compiles: bool = True,
+    effort: float = 0.0,
+    seconds: float = 3600.0,
+    measure: Measure | None = None,
+    progress: ProgressLike = None,
+) -> Plan:
+    """What a model needs of each device, before anything is bought, loaded or run.
+
+    The programs are the real ones, with shapes in place of weights. For a TPU they are compiled by
+    the TPU compiler (libtpu), which needs no TPU; for devices of this machine by XLA; for others
+    there are formulas. Each figure says which it is. Compiles run in a process of their own, and
+    what they found is kept on disk.
+
+    Args:
+        work: "train", "prefill" (in chunks, as the engine reads), "decode", "serve" (both), or
+            "score" (a prompt in one piece).
+        model: a public shape (`Qwen3-4B`), a directory, or a hub id; no weights are read.
+        policy: an attention policy in any form; None: the model's own.
+        chip: as in `v6e`, `h100`; "here": the devices of this machine.
+        mesh: sizes of axes, as in `fsdp=8`; their product is the number of devices. None: one.
+        context: tokens of a row, prompt and answer.
+        batch: rows in all, slots of the engine; None: one for each part that the mesh cuts rows in.
+        lora_rank: of the adapters that training trains; None: it trains all weights.
+        remat: what training computes again, as `StepConfig` says; None: its default.
+        chunk_size: tokens of a prompt that the engine reads at a time.
+        config_overrides: values of the model's config under their HF names.
+        solve: "context", "batch" or "slots": the largest that fits, in place of the given one.
+        step: the answer of `solve` is a multiple of it; None: 4096 tokens, or as many rows as the
+            mesh cuts them in.
+        compiles: False: formulas alone.
+        effort: of the TPU compiler, from -1 to 1; -1 compiles sooner, to more memory.
+        seconds: that a compile may take.
+        measure: in place of the compiler, for tests.
+        progress: who is told.
+
+    Raises:
+        ValueError: a value that is not known, rows that the mesh does not divide, or a compiler that
+            is missing or fails.
+
+    Examples:
+        >>> import swaa_jax as swaa
+        >>> found = swaa.plan("serve", "Qwen3-4B", policy="window=2048,sinks=10,full_layers=1::2",
+        ...     chip="h100", context=32768, batch=8, compiles=False)
+        >>> found.fits, found.found_by
+        (True, 'closed form')
+    """
+    one_of(*WORK)("work", work)
+    chip = check_chip("chip", chip)
+    sizes = mesh_sizes("mesh", mesh) if isinstance(mesh, str) else dict(mesh or {"fsdp": 1})
+    solve = or_none(one_of(*SOLVED))("solve", solve)
+    number(above=0)("seconds", seconds)
+    parts = 1
+    for axis in RULES["batch"]:
+        parts *= sizes.get(axis, 1)
+    rows = parts if batch is None else integer(least=1)("batch", batch)
+    if work in ("train", "score") and rows % parts:
+        raise wrong("batch", f"a multiple of the {parts} parts that {sizes} cuts rows in", rows)
+    name, config, own = _config_of(model, config_overrides)
+    given = own if policy is None else load_policy(policy)
+    first = Program(
+        config=config,
+        policy=given.to_dict(),
+        chip=chip,
+        mesh=sizes,
+        kind=WORK[work][0],
+        context=context,
+        batch=rows,
+        lora_rank=lora_rank,
+        remat=remat,
+        chunk_size=chunk_size,
+        effort=effort,
+    )
+    looked = measure or (functools.partial(_look, seconds=seconds) if compiles else closed_form)
+
+    def figures(context: int, rows: int, look: Measure) -> tuple[Figures, ...]:
+        found = []
+        for kind in WORK[work]:
+            program = dataclasses.replace(first, kind=kind, context=context, batch=rows)
+            say(f"{kind}: {rows} x {context:,} tokens on {chip}", enabled=progress)
+            found.append(_figures(program, look(program)))
+        return tuple(found)
+
+    tried: list[tuple[int, bool]] = []
+    unit = None
+    if solve is not None:
+        unit = step or (_CONTEXT_STEP if solve == "context" else parts if work != "serve" else 1)
+        most = (_MOST_CONTEXT if solve == "context" else _MOST_ROWS) // unit
+
+        def at(count: int) -> tuple[int, int]:
+            return (count * unit, rows) if solve == "context" else (context, count * unit)
+
+        def fits(count: int, look: Measure) -> bool:
+            return all(one.fits for one in figures(*at(count), look))
+
+        def looked_at(count: int) -> bool:
+            tried.append((count * unit, fits(count, looked)))
+            return tried[-1][1]
+
+        guess = largest(lambda count: fits(count, closed_form), guess=8, most=most)
+        best = largest(looked_at, guess=guess, most=most)
+        context, rows = at(best) if best else at(1)
+    return Plan(
+        work=work,
+        model=name,
+        policy=str(given),
+        chip=chip,
+        mesh=sizes,
+        context=context,
+        batch=rows,
+        figures=figures(context, rows, looked),
+        solved=solve,
+        step=unit,
+        tried=tuple(sorted(dict(tried).items())),
+    )
+
+
+def _look(program: Program, *, seconds: float) -> dict[str, Any]:
+    row = measure(program, seconds=seconds)
+    if "absent" in row:
+        return closed_form(program) | {"why": row["absent"]}
+    return row
+
+
+def _config_of(model: Any, overrides: Mapping[str, Any] | None) -> tuple[str, dict[str, Any], Any]:
+    """A model's name, its config as `config.json` has it, and its own policy."""
+    name = str(model)
+    if name in SHAPES:
+        config = dict(SHAPES[name])
+    else:
+        config = checkpoint.read_config(checkpoint.open_checkpoint(name, weights=False))
+    config |= dict(overrides or {})
+    if config["model_type"] not in FAMILIES:
+        raise wrong("model", f"a family among {', '.join(FAMILIES)}", config["model_type"])
+    return name, config, FAMILIES[config["model_type"]].config_class.from_hf(config).own
+
+
+def _figures(program: Program, row: Mapping[str, Any]) -> Figures:
+    if row.get("error"):
+        raise ValueError(
+            f"plan: expected a program for {program.chip}, got {row['error']}; "
+            "or ask for formulas alone (compiles=False, --closed-form)"
+        )
+    model = abstract_model(program, None)
+    flops = model_flops(program, model)
+    parts, peak = dict(row["parts"]), int(row["peak"])
+    if row["found_by"] != BY_FORMULA:
+        parts["activations and temporaries"] = max(0, peak - sum(parts.values()))
+    chip = chip_of(program.chip, row.get("device_kind"))
+    has = row.get("available") or (None if chip is None else chip.hbm_bytes)
+    fits = row.get("fits")
+    return Figures(
+        kind=program.kind,
+        found_by=row["found_by"],
+        parts=parts,
+        peak=peak,
+        has=has,
+        fits=bool(fits) if fits is not None else has is None or peak <= has,
+        compile_s=row.get("compile_s"),
+        flops=flops,
+        layers=layer_work(program, model),
+        exchanged=row.get("exchanged"),
+        time=estimate_time(program, flops=flops, parts=row["parts"], chip=chip),
+        why=row.get("why", ""),
+        is_kept=bool(row.get("is_kept")),
+    )
