@@ -1,4 +1,4 @@
-"""What a model needs on devices that need not be attached: memory, time, exchange; see README.md."""
+"""What a model needs on devices that need not be attached; see README.md."""
 
 from swaa_jax.callable_package import make_callable
 from swaa_jax.plan.api import plan

@@ -11,8 +11,8 @@ from swaa_jax.bench.shapes import SHAPES
 from swaa_jax.fields import integer, number, one_of, or_none, wrong
 from swaa_jax.models import FAMILIES
 from swaa_jax.plan.closed import BY_FORMULA, closed_form
-from swaa_jax.plan.measure import measure
-from swaa_jax.plan.program import Program, check_chip
+from swaa_jax.plan.measure import measure as _measure
+from swaa_jax.plan.program import HERE, Program, check_chip
 from swaa_jax.plan.result import Figures, Plan
 from swaa_jax.plan.shapes import abstract_model
 from swaa_jax.plan.solve import largest
@@ -94,8 +94,8 @@ def plan(
         progress: who is told.
 
     Raises:
-        ValueError: a value that is not known, rows that the mesh does not divide, or a compiler that
-            is missing or fails.
+        ValueError: a value that is not known, rows that the mesh does not divide, a mesh that this
+            machine has too few devices for, or a compiler that fails.
 
     Examples:
         >>> import swaa_jax as swaa
@@ -115,6 +115,8 @@ def plan(
     rows = parts if batch is None else integer(least=1)("batch", batch)
     if work in ("train", "score") and rows % parts:
         raise wrong("batch", f"a multiple of the {parts} parts that {sizes} cuts rows in", rows)
+    if chip == HERE and not compiles:
+        raise wrong("chip", "one by name, where nothing is compiled", chip, "; say which")
     name, config, own = _config_of(model, config_overrides)
     given = own if policy is None else load_policy(policy)
     first = Program(
@@ -130,13 +132,14 @@ def plan(
         chunk_size=chunk_size,
         effort=effort,
     )
-    looked = measure or (functools.partial(_look, seconds=seconds) if compiles else closed_form)
+    looked = measure or (
+        functools.partial(_look, seconds=seconds, progress=progress) if compiles else closed_form
+    )
 
     def figures(context: int, rows: int, look: Measure) -> tuple[Figures, ...]:
         found = []
         for kind in WORK[work]:
             program = dataclasses.replace(first, kind=kind, context=context, batch=rows)
-            say(f"{kind}: {rows} x {context:,} tokens on {chip}", enabled=progress)
             found.append(_figures(program, look(program)))
         return tuple(found)
 
@@ -174,8 +177,12 @@ def plan(
     )
 
 
-def _look(program: Program, *, seconds: float) -> dict[str, Any]:
-    row = measure(program, seconds=seconds)
+def _look(program: Program, *, seconds: float, progress: ProgressLike) -> dict[str, Any]:
+    rows = f"{program.batch} x {program.context:,} tokens"
+    say(f"compiling {program.kind}, {rows}, for {program.chip}", enabled=progress)
+    row = _measure(program, seconds=seconds)
+    if "absent" in row and program.chip == HERE:
+        raise wrong("mesh", f"{program.devices} devices here", row["absent"])
     if "absent" in row:
         return closed_form(program) | {"why": row["absent"]}
     return row
@@ -189,9 +196,10 @@ def _config_of(model: Any, overrides: Mapping[str, Any] | None) -> tuple[str, di
     else:
         config = checkpoint.read_config(checkpoint.open_checkpoint(name, weights=False))
     config |= dict(overrides or {})
-    if config["model_type"] not in FAMILIES:
-        raise wrong("model", f"a family among {', '.join(FAMILIES)}", config["model_type"])
-    return name, config, FAMILIES[config["model_type"]].config_class.from_hf(config).own
+    family = str(config.get("model_type"))
+    if family not in FAMILIES:
+        raise wrong("model", f"a family among {', '.join(FAMILIES)}", family)
+    return name, config, FAMILIES[family].config_class.from_hf(config).own
 
 
 def _figures(program: Program, row: Mapping[str, Any]) -> Figures:

@@ -3,6 +3,7 @@
 `python -m swaa_jax.plan.child REQUEST` with a request of `{"program": ..., "text": PATH or null}`.
 """
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -96,6 +97,8 @@ def _devices(chip: str, count: int) -> tuple[list[Any], str]:
     from swaa_jax.plan.program import HERE, topology_of
 
     if chip in TPUS:
+        if importlib.util.find_spec("libtpu") is None:
+            return [], "the TPU compiler is not installed: pip install libtpu"
         from jax.experimental import topologies
 
         name, options = topology_of(chip, count)
@@ -120,7 +123,7 @@ def main() -> None:
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
         os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    print(json.dumps(compile_program(request)))
+    sys.stdout.write(json.dumps(compile_program(request)) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Memory in closed form, a device: the same formulas as `swaa recipes` and `swaa train --dry-run`."""
+"""Memory in closed form: the formulas of `swaa recipes` and `swaa train --dry-run`, a device."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""A program's figures: from an earlier compile of the same, or from a compile in its own process."""
+"""A program's figures: of an earlier compile of the same, or of one in a process of its own."""
 
 import dataclasses
 import functools

@@ -6,6 +6,7 @@ the optimizer's values, caches, inputs.
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -58,16 +59,26 @@ def _bytes_of(leaf: Any) -> int:
 
 def abstract_model(program: Program, mesh: Mesh | None) -> CausalLM:
     """The model with shapes in place of arrays, with adapters where they are trained."""
-    family = FAMILIES[program.config["model_type"]]
-    config = family.config_class.from_hf(dict(program.config))
-    policy = AttentionPolicy.from_dict(dict(program.policy))
+    rank = program.lora_rank if program.kind == "train" else None
+    texts = (json.dumps(dict(part), sort_keys=True) for part in (program.config, program.policy))
+    return _abstract_model(*texts, rank, mesh)
+
+
+@functools.lru_cache(maxsize=16)  # a search for the largest asks for the same one at each size
+def _abstract_model(
+    config_json: str, policy_json: str, lora_rank: int | None, mesh: Mesh | None
+) -> CausalLM:
+    hf_config = json.loads(config_json)
+    family = FAMILIES[hf_config["model_type"]]
+    config = family.config_class.from_hf(hf_config)
+    policy = AttentionPolicy.from_dict(json.loads(policy_json))
     model = nnx.eval_shape(
         lambda: family.model_class(
             config, policy=policy, dtype=jnp.bfloat16, mesh=mesh, rngs=nnx.Rngs(0)
         )
     )
-    if program.kind == "train" and program.lora_rank is not None:
-        model = add_lora(model, LoraConfig(rank=program.lora_rank), rngs=nnx.Rngs(0))
+    if lora_rank is not None:
+        model = add_lora(model, LoraConfig(rank=lora_rank), rngs=nnx.Rngs(0))
     return model
 
 

@@ -131,7 +131,8 @@ def estimate_time(
     if chip is None:
         return None
     if program.kind in ("steps", "decode"):
-        read = parts.get("parameters", 0) + parts.get("caches", 0)
+        # Weights that fsdp splits are gathered, and read whole.
+        read = program.mesh.get("fsdp", 1) * parts.get("parameters", 0) + parts.get("caches", 0)
         least = tokens_of_run(program) * read / chip.hbm_bandwidth
     else:
         least = flops / program.devices / chip.peak_flops
