@@ -136,12 +136,11 @@ def plan(
         functools.partial(_look, seconds=seconds, progress=progress) if compiles else closed_form
     )
 
-    def figures(context: int, rows: int, look: Measure) -> tuple[Figures, ...]:
-        found = []
-        for kind in WORK[work]:
-            program = dataclasses.replace(first, kind=kind, context=context, batch=rows)
-            found.append(_figures(program, look(program)))
-        return tuple(found)
+    def programs(context: int, rows: int) -> list[Program]:
+        return [
+            dataclasses.replace(first, kind=kind, context=context, batch=rows)
+            for kind in WORK[work]
+        ]
 
     tried: list[tuple[int, bool]] = []
     unit = None
@@ -153,13 +152,15 @@ def plan(
             return (count * unit, rows) if solve == "context" else (context, count * unit)
 
         def fits(count: int, look: Measure) -> bool:
-            return all(one.fits for one in figures(*at(count), look))
+            return all(_fits(one, look(one)) for one in programs(*at(count)))
 
         def looked_at(count: int) -> bool:
             tried.append((count * unit, fits(count, looked)))
             return tried[-1][1]
 
-        guess = largest(lambda count: fits(count, closed_form), guess=8, most=most)
+        guess = 8
+        if measure is None and compiles:
+            guess = largest(lambda count: fits(count, closed_form), guess=guess, most=most)
         best = largest(looked_at, guess=guess, most=most)
         context, rows = at(best) if best else at(1)
     return Plan(
@@ -170,7 +171,7 @@ def plan(
         mesh=sizes,
         context=context,
         batch=rows,
-        figures=figures(context, rows, looked),
+        figures=tuple(_figures(one, looked(one)) for one in programs(context, rows)),
         solved=solve,
         step=unit,
         tried=tuple(sorted(dict(tried).items())),
@@ -202,27 +203,37 @@ def _config_of(model: Any, overrides: Mapping[str, Any] | None) -> tuple[str, di
     return name, config, FAMILIES[family].config_class.from_hf(config).own
 
 
-def _figures(program: Program, row: Mapping[str, Any]) -> Figures:
+def _fits(program: Program, row: Mapping[str, Any]) -> bool:
     if row.get("error"):
         raise ValueError(
             f"plan: expected a program for {program.chip}, got {row['error']}; "
             "or ask for formulas alone (compiles=False, --closed-form)"
         )
+    has = _memory(program, row)
+    return bool(row.get("fits", has is None or row["peak"] <= has))
+
+
+def _memory(program: Program, row: Mapping[str, Any]) -> int | None:
+    """Bytes that a device has: as the compiler or the device says, or else the chip's."""
+    chip = chip_of(program.chip, row.get("device_kind"))
+    return row.get("available") or (None if chip is None else chip.hbm_bytes)
+
+
+def _figures(program: Program, row: Mapping[str, Any]) -> Figures:
+    fits = _fits(program, row)
     model = abstract_model(program, None)
     flops = model_flops(program, model)
     parts, peak = dict(row["parts"]), int(row["peak"])
     if row["found_by"] != BY_FORMULA:
         parts["activations and temporaries"] = max(0, peak - sum(parts.values()))
     chip = chip_of(program.chip, row.get("device_kind"))
-    has = row.get("available") or (None if chip is None else chip.hbm_bytes)
-    fits = row.get("fits")
     return Figures(
         kind=program.kind,
         found_by=row["found_by"],
         parts=parts,
         peak=peak,
-        has=has,
-        fits=bool(fits) if fits is not None else has is None or peak <= has,
+        has=_memory(program, row),
+        fits=fits,
         compile_s=row.get("compile_s"),
         flops=flops,
         layers=layer_work(program, model),

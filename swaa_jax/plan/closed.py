@@ -28,13 +28,13 @@ def closed_form(program: Program) -> dict[str, Any]:
     """
     model = abstract_model(program, None)
     sizes = tuple(program.mesh.get(axis, 1) for axis in MESH_AXES)
-    mesh: Any = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     parts = _training(program, model, mesh) if program.kind == "train" else {}
     parts = parts or _reading(program, model, mesh)
     return {"found_by": BY_FORMULA, "parts": parts, "peak": sum(parts.values())}
 
 
-def _training(program: Program, model: Any, mesh: Any) -> dict[str, int]:
+def _training(program: Program, model: Any, mesh: AbstractMesh) -> dict[str, int]:
     every = [variable for _, variable in nnx.to_flat_state(nnx.state(model))]
     trained = every
     if program.lora_rank is not None:
@@ -49,7 +49,7 @@ def _training(program: Program, model: Any, mesh: Any) -> dict[str, int]:
     }
 
 
-def _reading(program: Program, model: Any, mesh: Any) -> dict[str, int]:
+def _reading(program: Program, model: Any, mesh: AbstractMesh) -> dict[str, int]:
     variables = [variable for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))]
     weights = sum(_bytes_of(variable, mesh) for variable in variables)
     tensor = mesh.shape["tensor"]
@@ -80,7 +80,7 @@ def _reading(program: Program, model: Any, mesh: Any) -> dict[str, int]:
     return parts | {"activations": total - kept}
 
 
-def _bytes_of(variable: Any, mesh: Any) -> int:
+def _bytes_of(variable: Any, mesh: AbstractMesh) -> int:
     shape = tuple(variable.shape)
     sharding = sharding_for(variable, mesh)
     shape = shape if sharding is None else sharding.shard_shape(shape)

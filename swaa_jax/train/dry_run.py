@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from swaa_jax import checkpoint
 from swaa_jax.data import BatchSource
@@ -253,7 +253,7 @@ def estimate_memory(
     model: CausalLM,
     trained: Sequence[nnx.Variable],
     config: StepConfig,
-    mesh: Mesh | None,
+    mesh: Mesh | AbstractMesh | None,
     *,
     tokens: int,
 ) -> MemoryEstimate:
@@ -282,7 +282,7 @@ def estimate_memory(
     )
 
 
-def _shard_size(variable: nnx.Variable, mesh: Mesh | None) -> int:
+def _shard_size(variable: nnx.Variable, mesh: Mesh | AbstractMesh | None) -> int:
     shape = tuple(variable.shape)
     sharding = sharding_for(variable, mesh)
     return math.prod(shape if sharding is None else sharding.shard_shape(shape))

@@ -1,0 +1,232 @@
+"""What a model needs on devices that are not here: formulas, compiled figures, the largest that fits."""
+
+import json
+import pathlib
+import subprocess
+
+import pytest
+
+import swaa_jax as swaa
+from swaa_jax.cli.main import main
+from swaa_jax.eval.search import recipes
+from swaa_jax.plan import measure as measuring
+from swaa_jax.plan import plan
+from swaa_jax.plan.compiled import exchanged_bytes
+from swaa_jax.plan.program import Program, check_chip, topology_of
+from swaa_jax.plan.solve import largest
+from tests.support import tpu_compiler
+
+POLICY = "window=2048,sinks=10,full_layers=1::2"
+GIB = 1 << 30
+
+
+def program(**others):
+    fields = {"config": {}, "policy": {}, "chip": "v6e", "mesh": {"fsdp": 1}, "kind": "train"}
+    return Program(**{**fields, "context": 64, **others})
+
+
+@pytest.mark.parametrize("most", [1, 7, 40])
+def test_the_largest_fits_and_one_more_does_not_from_any_guess(most):
+    for answer in range(most + 1):
+        for guess in range(1, most + 1):
+            asked = []
+
+            def fits(number, answer=answer, asked=asked):
+                asked.append(number)
+                return number <= answer
+
+            assert largest(fits, guess=guess, most=most) == answer
+            assert len(asked) == len(set(asked)) and all(1 <= one <= most for one in asked)
+
+
+@pytest.mark.parametrize(
+    ("solve", "step", "least_over"), [("context", 512, 20_480), ("batch", 2, 11), ("slots", 1, 7)]
+)
+def test_a_solution_fits_by_what_was_measured_and_one_step_more_does_not(solve, step, least_over):
+    def fake(program):
+        size = program.context if solve == "context" else program.batch
+        over = size >= least_over
+        return {
+            "found_by": "TPU compiler",
+            "parts": {"parameters": GIB},
+            "peak": 17 * GIB if over else 8 * GIB,
+            "fits": not over,
+            "compile_s": 1.0,
+        }
+
+    found = plan(
+        "serve", "Qwen3-0.6B", chip="v5e", solve=solve, step=step, context=2048, measure=fake
+    )
+    value = found.context if solve == "context" else found.batch
+    assert found.fits and value % step == 0
+    assert value < least_over <= value + step
+    assert (value, True) in found.tried and (value + step, False) in found.tried
+    assert f"{value:,} is the largest that fits" in str(found)
+
+
+def test_where_not_even_the_least_fits():
+    def fake(program):
+        return {"found_by": "TPU compiler", "parts": {}, "peak": 99 * GIB, "fits": False}
+
+    found = plan("train", "Qwen3-0.6B", chip="v5e", solve="context", measure=fake)
+    assert not found.fits and "context: not even 4,096 fits" in str(found)
+
+
+def test_formulas_are_those_of_recipes():
+    """One answer everywhere: what `swaa recipes` says of the engine's chunks and of one piece."""
+    (row,) = [one for one in recipes(context=32768, rows=3) if one.name == "instruct-no-train"]
+    given = {"policy": "instruct-no-train", "chip": "h200", "batch": 3, "compiles": False}
+    chunk, steps = plan("serve", "Qwen3-4B", **given).figures
+    assert chunk.peak == row.memory and chunk.found_by == "closed form"
+    assert steps.peak == chunk.parts["parameters"] + 3 * row.cache_bytes
+    assert plan("score", "Qwen3-4B", **given).peak == row.memory_in_one_piece
+
+
+def test_formulas_know_what_a_mesh_splits():
+    def parts(mesh, work="serve"):
+        given = {"chip": "v6e", "context": 8192, "batch": 8, "compiles": False}
+        return plan(work, "Qwen3-4B", policy=POLICY, mesh=mesh, **given).figures[0].parts
+
+    one, four = parts("fsdp=1"), parts("tensor=4")
+    assert four["caches"] == pytest.approx(one["caches"] / 4, rel=0.01)
+    assert four["parameters"] == pytest.approx(one["parameters"] / 4, rel=0.01)
+    whole, split = parts("fsdp=1", "train"), parts("fsdp=8", "train")
+    assert split["parameters"] == pytest.approx(whole["parameters"] / 8, rel=0.03)
+    assert split["activations"] < whole["activations"] / 7
+
+
+def test_all_weights_take_more_than_adapters():
+    given = {"chip": "h200", "context": 4096, "compiles": False}
+    adapters = plan("train", "Qwen3-0.6B", **given)
+    whole = plan("train", "Qwen3-0.6B", lora_rank=None, **given)
+    assert whole.figures[0].parts["optimizer"] > 50 * adapters.figures[0].parts["optimizer"]
+    assert whole.figures[0].flops > adapters.figures[0].flops
+
+
+def test_layers_add_up_to_the_model():
+    """Operations of all layers and of the head are those of the run."""
+    (found,) = plan(
+        "train", "Qwen3-4B", policy=POLICY, chip="h200", context=8192, compiles=False
+    ).figures
+    assert [(one.layers, one.count) for one in found.layers] == [("window=2048", 18), ("full", 18)]
+    head = 4 * 2560 * 151936 * 8192
+    total = head + sum(one.count * one.flops for one in found.layers)
+    assert found.flops == pytest.approx(total, rel=1e-9)
+    assert found.layers[1].flops > found.layers[0].flops
+
+
+def test_an_estimate_of_time_holds_what_was_measured():
+    """Qwen3-4B on one H200, as `benchmarks/results/bench_qwen3_4b.json` has it."""
+    document = json.loads(pathlib.Path("benchmarks/results/bench_qwen3_4b.json").read_text())
+    details = document["measurements"][0]["details"]
+    chunk, steps = plan(
+        "serve", "Qwen3-4B", chip="h200", context=16384, batch=8, chunk_size=2048, compiles=False
+    ).figures
+    a_step = details["decode_s"] / details["decode_steps"]
+    assert steps.time.low < 16 * a_step < steps.time.high
+    a_chunk = details["read_s"] / details["read_tokens"] * 2048
+    assert a_chunk < chunk.time.high  # the last chunk of a prompt, which sees most
+
+
+LOOP = """HloModule m
+
+%body (p: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %h = bf16[8,4]{1,0} collective-permute(%x), source_target_pairs={{0,1},{1,2}}
+  %r = f32[16]{0} all-reduce(%y), replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+
+ENTRY %main (a: bf16[8,4]) -> bf16[8,4] {
+  %g = bf16[32,4]{1,0} all-gather(%a), replica_groups=[2,4]<=[8], dimensions={0}
+  %s = (bf16[8,4]{1,0}, bf16[32,4]{1,0}) all-gather-start(%a), replica_groups=[2,4]<=[8]
+  %w = (s32[], bf16[8,4]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %d = f32[2]{0} reduce-scatter(%z), replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_bytes_that_devices_exchange_are_counted_with_loops():
+    assert exchanged_bytes(LOOP) == {
+        "all-gather": 2 * 32 * 4 * 2 * 3 // 4,
+        "collective-permute": 3 * 8 * 4 * 2,
+        "all-reduce": 3 * 2 * 16 * 4 // 2,
+        "reduce-scatter": 2 * 4 * 3,
+    }
+
+
+def test_slices_have_the_devices_that_a_mesh_needs():
+    assert topology_of("tpu7x", 8)[0] == "tpu7x:2x2x1"
+    with pytest.raises(ValueError, match=r"mesh: expected 1, 2, .* devices of v6e, got 6"):
+        topology_of("v6e", 6)
+    with pytest.raises(ValueError, match=r"got 'v6e-32'; 32 of them are chip v6e"):
+        check_chip("chip", "v6e-32")
+
+
+def test_what_was_compiled_is_kept_until_something_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    rows = []
+
+    def compile_apart(program, *, seconds):
+        rows.append({"peak": len(rows), **({"error": "x"} if program.context == 65 else {})})
+        return rows[-1]
+
+    monkeypatch.setattr(measuring, "compile_apart", compile_apart)
+    assert measuring.measure(program())["peak"] == 0
+    again = measuring.measure(program())
+    assert again == {"peak": 0, "is_kept": True}
+    assert measuring.measure(program(batch=2))["peak"] == 1
+    monkeypatch.setenv("SWAA_BACKEND", "xla")
+    assert measuring.measure(program())["peak"] == 2
+    for _ in range(2):  # a failure is tried again
+        measuring.measure(program(context=65))
+    assert len(rows) == 5
+
+
+def test_a_compile_that_takes_too_long_is_ended(monkeypatch):
+    def run(*_, timeout, **__):
+        raise subprocess.TimeoutExpired("child", timeout)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert measuring.compile_apart(program(), seconds=3) == {"error": "took more than 3 s"}
+
+
+def test_a_chip_that_is_not_here_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = plan("decode", "tiny-retriever", chip="h100", context=512)
+    assert found.found_by == "closed form" and "this machine has" in str(found)
+
+
+def test_the_command(capsys):
+    typed = "plan serve Qwen3-4B --policy naive --chip h100 --slots 4 --context 8k --closed-form"
+    assert main(typed.split()) == 0
+    assert "chunk: fits" in capsys.readouterr().out
+    assert main([*typed.replace("h100", "v5e").replace("8k", "40k").split(), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["figures"][0]["found_by"] == "closed form" and found["context"] == 40960
+    assert main("plan train Qwen3-4B --chip v5e --full-training --closed-form".split()) == 1
+    for typed, told in (
+        ("plan train Qwen3-4B --chip v6", "--chip: expected one of v4, v5e"),
+        ("plan train Qwen3-4B --closed-form", "--chip: expected one by name"),
+        ("plan train Qwen3-4B --chip v5e --mesh fsdp=8 --batch 3", "--batch: expected a multiple"),
+        ("plan train Qwen3-4B --chip v5e --context 1k,2k", "--context: expected one length"),
+        ("plan serve Qwen3-4B --chip v5e --batch 1 --slots 2", "--slots: expected none with"),
+    ):
+        assert main(typed.split()) == 2
+        assert told in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_step_of_training_for_a_chip_that_is_not_here():
+    tpu_compiler.needs_libtpu()
+    found = swaa.plan("train", "tiny-retriever", policy="window=64", chip="v5e", context=2048)
+    (figures,) = found.figures
+    assert figures.found_by == "TPU compiler" and figures.fits
+    assert sum(figures.parts.values()) == figures.peak
+
+
+@pytest.mark.slow
+def test_decoding_here_is_measured_by_xla():
+    (figures,) = swaa.plan("decode", "tiny-retriever", context=512, batch=2).figures
+    assert figures.found_by == "XLA on the attached device" and figures.fits
+    assert sum(figures.parts.values()) == figures.peak
+    formula = plan("decode", "tiny-retriever", chip="h100", context=512, batch=2, compiles=False)
+    assert figures.parts["parameters"] == formula.figures[0].parts["parameters"]
