@@ -26,6 +26,9 @@ _ARRAY = re.compile(r"\b([a-z]+)(\d+)\w*\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r"condition=%?([\w.-]+)")
+_CONSTANT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
+_BY_AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[(\d+),(\d+)\])")
 
 
@@ -69,8 +72,8 @@ def collectives(text: str) -> dict[str, int]:
 def exchanged_bytes(text: str) -> dict[str, int]:
     """Bytes that a device is sent in a run of the program, by the name of the operation.
 
-    Loops count as often as they run (once, where the text does not say); of both branches of a
-    condition, both. Of n devices, one is sent (n - 1)/n of what is gathered, scattered from or
+    Loops count as often as they run (once, where the text does not say, so that it is the least);
+    of both branches of a condition, both. Of n devices, one is sent (n - 1)/n of what is gathered, scattered from or
     passed all to all, and twice that of what is summed up.
 
     Examples:
@@ -99,9 +102,32 @@ def _walk(bodies: dict[str, list[str]], name: str, times: int) -> Iterator[tuple
         called = _CALLED.findall(line)
         for branches in _BRANCHES.findall(line):
             called += re.findall(r"%?([\w.-]+)", branches)
-        trips = _TRIPS.search(line) if kind == "while" else None
+        trips = _trips(bodies, line) if kind == "while" else 1
         for body in called:
-            yield from _walk(bodies, body, times * (int(trips[1]) if trips else 1))
+            yield from _walk(bodies, body, times * trips)
+
+
+def _trips(bodies: dict[str, list[str]], line: str) -> int:
+    """How often a loop runs: as it is said, else the bound in its condition, else 1."""
+    told = _TRIPS.search(line)
+    if told is not None:
+        return int(told[1])
+    condition = _CONDITION.search(line)
+    lines = bodies.get(condition[1], []) if condition else []
+    bounds = _CONSTANT.findall("\n".join(lines))
+    return int(bounds[0]) if len(bounds) == 1 else 1
+
+
+def _group_size(line: str) -> int:
+    """How many devices exchange with each other; 1 where the text does not say."""
+    by_axes = _BY_AXES.search(line)
+    if by_axes is not None:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", by_axes[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", by_axes[2]))
+    group = _GROUP.search(line)
+    if group is None:
+        return 1
+    return len(group[1].split(",")) if group[1] else int(group[3])
 
 
 def _sent(kind: str, result: str, line: str) -> int:
@@ -114,10 +140,7 @@ def _sent(kind: str, result: str, line: str) -> int:
         else:
             arrays = arrays[len(arrays) // 2 :]
     size = sum(arrays)
-    group = _GROUP.search(line)
-    count = 1
-    if group is not None:
-        count = len(group[1].split(",")) if group[1] else int(group[3])
+    count = _group_size(line)
     if kind == "collective-permute":
         return size
     if kind == "reduce-scatter":

@@ -1,4 +1,4 @@
-"""What a model needs on devices that are not here: formulas, compiled figures, the largest that fits."""
+"""What a model needs on devices that are not here: formulas, compiles, the largest that fits."""
 
 import json
 import pathlib
@@ -153,6 +153,22 @@ def test_bytes_that_devices_exchange_are_counted_with_loops():
     }
 
 
+def test_groups_of_devices_by_axes_and_loops_by_their_condition():
+    text = """%cond (p: s32[]) -> pred[] {
+  %n = s32[]{:T(128)} constant(7)
+}
+
+%body (p: s32[]) -> s32[] {
+  %g = f32[16,4]{1,0} all-gather(%p), replica_groups=mesh['a'=8,'b'=2] {'a'}, dimensions={0}
+}
+
+ENTRY %main (p: s32[]) -> s32[] {
+  %w = s32[] while(%p), condition=%cond, body=%body
+}
+"""
+    assert exchanged_bytes(text) == {"all-gather": 7 * 16 * 4 * 4 * 7 // 8}
+
+
 def test_slices_have_the_devices_that_a_mesh_needs():
     assert topology_of("tpu7x", 8)[0] == "tpu7x:2x2x1"
     with pytest.raises(ValueError, match=r"mesh: expected 1, 2, .* devices of v6e, got 6"):
@@ -202,7 +218,8 @@ def test_the_command(capsys):
     assert main([*typed.replace("h100", "v5e").replace("8k", "40k").split(), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["figures"][0]["found_by"] == "closed form" and found["context"] == 40960
-    assert main("plan train Qwen3-4B --chip v5e --full-training --closed-form".split()) == 1
+    too_much = [*typed.split(), "--context", "256k", "--chip", "v5e"]
+    assert main(too_much) == 1
     for typed, told in (
         ("plan train Qwen3-4B --chip v6", "--chip: expected one of v4, v5e"),
         ("plan train Qwen3-4B --closed-form", "--chip: expected one by name"),
