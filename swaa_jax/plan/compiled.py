@@ -27,7 +27,7 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r"condition=%?([\w.-]+)")
-_CONSTANT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
+_CONSTANT = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
 _BY_AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[(\d+),(\d+)\])")
 
@@ -73,8 +73,8 @@ def exchanged_bytes(text: str) -> dict[str, int]:
     """Bytes that a device is sent in a run of the program, by the name of the operation.
 
     Loops count as often as they run (once, where the text does not say, so that it is the least);
-    of both branches of a condition, both. Of n devices, one is sent (n - 1)/n of what is gathered, scattered from or
-    passed all to all, and twice that of what is summed up.
+    of both branches of a condition, both. Of n devices, one is sent (n - 1)/n of what is gathered,
+    scattered from or passed all to all, and twice that of what is summed up.
 
     Examples:
         >>> text = '''ENTRY %main (p: bf16[8,4]) -> bf16[32,4] {

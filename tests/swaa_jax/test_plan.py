@@ -218,8 +218,8 @@ def test_the_command(capsys):
     assert main([*typed.replace("h100", "v5e").replace("8k", "40k").split(), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["figures"][0]["found_by"] == "closed form" and found["context"] == 40960
-    too_much = [*typed.split(), "--context", "256k", "--chip", "v5e"]
-    assert main(too_much) == 1
+    assert main(typed.replace("naive --chip h100", "full --chip v5e").split()) == 0
+    assert main(typed.replace("naive", "full").replace("8k", "1000k").split()) == 1
     for typed, told in (
         ("plan train Qwen3-4B --chip v6", "--chip: expected one of v4, v5e"),
         ("plan train Qwen3-4B --closed-form", "--chip: expected one by name"),
