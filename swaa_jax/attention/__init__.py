@@ -3,8 +3,6 @@
 from kernels_pallas import available_backends, check_backend, resolve_backend
 from swaa_jax.attention.attend import (
     AttentionOptions,
-    LayerChoice,
-    LayerKind,
     attend,
     attend_cached,
     attend_stream,
@@ -30,7 +28,7 @@ from swaa_jax.attention.caches import (
 )
 from swaa_jax.attention.heads import HeadPart, split_heads
 from swaa_jax.attention.stages import full_rows, tail_rows
-from swaa_jax.attention.traced import GatedLayer, RowWindows
+from swaa_jax.attention.traced import GatedLayer, LayerChoice, LayerKind, RowWindows
 
 __all__ = [
     "EMPTY",

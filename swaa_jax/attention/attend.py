@@ -3,11 +3,11 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import swa_decode, swa_prefill
@@ -20,33 +20,12 @@ from swaa_jax.attention.caches import (
     StreamCache,
     ring_in_order,
 )
+from swaa_jax.attention.context import Shards, attend_shard
 from swaa_jax.attention.heads import join_heads, split_heads, take_heads
 from swaa_jax.attention.stages import full_new_rows, full_rows
-from swaa_jax.attention.traced import GatedLayer, RowWindows
+from swaa_jax.attention.traced import GatedLayer, LayerChoice, LayerKind, RowWindows
 from swaa_jax.policy import LayerAttention
 from swaa_jax.sharding import attention_specs, constrain_heads, target_of
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerChoice:
-    """One of a few kinds of layer, chosen by a traced index: what a scan over layers is given.
-
-    Each kind is a program of its own, so windows stay static; the device runs the one that is
-    chosen. Whole rows only: caches differ by layer.
-
-    Attributes:
-        index: which of the kinds this layer is.
-        kinds: what each kind of layer sees.
-
-    Examples:
-        >>> kinds = (LayerAttention(window=64), LayerAttention())
-        >>> LayerChoice(index=jnp.int32(1), kinds=kinds).kinds[1].is_full  # of odd layers, say
-        True
-    """
-
-    index: Int[Array, ""]
-    kinds: tuple[LayerAttention, ...] = dataclasses.field(metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,13 +64,6 @@ DEFAULT_OPTIONS = AttentionOptions()
 MAX_DECODE_TOKENS = 8
 """New tokens a row up to which `swa_decode` reads the cache in place; more are a chunk, which
 `swa_prefill` computes."""
-
-LayerKind: TypeAlias = LayerAttention | LayerChoice | RowWindows | GatedLayer
-"""What a layer can be told to see, where it has no cache.
-
->>> isinstance(LayerAttention(window=64), LayerKind)
-True
-"""
 
 
 def attend(
@@ -166,10 +138,39 @@ def attend(
         per_row["window"] = layer.window  # in place of the kernel's static one
     per_row = {name: value for name, value in per_row.items() if value is not None}
 
-    def on_shard(q: Array, k: Array, v: Array, per_row: dict[str, Any]) -> Any:
+    mesh = options.mesh
+    if mesh is None:
         return kernel(q, k, v, **per_row)
+    batch, num_tokens = q.shape[:2]
+    heads, rows = attention_specs(
+        mesh, batch=batch, num_kv_heads=num_kv_heads, num_tokens=num_tokens
+    )
+    shards = Shards.of(heads, mesh.shape, num_tokens)
 
-    return _sharded(on_shard, options.mesh, num_kv_heads=k.shape[2])(q, k, v, per_row)
+    def on_shard(q: Array, k: Array, v: Array, per_row: dict[str, Any]) -> Any:
+        if shards is None:
+            return kernel(q, k, v, **per_row)
+        return attend_shard(
+            kernel,
+            q,
+            k,
+            v,
+            per_row,
+            shards=shards,
+            window=layer.window if isinstance(layer, LayerAttention) else None,
+            num_sink_tokens=layer.num_sink_tokens,
+        )
+
+    tokens = PartitionSpec(*heads[:2])
+    specs = {name: rows if array.ndim == 1 else tokens for name, array in per_row.items()}
+    mapped = jax.shard_map(
+        on_shard,
+        mesh=mesh,
+        in_specs=(heads, heads, heads, specs),
+        out_specs=heads,
+        check_vma=False,
+    )
+    return mapped(q, k, v, per_row)
 
 
 def attend_cached(
