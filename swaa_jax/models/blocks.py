@@ -195,6 +195,10 @@ class Rows:
         ((cos, _), *_) = self.rotations.values()
         return jnp.arange(cos.shape[1])[None, :] < self.lengths[:, None]
 
+    def laid_out(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+        """Activations on the mesh: rows and tokens split; new tokens whole, as caches are."""
+        return constrain_batch(x, self.mesh, whole_sequence=self.pos_B is not None)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attended:
@@ -397,5 +401,5 @@ class DecoderLayer(nnx.Module):
         attended = self.self_attn(normed, rows, layer=layer, cache=cache)
         x = made_once(x + attended.out, rows)
         fed = self.mlp(made_once(self.post_attention_layernorm(x), rows), rows)
-        x = made_once(constrain_batch(x + fed.out, rows.mesh), rows)
+        x = made_once(rows.laid_out(x + fed.out), rows)
         return LayerOutput(x=x, attended=attended, router=fed.router)
