@@ -1,6 +1,6 @@
 """Attention of whole blocks of rows: prefill, training, scoring."""
 
 from kernels_pallas.swa_prefill.api import swa_prefill
-from kernels_pallas.swa_prefill.arguments import AttentionOutput
+from kernels_pallas.swa_prefill.arguments import SAVED, AttentionOutput
 
-__all__ = ["AttentionOutput", "swa_prefill"]
+__all__ = ["SAVED", "AttentionOutput", "swa_prefill"]

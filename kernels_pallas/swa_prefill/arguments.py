@@ -16,6 +16,13 @@ from kernels_pallas.checks import (
 )
 from kernels_pallas.mask import IntOrPerRow, RowInfo, row_info
 
+SAVED = "swa_prefill"
+"""What ``jax.checkpoint``'s policies call a kernel's output and log-sum-exp, where it saves them.
+
+A backward pass that has both computes nothing of the kernel again, only how q, k and v are laid
+out.
+"""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)

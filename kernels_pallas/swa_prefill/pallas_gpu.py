@@ -15,6 +15,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.backends import Target
@@ -26,6 +27,7 @@ from kernels_pallas.swa_prefill import pallas_gpu_gradient as gradient
 from kernels_pallas.swa_prefill import pallas_gpu_kernels as kernels
 from kernels_pallas.swa_prefill import pallas_gpu_key_table as key_table
 from kernels_pallas.swa_prefill.arguments import (
+    SAVED,
     AttentionOutput,
     PrefillArguments,
     without_padding,
@@ -213,7 +215,7 @@ def _attend_forward(call: _Call, q: Array, k: Array, v: Array, traced: dict[str,
     arguments = call.arguments(q, k, v, traced)
     other = _other_gradient(call, arguments)
     if other is None:
-        result: Any = _attend(call, q, k, v, traced)
+        result: Any = checkpoint_name(_attend(call, q, k, v, traced), SAVED)
         return result, (q, k, v, traced, *result)
 
     def elsewhere(q: Array, k: Array, v: Array) -> tuple[Array, Array]:

@@ -32,17 +32,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas import SAVED
 from kernels_pallas.layout import LANES, round_up
 from swaa_jax.sharding import split_over
 
 __all__ = ["Shards", "attend_shard", "heads_at_once"]
 
-_GATHERED_BYTES = 1 << 30
-_GATHERED = "gathered"
+_GATHERED_BYTES = 512 << 20
 
 Kernel = Callable[..., Float[Array, "b C N H"]]
 
@@ -229,7 +228,7 @@ def _sinks(
 def heads_at_once(shape: tuple[int, ...], dtype: Any, num_shards: int) -> int:
     """How many KV heads of all shards a device holds at once.
 
-    As many as divide their number and fit a gibibyte, keys and values together; one at least.
+    As many as divide their number and fit half a gibibyte, keys and values together; one at least.
 
     Args:
         shape: of a device's own keys, `[b, C, K, H]`.
@@ -237,10 +236,10 @@ def heads_at_once(shape: tuple[int, ...], dtype: Any, num_shards: int) -> int:
         num_shards: shards of a row.
 
     Examples:
-        >>> heads_at_once((1, 32_768, 8, 128), jnp.bfloat16, 8)  # 262,144 tokens
+        >>> heads_at_once((1, 16_384, 8, 128), jnp.bfloat16, 8)  # 131,072 tokens
         8
         >>> heads_at_once((1, 131_072, 8, 128), jnp.bfloat16, 8)  # 1,048,576 tokens
-        2
+        1
     """
     rows, tokens, num_heads, head_dim = shape
     each = 2 * rows * tokens * num_shards * head_dim * jnp.dtype(dtype).itemsize
@@ -251,17 +250,17 @@ def heads_at_once(shape: tuple[int, ...], dtype: Any, num_shards: int) -> int:
 def _by_heads(attending: Kernel, q: Array, k: Array, v: Array, *, at_once: int) -> Array:
     """`attending` for some KV heads, with their groups, after the others.
 
-    The backward pass gathers the keys and values of some heads again, rather than to keep all.
+    The backward pass gathers keys and values again, rather than to keep those of all layers.
     """
+    policy = jax.checkpoint_policies.save_only_these_names(SAVED)
+    run = jax.checkpoint(attending, policy=policy, prevent_cse=False)
     turns = k.shape[2] // at_once
     if turns == 1:
-        return attending(q, k, v)
+        return run(q, k, v)
 
     def cut(x: Float[Array, "b C heads H"]) -> Float[Array, "turns b C _ H"]:
         return jnp.moveaxis(x.reshape(*x.shape[:2], turns, -1, x.shape[3]), 2, 0)
 
-    policy = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
-    run = jax.checkpoint(attending, policy=policy, prevent_cse=False)
     outs = jax.lax.map(lambda qkv: run(*qkv), (cut(q), cut(k), cut(v)))
     return jnp.moveaxis(outs, 0, 2).reshape(q.shape)
 
@@ -278,7 +277,7 @@ def _attend_gathered(
         evenly: each device takes an early and a late half of a shard, which together see as much
             as those of every other one.
     """
-    k, v = checkpoint_name(shards.gather((k, v)), _GATHERED)
+    k, v = shards.gather((k, v))
     if not evenly:
         return kernel(q, k, v, q_offset=shards.first)
     half, last = shards.size // 2, 2 * shards.count - 1
