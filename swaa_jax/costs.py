@@ -36,6 +36,7 @@ __all__ = [
     "activation_bytes",
     "active_parameters",
     "cache_bytes",
+    "exchanged_bytes",
     "peak_flops",
     "prefill_attention_share",
     "visible_pairs",
@@ -235,6 +236,55 @@ _STREAM, _FFW, _HEADS, _COPIES = 4, 3, 3, 4
 """Copies of a token's residual stream, feed-forward and heads that a pass holds at a time, and of
 one layer's keys and values that are copied out of their pages. Fitted to the TPU compiler's figures
 in `benchmarks/results/aot_models.json`; a test compares."""
+
+
+def exchanged_bytes(
+    layer: LayerAttention,
+    *,
+    tokens: int,
+    shards: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    itemsize: int = 2,
+    full_rows: bool = False,
+) -> int:
+    """Bytes that each device is sent in a layer's forward pass, where rows are split over devices.
+
+    A windowed layer is sent the keys and values of the W - 1 tokens before its own, whatever the
+    length, and from every other shard the slots of the sinks. A full one is sent all other shards'
+    keys and values; and, if shards have even numbers of tokens, queries and results of as many
+    tokens as its own, so that work is even. The backward pass sends the same back, and gathers keys
+    and values again. Segments, 4 bytes a token of all these, are left out.
+
+    Args:
+        layer: of a model, under a policy.
+        tokens: of a row, a multiple of `shards`.
+        shards: devices that a row is split over (the mesh's `context`).
+        num_heads, num_kv_heads, head_dim: the model's; of one device, where `tensor` splits them.
+        itemsize: bytes of a number.
+        full_rows: some rows of a windowed layer see everything (answers under FA decode, tails).
+
+    Examples:
+        >>> heads = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128}
+        >>> layer = LayerAttention(window=2048, num_sink_tokens=10)
+        >>> exchanged_bytes(layer, tokens=2**15, shards=8, **heads) / 2**20  # MiB
+        8.26953125
+        >>> exchanged_bytes(layer, tokens=2**19, shards=8, **heads) / 2**20
+        8.26953125
+        >>> exchanged_bytes(LayerAttention(), tokens=2**19, shards=8, **heads) / 2**20
+        2816.0
+    """
+    own = tokens // shards
+    others = tokens - own
+    num_full = num_kv_heads if layer.is_full else len(layer.full_heads)
+    moved = 0 if own % 2 or shards == 1 else 2 * own * num_full * (num_heads // num_kv_heads)
+    if layer.window is None or full_rows:
+        windowed = others
+    else:
+        windowed = min(layer.window - 1, others) + (shards - 1) * layer.num_sink_tokens
+    kept = num_full * others + (num_kv_heads - num_full) * windowed
+    return (2 * kept + moved) * head_dim * itemsize
 
 
 def activation_bytes(

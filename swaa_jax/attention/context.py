@@ -33,7 +33,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from kernels_pallas import SAVED
 from kernels_pallas.layout import LANES, round_up
@@ -214,7 +214,7 @@ def _sinks(
     is_here = (slots >= empty_Pb1) & (at_Pbk >= 0) & (at_Pbk < shards.size)
     at_Pbk = jnp.clip(at_Pbk, 0, shards.size - 1)
 
-    def exchanged(x: Float[Array, "b C ..."]) -> Float[Array, "b k ..."]:
+    def exchanged(x: Shaped[Array, "b C ..."]) -> Shaped[Array, "b k ..."]:
         taken = jax.vmap(jax.vmap(lambda row, at: row[at]), in_axes=(None, 0))(x, at_Pbk)
         here = is_here.reshape(*is_here.shape, *(1,) * (x.ndim - 2))
         return jax.lax.psum_scatter(jnp.where(here, taken, 0), shards.names, scatter_dimension=0)

@@ -45,7 +45,7 @@ from swaa_jax.models.head import VocabHead
 from swaa_jax.models.rope import rotation
 from swaa_jax.models.stack import Blocks, Ran, Tap, run_layers
 from swaa_jax.policy import LayerAttention, PolicyLike, Stage, load_policy
-from swaa_jax.sharding import lacking_tokens
+from swaa_jax.sharding import constrain_batch, lacking_tokens
 from swaa_jax.typing import PathLike
 
 
@@ -268,6 +268,7 @@ class CausalLM(Described, nnx.Module):
                 positions = jnp.broadcast_to(positions, tokens.shape)
             else:
                 positions = segment_positions(segment_ids)
+        positions = constrain_batch(positions, self.mesh)
         rows = self._rows(positions, lengths=lengths, stage_ids=stage_ids, segment_ids=segment_ids)
         ran = self._run(tokens, rows, layers=layers, tap=tap, remat=remat, blocks=blocks)
         return HiddenStates(
