@@ -194,8 +194,9 @@ def lacking_tokens(mesh: Mesh | None, num_tokens: int) -> int:
     >>> lacking_tokens(mesh, 21), lacking_tokens(None, 21)
     (3, 0)
     """
-    names = () if mesh is None else RULES["sequence"]
-    return -num_tokens % math.prod(mesh.shape.get(name, 1) for name in names)
+    if mesh is None:
+        return 0
+    return -num_tokens % math.prod(mesh.shape.get(name, 1) for name in RULES["sequence"])
 
 
 def target_of(mesh: Mesh | None) -> Target | None:

@@ -146,7 +146,9 @@ def _attend_halo(
     halo = min(window - 1, (shards.count - 1) * shards.size)
     # Where own tokens begin at a multiple of tiles, few of these are cut by the border.
     offset = round_up(num_sink_tokens + halo, LANES)
-    starts = _segment_starts(known.get("segment_ids"), k.shape[:2], shards)
+    starts = jnp.zeros(k.shape[:2], jnp.int32)
+    if "segment_ids" in known:
+        starts = _segment_starts(known["segment_ids"], shards)
     # A segment is known by the token that it begins at. 0: no token.
     keys = {"k": k, "v": v, "segment_ids": starts + 1}
     pieces = [keys]
@@ -173,12 +175,8 @@ def _attend_halo(
     )
 
 
-def _segment_starts(
-    segment_ids: Int[Array, "b C"] | None, shape: tuple[int, int], shards: Shards
-) -> Int[Array, "b C"]:
+def _segment_starts(segment_ids: Int[Array, "b C"], shards: Shards) -> Int[Array, "b C"]:
     """The token at which each token's segment begins, wherever that is."""
-    if segment_ids is None:
-        return jnp.zeros(shape, jnp.int32)
     before = shards.send(segment_ids[:, -1:], {i: i + 1 for i in range(shards.count - 1)})
     is_first = jnp.arange(shards.size) + shards.first == 0
     begins = segment_ids != jnp.concatenate([before, segment_ids[:, :-1]], axis=1)

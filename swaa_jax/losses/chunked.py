@@ -145,7 +145,8 @@ def chunked_loss(
         )
     width = hidden.shape[1]
     if lacking := lacking_tokens(mesh, width):
-        hidden, targets, weights = (pad_end(x, lacking, axis=1) for x in (hidden, targets, weights))
+        hidden = pad_end(hidden, lacking, axis=1)
+        targets, weights = (pad_end(x, lacking, axis=1) for x in (targets, weights))
         teacher = None if teacher is None else pad_end(teacher, lacking, axis=1)
     rows, matrix = PartitionSpec(), PartitionSpec(None, None)
     if mesh is not None:
@@ -161,7 +162,7 @@ def chunked_loss(
         rows=rows,
         matrix=matrix,
     )
-    sums, each = _loss(
+    found: Any = _loss(
         static,
         hidden,
         head.weight if trains_head else jax.lax.stop_gradient(head.weight),
@@ -169,6 +170,7 @@ def chunked_loss(
         targets,
         weights.astype(jnp.float32),
     )
+    sums, each = found
     return sums, jax.tree.map(lambda x: x[:, :width], each)
 
 

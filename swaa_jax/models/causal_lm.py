@@ -257,11 +257,11 @@ class CausalLM(Described, nnx.Module):
         if lacking and tap is None:  # what is tapped has as many tokens as were given
             if lengths is None:
                 lengths = jnp.full(tokens.shape[:1], width, jnp.int32)
-            padded = [
+            tokens = pad_end(tokens, lacking, axis=1)
+            stage_ids, segment_ids, positions = (
                 None if x is None else pad_end(x, lacking, axis=1)
-                for x in (tokens, stage_ids, segment_ids, positions)
-            ]
-            tokens, stage_ids, segment_ids, positions = padded
+                for x in (stage_ids, segment_ids, positions)
+            )
         if positions is None:
             if segment_ids is None:
                 positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
