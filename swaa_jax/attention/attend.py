@@ -127,7 +127,7 @@ def attend(
         lengths=lengths,
         segment_ids=segment_ids,
     )
-    kernel: Callable[..., Any] = functools.partial(
+    kernel: Any = functools.partial(
         swa_prefill,
         window=layer.window,
         num_sink_tokens=layer.num_sink_tokens,
