@@ -27,13 +27,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import gpu_arguments  # noqa: E402
 import gpu_timing  # noqa: E402
 import gpu_turns  # noqa: E402
 
 EPILOG = """\
 examples:
   python benchmarks/attention_gpu.py                           # all; about 4 minutes on an H200
-  python benchmarks/attention_gpu.py --cases sinks full --lengths 131072 --sides pallas_gpu flex
+  python benchmarks/attention_gpu.py --cases sinks full --sides flex --output /tmp/a.json
   python benchmarks/attention_gpu.py --redraw                  # the plot again, from the JSON
   python benchmarks/attention_gpu.py --smoke                   # does it run here? tiny, on the CPU
 """
@@ -91,17 +92,18 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--cases", nargs="+", choices=cases(), default=list(cases()))
-    add("--lengths", nargs="+", type=int, default=[8192, 32768, 131072], metavar="TOKENS")
+    lengths = [8192, 32768, 131072]
+    add("--lengths", nargs="+", type=gpu_arguments.count, default=lengths, metavar="TOKENS")
     sides = [side for side in SIDES if side != "xla"]
     add("--sides", nargs="+", choices=SIDES, default=sides, help="default: all but xla")
     add("--passes", nargs="+", choices=PASSES, default=PASSES)
     gpu_turns.add_arguments(parser, jobs=8)
-    arguments = parser.parse_args(argv)
-    if arguments.smoke:
-        arguments.lengths, arguments.sides = [256], ["pallas_gpu", "cudnn", "xla"]
+    smoke = {"lengths": [256], "sides": ["pallas_gpu", "cudnn", "xla"]}
+    arguments = gpu_arguments.parse(parser, argv, name="attention_gpu", smoke=smoke)
+    multiple = cases(smoke=arguments.smoke)["fa_decode"].full_rows
     for tokens in arguments.lengths:
-        if tokens % 1024 and not arguments.smoke:
-            parser.error(f"--lengths: expected multiples of 1024, got {tokens}")
+        if tokens % multiple:
+            parser.error(f"--lengths: expected multiples of {multiple}, got {tokens}")
     return arguments
 
 
@@ -140,9 +142,7 @@ def add_ratios(peaks: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> None
 def report(rows: Sequence[Mapping[str, Any]]) -> None:
     """A line a row."""
     for row in rows:
-        line = (
-            f"{row['case']:9} {row['tokens']:>7} {row.get('pass', ''):8} {row.get('side', ''):13}"
-        )
+        line = f"{row['part']:17} {row.get('pass', ''):8} {row.get('side', ''):13}"
         if "ms" not in row:
             print(f"{line} {row['reason'][:110]}", flush=True)
             continue

@@ -30,6 +30,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import gpu_arguments  # noqa: E402
 import gpu_models  # noqa: E402
 import gpu_timing  # noqa: E402
 import gpu_turns  # noqa: E402
@@ -37,7 +38,7 @@ import gpu_turns  # noqa: E402
 EPILOG = """\
 examples:
   python benchmarks/decode_gpu.py                             # all; about 4 minutes on an H200
-  python benchmarks/decode_gpu.py --cases full_128k rings     # kernels alone
+  python benchmarks/decode_gpu.py --cases full_128k rings --output /tmp/decode.json
   python benchmarks/decode_gpu.py --cases model_rings_128k --layers 8 --output /tmp/decode.json
   python benchmarks/decode_gpu.py --smoke                     # does it run here? tiny, on the CPU
 """
@@ -96,17 +97,7 @@ class Case:
         return int(np.any(seen, axis=0).sum())
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelCase:
-    """A whole model's step."""
-
-    policy: str
-    rows: int
-    prompt: int
-    new: int = 64
-
-
-def cases(*, smoke: bool = False) -> dict[str, Case | ModelCase]:
+def cases(*, smoke: bool = False) -> dict[str, Case | gpu_models.Case]:
     """By name; models last."""
     long, short, window, sinks, page = (
         (512, 64, 32, 8, 16) if smoke else (131072, 8192, 2048, 10, 256)
@@ -120,9 +111,9 @@ def cases(*, smoke: bool = False) -> dict[str, Case | ModelCase]:
         "rings": Case(length=long, **ring),
         "rows_32x8k": Case(rows=rows, length=short, slots=short),
         "pages_32x8k": Case(rows=rows, length=short, slots=short, page=page),
-        "model_full_128k": ModelCase(policy="full", rows=1, prompt=long, new=new),
-        "model_rings_128k": ModelCase(policy=policy, rows=1, prompt=long, new=new),
-        "model_rows_32x8k": ModelCase(policy="full", rows=rows, prompt=short, new=new),
+        "model_full_128k": gpu_models.Case(policy="full", prompt=long, new=new),
+        "model_rings_128k": gpu_models.Case(policy=policy, prompt=long, new=new),
+        "model_rows_32x8k": gpu_models.Case(policy="full", rows=rows, prompt=short, new=new),
     }
 
 
@@ -145,9 +136,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--cases", nargs="+", choices=cases(), default=list(cases()))
     add("--backends", nargs="+", choices=BACKENDS, default=BACKENDS, help="of the kernels")
     add("--sides", nargs="+", choices=gpu_models.SIDES, default=["swaa_jax"], help="of the models")
-    add("--layers", type=int, help="of the models; default: all 36")
+    add("--layers", type=gpu_arguments.count, help="of the models; default: all 36")
     gpu_turns.add_arguments(parser, jobs=len(cases()))
-    return parser.parse_args(argv)
+    models = [name for name, case in cases().items() if isinstance(case, gpu_models.Case)]
+    kernels = [name for name in cases() if name not in models]
+    needs = [
+        ("backends", "cases", kernels),
+        ("sides", "cases", models),
+        ("layers", "cases", models),
+    ]
+    return gpu_arguments.parse(parser, argv, name="decode_gpu", smoke={}, needs=needs)
 
 
 def main() -> int:
@@ -177,9 +175,7 @@ def add_shares(peaks: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> None
             row["bytes_per_s"] = row["bytes"] / (1e-6 * row["us"])
             if bandwidth:
                 row["share_of_copy"] = row["bytes_per_s"] / bandwidth
-        if bandwidth and row.get("ms_per_token") and "step_bytes" in row:
-            row["floor_ms"] = 1e3 * row["step_bytes"] / bandwidth
-            row["share_of_floor"] = row["floor_ms"] / row["ms_per_token"]
+        gpu_models.add_floor(row, bandwidth)
 
 
 def report(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -191,10 +187,7 @@ def report(rows: Sequence[Mapping[str, Any]]) -> None:
             share = row.get("share_of_copy")
             line += f" {share:4.0%} of a copy" if share else ""
         elif "ms_per_token" in row:
-            line += f" {row['ms_per_token']:7.2f} ms a token"
-            if "floor_ms" in row:
-                line += f", floor {row['floor_ms']:.2f} ({row['share_of_floor']:.0%})"
-            line += f"; prefill {row['prefill_tokens_per_s']:,.0f} tokens/s"
+            line += f" {gpu_models.speeds(row)}"
         else:
             line += f" {row['reason'][:110]}"
         print(line, flush=True)
@@ -208,25 +201,11 @@ def measure(arguments: argparse.Namespace) -> None:
     gpu_timing.share_card()
     name, _, side = arguments.part.partition(":")
     case = cases(smoke=arguments.smoke)[name]
-    if isinstance(case, ModelCase):
-        gpu_turns.tell({"case": name, "side": side, **measure_model(arguments, case, side)})
+    if isinstance(case, gpu_models.Case):
+        found = gpu_models.measure(arguments, "Qwen3-4B", case, side)
+        gpu_turns.tell({"case": name, "side": side, **found})
     else:
         measure_kernel(arguments, name, case)
-
-
-def measure_model(arguments: argparse.Namespace, case: ModelCase, side: str) -> dict[str, Any]:
-    """Compiles when its turn has come: a model takes much of the card's memory."""
-    gpu_turns.take_turn()
-    config = gpu_models.config_of(
-        "Qwen3-4B",
-        layers=arguments.layers,
-        smoke=arguments.smoke,
-        positions=case.prompt + case.new,
-    )
-    found = gpu_models.SIDES[side](
-        config, case.policy, rows=case.rows, prompt=case.prompt, new=case.new
-    )
-    return {"layers": config["num_hidden_layers"], **dataclasses.asdict(case), **found}
 
 
 def measure_kernel(arguments: argparse.Namespace, name: str, case: Case) -> None:

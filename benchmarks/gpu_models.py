@@ -5,12 +5,26 @@ that a decode step could take is the time to read its bytes once: weights, of ex
 tokens choose, and what the caches hold of the rows.
 """
 
+import argparse
+import dataclasses
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any
 
+import gpu_turns
 import numpy as np
 from model_shapes import MODELS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """Rows of so many prompt tokens, and new ones, under a policy."""
+
+    policy: str
+    rows: int = 1
+    prompt: int
+    new: int = 64
 
 
 def config_of(name: str, *, layers: int | None, smoke: bool, positions: int) -> dict[str, Any]:
@@ -130,3 +144,32 @@ def transformers(
 
 
 SIDES = {"swaa_jax": ours, "transformers": transformers}
+
+
+def measure(arguments: argparse.Namespace, model: str, case: Case, side: str) -> dict[str, Any]:
+    """A side's figures. It compiles when its turn has come: a model takes most of the memory."""
+    gpu_turns.take_turn()
+    config = config_of(
+        model,
+        layers=arguments.layers,
+        smoke=arguments.smoke,
+        positions=case.prompt + case.new,
+    )
+    found = SIDES[side](config, case.policy, rows=case.rows, prompt=case.prompt, new=case.new)
+    return {"layers": config["num_hidden_layers"], **dataclasses.asdict(case), **found}
+
+
+def add_floor(row: dict[str, Any], bandwidth: float | None) -> None:
+    """Of a row with a step's time and bytes: the least time, at so many bytes a second."""
+    if bandwidth and row.get("ms_per_token") and "step_bytes" in row:
+        row["floor_ms"] = 1e3 * row["step_bytes"] / bandwidth
+        row["share_of_floor"] = row["floor_ms"] / row["ms_per_token"]
+
+
+def speeds(row: Mapping[str, Any]) -> str:
+    """A model's speeds in words."""
+    per_token = row["ms_per_token"]
+    told = "no new token was timed" if per_token is None else f"{per_token:.2f} ms a token"
+    if "floor_ms" in row:
+        told += f", floor {row['floor_ms']:.2f} ({row['share_of_floor']:.0%})"
+    return f"{told}; prefill {row['prefill_tokens_per_s']:,.0f} tokens/s"

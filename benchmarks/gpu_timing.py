@@ -21,7 +21,6 @@ from machine import version
 
 ROUNDS, CALLS, FEW_ROUNDS = 5, 10, 3
 ROUND_S = 0.1
-RESULTS = Path(__file__).resolve().parent / "results"
 
 MOST_DIFFERENCE = 0.02
 """Between two sides' results, as a share of one's norm. They round to 8 bits, operands and results:

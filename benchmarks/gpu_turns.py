@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import gpu_arguments
 import gpu_timing
 
 READY = "ready to be timed"
@@ -33,11 +34,10 @@ Rows = list[dict[str, Any]]
 def add_arguments(parser: argparse.ArgumentParser, *, jobs: int) -> None:
     """The arguments that all benchmarks have which run in parts."""
     add = parser.add_argument
-    add("--jobs", type=int, default=jobs, help=f"parts that compile side by side; default {jobs}")
-    add("--limit", type=float, default=240, help="seconds for a part to compile, and to be timed")
-    add("--output", type=Path, help="the JSON; the plot lies beside it; default: in results/")
-    add("--redraw", action="store_true", help="draw the plot of --output anew; runs nothing")
-    add("--smoke", action="store_true", help="tiny; kept only with --output")
+    count, limit = gpu_arguments.count, gpu_arguments.seconds
+    add("--jobs", type=count, default=jobs, help=f"parts that compile side by side; default {jobs}")
+    add("--limit", type=limit, default=240, help="seconds for a part to compile, and to be timed")
+    gpu_arguments.add_results(parser)
     add("--part", help=argparse.SUPPRESS)  # in a process of its own
 
 
@@ -58,7 +58,7 @@ def run(
 
     Args:
         arguments: with those of `add_arguments`.
-        script: the benchmark's file, which names its results.
+        script: the benchmark's file.
         parts: what `--part` may be.
         measure: of a part: compiles, calls `take_turn`, and tells its rows.
         finish: adds to the rows what follows from others, and from the card's peaks.
@@ -67,8 +67,6 @@ def run(
         about: written beside the rows.
     """
     output = arguments.output
-    if output is None and not arguments.smoke:
-        output = gpu_timing.RESULTS / f"{Path(script).stem}.json"
     if arguments.part == PEAKS:
         _tell_peaks(is_small=arguments.smoke)
         return []

@@ -28,6 +28,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import gpu_arguments  # noqa: E402
 import gpu_models  # noqa: E402
 import gpu_timing  # noqa: E402
 import gpu_turns  # noqa: E402
@@ -35,8 +36,8 @@ import gpu_turns  # noqa: E402
 EPILOG = """\
 examples:
   python benchmarks/moe_gpu.py                                # all; about 4 minutes on an H200
-  python benchmarks/moe_gpu.py --products gate_up --tokens 1 32768 --cases products
-  python benchmarks/moe_gpu.py --cases model_32k --layers 6 --sides swaa_jax transformers
+  python benchmarks/moe_gpu.py --cases products --tokens 1 --output /tmp/moe.json
+  python benchmarks/moe_gpu.py --cases model_32k --layers 6 --output /tmp/model.json
   python benchmarks/moe_gpu.py --smoke                        # does it run here? tiny, on the CPU
 """
 OURS = ("pallas_gpu", "xla", "ragged_dot")
@@ -97,15 +98,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     choices = ("products", "model_32k")
     add("--cases", nargs="+", choices=choices, default=choices)
     add("--products", nargs="+", choices=PRODUCTS, default=PRODUCTS)
-    add("--tokens", nargs="+", type=int, default=[1, 8, 32, 64, 32768])
+    add("--tokens", nargs="+", type=gpu_arguments.count, default=[1, 8, 32, 64, 32768])
     add("--kernels", nargs="+", choices=KERNELS, default=KERNELS, help="sides of the products")
     add("--sides", nargs="+", choices=gpu_models.SIDES, default=["swaa_jax"], help="of the model")
-    add("--layers", type=int, help="of the model; default: all 48")
+    add("--layers", type=gpu_arguments.count, help="of the model; default: all 48")
     gpu_turns.add_arguments(parser, jobs=10)
-    arguments = parser.parse_args(argv)
-    if arguments.smoke:
-        arguments.tokens = [1, 600]
-    return arguments
+    products = [(name, "cases", ["products"]) for name in ("products", "tokens", "kernels")]
+    model = [(name, "cases", ["model_32k"]) for name in ("sides", "layers")]
+    smoke = {"tokens": [1, 600]}
+    return gpu_arguments.parse(parser, argv, name="moe_gpu", smoke=smoke, needs=[*products, *model])
 
 
 def main() -> int:
@@ -137,9 +138,7 @@ def add_shares(peaks: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> None
             row["share_of_product"] = 1e12 * row["tflops"] / speed
         if "bytes_per_s" in row and bandwidth:
             row["share_of_copy"] = row["bytes_per_s"] / bandwidth
-        if bandwidth and row.get("ms_per_token") and "step_bytes" in row:
-            row["floor_ms"] = 1e3 * row["step_bytes"] / bandwidth
-            row["share_of_floor"] = row["floor_ms"] / row["ms_per_token"]
+        gpu_models.add_floor(row, bandwidth)
 
 
 def report(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -153,10 +152,7 @@ def report(rows: Sequence[Mapping[str, Any]]) -> None:
             share = f" {row['share_of_copy']:4.0%}" if "share_of_copy" in row else ""
             line += f" {row['us']:9.1f} us {row['bytes_per_s'] / 1e9:6.0f} GB/s{share} of a copy"
         elif "ms_per_token" in row:
-            line += f" {row['policy']}: prefill {row['prefill_tokens_per_s']:,.0f} tokens/s, "
-            line += f"{row['ms_per_token']:.2f} ms a token"
-            if "floor_ms" in row:
-                line += f", floor {row['floor_ms']:.2f} ({row['share_of_floor']:.0%})"
+            line += f" {row['policy']}: {gpu_models.speeds(row)}"
         else:
             line += f" {row['reason'][:110]}"
         print(line, flush=True)
@@ -170,25 +166,21 @@ def measure(arguments: argparse.Namespace) -> None:
     gpu_timing.share_card()
     name, _, rest = arguments.part.partition(":")
     if name == "model_32k":
-        gpu_turns.tell({"case": name, "side": rest, **measure_model(arguments, rest)})
+        case = model_case(smoke=arguments.smoke, side=rest)
+        found = gpu_models.measure(arguments, "Qwen3-30B-A3B", case, rest)
+        gpu_turns.tell({"case": name, "side": rest, **found})
     elif int(rest) <= MOST_DECODED:
         measure_decoding(arguments, name, int(rest))
     else:
         measure_prefill(arguments, name, int(rest))
 
 
-def measure_model(arguments: argparse.Namespace, side: str) -> dict[str, Any]:
-    """Compiles when its turn has come: the model takes most of the card's memory."""
-    gpu_turns.take_turn()
-    prompt, new = (256, 4) if arguments.smoke else (32768, 64)
-    config = gpu_models.config_of(
-        "Qwen3-30B-A3B", layers=arguments.layers, smoke=arguments.smoke, positions=prompt + new
-    )
-    policy = "window=32,sinks=8" if arguments.smoke else "window=2048,sinks=10"
+def model_case(*, smoke: bool, side: str) -> gpu_models.Case:
+    """Prefill and decoding; Transformers has no sinks beside a window."""
+    policy = "window=32,sinks=8" if smoke else "window=2048,sinks=10"
     policy = "full" if side == "transformers" else policy
-    found = gpu_models.SIDES[side](config, policy, rows=1, prompt=prompt, new=new)
-    about = {"layers": config["num_hidden_layers"], "policy": policy, "prompt": prompt}
-    return {**about, **found}
+    prompt, new = (256, 4) if smoke else (32768, 64)
+    return gpu_models.Case(policy=policy, prompt=prompt, new=new)
 
 
 def measure_prefill(arguments: argparse.Namespace, name: str, tokens: int) -> None:

@@ -28,13 +28,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import gpu_arguments  # noqa: E402
 import gpu_timing  # noqa: E402
 
 EPILOG = """\
 examples:
   python benchmarks/serving.py                          # all; about 12 minutes on an H100
-  python benchmarks/serving.py --cases mixed --sides swaa_jax --chunk-size 1024
-  python benchmarks/serving.py --cases clients reuse    # what the server costs, and saves
+  python benchmarks/serving.py --cases mixed --chunk-size 1024 --output /tmp/serving.json
+  python benchmarks/serving.py --cases clients reuse --output /tmp/serving_http.json
   python benchmarks/serving.py --smoke                  # does it run here? tiny, on the CPU
 """
 TITLES = {
@@ -57,24 +58,40 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--cases", nargs="+", choices=TITLES, default=list(TITLES))
     add("--sides", nargs="+", choices=SIDES, default=SIDES, help="Transformers runs mixed alone")
-    add("--chunk-size", type=int, help="of our side; default: the engine's, the server's 1,024")
-    add("--chunks-per-round", type=int, help="of our side; default: all prompts are read first")
-    add("--steps-per-call", type=int, default=16, help="of our side; default 16")
-    add("--slots", type=int, default=32, help="of our side in mixed; default 32")
-    add("--repeats", type=int, default=2, help="of mixed; the best counts; default 2")
-    add("--requests", type=int, default=96, help="of the clients; default 96")
-    add("--limit", type=float, default=500, help="seconds that a side of a case may take")
-    add("--output", type=Path, help="the JSON; the plot lies beside it; default: in results/")
-    add("--redraw", action="store_true", help="draw the plot of --output anew; runs nothing")
-    add("--smoke", action="store_true", help="tiny; kept only with --output")
+    count, limit = gpu_arguments.count, gpu_arguments.seconds
+    add("--chunk-size", type=count, help="of our side; default: the engine's, the server's 1,024")
+    add("--chunks-per-round", type=count, help="of our side; default: all prompts are read first")
+    add("--steps-per-call", type=count, default=16, help="of our side; default 16")
+    add("--slots", type=count, default=32, help="of our side, at most; default 32")
+    add("--repeats", type=count, default=2, help="of mixed; the best counts; default 2")
+    add("--requests", type=count, default=96, help="of the clients; default 96")
+    add("--limit", type=limit, default=500, help="seconds that a side of a case may take")
+    gpu_arguments.add_results(parser)
     add("--one", nargs=2, help=argparse.SUPPRESS)  # a case and a side, in a process of its own
-    arguments = parser.parse_args(argv)
-    if arguments.smoke:
-        arguments.slots = min(arguments.slots, 4)
-        arguments.requests = min(arguments.requests, 40)
-    elif arguments.output is None:
-        arguments.output = gpu_timing.RESULTS / "serving.json"
+    smoke = {"slots": 4, "requests": 40}
+    ours = ("chunk_size", "chunks_per_round", "steps_per_call", "slots")
+    needs = [
+        *((name, "sides", ["swaa_jax"]) for name in ours),
+        ("steps_per_call", "cases", [case for case in TITLES if case != "reuse"]),
+        ("slots", "cases", [case for case in TITLES if case not in HTTP]),
+        ("repeats", "cases", ["mixed"]),
+        ("requests", "cases", ["clients"]),
+    ]
+    arguments = gpu_arguments.parse(parser, argv, name="serving", smoke=smoke, needs=needs)
+    if "sides" in gpu_arguments.given(parser, argv) and not arguments.one:
+        idle = set(arguments.sides) - {s for c in arguments.cases for s in sides_of(c, SIDES)}
+        if idle and "swaa_jax" in arguments.sides:
+            told = " ".join(arguments.cases)
+            parser.error(f"--sides: expected swaa_jax alone for {told}, got transformers, too")
+    for case in arguments.cases:
+        if not sides_of(case, arguments.sides):
+            parser.error(f"--sides: expected swaa_jax for {case}, got transformers alone")
     return arguments
+
+
+def sides_of(case: str, sides: Sequence[str]) -> list[str]:
+    """Those that a case has."""
+    return [side for side in sides if case == "mixed" or side == "swaa_jax"]
 
 
 def main() -> int:
@@ -89,7 +106,7 @@ def main() -> int:
         return 0
     rows: list[dict[str, Any]] = []
     for case in arguments.cases:
-        for side in arguments.sides if case == "mixed" else ["swaa_jax"]:
+        for side in sides_of(case, arguments.sides):
             rows.append(in_process(arguments, case, side))
             report(rows[-1])
             if arguments.output is not None:

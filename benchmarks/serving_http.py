@@ -56,7 +56,7 @@ def bare(engine: Any, prompts: Sequence[Sequence[int]], new: int) -> float:
     from swaa_jax.serve import Request
 
     waiting, tokens, start = list(prompts), 0, time.perf_counter()
-    for _ in range(CLIENTS):
+    for _ in range(min(CLIENTS, len(waiting))):
         engine.submit(Request(tokens=waiting.pop(), max_new_tokens=new))
     while not engine.is_idle:
         for update in engine.round():

@@ -3,9 +3,9 @@
 All sides train rank-16 adapters on q, k, v of the same randomly drawn Qwen3-0.6B-shaped model, in
 bfloat16, on the same row of tokens under the same policy: window, sinks, every second layer full,
 and FA decode on the answer, the last quarter. The row is one text, or 8 of one length packed. Each
-side runs in a process of its own, with and without computing layers again in the backward pass, and
-its better time counts. Losses of the first step are compared. Model FLOPs of MFU count visible
-pairs and no recomputation, for all sides alike.
+side runs in a process of its own, with and without computing layers again in the backward pass
+(remat), and its better time counts. Losses of the first step are compared. Model FLOPs of MFU count
+visible pairs and no recomputation, for all sides alike.
 """
 
 import argparse
@@ -23,13 +23,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import gpu_arguments  # noqa: E402
+from gpu_timing import reason  # noqa: E402
 from machine import version  # noqa: E402
 
 EPILOG = """\
 examples:
   python benchmarks/train_step.py                   # all sides; about 10 minutes on an H100
-  python benchmarks/train_step.py --sides swaa_jax torch_flex_compiled --rows packed
-  python benchmarks/train_step.py --sides swaa_jax torch_sdpa --tokens 16384
+  python benchmarks/train_step.py --sides swaa_jax --rows packed --output /tmp/step.json
+  python benchmarks/train_step.py --tokens 16384 --output /tmp/step_16k.json
   python benchmarks/train_step.py --smoke           # does it run here? tiny, on the CPU
 """
 SIDES = ("swaa_jax", "torch_sdpa", "torch_flex", "torch_flex_compiled")
@@ -48,24 +50,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--sides", nargs="+", choices=SIDES, default=SIDES)
     add("--rows", nargs="+", choices=ROWS, default=ROWS, help="one text in a row, or several")
-    add("--tokens", type=int, default=8192, help="of the row; default 8192")
-    add("--window", type=int, default=2048)
-    add("--sinks", type=int, default=10)
-    add("--steps", type=int, default=20, help="timed steps; the median counts")
-    add("--limit", type=float, default=200, help="seconds that a side may take")
-    add("--output", type=Path, help="the JSON; the plot lies beside it; default: in results/")
-    add("--redraw", action="store_true", help="draw the plot of --output anew; runs nothing")
-    add("--smoke", action="store_true", help="two tiny layers, two steps; kept only with --output")
+    count = gpu_arguments.count
+    add("--tokens", type=count, default=8192, help="of the row; default 8192")
+    add("--window", type=count, default=2048)
+    add("--sinks", type=gpu_arguments.count_or_zero, default=10)
+    add("--steps", type=count, default=20, help="timed steps; the median counts")
+    add("--limit", type=gpu_arguments.seconds, default=200, help="seconds that a side may take")
+    gpu_arguments.add_results(parser)
     add("--side", help=argparse.SUPPRESS)  # one side, in a process of its own
     add("--model", help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
-    if arguments.output is None and not arguments.smoke:
-        arguments.output = ROOT / "benchmarks" / "results" / "train_step.json"
+    smoke = {"tokens": 128, "window": 32, "steps": 2, "sides": ["swaa_jax", "torch_sdpa"]}
+    arguments = gpu_arguments.parse(parser, argv, name="train_step", smoke=smoke)
     if arguments.tokens % (4 * TEXTS):
         parser.error(f"--tokens: expected a multiple of {4 * TEXTS}, got {arguments.tokens}")
-    if arguments.smoke:
-        arguments.tokens, arguments.window, arguments.steps = 128, 32, 2
-        arguments.sides = [side for side in arguments.sides if "flex" not in side]
     return arguments
 
 
@@ -75,21 +72,25 @@ def main() -> int:
     if arguments.side:
         run = run_jax if arguments.side == "swaa_jax" else run_torch
         for remat in (False, True):
-            print(json.dumps({"remat": remat, **run(arguments, remat=remat)}), flush=True)
+            try:
+                found = run(arguments, remat=remat)
+            except Exception as error:  # out of memory without remat, say
+                found = {"error": reason(error)}
+            print(json.dumps({"remat": remat, **found}), flush=True)
         return 0
     if arguments.redraw:
         plot(json.loads(arguments.output.read_text()), arguments.output.with_suffix(".png"))
         return 0
     with tempfile.TemporaryDirectory() as directory:
         in_process(arguments, "model", directory)
-        rows = [
-            row
-            for packed in arguments.rows
-            for side in arguments.sides
-            for row in in_process(arguments, side, directory, packed)
-        ]
-    report(rows, arguments)
-    return 0
+        rows: list[dict[str, Any]] = []
+        for packed in arguments.rows:
+            for side in arguments.sides:
+                rows += in_process(arguments, side, directory, packed)
+                write(rows, arguments)
+    report(rows, arguments.tokens)
+    timed = {(row["rows"], row["side"]) for row in rows if "seconds" in row}
+    return int(len(timed) < len(arguments.rows) * len(arguments.sides))
 
 
 def in_process(
@@ -109,14 +110,19 @@ def in_process(
         done = subprocess.run(
             command, capture_output=True, text=True, env=environment, timeout=arguments.limit
         )
-        out, error = done.stdout, done.stderr if done.returncode else ""
+        out, error = done.stdout, ""
+        if done.returncode:
+            error = done.stderr.strip() or f"ended with {done.returncode}"
     except subprocess.TimeoutExpired as expired:
         out = (expired.stdout or b"").decode()
         error = f"took more than {arguments.limit:.0f} s"
     rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     if error:
-        rows.append({"remat": None, "error": error.strip().splitlines()[-1]})
+        rows.append({"remat": None, "error": error.splitlines()[-1]})
         print(f"{side}, {packed}: {error[-1500:]}", file=sys.stderr)
+    for row in rows if not error else ():
+        if "error" in row:
+            print(f"{side}, {packed}, remat {row['remat']}: {row['error']}", file=sys.stderr)
     return [{"side": side, "rows": packed, **row} for row in rows]
 
 
@@ -363,14 +369,38 @@ def best_of(rows: Sequence[dict[str, Any]], tokens: int) -> list[dict[str, Any]]
     return [best[key] for key in dict.fromkeys(order)]
 
 
-def report(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    """A table of each side's better time, with ratios; all rows go to the file."""
+def device_of(rows: Sequence[dict[str, Any]]) -> str | None:
+    """The card that the sides ran on."""
+    return next((row["device"] for row in rows if "device" in row), None)
+
+
+def write(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """All rows, as far as they are there, and the plot."""
+    if arguments.output is None:
+        return
+    result = {
+        "command": " ".join(["python", "benchmarks/train_step.py", *sys.argv[1:]]),
+        "what": "seconds of a LoRA training step, batch of one row; the median of "
+        f"{arguments.steps}",
+        "tokens": arguments.tokens,
+        "texts_in_a_packed_row": TEXTS,
+        "window": arguments.window,
+        "sinks": arguments.sinks,
+        "versions": {name: version(name) for name in ("jax", "torch", "transformers", "peft")},
+        "device": device_of(rows),
+        "rows": list(rows),
+    }
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    plot(result, arguments.output.with_suffix(".png"))
+
+
+def report(rows: Sequence[dict[str, Any]], tokens: int) -> None:
+    """A table of each side's better time, with ratios."""
     from rich.console import Console
     from rich.table import Table
 
-    best = best_of(rows, arguments.tokens)
-    device = next((row["device"] for row in rows if "device" in row), None)
-    table = Table(title=f"{arguments.tokens:,} tokens, {device}")
+    best = best_of(rows, tokens)
+    table = Table(title=f"{tokens:,} tokens, {device_of(rows)}")
     names = ("rows", "side", "remat", "ms", "tokens/s", "MFU", "loss", "first step s", "GiB")
     for name in (*names, "our speed", "over one"):
         table.add_column(name, justify="left" if name in ("rows", "side") else "right")
@@ -393,22 +423,6 @@ def report(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> Non
         losses = [row["loss"] for row in best if row["rows"] == packed]
         if losses and max(losses) - min(losses) > 0.02:
             sys.exit(f"the sides do not compute the same: losses of the first step are {losses}")
-    if arguments.output is None:
-        return
-    result = {
-        "command": " ".join(["python", "benchmarks/train_step.py", *sys.argv[1:]]),
-        "what": "seconds of a LoRA training step, batch of one row; the median of "
-        f"{arguments.steps}",
-        "tokens": arguments.tokens,
-        "texts_in_a_packed_row": TEXTS,
-        "window": arguments.window,
-        "sinks": arguments.sinks,
-        "versions": {name: version(name) for name in ("jax", "torch", "transformers", "peft")},
-        "device": device,
-        "rows": list(rows),
-    }
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    plot(result, arguments.output.with_suffix(".png"))
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

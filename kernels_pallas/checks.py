@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+_MOST = int(jnp.iinfo(jnp.int32).max)
 
 
 def echo(value: object) -> str:
@@ -51,6 +52,9 @@ def check_heads(
     check_floats(q_name, q, "[B, T, N, H]")
     check_floats(k_name, k, "[B, S, K, H]", like=(q_name, q))
     check_floats(v_name, v, "[B, S, K, H]", like=(q_name, q))
+    for name, x in ((q_name, q), (k_name, k)):
+        if 0 in x.shape:
+            raise ValueError(f"{name}: expected no axis of length 0, got shape {x.shape}")
     if v.shape != k.shape:
         raise ValueError(f"{v_name}: expected {k_name}'s shape {k.shape}, got {v.shape}")
     num_batch = q.shape[0] if same_batch else k.shape[0]
@@ -80,6 +84,8 @@ def check_integers(
             raise ValueError(f"{name}: expected integers of {wanted}, got the int {value}")
         if at_least is not None and value < at_least:
             raise ValueError(f"{name}: expected at least {at_least}, got {value}")
+        if value > _MOST:
+            raise ValueError(f"{name}: expected at most {_MOST}, got {echo(value)}")
         return
     if not hasattr(value, "shape") or not jnp.issubdtype(value.dtype, jnp.integer):
         got = f"dtype {value.dtype}" if hasattr(value, "dtype") else echo(value)

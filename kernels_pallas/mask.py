@@ -247,7 +247,8 @@ def block_map(
     unmasked_end = jnp.clip((begin + 1) // block_kv, unmasked_first, end)
     sinks = per_row(num_sink_tokens)[:, None]
     sink_first = jnp.minimum(segment_start // block_kv, first)
-    sink_end = jnp.clip(-(-(segment_start + sinks) // block_kv), sink_first, first)
+    behind_sinks = segment_start + jnp.minimum(sinks, far - segment_start)
+    sink_end = jnp.clip(-(-behind_sinks // block_kv), sink_first, first)
     if window is None:
         sink_end = sink_first
     else:

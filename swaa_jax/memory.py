@@ -23,6 +23,7 @@ __all__ = [
     "device_memory",
     "gib",
     "is_out_of_memory",
+    "memory_here",
     "memory_of",
     "told_when_full",
 ]
@@ -32,6 +33,11 @@ _MIB, _GIB = 1 << 20, 1 << 30
 _ASKED = re.compile(r"(?:allocate|capacity by) ([\d.]+) ?(bytes|[KMGT])", re.IGNORECASE)
 """On GPUs "while trying to allocate 37.25GiB", on TPUs "attempting to allocate 1.2G", or, of a
 program, "Exceeded hbm capacity by 1.75G"."""
+
+_ON_CHIP = re.compile(r"shared memory|memory space [vs]mem", re.IGNORECASE)
+"""What a kernel has too little of, on GPUs "Shared memory size limit exceeded" and on TPUs "Ran out
+of memory in memory space vmem": fewer tokens are no remedy."""
+
 _UNITS = {"b": 1, "k": 1 << 10, "m": _MIB, "g": _GIB, "t": 1 << 40}
 
 
@@ -65,14 +71,18 @@ def memory_of(device: jax.Device) -> int:
     return machine // len(jax.local_devices(backend=device.platform))
 
 
+def memory_here(array: jax.Array) -> int:
+    """Bytes that this process's first device of the array has for arrays; see `memory_of`."""
+    return memory_of(min(array.sharding.addressable_devices, key=lambda device: device.id))
+
+
 def device_memory(array: jax.Array) -> int:
     """Bytes that a device of the array has for arrays; see `memory_of`.
 
     Processes that share the array plan alike, so it is the least that any of them has, in whole
     MiB.
     """
-    device = min(array.sharding.addressable_devices, key=lambda device: device.id)
-    least = np.int32(memory_of(device) // _MIB)
+    least = np.int32(memory_here(array) // _MIB)
     if not array.is_fully_addressable:
         from jax.experimental import multihost_utils
 
@@ -141,7 +151,7 @@ class Demand:
         Args:
             lacking: bytes that XLA asked for, and did not get, while all else was in memory.
         """
-        room = self.memory if not lacking else min(self.memory, self.needed) - lacking
+        room = self._room(lacking)
 
         def tokens_of(rows: int) -> int:
             """The longest that so many rows may be."""
@@ -165,6 +175,22 @@ class Demand:
     @property
     def _units(self) -> int:
         return self.tokens // self.unit
+
+    def _room(self, lacking: int) -> int:
+        """The bytes that what fits may take, by `bytes_of`.
+
+        Where XLA ran out, `bytes_of` may be far too small. Beside the least that can be asked for,
+        rows took the rest of the memory at most, and wanted more: for as much of them as the rest
+        is of both there is room::
+
+            memory    [ least | free                    ]
+            wanted    [ least | what rows took          | lacking           ]
+        """
+        least = self.bytes_of(1, self.unit)
+        free = self.memory - least
+        if not lacking or free <= 0:
+            return self.memory
+        return least + (min(self.memory, self.needed) - least) * free // (free + lacking)
 
     def error(self, *, lacking: int = 0) -> DeviceMemoryError:
         """The message; `lacking` as in `would_fit`."""
@@ -217,12 +243,14 @@ def told_when_full(demand: Callable[[], Demand]) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether XLA found no room on a device.
+    """Whether XLA found no room in a device's memory.
 
     >>> is_out_of_memory(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory ..."))
     True
     """
-    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
+    text = str(error)
+    is_full = "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
+    return is_full and _ON_CHIP.search(text) is None
 
 
 def _asked_for(error: BaseException) -> int:

@@ -4,16 +4,17 @@ Modules hand over a parameter, or its value where it has to travel alone (throug
 loss). A matrix in another format, int8 with scales say, is a value that these functions understand.
 """
 
-from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas import Target, grouped_matmul
+
+ROWS = "...i,io->...o"
+"""The usual product: rows times a matrix."""
 
 Matrix: TypeAlias = nnx.Variable[Any] | Array
 """A parameter, or its value."""
@@ -22,11 +23,15 @@ Matrix: TypeAlias = nnx.Variable[Any] | Array
 def product(
     x: Float[Array, "..."],
     matrix: Matrix,
-    spec: str = "...i,io->...o",
+    spec: str = ROWS,
     *,
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "..."]:
     """`einsum(spec, x, matrix)`.
+
+    XLA's GPU compiler takes the product of one row and a matrix of less than 10M elements for a sum
+    of products, which it writes to memory first: several times the work of reading the matrix. Two
+    equal rows it gives to the tensor cores, and several matrices that meet the same two at once.
 
     Args:
         x: activations.
@@ -34,29 +39,12 @@ def product(
         spec: which axes are multiplied, as in `jnp.einsum`.
         dtype: of the sums and the result; None: that of the factors.
     """
-    return jnp.einsum(spec, x, dense(matrix), preferred_element_type=dtype)
-
-
-def products(
-    x: Float[Array, "*batch I"], matrices: Sequence[Matrix], *, target: Target | None
-) -> list[Float[Array, "*batch O"]]:
-    """`product(x, matrix)` for each matrix `[I, O]`.
-
-    XLA's GPU compiler takes a single row's product with a small matrix for a sum of products that
-    are written to memory first, eight times the work of reading the matrix. A product with several
-    matrices at once is large enough for the tensor cores, and reads them where they are.
-
-    Args:
-        x: activations.
-        matrices: with the same number of rows.
-        target: what the program is compiled for; None: this process's first device.
-    """
-    is_row = x.size == x.shape[-1]
-    if not is_row or len(matrices) < 2 or (target or Target.here()).platform != "gpu":
-        return [product(x, matrix) for matrix in matrices]
-    values = [dense(matrix) for matrix in matrices]
-    ends = np.cumsum([value.shape[1] for value in values])
-    return jnp.split(product(x, jnp.concatenate(values, axis=1)), ends[:-1], axis=-1)
+    values = dense(matrix)
+    if spec == ROWS and x.size == x.shape[-1] and Target.here().platform == "gpu":
+        rows = jnp.broadcast_to(x.reshape(1, -1), (2, x.size))
+        y = jnp.dot(rows, values, preferred_element_type=dtype)[0]
+        return y.reshape(*x.shape[:-1], -1)
+    return jnp.einsum(spec, x, values, preferred_element_type=dtype)
 
 
 def grouped_product(x: Float[Array, "M I"], matrices: Matrix, **groups: Any) -> Float[Array, "M O"]:

@@ -12,27 +12,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.backends import Target
-from kernels_pallas.chips import is_hopper
 from kernels_pallas.grouped_matmul import pallas_gpu_kernels as kernels
 from kernels_pallas.grouped_matmul.arguments import GroupedMatmulArguments, zero_rows_of_no_group
 from kernels_pallas.grouped_matmul.gradient import differentiable
 from kernels_pallas.layout import pad_end
-
-_LEAST_JAX = (0, 11)
+from kernels_pallas.mosaic_gpu import hopper_limits
 
 
 def limits(arguments: GroupedMatmulArguments) -> tuple[str, ...]:
     """What the kernels cannot compute, or not here."""
-    found = []
-    if jax.__version_info__ < _LEAST_JAX:
-        found.append(f"jax: expected 0.11 or later, got {jax.__version__}")
-    target = arguments.target or Target.here()
-    if not is_hopper(target):
-        found.append(f"target: expected a Hopper GPU (H100, H200), got {target.device_kind}")
-    if arguments.x.dtype not in (jnp.bfloat16, jnp.float16):
-        found.append(f"x: expected bfloat16 or float16, got {arguments.x.dtype}")
-    return tuple(found)
+    return tuple(hopper_limits("x", arguments.x.dtype, target=arguments.target))
 
 
 def compute(arguments: GroupedMatmulArguments) -> Float[Array, "M F"]:

@@ -1,8 +1,8 @@
 """The kernels of ``pallas_gpu``, for Hopper's tensor cores and copy engine.
 
-Rows are cut into tiles, each with rows of one group, and columns into parts. A block of threads
-takes every so-manieth unit, a part of a tile: one warpgroup loads what up to two others multiply,
-64 rows each, and runs ahead through a ring of slots, into the next unit too::
+Rows are cut into tiles, each with rows of one group, and columns into parts. A unit is a part of a
+tile; with n blocks of threads, each takes every n-th. One warpgroup of it loads what up to two
+others multiply, 64 rows each, and runs ahead through a ring of slots, into the next unit too::
 
     loads       x0 w0 | x1 w1 | x2 w2 | ...            D in steps
     computes          | x0 w0 | x1 w1 | ...  | stores
@@ -27,8 +27,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu
 from jaxtyping import Array, Float, Int
+
+from kernels_pallas.mosaic_gpu import plgpu
 
 __all__ = ["ALIGNMENT", "LANES", "Tiles", "products", "weight_gradient"]
 
@@ -40,8 +41,6 @@ LANES = 64
 
 _ROWS = 64
 """Rows of a warpgroup: those of the tensor cores' products."""
-
-plgpu: Any = mosaic_gpu  # each JAX has its own signatures; 0.11 and later will do
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

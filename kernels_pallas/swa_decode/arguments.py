@@ -2,11 +2,15 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.backends import Target
 from kernels_pallas.checks import check_booleans, check_heads, check_integers, check_mask
 from kernels_pallas.mask import IntOrPerRow, per_row, visible
+
+NEVER = jnp.iinfo(jnp.int32).max
+"""A position that comes after every query, and a window that nothing is older than."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +90,17 @@ class DecodeArguments:
         return cache[self.page_table].reshape(
             self.page_table.shape[0], self.num_slots, *cache.shape[2:]
         )
+
+    def row_rules(self) -> Int[Array, "B 3 R"]:
+        """Position, window and sinks of each query of a KV head; rows are ``[token, group]``."""
+        shape = self.q_positions.shape
+        window = per_row(NEVER if self.window is None else self.window)[:, None]
+        if self.q_full is not None:
+            window = jnp.where(self.q_full, NEVER, window)
+        rules = (self.q_positions, window, per_row(self.num_sink_tokens)[:, None])
+        rules = [jnp.broadcast_to(rule.astype(jnp.int32), shape) for rule in rules]
+        num_groups = self.q.shape[2] // self.cache_k.shape[2]
+        return jnp.repeat(jnp.stack(rules, axis=1), num_groups, axis=2)
 
     def mask(self, k_positions: Int[Array, "B S"]) -> Bool[Array, "B n S"]:
         """:func:`visible` of every query against keys at ``k_positions``; -1 is never seen."""

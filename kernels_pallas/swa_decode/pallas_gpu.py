@@ -5,19 +5,14 @@ another joins what its units give. What a slot holds is told by its position alo
 looks at itself, so that little is left to do around it.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.backends import Target
-from kernels_pallas.chips import is_hopper
 from kernels_pallas.layout import pad_end
-from kernels_pallas.mask import per_row
+from kernels_pallas.mosaic_gpu import hopper_limits
 from kernels_pallas.swa_decode import pallas_gpu_kernels as kernels
 from kernels_pallas.swa_decode import pallas_triton
-from kernels_pallas.swa_decode.arguments import DecodeArguments
-
-_LEAST_JAX = (0, 11)
+from kernels_pallas.swa_decode.arguments import NEVER, DecodeArguments
 
 _LEAST_PIECE = 8
 """Slots of a page are a multiple of it: rows over which shared memory is swizzled."""
@@ -34,14 +29,8 @@ _MOST_UNITS = 66
 
 def limits(arguments: DecodeArguments) -> tuple[str, ...]:
     """What the kernel cannot compute, or not here."""
-    found, (_, num_new, num_heads, head_dim) = [], arguments.q.shape
-    if jax.__version_info__ < _LEAST_JAX:
-        found.append(f"jax: expected 0.11 or later, got {jax.__version__}")
-    target = arguments.target or Target.here()
-    if not is_hopper(target):
-        found.append(f"target: expected a Hopper GPU (H100, H200), got {target.device_kind}")
-    if arguments.q.dtype not in (jnp.bfloat16, jnp.float16):
-        found.append(f"q: expected bfloat16 or float16, got {arguments.q.dtype}")
+    found = hopper_limits("q", arguments.q.dtype, target=arguments.target)
+    _, num_new, num_heads, head_dim = arguments.q.shape
     if head_dim > 256 or head_dim % 8:
         found.append(f"q: expected a head dim of at most 256, a multiple of 8, got {head_dim}")
     num_rows = num_new * (num_heads // arguments.cache_k.shape[2])
@@ -63,9 +52,8 @@ def limits(arguments: DecodeArguments) -> tuple[str, ...]:
 def drawbacks(arguments: DecodeArguments) -> tuple[str, ...]:
     """Why ``pallas_triton`` is the better, where it can compute the arguments.
 
-    Microseconds a layer on an H200 (bfloat16, 32 heads over 8, head dim 128), here and there: a
-    ring of 2,058 slots 15.6 and 12.7; 20k tokens held of 128k slots 111 and 75; 32 rows of 8k
-    tokens 302 and 306; 8 new tokens after 128k 181 and 245.
+    On an H200 it is so with rings and with rows that hold little of their slots, not with several
+    new tokens after a long row (`benchmarks/decode_gpu.py` measures both).
     """
     if pallas_triton.limits(arguments):
         return ()
@@ -120,7 +108,7 @@ def decode_in_units(
     parts, lse = kernels.attend(
         static,
         q,
-        _row_rules(arguments, groups),
+        pad_end(arguments.row_rules(), kernels.MAX_ROWS - num_new * groups, axis=2, value=-1),
         _positions(arguments),
         jnp.zeros((num_batch, 1), jnp.int32) if table is None else table.astype(jnp.int32),
         (arguments.cache_k, arguments.cache_v),
@@ -141,17 +129,4 @@ def _positions(arguments: DecodeArguments) -> Int[Array, "B S"]:
         found.append(arguments.q_positions)
     found = [pad_end(x, -x.shape[1] % kernels.BLOCK, axis=1, value=-1) for x in found]
     positions = jnp.concatenate(found, axis=1).astype(jnp.int32)
-    return jnp.where(positions >= 0, positions, kernels.NEVER)
-
-
-def _row_rules(arguments: DecodeArguments, num_groups: int) -> Int[Array, "B 3 64"]:
-    """Position, window and sinks of each row of a KV head; rows are ``[token, group]``."""
-    shape = arguments.q_positions.shape
-    # A full row has a window that nothing is older than.
-    window = per_row(kernels.NEVER if arguments.window is None else arguments.window)[:, None]
-    if arguments.q_full is not None:
-        window = jnp.where(arguments.q_full, kernels.NEVER, window)
-    rules = (arguments.q_positions, window, per_row(arguments.num_sink_tokens)[:, None])
-    rules = [jnp.broadcast_to(rule.astype(jnp.int32), shape) for rule in rules]
-    rows = jnp.repeat(jnp.stack(rules, axis=1), num_groups, axis=2)
-    return pad_end(rows, kernels.MAX_ROWS - rows.shape[2], axis=2, value=-1)
+    return jnp.where(positions >= 0, positions, NEVER)

@@ -28,13 +28,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.layout import LOWEST, round_up
 from kernels_pallas.mask import visible
+from kernels_pallas.mosaic_gpu import plgpu
+from kernels_pallas.swa_decode.arguments import NEVER
 
-__all__ = ["BLOCK", "COLUMNS", "MAX_ROWS", "NEVER", "Static", "Tiles", "attend", "join"]
+__all__ = ["BLOCK", "COLUMNS", "MAX_ROWS", "Static", "Tiles", "attend", "join"]
 
 BLOCK = 128
 """Slots of a block: threads of a warpgroup, each of which looks at one slot's position."""
@@ -44,11 +45,6 @@ COLUMNS = 64
 
 MAX_ROWS = 64
 """Rows of the tensor cores' products."""
-
-NEVER = jnp.iinfo(jnp.int32).max
-"""Position of a slot that holds nothing: no query is that far."""
-
-plgpu: Any = mosaic_gpu  # each JAX has its own signatures; 0.11 and later will do
 
 _BLOCKS_AT_ONCE = 16
 """Blocks whose positions are waited for together."""

@@ -37,11 +37,9 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.chips import TPUS, generation_of
 from kernels_pallas.layout import LANES, pad_end, round_up
 from kernels_pallas.mask import per_row
-from kernels_pallas.swa_decode.arguments import DecodeArguments
+from kernels_pallas.swa_decode.arguments import NEVER, DecodeArguments
 
 MAX_NEW_TOKENS = 8
-NEVER = jnp.iinfo(jnp.int32).max
-"""Position of a slot that no query sees: it comes after every query. Also a full row's window."""
 
 _HEAD_DIMS = (64, 80, 96, 128, 256)
 _KEY_BYTES = 1 << 20  # of a block of K; V's is as large, and both are there twice

@@ -23,14 +23,12 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.layout import LOWEST, next_power_of_two, pad_end
-from kernels_pallas.mask import per_row, visible
+from kernels_pallas.mask import visible
 from kernels_pallas.swa_decode.arguments import DecodeArguments
 from kernels_pallas.swa_decode.sums import Sums, joined
 from kernels_pallas.swa_decode.xla import attend_apart, by_kv_head, products_on
 from kernels_pallas.triton import triton as plgpu
 from kernels_pallas.triton import triton_limits
-
-NEVER = jnp.iinfo(jnp.int32).max
 
 _LEAST_ROWS = 16
 """Of a product's left side, and slots of a block at least."""
@@ -148,7 +146,7 @@ def _attend_to_cache(
     )(
         table.astype(jnp.int32),
         _bounds(arguments, tiles, num_units),
-        pad_end(_row_rules(arguments, num_groups), missing_rows, axis=2, value=-1),
+        pad_end(arguments.row_rules(), missing_rows, axis=2, value=-1),
         pad_end(positions_BS, missing_slots, axis=1, value=-1),
         pad_end(q_BKRH, missing_rows, axis=2),
         arguments.cache_k,
@@ -179,18 +177,6 @@ def _bounds(arguments: DecodeArguments, tiles: Tiles, num_units: int) -> Int[Arr
     end = jnp.max(jnp.where(seen, number + 1, 0), axis=2)
     first = jnp.min(jnp.where(seen, number, tiles.unit_blocks), axis=2)
     return jnp.stack([jnp.minimum(first, end), end], axis=-1)
-
-
-def _row_rules(arguments: DecodeArguments, num_groups: int) -> Int[Array, "B 3 R"]:
-    """Position, window and sinks of each query of a KV head; rows are ``[token, group]``."""
-    shape = arguments.q_positions.shape
-    # A full row has a window that nothing is older than.
-    window = per_row(NEVER if arguments.window is None else arguments.window)[:, None]
-    if arguments.q_full is not None:
-        window = jnp.where(arguments.q_full, NEVER, window)
-    rules = (arguments.q_positions, window, per_row(arguments.num_sink_tokens)[:, None])
-    rules = [jnp.broadcast_to(rule.astype(jnp.int32), shape) for rule in rules]
-    return jnp.repeat(jnp.stack(rules, axis=1), num_groups, axis=2)
 
 
 def _attend_to_unit(

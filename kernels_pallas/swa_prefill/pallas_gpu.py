@@ -4,8 +4,7 @@ It takes all that ``swa_prefill`` takes in 16 bits: windows and sinks that are t
 rows, segments, lengths, soft caps, queries at an offset. What a row sees becomes two ranges of keys
 (its own, and the sinks of its segment), so that the kernel knows of none of these.
 
-Its gradient has kernels of its own, up to a head dim of 128; ``xla`` computes that of wider heads,
-and cuDNN that of layers without a window.
+Its gradient has kernels of its own, up to a head dim of 128; ``xla`` computes that of wider heads.
 """
 
 import dataclasses
@@ -19,13 +18,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.backends import Target
-from kernels_pallas.chips import is_hopper
 from kernels_pallas.layout import pad_end
 from kernels_pallas.mask import RowInfo, block_map, per_row
-from kernels_pallas.swa_prefill import cudnn, xla
+from kernels_pallas.mosaic_gpu import hopper_limits
 from kernels_pallas.swa_prefill import pallas_gpu_gradient as gradient
 from kernels_pallas.swa_prefill import pallas_gpu_kernels as kernels
 from kernels_pallas.swa_prefill import pallas_gpu_key_table as key_table
+from kernels_pallas.swa_prefill import xla
 from kernels_pallas.swa_prefill.arguments import (
     SAVED,
     AttentionOutput,
@@ -33,20 +32,13 @@ from kernels_pallas.swa_prefill.arguments import (
     without_padding,
 )
 
-_LEAST_JAX = (0, 11)
 _ROW_RULES = ("window", "num_sink_tokens", "q_offset", "lengths", "segment_ids", "q_full")
 
 
 def limits(arguments: PrefillArguments) -> tuple[str, ...]:
     """What the kernel cannot compute, or not here."""
-    found, head_dim = [], arguments.q.shape[3]
-    if jax.__version_info__ < _LEAST_JAX:
-        found.append(f"jax: expected 0.11 or later, got {jax.__version__}")
-    target = arguments.target or Target.here()
-    if not is_hopper(target):
-        found.append(f"target: expected a Hopper GPU (H100, H200), got {target.device_kind}")
-    if arguments.q.dtype not in (jnp.bfloat16, jnp.float16):
-        found.append(f"q: expected bfloat16 or float16, got {arguments.q.dtype}")
+    found = hopper_limits("q", arguments.q.dtype, target=arguments.target)
+    head_dim = arguments.q.shape[3]
     if head_dim > 256:
         found.append(f"q: expected a head dim of at most 256, got {head_dim}")
     if not float(arguments.scale) > 0:
@@ -194,32 +186,19 @@ def _bounds(arguments: PrefillArguments, rows: RowInfo) -> Int[Array, "B 4 T"]:
         low = jnp.maximum(rows.q_index - per_row(arguments.window)[:, None] + 1, rows.q_start)
         if rows.q_full is not None:
             low = jnp.where(rows.q_full, rows.q_start, low)
-    sinks_end = jnp.minimum(rows.q_start + per_row(arguments.num_sink_tokens)[:, None], low)
+    sinks = per_row(arguments.num_sink_tokens)[:, None]
+    sinks_end = rows.q_start + jnp.minimum(sinks, low - rows.q_start)
     ranges = (low, jnp.where(rows.q_valid, rows.q_index, -1), rows.q_start, sinks_end)
     return jnp.stack(jnp.broadcast_arrays(*ranges), axis=1).astype(jnp.int32)
 
 
-def _other_gradient(call: _Call, arguments: PrefillArguments) -> Any:
-    """The backend whose output and gradient stand in for the kernels'; None: none.
-
-    Measured on an H200 (bfloat16, 32 heads over 8, head dim 128, 32k tokens; forward and backward,
-    ms): full causal 61 here, 56 in cuDNN; a window of 2,048 8.8 and 8.6; with 128 sinks 9.9 and 18.
-    """
-    if arguments.q.shape[3] > gradient.MOST_HEAD_DIM:
-        return xla
-    is_full = arguments.window is None and not call.interpret
-    return cudnn if is_full and not cudnn.limits(arguments) else None
-
-
 def _attend_forward(call: _Call, q: Array, k: Array, v: Array, traced: dict[str, Array]):
-    arguments = call.arguments(q, k, v, traced)
-    other = _other_gradient(call, arguments)
-    if other is None:
+    if q.shape[3] <= gradient.MOST_HEAD_DIM:
         result: Any = checkpoint_name(_attend(call, q, k, v, traced), SAVED)
         return result, (q, k, v, traced, *result)
 
     def elsewhere(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-        found = other.compute(dataclasses.replace(arguments, q=q, k=k, v=v))
+        found = xla.compute(call.arguments(q, k, v, traced))
         return found.out, found.lse
 
     return jax.vjp(elsewhere, q, k, v)

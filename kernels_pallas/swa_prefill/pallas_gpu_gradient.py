@@ -24,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.mosaic_gpu import plgpu
 from kernels_pallas.swa_prefill.pallas_gpu_kernels import (
     BLOCK_Q,
     LOG2_E,
@@ -33,7 +34,6 @@ from kernels_pallas.swa_prefill.pallas_gpu_kernels import (
     Steps,
     Tiles,
     load,
-    plgpu,
 )
 from kernels_pallas.swa_prefill.pallas_gpu_key_table import KEYS_OF_TILE, joined
 
@@ -200,7 +200,7 @@ def _queries_kernel(
     thread = lax.axis_index("thread")
     q, d_out, k, v = memory
     slots, block_kv = static.tiles.num_stages, static.tiles.block_kv
-    row, kv_head, tile_rows, head = shape.tile(lax.axis_index("block"))
+    row, kv_head, tile_rows, head = shape.tile(lax.axis_index("block"), has_low=static.has_low)
     first = tile_rows * shape.rows_of_tile
     is_pair = shape.heads_of_tile == 2
     steps = Steps(table_ref, row, tile_rows)

@@ -26,11 +26,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.layout import LOWEST
 from kernels_pallas.mask import BlockMap
+from kernels_pallas.mosaic_gpu import plgpu
 
 __all__ = ["HEAD_MULTIPLE", "Shape", "Static", "Tiles", "attend", "choose_tiles", "step_table"]
 
@@ -39,8 +39,6 @@ HEAD_MULTIPLE = 64
 
 BLOCK_Q = 64
 """Rows of a warpgroup: those of the tensor cores' products."""
-
-plgpu: Any = mosaic_gpu  # each JAX has its own signatures; 0.11 and later will do
 
 WARPGROUPS = 2
 LOG2_E = math.log2(math.e)
@@ -135,13 +133,21 @@ class Shape:
         """All of them."""
         return self.num_batch * self.num_kv_heads * self.row_blocks * self.parts
 
-    def tile(self, number: Any) -> tuple[Any, Any, Any, Any]:
-        """Batch row, KV head, block of rows and first head of a tile; the last rows come first,
-        since they may see the most keys.
+    def tile(self, number: Any, *, has_low: bool) -> tuple[Any, Any, Any, Any]:
+        """Batch row, KV head, block of rows and first head of a tile.
+
+        The last rows come first, since they may see the most keys. Where all rows see all keys
+        before them, a head's follow one another, so that its keys stay in the chip's memory. Else
+        all heads of the same rows do: the few rows that see far more than others, full ones, then
+        fall on all blocks of threads alike.
         """
         number, part = number // self.parts, number % self.parts
-        number, block = number // self.row_blocks, number % self.row_blocks
-        row, kv_head = number // self.num_kv_heads, number % self.num_kv_heads
+        if has_low:
+            number, kv_head = number // self.num_kv_heads, number % self.num_kv_heads
+            row, block = number // self.row_blocks, number % self.row_blocks
+        else:
+            number, block = number // self.row_blocks, number % self.row_blocks
+            row, kv_head = number // self.num_kv_heads, number % self.num_kv_heads
         group = self.num_heads // self.num_kv_heads
         head = kv_head * group + part * self.heads_of_tile
         return row, kv_head, self.row_blocks - 1 - block, head
@@ -174,7 +180,7 @@ def step_table(blocks: BlockMap) -> Int[Array, "B Q 8"]:
 def choose_tiles(head_dim: int) -> Tiles:
     """What fits shared memory, 227 KiB.
 
-    Blocks of threads that stay for many tiles are 3% faster on an H200, with heads of 128.
+    With heads of 128, blocks of threads that stay for many tiles are the faster ones.
     """
     if head_dim <= 64:
         return Tiles(num_stages=4, num_buffers=1)
@@ -306,7 +312,7 @@ def _kernel(
 
     def place(number: Any, warpgroup: Any) -> tuple[Any, Any, Any, Any, Any]:
         """Where a warpgroup's rows are: batch row, KV head, block of rows, first row, head."""
-        row, kv_head, rows, head = shape.tile(block + number * blocks)
+        row, kv_head, rows, head = shape.tile(block + number * blocks, has_low=static.has_low)
         first = rows * shape.rows_of_tile
         if shape.heads_of_tile == 2:
             return row, kv_head, rows, first, head + warpgroup

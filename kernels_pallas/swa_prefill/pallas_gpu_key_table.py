@@ -4,7 +4,6 @@ Every row reads the sinks, so that their tile would take longer than all others 
 of long tiles is cut into pieces, whose sums are added at the end.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -58,8 +57,7 @@ def key_table(
 
     def count(x_BQ: Array, key_J: Array, side: str) -> Array:
         """Entries below a key (or at it: "right"), of arrays that do not fall."""
-        find = functools.partial(jnp.searchsorted, side=side)
-        return jax.vmap(lambda x: find(x, key_J))(x_BQ).astype(jnp.int32)
+        return jax.vmap(lambda x: _place(x, key_J, side=side))(x_BQ)
 
     some = count(first, jnp.full((1,), _FAR, jnp.int32), "left")  # blocks with valid rows
     seen_from = jnp.minimum(count(last, begin, "left"), some)
@@ -67,7 +65,7 @@ def key_table(
     segment_to = jnp.clip(count(least_start, end, "right"), seen_to, some)
     if window is not None:
         sinks_B1 = per_row(num_sink_tokens)[:, None]
-        reach = jnp.where(most_start == _FAR, _FAR, most_start + sinks_B1)
+        reach = most_start + jnp.minimum(sinks_B1, _FAR - most_start)
         has_sinks = (count(reach, begin, "right") < segment_to) & (sinks_B1 > 0)
         seen_to = jnp.where(has_sinks, segment_to, seen_to)
     whole_from = jnp.clip(count(first, end, "left"), seen_from, seen_to)
@@ -78,9 +76,8 @@ def key_table(
         has_full = blocks(rows.q_full.astype(jnp.int32), jnp.max, 0) > 0
         numbers = jnp.arange(num_blocks, dtype=jnp.int32)
         listed = jnp.sort(jnp.where(has_full, numbers, _FAR), axis=1)
-        place = jax.vmap(lambda x, at: jnp.searchsorted(x, at).astype(jnp.int32))
-        full_from = place(listed, seen_to)
-        full_to = jnp.maximum(place(listed, segment_to), full_from)
+        full_from = jax.vmap(_place)(listed, seen_to)
+        full_to = jnp.maximum(jax.vmap(_place)(listed, segment_to), full_from)
     left = whole_from - seen_from
     right = left + seen_to - whole_to
     masked = right + full_to - full_from
@@ -99,6 +96,14 @@ def key_table(
     return cut(table, choose_num_pieces(num_tiles)), listed
 
 
+def _place(x: Int[Array, " Q"], at: Int[Array, " J"], *, side: str = "left") -> Int[Array, " J"]:
+    """Where these numbers belong among those of x, which do not fall.
+
+    By comparing all with all, in one step; a search by halves is a loop of small programs.
+    """
+    return jnp.searchsorted(x, at, side=side, method="compare_all").astype(jnp.int32)
+
+
 def choose_num_pieces(num_tiles: int) -> int:
     """Pieces beyond one a tile: as many as keep the sinks' tile from being the last to end."""
     return min(64, num_tiles // 4)
@@ -114,8 +119,8 @@ def cut(table: Int[Array, "B J 8"], num_pieces: int) -> Int[Array, "B L 11"]:
         lines   0 0 0 ........ 0 0 0, 0 | 0 0 0 | 1 1 | 2 2 | 3 3
                 [ further pieces      ] [ each tile's first     ]
 
-    A line is that of the piece's tile, its tile, and its first and last step but one; those of the
-    P pieces that no tile needs have no steps.
+    A line is that of the piece's tile, with three more columns: the tile, the piece's first step,
+    and the one behind its last. Those of the P pieces that no tile needs have no steps.
     """
     num_tiles = table.shape[1]
     total_BJ = table[:, :, 3]
@@ -127,8 +132,7 @@ def cut(table: Int[Array, "B J 8"], num_pieces: int) -> Int[Array, "B L 11"]:
     more_BJ = jnp.maximum(-(-total_BJ // longest_B1), 1) - 1
     before_BJ = jnp.cumsum(more_BJ, axis=1)
     number = jnp.arange(num_pieces, dtype=jnp.int32)
-    find = jax.vmap(lambda x: jnp.searchsorted(x, number, side="right").astype(jnp.int32))
-    tile_BP = find(before_BJ)
+    tile_BP = jax.vmap(lambda x: _place(x, number, side="right"))(before_BJ)
     is_used = tile_BP < num_tiles
     tile_BP = jnp.minimum(tile_BP, num_tiles - 1)
 

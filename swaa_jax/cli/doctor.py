@@ -231,6 +231,7 @@ _MEANINGS = (
     ("CUDA_ERROR_NO_DEVICE", "see nvidia-smi; in a container, start it with --gpus all"),
     ("driver version is insufficient", "update the NVIDIA driver"),
     ("RESOURCE_EXHAUSTED", "another process has the memory: see nvidia-smi"),
+    ("expects platform", "take SWAA_BACKEND out of the environment, or name what runs here"),
 )
 """What is told where JAX's own words have these in them."""
 

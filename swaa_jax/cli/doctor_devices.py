@@ -93,8 +93,8 @@ def _compute() -> dict[str, Any]:
 
 
 def _backends() -> dict[str, list[str]]:
-    """What computes each operation of a model like Qwen3-4B here, and what speaks against others;
-    nothing is computed.
+    """What computes each operation of a model like Qwen3-4B here, and what speaks against others,
+    or why nothing does; nothing is computed.
     """
     import jax
     import jax.numpy as jnp
@@ -138,8 +138,12 @@ def _backends() -> dict[str, list[str]]:
     }
     found = {}
     for name, (call, arguments) in calls.items():
-        with record_choices() as choices:
-            jax.eval_shape(call, *arguments)
+        try:
+            with record_choices() as choices:
+                jax.eval_shape(call, *arguments)
+        except NotImplementedError as error:  # SWAA_BACKEND names what cannot compute this
+            found[name] = [str(error)]
+            continue
         found[name] = [
             f"{one.op}: {one.name}"
             + (", as asked for" if one.is_named else "")

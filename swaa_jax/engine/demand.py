@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from kernels_pallas.layout import round_up
 from swaa_jax.costs import working_bytes
 from swaa_jax.engine.lane import Lane
+from swaa_jax.engine.memory import SLOTS
 from swaa_jax.engine.options import EngineOptions
 from swaa_jax.memory import Demand
 from swaa_jax.models.function import SplitModel
@@ -40,15 +41,20 @@ def demand_of(
     name = max(caches, key=lambda one: caches[one])
     model, given = models[name], options[name]
     others = weight_bytes + sum(caches.values()) - caches[name]
+    # Models read in turn.
+    others_chunk = max(
+        (chunk_bytes(models[one], options[one]) for one in options if one != name), default=0
+    )
 
     def bytes_of(rows: int, tokens: int) -> int:
         kept = others + _cache_bytes(model, given, rows, tokens)
-        return max(kept + chunk_bytes(model, _asked(given, rows, tokens)), int(kept / share))
+        chunk = max(others_chunk, chunk_bytes(model, _asked(given, rows, tokens)))
+        return max(kept + chunk, int(kept / share))
 
     return Demand(
         rows=given.num_slots,
         tokens=given.max_tokens,
-        row_option="num_slots (batch_size of generate)",
+        row_option=SLOTS,
         token_option="max_tokens",
         bytes_of=bytes_of,
         memory=memory,

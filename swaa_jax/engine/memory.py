@@ -13,6 +13,9 @@ from swaa_jax.attention import Caches, PagedCache
 from swaa_jax.memory import DeviceMemoryError, gib
 from swaa_jax.sharding import attention_specs
 
+SLOTS = "num_slots (batch_size of generate)"
+"""How messages name the number of rows."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheBytes:
@@ -107,9 +110,11 @@ def plan_memory(
     """
     fixed = sum(each.fixed_bytes for each in needs)
     room, within = int(share * memory), f"{share:.3g} of a device's {gib(memory)}"
+    remedy = "raise memory_share, or split the model over more devices (mesh)"
     if memory - working_bytes < room:
         room = memory - working_bytes
         within = f"a device's {gib(memory)} less {gib(working_bytes)} that a step computes with"
+        remedy = "lower chunk_size, or split the model over more devices (mesh)"
     left = room - weight_bytes - fixed
 
     def told() -> str:
@@ -118,8 +123,8 @@ def plan_memory(
     others = f"weights of {gib(weight_bytes)} and rows' own memory of {gib(fixed)}"
     if left < 0:
         raise DeviceMemoryError(
-            f"memory_share: expected room for {others}, got {within}{told()}; lower num_slots or "
-            "max_tokens, or raise memory_share"
+            f"memory_share: expected room for {others}, got {within}{told()}; lower {SLOTS} or "
+            f"max_tokens, {remedy}"
         )
     pages = {at: each.most_pages for at, each in enumerate(needs) if not each.page_bytes}
     snapshots = {at: 0 for at, each in enumerate(needs) if not each.snapshot_bytes}
@@ -133,7 +138,7 @@ def plan_memory(
         if count > fit:
             raise DeviceMemoryError(
                 f"{option}: expected at most {fit * unit} for {name!r}, as fit into {within} with "
-                f"{others}, got {count * unit}; ask for fewer, or raise memory_share"
+                f"{others}, got {count * unit}; ask for fewer, {remedy}"
             )
         left -= count * size
         others += f", {option} of {name!r} of {gib(count * size)}"
@@ -165,7 +170,7 @@ def plan_memory(
             raise DeviceMemoryError(
                 f"memory_share: expected room for a page of {needs[at].page_size} tokens "
                 f"({gib(want.size)}) for {needs[at].name!r} with {others}, got {within}{told()}; "
-                "lower num_slots, or raise memory_share"
+                f"lower {SLOTS} or max_tokens, {remedy}"
             )
     return [Plan(pages=pages[at], snapshots=snapshots[at]) for at in range(len(needs))]
 

@@ -22,7 +22,7 @@ from swaa_jax.fields import integer, wrong
 from swaa_jax.infer.buckets import length_bucket, pad_right
 from swaa_jax.infer.prompts import check_context
 from swaa_jax.losses import TargetLosses, target_losses
-from swaa_jax.memory import Demand, bytes_of_arrays, device_memory, told_when_full
+from swaa_jax.memory import Demand, bytes_of_arrays, memory_here, told_when_full
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import SplitModel, Structure, jit_by_structure, split_model
 from swaa_jax.policy import AttentionPolicy, LayerAttention, PolicyLike, Stage, load_policy
@@ -34,6 +34,7 @@ __all__ = [
     "Continuation",
     "Likelihood",
     "losses_at",
+    "reading_demand",
     "row_kinds",
     "row_windows",
     "score_continuations",
@@ -239,7 +240,7 @@ def _score(
         windows = np.full((split.config.num_layers, count), width, np.int32)
         for row, own in enumerate(layers):
             windows[:, row] = row_windows(own, width)
-    with told_when_full(lambda: _demand(split, rows=count, tokens=width)):
+    with told_when_full(lambda: reading_demand(split, rows=count, tokens=width)):
         losses = _token_losses(
             split.arrays,
             tokens,
@@ -261,8 +262,18 @@ def _score(
     ]
 
 
-def _demand(model: SplitModel, *, rows: int, tokens: int) -> Demand:
-    """What rows that are read in one piece ask of each device."""
+def reading_demand(
+    model: SplitModel,
+    *,
+    rows: int,
+    tokens: int,
+    row_option: str = "batch_size",
+    token_option: str = "continuations",
+) -> Demand:
+    """What rows that are read in one piece ask of each device; the options are what says so.
+
+    It is asked where this process runs out of memory, and asks no other process.
+    """
     weights = bytes_of_arrays(model.arrays.values())
     parts, _ = batch_parts(model.mesh)
 
@@ -273,10 +284,10 @@ def _demand(model: SplitModel, *, rows: int, tokens: int) -> Demand:
     return Demand(
         rows=rows,
         tokens=tokens,
-        row_option="batch_size",
-        token_option="continuations",
+        row_option=row_option,
+        token_option=token_option,
         bytes_of=bytes_of,
-        memory=device_memory(next(iter(model.arrays.values()))),
+        memory=memory_here(next(iter(model.arrays.values()))),
         advice="or split the model over more devices (mesh)",
     )
 

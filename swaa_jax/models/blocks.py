@@ -5,7 +5,7 @@ A family that differs in a block subclasses `DecoderLayer` and overrides what ma
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels_pallas import Target
 from swaa_jax.attention import (
     AttentionOptions,
     LayerCache,
@@ -27,8 +28,8 @@ from swaa_jax.attention import (
 from swaa_jax.lora.adapters import LoraAdapter
 from swaa_jax.models.config import DecoderConfig
 from swaa_jax.models.rope import RopeConfig, rotate, rotation
-from swaa_jax.products import lookup, product, products
-from swaa_jax.sharding import constrain_batch, kv_head_copies
+from swaa_jax.products import lookup, product
+from swaa_jax.sharding import constrain_batch, kv_head_copies, target_of
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -94,27 +95,10 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         """The projection, with its bias and adapter where it has them."""
-        return self.finish(x, product(x, self.kernel))
-
-    def finish(
-        self, x: Float[Array, "*batch I"], y: Float[Array, "*batch O"]
-    ) -> Float[Array, "*batch O"]:
-        """The projection of x from `y = x @ kernel`."""
+        y = product(x, self.kernel)
         if self.bias is not None:
             y = y + self.bias[...]
         return y if self.adapter is None else self.adapter(x, y)
-
-
-def project(
-    projections: Sequence[Linear], x: Float[Array, "B T I"], rows: "Rows"
-) -> list[Float[Array, "B T O"]]:
-    """Each projection of x; on one device, of several at once where that is faster."""
-    kernels = [each.kernel for each in projections]
-    if rows.mesh is None:
-        ys = products(x, kernels, target=None)
-    else:
-        ys = [product(x, kernel) for kernel in kernels]
-    return [each.finish(x, y) for each, y in zip(projections, ys, strict=True)]
 
 
 class RMSNorm(nnx.Module):
@@ -147,9 +131,11 @@ def made_once(x: Float[Array, "B T D"], rows: "Rows") -> Float[Array, "B T D"]:
     """x; with caches it is made by itself, apart from the products before and behind it.
 
     Left to itself a TPU's compiler puts norms and sums into the products' programs, again for each
-    of them, and takes seconds to write each one: most of a deep model's compile time.
+    of them, and takes seconds to write each one: most of a deep model's compile time. A GPU's
+    compiler does not, and what it makes by itself is a program more to start.
     """
-    return x if rows.pos_B is None else jax.lax.optimization_barrier(x)
+    is_gpu = (target_of(rows.mesh) or Target.here()).platform == "gpu"
+    return x if rows.pos_B is None or is_gpu else jax.lax.optimization_barrier(x)
 
 
 class Embedding(nnx.Module):
@@ -343,8 +329,7 @@ class Attention(nnx.Module):
         """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, normed, not rotated."""
         heads = (*x.shape[:2], -1, self.head_dim)
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        ys = project(projections, x, rows)
-        q, k, v = (made_once(y, rows).reshape(heads) for y in ys)
+        q, k, v = (made_once(proj(x), rows).reshape(heads) for proj in projections)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
@@ -368,8 +353,8 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], rows: Rows) -> FeedForward:
         """The block's output; it has no router."""
-        gate, up = project((self.gate_proj, self.up_proj), x, rows)
-        return FeedForward(out=self.down_proj(activation(self.activation)(gate) * up))
+        gated = activation(self.activation)(self.gate_proj(x)) * self.up_proj(x)
+        return FeedForward(out=self.down_proj(gated))
 
 
 class DecoderLayer(nnx.Module):

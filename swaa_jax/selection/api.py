@@ -83,6 +83,7 @@ def select_layers(
         ValueError: something that is not as above, an unknown option, a number of layers that
             leaves nothing to select, samples on which layers cannot be compared, or a directory of
             another run.
+        DeviceMemoryError: a device has no room for it; the message says how many tokens would fit.
 
     Examples:
         >>> import swaa_jax as swaa

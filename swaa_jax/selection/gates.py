@@ -26,8 +26,10 @@ from jaxtyping import Array, Float
 from swaa_jax import fields, runtime, storage
 from swaa_jax.attention import GatedLayer, LayerKind
 from swaa_jax.data import Sample
+from swaa_jax.infer.likelihoods import reading_demand
+from swaa_jax.memory import Demand, told_when_full
 from swaa_jax.models import CausalLM
-from swaa_jax.models.function import Structure, jit_by_structure, split_model
+from swaa_jax.models.function import SplitModel, Structure, jit_by_structure, split_model
 from swaa_jax.policy import AttentionPolicy, LayerAttention
 from swaa_jax.progress import ShowProgress
 from swaa_jax.runtime import to_host
@@ -155,14 +157,25 @@ def train_gates(
     )
     batches = _batches(model, samples, config)
     for step in range(start, config.steps):
-        state, loss = run(state, split.arrays, batches(step))
+        rows = batches(step)
+        with told_when_full(functools.partial(_demand, split, rows)):
+            state, loss = run(state, split.arrays, rows)
+            loss = float(loss)  # waits
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps or step == start:
             check_numbers("gates", to_host(state[0]))
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             kept.save(step + 1, state)
         if progress is not None:
-            progress(f"gates, loss {float(loss):.4f}", (step + 1) / config.steps)
+            progress(f"gates, loss {loss:.4f}", (step + 1) / config.steps)
     return to_host(state[0])
+
+
+def _demand(model: SplitModel, rows: dict[str, np.ndarray]) -> Demand:
+    """What a step asks of each device; less than it takes, which has a backward pass."""
+    count, width = rows["tokens"].shape
+    return reading_demand(
+        model, rows=count, tokens=width, row_option="rows", token_option="max_length"
+    )
 
 
 def _batches(

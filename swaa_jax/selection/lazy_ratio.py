@@ -25,9 +25,11 @@ from swaa_jax.attention import LayerKind
 from swaa_jax.data import Sample
 from swaa_jax.fields import check_fields, integer
 from swaa_jax.infer.buckets import length_bucket, pad_right
+from swaa_jax.infer.likelihoods import reading_demand
+from swaa_jax.memory import Demand, told_when_full
 from swaa_jax.models import CausalLM
 from swaa_jax.models.blocks import DecoderLayer, LayerOutput
-from swaa_jax.models.function import Structure, jit_by_structure, split_model
+from swaa_jax.models.function import SplitModel, Structure, jit_by_structure, split_model
 from swaa_jax.policy import AttentionPolicy, Stage
 from swaa_jax.progress import ShowProgress
 from swaa_jax.runtime import to_host
@@ -126,11 +128,17 @@ def lazy_ratios(
         tokens, lengths = pad_right([ids], num_rows=1, width=width, pad_id=0)
         recent = min(config.num_recent_keys, max(1, len(ids) // 4))
         near = np.array([config.num_sink_keys, len(ids) - recent], np.int32)
-        found.append(to_host(run(split.arrays, tokens, lengths, near)))
+        with told_when_full(functools.partial(_demand, split, width)):
+            found.append(to_host(run(split.arrays, tokens, lengths, near)))
         check_numbers(f"lazy ratio, sample {number}", found[-1])
         if progress is not None:
             progress("lazy ratio", (number + 1) / len(samples))
     return np.stack(found)
+
+
+def _demand(model: SplitModel, width: int) -> Demand:
+    """What a prompt asks of each device."""
+    return reading_demand(model, rows=1, tokens=width, token_option="max_length")
 
 
 def _prompt_length(sample: Sample) -> int:

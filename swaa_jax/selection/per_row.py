@@ -21,7 +21,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from swaa_jax.data import Sample
-from swaa_jax.infer.likelihoods import losses_at, row_kinds
+from swaa_jax.infer.likelihoods import losses_at, reading_demand, row_kinds
+from swaa_jax.memory import told_when_full
 from swaa_jax.models import CausalLM
 from swaa_jax.models.config import DecoderConfig
 from swaa_jax.models.function import Structure, jit_by_structure, split_model
@@ -158,15 +159,20 @@ class RowScorer:
         real: int,
     ) -> np.ndarray:
         """Of the first `real` rows; the others fill the batch."""
-        losses = to_host(
-            _row_losses(
-                self._split.arrays,
-                windows_LR,
-                rows,
-                structure=self._split.structure,
-                layers=layers,
+        count, width = rows["tokens"].shape
+        options = {"row_option": "rows_at_once", "token_option": "max_length"}
+        with told_when_full(
+            lambda: reading_demand(self._split, rows=count, tokens=width, **options)
+        ):
+            losses = to_host(
+                _row_losses(
+                    self._split.arrays,
+                    windows_LR,
+                    rows,
+                    structure=self._split.structure,
+                    layers=layers,
+                )
             )
-        )
         losses = losses[:real]
         check_numbers("answer NLL", losses)
         return losses

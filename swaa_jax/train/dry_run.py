@@ -122,7 +122,7 @@ class RunPlan:
     def _too_much(self) -> str:
         if not self.demand.exceeds:
             return ""
-        return f"; a device has {gib(self.demand.memory)}: about {self.demand.would_fit()}"
+        return f"; a device has {gib(self.demand.memory)}: {self.demand.would_fit()}"
 
 
 def plan_run(config: TrainConfig, *, progress: ProgressLike = None) -> RunPlan:
@@ -272,7 +272,7 @@ def _memory(
     kept = {"layer": 1, "dots": 6, "none": 16}[config.remat] * shape.num_layers * shape.hidden_size
     working = (
         4 * shape.hidden_size
-        + (3 * shape.intermediate_size + 4 * shape.num_heads * shape.head_dim) // tensor
+        + (3 * shape.active_ffw_size + 4 * shape.num_heads * shape.head_dim) // tensor
     )
     return MemoryEstimate(
         weights=weights + (trained_size * itemsize if config.trainable == "all" else 0),

@@ -122,3 +122,19 @@ def test_unmasked_blocks_are_found():
     assert [int(x[0, 3]) for x in (windowed.first, windowed.end)] == [2, 8]
     assert [int(x[0, 3]) for x in (windowed.unmasked_first, windowed.unmasked_end)] == [4, 6]
     assert [int(x[0, 3]) for x in (windowed.sink_first, windowed.sink_end)] == [0, 1]
+
+
+def test_as_many_sinks_as_an_int_holds():
+    """Behind a segment's start no int counts them; all its keys are sinks all the same."""
+    ids = jnp.asarray(np.repeat([[0, 1]], 20, axis=1), jnp.int32)
+    few, many = (
+        compiled("equal", False)(2, sinks, None, None, jnp.tile(ids, (2, 1)), 0)
+        for sinks in (40, 2**31 - 1)
+    )
+    # Rows 32 .. 39 see the keys from 31 on, block 3, besides the sinks from 20 on, block 2.
+    assert (int(many.sink_first[0, 4]), int(many.sink_end[0, 4]), int(many.first[0, 4])) == (
+        2,
+        3,
+        3,
+    )
+    jax.tree.map(np.testing.assert_array_equal, few, many)

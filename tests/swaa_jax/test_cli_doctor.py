@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from swaa_jax.cli import doctor, doctor_checks, main
+from swaa_jax.cli import doctor, doctor_checks, doctor_devices, main
 
 
 def test_this_machine(capsys, monkeypatch, tmp_path):
@@ -72,6 +72,19 @@ def test_a_jax_that_does_not_answer(tmp_path, monkeypatch, code, timeout_s, told
     (finding,) = doctor._of_jax(*answer, timeout_s=timeout_s)
     assert finding.status == "wrong"
     assert told in finding.value and advice in finding.advice
+
+
+def test_backends_that_are_named(monkeypatch):
+    """Where one cannot compute an operation, the others are told all the same."""
+    monkeypatch.setenv("SWAA_BACKEND", "swa_prefill=cudnn,swa_decode=reference")
+    found = doctor_devices._backends()
+    assert found["new tokens"] == ["swa_decode: reference, as asked for"]
+    assert found["experts"] == ["grouped_matmul: xla"]
+    (told,) = found["packed rows"]
+    assert told.startswith("swa_prefill: backend 'cudnn' expects platform 'gpu', got 'cpu'")
+    said = f"NotImplementedError: {told}\n--------------------\nFor simplicity, JAX has removed\n"
+    (finding,) = doctor._of_jax({"stage": "compute"}, said, 1, timeout_s=1)
+    assert told in finding.value and "SWAA_BACKEND" in finding.advice
 
 
 def test_what_its_answers_mean(monkeypatch, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 import swaa_jax as swaa
 from swaa_jax.cli import main
-from swaa_jax.train import TrainConfig
+from swaa_jax.train import TrainConfig, dry_run
 from tests.support import train_runs
 
 
@@ -133,6 +133,12 @@ def test_dry_run(inputs, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     config, _, _ = out.partition("\n\n")
     assert TrainConfig.from_yaml(config).lora is not None
+
+
+def test_a_dry_run_of_what_does_not_fit(inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dry_run, "memory_of", lambda _: 1000)
+    assert run(inputs, tmp_path, "--dry-run") == 0
+    assert "; a device has 9.31e-07 GiB: not one row would fit\n" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_no_number(inputs, tmp_path, capsys):

@@ -4,11 +4,14 @@ import dataclasses
 import re
 
 import jax
+import numpy as np
 import pytest
 
 import swaa_jax as swaa
+from swaa_jax.data import Sample
 from swaa_jax.engine import Engine, EngineOptions
 from swaa_jax.engine import engine as engines
+from swaa_jax.engine.demand import chunk_bytes, demand_of
 from swaa_jax.infer import likelihoods
 from swaa_jax.infer.likelihoods import Continuation, score_continuations
 from swaa_jax.memory import Demand, DeviceMemoryError, told_when_full
@@ -74,7 +77,7 @@ def test_what_is_said_to_fit_does_and_no_more(memory):
     ],
 )
 def test_where_xla_runs_out_the_message_says_what_would_fit(message, asked):
-    """All that is asked for would fit by arithmetic; less by as much as XLA lacked does."""
+    """All that is asked for would fit by arithmetic; the part of it that XLA had room for does."""
     one = demand(memory=1 << 20)
     assert not one.exceeds
     with (
@@ -85,17 +88,39 @@ def test_where_xla_runs_out_the_message_says_what_would_fit(message, asked):
     text = str(told.value)
     assert "got 6 of 1000 tokens" in text
     assert text.endswith("lower tokens_option or rows_option, or do this")
-    room = one.needed - asked
+    least = 700 + 50 + 3 * 10  # of one row
+    share = ((1 << 20) - least) / ((1 << 20) - least + asked)
+    room = least + share * (one.needed - least)
     tokens = max(n for n in range(0, 1001, 10) if one.bytes_of(6, n) <= room)
-    assert (6, tokens) in said(text)
+    assert tokens < 1000 and (6, tokens) in said(text)
 
 
-def test_other_errors_are_left_alone():
+@pytest.mark.parametrize(
+    "asked, fits", [(20_000, (6, 980)), (1_000_000, (6, 490)), (1 << 40, (1, 10))]
+)
+def test_where_xla_asks_for_more_than_was_estimated(asked, fits):
+    """What tokens take was guessed too small; rows are not said to be out of the question."""
+    one = demand(memory=1_000_000)
+    assert asked > one.needed
+    assert said(one.would_fit(lacking=asked))[0] == fits
+    assert demand(memory=700).would_fit(lacking=asked) == "not one row would fit"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "INTERNAL: something else",
+        "RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested 270336, available: 1",
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 32.42M of 16.00M vmem.",
+    ],
+)
+def test_other_errors_are_left_alone(message):
+    """Those of a kernel's own memory too: fewer tokens do not mend them."""
     with (
-        pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"),
+        pytest.raises(jax.errors.JaxRuntimeError, match=message.split(":")[0]),
         told_when_full(lambda: pytest.fail("was asked")),
     ):
-        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+        raise jax.errors.JaxRuntimeError(message)
 
 
 OPTIONS = EngineOptions(num_slots=512, max_tokens=128, chunk_size=16, page_size=8)
@@ -133,8 +158,19 @@ def test_a_step_computes_within_the_memory_that_is_left(monkeypatch):
     engine = Engine(model, options, memory_share=1.0)
     assert weights + engine.cache_bytes <= 8 * weights - working
     monkeypatch.setattr(engines, "chunk_bytes", lambda *_: 7 * weights)
-    with pytest.raises(DeviceMemoryError, match=r"got a device's .* less .* a step computes with"):
+    with pytest.raises(DeviceMemoryError, match=r"got a device's .* less .* lower chunk_size, or"):
         Engine(model, OPTIONS, memory_share=1.0)
+
+
+def test_what_any_model_reads_with_is_counted():
+    """The one with the largest caches may read in the smallest pieces."""
+    models = {"full": split_model(model_of(FULL)), "rings": split_model(model_of(RINGS))}
+    options = {"full": dataclasses.replace(OPTIONS, num_slots=1), "rings": OPTIONS}
+    asked = demand_of(models, options, weight_bytes=0, memory=1 << 30, share=1.0)
+    assert asked.rows == 512
+    caches = [asked.bytes_of(rows, 8) for rows in (1, 2)]
+    alone = caches[0] - (caches[1] - caches[0])  # without a row
+    assert alone >= chunk_bytes(models["full"], options["full"])
 
 
 def test_generate_tells_what_would_fit(monkeypatch):
@@ -154,6 +190,42 @@ def test_scoring_tells_what_would_fit(monkeypatch):
     texts = [Continuation(context=[5] * n, tokens=[6]) for n in (30, 40)]
     with pytest.raises(DeviceMemoryError, match="lower continuations or batch_size"):
         score_continuations(model_of(FULL), texts)
+
+
+@pytest.mark.parametrize(
+    "method, program, lower",
+    [
+        ("add_one", "per_row._row_losses", "max_length or rows_at_once"),
+        ("gates", "gates._step", "max_length or rows"),
+        ("lazy_ratio", "lazy_ratio._ratios", "max_length"),
+    ],
+)
+def test_selection_tells_what_would_fit(method, program, lower, monkeypatch):
+    def full(*args, **kwargs):
+        raise OUT
+
+    full.num_compiled = lambda structure: 0
+    monkeypatch.setattr(f"swaa_jax.selection.{program}", full)
+    tokens = np.arange(40, dtype=np.int32)
+    samples = [Sample(tokens=tokens, stage_ids=tokens * 0, is_target=tokens > 30)] * 2
+    with pytest.raises(DeviceMemoryError, match=f"max_length: expected rows .* lower {lower}, or"):
+        swaa.select_layers(
+            model_of(FULL), data=samples, policy="window=8", num_full_layers=1, method=method
+        )
+
+
+def test_distillation_tells_what_would_fit(monkeypatch):
+    def full(*args, **kwargs):
+        raise OUT
+
+    monkeypatch.setattr("swaa_jax.engine.lane.Lane.round", full)
+    with pytest.raises(DeviceMemoryError, match=r"max_tokens: expected rows that .*batch_size"):
+        swaa.distill(
+            train_runs.small_model(),
+            byte_tokenizer.build(),
+            [{"prompt": "one plus one", "answer": "2"}],
+            max_new_tokens=4,
+        )
 
 
 def run(tmp_path, **changes):
@@ -178,8 +250,15 @@ def run(tmp_path, **changes):
 
 
 def test_a_run_that_will_hardly_fit_is_warned_of(tmp_path, monkeypatch, caplog):
+    """And tried."""
+
+    def begins(*args, **kwargs):
+        raise InterruptedError
+
+    monkeypatch.setattr(Trainer, "__call__", begins)
     monkeypatch.setattr(dry_run, "memory_of", lambda _: 300_000)
-    run(tmp_path, rows_per_device=4)
+    with pytest.raises(InterruptedError):
+        run(tmp_path, rows_per_device=4)
     (line,) = [one.getMessage() for one in caplog.records if "expected rows" in one.getMessage()]
     assert "data.seq_len: expected rows that fit a device's 0.000279 GiB, got 4 of 64" in line
     ((rows, tokens), *_) = said(line)

@@ -236,7 +236,8 @@ def test_snapshots_share_with_pools():
     with pytest.raises(
         ValueError,
         match=r"max_snapshots: expected at most 33 for 'a', as fit into 0.9 of .* weights of "
-        r"0.0195 GiB and rows' own memory of 0.00293 GiB, got 34; ask for fewer, or raise",
+        r"0.0195 GiB and rows' own memory of 0.00293 GiB, got 34; ask for fewer, raise memory_share"
+        ", or split",
     ):
         plan(needs("a", most=1000, asked=34, **two))
     with pytest.raises(

@@ -273,6 +273,9 @@ WRONG = {
         cache_positions=np.zeros((2, 3), np.int32)
     ),
     r"q_full: expected bool of shape \[2, 3\], got int32": dict(q_full=np.zeros((2, 3), np.int32)),
+    r"cache_k: expected no axis of length 0, got shape \(2, 0, 2, 8\)": dict(
+        cache_k=CACHE[:, :0], cache_v=CACHE[:, :0], cache_positions=np.zeros((2, 0), np.int32)
+    ),
     "window: expected at least 1, got 0": dict(window=0),
     "backend: expected one of 'auto', 'pallas_gpu', .*, 'xla' for swa_decode": dict(
         backend="cudnn"

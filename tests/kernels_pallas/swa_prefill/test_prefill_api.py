@@ -228,9 +228,13 @@ WRONG = {
         q_full=IDS[:, :4] == 0
     ),
     r"segment_ids: expected shape \[2, 6\], got": dict(segment_ids=IDS[0]),
+    r"q: expected no axis of length 0, got shape \(2, 0, 4, 8\)": dict(q=X[:, :0]),
+    r"k: expected no axis of length 0, got shape \(2, 6, 0, 8\)": dict(k=X[:, :, :0]),
     "window: expected at least 1, got 0": dict(window=0),
+    "window: expected at most 2147483647, got 2147483648": dict(window=2**31),
     r"window: expected integers \(an int or shape \[2\]\), got 2.5": dict(window=2.5),
     "num_sink_tokens: expected at least 0, got -1": dict(num_sink_tokens=-1),
+    "num_sink_tokens: expected at most 2147483647, got 1000": dict(num_sink_tokens=10**99),
     "softcap: expected a positive number or None, got 0": dict(softcap=0.0),
     "backend: expected one of 'auto', 'cudnn', 'pallas_gpu', .*, 'xla' for swa_prefill, "
     "got 'gpu'": dict(backend="gpu"),
