@@ -8,7 +8,9 @@ _OP = re.compile(
     r"(-start)?\("
 )
 _ARRAY = re.compile(r"(?P<dtype>pred|[a-z]+\d+)\[(?P<shape>[\d,]*)\]")
-_GROUPS = re.compile(r"replica_groups=(\{\{(?P<first>[\d,]*)\}|\[\d+,(?P<size>\d+)\]<=)")
+_LISTED = re.compile(r"replica_groups=\{\{(?P<first>[\d,]*)\}")
+_COUNTED = re.compile(r"replica_groups=\[\d+,(?P<size>\d+)\]<=")
+_ALONG = re.compile(r"replica_groups=mesh\[(?P<mesh>[^]]*)\] ?\{(?P<axes>[^}]*)\}")
 
 
 def received_bytes(hlo: str, *, dtype: str = "f32") -> int:
@@ -30,12 +32,22 @@ def received_bytes(hlo: str, *, dtype: str = "f32") -> int:
             total += size
         if found["op"] == "collective-permute" or not size:
             continue
-        groups = _GROUPS.search(line)
-        assert groups is not None, line
-        count = int(groups["size"] or groups["first"].count(",") + 1)
+        count = _devices_of_a_group(line)
         parts = {"all-gather": 1, "all-to-all": 1, "reduce-scatter": count, "all-reduce": 2}
         total += size * parts[found["op"]] * (count - 1) // count
     return total
+
+
+def _devices_of_a_group(line: str) -> int:
+    """XLA writes groups as lists of devices, as a number of groups and their size, or by axes."""
+    if groups := _LISTED.search(line):
+        return groups["first"].count(",") + 1
+    if groups := _COUNTED.search(line):
+        return int(groups["size"])
+    groups = _ALONG.search(line)
+    assert groups is not None, line
+    sizes = dict(axis.strip().split("=") for axis in groups["mesh"].split(","))
+    return math.prod(int(sizes[axis.strip()]) for axis in groups["axes"].split(","))
 
 
 def _width(dtype: str) -> int:
