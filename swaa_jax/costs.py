@@ -252,7 +252,8 @@ def exchanged_bytes(
     """Bytes that each device is sent in a layer's forward pass, where rows are split over devices.
 
     A windowed layer is sent the keys and values of the W - 1 tokens before its own, whatever the
-    length, and from every other shard the slots of the sinks. A full one is sent all other shards'
+    length, and from every other shard the slots of the sinks; where these are as many as all tokens
+    of the other shards, those. A full one is sent all other shards'
     keys and values; and, if shards have even numbers of tokens, queries and results of as many
     tokens as its own, so that work is even. The backward pass sends the same back, and gathers keys
     and values again. Segments, 4 bytes a token of all these, are left out.
@@ -279,10 +280,9 @@ def exchanged_bytes(
     others = tokens - own
     num_full = num_kv_heads if layer.is_full else len(layer.full_heads)
     moved = 0 if own % 2 or shards == 1 else 2 * own * num_full * (num_heads // num_kv_heads)
-    if layer.window is None or full_rows:
-        windowed = others
-    else:
-        windowed = min(layer.window - 1, others) + (shards - 1) * layer.num_sink_tokens
+    windowed = others
+    if layer.window is not None and not full_rows:
+        windowed = min(others, layer.window - 1 + (shards - 1) * layer.num_sink_tokens)
     kept = num_full * others + (num_kv_heads - num_full) * windowed
     return (2 * kept + moved) * head_dim * itemsize
 

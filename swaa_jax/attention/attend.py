@@ -20,8 +20,9 @@ from swaa_jax.attention.caches import (
     StreamCache,
     ring_in_order,
 )
-from swaa_jax.attention.context import Shards, attend_shard
+from swaa_jax.attention.context import attend_shard
 from swaa_jax.attention.heads import join_heads, split_heads, take_heads
+from swaa_jax.attention.shards import Shards
 from swaa_jax.attention.stages import full_new_rows, full_rows
 from swaa_jax.attention.traced import GatedLayer, LayerChoice, LayerKind, RowWindows
 from swaa_jax.policy import LayerAttention

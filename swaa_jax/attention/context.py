@@ -16,80 +16,32 @@ later has its own among the keys. Slots that have no token are a segment of thei
     segments    a a a a | a b b b | b b b c         sinks of b; b begins 3 tokens before the halo
     begins at token 1   [. b|b b b|b b b c]         at 4: one slot is left for what lies before it
 
-Full layers, and windowed ones with rows that see everything, gather all keys and values: of all KV
-heads at once, or, where that is too much memory, of some heads in turn. A full layer's work grows
+Full layers, windowed ones with rows that see everything, and those whose halo and sinks would be as
+much as all other shards, gather all keys and values: of all KV heads at once, or, where that is too much memory, of some heads in turn. A full layer's work grows
 along the row, so each device computes an early and a late half of a shard::
 
     halves      0 1 | 2 3 | 4 5 | 6 7       queries of halves 0 7 | 1 6 | 2 5 | 3 4, and their
                                             results back
 """
 
-import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
 from kernels_pallas import SAVED
 from kernels_pallas.layout import LANES, round_up
-from swaa_jax.sharding import split_over
+from swaa_jax.attention.ring import attend_ring
+from swaa_jax.attention.shards import Shards
 
-__all__ = ["Shards", "attend_shard", "heads_at_once"]
+__all__ = ["attend_shard", "heads_at_once"]
 
 _GATHERED_BYTES = 512 << 20
 
 Kernel = Callable[..., Float[Array, "b C N H"]]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shards:
-    """How the tokens of rows are split; its methods are for code that runs on every device.
-
-    Attributes:
-        names: the mesh axes that they are split over.
-        count: shards of a row.
-        size: tokens of a shard.
-    """
-
-    names: tuple[str, ...]
-    count: int
-    size: int
-
-    @classmethod
-    def of(cls, spec: PartitionSpec, sizes: Any, num_tokens: int) -> "Shards | None":
-        """Those of arrays `[B, T, ...]` with this spec; None: tokens are whole.
-
-        Args:
-            spec: of the arrays.
-            sizes: of the mesh's axes.
-            num_tokens: T.
-        """
-        names = split_over(spec, 1)
-        count = math.prod(sizes[name] for name in names)
-        return None if count == 1 else cls(names=names, count=count, size=num_tokens // count)
-
-    @property
-    def index(self) -> Int[Array, ""]:
-        """Which shard this device has."""
-        return jax.lax.axis_index(self.names)
-
-    @property
-    def first(self) -> Int[Array, ""]:
-        """The first token of this device's shard."""
-        return self.index * self.size
-
-    def send(self, tree: Any, moves: dict[int, int]) -> Any:
-        """What the shard that moves here has; zeros where none does."""
-        return jax.lax.ppermute(tree, self.names, tuple(moves.items()))
-
-    def gather(self, tree: Any) -> Any:
-        """All shards' arrays, side by side along axis 1."""
-        return jax.lax.all_gather(tree, self.names, axis=1, tiled=True)
 
 
 def attend_shard(
@@ -115,17 +67,25 @@ def attend_shard(
         num_sink_tokens: of the layer.
     """
     by_row = "q_full" in known or "window" in known
-    if window is not None and not by_row:
+    if window is not None and not by_row and shards.sends_less(window, num_sink_tokens):
         return _attend_halo(
             kernel, q, k, v, known, shards=shards, window=window, num_sink_tokens=num_sink_tokens
         )
+    at_once = heads_at_once(k.shape, k.dtype, shards.count)
+    if at_once == 0 and window is None and not by_row:
+        rows = {}
+        if "lengths" in known:
+            rows["lengths"] = shards.own_lengths(known["lengths"])
+        if "segment_ids" in known:
+            rows["starts"] = _segment_starts(known["segment_ids"], shards)
+        return attend_ring(kernel, q, k, v, rows, shards=shards)
     if "segment_ids" in known:
         known = known | {"segment_ids": shards.gather(known["segment_ids"])}
-    evenly = not by_row and shards.size % 2 == 0
+    evenly = window is None and not by_row and shards.size % 2 == 0
     attending = functools.partial(
         _attend_gathered, functools.partial(kernel, **known), shards=shards, evenly=evenly
     )
-    return _by_heads(attending, q, k, v, at_once=heads_at_once(k.shape, k.dtype, shards.count))
+    return _by_heads(attending, q, k, v, at_once=max(at_once, 1))
 
 
 # A windowed layer
@@ -143,7 +103,7 @@ def _attend_halo(
     num_sink_tokens: int,
 ) -> Float[Array, "b C N H"]:
     """A windowed layer without full rows: sinks, halo and own keys in one call."""
-    halo = min(window - 1, (shards.count - 1) * shards.size)
+    halo = window - 1
     # Where own tokens begin at a multiple of tiles, few of these are cut by the border.
     offset = round_up(num_sink_tokens + halo, LANES)
     starts = jnp.zeros(k.shape[:2], jnp.int32)
@@ -164,7 +124,7 @@ def _attend_halo(
     joined = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *pieces)
     lengths = None
     if "lengths" in known:
-        lengths = offset + jnp.clip(known["lengths"] - shards.first, 0, shards.size)
+        lengths = offset + shards.own_lengths(known["lengths"])
     return kernel(
         q,
         joined["k"],
@@ -226,7 +186,7 @@ def _sinks(
 def heads_at_once(shape: tuple[int, ...], dtype: Any, num_shards: int) -> int:
     """How many KV heads of all shards a device holds at once.
 
-    As many as divide their number and fit half a gibibyte, keys and values together; one at least.
+    As many as divide their number and fit half a gibibyte, keys and values together; 0: not one.
 
     Args:
         shape: of a device's own keys, `[b, C, K, H]`.
@@ -238,11 +198,13 @@ def heads_at_once(shape: tuple[int, ...], dtype: Any, num_shards: int) -> int:
         8
         >>> heads_at_once((1, 131_072, 8, 128), jnp.bfloat16, 8)  # 1,048,576 tokens
         1
+        >>> heads_at_once((1, 131_072, 8, 128), jnp.bfloat16, 16)  # twice as many
+        0
     """
     rows, tokens, num_heads, head_dim = shape
     each = 2 * rows * tokens * num_shards * head_dim * jnp.dtype(dtype).itemsize
     fitting = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
-    return max(n for n in fitting if n == 1 or n * each <= _GATHERED_BYTES)
+    return max((n for n in fitting if n * each <= _GATHERED_BYTES), default=0)
 
 
 def _by_heads(attending: Kernel, q: Array, k: Array, v: Array, *, at_once: int) -> Array:

@@ -99,10 +99,26 @@ def test_split_rows_equal_whole_ones(sizes, name, packed):
 @pytest.mark.parametrize("backend", ["reference", "xla"])
 def test_keys_of_some_heads_after_the_others(monkeypatch, backend):
     assert context.heads_at_once((2, 6, 2, 8), jnp.float32, 8) == 2
-    monkeypatch.setattr(context, "_GATHERED_BYTES", 1)
+    monkeypatch.setattr(context, "_GATHERED_BYTES", 2 * 2 * 48 * 8 * 4)
     assert context.heads_at_once((2, 6, 2, 8), jnp.float32, 8) == 1
     got = values_and_gradients(LAYERS["full"], mesh_of(context=8), PACKED, backend=backend)
     assert_equal(got, one_device("full", True))
+
+
+@pytest.mark.parametrize(
+    "sizes, packed, backend",
+    [
+        ({"context": 8}, True, "xla"),
+        ({"context": 4, "tensor": 2}, False, "reference"),
+        pytest.param({"context": 4, "tensor": 2}, True, "reference", marks=pytest.mark.slow),
+        pytest.param({"context": 2, "fsdp": 2, "expert": 2}, True, "xla", marks=pytest.mark.slow),
+    ],
+)
+def test_keys_round_a_ring(monkeypatch, sizes, packed, backend):
+    monkeypatch.setattr(context, "_GATHERED_BYTES", 0)
+    about = PACKED if packed else {}
+    got = values_and_gradients(LAYERS["full"], mesh_of(**sizes), about, backend=backend)
+    assert_equal(got, one_device("full", packed))
 
 
 @pytest.mark.parametrize("width", [24, 21])  # three tokens a device; all on every one
