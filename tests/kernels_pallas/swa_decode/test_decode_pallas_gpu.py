@@ -114,7 +114,7 @@ def interpreted(given, tiles):
     params = plgpu.InterpretGPUParams(detect_races=True)
     decode = functools.partial(pallas_gpu.decode_in_units, tiles=tiles, interpret=params)
     found = on_arrays(given, decode)(given.q, given.cache_k, given.cache_v)
-    return np.asarray(jax.block_until_ready(found), np.float64)
+    return np.asarray(jax.block_until_ready(found).out, np.float64)
 
 
 @has_kernel
