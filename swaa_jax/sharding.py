@@ -35,7 +35,6 @@ __all__ = [
     "attention_specs",
     "batch_parts",
     "constrain_batch",
-    "constrain_heads",
     "constrain_whole",
     "kv_head_copies",
     "lacking_tokens",
@@ -300,7 +299,7 @@ def attention_specs(
     """Partitions of `[B, T, heads, H]` arrays and of arrays that start with B, for `attend`.
 
     Query heads are split only where the key/value heads are, so that groups stay together.
-    `num_tokens`: T, where tokens are split; None: caches, of whose tokens each device has all.
+    `num_tokens`: T, or slots of a cache, where these are split; None: each device has all of them.
     `whole_rows`: every device has all rows, which is how pages that rows share are read.
 
     >>> mesh = make_mesh([jax.devices()[0]] * 8, fsdp=4, tensor=2)  # one in place of eight
@@ -336,17 +335,3 @@ def constrain_whole(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
-
-
-def constrain_heads(x: jax.Array, mesh: Mesh | None, *, whole_rows: bool = False) -> jax.Array:
-    """Keep `[B, tokens, KV heads, H]` split as `attend` reads it, so that caches stay put.
-
-    >>> constrain_heads(jax.numpy.ones((8, 4, 2, 16)), make_mesh(jax.devices()[:1])).shape
-    (8, 4, 2, 16)
-    """
-    if mesh is None:
-        return x
-    spec, _ = attention_specs(
-        mesh, batch=x.shape[0], num_kv_heads=x.shape[2], whole_rows=whole_rows
-    )
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

@@ -91,9 +91,7 @@ def compute(arguments: DecodeArguments) -> AttentionOutput:
     return output_of(largest_BKGn1[..., 0], total_BKGn, out_BnKGH / total_BnKG1, q.dtype)
 
 
-def _attend_to_pages(
-    arguments: DecodeArguments, page_table: Int[Array, "B M"]
-) -> AttentionOutput:
+def _attend_to_pages(arguments: DecodeArguments, page_table: Int[Array, "B M"]) -> AttentionOutput:
     """Attention to the new tokens, and to those units (some pages of a row) that are seen.
 
     ::

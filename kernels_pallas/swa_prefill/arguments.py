@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -15,7 +14,6 @@ from kernels_pallas.checks import (
     is_static,
 )
 from kernels_pallas.mask import IntOrPerRow, RowInfo, row_info
-from kernels_pallas.output import AttentionOutput
 
 SAVED = "swa_prefill"
 """What ``jax.checkpoint``'s policies call a kernel's output and log-sum-exp, where it saves them.

@@ -21,13 +21,13 @@ from kernels_pallas.backends import Target
 from kernels_pallas.layout import pad_end
 from kernels_pallas.mask import RowInfo, block_map, per_row
 from kernels_pallas.mosaic_gpu import hopper_limits
+from kernels_pallas.output import AttentionOutput
 from kernels_pallas.swa_prefill import pallas_gpu_gradient as gradient
 from kernels_pallas.swa_prefill import pallas_gpu_kernels as kernels
 from kernels_pallas.swa_prefill import pallas_gpu_key_table as key_table
 from kernels_pallas.swa_prefill import xla
 from kernels_pallas.swa_prefill.arguments import (
     SAVED,
-    AttentionOutput,
     PrefillArguments,
     without_padding,
 )

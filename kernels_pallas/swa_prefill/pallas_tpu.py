@@ -12,9 +12,9 @@ from jaxtyping import Array, Int
 
 from kernels_pallas.layout import pad_end, rows_from_blocks, rows_to_blocks
 from kernels_pallas.mask import BlockMap, RowInfo, block_map, per_row
+from kernels_pallas.output import AttentionOutput
 from kernels_pallas.swa_prefill.arguments import (
     SAVED,
-    AttentionOutput,
     PrefillArguments,
     without_padding,
 )

@@ -38,9 +38,9 @@ from kernels_pallas.layout import (
     rows_to_blocks,
 )
 from kernels_pallas.mask import BlockMap, RowInfo, block_map, per_row, visible
+from kernels_pallas.output import AttentionOutput
 from kernels_pallas.swa_prefill.arguments import (
     SAVED,
-    AttentionOutput,
     PrefillArguments,
     without_padding,
 )

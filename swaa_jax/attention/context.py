@@ -17,8 +17,10 @@ later has its own among the keys. Slots that have no token are a segment of thei
     begins at token 1   [. b|b b b|b b b c]         at 4: one slot is left for what lies before it
 
 Full layers, windowed ones with rows that see everything, and those whose halo and sinks would be as
-much as all other shards, gather all keys and values: of all KV heads at once, or, where that is too much memory, of some heads in turn. A full layer's work grows
-along the row, so each device computes an early and a late half of a shard::
+much as all other shards, gather all keys and values: of all KV heads at once, or, where that is too
+much memory, of some heads in turn; where one head is too much, a full layer's go round a ring
+(`ring.py`). A full layer's work grows along the row, so each device computes an early and a late
+half of a shard::
 
     halves      0 1 | 2 3 | 4 5 | 6 7       queries of halves 0 7 | 1 6 | 2 5 | 3 4, and their
                                             results back
@@ -37,7 +39,7 @@ from kernels_pallas.layout import LANES, round_up
 from swaa_jax.attention.ring import attend_ring
 from swaa_jax.attention.shards import Shards
 
-__all__ = ["attend_shard", "heads_at_once"]
+__all__ = ["attend_shard", "attend_slot_shards", "heads_at_once"]
 
 _GATHERED_BYTES = 512 << 20
 
@@ -223,6 +225,31 @@ def _by_heads(attending: Kernel, q: Array, k: Array, v: Array, *, at_once: int) 
 
     outs = jax.lax.map(lambda qkv: run(*qkv), (cut(q), cut(k), cut(v)))
     return jnp.moveaxis(outs, 0, 2).reshape(q.shape)
+
+
+def attend_slot_shards(
+    kernel: Kernel, q: Array, k: Array, v: Array, *, shards: Shards, units: int
+) -> Float[Array, "b n N H"]:
+    """Attention of new tokens to cached keys, of which each device has a share.
+
+    Args:
+        kernel: of queries and all keys and values.
+        q: this device's queries.
+        k, v: this device's slots, those of each unit side by side.
+        shards: how the slots of a unit are split.
+        units: a row's pages; 1: a full cache.
+    """
+
+    def attending(q: Array, k: Array, v: Array) -> Array:
+        def whole(x: Array) -> Array:
+            parts = x.reshape(x.shape[0], units, -1, *x.shape[2:])
+            gathered = shards.gather(parts, axis=2)
+            return gathered.reshape(x.shape[0], -1, *x.shape[2:])
+
+        return kernel(q, whole(k), whole(v))
+
+    at_once = heads_at_once(k.shape, k.dtype, shards.count)
+    return _by_heads(attending, q, k, v, at_once=max(at_once, 1))
 
 
 def _attend_gathered(

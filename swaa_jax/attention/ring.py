@@ -15,8 +15,9 @@ sinks that are the whole shard, C = 4, row 2::
     keys    [ 4 5 6 7 | 12 13 14 15 ]       out * exp(lse)       the others' share of the values
     seen      x x x x    .  .  o  .         exp(lse) - exp(o)    and of the weights
 
-A row's own key is among those of step 0, so that the difference loses nothing that counts. Given up:
-steps are causal, and the first devices wait for the last; gathered keys are evenly worked through.
+A row's own key is among those of step 0, so that the difference loses nothing that counts. Given
+up: steps are causal, and the first devices wait for the last; gathered keys are worked through
+evenly.
 """
 
 import functools
@@ -90,8 +91,10 @@ def attend_ring(
             **known,
         )
         alone = one(q, own_k, jnp.zeros_like(v), lengths=lengths).lse
-        return found.out, jnp.where(reaches, found.lse, -jnp.inf), jnp.where(
-            reaches, alone, -jnp.inf
+        return (
+            found.out,
+            jnp.where(reaches, found.lse, -jnp.inf),
+            jnp.where(reaches, alone, -jnp.inf),
         )
 
     def forward(q: Array, k: Array, v: Array, rows: dict[str, Array]) -> tuple[Array, Array]:

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
+from kernels_pallas import AttentionOutput
 from swaa_jax.sharding import split_over
 
 __all__ = ["Shards"]
@@ -68,6 +69,14 @@ class Shards:
         """What the shard that moves here has; zeros where none does."""
         return jax.lax.ppermute(tree, self.names, tuple(moves.items()))
 
-    def gather(self, tree: Any) -> Any:
-        """All shards' arrays, side by side along axis 1."""
-        return jax.lax.all_gather(tree, self.names, axis=1, tiled=True)
+    def gather(self, tree: Any, *, axis: int = 1) -> Any:
+        """All shards' arrays, side by side along an axis."""
+        return jax.lax.all_gather(tree, self.names, axis=axis, tiled=True)
+
+    def joined(self, found: AttentionOutput) -> Float[Array, "b n N H"]:
+        """One softmax over the keys of all shards, of what each has found among its own."""
+        largest = jax.lax.pmax(found.lse, self.names)
+        shares = jnp.exp(found.lse - jnp.where(jnp.isfinite(largest), largest, 0))
+        weighed = shares[..., None] * found.out.astype(jnp.float32)
+        total, out = jax.lax.psum((shares, weighed), self.names)
+        return (out / jnp.where(total > 0, total, 1)[..., None]).astype(found.out.dtype)

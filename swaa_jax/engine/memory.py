@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from swaa_jax.attention import Caches, PagedCache
+from swaa_jax.attention import Caches, PagedCache, cache_specs
 from swaa_jax.memory import DeviceMemoryError, gib
-from swaa_jax.sharding import attention_specs
 
 SLOTS = "num_slots (batch_size of generate)"
 """How messages name the number of rows."""
@@ -35,9 +34,7 @@ def bytes_of_caches(caches: Caches, *, mesh: Mesh | None) -> CacheBytes:
             if mesh is not None:
                 spec = PartitionSpec()
                 if len(shape) == 4:
-                    spec, _ = attention_specs(
-                        mesh, batch=shape[0], num_kv_heads=shape[2], whole_rows=is_paged
-                    )
+                    spec = cache_specs(part, mesh).k
                 shape = NamedSharding(mesh, spec).shard_shape(shape)
             size = math.prod(shape) * leaf.dtype.itemsize
             if is_paged:

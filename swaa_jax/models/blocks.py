@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import Target
 from swaa_jax.attention import (
+    MAX_DECODE_TOKENS,
     AttentionOptions,
     LayerCache,
     LayerChoice,
@@ -182,8 +183,9 @@ class Rows:
         return jnp.arange(cos.shape[1])[None, :] < self.lengths[:, None]
 
     def laid_out(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
-        """Activations on the mesh: rows and tokens split; new tokens whole, as caches are."""
-        return constrain_batch(x, self.mesh, whole_sequence=self.pos_B is not None)
+        """Activations on the mesh: rows and tokens split; a few new tokens are whole."""
+        are_few = self.pos_B is not None and x.shape[1] <= MAX_DECODE_TOKENS
+        return constrain_batch(x, self.mesh, whole_sequence=are_few)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

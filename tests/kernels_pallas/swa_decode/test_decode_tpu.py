@@ -131,11 +131,13 @@ def test_any_number_of_splits_gives_the_same(splits):
 def test_one_program_for_all_policies_and_lengths():
     """Windows, sinks, full rows and lengths are traced."""
     run = jax.jit(
-        lambda given: decode_in_blocks(
-            DecodeArguments(**given, scale=1.0),
-            blocks=DecodeBlocks(slots=4, splits=2),
-            interpret=True,
-        ).out
+        lambda given: (
+            decode_in_blocks(
+                DecodeArguments(**given, scale=1.0),
+                blocks=DecodeBlocks(slots=4, splits=2),
+                interpret=True,
+            ).out
+        )
     )
     for lengths, window, sinks, full in [
         ([3, 24], [1, 50], [0, 1], [True, False]),
