@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,8 @@ from swaa_jax.sharding import attention_specs
 
 __all__ = ["MAX_DECODE_TOKENS", "attend_cached", "attend_stream"]
 
-_OneCache = TypeVar("_OneCache", FullCache, PagedCache, RingCache)
+_OneCache: TypeAlias = FullCache | PagedCache | RingCache
+"""A layer's cache, of like heads."""
 
 MAX_DECODE_TOKENS = 8
 """New tokens a row up to which `swa_decode` reads the cache in place; more are a chunk, which
@@ -197,29 +198,24 @@ def _attend_slots(
         apart = ()
     if new.q_full is not None:
         per_row["q_full"] = new.q_full
-    held = cache.positions(held_B)
-    if isinstance(cache, PagedCache):
-        held = held.reshape(*cache.pages.shape, -1)  # of each page
 
-    def on_shard(q: Array, cache: Any, held: Array, apart: Any, per_row: dict[str, Any]) -> Any:
+    def on_shard(q: Array, cache: Any, held_B: Array, apart: Any, per_row: dict[str, Any]) -> Any:
         known = dict(zip(("new_k", "new_v"), apart, strict=False)) | per_row
         if isinstance(cache, PagedCache):
             known["page_table"] = cache.pages
-        known["cache_positions"] = held.reshape(held.shape[0], -1)
         if shards is None:
-            return kernel(q, cache.k, cache.v, **known)
+            return kernel(q, cache.k, cache.v, cache_positions=cache.positions(held_B), **known)
+        known["cache_positions"] = cache.positions(held_B, shards=shards)
         return shards.joined(kernel(q, cache.k, cache.v, **known, return_lse=True))
 
-    arguments = (new.q, cache, held, apart, per_row)
+    arguments = (new.q, cache, held_B, apart, per_row)
     if options.mesh is None:
         return on_shard(*arguments)
-    specs = cache_specs(cache, options.mesh)
     heads, rows = _new_specs(new, cache, options.mesh)
-    slots = PartitionSpec(*rows, *(None,) * (held.ndim - 2), specs.k[1])
     mapped = jax.shard_map(
         on_shard,
         mesh=options.mesh,
-        in_specs=(heads, specs, slots, heads, rows),
+        in_specs=(heads, cache_specs(cache, options.mesh), rows, heads, rows),
         out_specs=heads,
         check_vma=False,
     )

@@ -150,9 +150,11 @@ class FullCache(Cache):
         """Tokens that a row has room for."""
         return self.k.shape[1]
 
-    def positions(self, pos_B: Int[Array, " B"]) -> Int[Array, "B S"]:
-        """A slot is a position."""
-        return _slots_as_positions(self.num_slots, pos_B)
+    def positions(
+        self, pos_B: Int[Array, " B"], *, shards: Shards | None = None
+    ) -> Int[Array, "B S"]:
+        """A slot is a position. `shards`: these are a device's slots alone."""
+        return _slots_as_positions(self.num_slots, pos_B, shards)
 
     def write(
         self,
@@ -213,9 +215,14 @@ class PagedCache(Cache):
         """Tokens that a row has room for with as many pages as the table has columns."""
         return self.k.shape[1] * self.pages.shape[1]
 
-    def positions(self, pos_B: Int[Array, " B"]) -> Int[Array, "B S"]:
-        """Page after page, a row's slots are its positions."""
-        return _slots_as_positions(self.num_slots, pos_B)
+    def positions(
+        self, pos_B: Int[Array, " B"], *, shards: Shards | None = None
+    ) -> Int[Array, "B S"]:
+        """Page after page, a row's slots are its positions.
+
+        `shards`: these are a device's slots of each page.
+        """
+        return _slots_as_positions(self.num_slots, pos_B, shards)
 
     def write(
         self,
@@ -459,9 +466,17 @@ True
 """
 
 
-def _slots_as_positions(num_slots: int, pos_B: Int[Array, " B"]) -> Int[Array, "B S"]:
-    """Where a slot is a position: its number, as far as it is written."""
+def _slots_as_positions(
+    num_slots: int, pos_B: Int[Array, " B"], shards: Shards | None
+) -> Int[Array, "B S"]:
+    """Where a slot is a position: its number, as far as it is written.
+
+    `shards`: these are a device's slots, of the whole row or of each unit of it, such as a page.
+    """
     slots = jnp.arange(num_slots, dtype=jnp.int32)[None, :]
+    if shards is not None:
+        unit, at = jnp.divmod(slots, shards.size)
+        slots = unit * shards.size * shards.count + shards.first + at
     return jnp.where(slots < pos_B[:, None], slots, EMPTY)
 
 

@@ -28,11 +28,11 @@ from swaa_jax.sharding import attention_specs, constrain_whole
 
 __all__ = ["cache_specs", "constrain_cache", "constrain_caches", "slot_shards"]
 
-OneCache = TypeVar("OneCache", FullCache, PagedCache, RingCache)
+OneCache = TypeVar("OneCache", bound=FullCache | PagedCache | RingCache)
 
 
-def cache_specs(cache: OneCache, mesh: Mesh) -> OneCache:
-    """The partitions of a cache's arrays, in its own form.
+def cache_specs(cache: FullCache | PagedCache | RingCache, mesh: Mesh) -> Any:
+    """The partitions of a cache's arrays, in its own form: `k` and `v` are those of `cache.k`.
 
     >>> from swaa_jax.sharding import make_mesh
     >>> mesh = make_mesh([jax.devices()[0]] * 8, context=4, tensor=2)  # one in place of eight
@@ -50,12 +50,12 @@ def cache_specs(cache: OneCache, mesh: Mesh) -> OneCache:
         num_tokens=None if is_ring else num_slots,
         whole_rows=is_paged,
     )
-    specs = dataclasses.replace(cache, k=heads, v=heads)
-    if isinstance(specs, RingCache):
-        return dataclasses.replace(specs, slot_positions=rows)
-    if isinstance(specs, PagedCache) and specs.table is not None:
-        return dataclasses.replace(specs, table=rows)
-    return specs
+    specs: Any = {"k": heads, "v": heads}
+    if is_ring:
+        specs["slot_positions"] = rows
+    if isinstance(cache, PagedCache) and cache.table is not None:
+        specs["table"] = rows
+    return dataclasses.replace(cache, **specs)
 
 
 def slot_shards(cache: FullCache | PagedCache | RingCache, mesh: Mesh | None) -> Shards | None:

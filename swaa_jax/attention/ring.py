@@ -101,18 +101,17 @@ def attend_ring(
         found, index = own(q, k, v, rows), shards.index
 
         def step(number: Array, carry: Any) -> Any:
-            passed, *sums = carry
-            passed = shards.send(passed, onward)
-            taken = functools.partial(_with_part, *sums)
-            sums = jax.lax.cond(
-                number <= index,
-                lambda: taken(*shard_before(q, *passed, k, rows, (index - number) * size)),
-                lambda: tuple(sums),
-            )
-            return passed, *sums
+            (k_there, v_there), sums = carry
+            k_there, v_there = shards.send((k_there, v_there), onward)
 
-        start = ((k, v), found.out.astype(jnp.float32), found.lse)
-        _, out, lse = jax.lax.fori_loop(1, count, step, start)
+            def taken() -> tuple[Array, Array]:
+                first = (index - number) * size
+                return _with_part(sums, shard_before(q, k_there, v_there, k, rows, first))
+
+            return (k_there, v_there), jax.lax.cond(number <= index, taken, lambda: sums)
+
+        start = ((k, v), (found.out.astype(jnp.float32), found.lse))
+        _, (out, lse) = jax.lax.fori_loop(1, count, step, start)
         return checkpoint_name((out.astype(q.dtype), lse), SAVED)
 
     @jax.custom_vjp
@@ -191,14 +190,12 @@ def _segments_of(
     return (is_crossing & (start_B1 < size))[:, :, None], known
 
 
-def _with_part(
-    out: Float[Array, "b C N H"],
-    lse: Float[Array, "b C N"],
-    part: Float[Array, "b C N H"],
-    part_lse: Float[Array, "b C N"],
-    alone: Float[Array, "b C N"],
-) -> tuple[Array, Array]:
-    """Output and log-sum-exp with one more part, whose weights have `exp(alone)` too many."""
+def _with_part(sums: tuple[Array, Array], more: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    """Output `[b, C, N, H]` and log-sum-exp `[b, C, N]` with one more part's.
+
+    The part's weights have `exp(alone)` too many.
+    """
+    (out, lse), (part, part_lse, alone) = sums, more
     largest = jnp.maximum(lse, part_lse)
     largest = jnp.where(jnp.isfinite(largest), largest, 0)
     before, with_own = jnp.exp(lse - largest), jnp.exp(part_lse - largest)

@@ -5,6 +5,7 @@ is made.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -27,7 +28,8 @@ class CacheBytes:
 def bytes_of_caches(caches: Caches, *, mesh: Mesh | None) -> CacheBytes:
     """What the caches take on each device; they may be shapes alone."""
     page = fixed = 0
-    for part in (part for layer in caches.layers for part in layer.parts()):
+    parts: list[Any] = [part for layer in caches.layers for part in layer.parts()]
+    for part in parts:
         is_paged = isinstance(part, PagedCache)
         for leaf in jax.tree.leaves(part):
             shape = leaf.shape
