@@ -24,6 +24,7 @@ from flax import nnx
 from jaxtyping import Bool, Int, Real
 
 from kernels_pallas.chips import find_chip
+from swaa_jax.attention import heads_at_once
 from swaa_jax.fields import wrong
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import SplitModel
@@ -253,10 +254,10 @@ def exchanged_bytes(
 
     A windowed layer is sent the keys and values of the W - 1 tokens before its own, whatever the
     length, and from every other shard the slots of the sinks; where these are as many as all tokens
-    of the other shards, those. A full one is sent all other shards'
-    keys and values; and, if shards have even numbers of tokens, queries and results of as many
-    tokens as its own, so that work is even. The backward pass sends the same back, and gathers keys
-    and values again. Segments, 4 bytes a token of all these, are left out.
+    of the other shards, those. A full one is sent all other shards' keys and values; and, unless
+    they go round a ring or shards have odd numbers of tokens, queries and results of as many tokens
+    as its own, so that work is even. The backward pass sends the same back (round a ring in
+    float32), and keys and values again. Segments, 4 bytes a token of all these, are left out.
 
     Args:
         layer: of a model, under a policy.
@@ -279,7 +280,10 @@ def exchanged_bytes(
     own = tokens // shards
     others = tokens - own
     num_full = num_kv_heads if layer.is_full else len(layer.full_heads)
-    moved = 0 if own % 2 or shards == 1 else 2 * own * num_full * (num_heads // num_kv_heads)
+    moved = 2 * own * num_full * (num_heads // num_kv_heads)
+    shape = (1, own, max(num_full, 1), head_dim)
+    if own % 2 or shards == 1 or not heads_at_once(shape, itemsize, shards):
+        moved = 0
     windowed = others
     if layer.window is not None and not full_rows:
         windowed = min(others, layer.window - 1 + (shards - 1) * layer.num_sink_tokens)

@@ -21,6 +21,7 @@ from swaa_jax.attention.caches import (
     SplitCache,
     StreamCache,
 )
+from swaa_jax.attention.context import heads_at_once
 from swaa_jax.attention.heads import HeadPart, split_heads
 from swaa_jax.attention.placing import cache_specs, constrain_caches
 from swaa_jax.attention.stages import full_rows, tail_rows
@@ -55,6 +56,7 @@ __all__ = [
     "constrain_caches",
     "empty_cache",
     "full_rows",
+    "heads_at_once",
     "recast_caches",
     "resolve_backend",
     "split_heads",

@@ -73,7 +73,7 @@ def attend_shard(
         return _attend_halo(
             kernel, q, k, v, known, shards=shards, window=window, num_sink_tokens=num_sink_tokens
         )
-    at_once = heads_at_once(k.shape, k.dtype, shards.count)
+    at_once = heads_at_once(k.shape, k.dtype.itemsize, shards.count)
     if at_once == 0 and window is None and not by_row:
         rows = {}
         if "lengths" in known:
@@ -185,26 +185,26 @@ def _sinks(
 # A layer in which some rows see everything
 
 
-def heads_at_once(shape: tuple[int, ...], dtype: Any, num_shards: int) -> int:
+def heads_at_once(shape: tuple[int, ...], itemsize: int, num_shards: int) -> int:
     """How many KV heads of all shards a device holds at once.
 
     As many as divide their number and fit half a gibibyte, keys and values together; 0: not one.
 
     Args:
         shape: of a device's own keys, `[b, C, K, H]`.
-        dtype: of keys and values.
+        itemsize: bytes of a number of keys and values.
         num_shards: shards of a row.
 
     Examples:
-        >>> heads_at_once((1, 16_384, 8, 128), jnp.bfloat16, 8)  # 131,072 tokens
+        >>> heads_at_once((1, 16_384, 8, 128), 2, 8)  # 131,072 tokens
         8
-        >>> heads_at_once((1, 131_072, 8, 128), jnp.bfloat16, 8)  # 1,048,576 tokens
+        >>> heads_at_once((1, 131_072, 8, 128), 2, 8)  # 1,048,576 tokens
         1
-        >>> heads_at_once((1, 131_072, 8, 128), jnp.bfloat16, 16)  # twice as many
+        >>> heads_at_once((1, 131_072, 8, 128), 2, 16)  # twice as many
         0
     """
     rows, tokens, num_heads, head_dim = shape
-    each = 2 * rows * tokens * num_shards * head_dim * jnp.dtype(dtype).itemsize
+    each = 2 * rows * tokens * num_shards * head_dim * itemsize
     fitting = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
     return max((n for n in fitting if n * each <= _GATHERED_BYTES), default=0)
 
@@ -248,7 +248,7 @@ def attend_slot_shards(
 
         return kernel(q, whole(k), whole(v))
 
-    at_once = heads_at_once(k.shape, k.dtype, shards.count)
+    at_once = heads_at_once(k.shape, k.dtype.itemsize, shards.count)
     return _by_heads(attending, q, k, v, at_once=max(at_once, 1))
 
 

@@ -12,9 +12,12 @@ from swaa_jax.attention import (
     AttentionOptions,
     GatedLayer,
     LayerChoice,
+    RingCache,
     RowWindows,
     attend,
+    attend_cached,
     context,
+    empty_cache,
 )
 from swaa_jax.costs import exchanged_bytes
 from swaa_jax.policy import LayerAttention
@@ -98,9 +101,9 @@ def test_split_rows_equal_whole_ones(sizes, name, packed):
 
 @pytest.mark.parametrize("backend", ["reference", "xla"])
 def test_keys_of_some_heads_after_the_others(monkeypatch, backend):
-    assert context.heads_at_once((2, 6, 2, 8), jnp.float32, 8) == 2
+    assert context.heads_at_once((2, 6, 2, 8), 4, 8) == 2
     monkeypatch.setattr(context, "_GATHERED_BYTES", 2 * 2 * 48 * 8 * 4)
-    assert context.heads_at_once((2, 6, 2, 8), jnp.float32, 8) == 1
+    assert context.heads_at_once((2, 6, 2, 8), 4, 8) == 1
     got = values_and_gradients(LAYERS["full"], mesh_of(context=8), PACKED, backend=backend)
     assert_equal(got, one_device("full", True))
 
@@ -152,6 +155,84 @@ def test_padding_may_hold_anything():
     assert not np.any(np.asarray(got[1])[np.broadcast_to(padding, got[1].shape)])
     for one, other in zip(got[0], want[0], strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+# Caches
+
+SIZE = 48  # slots, six a device of eight
+CACHED = {
+    name: LAYERS[name] for name in ("full", "sinks", "answers", "full heads", "window over shards")
+}
+READ = [16, 9, 3, 1, 1]  # two chunks of prompts, the second of which eight devices do not divide
+
+
+def read_and_decoded(layer, mesh, *, backend):
+    """Outputs of chunks and of few tokens, some of them padding, and the cache after them."""
+    options = AttentionOptions(mesh=mesh, softcap=3.0, backend=backend)
+
+    def run(q, k, v):
+        cache = empty_cache(layer, shape=(B, K, H), cache_size=SIZE, dtype="float32", mesh=mesh)
+        pos_B, outs, begin = jnp.zeros((B,), jnp.int32), [], 0
+        for at, size in enumerate(READ):
+            new = (x[:, begin : begin + size] for x in (q, k, v))
+            lengths = jnp.array([size, max(size - 2, 1)])
+            stages = jnp.zeros((B, size), jnp.int32) if at < 2 else None
+            about = {"layer": layer, "pos_B": pos_B, "lengths": lengths, "stage_ids": stages}
+            out, cache = attend_cached(*new, cache, options=options, **about)
+            real = (jnp.arange(size) < lengths[:, None])[:, :, None, None]
+            outs.append(jnp.where(real, out, 0))
+            pos_B, begin = pos_B + lengths, begin + size
+        return outs, cache
+
+    return jax.jit(run)(*QKV)
+
+
+@pytest.mark.parametrize(
+    "sizes, name",
+    [
+        pytest.param(
+            *(sizes, name),
+            marks=() if number % len(MESHES) == at else pytest.mark.slow,
+            id=f"{name}-{at}",
+        )
+        for at, sizes in enumerate(MESHES)
+        for number, name in enumerate(CACHED)
+    ],
+)
+def test_shared_slots_give_what_one_cache_gives(sizes, name):
+    layer = CACHED[name]
+    got, cache = read_and_decoded(layer, mesh_of(**sizes), backend="xla")
+    want, whole = read_and_decoded(layer, None, backend="reference")
+    assert_equal(got, want)
+    assert_equal(jax.tree.leaves(cache), jax.tree.leaves(whole))
+    for part in cache.parts():
+        shards = 1 if isinstance(part, RingCache) else sizes["context"]
+        assert part.k.addressable_shards[0].data.shape[1] == part.num_slots // shards
+
+
+def test_a_decoding_step_is_sent_as_much_whatever_the_length():
+    mesh, layer = mesh_of(context=8), LayerAttention()
+
+    def sent_in_a_step(size):
+        cache = empty_cache(layer, shape=(1, K, H), cache_size=size, dtype="float32", mesh=mesh)
+
+        def step(x, cache):
+            options = AttentionOptions(mesh=mesh, backend="xla")
+            pos_B = jnp.array([size - 1])
+            return attend_cached(
+                jnp.repeat(x, N // K, axis=2),
+                x,
+                x,
+                cache,
+                layer=layer,
+                pos_B=pos_B,
+                options=options,
+            )
+
+        program = jax.jit(step).lower(jnp.ones((1, 1, K, H)), cache).compile()
+        return received_bytes(program.as_text())
+
+    assert 0 < sent_in_a_step(2**10) == sent_in_a_step(2**15) < 2**11
 
 
 # What is sent

@@ -143,8 +143,7 @@ def test_scores_are_those_of_one_device():
     def runs(model):
         whole = model(tokens, stage_ids=stages)
         short = model(tokens[:, :3], lengths=jnp.array([3, 1]), logits_at="last")
-        read = model.prefill(tokens, lengths=jnp.array([13, 6]))
-        # Caches are whole on every device, and so are new tokens.
+        read = model.prefill(tokens, lengths=jnp.array([13, 6]), cache_size=24)
         after, _ = model.decode(tokens[:, :4], read.caches)
         return whole, short, read.logits, after
 

@@ -38,8 +38,10 @@ MESHES = {
     "more than the KV heads": {"tensor": 4},
     "experts alone": {"expert": 2},
     "expert": {"expert": 2, "tensor": 2},
+    "context": {"context": 4},
+    "context and all": {"context": 2, "fsdp": 2, "tensor": 2},
 }
-QUICK = ("tensor", "data", "fsdp")
+QUICK = ("tensor", "data", "fsdp", "context")
 ON_GPUS = (*QUICK, "more than the KV heads")
 
 
@@ -146,7 +148,7 @@ def test_tokens_are_those_of_one_device(policy, mesh):
         heads = max(2, tensor) // tensor  # copied where there are fewer than devices
         assert parts == [
             (RingCache, (4 // rows, 8, heads, 16)),
-            (PagedCache, (20, 8, heads, 16)),
+            (PagedCache, (20, 8 // sizes.get("context", 1), heads, 16)),
         ]
 
 
