@@ -13,7 +13,7 @@ that none is left in the chip's own memory. Bytes are those of the keys and valu
 
 Models (random weights): a step under full attention at 128k, under the window with rings, and of 32
 rows at 8k: milliseconds a token beside the time in which its bytes could be read once, at the
-bandwidth of a copy that the same run measures. `--sides transformers` puts Transformers beside it.
+memory's bandwidth as the same run measures it. `--sides transformers` puts Transformers beside it.
 """
 
 import argparse
@@ -168,13 +168,13 @@ def main() -> int:
 
 
 def add_shares(peaks: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    """Of the bandwidth that a copy has: of a kernel, and of a model's step."""
-    bandwidth = peaks.get("copy_bytes_per_s")
+    """Of the memory's bandwidth: of a kernel, and of a model's step."""
+    bandwidth = peaks.get("memory_bytes_per_s")
     for row in rows:
         if "us" in row:
             row["bytes_per_s"] = row["bytes"] / (1e-6 * row["us"])
             if bandwidth:
-                row["share_of_copy"] = row["bytes_per_s"] / bandwidth
+                row["share_of_memory"] = row["bytes_per_s"] / bandwidth
         gpu_models.add_floor(row, bandwidth)
 
 
@@ -184,8 +184,8 @@ def report(rows: Sequence[Mapping[str, Any]]) -> None:
         line = f"{row['part']:26} {row.get('side', ''):13}"
         if "us" in row:
             line += f" {row['us']:9.1f} us {row['bytes_per_s'] / 1e9:7.0f} GB/s"
-            share = row.get("share_of_copy")
-            line += f" {share:4.0%} of a copy" if share else ""
+            share = row.get("share_of_memory")
+            line += f" {share:4.0%} of the memory" if share else ""
         elif "ms_per_token" in row:
             line += f" {gpu_models.speeds(row)}"
         else:
@@ -315,9 +315,9 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         shift = 0.27 * (number - (len(sides) - 1) / 2)
         places = [names.index(name) + shift for name in mine]
         left.bar(places, list(mine.values()), 0.25, label=side, color=COLORS[side])
-    if "copy_bytes_per_s" in result:
+    if "memory_bytes_per_s" in result:
         left.axhline(
-            result["copy_bytes_per_s"] / 1e9, color="#999999", linestyle=":", label="a copy"
+            result["memory_bytes_per_s"] / 1e9, color="#999999", linestyle=":", label="the memory"
         )
     left.set_xticks(range(len(names)), names, fontsize=8)
     left.set_xlim(-0.6, max(len(names), 1) - 0.4)

@@ -131,13 +131,13 @@ def main() -> int:
 
 
 def add_shares(peaks: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    """Of the matrix product's speed, of a copy's bandwidth, of a step's floor."""
-    bandwidth, speed = peaks.get("copy_bytes_per_s"), peaks.get("product_flops_per_s")
+    """Of the matrix product's speed, of the memory's bandwidth, of a step's floor."""
+    bandwidth, speed = peaks.get("memory_bytes_per_s"), peaks.get("product_flops_per_s")
     for row in rows:
         if "tflops" in row and speed:
             row["share_of_product"] = 1e12 * row["tflops"] / speed
         if "bytes_per_s" in row and bandwidth:
-            row["share_of_copy"] = row["bytes_per_s"] / bandwidth
+            row["share_of_memory"] = row["bytes_per_s"] / bandwidth
         gpu_models.add_floor(row, bandwidth)
 
 
@@ -149,8 +149,10 @@ def report(rows: Sequence[Mapping[str, Any]]) -> None:
             share = f" {row['share_of_product']:4.0%}" if "share_of_product" in row else ""
             line += f" {row['ms']:9.3f} ms {row['tflops']:6.1f} TF/s{share} of a dense product"
         elif "bytes_per_s" in row:
-            share = f" {row['share_of_copy']:4.0%}" if "share_of_copy" in row else ""
-            line += f" {row['us']:9.1f} us {row['bytes_per_s'] / 1e9:6.0f} GB/s{share} of a copy"
+            share = f" {row['share_of_memory']:4.0%}" if "share_of_memory" in row else ""
+            line += (
+                f" {row['us']:9.1f} us {row['bytes_per_s'] / 1e9:6.0f} GB/s{share} of the memory"
+            )
         elif "ms_per_token" in row:
             line += f" {row['policy']}: {gpu_models.speeds(row)}"
         else:

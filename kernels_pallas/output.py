@@ -15,6 +15,7 @@ class AttentionOutput:
     was not asked for may be NaN.
 
     Examples:
+      >>> import jax.numpy as jnp
       >>> from kernels_pallas import swa_prefill
       >>> x = jnp.zeros((1, 5, 1, 4))
       >>> found = swa_prefill(x, x, x, window=3, return_lse=True)

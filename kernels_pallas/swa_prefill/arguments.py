@@ -21,6 +21,7 @@ SAVED = "swa_prefill"
 A backward pass that has both computes nothing of the kernel again, only how q, k and v are laid
 out.
 
+>>> import jax
 >>> policy = jax.checkpoint_policies.save_only_these_names(SAVED)  # of jax.checkpoint(function)
 """
 

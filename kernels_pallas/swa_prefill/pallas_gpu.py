@@ -4,7 +4,8 @@ It takes all that ``swa_prefill`` takes in 16 bits: windows and sinks that are t
 rows, segments, lengths, soft caps, queries at an offset. What a row sees becomes two ranges of keys
 (its own, and the sinks of its segment), so that the kernel knows of none of these.
 
-Its gradient has kernels of its own, up to a head dim of 128; ``xla`` computes that of wider heads.
+Its gradient has kernels of its own, up to a head dim of 128; ``xla`` computes that of wider heads,
+and cuDNN that of layers without a window.
 """
 
 import dataclasses
@@ -22,10 +23,10 @@ from kernels_pallas.layout import pad_end
 from kernels_pallas.mask import RowInfo, block_map, per_row
 from kernels_pallas.mosaic_gpu import hopper_limits
 from kernels_pallas.output import AttentionOutput
+from kernels_pallas.swa_prefill import cudnn, xla
 from kernels_pallas.swa_prefill import pallas_gpu_gradient as gradient
 from kernels_pallas.swa_prefill import pallas_gpu_kernels as kernels
 from kernels_pallas.swa_prefill import pallas_gpu_key_table as key_table
-from kernels_pallas.swa_prefill import xla
 from kernels_pallas.swa_prefill.arguments import (
     SAVED,
     PrefillArguments,
@@ -192,13 +193,27 @@ def _bounds(arguments: PrefillArguments, rows: RowInfo) -> Int[Array, "B 4 T"]:
     return jnp.stack(jnp.broadcast_arrays(*ranges), axis=1).astype(jnp.int32)
 
 
+def _other_gradient(call: _Call, arguments: PrefillArguments) -> Any:
+    """The backend whose output and gradient stand in for the kernels'; None: none.
+
+    These kernels' gradient knows heads up to 128. cuDNN has the faster one of full causal attention
+    on an H200, not of a window with sinks (`benchmarks/attention_gpu.py` measures both).
+    """
+    if arguments.q.shape[3] > gradient.MOST_HEAD_DIM:
+        return xla
+    is_full = arguments.window is None and not call.interpret
+    return cudnn if is_full and not cudnn.limits(arguments) else None
+
+
 def _attend_forward(call: _Call, q: Array, k: Array, v: Array, traced: dict[str, Array]):
-    if q.shape[3] <= gradient.MOST_HEAD_DIM:
+    arguments = call.arguments(q, k, v, traced)
+    other = _other_gradient(call, arguments)
+    if other is None:
         result: Any = checkpoint_name(_attend(call, q, k, v, traced), SAVED)
         return result, (q, k, v, traced, *result)
 
     def elsewhere(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-        found = xla.compute(call.arguments(q, k, v, traced))
+        found = other.compute(dataclasses.replace(arguments, q=q, k=k, v=v))
         return found.out, found.lse
 
     return jax.vjp(elsewhere, q, k, v)

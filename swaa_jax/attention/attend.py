@@ -77,6 +77,7 @@ def attend(
         What each query gathered, in q's dtype.
 
     Examples:
+        >>> import jax.numpy as jnp
         >>> q, k = jnp.zeros((1, 4, 2, 16)), jnp.zeros((1, 4, 1, 16))  # 2 query heads, 1 KV head
         >>> v = jnp.broadcast_to(jnp.arange(4.0)[None, :, None, None], k.shape)
         >>> out = attend(q, k, v, layer=LayerAttention(window=2))

@@ -36,7 +36,11 @@ _OneCache: TypeAlias = FullCache | PagedCache | RingCache
 
 MAX_DECODE_TOKENS = 8
 """New tokens a row up to which `swa_decode` reads the cache in place; more are a chunk, which
-`swa_prefill` computes."""
+`swa_prefill` computes.
+
+>>> MAX_DECODE_TOKENS
+8
+"""
 
 
 def attend_cached(

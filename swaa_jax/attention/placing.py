@@ -37,8 +37,7 @@ def cache_specs(cache: FullCache | PagedCache | RingCache, mesh: Mesh) -> Any:
     >>> from swaa_jax.sharding import make_mesh
     >>> mesh = make_mesh([jax.devices()[0]] * 8, context=4, tensor=2)  # one in place of eight
     >>> x = jax.ShapeDtypeStruct((1, 64, 2, 16), "float32")
-    >>> specs = cache_specs(FullCache(k=x, v=x), mesh)
-    >>> specs.k == PartitionSpec(None, "context", "tensor", None)
+    >>> cache_specs(FullCache(k=x, v=x), mesh).k == jax.P(None, "context", "tensor", None)
     True
     """
     is_paged, is_ring = isinstance(cache, PagedCache), isinstance(cache, RingCache)

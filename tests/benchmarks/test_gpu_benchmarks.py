@@ -251,7 +251,7 @@ RECORDED = {
         | {"policy": "full"},
     ],
 }
-PEAKS = {"device": "a card", "copy_bytes_per_s": 4e12, "product_flops_per_s": 8e14}
+PEAKS = {"device": "a card", "memory_bytes_per_s": 4e12, "product_flops_per_s": 8e14}
 
 
 @pytest.mark.parametrize("name", RECORDED)
@@ -274,7 +274,7 @@ def test_tables_and_plots_of_recorded_rows(load, name, tmp_path, monkeypatch, ca
         model = rows[-1]
         assert model["floor_ms"] == 4.0 and model["share_of_floor"] == 0.5
         assert "8.00 ms a token, floor 4.00 (50%)" in printed[-1]
-        assert rows[0]["share_of_copy"] == pytest.approx(0.5)
+        assert rows[0]["share_of_memory"] == pytest.approx(0.5)
     output = tmp_path / "result.json"
     output.write_text(json.dumps({**PEAKS, "rows": [*rows, failed]}))
     monkeypatch.setattr(sys, "argv", [name, "--redraw", "--output", str(output)])

@@ -98,7 +98,18 @@ def test_a_model_holds_the_programs_of_its_last_policies(monkeypatch):
     assert first() is None
 
 
-@pytest.mark.parametrize("remat", ["none", "layer"])
+@pytest.mark.parametrize("remat", ["layer", "dots", "offload"])
+def test_offloaded_layer_inputs_go_to_the_host_and_back(remat):
+    split = split_model(random_model(POLICY, num_hidden_layers=2))
+
+    def loss(arrays):
+        return jnp.sum(split.structure.build(arrays).hidden_states(TOKENS, remat=remat).hidden)
+
+    program = str(jax.make_jaxpr(jax.grad(loss))(split.arrays))
+    assert ("host" in program.lower()) == (remat == "offload")
+
+
+@pytest.mark.parametrize("remat", ["none", "layer", "offload"])
 def test_scanned_layers_are_tapped_and_remembered_as_unrolled_ones(remat):
     model = random_model(POLICY, num_hidden_layers=2)
     split = split_model(model)

@@ -14,7 +14,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.backends import Target, choose_backend
-from kernels_pallas.swa_prefill import pallas_gpu, xla
+from kernels_pallas.swa_prefill import cudnn, pallas_gpu, xla
 from kernels_pallas.swa_prefill import pallas_gpu_kernels as kernels
 from kernels_pallas.swa_prefill import pallas_gpu_key_table as key_table
 from kernels_pallas.swa_prefill.arguments import PrefillArguments
@@ -225,23 +225,29 @@ def test_pieces_have_each_step_once(num_pieces):
         assert [sorted(each) for each in steps] == [list(range(n)) for n in total[row]]
 
 
-def test_gradient_of_wide_heads():
-    """XLA's."""
-    arguments, _ = build((1, 64, 64), (2, 1, 256), window=20)
+def test_gradients_of_another_backend(monkeypatch):
+    """cuDNN's without a window (here with the same words to XLA), XLA's of wide heads."""
+    in_xla = functools.partial(cudnn.compute, implementation="xla")
+    calls = []
+    monkeypatch.setattr(cudnn, "compute", lambda x: calls.append(x) or in_xla(x))
+    for window, head_dim in ((None, 16), (20, 256)):
+        arguments, _ = build((1, 64, 64), (2, 1, head_dim), window=window)
+        arguments = dataclasses.replace(arguments, return_lse=False)
 
-    def loss(q, k, v, compute):
-        out = compute(dataclasses.replace(arguments, q=q, k=k, v=v)).out
-        return jnp.sum(jnp.sin(out.astype(jnp.float32)))
+        def loss(q, k, v, compute):
+            changed = dataclasses.replace(arguments, q=q, k=k, v=v)  # noqa: B023
+            return jnp.sum(jnp.sin(compute(changed).out.astype(jnp.float32)))
 
-    given = (arguments.q, arguments.k, arguments.v)
-    found, want = (
-        jax.jit(jax.grad(loss, argnums=(0, 1, 2)), static_argnums=3)(*given, compute)
-        for compute in (pallas_gpu.compute, xla.compute)
-    )
-    for one, other in zip(found, want, strict=True):
-        one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
-        # Outputs, weights and cotangents are rounded to bfloat16 apart: 2^-8 for each.
-        assert np.linalg.norm(one - other) <= 2.0**-6 * np.linalg.norm(other)
+        given = (arguments.q, arguments.k, arguments.v)
+        found, want = (
+            jax.jit(jax.grad(loss, argnums=(0, 1, 2)), static_argnums=3)(*given, compute)
+            for compute in (pallas_gpu.compute, xla.compute)
+        )
+        for one, other in zip(found, want, strict=True):
+            one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
+            # Outputs, weights and cotangents are rounded to bfloat16 apart: 2^-8 for each.
+            assert np.linalg.norm(one - other) <= 2.0**-6 * np.linalg.norm(other)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(
