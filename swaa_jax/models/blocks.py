@@ -5,6 +5,7 @@ A family that differs in a block subclasses `DecoderLayer` and overrides what ma
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,7 +31,7 @@ from swaa_jax.lora.adapters import LoraAdapter
 from swaa_jax.models.config import DecoderConfig
 from swaa_jax.models.rope import RopeConfig, rotate, rotation
 from swaa_jax.products import lookup, product
-from swaa_jax.sharding import constrain_batch, kv_head_copies, target_of
+from swaa_jax.sharding import constrain_batch, kv_head_copies, spec_for, split_over, target_of
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -163,6 +164,8 @@ class Rows:
         prompt_lengths: with caches, where each row's prompt ends, as in `attend_cached`.
         mesh: the devices that the arrays lie on; None: one.
         backend: of attention and experts, as in `swaa_jax.attention.AttentionOptions`.
+        feeds_in_parts: the backward pass computes feed-forward blocks again, so that they may take
+            some tokens after others.
     """
 
     rotations: Mapping[RopeConfig, tuple[Float[Array, "B T H"], Float[Array, "B T H"]]]
@@ -173,6 +176,7 @@ class Rows:
     prompt_lengths: Int[Array, " B"] | None = None
     mesh: Mesh | None = None
     backend: str = "auto"
+    feeds_in_parts: bool = False
 
     @property
     def valid(self) -> Bool[Array, "B T"] | None:
@@ -342,6 +346,10 @@ class Attention(nnx.Module):
         return rotate(x, rotation(positions, self.rope, self.head_dim))
 
 
+FED_AT_ONCE = 16_384
+"""Tokens of a device that a feed-forward block takes at once, where it may take them in parts."""
+
+
 class GatedMLP(nnx.Module):
     """`down(act(gate(x)) * up(x))`."""
 
@@ -354,9 +362,50 @@ class GatedMLP(nnx.Module):
         self.activation = config.hidden_act
 
     def __call__(self, x: Float[Array, "B T D"], rows: Rows) -> FeedForward:
-        """The block's output; it has no router."""
+        """The block's output; it has no router.
+
+        Of tokens in parts a device holds the inner width of one part alone, [part, F] a projection.
+        """
+        adapters = (proj.adapter for proj in (self.gate_proj, self.up_proj, self.down_proj))
+        if rows.feeds_in_parts and not any(one is not None and one.drops for one in adapters):
+            return FeedForward(out=_in_parts(self._feed, x, rows.mesh))
+        return FeedForward(out=self._feed(x))
+
+    def _feed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gated = activation(self.activation)(self.gate_proj(x)) * self.up_proj(x)
-        return FeedForward(out=self.down_proj(gated))
+        return self.down_proj(gated)
+
+
+def _in_parts(
+    feed: Callable[[Array], Array], x: Float[Array, "B T D"], mesh: Mesh | None
+) -> Float[Array, "B T D"]:
+    """`feed` of some tokens of each device after the others; computed again for the gradient.
+
+    Parts are as few as hold at most `FED_AT_ONCE` tokens and divide a device's; they are cut within
+    each device's tokens, of which those of a row follow one another::
+
+        T   [ device 0: part 0 | part 1 ][ device 1: part 0 | part 1 ]
+    """
+    num_rows, num_tokens, width = x.shape
+    shards, own_rows = 1, num_rows
+    if mesh is not None:
+        spec = spec_for(("batch", "sequence"), x.shape[:2], mesh)
+        sizes = [math.prod(mesh.shape[name] for name in split_over(spec, i)) for i in (0, 1)]
+        shards, own_rows = sizes[1], num_rows // sizes[0]
+    own = num_tokens // shards
+    fewest = -(-own_rows * own // FED_AT_ONCE)
+    count = next((n for n in range(fewest, own + 1) if own % n == 0), own)
+    if count <= 1:
+        return feed(x)
+    parts = x.reshape(num_rows, shards, count, own // count, width)
+    parts = jnp.moveaxis(parts, 2, 0).reshape(count, num_rows, num_tokens // count, width)
+
+    def one(x: Float[Array, "B c D"]) -> Float[Array, "B c D"]:
+        return constrain_batch(feed(constrain_batch(x, mesh)), mesh)
+
+    outs = jax.lax.map(jax.checkpoint(one, prevent_cse=False), parts)
+    outs = outs.reshape(count, num_rows, shards, own // count, width)
+    return jnp.moveaxis(outs, 0, 2).reshape(x.shape)
 
 
 class DecoderLayer(nnx.Module):

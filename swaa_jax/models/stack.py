@@ -95,6 +95,8 @@ def run_layers(
             "offload": so, and inputs wait in the host's memory; "dots": all but the results of its
             matrix products; "none": nothing.
     """
+    if remat in ("layer", "offload"):
+        rows = dataclasses.replace(rows, feeds_in_parts=True)
     if isinstance(blocks, ScannedLayers):
         assert caches is None, "caches differ by layer"
         return _scan(blocks, x, rows, layers=layers, tap=tap, remat=remat)

@@ -15,6 +15,7 @@ from swaa_jax.lora import LoraParam, add_lora
 from swaa_jax.losses import logits_bytes
 from swaa_jax.memory import Demand, gib, memory_of
 from swaa_jax.models import CausalLM, read_blueprint
+from swaa_jax.models.blocks import FED_AT_ONCE
 from swaa_jax.progress import ProgressLike
 from swaa_jax.sharding import batch_parts, sharding_for
 from swaa_jax.train.config import StepConfig
@@ -279,14 +280,14 @@ def _memory(
     kept = 2 * shape.hidden_size
     if config.remat != "offload":
         kept = {"layer": 1, "dots": 6, "none": 16}[config.remat] * inputs
-    working = (
-        4 * shape.hidden_size
-        + (3 * shape.active_ffw_size + 4 * shape.num_heads * shape.head_dim) // tensor
-    )
+    working = 4 * shape.hidden_size + 4 * shape.num_heads * shape.head_dim // tensor
+    is_fed_in_parts = config.remat in ("layer", "offload") and not hasattr(shape, "num_experts")
+    fed = min(tokens, FED_AT_ONCE) if is_fed_in_parts else tokens
+    working = tokens * working + fed * 3 * shape.active_ffw_size // tensor
     return MemoryEstimate(
         weights=weights + (trained_size * itemsize if config.trainable == "all" else 0),
         trained=4 * _F32 * trained_size,
-        activations=tokens * (kept + 2 * working) * itemsize,
+        activations=(tokens * kept + 2 * working) * itemsize,
         logits=logits_bytes(config.loss, num_tokens=tokens, vocab=shape.vocab_size),
         offloaded=tokens * inputs * itemsize if config.remat == "offload" else 0,
     )
