@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import Target
+from kernels_pallas.layout import pad_end
 from swaa_jax.attention import (
     MAX_DECODE_TOKENS,
     AttentionOptions,
@@ -381,8 +382,8 @@ def _in_parts(
 ) -> Float[Array, "B T D"]:
     """`feed` of some tokens of each device after the others; computed again for the gradient.
 
-    Parts are as few as hold at most `FED_AT_ONCE` tokens and divide a device's; they are cut within
-    each device's tokens, of which those of a row follow one another::
+    Parts hold at most `FED_AT_ONCE` tokens of a device, and are as few and as equal as that allows;
+    the last one is filled up. They are cut within each device's tokens::
 
         T   [ device 0: part 0 | part 1 ][ device 1: part 0 | part 1 ]
     """
@@ -393,19 +394,22 @@ def _in_parts(
         sizes = [math.prod(mesh.shape[name] for name in split_over(spec, i)) for i in (0, 1)]
         shards, own_rows = sizes[1], num_rows // sizes[0]
     own = num_tokens // shards
-    fewest = -(-own_rows * own // FED_AT_ONCE)
-    count = next((n for n in range(fewest, own + 1) if own % n == 0), own)
-    if count <= 1:
+    count = -(-own // max(FED_AT_ONCE // own_rows, 1))
+    if count == 1:
         return feed(x)
-    parts = x.reshape(num_rows, shards, count, own // count, width)
-    parts = jnp.moveaxis(parts, 2, 0).reshape(count, num_rows, num_tokens // count, width)
+    size = -(-own // count)
+    parts = x.reshape(num_rows, shards, own, width)
+    parts = pad_end(parts, count * size - own, axis=2)
+    parts = parts.reshape(num_rows, shards, count, size, width)
+    parts = jnp.moveaxis(parts, 2, 0).reshape(count, num_rows, shards * size, width)
 
     def one(x: Float[Array, "B c D"]) -> Float[Array, "B c D"]:
         return constrain_batch(feed(constrain_batch(x, mesh)), mesh)
 
     outs = jax.lax.map(jax.checkpoint(one, prevent_cse=False), parts)
-    outs = outs.reshape(count, num_rows, shards, own // count, width)
-    return jnp.moveaxis(outs, 0, 2).reshape(x.shape)
+    outs = jnp.moveaxis(outs.reshape(count, num_rows, shards, size, width), 0, 2)
+    outs = outs.reshape(num_rows, shards, count * size, width)[:, :, :own]
+    return outs.reshape(x.shape)
 
 
 class DecoderLayer(nnx.Module):
