@@ -8,9 +8,10 @@ Arrays and ints in, arrays out: nothing here knows about models or policies. Sta
 from kernels_pallas.backends import Target, available_backends, check_backend, resolve_backend
 from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.swa_decode import swa_decode
-from kernels_pallas.swa_prefill import AttentionOutput, swa_prefill
+from kernels_pallas.swa_prefill import SAVED, AttentionOutput, swa_prefill
 
 __all__ = [
+    "SAVED",
     "AttentionOutput",
     "Target",
     "available_backends",

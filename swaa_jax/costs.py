@@ -24,6 +24,7 @@ from flax import nnx
 from jaxtyping import Bool, Int, Real
 
 from kernels_pallas.chips import find_chip
+from swaa_jax.attention import heads_at_once
 from swaa_jax.fields import wrong
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import SplitModel
@@ -36,6 +37,7 @@ __all__ = [
     "activation_bytes",
     "active_parameters",
     "cache_bytes",
+    "exchanged_bytes",
     "peak_flops",
     "prefill_attention_share",
     "visible_pairs",
@@ -235,6 +237,58 @@ _STREAM, _FFW, _HEADS, _COPIES = 4, 3, 3, 4
 """Copies of a token's residual stream, feed-forward and heads that a pass holds at a time, and of
 one layer's keys and values that are copied out of their pages. Fitted to the TPU compiler's figures
 in `benchmarks/results/aot_models.json`; a test compares."""
+
+
+def exchanged_bytes(
+    layer: LayerAttention,
+    *,
+    tokens: int,
+    shards: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    itemsize: int = 2,
+    full_rows: bool = False,
+) -> int:
+    """Bytes that each device is sent in a layer's forward pass, where rows are split over devices.
+
+    A windowed layer is sent the keys and values of the W - 1 tokens before its own, whatever the
+    length, and from every other shard the slots of the sinks; where these are as many as all tokens
+    of the other shards, those. A full one is sent all other shards' keys and values; and, unless
+    they go round a ring or shards have odd numbers of tokens, queries and results of as many tokens
+    as its own, so that work is even. The backward pass sends the same back (round a ring in
+    float32), and keys and values again. Segments, 4 bytes a token of all these, are left out.
+
+    Args:
+        layer: of a model, under a policy.
+        tokens: of a row, a multiple of `shards`.
+        shards: devices that a row is split over (the mesh's `context`).
+        num_heads, num_kv_heads, head_dim: the model's; of one device, where `tensor` splits them.
+        itemsize: bytes of a number.
+        full_rows: some rows of a windowed layer see everything (answers under FA decode, tails).
+
+    Examples:
+        >>> heads = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128}
+        >>> layer = LayerAttention(window=2048, num_sink_tokens=10)
+        >>> exchanged_bytes(layer, tokens=2**15, shards=8, **heads) / 2**20  # MiB
+        8.26953125
+        >>> exchanged_bytes(layer, tokens=2**19, shards=8, **heads) / 2**20
+        8.26953125
+        >>> exchanged_bytes(LayerAttention(), tokens=2**19, shards=8, **heads) / 2**20
+        2816.0
+    """
+    own = tokens // shards
+    others = tokens - own
+    num_full = num_kv_heads if layer.is_full else len(layer.full_heads)
+    moved = 2 * own * num_full * (num_heads // num_kv_heads)
+    shape = (1, own, max(num_full, 1), head_dim)
+    if own % 2 or shards == 1 or not heads_at_once(shape, itemsize, shards):
+        moved = 0
+    windowed = others
+    if layer.window is not None and not full_rows:
+        windowed = min(others, layer.window - 1 + (shards - 1) * layer.num_sink_tokens)
+    kept = num_full * others + (num_kv_heads - num_full) * windowed
+    return (2 * kept + moved) * head_dim * itemsize
 
 
 def activation_bytes(

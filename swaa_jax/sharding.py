@@ -6,6 +6,7 @@ which mesh axes each name is split. An axis that its mesh axes do not divide is 
 | logical axis | mesh axes | what it is |
 |---|---|---|
 | batch | data, fsdp | rows of a batch |
+| sequence | context | tokens of a row |
 | vocab | tensor | rows of the embedding, columns of the head |
 | embed | fsdp | the model's width D |
 | heads | tensor | query heads times head dim |
@@ -34,9 +35,9 @@ __all__ = [
     "attention_specs",
     "batch_parts",
     "constrain_batch",
-    "constrain_heads",
     "constrain_whole",
     "kv_head_copies",
+    "lacking_tokens",
     "make_mesh",
     "mesh_sizes",
     "resolve_mesh",
@@ -57,6 +58,7 @@ _MESH = 'None, "auto", sizes such as {"fsdp": 4, "tensor": 2}, or a jax.sharding
 
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "sequence": ("context",),
     "vocab": ("tensor",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
@@ -182,6 +184,20 @@ def batch_parts(mesh: Mesh | AbstractMesh | None) -> tuple[int, str]:
     return math.prod(sizes.values()), " x ".join(f"{name}={size}" for name, size in sizes.items())
 
 
+def lacking_tokens(mesh: Mesh | None, num_tokens: int) -> int:
+    """How many tokens of padding make a row one that the mesh's `context` divides.
+
+    A row that it does not divide is whole on each of these devices, as every axis is.
+
+    >>> mesh = make_mesh([jax.devices()[0]] * 8, context=8)  # one in place of eight
+    >>> lacking_tokens(mesh, 21), lacking_tokens(None, 21)
+    (3, 0)
+    """
+    if mesh is None:
+        return 0
+    return -num_tokens % math.prod(mesh.shape.get(name, 1) for name in RULES["sequence"])
+
+
 def target_of(mesh: Mesh | None) -> Target | None:
     """What programs on the mesh are compiled for; None: this process's first device.
 
@@ -275,11 +291,17 @@ def kv_head_copies(mesh: Mesh | None, *, num_heads: int, num_kv_heads: int) -> i
 
 
 def attention_specs(
-    mesh: Mesh, *, batch: int, num_kv_heads: int, whole_rows: bool = False
+    mesh: Mesh,
+    *,
+    batch: int,
+    num_kv_heads: int,
+    num_tokens: int | None = None,
+    whole_rows: bool = False,
 ) -> tuple[PartitionSpec, PartitionSpec]:
     """Partitions of `[B, T, heads, H]` arrays and of arrays that start with B, for `attend`.
 
     Query heads are split only where the key/value heads are, so that groups stay together.
+    `num_tokens`: T, or slots of a cache, where these are split; None: each device has all of them.
     `whole_rows`: every device has all rows, which is how pages that rows share are read.
 
     >>> mesh = make_mesh([jax.devices()[0]] * 8, fsdp=4, tensor=2)  # one in place of eight
@@ -287,20 +309,22 @@ def attention_specs(
     >>> q_spec == PartitionSpec("fsdp", None, "tensor", None)
     True
     """
-    row_axis = None if whole_rows else "batch"
-    (rows, heads) = spec_for((row_axis, "kv_heads"), (batch, num_kv_heads), mesh)
-    return PartitionSpec(rows, None, heads, None), PartitionSpec(rows)
+    axes = (None if whole_rows else "batch", "sequence" if num_tokens else None, "kv_heads")
+    rows, tokens, heads = spec_for(axes, (batch, num_tokens or 1, num_kv_heads), mesh)
+    return PartitionSpec(rows, tokens, heads, None), PartitionSpec(rows)
 
 
-def constrain_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """Keep activations `[B, ...]` split by rows of the batch, whole along every other axis.
+def constrain_batch(x: jax.Array, mesh: Mesh | None, *, whole_sequence: bool = False) -> jax.Array:
+    """Keep activations `[B, T, ...]` split by rows of the batch and tokens, else whole.
+
+    `whole_sequence`: tokens are not split, which is how new tokens meet caches.
 
     >>> constrain_batch(jax.numpy.ones((8, 16)), make_mesh(jax.devices()[:1])).shape
     (8, 16)
     """
     if mesh is None:
         return x
-    axes = ("batch",) + (None,) * (x.ndim - 1)
+    axes = ("batch", None if whole_sequence else "sequence") + (None,) * (x.ndim - 2)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec_for(axes, x.shape, mesh)))
 
 
@@ -313,17 +337,3 @@ def constrain_whole(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
-
-
-def constrain_heads(x: jax.Array, mesh: Mesh | None, *, whole_rows: bool = False) -> jax.Array:
-    """Keep `[B, tokens, KV heads, H]` split as `attend` reads it, so that caches stay put.
-
-    >>> constrain_heads(jax.numpy.ones((8, 4, 2, 16)), make_mesh(jax.devices()[:1])).shape
-    (8, 4, 2, 16)
-    """
-    if mesh is None:
-        return x
-    spec, _ = attention_specs(
-        mesh, batch=x.shape[0], num_kv_heads=x.shape[2], whole_rows=whole_rows
-    )
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

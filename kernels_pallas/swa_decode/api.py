@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kernels_pallas.backends import Target, compute
 from kernels_pallas.checks import static_int
 from kernels_pallas.mask import IntOrPerRow
+from kernels_pallas.output import AttentionOutput
 from kernels_pallas.swa_decode.arguments import DecodeArguments
 
 
@@ -25,9 +26,10 @@ def swa_decode(
     q_full: Bool[Array, "B n"] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    return_lse: bool = False,
     backend: str = "auto",
     target: Target | None = None,
-) -> Float[Array, "B n N H"]:
+) -> Float[Array, "B n N H"] | AttentionOutput:
     """Attention of n new tokens a row to a cache and to themselves.
 
     The same visibility as :func:`kernels_pallas.swa_prefill`, on positions: what a slot holds is
@@ -54,12 +56,15 @@ def swa_decode(
       q_full: rows that see everything before them (answer tokens under FA decode).
       scale: factor on ``q.k``; None: ``1 / sqrt(H)``.
       softcap: None: no cap.
+      return_lse: also return the log-sum-exp of each row's scores: what results of parts of a
+        cache are joined by.
       backend: ``"auto"``, or one of ``kernels_pallas.available_backends("swa_decode")``.
       target: what the program is compiled for, if not this process's first device: a mesh's
         device, or a topology's that is not attached. ``auto`` and block sizes follow it.
 
     Returns:
-      Output in q's dtype; a row that sees nothing returns zeros.
+      Output in q's dtype, or :class:`AttentionOutput` with ``return_lse=True``; a row that sees
+      nothing returns zeros, and ``-inf``.
 
     Raises:
       ValueError: a shape, dtype or value does not fit, or the backend is unknown.
@@ -91,4 +96,5 @@ def swa_decode(
         softcap=softcap,
         target=target,
     )
-    return compute("swa_decode", backend, arguments)
+    result = compute("swa_decode", backend, arguments)
+    return result if return_lse else result.out

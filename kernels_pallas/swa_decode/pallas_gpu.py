@@ -5,11 +5,15 @@ another joins what its units give. What a slot holds is told by its position alo
 looks at itself, so that little is left to do around it.
 """
 
+import math
+
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from kernels_pallas.layout import pad_end
 from kernels_pallas.mosaic_gpu import hopper_limits
+from kernels_pallas.output import AttentionOutput
 from kernels_pallas.swa_decode import pallas_gpu_kernels as kernels
 from kernels_pallas.swa_decode import pallas_triton
 from kernels_pallas.swa_decode.arguments import NEVER, DecodeArguments
@@ -76,14 +80,14 @@ def choose_tiles(arguments: DecodeArguments) -> kernels.Tiles:
     return kernels.Tiles(units=units, step_slots=128 if head_dim <= 128 else 64, num_buffers=3)
 
 
-def compute(arguments: DecodeArguments) -> Float[Array, "B n N H"]:
+def compute(arguments: DecodeArguments) -> AttentionOutput:
     """Compiled for the GPU. Slots that no new token sees may hold NaN."""
     return decode_in_units(arguments, tiles=choose_tiles(arguments))
 
 
 def decode_in_units(
     arguments: DecodeArguments, *, tiles: kernels.Tiles, interpret: object = False
-) -> Float[Array, "B n N H"]:
+) -> AttentionOutput:
     """The kernels with these tiles; ``interpret``: an ``InterpretGPUParams``, to run them without
     a GPU.
     """
@@ -114,7 +118,10 @@ def decode_in_units(
         (arguments.cache_k, arguments.cache_v),
         tuple(x for x in (arguments.new_k, arguments.new_v) if x is not None),
     )
-    return kernels.join(static, arguments.q.dtype, parts, lse)[..., :head_dim]
+    out = kernels.join(static, arguments.q.dtype, parts, lse)[..., :head_dim]
+    lse = jax.nn.logsumexp(lse[..., : num_new * groups] * math.log(2), axis=2)  # [B, K, n * G]
+    lse = lse.reshape(num_batch, num_kv_heads, num_new, groups).swapaxes(1, 2)
+    return AttentionOutput(out=out, lse=lse.reshape(num_batch, num_new, num_heads))
 
 
 def _num_blocks(arguments: DecodeArguments) -> int:

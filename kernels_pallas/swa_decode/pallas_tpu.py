@@ -35,8 +35,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.chips import TPUS, generation_of
-from kernels_pallas.layout import LANES, pad_end, round_up
+from kernels_pallas.layout import LANES, LOWEST, pad_end, round_up
 from kernels_pallas.mask import per_row
+from kernels_pallas.output import AttentionOutput
 from kernels_pallas.swa_decode.arguments import NEVER, DecodeArguments
 
 MAX_NEW_TOKENS = 8
@@ -174,7 +175,7 @@ def copies_cache(arguments: DecodeArguments) -> bool:
     )
 
 
-def compute(arguments: DecodeArguments) -> Float[Array, "B n N H"]:
+def compute(arguments: DecodeArguments) -> AttentionOutput:
     """Compiled for the TPU.
 
     Slots that no new token sees may hold NaN. In a slot that is seen, a NaN or infinity of one KV
@@ -185,7 +186,7 @@ def compute(arguments: DecodeArguments) -> Float[Array, "B n N H"]:
 
 def decode_in_blocks(
     arguments: DecodeArguments, *, blocks: DecodeBlocks, interpret: Any = False
-) -> Float[Array, "B n N H"]:
+) -> AttentionOutput:
     """The kernel with the given blocks; ``interpret``: in plain JAX, on any device."""
     # Imported here: only those who run it need the TPU half of Pallas to import.
     from kernels_pallas.swa_decode.pallas_tpu_kernels import DecodeStatic, attend_to_blocks
@@ -229,7 +230,10 @@ def decode_in_blocks(
         k=_keys(arguments.cache_k, slots_in_lanes),
         v=_keys(arguments.cache_v, slots_in_lanes),
     )
-    return _combine(out, lse)[:, : q_rows.shape[1]].reshape(q.shape).astype(q.dtype)
+    out, lse = (x[:, : q_rows.shape[1]] for x in _combine(out, lse))
+    # A row that sees nothing has the lowest score there is; see `attend_to_blocks`.
+    lse = jnp.where(lse > LOWEST, lse * math.log(2), -jnp.inf).reshape(q.shape[:3])
+    return AttentionOutput(out=out.reshape(q.shape).astype(q.dtype), lse=lse)
 
 
 def work_list(
@@ -347,7 +351,9 @@ def _query_rows(arguments: DecodeArguments, slots_in_lanes: bool) -> Float[Array
     return jnp.where(is_own_RK1, q_rows[:, :, None], 0).reshape(*q_rows.shape[:2], -1)
 
 
-def _combine(out: Float[Array, "X B R H"], lse: Float[Array, "X B R 1"]) -> Float[Array, "B R H"]:
+def _combine(
+    out: Float[Array, "X B R H"], lse: Float[Array, "X B R 1"]
+) -> tuple[Float[Array, "B R H"], Float[Array, "B R 1"]]:
     """One softmax from those of the splits; ``lse`` is in base 2, very low where nothing is seen.
 
     ::
@@ -356,9 +362,11 @@ def _combine(out: Float[Array, "X B R H"], lse: Float[Array, "X B R 1"]) -> Floa
         splits               out, lse  out, lse      out = sum of out * 2^lse / sum of 2^lse
     """
     if out.shape[0] == 1:
-        return out[0]
-    weights = jnp.exp2(lse - jnp.max(lse, axis=0))
-    return jnp.sum(weights * out, axis=0) / jnp.sum(weights, axis=0)
+        return out[0], lse[0]
+    largest = jnp.max(lse, axis=0)
+    weights = jnp.exp2(lse - largest)
+    total = jnp.sum(weights, axis=0)
+    return jnp.sum(weights * out, axis=0) / total, largest + jnp.log2(total)
 
 
 def _at_least_a_block(arguments: DecodeArguments, slots: int) -> DecodeArguments:

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.layout import LOWEST, next_power_of_two, pad_end
 from kernels_pallas.mask import visible
+from kernels_pallas.output import AttentionOutput
 from kernels_pallas.swa_decode.arguments import DecodeArguments
 from kernels_pallas.swa_decode.sums import Sums, joined
 from kernels_pallas.swa_decode.xla import attend_apart, by_kv_head, products_on
@@ -77,14 +78,14 @@ def choose_tiles(arguments: DecodeArguments) -> Tiles:
     return Tiles(block_slots=block, unit_blocks=min(max(4, -(-num_blocks // units)), num_blocks))
 
 
-def compute(arguments: DecodeArguments) -> Float[Array, "B n N H"]:
+def compute(arguments: DecodeArguments) -> AttentionOutput:
     """Compiled for the GPU. Slots that no new token sees may hold NaN."""
     return decode_in_units(arguments, tiles=choose_tiles(arguments))
 
 
 def decode_in_units(
     arguments: DecodeArguments, *, tiles: Tiles, interpret: bool = False
-) -> Float[Array, "B n N H"]:
+) -> AttentionOutput:
     """The kernel with these tiles; ``interpret``: in plain JAX, on any device."""
     q_BnKGH = by_kv_head(arguments)
     parts = _attend_to_cache(arguments, q_BnKGH, tiles=tiles, interpret=interpret)
@@ -95,7 +96,7 @@ def decode_in_units(
             arguments, q_BnKGH, arguments.new_k, arguments.new_v, mask, products=products
         )
         parts = jax.tree.map(lambda x, one: jnp.concatenate([x, one[None]]), parts, new)
-    return joined(parts).reshape(arguments.q.shape).astype(arguments.q.dtype)
+    return joined(parts, arguments.q.dtype)
 
 
 def _attend_to_cache(

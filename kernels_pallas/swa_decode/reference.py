@@ -2,15 +2,15 @@
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
 
 from kernels_pallas.backends import no_limits
+from kernels_pallas.output import AttentionOutput
 from kernels_pallas.swa_decode.arguments import DecodeArguments
 
 limits = no_limits
 
 
-def compute(arguments: DecodeArguments) -> Float[Array, "B n N H"]:
+def compute(arguments: DecodeArguments) -> AttentionOutput:
     """Attention over ``[cache | new]`` in float32."""
     k, v = (arguments.slots_of_rows(x) for x in (arguments.cache_k, arguments.cache_v))
     positions = arguments.cache_positions
@@ -33,6 +33,10 @@ def compute(arguments: DecodeArguments) -> Float[Array, "B n N H"]:
     largest = jnp.max(jnp.where(mask, scores, -jnp.inf), axis=-1, keepdims=True)
     weights = jnp.where(mask, jnp.exp(scores - largest), 0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
+    lse_BKGn = jnp.where(total > 0, largest + jnp.log(total), -jnp.inf)[..., 0]
     weights = weights / jnp.where(total > 0, total, 1)
     out = jnp.einsum("BKGnS,BSKH->BnKGH", weights, v, precision=highest)
-    return out.reshape(num_batch, num_new, num_heads, head_dim).astype(arguments.q.dtype)
+    return AttentionOutput(
+        out=out.reshape(num_batch, num_new, num_heads, head_dim).astype(arguments.q.dtype),
+        lse=jnp.moveaxis(lse_BKGn, 3, 1).reshape(num_batch, num_new, num_heads),
+    )

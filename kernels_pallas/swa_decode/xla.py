@@ -11,8 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.backends import Target, no_limits
 from kernels_pallas.layout import LOWEST, pad_end, precision_of, round_up
+from kernels_pallas.output import AttentionOutput
 from kernels_pallas.swa_decode.arguments import DecodeArguments
-from kernels_pallas.swa_decode.sums import Sums, joined
+from kernels_pallas.swa_decode.sums import Sums, joined, output_of
 
 # (q [B, n, K, G, H], k [B, S, K, H]) -> q.k, float32 [B, K, G, n, S]
 Scores = Callable[[Array, Array], Array]
@@ -55,7 +56,7 @@ _FEW_HEADS = 4
 """KV heads up to which a CPU multiplies queries by all of them."""
 
 
-def compute(arguments: DecodeArguments) -> Float[Array, "B n N H"]:
+def compute(arguments: DecodeArguments) -> AttentionOutput:
     """Attention to ``[cache | new tokens]`` without putting them into one array.
 
     NaN in a slot that no new token sees stays out: such a slot's scores are replaced before the
@@ -87,12 +88,10 @@ def compute(arguments: DecodeArguments) -> Float[Array, "B n N H"]:
         total_BKGn += jnp.sum(weights, axis=-1)
         out_BnKGH += gather(weights, jnp.where(seen_BS11, v, 0))
     total_BnKG1 = jnp.where(total_BKGn > 0, total_BKGn, 1).transpose(0, 3, 1, 2)[..., None]
-    return (out_BnKGH / total_BnKG1).reshape(q.shape).astype(q.dtype)
+    return output_of(largest_BKGn1[..., 0], total_BKGn, out_BnKGH / total_BnKG1, q.dtype)
 
 
-def _attend_to_pages(
-    arguments: DecodeArguments, page_table: Int[Array, "B M"]
-) -> Float[Array, "B n N H"]:
+def _attend_to_pages(arguments: DecodeArguments, page_table: Int[Array, "B M"]) -> AttentionOutput:
     """Attention to the new tokens, and to those units (some pages of a row) that are seen.
 
     ::
@@ -168,7 +167,7 @@ def _attend_to_pages(
         mask = arguments.mask(arguments.q_positions)
         new = attend(q_BnKGH, arguments.new_k, arguments.new_v, mask)
         parts = jax.tree.map(lambda x, one: jnp.concatenate([x, one[None]]), parts, new)
-    return joined(parts).reshape(q.shape).astype(q.dtype)
+    return joined(parts, q.dtype)
 
 
 def attend_apart(

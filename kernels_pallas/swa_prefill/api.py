@@ -7,7 +7,8 @@ from jaxtyping import Array, Bool, Float, Int
 from kernels_pallas.backends import Target, compute
 from kernels_pallas.checks import static_int
 from kernels_pallas.mask import IntOrPerRow
-from kernels_pallas.swa_prefill.arguments import AttentionOutput, PrefillArguments
+from kernels_pallas.output import AttentionOutput
+from kernels_pallas.swa_prefill.arguments import PrefillArguments
 
 
 def swa_prefill(

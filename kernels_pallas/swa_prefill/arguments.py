@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -16,25 +15,15 @@ from kernels_pallas.checks import (
 )
 from kernels_pallas.mask import IntOrPerRow, RowInfo, row_info
 
+SAVED = "swa_prefill"
+"""What ``jax.checkpoint``'s policies call a kernel's output and log-sum-exp, where it saves them.
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionOutput:
-    """Attention output and the log-sum-exp of each row's scaled (and soft-capped) scores.
+A backward pass that has both computes nothing of the kernel again, only how q, k and v are laid
+out.
 
-    Rows without any visible key (padding) hold ``out = 0`` and ``lse = -inf``. A log-sum-exp that
-    was not asked for may be NaN.
-
-    Examples:
-      >>> from kernels_pallas import swa_prefill
-      >>> x = jnp.zeros((1, 5, 1, 4))
-      >>> found = swa_prefill(x, x, x, window=3, return_lse=True)
-      >>> jnp.exp(found.lse[0, :, 0]).round().tolist()  # all scores are 0: keys that a row sees
-      [1.0, 2.0, 3.0, 3.0, 3.0]
-    """
-
-    out: Float[Array, "B T N H"]
-    lse: Float[Array, "B T N"]  # float32, natural logarithm
+>>> import jax
+>>> policy = jax.checkpoint_policies.save_only_these_names(SAVED)  # of jax.checkpoint(function)
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,8 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.layout import pad_end, round_up
 from kernels_pallas.mask import visible
-from kernels_pallas.swa_prefill.arguments import AttentionOutput, PrefillArguments
+from kernels_pallas.output import AttentionOutput
+from kernels_pallas.swa_prefill.arguments import PrefillArguments
 
 Implementation: TypeAlias = Literal["cudnn", "xla"]
 

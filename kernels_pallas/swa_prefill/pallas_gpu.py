@@ -15,18 +15,20 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.backends import Target
 from kernels_pallas.layout import pad_end
 from kernels_pallas.mask import RowInfo, block_map, per_row
 from kernels_pallas.mosaic_gpu import hopper_limits
+from kernels_pallas.output import AttentionOutput
 from kernels_pallas.swa_prefill import cudnn, xla
 from kernels_pallas.swa_prefill import pallas_gpu_gradient as gradient
 from kernels_pallas.swa_prefill import pallas_gpu_kernels as kernels
 from kernels_pallas.swa_prefill import pallas_gpu_key_table as key_table
 from kernels_pallas.swa_prefill.arguments import (
-    AttentionOutput,
+    SAVED,
     PrefillArguments,
     without_padding,
 )
@@ -207,7 +209,7 @@ def _attend_forward(call: _Call, q: Array, k: Array, v: Array, traced: dict[str,
     arguments = call.arguments(q, k, v, traced)
     other = _other_gradient(call, arguments)
     if other is None:
-        result: Any = _attend(call, q, k, v, traced)
+        result: Any = checkpoint_name(_attend(call, q, k, v, traced), SAVED)
         return result, (q, k, v, traced, *result)
 
     def elsewhere(q: Array, k: Array, v: Array) -> tuple[Array, Array]:

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Int
 
 from kernels_pallas.layout import pad_end, rows_from_blocks, rows_to_blocks
 from kernels_pallas.mask import BlockMap, RowInfo, block_map, per_row
+from kernels_pallas.output import AttentionOutput
 from kernels_pallas.swa_prefill.arguments import (
-    AttentionOutput,
+    SAVED,
     PrefillArguments,
     without_padding,
 )
@@ -136,7 +138,7 @@ def _attention(
 
 
 def _forward_saving(static: "KernelStatic", q: Array, kv: Array, *rest: Any):
-    out, lse = cast(tuple[Array, Array], _attention(static, q, kv, *rest))
+    out, lse = checkpoint_name(cast(tuple[Array, Array], _attention(static, q, kv, *rest)), SAVED)
     return (out, lse), (q, kv, *rest, out, lse)
 
 

@@ -23,8 +23,9 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.layout import LOWEST, next_power_of_two, pad_end
 from kernels_pallas.mask import per_row, visible
+from kernels_pallas.output import AttentionOutput
 from kernels_pallas.swa_prefill import xla
-from kernels_pallas.swa_prefill.arguments import AttentionOutput, PrefillArguments
+from kernels_pallas.swa_prefill.arguments import PrefillArguments
 from kernels_pallas.triton import triton as plgpu
 from kernels_pallas.triton import triton_limits
 

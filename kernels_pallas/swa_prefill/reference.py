@@ -6,7 +6,8 @@ from jax import lax
 
 from kernels_pallas.backends import no_limits
 from kernels_pallas.mask import per_row, visible
-from kernels_pallas.swa_prefill.arguments import AttentionOutput, PrefillArguments
+from kernels_pallas.output import AttentionOutput
+from kernels_pallas.swa_prefill.arguments import PrefillArguments
 
 limits = no_limits
 

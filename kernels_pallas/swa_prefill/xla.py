@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.backends import Target, no_limits
@@ -37,8 +38,9 @@ from kernels_pallas.layout import (
     rows_to_blocks,
 )
 from kernels_pallas.mask import BlockMap, RowInfo, block_map, per_row, visible
+from kernels_pallas.output import AttentionOutput
 from kernels_pallas.swa_prefill.arguments import (
-    AttentionOutput,
+    SAVED,
     PrefillArguments,
     without_padding,
 )
@@ -283,7 +285,7 @@ def _forward(static: Static, q: Array, k: Array, v: Array, steps: StepRows, keys
 
 
 def _forward_saving(static: Static, q: Array, k: Array, v: Array, steps: StepRows, keys: KeyRows):
-    out, lse = _forward(static, q, k, v, steps, keys)
+    out, lse = checkpoint_name(_forward(static, q, k, v, steps, keys), SAVED)
     return (out, lse), (q, k, v, steps, keys, out, lse)
 
 

@@ -1,22 +1,15 @@
 """Attention under a policy: `attend`, `attend_cached`, and the caches they read."""
 
 from kernels_pallas import available_backends, check_backend, resolve_backend
-from swaa_jax.attention.attend import (
-    AttentionOptions,
-    LayerChoice,
-    LayerKind,
-    attend,
-    attend_cached,
-    attend_stream,
-)
+from swaa_jax.attention.attend import AttentionOptions, attend
 from swaa_jax.attention.building import (
     as_stream,
     build_cache,
     check_stream,
-    constrain_caches,
     empty_cache,
     recast_caches,
 )
+from swaa_jax.attention.cached import MAX_DECODE_TOKENS, attend_cached, attend_stream
 from swaa_jax.attention.caches import (
     EMPTY,
     Cache,
@@ -28,12 +21,15 @@ from swaa_jax.attention.caches import (
     SplitCache,
     StreamCache,
 )
+from swaa_jax.attention.context import heads_at_once
 from swaa_jax.attention.heads import HeadPart, split_heads
+from swaa_jax.attention.placing import cache_specs, constrain_caches
 from swaa_jax.attention.stages import full_rows, tail_rows
-from swaa_jax.attention.traced import GatedLayer, RowWindows
+from swaa_jax.attention.traced import GatedLayer, LayerChoice, LayerKind, RowWindows
 
 __all__ = [
     "EMPTY",
+    "MAX_DECODE_TOKENS",
     "AttentionOptions",
     "Cache",
     "Caches",
@@ -54,11 +50,13 @@ __all__ = [
     "attend_stream",
     "available_backends",
     "build_cache",
+    "cache_specs",
     "check_backend",
     "check_stream",
     "constrain_caches",
     "empty_cache",
     "full_rows",
+    "heads_at_once",
     "recast_caches",
     "resolve_backend",
     "split_heads",

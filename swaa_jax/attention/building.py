@@ -21,8 +21,8 @@ from swaa_jax.attention.caches import (
     StreamCache,
 )
 from swaa_jax.attention.heads import split_heads, take_heads
+from swaa_jax.attention.placing import constrain_cache
 from swaa_jax.policy import LayerAttention
-from swaa_jax.sharding import constrain_heads, constrain_whole
 
 
 def build_cache(
@@ -42,7 +42,7 @@ def build_cache(
         layer: the layer's policy; it decides between full cache, ring, and one of each.
         cache_size: tokens that a row can become long, at least T: the slots of a full cache, and
             the most that a ring gets. None: a full cache has T + 128, a ring window + sinks.
-        mesh: rows and heads are split over it as in `attend`.
+        mesh: rows, heads and a full cache's slots are split over it.
 
     Raises:
         ValueError: `cache_size` is smaller than the prompt.
@@ -77,9 +77,7 @@ def build_cache(
         cache = FullCache(k=pad_end(k, missing, axis=1), v=pad_end(v, missing, axis=1))
     else:
         cache = _ring_from_rows(k, v, lengths=lengths, layer=layer, cache_size=cache_size)
-    return dataclasses.replace(
-        cache, k=constrain_heads(cache.k, mesh), v=constrain_heads(cache.v, mesh)
-    )
+    return constrain_cache(cache, mesh)
 
 
 def empty_cache(
@@ -101,7 +99,7 @@ def empty_cache(
         shape: rows, KV heads and head dim.
         cache_size: tokens that a row can become long, as in `build_cache`.
         dtype: of keys and values.
-        mesh: rows and heads are split over it as in `attend`.
+        mesh: rows, heads and a full cache's slots are split over it.
         pages: how many there are, and the slots of each, for full caches of pages.
 
     Examples:
@@ -138,36 +136,7 @@ def empty_cache(
 
 
 def _pool(shape: tuple[int, int, int, int], *, dtype: DTypeLike, mesh: Mesh | None) -> PagedCache:
-    k, v = (constrain_heads(jnp.zeros(shape, dtype), mesh, whole_rows=True) for _ in "kv")
-    return PagedCache(k=k, v=v)
-
-
-def constrain_caches(caches: Caches, mesh: Mesh | None) -> Caches:
-    """Keep keys and values split over a mesh as `attend` reads them, and all else whole.
-
-    >>> cache = empty_cache(LayerAttention(), shape=(1, 2, 16), cache_size=8, dtype="float32")
-    >>> caches = Caches(layers=(cache,), pos_B=jnp.array([0]))
-    >>> constrain_caches(caches, None).layers[0].k.shape  # without a mesh nothing is split
-    (1, 8, 2, 16)
-    """
-
-    def place(cache: LayerCache) -> LayerCache:
-        if isinstance(cache, SplitCache):
-            full, windowed = place(cache.full), place(cache.windowed)
-            return dataclasses.replace(cache, full=full, windowed=windowed)
-        whole_rows = isinstance(cache, PagedCache)
-        k, v = (constrain_heads(x, mesh, whole_rows=whole_rows) for x in (cache.k, cache.v))
-        cache = dataclasses.replace(cache, k=k, v=v)
-        if isinstance(cache, RingCache):
-            positions = constrain_whole(cache.slot_positions, mesh)
-            cache = dataclasses.replace(cache, slot_positions=positions)
-        return cache
-
-    return Caches(
-        layers=tuple(map(place, caches.layers)),
-        pos_B=constrain_whole(caches.pos_B, mesh),
-        table=None if caches.table is None else constrain_whole(caches.table, mesh),
-    )
+    return constrain_cache(PagedCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype)), mesh)
 
 
 def check_stream(layers: Sequence[LayerAttention], *, context: int | None = None) -> None:

@@ -32,6 +32,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from swaa_jax.attention.heads import take_heads
+from swaa_jax.attention.shards import Shards
 
 EMPTY = -1
 """Position of a slot that holds no token; such a slot is never visible.
@@ -149,9 +150,11 @@ class FullCache(Cache):
         """Tokens that a row has room for."""
         return self.k.shape[1]
 
-    def positions(self, pos_B: Int[Array, " B"]) -> Int[Array, "B S"]:
-        """A slot is a position."""
-        return _slots_as_positions(self.num_slots, pos_B)
+    def positions(
+        self, pos_B: Int[Array, " B"], *, shards: Shards | None = None
+    ) -> Int[Array, "B S"]:
+        """A slot is a position. `shards`: these are a device's slots alone."""
+        return _slots_as_positions(self.num_slots, pos_B, shards)
 
     def write(
         self,
@@ -159,10 +162,17 @@ class FullCache(Cache):
         v: Float[Array, "B n K H"],
         pos_B: Int[Array, " B"],
         lengths: Int[Array, " B"] | None = None,
+        *,
+        shards: Shards | None = None,
     ) -> "FullCache":
-        """Tokens past the last slot are dropped."""
+        """Tokens past the last slot are dropped.
+
+        `shards`: these are a device's slots alone; tokens of others are dropped, too.
+        """
         positions, end_B1 = _new_positions(k.shape[1], pos_B, lengths)
-        slots = jnp.where(positions < end_B1, positions, self.num_slots)  # out of range: drop
+        slots = positions if shards is None else positions - shards.first
+        # Out of range: drop.
+        slots = jnp.where((positions < end_B1) & (slots >= 0), slots, self.num_slots)
         return FullCache(k=_put(self.k, k, slots), v=_put(self.v, v, slots))
 
 
@@ -205,9 +215,14 @@ class PagedCache(Cache):
         """Tokens that a row has room for with as many pages as the table has columns."""
         return self.k.shape[1] * self.pages.shape[1]
 
-    def positions(self, pos_B: Int[Array, " B"]) -> Int[Array, "B S"]:
-        """Page after page, a row's slots are its positions."""
-        return _slots_as_positions(self.num_slots, pos_B)
+    def positions(
+        self, pos_B: Int[Array, " B"], *, shards: Shards | None = None
+    ) -> Int[Array, "B S"]:
+        """Page after page, a row's slots are its positions.
+
+        `shards`: these are a device's slots of each page.
+        """
+        return _slots_as_positions(self.num_slots, pos_B, shards)
 
     def write(
         self,
@@ -215,14 +230,22 @@ class PagedCache(Cache):
         v: Float[Array, "B n K H"],
         pos_B: Int[Array, " B"],
         lengths: Int[Array, " B"] | None = None,
+        *,
+        shards: Shards | None = None,
     ) -> "PagedCache":
-        """Tokens past a row's last slot are dropped."""
-        num_pages, page_slots = self.k.shape[:2]
+        """Tokens past a row's last slot are dropped.
+
+        `shards`: these are a device's slots of each page; tokens of others are dropped, too.
+        """
+        num_pages, num_here = self.k.shape[:2]
+        page_slots = num_here if shards is None else num_here * shards.count
         positions, end_B1 = _new_positions(k.shape[1], pos_B, lengths)
         column, last = positions // page_slots, self.pages.shape[1] - 1
+        slot = positions % page_slots - (0 if shards is None else shards.first)
+        is_here = (slot >= 0) & (slot < num_here)
         page = jnp.take_along_axis(self.pages, jnp.minimum(column, last), axis=1)
-        page = jnp.where((positions < end_B1) & (column <= last), page, num_pages)  # P: drop
-        at = (page, positions % page_slots)
+        is_held = is_here & (positions < end_B1) & (column <= last)
+        at = (jnp.where(is_held, page, num_pages), jnp.where(is_here, slot, 0))  # P: drop
         return dataclasses.replace(
             self,
             k=self.k.at[at].set(k.astype(self.k.dtype), mode="drop"),
@@ -443,9 +466,17 @@ True
 """
 
 
-def _slots_as_positions(num_slots: int, pos_B: Int[Array, " B"]) -> Int[Array, "B S"]:
-    """Where a slot is a position: its number, as far as it is written."""
+def _slots_as_positions(
+    num_slots: int, pos_B: Int[Array, " B"], shards: Shards | None
+) -> Int[Array, "B S"]:
+    """Where a slot is a position: its number, as far as it is written.
+
+    `shards`: these are a device's slots, of the whole row or of each unit of it, such as a page.
+    """
     slots = jnp.arange(num_slots, dtype=jnp.int32)[None, :]
+    if shards is not None:
+        unit, at = jnp.divmod(slots, shards.size)
+        slots = unit * shards.size * shards.count + shards.first + at
     return jnp.where(slots < pos_B[:, None], slots, EMPTY)
 
 

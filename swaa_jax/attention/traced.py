@@ -1,16 +1,38 @@
-"""Layers whose policy is traced: many policies side by side, or a gate between two.
+"""Layers whose policy is traced: one of a few kinds, many policies side by side, a gate of two.
 
 Whole rows only: caches are static, layer by layer.
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from swaa_jax.policy import LayerAttention
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerChoice:
+    """One of a few kinds of layer, chosen by a traced index: what a scan over layers is given.
+
+    Each kind is a program of its own, so windows stay static; the device runs the one that is
+    chosen. Whole rows only: caches differ by layer.
+
+    Attributes:
+        index: which of the kinds this layer is.
+        kinds: what each kind of layer sees.
+
+    Examples:
+        >>> kinds = (LayerAttention(window=64), LayerAttention())
+        >>> LayerChoice(index=jnp.int32(1), kinds=kinds).kinds[1].is_full  # of odd layers, say
+        True
+    """
+
+    index: Int[Array, ""]
+    kinds: tuple[LayerAttention, ...] = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -71,3 +93,11 @@ class GatedLayer:
         gate_N = jnp.repeat(self.gate, full.shape[2] // self.gate.shape[0])
         gate = gate_N.astype(full.dtype)[None, None, :, None]
         return gate * full + (1 - gate) * windowed
+
+
+LayerKind: TypeAlias = LayerAttention | LayerChoice | RowWindows | GatedLayer
+"""What a layer can be told to see, where it has no cache.
+
+>>> isinstance(LayerAttention(window=64), LayerKind)
+True
+"""

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from swaa_jax.attention import PagedCache, RingCache
-from swaa_jax.engine.memory import Needs, Plan, bytes_of_caches
+from swaa_jax.engine.memory import Needs, Plan, bytes_of_caches, warn_of_whole_pages
 from swaa_jax.engine.options import EngineOptions
 from swaa_jax.engine.pages import PagePool, PrefixCache
 from swaa_jax.engine.sampling import NO_TOKEN, pack_ids
@@ -154,6 +154,8 @@ class Lane:
         pool = PagePool(plan.pages, page_size) if has_pages else None
         self._has_rings = has_rings = any(isinstance(part, RingCache) for part in parts)
         self._prefixes: PrefixCache[Any] | None = None
+        if has_pages:
+            warn_of_whole_pages(model.mesh, page_size)
         if options.reuse and (plan.snapshots or not has_rings):
             windowed = [layer for layer in model.layers or () if not layer.is_full]
             self._prefixes = PrefixCache(

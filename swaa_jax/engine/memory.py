@@ -3,15 +3,19 @@ is made.
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from swaa_jax.attention import Caches, PagedCache
+from swaa_jax.attention import Caches, PagedCache, cache_specs
 from swaa_jax.memory import DeviceMemoryError, gib
-from swaa_jax.sharding import attention_specs
+from swaa_jax.sharding import lacking_tokens
+
+log = logging.getLogger(__name__)
 
 SLOTS = "num_slots (batch_size of generate)"
 """How messages name the number of rows."""
@@ -28,16 +32,15 @@ class CacheBytes:
 def bytes_of_caches(caches: Caches, *, mesh: Mesh | None) -> CacheBytes:
     """What the caches take on each device; they may be shapes alone."""
     page = fixed = 0
-    for part in (part for layer in caches.layers for part in layer.parts()):
+    parts: list[Any] = [part for layer in caches.layers for part in layer.parts()]
+    for part in parts:
         is_paged = isinstance(part, PagedCache)
         for leaf in jax.tree.leaves(part):
             shape = leaf.shape
             if mesh is not None:
                 spec = PartitionSpec()
                 if len(shape) == 4:
-                    spec, _ = attention_specs(
-                        mesh, batch=shape[0], num_kv_heads=shape[2], whole_rows=is_paged
-                    )
+                    spec = cache_specs(part, mesh).k
                 shape = NamedSharding(mesh, spec).shard_shape(shape)
             size = math.prod(shape) * leaf.dtype.itemsize
             if is_paged:
@@ -45,6 +48,19 @@ def bytes_of_caches(caches: Caches, *, mesh: Mesh | None) -> CacheBytes:
             else:
                 fixed += size
     return CacheBytes(page=page, fixed=fixed)
+
+
+def warn_of_whole_pages(mesh: Mesh | None, page_size: int) -> None:
+    """Says so where devices of the mesh's `context` cannot share pages of this size.
+
+    >>> warn_of_whole_pages(None, 48)  # nothing to share
+    """
+    if lacking_tokens(mesh, page_size):
+        log.warning(
+            "page_size: expected a multiple of the mesh's context, got %d; full caches are whole "
+            "on each of these devices. Give page_size and chunk_size, or lay devices along tensor",
+            page_size,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -55,12 +55,17 @@ class LoraAdapter(nnx.Module):
         self.scale, self.dropout = scale, dropout
         self.dropout_key: Any = nnx.data(None)
 
+    @property
+    def drops(self) -> bool:
+        """Whether inputs are dropped: a mask is drawn for all tokens at once."""
+        return self.dropout_key is not None and self.dropout > 0
+
     def __call__(
         self, x: Float[Array, "*batch I"], y: Float[Array, "*batch O"]
     ) -> Float[Array, "*batch O"]:
         """The projection's output y for its input x, with the low-rank product added."""
         x32 = x.astype(jnp.float32)
-        if self.dropout_key is not None and self.dropout:
+        if self.drops:
             kept = jax.random.bernoulli(self.dropout_key[...], 1 - self.dropout, x.shape)
             x32 = jnp.where(kept, x32 / (1 - self.dropout), 0)
         low_rank = product(product(x32, self.lora_A), self.lora_B)

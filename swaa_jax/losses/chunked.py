@@ -5,7 +5,7 @@ loss, while its logits are there, and keeps that `[B, T, D]` for the backward pa
 with the head's matrix, not the four of a recomputed chunk. A head that is trained accumulates its
 gradient in float32 there too. Chunks without any weight, such as prompts, are skipped.
 
-On a mesh each device takes its own rows, with the head's matrix gathered over `fsdp`; where the
+On a mesh each device takes its own tokens, with the head's matrix gathered over `fsdp`; where the
 vocabulary is split over `tensor`, so are the logits, and a loss sums over them by `Vocabulary`.
 """
 
@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels_pallas.layout import pad_end
 from swaa_jax.losses.table import LOSSES, LossConfig, Vocabulary
 from swaa_jax.models.head import VocabHead
-from swaa_jax.sharding import batch_parts, spec_for, split_over
+from swaa_jax.sharding import batch_parts, lacking_tokens, spec_for, split_over
 
 _LOGITS_BYTES = 320 << 20
 _LANES = 128
@@ -96,9 +97,9 @@ class _Static:
         return split_over(self.matrix, 1 - self.head.vocab_axis)
 
     @property
-    def row_names(self) -> tuple[str, ...]:
-        """Mesh axes over which the rows of the batch are split."""
-        return split_over(self.rows, 0)
+    def token_names(self) -> tuple[str, ...]:
+        """Mesh axes over which rows of the batch and their tokens are split."""
+        return split_over(self.rows, 0) + split_over(self.rows, 1)
 
 
 def chunked_loss(
@@ -126,7 +127,7 @@ def chunked_loss(
         trains_head: the gradient in the head's weight is wanted. Give it in float32: the gradient
             has its dtype.
         each_target: also say what became of each one; None otherwise. No chunk is skipped then.
-        mesh: the devices that the arrays lie on: rows over data and fsdp.
+        mesh: the devices that the arrays lie on: rows over data and fsdp, tokens over context.
 
     Raises:
         ValueError: `config` asks for the teacher and none is given; the mesh does not divide B.
@@ -142,10 +143,15 @@ def chunked_loss(
         raise ValueError(
             f"teacher: expected hidden states for the losses {list(config.factors)}, got None"
         )
+    width = hidden.shape[1]
+    if lacking := lacking_tokens(mesh, width):
+        hidden = pad_end(hidden, lacking, axis=1)
+        targets, weights = (pad_end(x, lacking, axis=1) for x in (targets, weights))
+        teacher = None if teacher is None else pad_end(teacher, lacking, axis=1)
     rows, matrix = PartitionSpec(), PartitionSpec(None, None)
     if mesh is not None:
         check_rows(mesh, hidden.shape[0])
-        rows = spec_for(("batch",), hidden.shape[:1], mesh)
+        rows = spec_for(("batch", "sequence"), hidden.shape[:2], mesh)
         matrix = spec_for(head.axes, head.weight.shape, mesh)
     static = _Static(
         loss=config,
@@ -156,7 +162,7 @@ def chunked_loss(
         rows=rows,
         matrix=matrix,
     )
-    return _loss(
+    found: Any = _loss(
         static,
         hidden,
         head.weight if trains_head else jax.lax.stop_gradient(head.weight),
@@ -164,6 +170,8 @@ def chunked_loss(
         targets,
         weights.astype(jnp.float32),
     )
+    sums, each = found
+    return sums, jax.tree.map(lambda x: x[:, :width], each)
 
 
 def target_losses(
@@ -280,7 +288,7 @@ def _on_device(
     start = None
     if with_matrix:
         start = jnp.zeros(matrix.shape, jnp.float32)
-        start = _varying(start, (*static.row_names, *static.vocabulary.names))
+        start = _varying(start, (*static.token_names, *static.vocabulary.names))
     inputs = (
         chunks(hidden),
         None if teacher is None else chunks(teacher),
@@ -289,8 +297,8 @@ def _on_device(
     )
     matrix_gradient, (sums, each, dhidden) = jax.lax.scan(body, start, inputs)
     sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
-    if static.row_names:
-        sums = jax.lax.psum(sums, static.row_names)
+    if static.token_names:
+        sums = jax.lax.psum(sums, static.token_names)
     each = jax.tree.map(lambda x: x.reshape(-1)[:num_tokens].reshape(targets.shape), each)
     if gradient:
         dhidden = dhidden.reshape(-1, width)[:num_tokens].reshape(hidden.shape)
@@ -310,7 +318,7 @@ def _chunk_tokens(loss: LossConfig, num_tokens: int, vocab: int) -> int:
 def _nothing(static: _Static, run: Callable[..., Any], *chunk: Any) -> Any:
     """What `run` gives for a chunk in which no target has a weight, without computing it."""
     return jax.tree.map(
-        lambda x: _varying(jnp.zeros(x.shape, x.dtype), static.row_names),
+        lambda x: _varying(jnp.zeros(x.shape, x.dtype), static.token_names),
         jax.eval_shape(run, *chunk),
     )
 
@@ -373,7 +381,7 @@ def _scattered(static: _Static, gradient: Array) -> Array:
     if split:
         axis = 1 - static.head.vocab_axis
         gradient = jax.lax.psum_scatter(gradient, split, scatter_dimension=axis, tiled=True)
-    others = tuple(name for name in static.row_names if name not in split)
+    others = tuple(name for name in static.token_names if name not in split)
     return jax.lax.psum(gradient, others) if others else gradient
 
 

@@ -5,6 +5,7 @@ A family that differs in a block subclasses `DecoderLayer` and overrides what ma
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import Target
+from kernels_pallas.layout import pad_end
 from swaa_jax.attention import (
+    MAX_DECODE_TOKENS,
     AttentionOptions,
     LayerCache,
     LayerChoice,
@@ -29,7 +32,7 @@ from swaa_jax.lora.adapters import LoraAdapter
 from swaa_jax.models.config import DecoderConfig
 from swaa_jax.models.rope import RopeConfig, rotate, rotation
 from swaa_jax.products import lookup, product
-from swaa_jax.sharding import constrain_batch, kv_head_copies, target_of
+from swaa_jax.sharding import constrain_batch, kv_head_copies, spec_for, split_over, target_of
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -162,6 +165,8 @@ class Rows:
         prompt_lengths: with caches, where each row's prompt ends, as in `attend_cached`.
         mesh: the devices that the arrays lie on; None: one.
         backend: of attention and experts, as in `swaa_jax.attention.AttentionOptions`.
+        feeds_in_parts: the backward pass computes feed-forward blocks again, so that they may take
+            some tokens after others.
     """
 
     rotations: Mapping[RopeConfig, tuple[Float[Array, "B T H"], Float[Array, "B T H"]]]
@@ -172,6 +177,7 @@ class Rows:
     prompt_lengths: Int[Array, " B"] | None = None
     mesh: Mesh | None = None
     backend: str = "auto"
+    feeds_in_parts: bool = False
 
     @property
     def valid(self) -> Bool[Array, "B T"] | None:
@@ -180,6 +186,11 @@ class Rows:
             return None
         ((cos, _), *_) = self.rotations.values()
         return jnp.arange(cos.shape[1])[None, :] < self.lengths[:, None]
+
+    def laid_out(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+        """Activations on the mesh: rows and tokens split; a few new tokens are whole."""
+        are_few = self.pos_B is not None and x.shape[1] <= MAX_DECODE_TOKENS
+        return constrain_batch(x, self.mesh, whole_sequence=are_few)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -336,6 +347,10 @@ class Attention(nnx.Module):
         return rotate(x, rotation(positions, self.rope, self.head_dim))
 
 
+FED_AT_ONCE = 16_384
+"""Tokens of a device that a feed-forward block takes at once, where it may take them in parts."""
+
+
 class GatedMLP(nnx.Module):
     """`down(act(gate(x)) * up(x))`."""
 
@@ -348,9 +363,53 @@ class GatedMLP(nnx.Module):
         self.activation = config.hidden_act
 
     def __call__(self, x: Float[Array, "B T D"], rows: Rows) -> FeedForward:
-        """The block's output; it has no router."""
+        """The block's output; it has no router.
+
+        Of tokens in parts a device holds the inner width of one part alone, [part, F] a projection.
+        """
+        adapters = (proj.adapter for proj in (self.gate_proj, self.up_proj, self.down_proj))
+        if rows.feeds_in_parts and not any(one is not None and one.drops for one in adapters):
+            return FeedForward(out=_in_parts(self._feed, x, rows.mesh))
+        return FeedForward(out=self._feed(x))
+
+    def _feed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gated = activation(self.activation)(self.gate_proj(x)) * self.up_proj(x)
-        return FeedForward(out=self.down_proj(gated))
+        return self.down_proj(gated)
+
+
+def _in_parts(
+    feed: Callable[[Array], Array], x: Float[Array, "B T D"], mesh: Mesh | None
+) -> Float[Array, "B T D"]:
+    """`feed` of some tokens of each device after the others; computed again for the gradient.
+
+    Parts hold at most `FED_AT_ONCE` tokens of a device, and are as few and as equal as that allows;
+    the last one is filled up. They are cut within each device's tokens::
+
+        T   [ device 0: part 0 | part 1 ][ device 1: part 0 | part 1 ]
+    """
+    num_rows, num_tokens, width = x.shape
+    shards, own_rows = 1, num_rows
+    if mesh is not None:
+        spec = spec_for(("batch", "sequence"), x.shape[:2], mesh)
+        sizes = [math.prod(mesh.shape[name] for name in split_over(spec, i)) for i in (0, 1)]
+        shards, own_rows = sizes[1], num_rows // sizes[0]
+    own = num_tokens // shards
+    count = -(-own // max(FED_AT_ONCE // own_rows, 1))
+    if count == 1:
+        return feed(x)
+    size = -(-own // count)
+    parts = x.reshape(num_rows, shards, own, width)
+    parts = pad_end(parts, count * size - own, axis=2)
+    parts = parts.reshape(num_rows, shards, count, size, width)
+    parts = jnp.moveaxis(parts, 2, 0).reshape(count, num_rows, shards * size, width)
+
+    def one(x: Float[Array, "B c D"]) -> Float[Array, "B c D"]:
+        return constrain_batch(feed(constrain_batch(x, mesh)), mesh)
+
+    outs = jax.lax.map(jax.checkpoint(one, prevent_cse=False), parts)
+    outs = jnp.moveaxis(outs.reshape(count, num_rows, shards, size, width), 0, 2)
+    outs = outs.reshape(num_rows, shards, count * size, width)[:, :, :own]
+    return outs.reshape(x.shape)
 
 
 class DecoderLayer(nnx.Module):
@@ -382,5 +441,5 @@ class DecoderLayer(nnx.Module):
         attended = self.self_attn(normed, rows, layer=layer, cache=cache)
         x = made_once(x + attended.out, rows)
         fed = self.mlp(made_once(self.post_attention_layernorm(x), rows), rows)
-        x = made_once(constrain_batch(x + fed.out, rows.mesh), rows)
+        x = made_once(rows.laid_out(x + fed.out), rows)
         return LayerOutput(x=x, attended=attended, router=fed.router)

@@ -13,6 +13,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.layout import pad_end
 from kernels_pallas.mask import segment_positions
 from swaa_jax.arguments import check_tokens, told_keywords
 from swaa_jax.attention import (
@@ -44,7 +45,7 @@ from swaa_jax.models.head import VocabHead
 from swaa_jax.models.rope import rotation
 from swaa_jax.models.stack import Blocks, Ran, Tap, run_layers
 from swaa_jax.policy import LayerAttention, PolicyLike, Stage, load_policy
-from swaa_jax.sharding import constrain_batch
+from swaa_jax.sharding import constrain_batch, lacking_tokens
 from swaa_jax.typing import PathLike
 
 
@@ -251,16 +252,27 @@ class CausalLM(Described, nnx.Module):
             blocks: the layers in another form, scanned, in place of the model's.
         """
         _check_positions(tokens, positions)
+        width = tokens.shape[1]
+        lacking = lacking_tokens(self.mesh, width)
+        if lacking and tap is None:  # what is tapped has as many tokens as were given
+            if lengths is None:
+                lengths = jnp.full(tokens.shape[:1], width, jnp.int32)
+            tokens = pad_end(tokens, lacking, axis=1)
+            stage_ids, segment_ids, positions = (
+                None if x is None else pad_end(x, lacking, axis=1)
+                for x in (stage_ids, segment_ids, positions)
+            )
         if positions is None:
             if segment_ids is None:
                 positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
                 positions = jnp.broadcast_to(positions, tokens.shape)
             else:
                 positions = segment_positions(segment_ids)
+        positions = constrain_batch(positions, self.mesh)
         rows = self._rows(positions, lengths=lengths, stage_ids=stage_ids, segment_ids=segment_ids)
         ran = self._run(tokens, rows, layers=layers, tap=tap, remat=remat, blocks=blocks)
         return HiddenStates(
-            hidden=ran.x, router_loss=self.router_loss(ran.routers), tapped=ran.tapped
+            hidden=ran.x[:, :width], router_loss=self.router_loss(ran.routers), tapped=ran.tapped
         )
 
     def router_loss(self, routers: Sequence[RouterStatistics | None]) -> Float[Array, ""] | None:
@@ -483,7 +495,7 @@ class CausalLM(Described, nnx.Module):
         x = self.embed_tokens(tokens).astype(self.norm.scale.dtype)
         ran = run_layers(
             self.layers if blocks is None else blocks,
-            constrain_batch(x, self.mesh),
+            rows.laid_out(x),
             rows,
             layers=self.layer_attention if layers is None else layers,
             caches=caches,

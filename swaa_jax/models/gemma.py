@@ -12,7 +12,6 @@ from swaa_jax.models.blocks import DecoderLayer, Initial, LayerOutput, Rows, mad
 from swaa_jax.models.causal_lm import CausalLM
 from swaa_jax.models.config import DecoderConfig, local_fields
 from swaa_jax.models.config_types import HfConfig
-from swaa_jax.sharding import constrain_batch
 
 
 class GemmaConfig(DecoderConfig):
@@ -77,7 +76,7 @@ class GemmaLayer(DecoderLayer):
         x = made_once(x + self.post_attention_layernorm(attended.out), rows)
         fed = self.mlp(made_once(self.pre_feedforward_layernorm(x), rows), rows)
         x = x + self.post_feedforward_layernorm(fed.out)
-        x = made_once(constrain_batch(x, rows.mesh), rows)
+        x = made_once(rows.laid_out(x), rows)
         return LayerOutput(x=x, attended=attended, router=fed.router)
 
 

@@ -1,10 +1,11 @@
 """Mixture-of-experts feed-forward blocks: router, experts, and the loss that keeps them in balance.
 
-On a mesh the experts are split over `expert`, their width F over `tensor`, and tokens over `data`
-and `fsdp`. Tokens are whole on every device of an (expert, tensor) group, so nothing is sent before
-the experts; afterwards each device holds a share of its tokens' outputs, and the shares are added
-over (expert, tensor). Given up for that simplicity: an expert group routes the same tokens on every
-device, and rows of other devices' experts are sorted along (they cost memory, but no products).
+On a mesh the experts are split over `expert`, their width F over `tensor`, and tokens over `data`,
+`fsdp` and `context`. Tokens are whole on every device of an (expert, tensor) group, so nothing is
+sent before the experts; afterwards each device holds a share of its tokens' outputs, and the shares
+are added over (expert, tensor). Given up for that simplicity: an expert group routes the same
+tokens on every device, and rows of other devices' experts are sorted along (they cost memory, but
+no products).
 """
 
 import dataclasses
@@ -144,7 +145,7 @@ class SparseMLP(nnx.Module):
                 functools.partial(self._on_device, layout=layout, backend=rows.backend),
                 mesh=mesh,
                 in_specs=(layout.rows, layout.rows, PartitionSpec(), layout.stacks),
-                out_specs=(layout.rows, layout.rows),
+                out_specs=(layout.rows, layout.statistics),
                 check_vma=False,
             )(*arrays)
         return FeedForward(
@@ -245,16 +246,21 @@ class _Layout:
         shape: tuple[int, ...],
         stacks: Sequence[tuple[Any, tuple[int, ...]]],
     ) -> "_Layout":
-        (batch,) = spec_for(("batch",), shape[:1], mesh)
+        rows = spec_for(("batch", "sequence"), shape[:2], mesh)
         specs = tuple(spec_for(axes, size, mesh) for axes, size in stacks)
         experts, inner = split_over(specs[0], 0), split_over(specs[0], 2)
         return cls(
-            rows=PartitionSpec(batch),
+            rows=rows,
             stacks=specs,
             added=experts + inner,
             expert_axis=experts[0] if experts else None,
             target=target_of(mesh),
         )
+
+    @property
+    def statistics(self) -> PartitionSpec:
+        """Of one line of statistics for each device's tokens."""
+        return PartitionSpec((*split_over(self.rows, 0), *split_over(self.rows, 1)) or None)
 
     def first_expert(self, num_local: int) -> Int[Array, ""] | int:
         """The number of this device's first expert."""

@@ -15,13 +15,21 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from swaa_jax.attention import LayerCache, LayerChoice, LayerKind
 from swaa_jax.models.blocks import DecoderLayer, LayerOutput, RouterStatistics, Rows
 
+_LAYER_INPUT = "layer_input"
 _REMATS = {
     "layer": None,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -83,9 +91,12 @@ def run_layers(
         caches: what each layer kept of the tokens before these; None: these are all there are.
             Scanned layers have none.
         tap: what to take out of each layer.
-        remat: what a backward pass computes again. "layer": all of a layer but its input; "dots":
-            all but the results of its matrix products; "none": nothing.
+        remat: what a backward pass computes again. "layer": all of a layer but its input;
+            "offload": so, and inputs wait in the host's memory; "dots": all but the results of its
+            matrix products; "none": nothing.
     """
+    if remat in ("layer", "offload"):
+        rows = dataclasses.replace(rows, feeds_in_parts=True)
     if isinstance(blocks, ScannedLayers):
         assert caches is None, "caches differ by layer"
         return _scan(blocks, x, rows, layers=layers, tap=tap, remat=remat)
@@ -143,6 +154,7 @@ def _run_one(
     cache: LayerCache | None,
 ) -> tuple[Float[Array, "B T D"], tuple[LayerCache | None, RouterStatistics | None, Any]]:
     """The residual stream; then the grown cache, the router and what was tapped."""
+    x = checkpoint_name(x, _LAYER_INPUT)
     out = block(x, rows, layer=kind, cache=cache)
     kept = None if tap is None else tap(out, block, kind)
     return out.x, (out.attended.cache, out.router, kept)

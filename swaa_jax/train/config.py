@@ -9,7 +9,7 @@ from swaa_jax.fields import check_fields, integer, number, one_of, or_none
 from swaa_jax.losses import LossConfig
 from swaa_jax.train.names import ours_by_name
 
-REMATS = ("none", "layer", "dots")
+REMATS = ("none", "layer", "offload", "dots")
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 TRAINABLE = ("lora", "all")
 _DTYPES = ("bfloat16", "float32")
@@ -104,7 +104,8 @@ class StepConfig:
         loss, optimizer: what they say.
         accumulate: micro-batches a step; the step equals one on the whole batch.
         remat: what the backward pass computes again. "layer": all of a layer but its input;
-            "dots": all but the results of its matrix products; "none": nothing.
+            "offload": so, and the inputs wait in the host's memory, for rows whose inputs do not
+            fit the device; "dots": all but the results of its matrix products; "none": nothing.
         scan_layers: one body for all layers, which compiles several times faster; "auto": where
             layers are alike and there are at least eight. Weights are stacked once for it.
         trainable: "lora": the adapters; "all": every parameter, kept in float32.
@@ -122,7 +123,7 @@ class StepConfig:
     loss: LossConfig = LossConfig()  # noqa: RUF009
     optimizer: OptimizerConfig = OptimizerConfig()
     accumulate: int = 1
-    remat: Literal["none", "layer", "dots"] = "layer"
+    remat: Literal["none", "layer", "offload", "dots"] = "layer"
     scan_layers: bool | Literal["auto"] = "auto"
     trainable: Literal["lora", "all"] = "lora"
     dtype: str = "bfloat16"

@@ -15,6 +15,7 @@ from swaa_jax.lora import LoraParam, add_lora
 from swaa_jax.losses import logits_bytes
 from swaa_jax.memory import Demand, gib, memory_of
 from swaa_jax.models import CausalLM, read_blueprint
+from swaa_jax.models.blocks import FED_AT_ONCE
 from swaa_jax.progress import ProgressLike
 from swaa_jax.sharding import batch_parts, sharding_for
 from swaa_jax.train.config import StepConfig
@@ -37,12 +38,14 @@ class MemoryEstimate:
         trained: float32 values, gradient and AdamW's two moments.
         activations: what the backward pass keeps, and one layer's working set.
         logits: float32, of one chunk of tokens.
+        offloaded: what waits in the host's memory, not in the total.
     """
 
     weights: int
     trained: int
     activations: int
     logits: int
+    offloaded: int = 0
 
     @property
     def total(self) -> int:
@@ -94,9 +97,11 @@ class RunPlan:
 
     def __str__(self) -> str:
         memory, data = self.memory, self.config.data
-        parts = ", ".join(
-            f"{name} {size / _GIB:.2f}" for name, size in dataclasses.asdict(memory).items()
-        )
+        sizes = dataclasses.asdict(memory)
+        offloaded = sizes.pop("offloaded")
+        parts = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in sizes.items())
+        if offloaded:
+            parts += f"; {offloaded / _GIB:.2f} GiB more in its host's memory"
         share = self.trained_parameters / self.parameters
         config = self.config
         every, minutes = config.checkpoint.every, config.checkpoint.minutes
@@ -223,7 +228,8 @@ def describe_run(
 
 def _advice(config: TrainConfig) -> str:
     """What else takes less memory than the run's settings."""
-    found = [] if config.remat == "layer" else ["take remat=layer"]
+    smaller = {"layer": "offload", "offload": None}.get(config.remat, "layer")
+    found = [] if smaller is None else [f"take remat={smaller}"]
     found += ["train adapters (lora.rank=16)"] if config.lora is None else []
     return ", ".join([*found, "or split the model over more devices (mesh.fsdp)"])
 
@@ -269,16 +275,21 @@ def estimate_memory(
     trained_size = sum(_shard_size(variable, mesh) for variable in trained)
     tensor = 1 if mesh is None else mesh.shape["tensor"]
     shape = model.config
-    kept = {"layer": 1, "dots": 6, "none": 16}[config.remat] * shape.num_layers * shape.hidden_size
-    working = (
-        4 * shape.hidden_size
-        + (3 * shape.active_ffw_size + 4 * shape.num_heads * shape.head_dim) // tensor
-    )
+    inputs = shape.num_layers * shape.hidden_size
+    # Of the inputs that wait elsewhere, that of one layer is here, and the next one's on its way.
+    kept = 2 * shape.hidden_size
+    if config.remat != "offload":
+        kept = {"layer": 1, "dots": 6, "none": 16}[config.remat] * inputs
+    working = 4 * shape.hidden_size + 4 * shape.num_heads * shape.head_dim // tensor
+    is_fed_in_parts = config.remat in ("layer", "offload") and not hasattr(shape, "num_experts")
+    fed = min(tokens, FED_AT_ONCE) if is_fed_in_parts else tokens
+    working = tokens * working + fed * 3 * shape.active_ffw_size // tensor
     return MemoryEstimate(
         weights=weights + (trained_size * itemsize if config.trainable == "all" else 0),
         trained=4 * _F32 * trained_size,
-        activations=tokens * (kept + 2 * working) * itemsize,
+        activations=(tokens * kept + 2 * working) * itemsize,
         logits=logits_bytes(config.loss, num_tokens=tokens, vocab=shape.vocab_size),
+        offloaded=tokens * inputs * itemsize if config.remat == "offload" else 0,
     )
 
 

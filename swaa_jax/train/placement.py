@@ -22,13 +22,14 @@ StepBatch: TypeAlias = Batch | Mapping[str, Any]
 def place_batch(
     batch: StepBatch, *, accumulate: int, mesh: Mesh | None, num_rows: int | None = None
 ) -> dict[str, Any]:
-    """The batch as a step takes it: arrays `[accumulate, B, T]`, rows over data and fsdp.
+    """The batch as a step takes it: arrays `[accumulate, B, T]`, rows over data and fsdp,
+    tokens over context.
 
     Args:
         batch: a mapping or an object with attributes: `NEEDED`, and `OPTIONAL` where they are not
             None; `[B, T]`, or `[accumulate, B, T]` (`lengths` without T). Of several processes,
-            each gives its own rows. Shapes in place of arrays give shapes. What this function
-            gave is given back.
+            each gives its own rows, whole. Shapes in place of arrays give shapes. What this
+            function gave is given back.
         accumulate: number of micro-batches.
         mesh: None: one device.
         num_rows: of a micro-batch, on all processes; None: each gives other rows than the others.
@@ -44,9 +45,11 @@ def place_batch(
     shape = _micro_shape(tokens.shape, accumulate)
     num_rows = num_rows or shape[1] * jax.process_count()
     check_rows(mesh, num_rows)
-    on = None
+    rows, row_tokens = None, None
     if mesh is not None:
-        on = NamedSharding(mesh, PartitionSpec(None, *spec_for(("batch",), (num_rows,), mesh)))
+        spec = spec_for(("batch", "sequence"), (num_rows, shape[2]), mesh)
+        rows = NamedSharding(mesh, PartitionSpec(None, spec[0]))
+        row_tokens = NamedSharding(mesh, PartitionSpec(None, *spec))
     placed = {}
     for name, value in arrays.items():
         wanted = shape[:2] if name == "lengths" else shape
@@ -57,6 +60,7 @@ def place_batch(
                 f"got {value.shape}"
             )
         dtype = jnp.float32 if name == "loss_weights" else jnp.int32
+        on = rows if name == "lengths" else row_tokens
         placed[name] = _place(value, wanted, dtype, on, num_rows=num_rows)
     _check_answers(arrays["loss_weights"])
     return placed

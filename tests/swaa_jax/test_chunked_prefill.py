@@ -12,7 +12,7 @@ import pytest
 import swaa_jax as swaa
 from kernels_pallas import Target
 from kernels_pallas.backends import choose_backend
-from kernels_pallas.swa_prefill.arguments import AttentionOutput
+from kernels_pallas.output import AttentionOutput
 from swaa_jax.attention import FullCache, PagedCache, RingCache, attend_cached, recast_caches
 from swaa_jax.policy import LayerAttention
 from tests.support.random_models import HF_CONFIG, random_model

@@ -270,6 +270,8 @@ def test_a_run_that_does_not_fit_says_what_would(tmp_path, monkeypatch):
         raise OUT
 
     monkeypatch.setattr(Trainer, "__call__", full)
-    with pytest.raises(DeviceMemoryError, match=r"lower data\.seq_len, or split") as told:
+    with pytest.raises(
+        DeviceMemoryError, match=r"lower data\.seq_len, take remat=offload, or split"
+    ) as told:
         run(tmp_path)
     assert "and 1 GiB more was asked for" in str(told.value)

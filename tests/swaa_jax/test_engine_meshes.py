@@ -11,6 +11,7 @@ import swaa_jax as swaa
 from swaa_jax.attention import PagedCache, RingCache
 from swaa_jax.engine import Engine, EngineOptions, Request, SamplingParams
 from swaa_jax.engine.lane import Lane
+from swaa_jax.engine.memory import warn_of_whole_pages
 from swaa_jax.models.function import split_model
 from tests.support.compiles import counted
 from tests.support.devices import mesh_of
@@ -38,8 +39,10 @@ MESHES = {
     "more than the KV heads": {"tensor": 4},
     "experts alone": {"expert": 2},
     "expert": {"expert": 2, "tensor": 2},
+    "context": {"context": 4},
+    "context and all": {"context": 2, "fsdp": 2, "tensor": 2},
 }
-QUICK = ("tensor", "data", "fsdp")
+QUICK = ("tensor", "data", "fsdp", "context")
 ON_GPUS = (*QUICK, "more than the KV heads")
 
 
@@ -146,7 +149,7 @@ def test_tokens_are_those_of_one_device(policy, mesh):
         heads = max(2, tensor) // tensor  # copied where there are fewer than devices
         assert parts == [
             (RingCache, (4 // rows, 8, heads, 16)),
-            (PagedCache, (20, 8, heads, 16)),
+            (PagedCache, (20, 8 // sizes.get("context", 1), heads, 16)),
         ]
 
 
@@ -155,3 +158,11 @@ def test_tokens_are_those_of_one_device(policy, mesh):
 @pytest.mark.parametrize("mesh", ["experts alone", "expert", "data"])
 def test_experts_on_a_mesh(mesh):
     check("1::2", MESHES[mesh], **EXPERTS)
+
+
+def test_pages_that_context_does_not_divide_are_told_of(caplog):
+    mesh = mesh_of(context=4)
+    warn_of_whole_pages(mesh, 16)
+    assert not caplog.text
+    warn_of_whole_pages(mesh, 18)
+    assert "page_size: expected a multiple of the mesh's context, got 18" in caplog.text

@@ -12,9 +12,10 @@ import pytest
 import swaa_jax as swaa
 from swaa_jax.engine import Engine, EngineOptions, Request
 from swaa_jax.engine.lane import _decode, _read, _resume, _snapshot
-from swaa_jax.models import function
+from swaa_jax.models import blocks, function
 from swaa_jax.models.function import ModelFunction, Structure, jit_by_structure, split_model
 from swaa_jax.models.stack import ScannedLayers
+from tests.support.devices import mesh_of
 from tests.support.random_models import assert_same_weights, random_model
 
 POLICY = swaa.AttentionPolicy(window=5, num_sink_tokens=1, full_attention_layers="1::2")
@@ -98,7 +99,42 @@ def test_a_model_holds_the_programs_of_its_last_policies(monkeypatch):
     assert first() is None
 
 
-@pytest.mark.parametrize("remat", ["none", "layer"])
+@pytest.mark.parametrize("sizes", [{}, {"context": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_feed_forward_of_tokens_in_parts(sizes, monkeypatch):
+    """As the whole, and no array is as large as all tokens by the inner width."""
+    split = split_model(random_model(POLICY, num_hidden_layers=2, mesh=mesh_of(**sizes)))
+    one = split_model(random_model(POLICY, num_hidden_layers=2))
+    inner = split.arrays["layers.0.mlp.up_proj.kernel"].shape[1]
+
+    def gradient(split, remat):
+        def loss(arrays):
+            states = split.structure.build(arrays).hidden_states(TOKENS[:, :9], remat=remat)
+            return jnp.sum(states.hidden**2)
+
+        return jax.grad(loss)
+
+    # Of 2 x 9 tokens parts of 2 x 5; of 1 x 5 on a device, 10 in all with padding, parts of 3.
+    monkeypatch.setattr(blocks, "FED_AT_ONCE", 4 if sizes else 10)
+    slopes = jax.jit(gradient(split, "layer"))(split.arrays)
+    for name, slope in jax.jit(gradient(one, "none"))(one.arrays).items():
+        np.testing.assert_allclose(slopes[name], slope, rtol=1e-4, atol=1e-4, err_msg=name)
+    wide = f"f32[2,{10 if sizes else 9},{inner}]"
+    assert wide not in str(jax.make_jaxpr(gradient(split, "layer"))(split.arrays))
+    assert wide in str(jax.make_jaxpr(gradient(split, "dots"))(split.arrays))
+
+
+@pytest.mark.parametrize("remat", ["layer", "dots", "offload"])
+def test_offloaded_layer_inputs_go_to_the_host_and_back(remat):
+    split = split_model(random_model(POLICY, num_hidden_layers=2))
+
+    def loss(arrays):
+        return jnp.sum(split.structure.build(arrays).hidden_states(TOKENS, remat=remat).hidden)
+
+    program = str(jax.make_jaxpr(jax.grad(loss))(split.arrays))
+    assert ("host" in program.lower()) == (remat == "offload")
+
+
+@pytest.mark.parametrize("remat", ["none", "layer", "offload"])
 def test_scanned_layers_are_tapped_and_remembered_as_unrolled_ones(remat):
     model = random_model(POLICY, num_hidden_layers=2)
     split = split_model(model)

@@ -58,7 +58,7 @@ def deep_model(**overrides):
     return lora_model(num_hidden_layers=4, lora=lora, backend="reference", **overrides)
 
 
-@pytest.mark.parametrize("remat", ["layer", "dots"])
+@pytest.mark.parametrize("remat", ["layer", "dots", "offload"])
 def test_scanned_layers_equal_unrolled_ones(unrolled, remat):
     step_config = config(scan_layers=True, remat=remat)
     got = train(deep_model(), step_config, [random_batch(i) for i in range(3)])

@@ -89,6 +89,7 @@ def compiled(name, backend, is_full):
             num_sink_tokens=drawn["sinks"],
             q_full=drawn["q_full"],
             softcap=softcap,
+            return_lse=True,
             backend=backend,
             **new,
         )
@@ -159,11 +160,13 @@ def test_against_loop(name, backend, is_full, data):
         else cache
     )
     wanted = bruteforce.attend(q, k, v, mask, softcap=cap)
-    out = compiled(name, backend, is_full)(q, cache, new, drawn)
-    assert out.dtype == q.dtype
-    out = np.asarray(out, np.float64)
+    found = compiled(name, backend, is_full)(q, cache, new, drawn)
+    assert found.out.dtype == q.dtype
+    out = np.asarray(found.out, np.float64)
     assert np.isfinite(out).all()
     np.testing.assert_allclose(out, wanted.out, atol=ATOL[dtype], rtol=0)
+    # Scores are float32 sums whatever the dtype; the loop has those of the rounded arrays.
+    np.testing.assert_allclose(found.lse, wanted.lse, atol=ATOL["float32"], rtol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
@@ -201,16 +204,18 @@ def test_decoding_continues_prefill(window, sinks, backend):
 def test_a_row_that_sees_nothing_returns_zeros():
     x = jnp.ones((1, 1, 2, 4))
     for backend in BACKENDS:
-        out = run_decode(
+        found = run_decode(
             x,
             jnp.full((1, 3, 2, 4), jnp.nan),
             jnp.full((1, 3, 2, 4), jnp.nan),
             q_positions=jnp.array([[7]]),
             cache_positions=jnp.full((1, 3), -1),
             window=4,
+            return_lse=True,
             backend=backend,
         )
-        np.testing.assert_array_equal(out, np.zeros((1, 1, 2, 4)))
+        np.testing.assert_array_equal(found.out, np.zeros((1, 1, 2, 4)))
+        np.testing.assert_array_equal(found.lse, np.full((1, 1, 2), -np.inf))
 
 
 @pytest.mark.parametrize("num_new", (1, 3))

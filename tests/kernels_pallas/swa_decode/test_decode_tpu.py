@@ -68,7 +68,12 @@ def arguments(
 
 
 def by_loop(given):
-    """What the loop on positions finds; its mask is not the kernel's."""
+    """The output that the loop on positions finds; its mask is not the kernel's."""
+    return both_by_loop(given).out
+
+
+def both_by_loop(given):
+    """The same, with the log-sum-exp."""
     positions, k, v = given.cache_positions, given.cache_k, given.cache_v
     if given.new_k is not None:
         positions = np.concatenate([positions, given.q_positions], axis=1)
@@ -80,7 +85,7 @@ def by_loop(given):
         sinks=given.num_sink_tokens,
         q_full=given.q_full,
     )
-    return bruteforce.attend(given.q, k, v, mask, scale=given.scale, softcap=given.softcap).out
+    return bruteforce.attend(given.q, k, v, mask, scale=given.scale, softcap=given.softcap)
 
 
 @pytest.mark.parametrize("window, sinks", [(None, 0), (1, 0), (3, 0), (3, 5), (9, 1)])
@@ -123,7 +128,7 @@ def test_the_work_list_holds_what_is_seen_and_no_more(window, sinks, is_ring):
 def test_any_number_of_splits_gives_the_same(splits):
     """More splits than some rows have blocks, too."""
     given = arguments(num_batch=3, num_new=2, lengths=[0, 6, 24])
-    out = decode_in_blocks(given, blocks=DecodeBlocks(slots=4, splits=splits), interpret=True)
+    out = decode_in_blocks(given, blocks=DecodeBlocks(slots=4, splits=splits), interpret=True).out
     wanted = by_loop(given)
     np.testing.assert_allclose(out, wanted, atol=ATOL, rtol=0)
 
@@ -131,10 +136,12 @@ def test_any_number_of_splits_gives_the_same(splits):
 def test_one_program_for_all_policies_and_lengths():
     """Windows, sinks, full rows and lengths are traced."""
     run = jax.jit(
-        lambda given: decode_in_blocks(
-            DecodeArguments(**given, scale=1.0),
-            blocks=DecodeBlocks(slots=4, splits=2),
-            interpret=True,
+        lambda given: (
+            decode_in_blocks(
+                DecodeArguments(**given, scale=1.0),
+                blocks=DecodeBlocks(slots=4, splits=2),
+                interpret=True,
+            ).out
         )
     )
     for lengths, window, sinks, full in [
@@ -164,7 +171,7 @@ def test_a_cache_of_the_default_block_size():
     given = arguments(num_slots=300, lengths=[290], head_dim=64, window=200, num_sink_tokens=3)
     blocks = pallas_tpu.choose_blocks(given)
     assert blocks == DecodeBlocks(slots=256, splits=1)
-    out = decode_in_blocks(given, blocks=blocks, interpret=True)
+    out = decode_in_blocks(given, blocks=blocks, interpret=True).out
     np.testing.assert_allclose(out, by_loop(given), atol=ATOL, rtol=0)
 
 
@@ -281,7 +288,7 @@ def test_sums_are_float32():
         given, q=jnp.zeros_like(given.q), cache_v=jnp.ones_like(given.cache_v)
     )
     given = dataclasses.replace(given, new_v=jnp.ones_like(given.new_v))
-    out = decode_in_blocks(given, blocks=DecodeBlocks(slots=128, splits=2), interpret=True)
+    out = decode_in_blocks(given, blocks=DecodeBlocks(slots=128, splits=2), interpret=True).out
     np.testing.assert_allclose(np.asarray(out, np.float32), 1, atol=2.0**-8, rtol=0)
 
 
@@ -297,7 +304,7 @@ def test_every_position_is_told_from_its_neighbours(first, head_dim):
         window=6,
         num_sink_tokens=2,
     )
-    out = decode_in_blocks(given, blocks=DecodeBlocks(slots=8, splits=1), interpret=True)
+    out = decode_in_blocks(given, blocks=DecodeBlocks(slots=8, splits=1), interpret=True).out
     np.testing.assert_allclose(out, by_loop(given), atol=ATOL, rtol=0)
 
 
@@ -328,7 +335,7 @@ def run_on_two_cores(given):
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
     pltpu.reset_tpu_interpret_mode_state()
-    out = decode_in_blocks(given, blocks=DecodeBlocks(slots=8, splits=2), interpret=TWO_CORES)
+    out = decode_in_blocks(given, blocks=DecodeBlocks(slots=8, splits=2), interpret=TWO_CORES).out
     out = np.asarray(out)
     races = getattr(interpret_pallas_call, "races", None)  # newer JAX raises instead
     return out, races is not None and races.races_found
