@@ -20,6 +20,7 @@ class Chip:
       peak_flops: bfloat16 operations a second, dense.
       hbm_bytes: device memory.
       hbm_bandwidth: bytes a second.
+      link_bandwidth: bytes a second that other chips can send it, over all links together.
       smem_bytes: scalar memory of a TPU core, shared memory of a GPU's multiprocessor.
     """
 
@@ -27,6 +28,7 @@ class Chip:
     peak_flops: float
     hbm_bytes: int
     hbm_bandwidth: float
+    link_bandwidth: float
     smem_bytes: int
 
 
@@ -60,6 +62,7 @@ TPUS: Mapping[str, Tpu] = {
         peak_flops=275e12,
         hbm_bytes=32 * _GIB,
         hbm_bandwidth=1200e9,
+        link_bandwidth=300e9,
         vmem_bytes=16 * _MIB,
         smem_bytes=_MIB,
         cores=2,
@@ -72,6 +75,7 @@ TPUS: Mapping[str, Tpu] = {
         peak_flops=197e12,
         hbm_bytes=16 * _GIB,
         hbm_bandwidth=819e9,
+        link_bandwidth=200e9,
         vmem_bytes=128 * _MIB,
         smem_bytes=_MIB,
         step=200,
@@ -83,6 +87,7 @@ TPUS: Mapping[str, Tpu] = {
         peak_flops=459e12,
         hbm_bytes=95 * _GIB,
         hbm_bandwidth=2765e9,
+        link_bandwidth=600e9,
         vmem_bytes=64 * _MIB,
         smem_bytes=_MIB,
         cores=2,
@@ -95,6 +100,7 @@ TPUS: Mapping[str, Tpu] = {
         peak_flops=918e12,
         hbm_bytes=32 * _GIB,
         hbm_bandwidth=1638e9,
+        link_bandwidth=448e9,
         vmem_bytes=128 * _MIB,
         smem_bytes=_MIB,
         step=240,
@@ -106,6 +112,7 @@ TPUS: Mapping[str, Tpu] = {
         peak_flops=1153.5e12,
         hbm_bytes=96 * _GIB,
         hbm_bandwidth=3690e9,
+        link_bandwidth=600e9,
         vmem_bytes=64 * _MIB,
         smem_bytes=_MIB,
         step=240,
@@ -119,6 +126,7 @@ GPUS: Mapping[str, Chip] = {
         peak_flops=312e12,
         hbm_bytes=40 * _GIB,
         hbm_bandwidth=1555e9,
+        link_bandwidth=300e9,
         smem_bytes=164 * _KIB,
     ),
     "a100-80gb": Chip(
@@ -126,6 +134,7 @@ GPUS: Mapping[str, Chip] = {
         peak_flops=312e12,
         hbm_bytes=80 * _GIB,
         hbm_bandwidth=2039e9,
+        link_bandwidth=300e9,
         smem_bytes=164 * _KIB,
     ),
     "h100-pcie": Chip(
@@ -133,6 +142,7 @@ GPUS: Mapping[str, Chip] = {
         peak_flops=756e12,
         hbm_bytes=80 * _GIB,
         hbm_bandwidth=2000e9,
+        link_bandwidth=300e9,
         smem_bytes=228 * _KIB,
     ),
     "h100": Chip(
@@ -140,6 +150,7 @@ GPUS: Mapping[str, Chip] = {
         peak_flops=989e12,
         hbm_bytes=80 * _GIB,
         hbm_bandwidth=3350e9,
+        link_bandwidth=450e9,
         smem_bytes=228 * _KIB,
     ),
     "h200": Chip(
@@ -147,6 +158,7 @@ GPUS: Mapping[str, Chip] = {
         peak_flops=989e12,
         hbm_bytes=141 * _GIB,
         hbm_bandwidth=4800e9,
+        link_bandwidth=450e9,
         smem_bytes=228 * _KIB,
     ),
 }

@@ -238,7 +238,9 @@ def _figures(program: Program, row: Mapping[str, Any]) -> Figures:
         flops=flops,
         layers=layer_work(program, model),
         exchanged=row.get("exchanged"),
-        time=estimate_time(program, flops=flops, parts=row["parts"], chip=chip),
+        time=estimate_time(
+            program, flops=flops, parts=row["parts"], exchanged=row.get("exchanged"), chip=chip
+        ),
         why=row.get("why", ""),
         is_kept=bool(row.get("is_kept")),
     )

@@ -25,6 +25,13 @@ def _size(count: int) -> str:
     return f"{count} bytes"
 
 
+def _time(one: TimeEstimate) -> str:
+    least = f"at least {one.least:.3g} s a run, by {one.bound}"
+    if one.low is None or one.high is None:
+        return f"{least}; no estimate: {one.basis}"
+    return f"{one.low:.3g} to {one.high:.3g} s a run, estimated ({one.basis}); {least}"
+
+
 def _verdict(one: "Figures") -> str:
     return "fits" if one.fits else "does not fit"
 
@@ -44,7 +51,7 @@ class Figures:
         flops: operations of a run on all devices together, as MFU counts them.
         layers: those of a layer, by what layers see.
         exchanged: bytes that a device is sent in a run, by kind of exchange; None: not known.
-        time: seconds of a run, between two bounds; None: the chip's peaks are not known.
+        time: seconds of a run: at least, and estimated; None: the chip's peaks are not known.
         why: it is a formula, where a compile was asked for.
         is_kept: it was found by an earlier compile.
     """
@@ -126,6 +133,7 @@ class Plan(Tabular):
             line |= {"compile_s": one.compile_s, "flops": one.flops}
             line |= {"exchanged_bytes_a_layer": one.exchanged_a_layer}
             if one.time is not None:
+                line |= {"least_s": one.time.least, "bound_by": one.time.bound}
                 line |= {"low_s": one.time.low, "high_s": one.time.high}
             lines.append(line)
         return Table.of(lines, caption=self.title)
@@ -164,10 +172,7 @@ class Plan(Tabular):
                     f"{f' ({sent} in all)' if sent else ''}"
                 )
             if one.time is not None:
-                lines.append(
-                    f"    time      {one.time.low:.3g} to {one.time.high:.3g} s a run, estimated "
-                    f"({one.time.basis})"
-                )
+                lines.append(f"    time      {_time(one.time)}")
             if one.compile_s is not None:
                 kept = ", earlier" if one.is_kept else ""
                 lines.append(f"    compiled  in {one.compile_s:.0f} s{kept}")

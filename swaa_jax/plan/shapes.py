@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from swaa_jax.attention import Cache, PagedCache
+from swaa_jax.attention import Caches, SplitCache, cache_specs
 from swaa_jax.engine import EngineOptions
 from swaa_jax.engine.state import Chunk, DecodeState, decode_tokens, idle_settings, read_chunk
 from swaa_jax.lora import LoraConfig, add_lora
@@ -37,10 +37,12 @@ class Lowerable:
 
     Attributes:
         lower: gives the lowered program.
-        parts: what it is given, by what it is for; shapes with shardings.
+        arguments: what the program takes, in order; shapes with shardings.
+        parts: the same by what it is for.
     """
 
     lower: Callable[[], jax.stages.Lowered]
+    arguments: tuple[Any, ...]
     parts: dict[str, Any]
 
     def bytes_of_parts(self) -> dict[str, int]:
@@ -108,7 +110,7 @@ def _prefill(program: Program, model: CausalLM, mesh: Mesh) -> Lowerable:
     """`(parameters, tokens, lengths) -> (last row's logits, caches)`."""
     function, shapes = _prefill_function(program, model, mesh)
     parts = {"parameters": shapes[0], "inputs": shapes[1:]}
-    return Lowerable(lower=lambda: jax.jit(function).lower(*shapes), parts=parts)
+    return Lowerable(lower=lambda: jax.jit(function).lower(*shapes), arguments=shapes, parts=parts)
 
 
 def _prefill_function(program: Program, model: CausalLM, mesh: Mesh) -> tuple[Any, Any]:
@@ -130,20 +132,14 @@ def _decode(program: Program, model: CausalLM, mesh: Mesh) -> Lowerable:
     _, caches = jax.eval_shape(prefill, *shapes)
     rows = _rows(program, model, mesh)
 
-    def lay_out(leaf: Any) -> Any:
-        on = rows
-        if leaf.ndim == 4:
-            spec, _ = attention_specs(mesh, batch=leaf.shape[0], num_kv_heads=leaf.shape[2])
-            on = NamedSharding(mesh, spec)
-        return _shape(leaf.shape, leaf.dtype, on)
-
     def decode(params: Any, tokens: Any, caches: Any) -> Any:
         return merge(params).decode(tokens, caches)
 
     tokens = _shape((program.batch, 1), jnp.int32, rows)
-    caches = jax.tree.map(lay_out, caches)
+    caches = _laid_out(caches, mesh)
     return Lowerable(
         lower=lambda: jax.jit(decode, donate_argnums=2).lower(params, tokens, caches),
+        arguments=(params, tokens, caches),
         parts={"parameters": params, "caches": caches, "inputs": tokens},
     )
 
@@ -168,6 +164,7 @@ def _chunk(program: Program, model: CausalLM, mesh: Mesh) -> Lowerable:
     )
     return Lowerable(
         lower=lambda: read.lower(arrays, state, inputs),
+        arguments=(arrays, state, inputs),
         parts={"parameters": arrays, "caches": state, "inputs": inputs},
     )
 
@@ -184,6 +181,7 @@ def _steps(program: Program, model: CausalLM, mesh: Mesh) -> Lowerable:
     )
     return Lowerable(
         lower=lambda: decode.lower(arrays, state, *inputs),
+        arguments=(arrays, state, *inputs),
         parts={"parameters": arrays, "caches": state, "inputs": inputs},
     )
 
@@ -211,26 +209,33 @@ def _engine_state(program: Program, model: CausalLM, mesh: Mesh) -> tuple[Any, A
     state = jax.eval_shape(functools.partial(DecodeState.empty, width=width, model=model), caches)
     on = NamedSharding(mesh, PartitionSpec())
 
-    def lay_out(part: Any) -> Any:
-        if not isinstance(part, Cache):
-            return _shapes(part, on)
-        whole_rows = isinstance(part, PagedCache)
-
-        def lay_out_leaf(leaf: Any) -> Any:
-            if leaf.ndim < 4:
-                return _shapes(leaf, on)
-            sizes = {"batch": leaf.shape[0], "num_kv_heads": leaf.shape[2]}
-            spec, _ = attention_specs(mesh, **sizes, whole_rows=whole_rows)
-            return _shape(leaf.shape, leaf.dtype, NamedSharding(mesh, spec))
-
-        return jax.tree.map(lay_out_leaf, part)
-
-    state = jax.tree.map(lay_out, state, is_leaf=lambda part: isinstance(part, Cache))
+    state = dataclasses.replace(
+        _shapes(dataclasses.replace(state, caches=None), on), caches=_laid_out(state.caches, mesh)
+    )
     arrays = {
         ".".join(map(str, path)): _shape(each.shape, each.dtype, sharding_for(each, mesh))
         for path, each in nnx.to_flat_state(nnx.state(model))
     }
     return arrays, state, on
+
+
+def _laid_out(caches: Caches, mesh: Mesh) -> Caches:
+    """Caches of shapes where the model's own lie on the mesh; see `swaa_jax.attention.placing`."""
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def place(cache: Any) -> Any:
+        if isinstance(cache, SplitCache):
+            full, windowed = place(cache.full), place(cache.windowed)
+            return dataclasses.replace(cache, full=full, windowed=windowed)
+        on = NamedSharding(mesh, cache_specs(cache, mesh).k)
+        heads = {"k": _shapes(cache.k, on), "v": _shapes(cache.v, on)}
+        return dataclasses.replace(_shapes(cache, whole), **heads)
+
+    return Caches(
+        layers=tuple(map(place, caches.layers)),
+        pos_B=_shapes(caches.pos_B, whole),
+        table=_shapes(caches.table, whole),
+    )
 
 
 def _train(program: Program, model: CausalLM, mesh: Mesh) -> Lowerable:
@@ -242,13 +247,14 @@ def _train(program: Program, model: CausalLM, mesh: Mesh) -> Lowerable:
     batch["loss_weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     batch["lengths"] = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
     trainer = make_step(model, step_config(program))
-    state = trainer.abstract_state()
+    state, inputs = trainer.abstract_state(), trainer.put(batch)
     return Lowerable(
         lower=lambda: trainer.lower(batch),
+        arguments=(state, trainer.frozen, inputs),
         parts={
             "parameters": (trainer.frozen, state.trainable),
             "optimizer": (state.opt_state, state.step),
-            "inputs": trainer.put(batch),
+            "inputs": inputs,
         },
     )
 

@@ -23,15 +23,14 @@ __all__ = [
     "tokens_of_run",
 ]
 
-_SHARES = {
-    "train": (0.24, 0.36),
-    "prefill": (0.30, 0.52),
-    "chunk": (0.30, 0.52),
-    "steps": (0.45, 0.70),
-    "decode": (0.45, 0.70),
+_TRAIN, _BENCH = "train_step.json", "bench_qwen3_4b.json"
+_MEASURED: Mapping[tuple[str, str], tuple[tuple[float, str], ...]] = {
+    ("h200", "train"): ((0.299, _TRAIN), (0.273, _TRAIN)),
+    ("h200", "chunk"): ((0.471, _BENCH), (0.493, _BENCH), (0.478, _BENCH)),
+    ("h200", "steps"): ((0.644, _BENCH), (0.371, _BENCH), (0.624, _BENCH)),
 }
-"""What part of the chip's peak (of operations; for steps, of the bandwidth) runs reach: from
-`benchmarks/results/train_step.json` and `bench_qwen3_4b.json`, of one H200."""
+"""By chip and program: least time over measured time of runs on one device, and the file of
+`benchmarks/results/` that has the run. A test computes them anew."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,12 +53,17 @@ class TimeEstimate:
     """Seconds of a run of a program: of a step, of a chunk, of a call of some steps.
 
     Attributes:
-        low, high: between which it lies, if the chip gets the part of its peak that was measured.
+        least: what the chip's peaks allow; no run is faster.
+        bound: by what: "operations", "memory" or "exchange".
+        low, high: between which it lies, if the chip gets as near to `least` as it did in the runs
+            that were measured; None: none was.
         basis: what that rests on.
     """
 
-    low: float
-    high: float
+    least: float
+    bound: str
+    low: float | None
+    high: float | None
     basis: str
 
 
@@ -115,32 +119,50 @@ def tokens_of_run(program: Program) -> int:
 
 
 def estimate_time(
-    program: Program, *, flops: float, parts: Mapping[str, int], chip: Chip | None
+    program: Program,
+    *,
+    flops: float,
+    parts: Mapping[str, int],
+    exchanged: Mapping[str, int] | None,
+    chip: Chip | None,
 ) -> TimeEstimate | None:
-    """How long a run takes, from the chip's peaks; None for a chip without known ones.
+    """How long a run takes: at least, from the chip's peaks, and by runs that were measured.
 
-    A step of decoding is as long as it takes to read weights and caches once, other programs as
-    long as their operations. What devices exchange is taken to be hidden behind that.
+    The least is the longest of: operations at the chip's peak; weights, and caches of steps, read
+    once from memory; bytes that a device is sent, over its links.
 
     Args:
         program: what is run.
         flops: of all devices together.
         parts: bytes of a device, by what they are for.
-        chip: that it runs on.
+        exchanged: bytes that a device is sent; None: not known, and left out.
+        chip: that it runs on; None: one without known peaks, and there is no estimate.
     """
     if chip is None:
         return None
+    # Weights that fsdp splits are gathered, and read whole.
+    read = program.mesh.get("fsdp", 1) * parts.get("parameters", 0)
     if program.kind in ("steps", "decode"):
-        # Weights that fsdp splits are gathered, and read whole.
-        read = program.mesh.get("fsdp", 1) * parts.get("parameters", 0) + parts.get("caches", 0)
-        least = tokens_of_run(program) * read / chip.hbm_bandwidth
-    else:
-        least = flops / program.devices / chip.peak_flops
-    low, high = _SHARES[program.kind]
-    of = "bandwidth" if program.kind in ("steps", "decode") else "operations"
+        read = tokens_of_run(program) * (read + parts.get("caches", 0))
+    bounds = {
+        "operations": flops / program.devices / chip.peak_flops,
+        "memory": read / chip.hbm_bandwidth,
+        "exchange": sum((exchanged or {}).values()) / chip.link_bandwidth,
+    }
+    bound = max(bounds, key=lambda name: bounds[name])
+    least = bounds[bound]
+    name = next(name for name, one in {**TPUS, **GPUS}.items() if one is chip)
+    rows = _MEASURED.get((name, program.kind), ())
+    if program.devices > 1 or not rows:
+        basis = f"{name} was not measured" + (" on several devices" if rows else " on this program")
+        return TimeEstimate(least=least, bound=bound, low=None, high=None, basis=basis)
+    shares = [share for share, _ in rows]
+    files = ", ".join(dict.fromkeys(file for _, file in rows))
     return TimeEstimate(
-        low=least / high,
-        high=least / low,
-        basis=f"{low:.0%} to {high:.0%} of the chip's peak {of}, as on one H200"
-        + ("" if chip is GPUS["h200"] and program.devices == 1 else "; not measured here"),
+        least=least,
+        bound=bound,
+        low=least / max(shares),
+        high=least / min(shares),
+        basis=f"{len(rows)} runs on one {name} reached {min(shares):.0%} to {max(shares):.0%} of "
+        f"the least time's speed: {files}",
     )
