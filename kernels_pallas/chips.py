@@ -31,6 +31,11 @@ class Chip:
     link_bandwidth: float
     smem_bytes: int
 
+    @property
+    def usable_bytes(self) -> int:
+        """What programs have of the device memory."""
+        return self.hbm_bytes
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tpu(Chip):
@@ -38,6 +43,7 @@ class Tpu(Chip):
 
     Attributes:
       vmem_bytes: vector memory of a core.
+      kept_bytes: device memory that no program has, by the compiler's refusals.
       cores: that share the device's programs.
       step: cycles of a step of the forward kernel besides its products and softmax.
       body: ``{block_kv: (unmasked, masked)}`` cycles of those per 512 rows x 128 keys, head dim
@@ -46,10 +52,20 @@ class Tpu(Chip):
     """
 
     vmem_bytes: int
+    kept_bytes: int
     cores: int = 1
     step: int
     body: Mapping[int, tuple[float, float]]
     bytes_per_cycle: int
+
+    @property
+    def usable_bytes(self) -> int:
+        """What programs have of the device memory.
+
+        >>> TPUS["v5e"].usable_bytes / 2**30
+        15.75
+        """
+        return self.hbm_bytes - self.kept_bytes
 
 
 _GIB, _MIB, _KIB = 1 << 30, 1 << 20, 1 << 10
@@ -64,6 +80,7 @@ TPUS: Mapping[str, Tpu] = {
         hbm_bandwidth=1200e9,
         link_bandwidth=300e9,
         vmem_bytes=16 * _MIB,
+        kept_bytes=5 * _GIB // 4,
         smem_bytes=_MIB,
         cores=2,
         step=320,
@@ -77,6 +94,7 @@ TPUS: Mapping[str, Tpu] = {
         hbm_bandwidth=819e9,
         link_bandwidth=200e9,
         vmem_bytes=128 * _MIB,
+        kept_bytes=_GIB // 4,
         smem_bytes=_MIB,
         step=200,
         body=_SMALL_UNITS,
@@ -89,6 +107,7 @@ TPUS: Mapping[str, Tpu] = {
         hbm_bandwidth=2765e9,
         link_bandwidth=600e9,
         vmem_bytes=64 * _MIB,
+        kept_bytes=266 * _MIB,
         smem_bytes=_MIB,
         cores=2,
         step=320,
@@ -102,6 +121,7 @@ TPUS: Mapping[str, Tpu] = {
         hbm_bandwidth=1638e9,
         link_bandwidth=448e9,
         vmem_bytes=128 * _MIB,
+        kept_bytes=3 * _GIB // 4,
         smem_bytes=_MIB,
         step=240,
         body=_LARGE_UNITS,
@@ -114,6 +134,7 @@ TPUS: Mapping[str, Tpu] = {
         hbm_bandwidth=3690e9,
         link_bandwidth=600e9,
         vmem_bytes=64 * _MIB,
+        kept_bytes=5 * _GIB // 4,
         smem_bytes=_MIB,
         step=240,
         body=_LARGE_UNITS,

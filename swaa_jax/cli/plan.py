@@ -73,7 +73,9 @@ def add_parser(subparsers: Commands) -> None:
     add("--chunk-size", type=int, default=1024, metavar="N", help="default %(default)s")
     add("--lora-rank", type=int, default=16, metavar="N", help="default %(default)s")
     add("--full-training", action="store_true", help="train all weights, not adapters")
-    add("--remat", choices=["none", "layer", "dots"], help="what training computes again")
+    add(
+        "--remat", choices=["none", "layer", "offload", "dots"], help="what training computes again"
+    )
     add("--solve", choices=["context", "batch", "slots"], help="the largest that fits")
     add(
         "--step",

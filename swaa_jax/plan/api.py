@@ -214,9 +214,9 @@ def _fits(program: Program, row: Mapping[str, Any]) -> bool:
 
 
 def _memory(program: Program, row: Mapping[str, Any]) -> int | None:
-    """Bytes that a device has: as the compiler or the device says, or else the chip's."""
+    """Bytes that a device has for programs: as it says itself, or else the chip's."""
     chip = chip_of(program.chip, row.get("device_kind"))
-    return row.get("available") or (None if chip is None else chip.hbm_bytes)
+    return row.get("available") or (None if chip is None else chip.usable_bytes)
 
 
 def _figures(program: Program, row: Mapping[str, Any]) -> Figures:

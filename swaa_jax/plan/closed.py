@@ -40,8 +40,9 @@ def _training(program: Program, model: Any, mesh: AbstractMesh) -> dict[str, int
     if program.lora_rank is not None:
         trained = [variable for variable in every if isinstance(variable, LoraParam)]
     rows = max(1, program.batch // batch_parts(mesh)[0])
-    tokens = rows * -(-program.context // mesh.shape["context"])
-    memory = estimate_memory(model, trained, step_config(program), mesh, tokens=tokens)
+    memory = estimate_memory(
+        model, trained, step_config(program), mesh, rows=rows, tokens=program.context
+    )
     return {
         "parameters": memory.weights + memory.trained // 4,
         "optimizer": memory.trained // 2,
@@ -52,7 +53,7 @@ def _training(program: Program, model: Any, mesh: AbstractMesh) -> dict[str, int
 def _reading(program: Program, model: Any, mesh: AbstractMesh) -> dict[str, int]:
     variables = [variable for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))]
     weights = sum(_bytes_of(variable, mesh) for variable in variables)
-    tensor = mesh.shape["tensor"]
+    tensor, shards = mesh.shape["tensor"], mesh.shape["context"]
     whole = ModelSize.of(model, name="model", weight_bytes=weights)
     size = dataclasses.replace(
         whole,
@@ -70,9 +71,10 @@ def _reading(program: Program, model: Any, mesh: AbstractMesh) -> dict[str, int]
         num_kv_heads=size.num_kv_heads,
         head_dim=size.head_dim,
         itemsize=size.cache_itemsize,
+        shards=shards,
     )
     in_chunks, in_one_piece = memory_of(
-        size, layers, program.context, rows=rows, chunk_size=program.chunk_size
+        size, layers, program.context, rows=rows, chunk_size=program.chunk_size, shards=shards
     )
     parts = {"parameters": weights, "caches": rows * row}
     kept = weights + rows * row

@@ -165,6 +165,11 @@ class Plan(Tabular):
             lines.append(f"    memory    {parts}")
             flops = ", ".join(f"{each.layers} {each.flops:.3g}" for each in one.layers)
             lines.append(f"    FLOPs     {one.flops:.3g} a run; a layer: {flops}")
+            if any(each.exchanged for each in one.layers):
+                sent = ", ".join(
+                    f"{each.layers} {_size(each.exchanged or 0)}" for each in one.layers
+                )
+                lines.append(f"    context   {sent} to a device in a layer's forward pass")
             if one.exchanged_a_layer is not None:
                 sent = ", ".join(f"{k} {_size(size)}" for k, size in one.exchanged.items() if size)  # pyright: ignore[reportOptionalMemberAccess]
                 lines.append(

@@ -2,18 +2,21 @@
 
 import collections
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from kernels_pallas.chips import GPUS, TPUS, Chip, find_chip
-from swaa_jax.costs import ModelFlops, Runs
+from swaa_jax.costs import ModelFlops, Runs, exchanged_bytes
 from swaa_jax.engine import EngineOptions
 from swaa_jax.models import CausalLM
 from swaa_jax.plan.program import Program
 from swaa_jax.policy import LayerAttention
+from swaa_jax.sharding import RULES
 
 __all__ = [
+    "MEASURED",
     "LayerWork",
     "TimeEstimate",
     "chip_of",
@@ -24,7 +27,7 @@ __all__ = [
 ]
 
 _TRAIN, _BENCH = "train_step.json", "bench_qwen3_4b.json"
-_MEASURED: Mapping[tuple[str, str], tuple[tuple[float, str], ...]] = {
+MEASURED: Mapping[tuple[str, str], tuple[tuple[float, str], ...]] = {
     ("h200", "train"): ((0.299, _TRAIN), (0.273, _TRAIN)),
     ("h200", "chunk"): ((0.471, _BENCH), (0.493, _BENCH), (0.478, _BENCH)),
     ("h200", "steps"): ((0.644, _BENCH), (0.371, _BENCH), (0.624, _BENCH)),
@@ -41,11 +44,14 @@ class LayerWork:
         layers: what they see, in words.
         count: how many of them there are.
         flops: operations of one in a run, on all devices together; as the model needs them.
+        exchanged: bytes that a device is sent in the forward pass of one of them where `context`
+            splits whole rows, by `swaa_jax.costs.exchanged_bytes`; None: rows come in pieces.
     """
 
     layers: str
     count: int
     flops: float
+    exchanged: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,8 +93,29 @@ def layer_work(program: Program, model: CausalLM) -> tuple[LayerWork, ...]:
             layers="full" if layer.is_full else f"window={layer.window}",
             count=count,
             flops=_flops(program, one, (layer,), has_head=False),
+            exchanged=_exchanged(program, model, layer),
         )
         for layer, count in collections.Counter(model.layer_attention).items()
+    )
+
+
+def _exchanged(program: Program, model: CausalLM, layer: LayerAttention) -> int | None:
+    if program.kind not in ("train", "prefill"):
+        return None
+    shards, tensor = program.mesh.get("context", 1), program.mesh.get("tensor", 1)
+    if shards == 1 or program.context % shards:
+        return 0
+    rows = max(1, program.batch // math.prod(program.mesh.get(axis, 1) for axis in RULES["batch"]))
+    config = model.config
+    return rows * exchanged_bytes(
+        layer,
+        tokens=program.context,
+        shards=shards,
+        num_heads=max(1, config.num_heads // tensor),
+        num_kv_heads=max(1, config.num_kv_heads // tensor),
+        head_dim=config.head_dim,
+        # Answers under FA decode and tails see everything; a plan's rows are prompts.
+        full_rows=False,
     )
 
 
@@ -152,9 +179,10 @@ def estimate_time(
     bound = max(bounds, key=lambda name: bounds[name])
     least = bounds[bound]
     name = next(name for name, one in {**TPUS, **GPUS}.items() if one is chip)
-    rows = _MEASURED.get((name, program.kind), ())
+    rows = MEASURED.get((name, program.kind), ())
     if program.devices > 1 or not rows:
-        basis = f"{name} was not measured" + (" on several devices" if rows else " on this program")
+        what = "several devices of it" if rows else "one"
+        basis = f"no run of this program on {what} was measured"
         return TimeEstimate(least=least, bound=bound, low=None, high=None, basis=basis)
     shares = [share for share, _ in rows]
     files = ", ".join(dict.fromkeys(file for _, file in rows))

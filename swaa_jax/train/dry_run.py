@@ -17,7 +17,7 @@ from swaa_jax.memory import Demand, gib, memory_of
 from swaa_jax.models import CausalLM, read_blueprint
 from swaa_jax.models.blocks import FED_AT_ONCE
 from swaa_jax.progress import ProgressLike
-from swaa_jax.sharding import batch_parts, sharding_for
+from swaa_jax.sharding import RULES, batch_parts, sharding_for
 from swaa_jax.train.config import StepConfig
 from swaa_jax.train.evaluating import prepare_evaluation
 from swaa_jax.train.feed import Feed, make_feed
@@ -197,7 +197,7 @@ def describe_run(
     seq_len = data.config.widths[-1]
 
     def memory(rows: int, tokens: int) -> MemoryEstimate:
-        return estimate_memory(model, trained, step_config, mesh, tokens=rows * tokens)
+        return estimate_memory(model, trained, step_config, mesh, rows=rows, tokens=tokens)
 
     return RunPlan(
         config=dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=seq_len)),
@@ -261,9 +261,15 @@ def estimate_memory(
     config: StepConfig,
     mesh: Mesh | AbstractMesh | None,
     *,
+    rows: int,
     tokens: int,
 ) -> MemoryEstimate:
-    """Of micro-batches of so many tokens on a device; a mesh of sizes alone will do."""
+    """Of micro-batches of so many rows on a device, whose tokens the mesh's `context` splits.
+
+    A mesh of sizes alone will do.
+    """
+    shards = 1 if mesh is None else math.prod(mesh.shape[name] for name in RULES["sequence"])
+    tokens = rows * -(-tokens // shards)
     itemsize = 2 if config.dtype == "bfloat16" else 4
     variables = [variable for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))]
     names = {id(variable) for variable in trained}

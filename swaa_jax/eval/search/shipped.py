@@ -435,10 +435,12 @@ def memory_of(
     *,
     rows: int = 1,
     chunk_size: int = _CHUNK,
+    shards: int = 1,
 ) -> tuple[int, int]:
     """Bytes of weights, caches and activations: a prompt read in chunks, and in one piece.
 
     The engine reads a chunk of one row at a time; in one piece all rows are read together.
+    `shards`: devices that share a row's tokens.
     """
     row = cache_bytes(
         layers,
@@ -446,6 +448,7 @@ def memory_of(
         num_kv_heads=size.num_kv_heads,
         head_dim=size.head_dim,
         itemsize=size.cache_itemsize,
+        shards=shards,
     )
 
     def activations(read: int, *, is_paged: bool) -> int:
@@ -459,6 +462,7 @@ def memory_of(
             context=context,
             read=read,
             is_paged=is_paged,
+            shards=shards,
         )
 
     kept = size.weight_bytes + rows * row
