@@ -31,11 +31,9 @@ def measure(program: Program, *, seconds: float = 3600.0, keep: bool = True) -> 
         keep: read and write what is kept. A failure is never kept.
     """
     path = _kept_at() / f"{fingerprint(program)}.json"
-    if keep and path.exists():
-        try:
-            return json.loads(path.read_text(encoding="utf-8")) | {"is_kept": True}
-        except ValueError:
-            pass  # written by halves, by another program
+    kept = _read(path) if keep else None
+    if kept is not None:
+        return kept | {"is_kept": True}
     row = compile_apart(program, seconds=seconds)
     if keep and not {"error", "absent"} & row.keys():
         _write(path, row)
@@ -114,6 +112,18 @@ def _kept_at() -> pathlib.Path:
     return root / "swaa_jax" / "plans"
 
 
+def _read(path: pathlib.Path) -> dict[str, Any] | None:
+    """What is kept there; None: nothing, or what is no row of figures."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    is_row = isinstance(found.get("peak"), int) and isinstance(found.get("parts"), dict)
+    return found if is_row and isinstance(found.get("found_by"), str) else None
+
+
 def _write(path: pathlib.Path, row: dict[str, Any]) -> None:
     """Whole or not at all; a directory that cannot be written costs a compile the next time."""
     try:
@@ -122,6 +132,9 @@ def _write(path: pathlib.Path, row: dict[str, Any]) -> None:
             "w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8"
         ) as file:
             file.write(json.dumps(row, indent=1))
-        os.replace(file.name, path)
+        try:
+            os.replace(file.name, path)
+        finally:
+            pathlib.Path(file.name).unlink(missing_ok=True)
     except OSError:
         return

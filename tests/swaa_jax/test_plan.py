@@ -236,24 +236,65 @@ def test_slices_have_the_devices_that_a_mesh_needs():
         check_chip("chip", "v6e-32")
 
 
+def row_of(peak, **others):
+    return {"found_by": "TPU compiler", "parts": {}, "peak": peak, **others}
+
+
 def test_what_was_compiled_is_kept_until_something_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     rows = []
 
     def compile_apart(program, *, seconds):
-        rows.append({"peak": len(rows), **({"error": "x"} if program.context == 65 else {})})
+        rows.append(row_of(len(rows), **({"error": "x"} if program.context == 65 else {})))
         return rows[-1]
 
     monkeypatch.setattr(measuring, "compile_apart", compile_apart)
     assert measuring.measure(program())["peak"] == 0
     again = measuring.measure(program())
-    assert again == {"peak": 0, "is_kept": True}
+    assert again == row_of(0, is_kept=True)
     assert measuring.measure(program(batch=2))["peak"] == 1
     monkeypatch.setenv("SWAA_BACKEND", "xla")
     assert measuring.measure(program())["peak"] == 2
     for _ in range(2):  # a failure is tried again
         measuring.measure(program(context=65))
     assert len(rows) == 5
+
+
+@pytest.mark.parametrize("text", ["", '{"peak": 1', "[]", "{}", '{"peak": "1"}', "\udcff", "7"])
+def test_a_wrong_entry_of_what_is_kept_is_compiled_again(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(measuring, "compile_apart", lambda *_, **__: row_of(5))
+    measuring.measure(program())
+    (path,) = (tmp_path / "swaa_jax" / "plans").iterdir()
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    monkeypatch.setattr(measuring, "compile_apart", lambda *_, **__: row_of(6))
+    assert measuring.measure(program()) == row_of(6)
+    assert measuring.measure(program()) == row_of(6, is_kept=True)
+
+
+def test_a_compile_that_is_killed_leaves_what_is_kept_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measuring, "compile_apart", lambda *_, **__: row_of(5))
+    measuring.measure(program())
+    (kept,) = (tmp_path / "swaa_jax" / "plans").iterdir()
+    whole = kept.read_bytes()
+    monkeypatch.setattr(measuring, "compile_apart", killed)
+    with pytest.raises(KeyboardInterrupt):
+        measuring.measure(program(batch=2))
+    monkeypatch.setattr(measuring.os, "replace", killed)  # as late as can be
+    monkeypatch.setattr(measuring, "compile_apart", lambda *_, **__: row_of(7))
+    with pytest.raises(KeyboardInterrupt):
+        measuring.measure(program(batch=2))
+    assert list(kept.parent.iterdir()) == [kept] and kept.read_bytes() == whole
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(measuring, "compile_apart", lambda *_, **__: row_of(8))
+    assert measuring.measure(program(batch=2)) == row_of(8)
+    assert measuring.measure(program()) == row_of(5, is_kept=True)
 
 
 def test_a_compile_that_takes_too_long_is_ended(monkeypatch):
