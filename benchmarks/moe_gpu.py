@@ -242,8 +242,8 @@ def prefill_side(
         return grouped_matmul(rows, stack, sizes, backend=side)
 
     def both(rows: Any, stack: Any, sizes: Any, gradient: Any) -> Any:
-        _, backward = jax.vjp(lambda *x: product(*x, sizes), rows, stack)
-        return backward(gradient)
+        out, backward = jax.vjp(lambda *x: product(*x, sizes), rows, stack)
+        return out, backward(gradient)  # with the product itself, which no gradient needs
 
     sizes = np.zeros(shape.experts, np.int32)
     abstract = jax.eval_shape(lambda: data(num_rows, shape, matrix, sizes))
