@@ -243,7 +243,7 @@ def prefill_side(
 
     def both(rows: Any, stack: Any, sizes: Any, gradient: Any) -> Any:
         out, backward = jax.vjp(lambda *x: product(*x, sizes), rows, stack)
-        return out, backward(gradient)  # with the product itself, which no gradient needs
+        return out, *backward(gradient)  # with the product itself, which no gradient needs
 
     sizes = np.zeros(shape.experts, np.int32)
     abstract = jax.eval_shape(lambda: data(num_rows, shape, matrix, sizes))
@@ -278,7 +278,7 @@ def torch_call(arrays: Sequence[Any], *, one: str) -> Callable[[], Any]:
 
     def both() -> Any:
         out = torch.nn.functional.grouped_mm(rows, stack, offs=ends)
-        return torch.autograd.grad(out, (rows, stack), gradient)
+        return out, *torch.autograd.grad(out, (rows, stack), gradient)
 
     return both
 
