@@ -35,7 +35,7 @@ import gpu_turns  # noqa: E402
 
 EPILOG = """\
 examples:
-  python benchmarks/moe_gpu.py                                # all; about 4 minutes on an H200
+  python benchmarks/moe_gpu.py --sides swaa_jax transformers  # all; about 5 minutes on an H200
   python benchmarks/moe_gpu.py --cases products --tokens 1 --output /tmp/moe.json
   python benchmarks/moe_gpu.py --cases model_32k --layers 6 --output /tmp/model.json
   python benchmarks/moe_gpu.py --smoke                        # does it run here? tiny, on the CPU
@@ -242,8 +242,8 @@ def prefill_side(
         return grouped_matmul(rows, stack, sizes, backend=side)
 
     def both(rows: Any, stack: Any, sizes: Any, gradient: Any) -> Any:
-        _, backward = jax.vjp(lambda *x: product(*x, sizes), rows, stack)
-        return backward(gradient)
+        out, backward = jax.vjp(lambda *x: product(*x, sizes), rows, stack)
+        return out, *backward(gradient)  # with the product itself, which no gradient needs
 
     sizes = np.zeros(shape.experts, np.int32)
     abstract = jax.eval_shape(lambda: data(num_rows, shape, matrix, sizes))
@@ -278,7 +278,7 @@ def torch_call(arrays: Sequence[Any], *, one: str) -> Callable[[], Any]:
 
     def both() -> Any:
         out = torch.nn.functional.grouped_mm(rows, stack, offs=ends)
-        return torch.autograd.grad(out, (rows, stack), gradient)
+        return out, *torch.autograd.grad(out, (rows, stack), gradient)
 
     return both
 
@@ -371,7 +371,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     short = [row for row in rows if "us" in row]
     if not (long or short):  # a model's speeds are two numbers
         return
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
     names = list(dict.fromkeys((row["case"], row["pass"]) for row in long))
     sides = [side for side in KERNELS if any(row["side"] == side for row in long)]
     for number, side in enumerate(sides):
@@ -407,7 +407,8 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
+            place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18), "ncols": 4}
+            axis.legend(fontsize=7, frameon=False, **place)
     models = [
         f"{row['side']} ({row['policy']}, {row['layers']} layers): "
         f"{row['prefill_tokens_per_s']:,.0f} prompt tokens/s, {row['ms_per_token']:.2f} ms a token"

@@ -33,7 +33,7 @@ import gpu_timing  # noqa: E402
 
 EPILOG = """\
 examples:
-  python benchmarks/serving.py                          # all; about 12 minutes on an H100
+  python benchmarks/serving.py                          # all; about 10 minutes on an H200
   python benchmarks/serving.py --cases mixed --chunk-size 1024 --output /tmp/serving.json
   python benchmarks/serving.py --cases clients reuse --output /tmp/serving_http.json
   python benchmarks/serving.py --smoke                  # does it run here? tiny, on the CPU
