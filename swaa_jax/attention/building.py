@@ -23,6 +23,7 @@ from swaa_jax.attention.caches import (
 from swaa_jax.attention.heads import split_heads, take_heads
 from swaa_jax.attention.placing import constrain_cache
 from swaa_jax.policy import LayerAttention
+from swaa_jax.sharding import lacking_tokens
 
 
 def build_cache(
@@ -42,7 +43,8 @@ def build_cache(
         layer: the layer's policy; it decides between full cache, ring, and one of each.
         cache_size: tokens that a row can become long, at least T: the slots of a full cache, and
             the most that a ring gets. None: a full cache has T + 128, a ring window + sinks.
-        mesh: rows, heads and a full cache's slots are split over it.
+        mesh: rows, heads and a full cache's slots are split over it; slots are added until its
+            `context` divides them.
 
     Raises:
         ValueError: `cache_size` is smaller than the prompt.
@@ -73,7 +75,8 @@ def build_cache(
         )
         return SplitCache(full=full, windowed=windowed, full_heads=layer.full_heads)
     if parts[0].layer.needs_full_cache:
-        missing = DEFAULT_ROOM if cache_size is None else cache_size - width
+        num_slots = width + DEFAULT_ROOM if cache_size is None else cache_size
+        missing = num_slots + lacking_tokens(mesh, num_slots) - width
         cache = FullCache(k=pad_end(k, missing, axis=1), v=pad_end(v, missing, axis=1))
     else:
         cache = _ring_from_rows(k, v, lengths=lengths, layer=layer, cache_size=cache_size)

@@ -10,7 +10,7 @@ no products).
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -20,8 +20,17 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import Target
+from kernels_pallas.layout import pad_end
 from swaa_jax.lora.adapters import StackedLoraAdapter
-from swaa_jax.models.blocks import FeedForward, Initial, Linear, RouterStatistics, Rows, activation
+from swaa_jax.models.blocks import (
+    FED_AT_ONCE,
+    FeedForward,
+    Initial,
+    Linear,
+    RouterStatistics,
+    Rows,
+    activation,
+)
 from swaa_jax.products import grouped_product, product
 from swaa_jax.sharding import spec_for, split_over, target_of
 
@@ -129,8 +138,14 @@ class SparseMLP(nnx.Module):
         self.activation = hidden_act
 
     def __call__(self, x: Float[Array, "B T D"], rows: Rows) -> FeedForward:
-        """Padding goes to no expert and gives zeros."""
+        """Padding goes to no expert and gives zeros.
+
+        Of tokens in parts a device holds the rows of one part's choices alone.
+        """
         mesh = rows.mesh
+        on_device = functools.partial(
+            self._on_device, backend=rows.backend, in_parts=rows.feeds_in_parts
+        )
         experts = self.experts
         stacks = [p.kernel for p in (experts.gate_proj, experts.up_proj, experts.down_proj)]
         for adapter in (experts.gate_up_proj_adapter, experts.down_proj_adapter):
@@ -138,11 +153,11 @@ class SparseMLP(nnx.Module):
         router, values = self.gate.kernel.get_value(), tuple(each.get_value() for each in stacks)
         arrays = (x, rows.valid, router, values)
         if mesh is None:
-            out, statistics = self._on_device(*arrays, layout=_Layout(), backend=rows.backend)
+            out, statistics = on_device(*arrays, layout=_Layout())
         else:
             layout = _Layout.of(mesh, x.shape, [(stack.axes, stack.shape) for stack in stacks])
             out, statistics = jax.shard_map(
-                functools.partial(self._on_device, layout=layout, backend=rows.backend),
+                functools.partial(on_device, layout=layout),
                 mesh=mesh,
                 in_specs=(layout.rows, layout.rows, PartitionSpec(), layout.stacks),
                 out_specs=(layout.rows, layout.statistics),
@@ -161,6 +176,7 @@ class SparseMLP(nnx.Module):
         *,
         layout: "_Layout",
         backend: str,
+        in_parts: bool,
     ) -> tuple[Float[Array, "b T D"], RouterStatistics]:
         """One device's share of its tokens' outputs, and its tokens' statistics `[1, ...]`."""
         tokens = x.reshape(-1, x.shape[-1])
@@ -168,18 +184,44 @@ class SparseMLP(nnx.Module):
         scores = product(tokens, router)
         routing = route(scores, num_per_token=self.num_per_token, normalise=self.normalise)
         real = jnp.ones(tokens.shape[:1], bool) if valid is None else valid.reshape(-1)
-        gate, up, down, *factors = layout.gather(stacks)
+        experts = jnp.where(real[:, None], routing.experts, -1)
+        mix = functools.partial(
+            self._mix, stacks=layout.gather(stacks), layout=layout, backend=backend
+        )
+        arrays = (tokens, experts, routing.weights)
+        out = _in_parts(mix, *arrays) if in_parts else mix(*arrays)
 
+        chosen = jnp.sum(routing.experts[:, :, None] == jnp.arange(num_experts), axis=1)
+        real_M1 = real[:, None]
+        statistics = RouterStatistics(
+            assigned=jnp.sum(chosen * real_M1, axis=0, dtype=jnp.float32)[None],
+            probability=jnp.sum(routing.probability * real_M1, axis=0)[None],
+            num_tokens=jnp.sum(real, dtype=jnp.float32)[None],
+        )
+        return layout.add(out).reshape(x.shape), statistics
+
+    def _mix(
+        self,
+        tokens: Float[Array, "M D"],
+        experts: Int[Array, "M k"],
+        weights: Float[Array, "M k"],
+        *,
+        stacks: Sequence[Array],
+        layout: "_Layout",
+        backend: str,
+    ) -> Float[Array, "M D"]:
+        """The sum of the chosen experts' outputs, of those that are here; -1 chooses none."""
+        gate, up, down, *factors = stacks
         # Choices in the order of the experts here; those of other devices, and padding, at the end.
         num_local = gate.shape[0]
-        local = jnp.where(real[:, None], routing.experts - layout.first_expert(num_local), -1)
+        local = jnp.where(experts < 0, -1, experts - layout.first_expert(num_local))
         local = jnp.where((local >= 0) & (local < num_local), local, num_local).reshape(-1)
         order, place = _sort(local)
         sizes = jnp.sum(local[:, None] == jnp.arange(num_local), axis=0, dtype=jnp.int32)
         by_expert = functools.partial(
             grouped_product,
             group_sizes=sizes,
-            rows_per_group=local.shape[0] // num_experts,
+            rows_per_group=local.shape[0] // self.gate.kernel.shape[1],
             backend=backend,
             target=layout.target,
         )
@@ -194,18 +236,26 @@ class SparseMLP(nnx.Module):
             # Where F is split, a device's share of the inner product over F is multiplied on: the
             # shares are added at the end, like those of `down`.
             (outputs,) = adapter(inner, (outputs,), factors, by_expert)
-        outputs = outputs[place].reshape(*routing.experts.shape, -1).astype(jnp.float32)
+        outputs = outputs[place].reshape(*experts.shape, -1).astype(jnp.float32)
         # Summed like this, XLA reads the rows, weighs and adds them in one kernel.
-        out = jnp.sum(routing.weights[:, :, None] * outputs, axis=1).astype(x.dtype)
+        return jnp.sum(weights[:, :, None] * outputs, axis=1).astype(tokens.dtype)
 
-        chosen = jnp.sum(routing.experts[:, :, None] == jnp.arange(num_experts), axis=1)
-        real_M1 = real[:, None]
-        statistics = RouterStatistics(
-            assigned=jnp.sum(chosen * real_M1, axis=0, dtype=jnp.float32)[None],
-            probability=jnp.sum(routing.probability * real_M1, axis=0)[None],
-            num_tokens=jnp.sum(real, dtype=jnp.float32)[None],
-        )
-        return layout.add(out).reshape(x.shape), statistics
+
+def _in_parts(mix: Callable[..., Array], tokens: Array, experts: Array, weights: Array) -> Array:
+    """`mix` of at most `FED_AT_ONCE` tokens after the others; computed again for the gradient."""
+    num_tokens = tokens.shape[0]
+    count = -(-num_tokens // FED_AT_ONCE)
+    if count == 1:
+        return mix(tokens, experts, weights)
+    size = -(-num_tokens // count)
+
+    def cut(array: Array, value: int) -> Array:
+        array = pad_end(array, count * size - num_tokens, axis=0, value=value)
+        return array.reshape(count, size, array.shape[1])
+
+    parts = cut(tokens, 0), cut(experts, -1), cut(weights, 0)
+    one = jax.checkpoint(lambda part: mix(*part), prevent_cse=False)
+    return jax.lax.map(one, parts).reshape(count * size, -1)[:num_tokens]
 
 
 def _sort(keys: Int[Array, " R"]) -> tuple[Int[Array, " R"], Int[Array, " R"]]:

@@ -287,8 +287,7 @@ def estimate_memory(
     if config.remat != "offload":
         kept = {"layer": 1, "dots": 6, "none": 16}[config.remat] * inputs
     working = 4 * shape.hidden_size + 4 * shape.num_heads * shape.head_dim // tensor
-    is_fed_in_parts = config.remat in ("layer", "offload") and not hasattr(shape, "num_experts")
-    fed = min(tokens, FED_AT_ONCE) if is_fed_in_parts else tokens
+    fed = min(tokens, FED_AT_ONCE) if config.remat in ("layer", "offload") else tokens
     working = tokens * working + fed * 3 * shape.active_ffw_size // tensor
     return MemoryEstimate(
         weights=weights + (trained_size * itemsize if config.trainable == "all" else 0),

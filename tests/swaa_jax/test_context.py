@@ -16,6 +16,7 @@ from swaa_jax.attention import (
     RowWindows,
     attend,
     attend_cached,
+    build_cache,
     context,
     empty_cache,
 )
@@ -208,6 +209,21 @@ def test_shared_slots_give_what_one_cache_gives(sizes, name):
     for part in cache.parts():
         shards = 1 if isinstance(part, RingCache) else sizes["context"]
         assert part.k.addressable_shards[0].data.shape[1] == part.num_slots // shards
+
+
+@pytest.mark.parametrize("size, slots", [(45, 48), (48, 48), (None, 136)])
+def test_slots_are_added_until_all_devices_have_as_many(size, slots):
+    k = jnp.ones((1, 5, K, H))
+    cache = build_cache(
+        k,
+        k,
+        lengths=jnp.array([5]),
+        layer=LayerAttention(),
+        cache_size=size,
+        mesh=mesh_of(context=8),
+    )
+    assert cache.k.shape[1] == slots
+    assert cache.k.addressable_shards[0].data.shape[1] == slots // 8
 
 
 def test_a_decoding_step_is_sent_as_much_whatever_the_length():

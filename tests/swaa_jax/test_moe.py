@@ -34,9 +34,9 @@ on_gpus = (pytest.mark.slow, pytest.mark.multigpu)
 LENGTHS = jnp.array([6, 2, 0, 5])
 
 
-def rows(mesh=None, lengths=LENGTHS):
+def rows(mesh=None, lengths=LENGTHS, **options):
     width = jnp.zeros((B, T, 2))
-    return Rows(rotations={None: (width, width)}, lengths=lengths, mesh=mesh)  # pyright: ignore[reportArgumentType]
+    return Rows(rotations={None: (width, width)}, lengths=lengths, mesh=mesh, **options)  # pyright: ignore[reportArgumentType]
 
 
 def block(*, num_per_token=2, normalise=True, mesh=None) -> SparseMLP:
@@ -107,21 +107,31 @@ def dense(x, router, gate, up, down):
 
 
 @pytest.mark.parametrize(
-    "name", [None, *MESHES, *(pytest.param(name, marks=on_gpus) for name in FEWER)]
+    "name, in_parts",
+    [
+        *((name, False) for name in (None, *MESHES)),
+        *((name, True) for name in (None, "experts")),
+        *(pytest.param(name, True, marks=on_gpus) for name in FEWER),
+    ],
 )
-def test_values_and_gradients_equal_dense_autodiff(name):
+def test_values_and_gradients_equal_dense_autodiff(name, in_parts, monkeypatch):
+    """Parts of five tokens of a device, or fewer: 24 and 12 are cut, the last one is filled up."""
+    monkeypatch.setattr(moe, "FED_AT_ONCE", 5)
     mesh = None if name is None else mesh_of(**(MESHES | FEWER)[name])
     made = block(mesh=mesh)
     graph, params, rest = nnx.split(made, nnx.Param, ...)
     direction = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, D)).astype(np.float32))
 
     def ours(params, x):
-        fed = nnx.merge(graph, params, rest)(x, rows(mesh))
+        fed = nnx.merge(graph, params, rest)(x, rows(mesh, feeds_in_parts=in_parts))
         return jnp.sum(direction * fed.out), fed.out
 
     (_, out), (by_params, by_x) = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True))(
         params, inputs()
     )
+    if mesh is None:
+        rows_of_all_choices = f"f32[{2 * B * T},{D}]"
+        assert (rows_of_all_choices in str(jax.make_jaxpr(ours)(params, inputs()))) != in_parts
     reference = weights(block())
     # float32; sums in another order, gradients of order 10.
     np.testing.assert_allclose(out, dense(inputs(), *reference), rtol=0, atol=2e-5)
