@@ -117,7 +117,7 @@ def plan(
         raise wrong("batch", f"a multiple of the {parts} parts that {sizes} cuts rows in", rows)
     if chip == HERE and not compiles:
         raise wrong("chip", "one by name, where nothing is compiled", chip, "; say which")
-    name, config, own = _config_of(model, config_overrides)
+    name, config, own, longest = _config_of(model, config_overrides)
     given = own if policy is None else load_policy(policy)
     first = Program(
         config=config,
@@ -175,6 +175,7 @@ def plan(
         solved=solve,
         step=unit,
         tried=tuple(sorted(dict(tried).items())),
+        notes=_notes(context, longest),
     )
 
 
@@ -189,18 +190,32 @@ def _look(program: Program, *, seconds: float, progress: ProgressLike) -> dict[s
     return row
 
 
-def _config_of(model: Any, overrides: Mapping[str, Any] | None) -> tuple[str, dict[str, Any], Any]:
-    """A model's name, its config as `config.json` has it, and its own policy."""
+def _config_of(
+    model: Any, overrides: Mapping[str, Any] | None
+) -> tuple[str, dict[str, Any], Any, int]:
+    """A model's name, its config as `config.json` has it, its own policy and longest context."""
     name = str(model)
     if name in SHAPES:
         config = dict(SHAPES[name])
     else:
         config = checkpoint.read_config(checkpoint.open_checkpoint(name, weights=False))
-    config |= dict(overrides or {})
     family = str(config.get("model_type"))
     if family not in FAMILIES:
         raise wrong("model", f"a family among {', '.join(FAMILIES)}", family)
-    return name, config, FAMILIES[family].config_class.from_hf(config).own
+    read = FAMILIES[family].config_class.from_hf(config, overrides)
+    config = dict(read.to_hf()) if overrides else config
+    return name, config, read.own, read.max_position_embeddings
+
+
+def _notes(context: int, longest: int) -> tuple[str, ...]:
+    if context <= longest:
+        return ()
+    note = (
+        f"context: expected at most {longest:,}, the model's max_position_embeddings, got "
+        f"{context:,}; runs refuse such texts: take a model that knows them, or extend this one "
+        "(rope_scaling in --config-override or config_overrides)"
+    )
+    return (note,)
 
 
 def _fits(program: Program, row: Mapping[str, Any]) -> bool:
@@ -233,6 +248,7 @@ def _figures(program: Program, row: Mapping[str, Any]) -> Figures:
         parts=parts,
         peak=peak,
         has=_memory(program, row),
+        host=row.get("host"),
         fits=fits,
         compile_s=row.get("compile_s"),
         flops=flops,

@@ -29,12 +29,16 @@ def closed_form(program: Program) -> dict[str, Any]:
     model = abstract_model(program, None)
     sizes = tuple(program.mesh.get(axis, 1) for axis in MESH_AXES)
     mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-    parts = _training(program, model, mesh) if program.kind == "train" else {}
-    parts = parts or _reading(program, model, mesh)
-    return {"found_by": BY_FORMULA, "parts": parts, "peak": sum(parts.values())}
+    host = 0
+    if program.kind == "train":
+        parts, host = _training(program, model, mesh)
+    else:
+        parts = _reading(program, model, mesh)
+    return {"found_by": BY_FORMULA, "parts": parts, "peak": sum(parts.values()), "host": host}
 
 
-def _training(program: Program, model: Any, mesh: AbstractMesh) -> dict[str, int]:
+def _training(program: Program, model: Any, mesh: AbstractMesh) -> tuple[dict[str, int], int]:
+    """Parts, and what waits in the host's memory."""
     every = [variable for _, variable in nnx.to_flat_state(nnx.state(model))]
     trained = every
     if program.lora_rank is not None:
@@ -43,11 +47,12 @@ def _training(program: Program, model: Any, mesh: AbstractMesh) -> dict[str, int
     memory = estimate_memory(
         model, trained, step_config(program), mesh, rows=rows, tokens=program.context
     )
-    return {
+    parts = {
         "parameters": memory.weights + memory.trained // 4,
         "optimizer": memory.trained // 2,
         "activations": memory.activations + memory.logits + memory.trained // 4,
     }
+    return parts, memory.offloaded
 
 
 def _reading(program: Program, model: Any, mesh: AbstractMesh) -> dict[str, int]:

@@ -33,7 +33,10 @@ _GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[(\d+),(\d+)\])")
 
 
 def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes a device: outputs that take an argument's place are counted once in the peak."""
+    """Bytes a device: outputs that take an argument's place are counted once in the peak.
+
+    `host`: of its host's memory, which the peak leaves out.
+    """
     stats: Any = compiled.memory_analysis()
     found = {
         "arguments": stats.argument_size_in_bytes,
@@ -43,6 +46,8 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
         "code": stats.generated_code_size_in_bytes,
     }
     found["peak"] = sum(found.values()) - 2 * found["aliased"]
+    host = (stats.host_argument_size_in_bytes, stats.host_output_size_in_bytes)
+    found["host"] = sum(host) + stats.host_temp_size_in_bytes - stats.host_alias_size_in_bytes
     return found
 
 

@@ -46,6 +46,7 @@ class Figures:
         parts: bytes a device, by what they are for; they add up to `peak`.
         peak: bytes a device; where the compiler refuses, the least that it asks for.
         has: bytes of a device; None: not known.
+        host: bytes of its host's memory a device, in addition (remat "offload"); None: not known.
         fits: whether it does.
         compile_s: seconds of the compile; None: nothing was compiled.
         flops: operations of a run on all devices together, as MFU counts them.
@@ -61,6 +62,7 @@ class Figures:
     parts: Mapping[str, int]
     peak: int
     has: int | None
+    host: int | None
     fits: bool
     compile_s: float | None
     flops: float
@@ -88,6 +90,7 @@ class Plan(Tabular):
         solved: which of them was solved for; None: none.
         step: the solution is a multiple of it, and one step more does not fit.
         tried: sizes that were looked at, and whether they fit.
+        notes: what stands in the way of a run, by name.
 
     Examples:
         >>> from swaa_jax.plan import plan
@@ -107,6 +110,7 @@ class Plan(Tabular):
     solved: str | None = None
     step: int | None = None
     tried: tuple[tuple[int, bool], ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -128,7 +132,7 @@ class Plan(Tabular):
         lines: list[dict[str, Any]] = []
         for one in self.figures:
             line = {"program": one.kind, "found_by": one.found_by, "fits": one.fits}
-            line |= {"peak_bytes": one.peak, "device_bytes": one.has}
+            line |= {"peak_bytes": one.peak, "device_bytes": one.has, "host_bytes": one.host}
             line |= {f"{name.replace(' ', '_')}_bytes": size for name, size in one.parts.items()}
             line |= {"compile_s": one.compile_s, "flops": one.flops}
             line |= {"exchanged_bytes_a_layer": one.exchanged_a_layer}
@@ -163,6 +167,8 @@ class Plan(Tabular):
                 lines.append(f"    {_TOO_LITTLE if one.kind == 'train' else _NEAR}")
             parts = ", ".join(f"{name} {_size(size)}" for name, size in one.parts.items())
             lines.append(f"    memory    {parts}")
+            if one.host:
+                lines.append(f"    host      {_size(one.host)} of the host's memory a device, more")
             flops = ", ".join(f"{each.layers} {each.flops:.3g}" for each in one.layers)
             lines.append(f"    FLOPs     {one.flops:.3g} a run; a layer: {flops}")
             if any(each.exchanged for each in one.layers):
@@ -183,6 +189,7 @@ class Plan(Tabular):
                 lines.append(f"    compiled  in {one.compile_s:.0f} s{kept}")
         if self.solved is not None:
             lines.append(self._solution)
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
     __repr__ = __str__

@@ -104,6 +104,27 @@ def test_formulas_know_what_a_mesh_splits():
     assert whole["activations"] > 4 * alike
 
 
+def test_what_waits_in_the_hosts_memory_is_told():
+    given = {"chip": "v5e", "mesh": "context=4", "context": 1 << 16, "compiles": False}
+    here = plan("train", "Qwen3-4B", policy=POLICY, remat="layer", **given).figures[0]
+    away = plan("train", "Qwen3-4B", policy=POLICY, remat="offload", **given)
+    inputs = 36 * 2560 * 2 * (1 << 14)  # of every layer, a quarter of the row's tokens
+    assert here.host == 0 and away.figures[0].host == inputs
+    assert here.peak - away.peak == inputs * 34 // 36  # two of them are here
+    assert "host      2.81 GiB of the host's memory" in str(away)
+
+
+def test_a_context_that_the_model_does_not_know_is_named():
+    given = {"chip": "v6e", "mesh": "context=8", "compiles": False, "context": 1 << 18}
+    (note,) = plan("train", "Qwen3-4B", **given).notes
+    assert "context: expected at most 40,960" in note and "got 262,144" in note
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32768}
+    longer = plan("train", "Qwen3-4B", config_overrides={"rope_scaling": yarn}, **given)
+    assert longer.notes == () and "note" not in str(longer)
+    with pytest.raises(ValueError, match=r"config_overrides: .* got 'rope_scalin'"):
+        plan("train", "Qwen3-4B", config_overrides={"rope_scalin": yarn}, **given)
+
+
 def test_all_weights_take_more_than_adapters():
     given = {"chip": "h200", "context": 4096, "compiles": False}
     adapters = plan("train", "Qwen3-0.6B", **given)
