@@ -1,16 +1,22 @@
 """What a model needs on devices that are not here: formulas, compiles, the largest that fits."""
 
 import json
+import math
 import pathlib
 import subprocess
 
+import jax
 import pytest
 
 import swaa_jax as swaa
 from kernels_pallas.chips import GPUS
 from swaa_jax.bench.shapes import SHAPES
 from swaa_jax.cli.main import main
+from swaa_jax.engine import EngineOptions
+from swaa_jax.engine.demand import chunk_bytes, demand_of
 from swaa_jax.eval.search import recipes
+from swaa_jax.memory import bytes_of_arrays
+from swaa_jax.models.function import split_model
 from swaa_jax.plan import measure as measuring
 from swaa_jax.plan import plan
 from swaa_jax.plan.compiled import exchanged_bytes
@@ -19,6 +25,9 @@ from swaa_jax.plan.shapes import abstract_model
 from swaa_jax.plan.solve import largest
 from swaa_jax.plan.work import MEASURED, model_flops
 from swaa_jax.policy import load_policy
+from swaa_jax.sharding import make_mesh
+from swaa_jax.train import TrainConfig
+from swaa_jax.train.dry_run import plan_run
 from tests.support import tpu_compiler
 
 POLICY = "window=2048,sinks=10,full_layers=1::2"
@@ -85,6 +94,50 @@ def test_formulas_are_those_of_recipes():
     assert chunk.peak == row.memory and chunk.found_by == "closed form"
     assert steps.peak == chunk.parts["parameters"] + 3 * row.cache_bytes
     assert plan("score", "Qwen3-4B", **given).peak == row.memory_in_one_piece
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 1}, {"tensor": 2, "context": 2}], ids=str)
+def test_one_figure_everywhere(sizes):
+    """`swaa recipes`, the engine's message, `swaa train --dry-run` and plans count the same bytes.
+
+    The engine alone adds its slots' numbers and tokens, which are no keys: the same under all
+    policies.
+    """
+    mesh = make_mesh(jax.devices()[: math.prod(sizes.values())], **sizes)
+    given = {"chip": "v6e", "mesh": sizes, "context": 2048, "compiles": False}
+    shipped = {one.name: one.memory for one in recipes("tiny-retriever", context=2048, rows=3)}
+    numbers = set()
+    for policy in ("full", "naive", "trained-efficient-interleave"):
+        planned = plan("serve", "tiny-retriever", policy=policy, batch=3, **given).figures[0]
+        model = split_model(
+            swaa.load_model("tiny-retriever", policy=policy, dtype="bfloat16", mesh=mesh)
+        )
+        options = EngineOptions(num_slots=3, max_tokens=2048, chunk_size=1024, page_size=256)
+        weights = bytes_of_arrays(model.arrays.values())
+        told = demand_of(
+            {"model": model}, {"model": options}, weight_bytes=weights, memory=1 << 34, share=1.0
+        ).needed
+        assert planned.parts["parameters"] == weights
+        assert planned.parts["activations"] == chunk_bytes(model, options)
+        numbers.add(told - planned.peak)
+        if mesh.size == 1:
+            assert shipped[policy] == planned.peak
+        config = TrainConfig(
+            model="tiny-retriever",
+            policy=policy,
+            mesh=sizes,
+            data={"files": "tiny-needles", "answers": "verbatim", "seq_len": 2048, "batch_size": 1},
+            lora={"rank": 16},
+            dtype="bfloat16",
+            output_dir="runs/none",
+        )
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(TrainConfig, "make_mesh", lambda _: mesh)  # not all eight devices
+            dry = plan_run(config, progress=False)
+        step = plan("train", "tiny-retriever", policy=policy, remat=config.remat, **given)
+        assert step.peak == dry.memory.total == dry.demand.needed
+    (slots,) = numbers
+    assert 0 < slots < 48 << 10
 
 
 def test_formulas_know_what_a_mesh_splits():
