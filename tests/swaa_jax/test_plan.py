@@ -1,5 +1,6 @@
 """What a model needs on devices that are not here: formulas, compiles, the largest that fits."""
 
+import functools
 import json
 import math
 import pathlib
@@ -7,9 +8,12 @@ import subprocess
 
 import jax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import swaa_jax as swaa
 from kernels_pallas.chips import GPUS
+from swaa_jax import costs
+from swaa_jax.attention import AttentionOptions, attend
 from swaa_jax.bench.shapes import SHAPES
 from swaa_jax.cli.main import main
 from swaa_jax.engine import EngineOptions
@@ -24,7 +28,7 @@ from swaa_jax.plan.program import Program, check_chip, topology_of
 from swaa_jax.plan.shapes import abstract_model
 from swaa_jax.plan.solve import largest
 from swaa_jax.plan.work import MEASURED, model_flops
-from swaa_jax.policy import load_policy
+from swaa_jax.policy import LayerAttention, load_policy
 from swaa_jax.sharding import make_mesh
 from swaa_jax.train import TrainConfig
 from swaa_jax.train.dry_run import plan_run
@@ -421,3 +425,21 @@ def test_decoding_here_is_measured_by_xla():
     assert sum(figures.parts.values()) == figures.peak
     formula = plan("decode", "tiny-retriever", chip="h100", context=512, batch=2, compiles=False)
     assert figures.parts["parameters"] == formula.figures[0].parts["parameters"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", [LayerAttention(), LayerAttention(window=300)], ids=str)
+def test_bytes_of_a_compiled_layer_are_those_of_the_formula(layer):
+    """What a plan counts in a program of eight devices, and what it says before one is compiled."""
+    mesh, tokens = make_mesh(jax.devices()[:8], context=8), 4096
+    split = NamedSharding(mesh, PartitionSpec(None, "context"))
+    q, k = (
+        jax.ShapeDtypeStruct((1, tokens, heads, 16), "float32", sharding=split) for heads in (4, 2)
+    )
+    options = AttentionOptions(mesh=mesh, backend="xla")
+    run = jax.jit(functools.partial(attend, layer=layer, options=options))
+    counted = exchanged_bytes(run.lower(q, k, k).compile().as_text())
+    formula = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "itemsize": 4}
+    told = costs.exchanged_bytes(layer, tokens=tokens, shards=8, **formula)
+    segments = 0 if layer.window is None else 4 * (layer.window - 1)  # which the formula leaves out
+    assert sum(counted.values()) == told + segments
