@@ -10,7 +10,7 @@ from swaa_jax.tables import Table, Tabular
 __all__ = ["Figures", "Plan"]
 
 _NEAR = "an estimate: within 4% of the TPU compiler's for Qwen3-4B on one chip, 9% over context"
-_TOO_LITTLE = "an estimate: up to 25% less than the TPU compiler's for Qwen3-4B with adapters"
+_TOO_LITTLE = "an estimate: 25 to 35% less than the TPU compiler's for Qwen3-4B with adapters"
 
 
 def _size(count: int) -> str:
