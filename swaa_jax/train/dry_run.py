@@ -27,11 +27,11 @@ from swaa_jax.train.run_config import TrainConfig
 __all__ = ["MemoryEstimate", "RunPlan", "describe_run", "estimate_memory", "plan_run"]
 
 _F32, _GIB = 4, 2**30
-_STREAM, _SPLIT_STREAM, _FFW = 9, 20, 2
+_STREAM, _SPLIT_STREAM, _FFW = 17, 20, 2
 """Copies of a token's residual stream with its heads, and of its feed-forward, that a layer's
 backward pass holds at a time, many of them in float32; more where `context` splits rows. Fitted to
-the TPU compiler's figures for Qwen3-4B with adapters (docs/plan.md); its programs hold the inputs
-of layers twice, and with `fsdp` embedding and head are gathered."""
+the TPU compiler's figures for Qwen3-4B with adapters (docs/plan.md); its programs over `context`
+hold the inputs of layers twice, and with `fsdp` embedding and head are gathered."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -290,7 +290,7 @@ def estimate_memory(
     # Of the inputs that wait elsewhere, that of one layer is here, and the next one's on its way.
     kept = 2 * shape.hidden_size
     if config.remat != "offload":
-        kept = {"layer": 2, "dots": 6, "none": 16}[config.remat] * inputs
+        kept = {"layer": 1 if shards == 1 else 2, "dots": 6, "none": 16}[config.remat] * inputs
     heads = shape.num_heads * shape.head_dim // tensor
     fed = min(tokens, FED_AT_ONCE) if config.remat in ("layer", "offload") else tokens
     working = (_STREAM if shards == 1 else _SPLIT_STREAM) * tokens * (shape.hidden_size + heads)
