@@ -3,7 +3,9 @@
 import importlib
 import itertools
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +192,76 @@ def test_parts_compile_side_by_side_and_are_timed_in_turns(load, tmp_path, capsy
     assert "no such thing" in capsys.readouterr().err
 
 
+WHOLE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {benchmarks!r})
+import argparse, gpu_turns
+parser = argparse.ArgumentParser()
+gpu_turns.add_arguments(parser, jobs=1)
+arguments = parser.parse_args()
+
+def measure(arguments):
+    gpu_turns.take_turn()
+    if arguments.part == "hangs":
+        import time
+        time.sleep(60)
+    if arguments.part == "breaks":
+        sys.exit("no such thing")
+    gpu_turns.tell(dict(side="one", **dict([{row!r}])))
+
+def plot(content, path):
+    path.write_text(str(len(content["rows"])))
+
+sys.exit(gpu_turns.run(
+    arguments, __file__, {parts!r}, measure=measure, finish=lambda *_: None,
+    report=lambda rows: None, plot=plot, about=dict(),
+))
+"""
+
+
+@pytest.mark.parametrize(
+    "parts, row, ended, status",
+    [
+        (["quick"], ("ms", 1.0), "whole", 0),
+        (["quick", "breaks"], ("ms", 1.0), "whole", 1),
+        (["quick"], ("reason", "none"), "nothing was timed", 1),
+        (["quick", "hangs"], ("ms", 1.0), "ended early; what it has is in", 1),
+    ],
+)
+def test_results_are_whole_until_a_run_has_ended(parts, row, ended, status, tmp_path):
+    script, output = tmp_path / "script.py", tmp_path / "found.json"
+    script.write_text(WHOLE.format(benchmarks=str(BENCHMARKS), parts=parts, row=row))
+    partial = tmp_path / "found.partial.json"
+    output.write_text("older")
+    command = [sys.executable, str(script), "--smoke", "--output", str(output)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if "hangs" in parts:
+        while not partial.exists():
+            assert run.poll() is None
+            time.sleep(0.05)
+        run.terminate()
+    _, errors = run.communicate(timeout=100)
+    assert run.returncode == status, errors
+    if ended == "whole":
+        rows = json.loads(output.read_text())["rows"]
+        assert [row["part"] for row in rows] == parts and not partial.exists()
+        assert output.with_suffix(".png").read_text() == str(len(parts))
+    else:
+        assert ended in errors and str(partial) in errors
+        assert output.read_text() == "older" and not output.with_suffix(".png").exists()
+        assert json.loads(partial.read_text())["rows"][0]["part"] == "quick"
+
+
+def test_without_a_gpu_only_tiny_cases_run(load, monkeypatch):
+    import jax
+
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices(backend="cpu"))
+    load("gpu_timing").check_card(smoke=True)
+    with pytest.raises(SystemExit, match="device: expected a GPU, got cpu; --smoke runs"):
+        load("gpu_timing").check_card(smoke=False)
+
+
 def test_attention_runs(rows_of):
     found = rows_of("attention_gpu", "--part", "packed:256")
     assert [row["pass"] for row in found] == ["forward"] * 3 + ["gradient"] * 3
@@ -306,6 +378,11 @@ def test_help_teaches(load, name, capsys):
         ("decode_gpu", "--limit nan", "--limit: expected seconds, a number above 0, got 'nan'"),
         ("moe_gpu", "--tokens 1 0", "--tokens: expected a whole number of at least 1, got '0'"),
         ("moe_gpu", "--output a.png", "--output: expected a file that ends in .json, got 'a.png'"),
+        (
+            "moe_gpu",
+            "--tokens 1 --output /dev/null/a.json",
+            "--output: expected a file that can be",
+        ),
         ("moe_gpu", "--redraw --output no.json", "--redraw: expected results in --output, got no"),
         ("serving", "--redraw --smoke", "--redraw: expected results in --output, got None"),
         ("serving", "--repeats 0", "--repeats: expected a whole number of at least 1, got '0'"),
@@ -486,6 +563,7 @@ def test_serving_of_recorded_rows(load, tmp_path, monkeypatch, capsys):
     output = tmp_path / "serving.json"
     monkeypatch.setattr(sys, "argv", ["serving", "--cases", "mixed"])
     serving.write(rows, output)
+    assert load("gpu_timing").keep(output, serving.plot)
     kept = json.loads(output.read_text())
     assert kept["command"] == "python benchmarks/serving.py --cases mixed"
     assert kept["mixed_ratio"] == 9 and kept["device"] == "a card" and kept["rows"] == rows
