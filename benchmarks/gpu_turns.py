@@ -51,10 +51,12 @@ def run(
     report: Callable[[Rows], None],
     plot: Callable[[Mapping[str, Any], Path], None],
     about: Mapping[str, Any],
-) -> Rows:
-    """A benchmark's whole run, or one of its parts in this process; the rows.
+) -> int:
+    """A benchmark's whole run, or one of its parts in this process; the exit status.
 
-    The JSON is written after each part, so that a run that is ended early keeps what it has.
+    Rows are written after each part, so that a run that is ended early keeps what it has, beside
+    the results of the one before; a whole run's take their place. The status is 1 where sides
+    differ, a part has failed, or nothing was timed.
 
     Args:
         arguments: with those of `add_arguments`.
@@ -69,17 +71,18 @@ def run(
     output = arguments.output
     if arguments.part == PEAKS:
         _tell_peaks(is_small=arguments.smoke)
-        return []
+        return 0
     if arguments.part:
         measure(arguments)
-        return []
+        return 0
     if arguments.redraw:
         content = gpu_timing.read(output)
         plot(content, output.with_suffix(".png"))
-        return content["rows"]
+        return int(gpu_timing.differ(content["rows"]))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that the parts end, too
     rows: Rows = []
     peaks: dict[str, Any] = {}
+    is_whole = False
     turns = in_turns(
         script, [PEAKS, *parts], sys.argv[1:], limit=arguments.limit, jobs=arguments.jobs
     )
@@ -87,6 +90,8 @@ def run(
         for part, found in turns:
             if part == PEAKS:
                 peaks = found[0]
+                if "reason" in peaks:  # results of a card without a name would say little
+                    sys.exit(f"the card could not be measured: {peaks['reason']}")
                 print(peaks, flush=True)
                 continue
             rows += [{"part": part, **row} for row in found]
@@ -95,18 +100,20 @@ def run(
             if output is not None:
                 about = {**peaks, **about}
                 gpu_timing.write(output, command=Path(script).name, about=about, rows=rows)
+        is_whole = True
     finally:
         turns.close()
-        if output is not None and rows:
-            plot({**about, "rows": rows}, output.with_suffix(".png"))
-    return rows
+        if output is not None and rows and not is_whole:
+            told = f"ended early; what it has is in {gpu_timing.partial_of(output)}"
+            print(told, file=sys.stderr, flush=True)
+    is_kept = output is None or gpu_timing.keep(output, plot)
+    has_failed = any("side" not in row for row in rows)
+    return int(gpu_timing.differ(rows) or has_failed or not is_kept)
 
 
 def _tell_peaks(*, is_small: bool) -> None:
     gpu_timing.share_card()
-    import jax
-
-    jax.devices()
+    gpu_timing.check_card(smoke=is_small)
     take_turn()
     tell(gpu_timing.peaks(is_small=is_small))
 

@@ -197,7 +197,8 @@ def _other_gradient(call: _Call, arguments: PrefillArguments) -> Any:
     """The backend whose output and gradient stand in for the kernels'; None: none.
 
     These kernels' gradient knows heads up to 128. cuDNN has the faster one of full causal attention
-    on an H200, not of a window with sinks (`benchmarks/attention_gpu.py` measures both).
+    on an H200, not of a window with sinks (`benchmarks/attention_gpu.py` measures both of that; of
+    full attention it finds cuDNN's under either name).
     """
     if arguments.q.shape[3] > gradient.MOST_HEAD_DIM:
         return xla

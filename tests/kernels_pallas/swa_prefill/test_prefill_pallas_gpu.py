@@ -1,7 +1,8 @@
 """The kernel for Hopper GPUs, interpreted, against a loop; and lowered, without a GPU.
 
 The interpreter runs the warpgroups as threads, with NaN in memory that is not written, and finds
-races; warpgroups that wait for each other hang. Shapes are few, since each takes seconds.
+races; warpgroups that wait for each other hang, and so they do where XLA has fewer threads than
+warpgroups: the tests' eight devices give it enough. Shapes are few, since each takes seconds.
 """
 
 import dataclasses
