@@ -1,7 +1,7 @@
 """What whole models need on TPUs that are not there: memory and compile time, from the compiler.
 
-Each program is compiled by libtpu, the real compiler, for a topology that is not attached, with
-this package's models and kernels; no weights are read or made. The table says how much memory a
+A list of calls of what `swaa plan` runs: each program is compiled by libtpu, the real compiler, for
+a topology that is not attached; no weights are read or made. The table says how much memory a
 device needs (arguments are weights and caches, temporaries what the program adds), whether that
 fits, and how long tracing with lowering, and compiling, took: seconds on the clock, and of both
 together on all cores (a busy machine stretches the former). Nothing here has run on a TPU.
@@ -21,22 +21,23 @@ kernels are not in it, or where experts multiply more than 1.2 times what the ac
 import argparse
 import dataclasses
 import json
-import os
 import shlex
-import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aot_programs import CHIPS, EIGHT, KINDS, SPLITS, Program, default_programs
+from aot_experts import COUNTED, moe_flops_ratio
+from aot_programs import CHIPS, EIGHT, KINDS, SPLITS, Program, default_programs, hbm_gib
 from machine import version
 from model_shapes import MODELS
 from rich.console import Console
 from rich.table import Table
 
+from swaa_jax.plan.measure import compile_apart
+
 ROOT = Path(__file__).resolve().parents[1]
-COMPILE = Path(__file__).with_name("aot_compile.py")
 GIB = 1 << 30
 MOST_MOE_FLOPS = 1.2
 EPILOG = """\
@@ -180,24 +181,15 @@ def main() -> int:
 
 
 def run(program: Program) -> dict[str, Any]:
-    """Compile a program in a process of its own, so that a crash is one row's."""
-    done = subprocess.run(
-        [sys.executable, str(COMPILE), json.dumps(dataclasses.asdict(program))],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *_python_path()])},
-    )
-    row: dict[str, Any] = {**dataclasses.asdict(program), "hbm_gib": CHIPS[program.chip].hbm_gib}
-    try:
-        row |= json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
-        row |= {"error": f"exit code {done.returncode}: {' '.join(last)}"}
+    """What the compiler says of a program, compiled in a process of its own."""
+    row: dict[str, Any] = {**dataclasses.asdict(program), "hbm_gib": hbm_gib(program.chip)}
+    with tempfile.TemporaryDirectory() as directory:
+        text = Path(directory) / "program.txt"
+        row |= compile_apart(program.planned(), text=text)
+        if row.get("fits") and "num_experts" in program.config and program.kind in COUNTED:
+            ratio = moe_flops_ratio(text.read_text(encoding="utf-8"), program, program.config)
+            row["moe_flops_ratio"] = round(ratio, 3)
     return row
-
-
-def _python_path() -> list[str]:
-    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
 def is_good(row: dict[str, Any]) -> bool:

@@ -1,34 +1,28 @@
-"""The programs that `aot_models.py` asks for and `aot_compile.py` compiles, and for which TPUs."""
+"""The programs that `aot_models.py` asks for, and for which TPUs."""
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
+
+from model_shapes import MODELS
 
 from kernels_pallas.chips import TPUS
+from swaa_jax.plan import program as planned
+from swaa_jax.policy import AttentionPolicy
+
+CHIPS = ("v4", "v5e", "v5p", "v5p-16", "v6e", "v6e-16", "tpu7x")
+"""A generation, or, as the rows' names have it, a slice of more than eight."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Slice:
-    """Chips to compile for: a generation, and how many of them stand how."""
-
-    generation: str
-    topology: str
-    options: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def hbm_gib(self) -> int:
-        """Memory of a device."""
-        return TPUS[self.generation].hbm_bytes >> 30
+def generation(chip: str) -> str:
+    """That of a name of `CHIPS`."""
+    return chip.partition("-")[0]
 
 
-CHIPS = {
-    "v4": Slice(generation="v4", topology="v4:2x2x1", options=(("chip_config_name", "megacore"),)),
-    "v5e": Slice(generation="v5e", topology="v5e:2x4"),
-    "v5p": Slice(generation="v5p", topology="v5p:2x2x2"),
-    "v5p-16": Slice(generation="v5p", topology="v5p:2x2x4"),
-    "v6e": Slice(generation="v6e", topology="v6e:2x4"),
-    "v6e-16": Slice(generation="v6e", topology="v6e:4x4"),
-    "tpu7x": Slice(generation="tpu7x", topology="tpu7x:2x2x1"),
-}
+def hbm_gib(chip: str) -> int:
+    """Memory of a device."""
+    return TPUS[generation(chip)].hbm_bytes >> 30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +59,35 @@ class Program:
         """As `--only` matches it."""
         mesh = ",".join(f"{axis}={size}" for axis, size in self.mesh.items())
         return f"{Path(self.model).name} {self.kind} {self.context // 1024}k {self.chip} {mesh}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's, as its `config.json` has it."""
+        found = MODELS.get(self.model) or json.loads(Path(self.model).read_text())
+        return found if self.layers is None else {**found, "num_hidden_layers": self.layers}
+
+    def planned(self) -> planned.Program:
+        """The same as `swaa plan` compiles it."""
+        policy = AttentionPolicy()
+        if self.window and self.kind == "decode-ring":
+            policy = AttentionPolicy(window=self.window, num_sink_tokens=self.sinks)
+        elif self.window:
+            policy = AttentionPolicy(
+                window=self.window,
+                num_sink_tokens=self.sinks,
+                full_attention_layers=self.full_layers or (),
+                decode=self.decode,
+            )
+        return planned.Program(
+            config=self.config,
+            policy=policy.to_dict(),
+            chip=generation(self.chip),
+            mesh=self.mesh,
+            kind=self.kind.partition("-")[0],
+            context=self.context,
+            batch=self.batch,
+            effort=self.effort,
+        )
 
 
 KINDS = ("prefill", "chunk", "steps", "decode-full", "decode-ring", "train")

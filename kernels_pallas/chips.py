@@ -20,6 +20,7 @@ class Chip:
       peak_flops: bfloat16 operations a second, dense.
       hbm_bytes: device memory.
       hbm_bandwidth: bytes a second.
+      link_bandwidth: bytes a second that other chips can send it, over all links together.
       smem_bytes: scalar memory of a TPU core, shared memory of a GPU's multiprocessor.
     """
 
@@ -27,7 +28,13 @@ class Chip:
     peak_flops: float
     hbm_bytes: int
     hbm_bandwidth: float
+    link_bandwidth: float
     smem_bytes: int
+
+    @property
+    def usable_bytes(self) -> int:
+        """What programs have of the device memory."""
+        return self.hbm_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +43,7 @@ class Tpu(Chip):
 
     Attributes:
       vmem_bytes: vector memory of a core.
+      kept_bytes: device memory that no program has, by the compiler's refusals.
       cores: that share the device's programs.
       step: cycles of a step of the forward kernel besides its products and softmax.
       body: ``{block_kv: (unmasked, masked)}`` cycles of those per 512 rows x 128 keys, head dim
@@ -44,10 +52,20 @@ class Tpu(Chip):
     """
 
     vmem_bytes: int
+    kept_bytes: int
     cores: int = 1
     step: int
     body: Mapping[int, tuple[float, float]]
     bytes_per_cycle: int
+
+    @property
+    def usable_bytes(self) -> int:
+        """What programs have of the device memory.
+
+        >>> TPUS["v5e"].usable_bytes / 2**30
+        15.75
+        """
+        return self.hbm_bytes - self.kept_bytes
 
 
 _GIB, _MIB, _KIB = 1 << 30, 1 << 20, 1 << 10
@@ -60,7 +78,9 @@ TPUS: Mapping[str, Tpu] = {
         peak_flops=275e12,
         hbm_bytes=32 * _GIB,
         hbm_bandwidth=1200e9,
+        link_bandwidth=300e9,
         vmem_bytes=16 * _MIB,
+        kept_bytes=5 * _GIB // 4,
         smem_bytes=_MIB,
         cores=2,
         step=320,
@@ -72,7 +92,9 @@ TPUS: Mapping[str, Tpu] = {
         peak_flops=197e12,
         hbm_bytes=16 * _GIB,
         hbm_bandwidth=819e9,
+        link_bandwidth=200e9,
         vmem_bytes=128 * _MIB,
+        kept_bytes=_GIB // 4,
         smem_bytes=_MIB,
         step=200,
         body=_SMALL_UNITS,
@@ -83,7 +105,9 @@ TPUS: Mapping[str, Tpu] = {
         peak_flops=459e12,
         hbm_bytes=95 * _GIB,
         hbm_bandwidth=2765e9,
+        link_bandwidth=600e9,
         vmem_bytes=64 * _MIB,
+        kept_bytes=266 * _MIB,
         smem_bytes=_MIB,
         cores=2,
         step=320,
@@ -95,7 +119,9 @@ TPUS: Mapping[str, Tpu] = {
         peak_flops=918e12,
         hbm_bytes=32 * _GIB,
         hbm_bandwidth=1638e9,
+        link_bandwidth=448e9,
         vmem_bytes=128 * _MIB,
+        kept_bytes=3 * _GIB // 4,
         smem_bytes=_MIB,
         step=240,
         body=_LARGE_UNITS,
@@ -106,7 +132,9 @@ TPUS: Mapping[str, Tpu] = {
         peak_flops=1153.5e12,
         hbm_bytes=96 * _GIB,
         hbm_bandwidth=3690e9,
+        link_bandwidth=600e9,
         vmem_bytes=64 * _MIB,
+        kept_bytes=5 * _GIB // 4,
         smem_bytes=_MIB,
         step=240,
         body=_LARGE_UNITS,
@@ -119,6 +147,7 @@ GPUS: Mapping[str, Chip] = {
         peak_flops=312e12,
         hbm_bytes=40 * _GIB,
         hbm_bandwidth=1555e9,
+        link_bandwidth=300e9,
         smem_bytes=164 * _KIB,
     ),
     "a100-80gb": Chip(
@@ -126,6 +155,7 @@ GPUS: Mapping[str, Chip] = {
         peak_flops=312e12,
         hbm_bytes=80 * _GIB,
         hbm_bandwidth=2039e9,
+        link_bandwidth=300e9,
         smem_bytes=164 * _KIB,
     ),
     "h100-pcie": Chip(
@@ -133,6 +163,7 @@ GPUS: Mapping[str, Chip] = {
         peak_flops=756e12,
         hbm_bytes=80 * _GIB,
         hbm_bandwidth=2000e9,
+        link_bandwidth=300e9,
         smem_bytes=228 * _KIB,
     ),
     "h100": Chip(
@@ -140,6 +171,7 @@ GPUS: Mapping[str, Chip] = {
         peak_flops=989e12,
         hbm_bytes=80 * _GIB,
         hbm_bandwidth=3350e9,
+        link_bandwidth=450e9,
         smem_bytes=228 * _KIB,
     ),
     "h200": Chip(
@@ -147,6 +179,7 @@ GPUS: Mapping[str, Chip] = {
         peak_flops=989e12,
         hbm_bytes=141 * _GIB,
         hbm_bandwidth=4800e9,
+        link_bandwidth=450e9,
         smem_bytes=228 * _KIB,
     ),
 }

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from swaa_jax.infer import GenerateOptions, generate, stream
     from swaa_jax.lora import LoraConfig, add_lora, load_adapter, merge_lora, save_adapter
     from swaa_jax.models.auto import load_model, save_model
+    from swaa_jax.plan.api import plan
     from swaa_jax.policy import AttentionPolicy, Stage, load_policy
     from swaa_jax.selection import select_layers
     from swaa_jax.train.run import train
@@ -56,7 +57,7 @@ _LAZY = {
     "stream": "swaa_jax.infer",
 }
 
-_CALLABLE = ("bench", "distill", "train")
+_CALLABLE = ("bench", "distill", "plan", "train")
 """Rooms that are also functions; see `callable_package`."""
 
 __all__ = [
@@ -78,6 +79,7 @@ __all__ = [
     "load_policy",
     "load_tokenizer",
     "merge_lora",
+    "plan",
     "recipes",
     "save_adapter",
     "save_model",

@@ -201,8 +201,9 @@ def cache_bytes(
     num_kv_heads: int,
     head_dim: int,
     itemsize: int = 2,
+    shards: int = 1,
 ) -> int:
-    """Keys and values that one row of so many tokens keeps while it decodes.
+    """Keys and values that one row of so many tokens keeps while it decodes, on a device.
 
     A layer without FA decode keeps a ring of window + sinks slots, no more than there are tokens,
     and 4 bytes a slot that say which token is there; the others, and full heads, keep all.
@@ -212,6 +213,7 @@ def cache_bytes(
         tokens: that the row has room for, prompt and answer.
         num_kv_heads, head_dim: the model's.
         itemsize: bytes of a number.
+        shards: devices that share a row's tokens (the mesh's `context`); each has whole rings.
 
     Raises:
         ValueError: fewer than 0 tokens.
@@ -222,21 +224,22 @@ def cache_bytes(
     """
     if tokens < 0:
         raise wrong("tokens", "a number of at least 0", tokens)
-    head = 2 * head_dim * itemsize
+    head, own = 2 * head_dim * itemsize, -(-tokens // shards)
     total = 0
     for layer, count in collections.Counter(layers).items():
         num_full, ring = num_kv_heads, 0
         if layer.window is not None and not layer.full_decode:
             num_full = len(layer.full_heads)
             ring = min(layer.window + layer.num_sink_tokens, tokens)
-        total += count * (tokens * num_full * head + ring * ((num_kv_heads - num_full) * head + 4))
+        total += count * (own * num_full * head + ring * ((num_kv_heads - num_full) * head + 4))
     return total
 
 
-_STREAM, _FFW, _HEADS, _COPIES = 4, 3, 3, 4
-"""Copies of a token's residual stream, feed-forward and heads that a pass holds at a time, and of
-one layer's keys and values that are copied out of their pages. Fitted to the TPU compiler's figures
-in `benchmarks/results/aot_models.json`; a test compares."""
+_STREAM, _FFW, _HEADS, _COPIES, _GATHERS = 4, 3, 3, 4, 2
+"""Copies of a token's residual stream, feed-forward and heads that a pass holds at a time, of one
+layer's keys and values that are copied out of their pages, and of those that are gathered over
+`context`. Fitted to the TPU compiler's figures in `benchmarks/results/aot_models.json`; a test
+compares."""
 
 
 def exchanged_bytes(
@@ -303,11 +306,12 @@ def activation_bytes(
     read: int,
     is_paged: bool,
     itemsize: int = 2,
+    shards: int = 1,
 ) -> int:
-    """What reading a row takes besides weights and caches, an estimate.
+    """What reading a row takes on a device besides weights and caches, an estimate.
 
     Within 2% of the TPU compiler's peak for the engine's chunks, and 4% for prompts in one piece
-    (Qwen3-4B on one chip).
+    (Qwen3-4B on one chip); over `context=8`, at 256k tokens with 4 layers, 1% and 9%.
 
     Args:
         layers: of a model, under a policy.
@@ -317,6 +321,7 @@ def activation_bytes(
         read: of them, those that are read in one pass.
         is_paged: the full caches are pages, as the engine's.
         itemsize: bytes of a number.
+        shards: devices that share a row's tokens (the mesh's `context`).
 
     Examples:
         >>> layers = [LayerAttention(window=64)] * 8
@@ -328,10 +333,16 @@ def activation_bytes(
     """
     heads = (num_heads + 2 * num_kv_heads) * head_dim
     width = _STREAM * hidden_size + _FFW * ffw_size + _HEADS * heads
-    row = 2 * context * num_kv_heads * head_dim
+    own, row = -(-context // shards), 2 * context * num_kv_heads * head_dim
     has_full = any(one.window is None or one.full_decode or one.full_heads for one in layers)
     copies = _COPIES * row if is_paged and has_full else 0
-    return itemsize * (min(read, context) * width + copies)
+    tokens = -(-min(read, context) // shards) * width
+    if shards == 1 or not has_full:
+        return itemsize * (tokens + copies)
+    # Pages are copied together on each device; then some heads are gathered, before feed-forward.
+    at_once = max(1, heads_at_once((1, own, num_kv_heads, head_dim), itemsize, shards))
+    gathered = _GATHERS * row * at_once // num_kv_heads + copies // 2 // shards
+    return itemsize * (tokens + gathered if is_paged else max(tokens, gathered))
 
 
 def working_bytes(model: SplitModel, *, context: int, read: int, is_paged: bool) -> int:
@@ -346,7 +357,8 @@ def working_bytes(model: SplitModel, *, context: int, read: int, is_paged: bool)
     config, layers = model.config, model.layers
     if layers is None:
         return 0
-    parts = 1 if model.mesh is None else model.mesh.shape.get("tensor", 1)
+    sizes = {} if model.mesh is None else model.mesh.shape
+    parts = sizes.get("tensor", 1)
     return activation_bytes(
         layers,
         hidden_size=config.hidden_size,
@@ -358,6 +370,7 @@ def working_bytes(model: SplitModel, *, context: int, read: int, is_paged: bool)
         read=read,
         is_paged=is_paged,
         itemsize=max(array.dtype.itemsize for array in model.arrays.values()),
+        shards=sizes.get("context", 1),
     )
 
 

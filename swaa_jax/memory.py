@@ -66,7 +66,7 @@ def memory_of(device: jax.Device) -> int:
         return int(stats["bytes_limit"])
     chip = find_chip(device.device_kind)
     if chip is not None:
-        return chip.hbm_bytes
+        return chip.usable_bytes
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return machine // len(jax.local_devices(backend=device.platform))
 

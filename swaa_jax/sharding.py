@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kernels_pallas import Target
 from swaa_jax.fields import integer, nearest, show, wrong
@@ -173,7 +173,7 @@ def resolve_mesh(mesh: Mesh | str | Mapping[str, int] | None) -> Mesh | None:
     return mesh
 
 
-def batch_parts(mesh: Mesh | None) -> tuple[int, str]:
+def batch_parts(mesh: Mesh | AbstractMesh | None) -> tuple[int, str]:
     """Into how many parts the rows of a batch are split, and by which axes, in words.
 
     >>> batch_parts(None)
@@ -207,7 +207,9 @@ def target_of(mesh: Mesh | None) -> Target | None:
     return None if mesh is None else Target.of(mesh.devices.flat[0])
 
 
-def spec_for(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def spec_for(
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
     """The partition of an array with these logical axes and this shape on `mesh`.
 
     Raises:
@@ -255,7 +257,7 @@ def split_over(spec: PartitionSpec, axis: int) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def sharding_for(param: nnx.Variable, mesh: Mesh | None) -> NamedSharding | None:
+def sharding_for(param: nnx.Variable, mesh: Mesh | AbstractMesh | None) -> NamedSharding | None:
     """The sharding that a parameter's own `axes` ask for; None without a mesh.
 
     A parameter with `units` is split between units only: `(1, head_dim)` keeps heads whole.

@@ -23,7 +23,7 @@ A mistake is told in one paragraph, with exit code 2; SWAA_TRACEBACK=1 shows whe
 
 KINDS = {
     "run": ("generate", "demo"),
-    "choose": ("recipes", "eval", "select", "lm-eval"),
+    "choose": ("recipes", "plan", "eval", "select", "lm-eval"),
     "adapt": ("distill", "train", "convert"),
     "serve": ("serve",),
     "check": ("bench", "verify", "doctor", "completion"),

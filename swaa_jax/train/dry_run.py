@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from swaa_jax import checkpoint
 from swaa_jax.data import BatchSource
@@ -17,14 +17,14 @@ from swaa_jax.memory import Demand, gib, memory_of
 from swaa_jax.models import CausalLM, read_blueprint
 from swaa_jax.models.blocks import FED_AT_ONCE
 from swaa_jax.progress import ProgressLike
-from swaa_jax.sharding import batch_parts, sharding_for
+from swaa_jax.sharding import RULES, batch_parts, sharding_for
 from swaa_jax.train.config import StepConfig
 from swaa_jax.train.evaluating import prepare_evaluation
 from swaa_jax.train.feed import Feed, make_feed
 from swaa_jax.train.prepare import check_lengths, count_steps, read_data
 from swaa_jax.train.run_config import TrainConfig
 
-__all__ = ["RunPlan", "describe_run", "plan_run"]
+__all__ = ["MemoryEstimate", "RunPlan", "describe_run", "estimate_memory", "plan_run"]
 
 _F32, _GIB = 4, 2**30
 
@@ -197,7 +197,7 @@ def describe_run(
     seq_len = data.config.widths[-1]
 
     def memory(rows: int, tokens: int) -> MemoryEstimate:
-        return _memory(model, trained, step_config, mesh, tokens=rows * tokens)
+        return estimate_memory(model, trained, step_config, mesh, rows=rows, tokens=tokens)
 
     return RunPlan(
         config=dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=seq_len)),
@@ -255,15 +255,21 @@ def _placement(mesh: Mesh | None) -> str:
     return text + ("" if is_shared else f", {gib(memory_of(device))} each")
 
 
-def _memory(
+def estimate_memory(
     model: CausalLM,
     trained: Sequence[nnx.Variable],
     config: StepConfig,
-    mesh: Mesh | None,
+    mesh: Mesh | AbstractMesh | None,
     *,
+    rows: int,
     tokens: int,
 ) -> MemoryEstimate:
-    """Of micro-batches of so many tokens on a device."""
+    """Of micro-batches of so many rows on a device, whose tokens the mesh's `context` splits.
+
+    A mesh of sizes alone will do.
+    """
+    shards = 1 if mesh is None else math.prod(mesh.shape[name] for name in RULES["sequence"])
+    tokens = rows * -(-tokens // shards)
     itemsize = 2 if config.dtype == "bfloat16" else 4
     variables = [variable for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))]
     names = {id(variable) for variable in trained}
@@ -292,7 +298,7 @@ def _memory(
     )
 
 
-def _shard_size(variable: nnx.Variable, mesh: Mesh | None) -> int:
+def _shard_size(variable: nnx.Variable, mesh: Mesh | AbstractMesh | None) -> int:
     shape = tuple(variable.shape)
     sharding = sharding_for(variable, mesh)
     return math.prod(shape if sharding is None else sharding.shard_shape(shape))

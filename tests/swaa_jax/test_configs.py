@@ -1,11 +1,14 @@
 """Every file in configs/ is parsed, and the shipped policies say what the paper's tables say."""
 
+import math
 import pathlib
+from collections.abc import Mapping
 
 import pytest
 import yaml
 
 from swaa_jax import configs
+from swaa_jax.plan import plan
 from swaa_jax.policy import AttentionPolicy, Needs, load_policy, load_policy_file
 from swaa_jax.train import TrainConfig
 
@@ -67,6 +70,38 @@ def test_training_of_the_paper(name, longest):
     assert (optimizer.learning_rate, optimizer.schedule, optimizer.clip_norm) == (1e-4, "cosine", 1)
     assert (config.data.batch_size, config.data.num_epochs) == (8, 1)
     assert (config.data.seq_len, config.dtype) == (longest, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "devices"),
+    [
+        ("qwen3-4b-256k-v5e-8", 1 << 18, 8),
+        ("qwen3-4b-256k-v6e-8", 1 << 18, 8),
+        ("qwen3-4b-1m-v6e-32", 1 << 20, 32),
+    ],
+)
+def test_training_on_long_rows(name, tokens, devices):
+    """Devices, positions and memory are there: of the model as it is published, in closed form."""
+    config = TrainConfig.load(configs.config_path("train", name))
+    assert isinstance(config.mesh, Mapping) and isinstance(config.policy, AttentionPolicy)
+    assert math.prod(config.mesh.values()) == devices == int(name.rpartition("-")[2])
+    assert config.data.seq_len == tokens and config.rows_per_device == 1
+    assert config.policy == load_policy("trained-efficient-interleave")
+    found = plan(
+        "train",
+        "Qwen3-4B",
+        policy=config.policy,
+        chip=name.split("-")[-2],
+        mesh=config.mesh,
+        context=tokens,
+        batch=config.data.batch_size,
+        remat=config.remat,
+        # The published model's own, which the shape of that name does not have.
+        config_overrides=config.config_overrides or {"max_position_embeddings": 262_144},
+        compiles=False,
+    )
+    assert found.notes == ()
+    assert found.peak < 0.75 * found.figures[0].has
 
 
 @pytest.mark.parametrize("name", TABLE_1)

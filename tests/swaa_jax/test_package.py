@@ -27,6 +27,7 @@ PUBLIC = {
     "load_policy",
     "load_tokenizer",
     "merge_lora",
+    "plan",
     "recipes",
     "save_adapter",
     "save_model",

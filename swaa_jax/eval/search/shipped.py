@@ -429,11 +429,18 @@ def list_recipes(
 
 
 def memory_of(
-    size: ModelSize, layers: Sequence[LayerAttention], context: int, *, rows: int = 1
+    size: ModelSize,
+    layers: Sequence[LayerAttention],
+    context: int,
+    *,
+    rows: int = 1,
+    chunk_size: int = _CHUNK,
+    shards: int = 1,
 ) -> tuple[int, int]:
     """Bytes of weights, caches and activations: a prompt read in chunks, and in one piece.
 
     The engine reads a chunk of one row at a time; in one piece all rows are read together.
+    `shards`: devices that share a row's tokens.
     """
     row = cache_bytes(
         layers,
@@ -441,6 +448,7 @@ def memory_of(
         num_kv_heads=size.num_kv_heads,
         head_dim=size.head_dim,
         itemsize=size.cache_itemsize,
+        shards=shards,
     )
 
     def activations(read: int, *, is_paged: bool) -> int:
@@ -454,10 +462,11 @@ def memory_of(
             context=context,
             read=read,
             is_paged=is_paged,
+            shards=shards,
         )
 
     kept = size.weight_bytes + rows * row
-    in_chunks = kept + activations(_CHUNK, is_paged=True)
+    in_chunks = kept + activations(chunk_size, is_paged=True)
     return in_chunks, kept + rows * activations(context, is_paged=False)
 
 

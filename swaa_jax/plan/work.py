@@ -1,0 +1,196 @@
+"""Operations, bytes and an estimate of time of one run of a program."""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from kernels_pallas.chips import GPUS, TPUS, Chip, find_chip
+from swaa_jax.costs import ModelFlops, Runs, exchanged_bytes
+from swaa_jax.engine import EngineOptions
+from swaa_jax.models import CausalLM
+from swaa_jax.plan.program import Program
+from swaa_jax.policy import LayerAttention
+from swaa_jax.sharding import RULES
+
+__all__ = [
+    "MEASURED",
+    "LayerWork",
+    "TimeEstimate",
+    "chip_of",
+    "estimate_time",
+    "layer_work",
+    "model_flops",
+    "tokens_of_run",
+]
+
+_TRAIN, _BENCH = "train_step.json", "bench_qwen3_4b.json"
+MEASURED: Mapping[tuple[str, str], tuple[tuple[float, str], ...]] = {
+    ("h200", "train"): ((0.299, _TRAIN), (0.273, _TRAIN)),
+    ("h200", "chunk"): ((0.471, _BENCH), (0.493, _BENCH), (0.478, _BENCH)),
+    ("h200", "steps"): ((0.644, _BENCH), (0.371, _BENCH), (0.624, _BENCH)),
+}
+"""By chip and program: least time over measured time of runs on one device, and the file of
+`benchmarks/results/` that has the run. A test computes them anew."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerWork:
+    """What layers of one kind do.
+
+    Attributes:
+        layers: what they see, in words.
+        count: how many of them there are.
+        flops: operations of one in a run, on all devices together; as the model needs them.
+        exchanged: bytes that a device is sent in the forward pass of one of them where `context`
+            splits whole rows, by `swaa_jax.costs.exchanged_bytes`; None: rows come in pieces.
+    """
+
+    layers: str
+    count: int
+    flops: float
+    exchanged: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TimeEstimate:
+    """Seconds of a run of a program: of a step, of a chunk, of a call of some steps.
+
+    Attributes:
+        least: what the chip's peaks allow; no run is faster.
+        bound: by what: "operations", "memory" or "exchange".
+        low, high: between which it lies, if the chip gets as near to `least` as it did in the runs
+            that were measured; None: none was.
+        basis: what that rests on.
+    """
+
+    least: float
+    bound: str
+    low: float | None
+    high: float | None
+    basis: str
+
+
+def chip_of(name: str, device_kind: str | None = None) -> Chip | None:
+    """The chip of a name; of "here" by the kind of the device."""
+    found: Chip | None = TPUS.get(name) or GPUS.get(name)
+    return found or (None if device_kind is None else find_chip(device_kind))
+
+
+def model_flops(program: Program, model: CausalLM) -> float:
+    """Operations of a run on all devices together, as MFU counts them."""
+    return _flops(program, ModelFlops.of(model), model.layer_attention, has_head=True)
+
+
+def layer_work(program: Program, model: CausalLM) -> tuple[LayerWork, ...]:
+    """The operations of a layer, by what layers see."""
+    whole = ModelFlops.of(model)
+    one = dataclasses.replace(whole, matrices=whole.matrices / model.config.num_layers)
+    return tuple(
+        LayerWork(
+            layers="full" if layer.is_full else f"window={layer.window}",
+            count=count,
+            flops=_flops(program, one, (layer,), has_head=False),
+            exchanged=_exchanged(program, model, layer),
+        )
+        for layer, count in collections.Counter(model.layer_attention).items()
+    )
+
+
+def _exchanged(program: Program, model: CausalLM, layer: LayerAttention) -> int | None:
+    if program.kind not in ("train", "prefill"):
+        return None
+    shards, tensor = program.mesh.get("context", 1), program.mesh.get("tensor", 1)
+    if shards == 1 or program.context % shards:
+        return 0
+    rows = max(1, program.batch // math.prod(program.mesh.get(axis, 1) for axis in RULES["batch"]))
+    config = model.config
+    return rows * exchanged_bytes(
+        layer,
+        tokens=program.context,
+        shards=shards,
+        num_heads=max(1, config.num_heads // tensor),
+        num_kv_heads=max(1, config.num_kv_heads // tensor),
+        head_dim=config.head_dim,
+        # Answers under FA decode and tails see everything; a plan's rows are prompts.
+        full_rows=False,
+    )
+
+
+def _flops(
+    program: Program, counted: ModelFlops, layers: Sequence[LayerAttention], *, has_head: bool
+) -> float:
+    rows, context = program.batch, program.context
+    if program.kind == "train":
+        trains_all, logits = program.lora_rank is None, context if has_head else 0
+        runs = Runs.of_text(context)
+        return rows * counted.training(layers, runs, num_logits=logits, trains_all=trains_all)
+    count = tokens_of_run(program)
+    logits = count if program.kind in ("steps", "decode") else 1
+    runs = Runs(
+        start=np.array([context - count]),
+        stop=np.array([context]),
+        answer=np.array([program.kind in ("steps", "decode")]),
+    )
+    rows = 1 if program.kind == "chunk" else rows
+    return rows * counted.forward(layers, runs, num_logits=logits if has_head else 0)
+
+
+def tokens_of_run(program: Program) -> int:
+    """Tokens of a row that a run reads: all of it, its last chunk, or the steps at its end."""
+    steps = EngineOptions().steps_per_call
+    count = {"chunk": program.chunk_size, "steps": steps, "decode": 1}.get(program.kind)
+    return program.context if count is None else min(count, program.context)
+
+
+def estimate_time(
+    program: Program,
+    *,
+    flops: float,
+    parts: Mapping[str, int],
+    exchanged: Mapping[str, int] | None,
+    chip: Chip | None,
+) -> TimeEstimate | None:
+    """How long a run takes: at least, from the chip's peaks, and by runs that were measured.
+
+    The least is the longest of: operations at the chip's peak; weights, and caches of steps, read
+    once from memory; bytes that a device is sent, over its links.
+
+    Args:
+        program: what is run.
+        flops: of all devices together.
+        parts: bytes of a device, by what they are for.
+        exchanged: bytes that a device is sent; None: not known, and left out.
+        chip: that it runs on; None: one without known peaks, and there is no estimate.
+    """
+    if chip is None:
+        return None
+    # Weights that fsdp splits are gathered, and read whole.
+    read = program.mesh.get("fsdp", 1) * parts.get("parameters", 0)
+    if program.kind in ("steps", "decode"):
+        read = tokens_of_run(program) * (read + parts.get("caches", 0))
+    bounds = {
+        "operations": flops / program.devices / chip.peak_flops,
+        "memory": read / chip.hbm_bandwidth,
+        "exchange": sum((exchanged or {}).values()) / chip.link_bandwidth,
+    }
+    bound = max(bounds, key=lambda name: bounds[name])
+    least = bounds[bound]
+    name = next(name for name, one in {**TPUS, **GPUS}.items() if one is chip)
+    rows = MEASURED.get((name, program.kind), ())
+    if program.devices > 1 or not rows:
+        what = "several devices of it" if rows else "one"
+        basis = f"no run of this program on {what} was measured"
+        return TimeEstimate(least=least, bound=bound, low=None, high=None, basis=basis)
+    shares = [share for share, _ in rows]
+    files = ", ".join(dict.fromkeys(file for _, file in rows))
+    return TimeEstimate(
+        least=least,
+        bound=bound,
+        low=least / max(shares),
+        high=least / min(shares),
+        basis=f"{len(rows)} runs on one {name} reached {min(shares):.0%} to {max(shares):.0%} of "
+        f"the least time's speed: {files}",
+    )
