@@ -6,12 +6,14 @@ second, and in three rounds where one does not fit. torch and JAX share the
 card, so neither may take all of its memory beforehand: `share_card` comes before their imports.
 """
 
+import contextlib
 import json
 import os
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -236,6 +238,22 @@ def check_card(*, smoke: bool) -> None:
 def partial_of(output: Path) -> Path:
     """Where a run's rows are until it has ended: the results of the one before stay whole."""
     return output.with_suffix(".partial.json")
+
+
+@contextlib.contextmanager
+def ended_by_sigterm(output: Path | None) -> Iterator[None]:
+    """Of a whole run: SIGTERM ends it as Ctrl-C does, so that its processes end, too, and what it
+    leaves is told.
+    """
+    if output is not None:
+        partial_of(output).unlink(missing_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
+    try:
+        yield
+    except BaseException:
+        if output is not None and partial_of(output).exists():
+            print(f"ended early; what it has is in {partial_of(output)}", file=sys.stderr)
+        raise
 
 
 def write(

@@ -12,7 +12,6 @@ A part that fails, hangs or runs out of memory takes nothing with it: its rows h
 import argparse
 import contextlib
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -79,14 +78,12 @@ def run(
         content = gpu_timing.read(output)
         plot(content, output.with_suffix(".png"))
         return int(gpu_timing.differ(content["rows"]))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that the parts end, too
     rows: Rows = []
     peaks: dict[str, Any] = {}
-    is_whole = False
     turns = in_turns(
         script, [PEAKS, *parts], sys.argv[1:], limit=arguments.limit, jobs=arguments.jobs
     )
-    try:
+    with gpu_timing.ended_by_sigterm(output), contextlib.closing(turns):
         for part, found in turns:
             if part == PEAKS:
                 peaks = found[0]
@@ -100,12 +97,6 @@ def run(
             if output is not None:
                 about = {**peaks, **about}
                 gpu_timing.write(output, command=Path(script).name, about=about, rows=rows)
-        is_whole = True
-    finally:
-        turns.close()
-        if output is not None and rows and not is_whole:
-            told = f"ended early; what it has is in {gpu_timing.partial_of(output)}"
-            print(told, file=sys.stderr, flush=True)
     is_kept = output is None or gpu_timing.keep(output, plot)
     has_failed = any("side" not in row for row in rows)
     return int(gpu_timing.differ(rows) or has_failed or not is_kept)

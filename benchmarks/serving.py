@@ -19,7 +19,6 @@ Each side of a case runs in a process of its own. Compilation is not in the rate
 
 import argparse
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -104,14 +103,14 @@ def main() -> int:
     if arguments.redraw:
         plot(gpu_timing.read(arguments.output), arguments.output.with_suffix(".png"))
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that a side ends, too
     rows: list[dict[str, Any]] = []
-    for case in arguments.cases:
-        for side in sides_of(case, arguments.sides):
-            rows.append(in_process(arguments, case, side))
-            report(rows[-1])
-            if arguments.output is not None:
-                write(rows, arguments.output)
+    with gpu_timing.ended_by_sigterm(arguments.output):
+        for case in arguments.cases:
+            for side in sides_of(case, arguments.sides):
+                rows.append(in_process(arguments, case, side))
+                report(rows[-1])
+                if arguments.output is not None:
+                    write(rows, arguments.output)
     ratio = mixed_ratio(rows)
     if ratio:
         print(f"mixed: {ratio:.1f} times Transformers' generate_batch")

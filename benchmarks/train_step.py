@@ -11,7 +11,6 @@ visible pairs and no recomputation, for all sides alike.
 import argparse
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -81,8 +80,8 @@ def main() -> int:
     if arguments.redraw:
         plot(gpu_timing.read(arguments.output), arguments.output.with_suffix(".png"))
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that a side ends, too
-    with tempfile.TemporaryDirectory() as directory:
+    ended = gpu_timing.ended_by_sigterm(arguments.output)
+    with ended, tempfile.TemporaryDirectory() as directory:
         if any("error" in row for row in in_process(arguments, "model", directory)):
             return 1
         rows: list[dict[str, Any]] = []

@@ -72,6 +72,8 @@ def attend(arguments: PrefillArguments, *, tiles: Any, interpret: Any = False) -
         for name, value in given.items()
         if name not in numbers and value is not None
     }
+    if "window" in traced:  # what is below 0 sees no more than 0 does: sinks
+        traced["window"] = jnp.maximum(traced["window"], 0)
     result: Any = _attend(call, arguments.q, arguments.k, arguments.v, traced)
     return AttentionOutput(out=result[0], lse=result[1])
 

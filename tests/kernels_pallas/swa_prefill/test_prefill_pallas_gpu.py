@@ -46,6 +46,12 @@ CASES = {  # (B, T, S), (N, K, H), tiles, options
         ODD,
         {"window": np.array([40, 300]), "sinks": np.array([4, 0]), "offset": np.array([100, 192])},
     ),
+    "traced windows that hold no key": (
+        (2, 64, 64),
+        (2, 1, 64),
+        ODD,
+        {"window": np.array([0, -5]), "sinks": np.array([4, 3])},
+    ),
     "soft cap": ((1, 64, 64), (2, 1, 64), ODD, {"window": 20, "softcap": 2.0}),
     "head dim 80": ((1, 64, 64), (2, 2, 80), ODD, {"window": 20, "sinks": 2}),
     "head dim 256": (
