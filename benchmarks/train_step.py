@@ -133,7 +133,7 @@ def write_model(directory: str, *, smoke: bool) -> None:
     import jax
     import jax.numpy as jnp
     from flax import nnx
-    from model_shapes import MODELS
+    from model_shapes import MODELS, TINY
 
     import swaa_jax as swaa
     from swaa_jax.models import model_from_config
@@ -141,8 +141,7 @@ def write_model(directory: str, *, smoke: bool) -> None:
     gpu_timing.check_card(smoke=smoke)
     config = dict(MODELS["Qwen3-0.6B"])
     if smoke:
-        config |= {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64}
-        config |= {"vocab_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+        config |= TINY
     model = model_from_config(config, seed=0)
     graphdef, state = nnx.split(model)
     state = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state)
