@@ -1,10 +1,10 @@
 """The longest rows that each recipe reaches on one v5e, eight v5e and eight v6e, for Qwen3-4B.
 
-For every shipped policy `swaa.plan` looks for the longest row of one slot of the engine, and of a
-LoRA step, that fits: by formulas, in a minute, each row marked so; nothing is compiled or run. With
-`--compile` the TPU compiler looks again at the rows whose names hold all of the given texts, and
-they are marked "TPU compiler": the length fits, one step more does not. What this finds stays in
-the results file beside the formula's answer when the formulas are counted again.
+For every shipped policy (one of those that take the same memory) `swaa.plan` looks for the longest
+row of one slot of the engine, and of a LoRA step, that fits: by formulas, in a minute, each row
+marked so; nothing is compiled or run. With `--compile` the TPU compiler looks again at the rows
+whose names hold all of the given words, and they are marked "TPU compiler": the length fits, one
+step more does not. These stay in the results file when the formulas are counted again.
 
 Several devices share a row: the engine's over `tensor`, training's over `context`; on v5e training
 splits heads too, and layers' inputs wait in the host's memory, since the whole weights on each
@@ -63,14 +63,20 @@ def name_of(row: dict[str, Any]) -> str:
     return " ".join(str(row[key]) for key in KEYS)
 
 
+def alike() -> list[list[str]]:
+    """Names of the recipes that take the same memory."""
+    found: dict[tuple[int, int], list[str]] = {}
+    for one in recipes(context=1 << 17):
+        found.setdefault((one.cache_bytes, one.memory), []).append(one.name)
+    return list(found.values())
+
+
 def reach(recipe: str, case: dict[str, Any], *, compiles: bool) -> dict[str, Any]:
     """The longest row that fits."""
     found: Plan = plan(model=MODEL, policy=recipe, solve="context", compiles=compiles, **case)
     (largest,) = (one for one in found.figures if one.peak == found.peak)
     return {
-        "recipe": recipe,
         "policy": found.policy,
-        **case,
         "context": found.context if found.fits else 0,
         "found_by": found.found_by,
         "peak": found.peak,
@@ -85,7 +91,9 @@ def main() -> int:
     arguments = parse_arguments()
     path = Path(arguments.output)
     kept = json.loads(path.read_text()) if path.exists() else {"commands": [], "rows": []}
-    asked = [{"recipe": one.name, **case} for case in CASES for one in recipes()]
+    asked = [
+        {"recipe": names[0], "alike": names[1:], **case} for case in CASES for names in alike()
+    ]
     words = arguments.compile or []
     asked = [one for one in asked if all(word in name_of(one).split(" ") for word in words)]
     if arguments.list:
@@ -96,8 +104,8 @@ def main() -> int:
     compiles = arguments.compile is not None
     rows = {(name_of(row), row["found_by"]): row for row in kept["rows"]}
     for one in asked:
-        case = {key: value for key, value in one.items() if key != "recipe"}
-        row = reach(one["recipe"], case, compiles=compiles)
+        case = {key: value for key, value in one.items() if key not in ("recipe", "alike")}
+        row = {**one, **reach(one["recipe"], case, compiles=compiles)}
         rows[name_of(row), row["found_by"]] = row
         of = f"{row['peak'] / 2**30:.2f} of {row['has'] / 2**30:.2f} GiB"
         print(f"{name_of(row):64} {row['context']:>9,}  {of}  {row['found_by']}", flush=True)

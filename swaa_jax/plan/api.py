@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from swaa_jax import checkpoint
@@ -163,6 +163,7 @@ def plan(
             guess = largest(lambda count: fits(count, closed_form), guess=guess, most=most)
         best = largest(looked_at, guess=guess, most=most)
         context, rows = at(best) if best else at(1)
+    figures = tuple(_figures(one, looked(one)) for one in programs(context, rows))
     return Plan(
         work=work,
         model=name,
@@ -171,11 +172,11 @@ def plan(
         mesh=sizes,
         context=context,
         batch=rows,
-        figures=tuple(_figures(one, looked(one)) for one in programs(context, rows)),
+        figures=figures,
         solved=solve,
         step=unit,
         tried=tuple(sorted(dict(tried).items())),
-        notes=_notes(context, longest),
+        notes=(*_notes(context, longest), *_taken(figures)),
     )
 
 
@@ -205,6 +206,15 @@ def _config_of(
     read = FAMILIES[family].config_class.from_hf(config, overrides)
     config = dict(read.to_hf()) if overrides else config
     return name, config, read.own, read.max_position_embeddings
+
+
+def _taken(figures: Sequence[Figures]) -> tuple[str, ...]:
+    """What the compiler takes, though its analysis adds up to more than there is."""
+    return tuple(
+        f"{one.kind}: the compiler takes it; not all that its analysis lists is there at a time"
+        for one in figures
+        if one.fits and one.has is not None and one.peak > one.has
+    )
 
 
 def _notes(context: int, longest: int) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from swaa_jax.tables import Table, Tabular
 __all__ = ["Figures", "Plan"]
 
 _NEAR = "an estimate: within 4% of the TPU compiler's for Qwen3-4B on one chip, 9% over context"
-_TOO_LITTLE = "an estimate: up to 25% less than the TPU compiler's for Qwen3-4B with adapters"
+_FITTED = "an estimate: fitted to the TPU compiler's for Qwen3-4B with adapters, within 6%"
 
 
 def _size(count: int) -> str:
@@ -164,7 +164,7 @@ class Plan(Tabular):
                 f"{of} ({one.found_by}{f': {one.why}' if one.why else ''})"
             )
             if one.found_by == "closed form":
-                lines.append(f"    {_TOO_LITTLE if one.kind == 'train' else _NEAR}")
+                lines.append(f"    {_FITTED if one.kind == 'train' else _NEAR}")
             parts = ", ".join(f"{name} {_size(size)}" for name, size in one.parts.items())
             lines.append(f"    memory    {parts}")
             if one.host:

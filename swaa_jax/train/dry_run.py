@@ -27,6 +27,11 @@ from swaa_jax.train.run_config import TrainConfig
 __all__ = ["MemoryEstimate", "RunPlan", "describe_run", "estimate_memory", "plan_run"]
 
 _F32, _GIB = 4, 2**30
+_STREAM, _SPLIT_STREAM, _FFW = 9, 20, 2
+"""Copies of a token's residual stream with its heads, and of its feed-forward, that a layer's
+backward pass holds at a time, many of them in float32; more where `context` splits rows. Fitted to
+the TPU compiler's figures for Qwen3-4B with adapters (docs/plan.md); its programs hold the inputs
+of layers twice, and with `fsdp` embedding and head are gathered."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -285,14 +290,17 @@ def estimate_memory(
     # Of the inputs that wait elsewhere, that of one layer is here, and the next one's on its way.
     kept = 2 * shape.hidden_size
     if config.remat != "offload":
-        kept = {"layer": 1, "dots": 6, "none": 16}[config.remat] * inputs
-    working = 4 * shape.hidden_size + 4 * shape.num_heads * shape.head_dim // tensor
+        kept = {"layer": 2, "dots": 6, "none": 16}[config.remat] * inputs
+    heads = shape.num_heads * shape.head_dim // tensor
     fed = min(tokens, FED_AT_ONCE) if config.remat in ("layer", "offload") else tokens
-    working = tokens * working + fed * 3 * shape.active_ffw_size // tensor
+    working = (_STREAM if shards == 1 else _SPLIT_STREAM) * tokens * (shape.hidden_size + heads)
+    working += _FFW * fed * shape.active_ffw_size // tensor
+    fsdp = 1 if mesh is None else mesh.shape["fsdp"]
+    gathered = 2 * shape.vocab_size * shape.hidden_size // tensor if fsdp > 1 else 0
     return MemoryEstimate(
         weights=weights + (trained_size * itemsize if config.trainable == "all" else 0),
         trained=4 * _F32 * trained_size,
-        activations=(tokens * kept + 2 * working) * itemsize,
+        activations=(tokens * kept + working + gathered) * itemsize,
         logits=logits_bytes(config.loss, num_tokens=tokens, vocab=shape.vocab_size),
         offloaded=tokens * inputs * itemsize if config.remat == "offload" else 0,
     )

@@ -157,7 +157,8 @@ def test_formulas_know_what_a_mesh_splits():
     a_row = plan("train", "Qwen3-4B", policy=POLICY, chip="v6e", context=8192, compiles=False)
     trained = a_row.figures[0].parts["optimizer"] // 2  # their gradient, which fsdp splits
     alike = a_row.figures[0].parts["activations"] - trained
-    assert alike < split["activations"] <= alike + trained
+    gathered = 2 * 151_936 * 2560 * 2  # embedding and head, whole, where fsdp splits them
+    assert 0 < split["activations"] - alike - gathered <= trained
     assert whole["activations"] > 4 * alike
 
 
@@ -167,7 +168,7 @@ def test_what_waits_in_the_hosts_memory_is_told():
     away = plan("train", "Qwen3-4B", policy=POLICY, remat="offload", **given)
     inputs = 36 * 2560 * 2 * (1 << 14)  # of every layer, a quarter of the row's tokens
     assert here.host == 0 and away.figures[0].host == inputs
-    assert here.peak - away.peak == inputs * 34 // 36  # two of them are here
+    assert here.peak - away.peak == inputs * 70 // 36  # all of them twice; two of them
     assert "host      2.81 GiB of the host's memory" in str(away)
 
 
