@@ -112,7 +112,7 @@ def main() -> int:
     arguments = parse_arguments()
     parts = [f"{case}:{tokens}" for tokens in arguments.lengths for case in arguments.cases]
     parts.sort(key=lambda part: part.startswith("full:"))  # the longest come last
-    rows = gpu_turns.run(
+    return gpu_turns.run(
         arguments,
         __file__,
         parts,
@@ -122,7 +122,6 @@ def main() -> int:
         plot=plot,
         about={"shape": dict(zip("NKH", heads(smoke=arguments.smoke), strict=True))},
     )
-    return int(gpu_timing.differ(rows))
 
 
 def add_ratios(peaks: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> None:

@@ -154,7 +154,7 @@ def main() -> int:
     parts = [case for case in arguments.cases if not case.startswith("model")]
     models = [case for case in arguments.cases if case.startswith("model")]
     parts += [f"{case}:{side}" for case in models for side in arguments.sides]
-    rows = gpu_turns.run(
+    return gpu_turns.run(
         arguments,
         __file__,
         parts,
@@ -164,7 +164,6 @@ def main() -> int:
         plot=plot,
         about={"shape": dict(zip("NKH", heads(smoke=arguments.smoke), strict=True))},
     )
-    return int(gpu_timing.differ(rows))
 
 
 def add_shares(peaks: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@ run's: one of some cases or sides, or of other sizes, names its own.
 
 import argparse
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,11 +108,26 @@ def parse(
                 "results/ is a whole run's"
             )
         arguments.output = RESULTS / f"{name}.json"
+    if arguments.output is not None and not arguments.redraw:
+        _check_place(parser, arguments.output)
     if arguments.redraw and not (arguments.output and arguments.output.is_file()):
         parser.error(
             f"--redraw: expected results in --output, got {arguments.output}; run it without first"
         )
     return arguments
+
+
+def _check_place(parser: argparse.ArgumentParser, output: Path) -> None:
+    """Ends a run before it begins that could not write its results."""
+    try:
+        if output.is_dir():
+            raise IsADirectoryError("it is a directory")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        told = f"expected a file that can be written, got {output} ({error.strerror or error})"
+        parser.error(f"--output: {told}; name another")
 
 
 def _flag(name: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import gpu_turns
 import numpy as np
-from model_shapes import MODELS
+from model_shapes import MODELS, TINY
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,7 @@ def config_of(name: str, *, layers: int | None, smoke: bool, positions: int) -> 
     if layers:
         config["num_hidden_layers"] = layers
     if smoke:
-        config |= {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64}
-        config |= {"vocab_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+        config |= TINY
         if "num_experts" in config:
             config |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     return config

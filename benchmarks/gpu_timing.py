@@ -6,12 +6,14 @@ second, and in three rounds where one does not fit. torch and JAX share the
 card, so neither may take all of its memory beforehand: `share_card` comes before their imports.
 """
 
+import contextlib
 import json
 import os
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -224,11 +226,41 @@ def read(output: Path) -> dict[str, Any]:
     return json.loads(output.read_text(encoding="utf-8"))
 
 
+def check_card(*, smoke: bool) -> None:
+    """Ends a process that is to time a GPU and finds none; a tiny run may be anywhere."""
+    import jax
+
+    platform = jax.devices()[0].platform
+    if not smoke and platform != "gpu":
+        sys.exit(f"device: expected a GPU, got {platform}; --smoke runs tiny cases anywhere")
+
+
+def partial_of(output: Path) -> Path:
+    """Where a run's rows are until it has ended: the results of the one before stay whole."""
+    return output.with_suffix(".partial.json")
+
+
+@contextlib.contextmanager
+def ended_by_sigterm(output: Path | None) -> Iterator[None]:
+    """Of a whole run: SIGTERM ends it as Ctrl-C does, so that its processes end, too, and what it
+    leaves is told.
+    """
+    if output is not None:
+        partial_of(output).unlink(missing_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
+    try:
+        yield
+    except BaseException:
+        if output is not None and partial_of(output).exists():
+            print(f"ended early; what it has is in {partial_of(output)}", file=sys.stderr)
+        raise
+
+
 def write(
     output: Path, *, command: str, about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Writes a benchmark's results: how it was run, on what, and its rows."""
-    packages = ("jax", "jaxlib", "torch", "triton", "transformers")
+    """Writes what a run has so far, beside `output`: how it was run, on what, and its rows."""
+    packages = ("jax", "jaxlib", "torch", "triton", "transformers", "peft")
     content = {
         "command": " ".join(["python", f"benchmarks/{command}", *sys.argv[1:]]),
         "versions": {name: version(name) for name in packages},
@@ -236,6 +268,18 @@ def write(
         "rows": list(rows),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_suffix(".json.new")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    new = output.with_suffix(".json.new")
+    new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(new, partial_of(output))
+
+
+def keep(output: Path, plot: Callable[[Mapping[str, Any], Path], None]) -> bool:
+    """At a run's end: what it wrote becomes `output`, with its plot, unless nothing was timed."""
+    partial = partial_of(output)
+    content = read(partial)
+    if all({"reason", "error"} & set(row) for row in content["rows"]):
+        print(f"nothing was timed; the reasons are in {partial}", file=sys.stderr)
+        return False
     os.replace(partial, output)
+    plot(content, output.with_suffix(".png"))
+    return True

@@ -12,7 +12,6 @@ A part that fails, hangs or runs out of memory takes nothing with it: its rows h
 import argparse
 import contextlib
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -51,10 +50,12 @@ def run(
     report: Callable[[Rows], None],
     plot: Callable[[Mapping[str, Any], Path], None],
     about: Mapping[str, Any],
-) -> Rows:
-    """A benchmark's whole run, or one of its parts in this process; the rows.
+) -> int:
+    """A benchmark's whole run, or one of its parts in this process; the exit status.
 
-    The JSON is written after each part, so that a run that is ended early keeps what it has.
+    Rows are written after each part, so that a run that is ended early keeps what it has, beside
+    the results of the one before; a whole run's take their place. The status is 1 where sides
+    differ, a part has failed, or nothing was timed.
 
     Args:
         arguments: with those of `add_arguments`.
@@ -69,24 +70,25 @@ def run(
     output = arguments.output
     if arguments.part == PEAKS:
         _tell_peaks(is_small=arguments.smoke)
-        return []
+        return 0
     if arguments.part:
         measure(arguments)
-        return []
+        return 0
     if arguments.redraw:
         content = gpu_timing.read(output)
         plot(content, output.with_suffix(".png"))
-        return content["rows"]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that the parts end, too
+        return int(gpu_timing.differ(content["rows"]))
     rows: Rows = []
     peaks: dict[str, Any] = {}
     turns = in_turns(
         script, [PEAKS, *parts], sys.argv[1:], limit=arguments.limit, jobs=arguments.jobs
     )
-    try:
+    with gpu_timing.ended_by_sigterm(output), contextlib.closing(turns):
         for part, found in turns:
             if part == PEAKS:
                 peaks = found[0]
+                if "reason" in peaks:  # results of a card without a name would say little
+                    sys.exit(f"the card could not be measured: {peaks['reason']}")
                 print(peaks, flush=True)
                 continue
             rows += [{"part": part, **row} for row in found]
@@ -95,18 +97,14 @@ def run(
             if output is not None:
                 about = {**peaks, **about}
                 gpu_timing.write(output, command=Path(script).name, about=about, rows=rows)
-    finally:
-        turns.close()
-        if output is not None and rows:
-            plot({**about, "rows": rows}, output.with_suffix(".png"))
-    return rows
+    is_kept = output is None or gpu_timing.keep(output, plot)
+    has_failed = any("side" not in row for row in rows)
+    return int(gpu_timing.differ(rows) or has_failed or not is_kept)
 
 
 def _tell_peaks(*, is_small: bool) -> None:
     gpu_timing.share_card()
-    import jax
-
-    jax.devices()
+    gpu_timing.check_card(smoke=is_small)
     take_turn()
     tell(gpu_timing.peaks(is_small=is_small))
 

@@ -117,7 +117,7 @@ def main() -> int:
         parts = [f"{name}:{tokens}" for tokens in arguments.tokens for name in arguments.products]
     if "model_32k" in arguments.cases:
         parts += [f"model_32k:{side}" for side in arguments.sides]
-    rows = gpu_turns.run(
+    return gpu_turns.run(
         arguments,
         __file__,
         parts,
@@ -127,7 +127,6 @@ def main() -> int:
         plot=plot,
         about={"shape": dataclasses.asdict(Shape.of(smoke=arguments.smoke))},
     )
-    return int(gpu_timing.differ(rows))
 
 
 def add_shares(peaks: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> None:

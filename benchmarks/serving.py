@@ -101,24 +101,27 @@ def main() -> int:
         run_one(arguments, *arguments.one)
         return 0
     if arguments.redraw:
-        content = gpu_timing.read(arguments.output)
-        plot(content["rows"], arguments.output.with_suffix(".png"))
+        plot(gpu_timing.read(arguments.output), arguments.output.with_suffix(".png"))
         return 0
     rows: list[dict[str, Any]] = []
-    for case in arguments.cases:
-        for side in sides_of(case, arguments.sides):
-            rows.append(in_process(arguments, case, side))
-            report(rows[-1])
-            if arguments.output is not None:
-                write(rows, arguments.output)
+    with gpu_timing.ended_by_sigterm(arguments.output):
+        for case in arguments.cases:
+            for side in sides_of(case, arguments.sides):
+                rows.append(in_process(arguments, case, side))
+                report(rows[-1])
+                if arguments.output is not None:
+                    write(rows, arguments.output)
     ratio = mixed_ratio(rows)
     if ratio:
         print(f"mixed: {ratio:.1f} times Transformers' generate_batch")
-    return int(any("reason" in row for row in rows))
+    is_kept = arguments.output is None or gpu_timing.keep(arguments.output, plot)
+    return int(any("reason" in row for row in rows) or not is_kept)
 
 
 def run_one(arguments: argparse.Namespace, case: str, side: str) -> None:
     """A side of a case, in this process."""
+    if side == "swaa_jax":  # else JAX would take most of the card's memory
+        gpu_timing.check_card(smoke=arguments.smoke)
     if case in HTTP:
         import jax
         import serving_http
@@ -175,7 +178,7 @@ def mixed_ratio(rows: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def write(rows: Sequence[Mapping[str, Any]], output: Path) -> None:
-    """The JSON, and the plot beside it."""
+    """What there is so far."""
     about = {
         "model": "Qwen3-4B shape, random weights, bfloat16",
         "device": next((row["device"] for row in rows if "device" in row), None),
@@ -183,7 +186,6 @@ def write(rows: Sequence[Mapping[str, Any]], output: Path) -> None:
         "paper_vllm_tokens_per_s": PAPER_VLLM,
     }
     gpu_timing.write(output, command="serving.py", about=about, rows=rows)
-    plot(rows, output.with_suffix(".png"))
 
 
 def bars_of(case: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -201,13 +203,14 @@ def bars_of(case: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return bars | ({"vLLM (paper's hardware)": PAPER_VLLM} if case == "batch" and bars else {})
 
 
-def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot(result: Mapping[str, Any], path: Path) -> None:
     """Bars for each case, each with its own axis, and the peer's or the paper's beside ours."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    rows = result["rows"]
     panels = {case: bars for case in TITLES if (bars := bars_of(case, rows))}
     if not panels:
         return

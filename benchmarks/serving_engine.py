@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from model_shapes import MODELS
+from model_shapes import MODELS, TINY
 
 WINDOW = "window=2048,sinks=10"
 
@@ -29,8 +29,7 @@ def config_of(*, smoke: bool) -> dict[str, Any]:
     """The model's config."""
     config = {**MODELS["Qwen3-4B"], "max_position_embeddings": 1 << 21}
     if smoke:
-        config |= {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64}
-        config |= {"vocab_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+        config |= TINY
     return config
 
 

@@ -144,7 +144,10 @@ def served(engine: Any, models: Any) -> tuple[Any, str, threading.Thread]:
     app = make_app(models, engine, options=ServeOptions(most_body_bytes=1 << 26))
     config = uvicorn.Config(app, port=0, log_config=None, lifespan="on")
     server, socket = uvicorn.Server(config), config.bind_socket()
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[socket])))
+    # A daemon: clients that fail end the process, which would wait for it.
+    thread = threading.Thread(
+        target=lambda: asyncio.run(server.serve(sockets=[socket])), daemon=True
+    )
     thread.start()
     while not server.started:
         if not thread.is_alive():

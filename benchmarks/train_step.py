@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import gpu_arguments  # noqa: E402
-from gpu_timing import reason  # noqa: E402
-from machine import version  # noqa: E402
+import gpu_timing  # noqa: E402
 
 EPILOG = """\
 examples:
@@ -75,22 +74,25 @@ def main() -> int:
             try:
                 found = run(arguments, remat=remat)
             except Exception as error:  # out of memory without remat, say
-                found = {"error": reason(error)}
+                found = {"error": gpu_timing.reason(error)}
             print(json.dumps({"remat": remat, **found}), flush=True)
         return 0
     if arguments.redraw:
-        plot(json.loads(arguments.output.read_text()), arguments.output.with_suffix(".png"))
+        plot(gpu_timing.read(arguments.output), arguments.output.with_suffix(".png"))
         return 0
-    with tempfile.TemporaryDirectory() as directory:
-        in_process(arguments, "model", directory)
+    ended = gpu_timing.ended_by_sigterm(arguments.output)
+    with ended, tempfile.TemporaryDirectory() as directory:
+        if any("error" in row for row in in_process(arguments, "model", directory)):
+            return 1
         rows: list[dict[str, Any]] = []
         for packed in arguments.rows:
             for side in arguments.sides:
                 rows += in_process(arguments, side, directory, packed)
                 write(rows, arguments)
+    is_kept = arguments.output is None or gpu_timing.keep(arguments.output, plot)
     report(rows, arguments.tokens)
     timed = {(row["rows"], row["side"]) for row in rows if "seconds" in row}
-    return int(len(timed) < len(arguments.rows) * len(arguments.sides))
+    return int(len(timed) < len(arguments.rows) * len(arguments.sides) or not is_kept)
 
 
 def in_process(
@@ -131,15 +133,15 @@ def write_model(directory: str, *, smoke: bool) -> None:
     import jax
     import jax.numpy as jnp
     from flax import nnx
-    from model_shapes import MODELS
+    from model_shapes import MODELS, TINY
 
     import swaa_jax as swaa
     from swaa_jax.models import model_from_config
 
+    gpu_timing.check_card(smoke=smoke)
     config = dict(MODELS["Qwen3-0.6B"])
     if smoke:
-        config |= {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64}
-        config |= {"vocab_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+        config |= TINY
     model = model_from_config(config, seed=0)
     graphdef, state = nnx.split(model)
     state = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state)
@@ -375,23 +377,20 @@ def device_of(rows: Sequence[dict[str, Any]]) -> str | None:
 
 
 def write(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    """All rows, as far as they are there, and the plot."""
+    """All rows, as far as they are there."""
     if arguments.output is None:
         return
-    result = {
-        "command": " ".join(["python", "benchmarks/train_step.py", *sys.argv[1:]]),
+    best_of(rows, arguments.tokens)  # adds rates and ratios
+    about = {
         "what": "seconds of a LoRA training step, batch of one row; the median of "
         f"{arguments.steps}",
         "tokens": arguments.tokens,
         "texts_in_a_packed_row": TEXTS,
         "window": arguments.window,
         "sinks": arguments.sinks,
-        "versions": {name: version(name) for name in ("jax", "torch", "transformers", "peft")},
         "device": device_of(rows),
-        "rows": list(rows),
     }
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    plot(result, arguments.output.with_suffix(".png"))
+    gpu_timing.write(arguments.output, command="train_step.py", about=about, rows=rows)
 
 
 def report(rows: Sequence[dict[str, Any]], tokens: int) -> None:
@@ -425,7 +424,7 @@ def report(rows: Sequence[dict[str, Any]], tokens: int) -> None:
             sys.exit(f"the sides do not compute the same: losses of the first step are {losses}")
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
+def plot(result: Mapping[str, Any], path: Path) -> None:
     """Tokens a second of each side's better time, one text a row beside packed rows."""
     import matplotlib
 

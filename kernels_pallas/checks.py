@@ -3,6 +3,7 @@
 Where an array is checked, a ``jax.ShapeDtypeStruct`` may stand for it.
 """
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -107,5 +108,5 @@ def check_mask(num_batch: int, *, window: Any, num_sink_tokens: Any, softcap: fl
     """Checks what says which keys a row sees, for all rows or for each, and the cap on scores."""
     check_integers("window", window, (), (num_batch,), at_least=1)
     check_integers("num_sink_tokens", num_sink_tokens, (), (num_batch,), at_least=0)
-    if softcap is not None and not softcap > 0:
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap: expected a positive number or None, got {softcap}")

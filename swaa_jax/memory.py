@@ -30,9 +30,11 @@ __all__ = [
 
 _MIB, _GIB = 1 << 20, 1 << 30
 
-_ASKED = re.compile(r"(?:allocate|capacity by) ([\d.]+) ?(bytes|[KMGT])", re.IGNORECASE)
-"""On GPUs "while trying to allocate 37.25GiB", on TPUs "attempting to allocate 1.2G", or, of a
-program, "Exceeded hbm capacity by 1.75G"."""
+_ASKED = re.compile(
+    r"(?:allocate(?: request for)?|capacity by) ([\d.]+) ?(bytes|[KMGT])", re.IGNORECASE
+)
+"""On GPUs "while trying to allocate 37.25GiB" or "Failed to allocate request for 25GiB", on TPUs
+"attempting to allocate 1.2G", or, of a program, "Exceeded hbm capacity by 1.75G"."""
 
 _ON_CHIP = re.compile(r"shared memory|memory space [vs]mem", re.IGNORECASE)
 """What a kernel has too little of, on GPUs "Shared memory size limit exceeded" and on TPUs "Ran out

@@ -30,7 +30,11 @@ class GroupedMatmulArguments:
         check_floats("w", w, "[E, D, F]", like=("x", x))
         if w.shape[1] != x.shape[1]:
             raise ValueError(f"w: expected D = {x.shape[1]} like x, got shape {w.shape}")
+        if w.shape[0] == 0:
+            raise ValueError(f"w: expected at least one group, got shape {w.shape}")
         check_integers("group_sizes", self.group_sizes, (w.shape[0],))
+        if self.rows_per_group < 0:
+            raise ValueError(f"rows_per_group: expected at least 0, got {self.rows_per_group}")
 
 
 def row_tile(rows_per_group: int, *, largest: int) -> int:

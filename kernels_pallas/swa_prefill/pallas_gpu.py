@@ -72,6 +72,8 @@ def attend(arguments: PrefillArguments, *, tiles: Any, interpret: Any = False) -
         for name, value in given.items()
         if name not in numbers and value is not None
     }
+    if "window" in traced:  # what is below 0 sees no more than 0 does: sinks
+        traced["window"] = jnp.maximum(traced["window"], 0)
     result: Any = _attend(call, arguments.q, arguments.k, arguments.v, traced)
     return AttentionOutput(out=result[0], lse=result[1])
 
@@ -197,7 +199,8 @@ def _other_gradient(call: _Call, arguments: PrefillArguments) -> Any:
     """The backend whose output and gradient stand in for the kernels'; None: none.
 
     These kernels' gradient knows heads up to 128. cuDNN has the faster one of full causal attention
-    on an H200, not of a window with sinks (`benchmarks/attention_gpu.py` measures both).
+    on an H200, not of a window with sinks (`benchmarks/attention_gpu.py` measures both of that; of
+    full attention it finds cuDNN's under either name).
     """
     if arguments.q.shape[3] > gradient.MOST_HEAD_DIM:
         return xla

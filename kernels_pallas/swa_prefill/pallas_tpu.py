@@ -1,16 +1,19 @@
 """The ``pallas_tpu`` backend: work list and layout around the kernels, and their gradient."""
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Int
 
-from kernels_pallas.layout import pad_end, rows_from_blocks, rows_to_blocks
+from kernels_pallas.layout import LANES, pad_end, round_up, rows_from_blocks, rows_to_blocks
 from kernels_pallas.mask import BlockMap, RowInfo, block_map, per_row
 from kernels_pallas.output import AttentionOutput
 from kernels_pallas.swa_prefill.arguments import (
@@ -44,7 +47,7 @@ def limits(arguments: PrefillArguments) -> tuple[str, ...]:
         found.append(f"q: expected float32 or bfloat16, got {arguments.q.dtype} (cast it)")
     if arguments.q.shape[3] > 256:
         found.append(f"q: expected a head dim of at most 256, got {arguments.q.shape[3]}")
-    if not found and choose_tiles(arguments) is None:
+    if not found and _rows_at_once(arguments) is None:
         found.append(
             "q: expected a work list within scalar memory, got too long a one for shape (B, T, S) "
             f"= {arguments.shape} (split the batch)"
@@ -61,6 +64,8 @@ def compute(
 ) -> AttentionOutput:
     """Attention by the TPU kernels; the log-sum-exp is always filled in.
 
+    Queries whose work list would not fit scalar memory are computed in parts, one after the other.
+
     Args:
       arguments: without limits.
       tiles: None: :func:`choose_tiles`.
@@ -75,8 +80,14 @@ def compute(
     from kernels_pallas.swa_prefill.pallas_tpu_kernels import KernelStatic
 
     num_queries = arguments.q.shape[1]
+    if tiles is None:
+        at_once = _rows_at_once(arguments, generation=generation)
+        assert at_once is not None, "`limits` says where none fit"
+        if at_once < num_queries:
+            one = functools.partial(compute, generation=generation, interpret=interpret)
+            return _in_parts(one, arguments, at_once)
     tiles = tiles or choose_tiles(arguments, generation=generation)
-    assert tiles is not None, "`limits` says where none fit"
+    assert tiles is not None, "there are some for so many rows"
     check_tiles(arguments, tiles, interpret=bool(interpret))
     rows = arguments.rows()
     num_kv_heads = arguments.k.shape[2]
@@ -120,6 +131,60 @@ def compute(
     if arguments.lengths is not None:
         out = jnp.where(rows.q_valid[:, :, None, None], out, 0)
         lse = jnp.where(rows.q_valid[:, :, None], lse, -jnp.inf)
+    return AttentionOutput(out=out, lse=lse)
+
+
+def _rows_at_once(arguments: PrefillArguments, *, generation: str | None = None) -> int | None:
+    """How many of the queries one work list has room for: all, or parts of them; None: for none."""
+    part, size = arguments, arguments.q.shape[1]
+
+    def shape(x: Any) -> Any:
+        if x is None:
+            return None
+        return jax.ShapeDtypeStruct((x.shape[0], size, *x.shape[2:]), x.dtype)
+
+    while choose_tiles(part, generation=generation) is None:
+        if size <= LANES:
+            return None
+        size = round_up(-(-size // 2), LANES)
+        offset: Any = jax.ShapeDtypeStruct((), jnp.int32)  # another one for each part
+        part = dataclasses.replace(
+            arguments, q=shape(arguments.q), q_full=shape(arguments.q_full), q_offset=offset
+        )
+    return size
+
+
+def _in_parts(
+    one: Callable[[PrefillArguments], AttentionOutput], arguments: PrefillArguments, size: int
+) -> AttentionOutput:
+    """`size` queries after the others. Gradients of keys and values are added in their dtype.
+
+    The last part ends with the last query; what it has in common with the one before is cut off::
+
+        [ part 0      ][ part 1      ]
+                               [ part 2      ]
+                                     [ taken ]
+    """
+    num_queries = arguments.q.shape[1]
+    count = -(-num_queries // size)
+
+    def part(first: Array) -> tuple[Array, Array | None]:
+        def cut(x: Array) -> Array:
+            return lax.dynamic_slice_in_dim(x, first, size, axis=1)
+
+        q_full = None if arguments.q_full is None else cut(arguments.q_full)
+        offset = arguments.q_offset + first
+        found = one(
+            dataclasses.replace(arguments, q=cut(arguments.q), q_full=q_full, q_offset=offset)
+        )
+        return found.out, found.lse
+
+    def joined(parts: Array) -> Array:
+        whole = jnp.moveaxis(parts[:-1], 0, 1).reshape(parts.shape[1], -1, *parts.shape[3:])
+        return jnp.concatenate([whole, parts[-1][:, whole.shape[1] - num_queries :]], axis=1)
+
+    firsts = jnp.minimum(jnp.arange(count, dtype=jnp.int32) * size, num_queries - size)
+    out, lse = jax.tree.map(joined, lax.map(part, firsts))
     return AttentionOutput(out=out, lse=lse)
 
 

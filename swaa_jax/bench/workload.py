@@ -33,7 +33,8 @@ __all__ = ["Lengths", "LengthsLike", "Planned", "Workload", "lengths_given", "pa
 
 _CONCURRENCY = 8
 _LENGTHS, _ARRIVALS, _TOKENS = range(3)
-_LENGTH = re.compile(r"([1-9]\d{0,9})(k?)")
+_LENGTH = re.compile(r"([1-9]\d{0,9})([kKmM]?)")
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,8 +84,8 @@ class Lengths:
 def parse_lengths(name: str, text: str) -> Lengths:
     """Lengths as they are typed: a number, a range, or a list.
 
-    >>> parse_lengths("prompt", "128k").values
-    (131072,)
+    >>> parse_lengths("prompt", "128k").values, parse_lengths("prompt", "1M").values
+    ((131072,), (1048576,))
     >>> str(parse_lengths("prompt", "512:8k")), str(parse_lengths("prompt", "100,200"))
     ('512:8192', '100,200')
 
@@ -93,7 +94,7 @@ def parse_lengths(name: str, text: str) -> Lengths:
     """
     is_range = ":" in text
     found = [_LENGTH.fullmatch(part.strip()) for part in re.split("[:,]", text)]
-    values = tuple(int(one[1]) * (1024 if one[2] else 1) for one in found if one is not None)
+    values = tuple(int(one[1]) * _UNITS[one[2].lower()] for one in found if one is not None)
     is_mixed = is_range and ("," in text or len(found) != 2)
     if None in found or is_mixed or (is_range and values[0] > values[1]):
         raise ValueError(

@@ -231,13 +231,18 @@ _MEANINGS = (
     ("CUDA_ERROR_NO_DEVICE", "see nvidia-smi; in a container, start it with --gpus all"),
     ("driver version is insufficient", "update the NVIDIA driver"),
     ("RESOURCE_EXHAUSTED", "another process has the memory: see nvidia-smi"),
+    ("SWAA_BACKEND: expected", "take it out of the environment, or name one of these"),
     ("expects platform", "take SWAA_BACKEND out of the environment, or name what runs here"),
 )
 """What is told where JAX's own words have these in them."""
 
 
+_OF_TRACEBACKS = ("----", "For simplicity, JAX has removed")
+
+
 def _meaning(lines: Sequence[str]) -> str:
-    """The line that tells most: one that is known, else the last."""
+    """The line that tells most: one that is known, else the last but JAX's about tracebacks."""
+    lines = [line for line in lines if not line.startswith(_OF_TRACEBACKS)] or lines
     known = [line for line in lines if any(word in line for word, _ in _MEANINGS)]
     return (known or lines)[-1].strip()[:_LONGEST_SAID]
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import Target
@@ -369,12 +369,27 @@ class GatedMLP(nnx.Module):
         """
         adapters = (proj.adapter for proj in (self.gate_proj, self.up_proj, self.down_proj))
         if rows.feeds_in_parts and not any(one is not None and one.drops for one in adapters):
-            return FeedForward(out=_in_parts(self._feed, x, rows.mesh))
+            return FeedForward(out=_in_parts(_gathered(self, rows.mesh)._feed, x, rows.mesh))
         return FeedForward(out=self._feed(x))
 
     def _feed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gated = activation(self.activation)(self.gate_proj(x)) * self.up_proj(x)
         return self.down_proj(gated)
+
+
+def _gathered(block: GatedMLP, mesh: Mesh | None) -> GatedMLP:
+    """The block with each device's part of D whole: gathered once, rather than for every part."""
+    if mesh is None:
+        return block
+    graph, params, rest = nnx.split(block, nnx.Param, ...)
+
+    def gather(param: Any) -> Any:
+        axes = [None if name == "embed" else name for name in param.axes]
+        on = NamedSharding(mesh, spec_for(axes, param.shape, mesh))
+        return param.replace(jax.lax.with_sharding_constraint(param[...], on))
+
+    params = jax.tree.map(gather, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+    return nnx.merge(graph, params, rest)
 
 
 def _in_parts(

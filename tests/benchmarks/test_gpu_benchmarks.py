@@ -1,22 +1,16 @@
 """The GPU benchmarks on a CPU: what they count, how they time, and what they do with results."""
 
-import importlib
 import itertools
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """A benchmark's module; they find one another, as when one is run."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
 
 
 @pytest.fixture
@@ -190,6 +184,76 @@ def test_parts_compile_side_by_side_and_are_timed_in_turns(load, tmp_path, capsy
     assert "no such thing" in capsys.readouterr().err
 
 
+WHOLE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {benchmarks!r})
+import argparse, gpu_turns
+parser = argparse.ArgumentParser()
+gpu_turns.add_arguments(parser, jobs=1)
+arguments = parser.parse_args()
+
+def measure(arguments):
+    gpu_turns.take_turn()
+    if arguments.part == "hangs":
+        import time
+        time.sleep(60)
+    if arguments.part == "breaks":
+        sys.exit("no such thing")
+    gpu_turns.tell(dict(side="one", **dict([{row!r}])))
+
+def plot(content, path):
+    path.write_text(str(len(content["rows"])))
+
+sys.exit(gpu_turns.run(
+    arguments, __file__, {parts!r}, measure=measure, finish=lambda *_: None,
+    report=lambda rows: None, plot=plot, about=dict(),
+))
+"""
+
+
+@pytest.mark.parametrize(
+    "parts, row, ended, status",
+    [
+        (["quick"], ("ms", 1.0), "whole", 0),
+        (["quick", "breaks"], ("ms", 1.0), "whole", 1),
+        (["quick"], ("reason", "none"), "nothing was timed", 1),
+        (["quick", "hangs"], ("ms", 1.0), "ended early; what it has is in", 1),
+    ],
+)
+def test_results_are_whole_until_a_run_has_ended(parts, row, ended, status, tmp_path):
+    script, output = tmp_path / "script.py", tmp_path / "found.json"
+    script.write_text(WHOLE.format(benchmarks=str(BENCHMARKS), parts=parts, row=row))
+    partial = tmp_path / "found.partial.json"
+    output.write_text("older")
+    command = [sys.executable, str(script), "--smoke", "--output", str(output)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if "hangs" in parts:
+        while not partial.exists():
+            assert run.poll() is None
+            time.sleep(0.05)
+        run.terminate()
+    _, errors = run.communicate(timeout=100)
+    assert run.returncode == status, errors
+    if ended == "whole":
+        rows = json.loads(output.read_text())["rows"]
+        assert [row["part"] for row in rows] == parts and not partial.exists()
+        assert output.with_suffix(".png").read_text() == str(len(parts))
+    else:
+        assert ended in errors and str(partial) in errors
+        assert output.read_text() == "older" and not output.with_suffix(".png").exists()
+        assert json.loads(partial.read_text())["rows"][0]["part"] == "quick"
+
+
+def test_without_a_gpu_only_tiny_cases_run(load, monkeypatch):
+    import jax
+
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices(backend="cpu"))
+    load("gpu_timing").check_card(smoke=True)
+    with pytest.raises(SystemExit, match="device: expected a GPU, got cpu; --smoke runs"):
+        load("gpu_timing").check_card(smoke=False)
+
+
 def test_attention_runs(rows_of):
     found = rows_of("attention_gpu", "--part", "packed:256")
     assert [row["pass"] for row in found] == ["forward"] * 3 + ["gradient"] * 3
@@ -282,142 +346,6 @@ def test_tables_and_plots_of_recorded_rows(load, name, tmp_path, monkeypatch, ca
     assert output.with_suffix(".png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("name", RECORDED)
-def test_help_teaches(load, name, capsys):
-    with pytest.raises(SystemExit) as ended:
-        load(name).parse_arguments(["--help"])
-    shown = capsys.readouterr().out
-    assert ended.value.code == 0
-    assert f"python benchmarks/{name}.py --smoke" in shown and "examples:" in shown
-
-
-@pytest.mark.parametrize(
-    "name, given, told",
-    [
-        (
-            "attention_gpu",
-            "--lengths 1000 --output a.json",
-            "--lengths: expected multiples of 1024, got 1000",
-        ),
-        ("attention_gpu", "--lengths -1024", "--lengths: expected a whole number of at least 1"),
-        ("attention_gpu", "--smoke --lengths 100", "--lengths: expected multiples of 32, got 100"),
-        ("attention_gpu", "--jobs 0", "--jobs: expected a whole number of at least 1, got '0'"),
-        ("decode_gpu", "--layers 0", "--layers: expected a whole number of at least 1, got '0'"),
-        ("decode_gpu", "--limit nan", "--limit: expected seconds, a number above 0, got 'nan'"),
-        ("moe_gpu", "--tokens 1 0", "--tokens: expected a whole number of at least 1, got '0'"),
-        ("moe_gpu", "--output a.png", "--output: expected a file that ends in .json, got 'a.png'"),
-        ("moe_gpu", "--redraw --output no.json", "--redraw: expected results in --output, got no"),
-        ("serving", "--redraw --smoke", "--redraw: expected results in --output, got None"),
-        ("serving", "--repeats 0", "--repeats: expected a whole number of at least 1, got '0'"),
-        (
-            "serving",
-            "--sides transformers --cases mixed batch --output a.json",
-            "--sides: expected swaa_jax for batch, got transformers alone",
-        ),
-        (
-            "serving",
-            "--sides swaa_jax transformers --cases batch reuse --output a.json",
-            "--sides: expected swaa_jax alone for batch reuse, got transformers, too",
-        ),
-        (
-            "serving",
-            "--sides transformers --cases mixed --slots 8",
-            "--slots: expected --sides with swaa_jax, got transformers; it is not used there",
-        ),
-        ("serving", "--cases reuse --requests 9", "--requests: expected --cases with clients, got"),
-        ("serving", "--cases clients --slots 9", "--slots: expected --cases with mixed or million"),
-        ("serving", "--redraw --cases mixed", "--redraw: expected --output alone beside it, got"),
-        ("decode_gpu", "--cases rings --layers 8", "--layers: expected --cases with model_full_"),
-        ("decode_gpu", "--cases rings new_8 --sides swaa_jax", "got rings new_8; it is not used"),
-        (
-            "decode_gpu",
-            "--cases model_full_128k --backends xla",
-            "--backends: expected --cases with full_128k or new_8 or rings",
-        ),
-        (
-            "moe_gpu",
-            "--cases products --layers 8",
-            "--layers: expected --cases with model_32k, got",
-        ),
-        (
-            "moe_gpu",
-            "--cases products --sides swaa_jax",
-            "--sides: expected --cases with model_32k",
-        ),
-        (
-            "moe_gpu",
-            "--cases model_32k --tokens 1",
-            "--tokens: expected --cases with products, got",
-        ),
-        ("moe_gpu", "--cases model_32k --kernels xla", "--kernels: expected --cases with products"),
-        ("moe_gpu", "--smoke --cases model_32k --products down", "--products: expected --cases"),
-        ("attention_gpu", "--passes forward", "--output: expected a file for a run with --passes"),
-        (
-            "decode_gpu",
-            "--cases rings --backends xla",
-            "for a run with --backends --cases, got none",
-        ),
-        ("moe_gpu", "--layers 6", "--output: expected a file for a run with --layers, got none"),
-        ("train_step", "--rows one", "--output: expected a file for a run with --rows, got none"),
-        (
-            "serving",
-            "--chunk-size 64",
-            "--output: expected a file for a run with --chunk-size, got",
-        ),
-        ("train_step", "--steps 0", "--steps: expected a whole number of at least 1, got '0'"),
-        ("train_step", "--sinks -1", "--sinks: expected a whole number of at least 0, got '-1'"),
-        (
-            "train_step",
-            "--tokens 100 --output a.json",
-            "--tokens: expected a multiple of 32, got 100",
-        ),
-    ],
-)
-def test_wrong_arguments_are_named(load, capsys, name, given, told):
-    with pytest.raises(SystemExit) as ended:
-        load(name).parse_arguments(given.split())
-    assert ended.value.code == 2 and told in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "name, given, kept",
-    [
-        ("attention_gpu", "--lengths 1024 --sides xla", {"lengths": [1024], "sides": ["xla"]}),
-        ("moe_gpu", "--tokens 9", {"tokens": [9]}),
-        ("serving", "--slots 32 --requests 5", {"slots": 32, "requests": 5}),
-        ("train_step", "--tokens 64 --sides torch_flex", {"tokens": 64, "sides": ["torch_flex"]}),
-    ],
-)
-def test_a_smoke_run_takes_what_is_given(load, name, given, kept):
-    """And is tiny in all else; it keeps nothing."""
-    found = vars(load(name).parse_arguments(["--smoke", *given.split()]))
-    plain = vars(load(name).parse_arguments(["--smoke"]))
-    assert found == plain | kept != plain and found["output"] is None
-
-
-@pytest.mark.parametrize(
-    "name, given",
-    [
-        ("attention_gpu", "--sides xla pallas_gpu pallas_triton cudnn flex mgpu --limit 9"),
-        ("decode_gpu", "--sides swaa_jax transformers --jobs 2"),
-        ("moe_gpu", "--tokens 1 8 16 32 64 32768"),
-        ("train_step", "--limit 99"),
-        ("serving", "--slots 32"),
-    ],
-)
-def test_the_kept_file_is_a_whole_runs(load, name, given, tmp_path, monkeypatch):
-    """Also one of more than the default."""
-    monkeypatch.setattr(load("gpu_arguments"), "RESULTS", tmp_path)
-    assert load(name).parse_arguments(given.split()).output == tmp_path / f"{name}.json"
-
-
-def test_a_runs_own_process_takes_its_arguments(load):
-    part = ["--tokens=64", "--window=8", "--sinks=1", "--steps=3", "--side=swaa_jax", "--rows=one"]
-    assert load("train_step").parse_arguments(part).tokens == 64
-    some = ["--cases", "mixed", "batch", "--repeats", "3", "--one", "batch", "swaa_jax"]
-    assert load("serving").parse_arguments(some).one == ["batch", "swaa_jax"]
-
-
 @pytest.mark.parametrize("rows", ("one", "packed"))
 def test_rows_of_a_training_step(load, rows):
     step = load("train_step")
@@ -486,6 +414,7 @@ def test_serving_of_recorded_rows(load, tmp_path, monkeypatch, capsys):
     output = tmp_path / "serving.json"
     monkeypatch.setattr(sys, "argv", ["serving", "--cases", "mixed"])
     serving.write(rows, output)
+    assert load("gpu_timing").keep(output, serving.plot)
     kept = json.loads(output.read_text())
     assert kept["command"] == "python benchmarks/serving.py --cases mixed"
     assert kept["mixed_ratio"] == 9 and kept["device"] == "a card" and kept["rows"] == rows

@@ -75,7 +75,8 @@ def test_lengths_as_typed():
     counts = collections.Counter(drawn)
     assert set(counts) == {3, 4, 5} and min(counts.values()) > 850
     assert parse_lengths("x", "1k, 2,3").draw(4, np.random.default_rng(0)) == [1024, 2, 3, 1024]
-    for wrong in ("", "0", "-1", "5:3", "1:2:3", "1:2,3", "1.5", "k", "9" * 5000, "2m"):
+    assert parse_lengths("x", "2M").values == parse_lengths("x", "2048k").values
+    for wrong in ("", "0", "-1", "5:3", "1:2:3", "1:2,3", "1.5", "k", "9" * 5000, "2g"):
         with pytest.raises(ValueError, match="--prompt-tokens: expected tokens such as") as error:
             parse_lengths("--prompt-tokens", wrong)
         assert len(str(error.value)) < 400

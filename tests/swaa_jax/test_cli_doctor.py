@@ -85,6 +85,10 @@ def test_backends_that_are_named(monkeypatch):
     said = f"NotImplementedError: {told}\n--------------------\nFor simplicity, JAX has removed\n"
     (finding,) = doctor._of_jax({"stage": "compute"}, said, 1, timeout_s=1)
     assert told in finding.value and "SWAA_BACKEND" in finding.advice
+    told = "ValueError: SWAA_BACKEND: expected one of 'auto', 'xla' for swa_prefill, got 'nope'"
+    said = said.replace(said.splitlines()[0], told)
+    (finding,) = doctor._of_jax({"stage": "compute"}, said, 1, timeout_s=1)
+    assert told in finding.value and "name one of these" in finding.advice
 
 
 def test_what_its_answers_mean(monkeypatch, tmp_path):

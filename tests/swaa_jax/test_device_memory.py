@@ -70,6 +70,7 @@ def test_what_is_said_to_fit_does_and_no_more(memory):
     "message, asked",
     [
         ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1200 bytes.", 1200),
+        ("RESOURCE_EXHAUSTED: Failed to allocate request for 1.5KiB (1536B) on device", 1536),
         ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1.5KiB: ...", 1536),
         ("RESOURCE_EXHAUSTED: Error allocating: Attempting to allocate 1.5K. That was not", 1536),
         ("RESOURCE_EXHAUSTED: Ran out. Exceeded hbm capacity by 1.5K. Total", 1536),

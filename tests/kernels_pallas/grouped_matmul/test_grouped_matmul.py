@@ -161,6 +161,11 @@ def test_auto_takes_the_platforms_kernel_and_never_ragged_dot():
         ({"w": jnp.ones((2, 3, 5), jnp.bfloat16)}, "w: expected x's dtype float32, got bfloat16"),
         ({"w": jnp.ones((2, 4, 5))}, "w: expected D = 3 like x"),
         (
+            {"w": jnp.ones((0, 3, 5)), "group_sizes": jnp.ones((0,), jnp.int32)},
+            r"w: expected at least one group, got shape \(0, 3, 5\)",
+        ),
+        ({"rows_per_group": -1}, "rows_per_group: expected at least 0, got -1"),
+        (
             {"group_sizes": jnp.ones((3,), jnp.int32)},
             r"group_sizes: expected shape \[2\], got shape \[3\]",
         ),

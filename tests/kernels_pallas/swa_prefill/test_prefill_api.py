@@ -236,6 +236,7 @@ WRONG = {
     "num_sink_tokens: expected at least 0, got -1": dict(num_sink_tokens=-1),
     "num_sink_tokens: expected at most 2147483647, got 1000": dict(num_sink_tokens=10**99),
     "softcap: expected a positive number or None, got 0": dict(softcap=0.0),
+    "softcap: expected a positive number or None, got inf": dict(softcap=float("inf")),
     "backend: expected one of 'auto', 'cudnn', 'pallas_gpu', .*, 'xla' for swa_prefill, "
     "got 'gpu'": dict(backend="gpu"),
 }

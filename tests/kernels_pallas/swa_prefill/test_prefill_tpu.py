@@ -13,7 +13,9 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas import Target, mask, swa_prefill
 from kernels_pallas.backends import choose_backend
 from kernels_pallas.chips import TPUS
+from kernels_pallas.swa_prefill import pallas_tpu as tpu
 from kernels_pallas.swa_prefill import pallas_tpu_tiles as tpu_tiles
+from kernels_pallas.swa_prefill import reference, work_list
 from kernels_pallas.swa_prefill.arguments import PrefillArguments
 from kernels_pallas.swa_prefill.pallas_tpu import compute
 from kernels_pallas.swa_prefill.pallas_tpu_tiles import Tiles
@@ -171,6 +173,45 @@ def test_auto_takes_it_on_a_tpu_where_it_has_no_limits(limit):
     if limit:
         with pytest.raises(NotImplementedError, match=f"'pallas_tpu' cannot compute this: {limit}"):
             choose_backend("swa_prefill", "pallas_tpu", case)
+
+
+@pytest.mark.parametrize("full_rows", (False, True))
+def test_queries_are_computed_in_parts_where_their_list_is_too_long(full_rows, monkeypatch):
+    """Of 300 queries a list of 8 items has room for 128; 84 of the last part are computed twice."""
+    rng = np.random.default_rng(0)
+    q, k, v, d_out = (
+        jnp.asarray(rng.standard_normal((2, size, heads, 8)), "float32")
+        for size, heads in ((300, 4), (380, 2), (380, 2), (300, 4))
+    )
+    about = {
+        "window": 90,
+        "num_sink_tokens": 5,
+        "q_offset": jnp.array([40, 80]),
+        "lengths": jnp.array([380, 333]),
+        "segment_ids": jnp.cumsum(jnp.arange(380) % 170 == 0)[None].repeat(2, 0),
+        "target": Target(platform="tpu", device_kind="TPU v5 lite"),
+    }
+    if full_rows:
+        about["q_full"] = jnp.asarray(rng.random((2, 300)) < 0.1)
+
+    def results(compute):
+        def run(q, k, v):
+            found = compute(arguments(q, k, v, **about))
+            finite = jnp.where(jnp.isfinite(found.lse), found.lse, 0)
+            return jnp.sum(found.out * d_out) + jnp.sum(jnp.sin(finite)), found
+
+        (_, found), slopes = jax.value_and_grad(run, (0, 1, 2), has_aux=True)(q, k, v)
+        return found.out, found.lse, *slopes
+
+    want = jax.jit(lambda: results(reference.compute))()
+    monkeypatch.setattr(work_list, "SMEM_BYTES", 8 * 4)
+    monkeypatch.setattr(
+        tpu_tiles, "_candidates", lambda *_: [Tiles(block_q=128, block_kv=128, kv_heads=2)]
+    )
+    assert tpu._rows_at_once(arguments(q, k, v, **about)) == 128
+    got = jax.jit(lambda: results(functools.partial(compute, interpret=True)))()
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=5 * ATOL)
 
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
