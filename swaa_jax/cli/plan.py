@@ -18,6 +18,9 @@ examples:
   swaa plan train Qwen3-4B --policy naive --chip v5e --mesh fsdp=8 --solve context
       the longest rows that fit: minutes of compiles, which are kept for the next time
 
+  swaa plan train Qwen3-4B --chip v5e --mesh tensor=2,context=4 --context 256k --remat offload
+      one row over eight devices, with what waits in the host's memory
+
   swaa plan serve ./my-model --context 128k --solve slots
       on the devices of this machine
 
