@@ -23,7 +23,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "swaa_jax.eval.search",
         "swaa_jax.selection",
     ),
-    "Measuring": ("swaa_jax.bench", "swaa_jax.verify", "swaa_jax.costs"),
+    "Measuring": ("swaa_jax.plan", "swaa_jax.bench", "swaa_jax.verify", "swaa_jax.costs"),
     "Machines and files": (
         "swaa_jax.runtime",
         "swaa_jax.sharding",
