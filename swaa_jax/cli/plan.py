@@ -110,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
     policy = policy_from_args(args)
     if args.batch is not None and args.slots is not None:
         raise ValueError("--slots: expected none with --batch, which is the same; drop one")
+    if args.full_training and args.lora_rank != 16:
+        raise ValueError(f"--lora-rank: expected none with --full-training, got {args.lora_rank}")
     with naming_flags(args, compiles="--closed-form"):
         found = plan(
             args.work,

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from kernels_pallas.chips import TPUS
 from swaa_jax import checkpoint
 from swaa_jax.arguments import told_keywords
 from swaa_jax.bench.shapes import SHAPES
@@ -115,6 +116,22 @@ def plan(
     rows = parts if batch is None else integer(least=1)("batch", batch)
     if work in ("train", "score") and rows % parts:
         raise wrong("batch", f"a multiple of the {parts} parts that {sizes} cuts rows in", rows)
+    idle = {
+        "lora_rank": (lora_rank, 16, work == "train"),
+        "remat": (remat, None, work == "train"),
+        "chunk_size": (chunk_size, 1024, "chunk" in WORK[work]),
+        "step": (step, None, solve is not None),
+        "effort": (effort, 0, compiles and chip in TPUS),
+    }
+    for name, (value, default, is_used) in idle.items():
+        if value != default and not is_used:
+            what = f"{work} on {chip}, {'compiled' if compiles else 'by formulas'}"
+            raise wrong(
+                name,
+                f"none for {what}{'' if solve else ', nothing solved'}",
+                value,
+                "; it is not used there",
+            )
     if chip == HERE and not compiles:
         raise wrong("chip", "one by name, where nothing is compiled", chip, "; say which")
     name, config, own, longest = _config_of(model, config_overrides)

@@ -444,3 +444,20 @@ def test_bytes_of_a_compiled_layer_are_those_of_the_formula(layer):
     told = costs.exchanged_bytes(layer, tokens=tokens, shards=8, **formula)
     segments = 0 if layer.window is None else 4 * (layer.window - 1)  # which the formula leaves out
     assert sum(counted.values()) == told + segments
+
+
+@pytest.mark.parametrize(
+    "work, given",
+    [
+        ("serve", {"lora_rank": 8}),
+        ("serve", {"lora_rank": None}),
+        ("decode", {"remat": "offload"}),
+        ("train", {"chunk_size": 512}),
+        ("train", {"step": 4096}),
+        ("train", {"effort": -1.0}),
+    ],
+)
+def test_what_is_not_used_is_refused(work, given):
+    (name,) = given
+    with pytest.raises(ValueError, match=f"{name}: expected none for {work} on h100, by formulas"):
+        plan(work, "Qwen3-0.6B", chip="h100", compiles=False, **given)
