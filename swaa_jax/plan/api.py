@@ -128,12 +128,12 @@ def plan(
             what = f"{work} on {chip}, {'compiled' if compiles else 'by formulas'}"
             raise wrong(
                 name,
-                f"none for {what}{'' if solve else ', nothing solved'}",
+                f"none for {what}{'' if solve else ', without solve'}",
                 value,
-                "; it is not used there",
+                "it is not used there",
             )
     if chip == HERE and not compiles:
-        raise wrong("chip", "one by name, where nothing is compiled", chip, "; say which")
+        raise wrong("chip", "one by name, where nothing is compiled", chip, "say which")
     name, config, own, longest = _config_of(model, config_overrides)
     given = own if policy is None else load_policy(policy)
     first = Program(
