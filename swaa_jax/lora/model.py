@@ -65,13 +65,18 @@ def add_lora(
     """
     check_module(model)
     config = _lora_config(config)
-    rngs = rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(integer(least=0)("rngs", rngs))
+    given = rngs if isinstance(rngs, nnx.Rngs) else integer(least=0)("rngs", rngs)
     if adapted_sites(model):
         raise ValueError(
             "model: expected one without adapters, got one with them; take without_lora(model) to "
             "begin anew, merge_lora(model) to train on top of them"
         )
-    return place_adapters(model, config, target_sites(model, config), rngs=rngs)
+    sites = target_sites(model, config)
+    # Nothing is drawn for shapes, and no device is asked for.
+    if all(map(_is_of_shapes, sites)):
+        return place_adapters(model, config, sites, rngs=None)
+    drawn = given if isinstance(given, nnx.Rngs) else nnx.Rngs(given)
+    return place_adapters(model, config, sites, rngs=drawn)
 
 
 def check_module(model: Any) -> None:
@@ -110,7 +115,7 @@ def place_adapters(
         model: the model.
         config: gives ranks and scales.
         sites: of the model.
-        rngs: draws A; None with `values`.
+        rngs: draws A; None with `values`, and for a model of shapes, where nothing is drawn.
         values: (A, [B, ...]) of each site by its path and slot.
     """
     mesh = getattr(model, "mesh", None)
@@ -120,8 +125,7 @@ def place_adapters(
         if values is not None:
             a, b_parts = values[site.path, site.slot]
         else:
-            assert rngs is not None
-            a, b_parts = _initial(site, rank, rngs.params())
+            a, b_parts = _initial(site, rank, rngs)
         lora_a, lora_b = _variables(site, a, b_parts, mesh)
         adapter = (
             StackedLoraAdapter(lora_a, lora_b, scale=scale)
@@ -139,12 +143,17 @@ def factor_shapes(site: Site, rank: int) -> tuple[tuple[int, ...], list[tuple[in
     return (*experts, inputs, rank), [(*experts, rank, size) for size in outputs]
 
 
-def _initial(site: Site, rank: int, key: PRNGKeyArray) -> tuple[Any, list[Any]]:
+def _initial(site: Site, rank: int, rngs: nnx.Rngs | None) -> tuple[Any, list[Any]]:
     a, b_parts = factor_shapes(site, rank)
-    if isinstance(site.kernels[0].get_value(), jax.ShapeDtypeStruct):
+    if _is_of_shapes(site):
         shape = jax.ShapeDtypeStruct
         return shape(a, jnp.float32), [shape(b, jnp.float32) for b in b_parts]
-    return initial_a(key, a, fan_in=a[-2]), [jnp.zeros(b, jnp.float32) for b in b_parts]
+    assert rngs is not None
+    return initial_a(rngs.params(), a, fan_in=a[-2]), [jnp.zeros(b, jnp.float32) for b in b_parts]
+
+
+def _is_of_shapes(site: Site) -> bool:
+    return isinstance(site.kernels[0].get_value(), jax.ShapeDtypeStruct)
 
 
 def _variables(

@@ -74,13 +74,9 @@ def _abstract_model(
     family = FAMILIES[hf_config["model_type"]]
     config = family.config_class.from_hf(hf_config)
     policy = AttentionPolicy.from_dict(json.loads(policy_json))
-    model = nnx.eval_shape(
-        lambda: family.model_class(
-            config, policy=policy, dtype=jnp.bfloat16, mesh=mesh, rngs=nnx.Rngs(0)
-        )
-    )
+    model = family.model_class(config, policy=policy, dtype=jnp.bfloat16, mesh=mesh, rngs=None)
     if lora_rank is not None:
-        model = add_lora(model, LoraConfig(rank=lora_rank), rngs=nnx.Rngs(0))
+        model = add_lora(model, LoraConfig(rank=lora_rank))
     return model
 
 
@@ -172,7 +168,7 @@ def _chunk(program: Program, model: CausalLM, mesh: Mesh) -> Lowerable:
 def _steps(program: Program, model: CausalLM, mesh: Mesh) -> Lowerable:
     """The engine's `decode_tokens` and what it takes: some steps of all rows."""
     arrays, state, on = _engine_state(program, model, mesh)
-    steps = EngineOptions().steps_per_call
+    steps = EngineOptions.steps_per_call
     answering = np.zeros((program.batch,), bool)
     inputs = _shapes((answering, np.int32(steps), np.bool_(False)), on)
     decode = jax.jit(
