@@ -29,6 +29,7 @@ from swaa_jax.fields import wrong
 from swaa_jax.models import CausalLM
 from swaa_jax.models.function import SplitModel
 from swaa_jax.policy import LayerAttention, Stage
+from swaa_jax.sharding import heads_of_device, width_of_device
 
 __all__ = [
     "FlopCounter",
@@ -358,13 +359,15 @@ def working_bytes(model: SplitModel, *, context: int, read: int, is_paged: bool)
     if layers is None:
         return 0
     sizes = {} if model.mesh is None else model.mesh.shape
-    parts = sizes.get("tensor", 1)
+    num_heads, num_kv_heads = heads_of_device(
+        model.mesh, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads
+    )
     return activation_bytes(
         layers,
         hidden_size=config.hidden_size,
-        ffw_size=config.active_ffw_size // parts,
-        num_heads=config.num_heads // parts,
-        num_kv_heads=max(1, config.num_kv_heads // parts),
+        ffw_size=width_of_device(model.mesh, config.active_ffw_size),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
         head_dim=config.head_dim,
         context=context,
         read=read,

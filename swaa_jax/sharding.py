@@ -36,6 +36,7 @@ __all__ = [
     "batch_parts",
     "constrain_batch",
     "constrain_whole",
+    "heads_of_device",
     "kv_head_copies",
     "lacking_tokens",
     "make_mesh",
@@ -45,6 +46,7 @@ __all__ = [
     "spec_for",
     "split_over",
     "target_of",
+    "width_of_device",
 ]
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
@@ -119,8 +121,10 @@ def _how_to_get(count: int, platform: str) -> str:
     return ": lower a size, or join hosts (docs/many-devices.md)"
 
 
-def mesh_sizes(name: str, text: str) -> dict[str, int]:
+def mesh_sizes(name: str, text: str, *, or_auto: bool = True) -> dict[str, int]:
     """The sizes of axes that a text such as `fsdp=4,tensor=2` has.
+
+    `or_auto`: the message tells of 'auto', which the caller knows.
 
     >>> mesh_sizes("mesh", "fsdp=4,tensor=2")
     {'fsdp': 4, 'tensor': 2}
@@ -132,10 +136,13 @@ def mesh_sizes(name: str, text: str) -> dict[str, int]:
     for part in text.split(","):
         axis, _, size = (piece.strip() for piece in part.partition("="))
         if axis not in MESH_AXES or not size.isdecimal() or axis in sizes:
+            words = (*MESH_AXES, "auto") if or_auto else MESH_AXES
+            advice = nearest(axis, words) if axis not in words else ""
+            advice = f"; give {axis} once" if axis in sizes else advice
+            auto, axes = "'auto', or " if or_auto else "", ", ".join(MESH_AXES)
             raise ValueError(
-                f"{name}: expected 'auto', or sizes such as fsdp=4,tensor=2 of some of "
-                f"{', '.join(MESH_AXES)}, got {show(text)}"
-                f"{'' if axis in MESH_AXES else nearest(axis, (*MESH_AXES, 'auto'))}"
+                f"{name}: expected {auto}sizes such as fsdp=4,tensor=2 of some of {axes}, "
+                f"got {show(text)}{advice}"
             )
         sizes[axis] = int(size)
     return sizes
@@ -274,7 +281,7 @@ def sharding_for(param: nnx.Variable, mesh: Mesh | AbstractMesh | None) -> Named
     return NamedSharding(mesh, spec_for(param.axes, counts, mesh))
 
 
-def kv_head_copies(mesh: Mesh | None, *, num_heads: int, num_kv_heads: int) -> int:
+def kv_head_copies(mesh: Mesh | AbstractMesh | None, *, num_heads: int, num_kv_heads: int) -> int:
     """How many copies of each key/value head make them as many as the mesh's `tensor` devices.
 
     With 2 KV heads on `tensor=4` each device holds one head, half of the heads are held twice, and
@@ -288,6 +295,33 @@ def kv_head_copies(mesh: Mesh | None, *, num_heads: int, num_kv_heads: int) -> i
     parts = 1 if mesh is None else mesh.shape.get("tensor", 1)
     fits = parts > num_kv_heads and parts % num_kv_heads == 0 and num_heads % parts == 0
     return parts // num_kv_heads if fits else 1
+
+
+def heads_of_device(
+    mesh: Mesh | AbstractMesh | None, *, num_heads: int, num_kv_heads: int
+) -> tuple[int, int]:
+    """Query heads and key/value heads that each device computes with, by `attention_specs`.
+
+    >>> mesh = make_mesh([jax.devices()[0]] * 3, tensor=3)  # one in place of three
+    >>> heads_of_device(mesh, num_heads=12, num_kv_heads=6)
+    (4, 2)
+    >>> heads_of_device(mesh, num_heads=32, num_kv_heads=8)  # which 3 devices cannot share
+    (32, 8)
+    """
+    parts = 1 if mesh is None else mesh.shape.get("tensor", 1)
+    held = num_kv_heads * kv_head_copies(mesh, num_heads=num_heads, num_kv_heads=num_kv_heads)
+    return (num_heads, num_kv_heads) if held % parts else (num_heads // parts, held // parts)
+
+
+def width_of_device(mesh: Mesh | AbstractMesh | None, width: int) -> int:
+    """What each device computes of a feed-forward's width: all unless `tensor` divides it.
+
+    >>> mesh = make_mesh([jax.devices()[0]] * 3, tensor=3)  # one in place of three
+    >>> width_of_device(mesh, 12), width_of_device(mesh, 13)
+    (4, 13)
+    """
+    parts = 1 if mesh is None else mesh.shape.get("tensor", 1)
+    return width if width % parts else width // parts
 
 
 def attention_specs(

@@ -6,14 +6,14 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh
 
 from swaa_jax.costs import cache_bytes
 from swaa_jax.eval.search.shipped import ModelSize, memory_of
 from swaa_jax.lora import LoraParam
-from swaa_jax.plan.program import Program
+from swaa_jax.plan.program import Program, mesh_of
 from swaa_jax.plan.shapes import abstract_model, step_config
-from swaa_jax.sharding import MESH_AXES, batch_parts, sharding_for
+from swaa_jax.sharding import batch_parts, heads_of_device, sharding_for, width_of_device
 from swaa_jax.train.dry_run import estimate_memory
 
 __all__ = ["BY_FORMULA", "closed_form"]
@@ -26,9 +26,7 @@ def closed_form(program: Program) -> dict[str, Any]:
 
     Weights are split as the table of logical axes says, heads and feed-forward over `tensor`.
     """
-    model = abstract_model(program, None)
-    sizes = tuple(program.mesh.get(axis, 1) for axis in MESH_AXES)
-    mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    model, mesh = abstract_model(program, None), mesh_of(program)
     host = 0
     if program.kind == "train":
         parts, host = _training(program, model, mesh)
@@ -58,17 +56,22 @@ def _training(program: Program, model: Any, mesh: AbstractMesh) -> tuple[dict[st
 def _reading(program: Program, model: Any, mesh: AbstractMesh) -> dict[str, int]:
     variables = [variable for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))]
     weights = sum(_bytes_of(variable, mesh) for variable in variables)
-    tensor, shards = mesh.shape["tensor"], mesh.shape["context"]
+    shards = mesh.shape["context"]
     whole = ModelSize.of(model, name="model", weight_bytes=weights)
+    num_heads, num_kv_heads = heads_of_device(
+        mesh, num_heads=whole.num_heads, num_kv_heads=whole.num_kv_heads
+    )
     size = dataclasses.replace(
         whole,
-        num_heads=max(1, whole.num_heads // tensor),
-        num_kv_heads=max(1, whole.num_kv_heads // tensor),
-        ffw_size=whole.ffw_size // tensor,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        ffw_size=width_of_device(mesh, whole.ffw_size),
     )
     # Pages are on every device; rows of caches that are none, on those of their own.
     is_paged = program.kind in ("chunk", "steps")
     rows = program.batch if is_paged else max(1, program.batch // batch_parts(mesh)[0])
+    if is_paged and program.page_size % shards:
+        shards = 1  # pages that they cannot share are whole on each device
     layers = model.layer_attention
     row = cache_bytes(
         layers,

@@ -5,10 +5,33 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from kernels_pallas.chips import GPUS, TPUS
-from swaa_jax.fields import check_fields, integer, mapping, nearest, number, one_of, or_none, show
+from jax.sharding import AbstractMesh, AxisType
 
-__all__ = ["CHIPS", "HERE", "KINDS", "Program", "check_chip", "topology_of"]
+from kernels_pallas.chips import GPUS, TPUS
+from swaa_jax.fields import (
+    check_fields,
+    integer,
+    mapping,
+    nearest,
+    number,
+    one_of,
+    or_none,
+    show,
+    wrong_kind,
+)
+from swaa_jax.limits import MAX_POSITIONS, MAX_RANK
+from swaa_jax.sharding import MESH_AXES, mesh_sizes
+
+__all__ = [
+    "CHIPS",
+    "HERE",
+    "KINDS",
+    "Program",
+    "check_chip",
+    "check_mesh",
+    "mesh_of",
+    "topology_of",
+]
 
 KINDS = ("prefill", "chunk", "steps", "decode", "train")
 """Programs: a prompt in one piece, the engine's chunk of a prompt, its steps of all rows, a step
@@ -69,12 +92,12 @@ class Program:
             self,
             config=mapping,
             policy=mapping,
-            mesh=mapping,
+            mesh=check_mesh,
             chip=check_chip,
             kind=one_of(*KINDS),
-            context=size,
+            context=integer(least=1, most=MAX_POSITIONS),
             batch=size,
-            lora_rank=or_none(size),
+            lora_rank=or_none(integer(least=1, most=MAX_RANK)),
             chunk_size=size,
             page_size=size,
             effort=number(least=-1, most=1),
@@ -99,6 +122,39 @@ def check_chip(name: str, value: object) -> str:
     if chip in CHIPS and count.isdecimal():
         advice = f"; {count} of them are chip {chip} with a mesh such as fsdp={count}"
     raise ValueError(f"{name}: expected one of {', '.join(CHIPS)}, got {show(value)}{advice}")
+
+
+def check_mesh(name: str, value: object) -> dict[str, int]:
+    """Sizes of a mesh's axes, from a text, a mapping, or None: one device.
+
+    Raises:
+        ValueError: "auto", which needs devices to count, an axis that is not known, or a size that
+            is no positive integer.
+
+    Examples:
+        >>> check_mesh("mesh", "fsdp=8"), check_mesh("mesh", None)
+        ({'fsdp': 8}, {'fsdp': 1})
+    """
+    if isinstance(value, str):
+        value = mesh_sizes(name, value, or_auto=False)
+    if value is None or value == {}:
+        return {"fsdp": 1}
+    if not isinstance(value, Mapping):
+        raise wrong_kind(name, 'sizes such as "fsdp=8" or {"fsdp": 8}', value)
+    unknown = [axis for axis in value if axis not in MESH_AXES]
+    if unknown:
+        near = nearest(unknown[0], MESH_AXES)
+        raise ValueError(
+            f"{name}: expected axes among {', '.join(MESH_AXES)}, got {show(unknown[0])}{near}"
+        )
+    size = integer(least=1)
+    return {axis: size(f"{name}: {axis}", number) for axis, number in value.items()}
+
+
+def mesh_of(program: Program) -> AbstractMesh:
+    """The program's mesh as sizes alone."""
+    sizes = tuple(program.mesh.get(axis, 1) for axis in MESH_AXES)
+    return AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def topology_of(chip: str, devices: int) -> tuple[str, dict[str, str]]:

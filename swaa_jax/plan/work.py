@@ -11,9 +11,9 @@ from kernels_pallas.chips import GPUS, TPUS, Chip, find_chip
 from swaa_jax.costs import ModelFlops, Runs, exchanged_bytes
 from swaa_jax.engine import EngineOptions
 from swaa_jax.models import CausalLM
-from swaa_jax.plan.program import Program
+from swaa_jax.plan.program import Program, mesh_of
 from swaa_jax.policy import LayerAttention
-from swaa_jax.sharding import RULES
+from swaa_jax.sharding import RULES, heads_of_device
 
 __all__ = [
     "MEASURED",
@@ -23,6 +23,7 @@ __all__ = [
     "estimate_time",
     "layer_work",
     "model_flops",
+    "run_in_words",
     "tokens_of_run",
 ]
 
@@ -102,17 +103,20 @@ def layer_work(program: Program, model: CausalLM) -> tuple[LayerWork, ...]:
 def _exchanged(program: Program, model: CausalLM, layer: LayerAttention) -> int | None:
     if program.kind not in ("train", "prefill"):
         return None
-    shards, tensor = program.mesh.get("context", 1), program.mesh.get("tensor", 1)
+    shards = program.mesh.get("context", 1)
     if shards == 1 or program.context % shards:
         return 0
     rows = max(1, program.batch // math.prod(program.mesh.get(axis, 1) for axis in RULES["batch"]))
     config = model.config
+    num_heads, num_kv_heads = heads_of_device(
+        mesh_of(program), num_heads=config.num_heads, num_kv_heads=config.num_kv_heads
+    )
     return rows * exchanged_bytes(
         layer,
         tokens=program.context,
         shards=shards,
-        num_heads=max(1, config.num_heads // tensor),
-        num_kv_heads=max(1, config.num_kv_heads // tensor),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
         head_dim=config.head_dim,
         # Answers under FA decode and tails see everything; a plan's rows are prompts.
         full_rows=False,
@@ -138,9 +142,22 @@ def _flops(
     return rows * counted.forward(layers, runs, num_logits=logits if has_head else 0)
 
 
+def run_in_words(program: Program) -> str:
+    """What one run of the program does: that is what operations and seconds are of."""
+    count, rows = tokens_of_run(program), program.batch
+    of_rows = "one row" if rows == 1 else f"all {rows:,} rows"
+    return {
+        "chunk": f"the last {count:,} tokens of one row's prompt",
+        "steps": f"{count:,} new tokens of {of_rows}",
+        "decode": f"a new token of {of_rows}",
+        "prefill": f"the prompt, {count:,} tokens, of {of_rows}",
+        "train": f"a step of {of_rows}",
+    }[program.kind]
+
+
 def tokens_of_run(program: Program) -> int:
     """Tokens of a row that a run reads: all of it, its last chunk, or the steps at its end."""
-    steps = EngineOptions().steps_per_call
+    steps = EngineOptions.steps_per_call  # of the class: an instance asks which devices are here
     count = {"chunk": program.chunk_size, "steps": steps, "decode": 1}.get(program.kind)
     return program.context if count is None else min(count, program.context)
 

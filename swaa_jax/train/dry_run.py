@@ -17,7 +17,13 @@ from swaa_jax.memory import Demand, gib, memory_of
 from swaa_jax.models import CausalLM, read_blueprint
 from swaa_jax.models.blocks import FED_AT_ONCE
 from swaa_jax.progress import ProgressLike
-from swaa_jax.sharding import RULES, batch_parts, sharding_for
+from swaa_jax.sharding import (
+    RULES,
+    batch_parts,
+    heads_of_device,
+    sharding_for,
+    width_of_device,
+)
 from swaa_jax.train.config import StepConfig
 from swaa_jax.train.evaluating import prepare_evaluation
 from swaa_jax.train.feed import Feed, make_feed
@@ -286,15 +292,16 @@ def estimate_memory(
     trained_size = sum(_shard_size(variable, mesh) for variable in trained)
     tensor = 1 if mesh is None else mesh.shape["tensor"]
     shape = model.config
+    num_heads, _ = heads_of_device(mesh, num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads)
     inputs = shape.num_layers * shape.hidden_size
     # Of the inputs that wait elsewhere, that of one layer is here, and the next one's on its way.
     kept = 2 * shape.hidden_size
     if config.remat != "offload":
         kept = {"layer": 1 if shards == 1 else 2, "dots": 6, "none": 16}[config.remat] * inputs
-    heads = shape.num_heads * shape.head_dim // tensor
+    heads = num_heads * shape.head_dim
     fed = min(tokens, FED_AT_ONCE) if config.remat in ("layer", "offload") else tokens
     working = (_STREAM if shards == 1 else _SPLIT_STREAM) * tokens * (shape.hidden_size + heads)
-    working += _FFW * fed * shape.active_ffw_size // tensor
+    working += _FFW * fed * width_of_device(mesh, shape.active_ffw_size)
     fsdp = 1 if mesh is None else mesh.shape["fsdp"]
     gathered = 2 * shape.vocab_size * shape.hidden_size // tensor if fsdp > 1 else 0
     return MemoryEstimate(
