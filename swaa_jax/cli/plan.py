@@ -70,11 +70,23 @@ def add_parser(subparsers: Commands) -> None:
     add("--mesh", metavar="SIZES", help="as in fsdp=4,tensor=2; default: one device")
     what = parser.add_argument_group("how much")
     add = what.add_argument
-    add("--context", default="32k", metavar="TOKENS", help="of a row, as in 256k; default 32k")
-    add("--batch", type=int, metavar="ROWS", help="on all devices; default: one for each part")
-    add("--slots", type=int, metavar="N", help="the same, for serve and decode")
-    add("--chunk-size", type=int, default=1024, metavar="N", help="default %(default)s")
-    add("--lora-rank", type=int, default=16, metavar="N", help="default %(default)s")
+    add("--context", metavar="TOKENS", help="of a row, as in 256k or 1M; default 32k")
+    add(
+        "--batch",
+        type=int,
+        metavar="ROWS",
+        help="on all devices; default: one for each part that data and fsdp cut rows in",
+    )
+    add("--slots", type=int, metavar="N", help="the same, for prefill, decode and serve")
+    add(
+        "--chunk-size",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="tokens of a prompt that are read at a time, default %(default)s; the engine's own "
+        "default is that on a TPU, and 2048 on a GPU",
+    )
+    add("--lora-rank", type=int, metavar="N", help="of the adapters that train trains, default 16")
     add("--full-training", action="store_true", help="train all weights, not adapters")
     add(
         "--remat", choices=["none", "layer", "offload", "dots"], help="what training computes again"
@@ -82,9 +94,8 @@ def add_parser(subparsers: Commands) -> None:
     add("--solve", choices=["context", "batch", "slots"], help="the largest that fits")
     add(
         "--step",
-        type=int,
         metavar="N",
-        help="the solution is a multiple of it, default 4096 tokens",
+        help="the solution is a multiple of it; default 4k tokens, or as few rows as can be",
     )
     add_policy_arguments(parser)
     how = parser.add_argument_group("how")
@@ -110,23 +121,34 @@ def run(args: argparse.Namespace) -> int:
     policy = policy_from_args(args)
     if args.batch is not None and args.slots is not None:
         raise ValueError("--slots: expected none with --batch, which is the same; drop one")
-    if args.full_training and args.lora_rank != 16:
-        raise ValueError(f"--lora-rank: expected none with --full-training, got {args.lora_rank}")
-    with naming_flags(args, compiles="--closed-form"):
+    if args.slots is not None and args.work in ("train", "score"):
+        raise ValueError(
+            f"--slots: expected none for {args.work}, which has rows and no slots, got "
+            f"{args.slots}; write --batch {args.slots}"
+        )
+    if args.full_training and args.lora_rank is not None:
+        raise ValueError(
+            f"--lora-rank: expected none with --full-training, got {args.lora_rank}; drop one"
+        )
+    if args.full_training and args.work != "train":
+        raise ValueError(f"--full-training: expected none for {args.work}; leave it out")
+    rank = {} if args.lora_rank is None else {"lora_rank": args.lora_rank}
+    names = {} if args.slots is None else {"batch": "--slots"}
+    with naming_flags(args, compiles="--closed-form", model="MODEL", **names):
         found = plan(
             args.work,
             args.model,
             policy=policy,
             chip=args.chip,
             mesh=args.mesh,
-            context=_tokens(args.context),
+            context=_tokens("--context", args.context),
             batch=args.slots if args.batch is None else args.batch,
-            lora_rank=None if args.full_training else args.lora_rank,
+            **({"lora_rank": None} if args.full_training else rank),
             remat=args.remat,
             chunk_size=args.chunk_size,
             config_overrides=process_args.config_overrides_from_args(args),
             solve=args.solve,
-            step=args.step,
+            step=_tokens("--step", args.step),
             compiles=not args.closed_form,
             effort=args.effort,
             seconds=args.seconds,
@@ -139,10 +161,14 @@ def run(args: argparse.Namespace) -> int:
     return 0 if found.fits else 1
 
 
-def _tokens(text: str) -> int:
+def _tokens(name: str, text: str | None) -> int | None:
     from swaa_jax.bench.workload import parse_lengths
+    from swaa_jax.fields import wrong
 
-    lengths = parse_lengths("context", text)
-    if len(lengths.values) != 1:
-        raise ValueError(f"context: expected one length such as 32k, got {lengths}; give one")
-    return lengths.values[0]
+    if text is None:
+        return None
+    try:
+        (count,) = parse_lengths(name, text).values
+    except ValueError:
+        raise wrong(name, "one number such as 4096, 32k or 1M", text) from None
+    return count

@@ -2,6 +2,7 @@
 
 from swaa_jax.models.auto import (
     Blueprint,
+    checked_config,
     default_dtype,
     load_model,
     model_from_config,
@@ -24,6 +25,7 @@ __all__ = [
     "default_dtype",
     "load_model",
     "model_from_config",
+    "checked_config",
     "read_blueprint",
     "save_model",
 ]

@@ -149,6 +149,25 @@ class Blueprint:
     tied: Mapping[str, str] | None
 
 
+def checked_config(
+    hf_config: HfConfig, config_overrides: Mapping[str, object] | None = None
+) -> DecoderConfig:
+    """The content of a `config.json` with overrides, of which nothing is wrong or without effect.
+
+    Raises:
+        ValueError, NotImplementedError: as `load_model`.
+
+    Examples:
+        >>> checked_config(checkpoint.read_config("tiny-retriever"), {"vocab_size": 300}).vocab_size
+        300
+    """
+    check_config_types({**hf_config, **(config_overrides or {})})
+    read = _family(hf_config).config_class
+    config = read.from_hf(hf_config, config_overrides)
+    refuse_idle_overrides(read, hf_config, config_overrides or {}, config)
+    return config
+
+
 def read_blueprint(
     directory: epath.Path,
     *,
@@ -177,11 +196,9 @@ def read_blueprint(
         ((256, 512), 'window=64')
     """
     hf_config = checkpoint.read_config(directory)
-    check_config_types({**hf_config, **(config_overrides or {})})
+    config = checked_config(hf_config, config_overrides)
     family = _family(hf_config)
     _check_range(family, dtype)
-    config = family.config_class.from_hf(hf_config, config_overrides)
-    refuse_idle_overrides(family.config_class, hf_config, config_overrides or {}, config)
     rules = family.weight_rules(config)
     if reader is not None:
         checkpoint.check_counts(

@@ -2,25 +2,32 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import math
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 from kernels_pallas.chips import TPUS
+from kernels_pallas.layout import round_up
 from swaa_jax import checkpoint
 from swaa_jax.arguments import told_keywords
 from swaa_jax.bench.shapes import SHAPES
-from swaa_jax.fields import integer, number, one_of, or_none, wrong
-from swaa_jax.models import FAMILIES
+from swaa_jax.fields import flag, integer, mapping, nearest, number, one_of, or_none, path, wrong
+from swaa_jax.limits import MAX_POSITIONS
+from swaa_jax.models import checked_config, read_blueprint
 from swaa_jax.plan.closed import BY_FORMULA, closed_form
 from swaa_jax.plan.measure import measure as _measure
-from swaa_jax.plan.program import HERE, Program, check_chip
+from swaa_jax.plan.notes import notes_of
+from swaa_jax.plan.program import HERE, Program, check_chip, check_mesh
 from swaa_jax.plan.result import Figures, Plan
 from swaa_jax.plan.shapes import abstract_model
 from swaa_jax.plan.solve import largest
-from swaa_jax.plan.work import chip_of, estimate_time, layer_work, model_flops
-from swaa_jax.policy import load_policy
+from swaa_jax.plan.work import chip_of, estimate_time, layer_work, model_flops, run_in_words
+from swaa_jax.policy import AttentionPolicy, load_policy
 from swaa_jax.progress import ProgressLike, say
-from swaa_jax.sharding import RULES, mesh_sizes
+from swaa_jax.sharding import RULES
 from swaa_jax.typing import PathLike
 
 __all__ = ["SOLVED", "WORK", "Measure", "plan"]
@@ -40,7 +47,9 @@ SOLVED = ("context", "batch", "slots")
 Measure = Callable[[Program], dict[str, Any]]
 """What says what a program needs, as `measure` does."""
 
-_MOST_CONTEXT, _MOST_ROWS, _CONTEXT_STEP = 1 << 24, 1 << 16, 4096
+_CONTEXT, _CHUNK, _LORA_RANK = 32768, 1024, 16
+_MOST_ROWS, _CONTEXT_STEP, _PAGE = 1 << 16, 4096, 256
+_MOST_SECONDS = 10_000_000  # a third of a year; a system's clock takes no number at all
 
 
 @told_keywords()
@@ -51,11 +60,11 @@ def plan(
     policy: Any = None,
     chip: str = "here",
     mesh: Mapping[str, int] | str | None = None,
-    context: int = 32768,
+    context: int | None = None,
     batch: int | None = None,
-    lora_rank: int | None = 16,
+    lora_rank: int | None = _LORA_RANK,
     remat: str | None = None,
-    chunk_size: int = 1024,
+    chunk_size: int = _CHUNK,
     config_overrides: Mapping[str, Any] | None = None,
     solve: str | None = None,
     step: int | None = None,
@@ -79,13 +88,15 @@ def plan(
         policy: an attention policy in any form; None: the model's own.
         chip: as in `v6e`, `h100`; "here": the devices of this machine.
         mesh: sizes of axes, as in `fsdp=8`; their product is the number of devices. None: one.
-        context: tokens of a row, prompt and answer.
+        context: tokens of a row, prompt and answer; None: 32,768.
         batch: rows in all, slots of the engine; None: one for each part that the mesh cuts rows in.
         lora_rank: of the adapters that training trains; None: it trains all weights.
         remat: what training computes again, as `StepConfig` says; None: its default.
-        chunk_size: tokens of a prompt that the engine reads at a time.
+        chunk_size: tokens of a prompt that the engine reads at a time; its own default is 1,024
+            on a TPU and 2,048 on a GPU.
         config_overrides: values of the model's config under their HF names.
-        solve: "context", "batch" or "slots": the largest that fits, in place of the given one.
+        solve: "context", "batch", or "slots" of the engine: the largest that fits. It is not given
+            then.
         step: the answer of `solve` is a multiple of it; None: 4096 tokens, or as many rows as the
             mesh cuts them in.
         compiles: False: formulas alone.
@@ -107,46 +118,59 @@ def plan(
     """
     one_of(*WORK)("work", work)
     chip = check_chip("chip", chip)
-    sizes = mesh_sizes("mesh", mesh) if isinstance(mesh, str) else dict(mesh or {"fsdp": 1})
-    solve = or_none(one_of(*SOLVED))("solve", solve)
-    number(above=0)("seconds", seconds)
-    parts = 1
-    for axis in RULES["batch"]:
-        parts *= sizes.get(axis, 1)
-    rows = parts if batch is None else integer(least=1)("batch", batch)
-    if work in ("train", "score") and rows % parts:
+    sizes = check_mesh("mesh", mesh)
+    compiles = flag("compiles", compiles)
+    has_slots = work not in ("train", "score")
+    solve = or_none(one_of(*(SOLVED if has_slots else SOLVED[:2])))("solve", solve)
+    seconds = number(above=0, most=_MOST_SECONDS)("seconds", seconds)
+    given_context = or_none(integer(least=1, most=MAX_POSITIONS))("context", context)
+    tokens = _CONTEXT if given_context is None else given_context
+    batch = or_none(integer(least=1))("batch", batch)
+    chunk_size = integer(least=1, most=MAX_POSITIONS)("chunk_size", chunk_size)
+    step = or_none(integer(least=1, most=MAX_POSITIONS))("step", step)
+    page_size = math.gcd(chunk_size, _PAGE)  # as the engine's
+    _check_used(
+        f"{work} on {chip}, {'compiled' if compiles else 'by formulas'}",
+        lora_rank=(lora_rank == _LORA_RANK, lora_rank, work == "train", "it is for train"),
+        remat=(remat is None, remat, work == "train", "it is for train"),
+        chunk_size=(
+            chunk_size == _CHUNK,
+            chunk_size,
+            "chunk" in WORK[work],
+            "it is for prefill and serve",
+        ),
+        step=(step is None, step, solve is not None, "it is for solve"),
+        effort=(effort == 0, effort, compiles and chip in TPUS, "it is for the TPU compiler"),
+        seconds=(seconds == 3600, seconds, compiles, "it is for compiles"),
+        context=(given_context is None, given_context, solve != "context", "solve looks for it"),
+        batch=(batch is None, batch, solve not in ("batch", "slots"), "solve looks for it"),
+    )
+    parts = math.prod(sizes.get(axis, 1) for axis in RULES["batch"])
+    rows = parts if batch is None else batch
+    unit_rows = 1 if has_slots else parts
+    if rows % unit_rows:
         raise wrong("batch", f"a multiple of the {parts} parts that {sizes} cuts rows in", rows)
-    idle = {
-        "lora_rank": (lora_rank, 16, work == "train"),
-        "remat": (remat, None, work == "train"),
-        "chunk_size": (chunk_size, 1024, "chunk" in WORK[work]),
-        "step": (step, None, solve is not None),
-        "effort": (effort, 0, compiles and chip in TPUS),
-    }
-    for name, (value, default, is_used) in idle.items():
-        if value != default and not is_used:
-            what = f"{work} on {chip}, {'compiled' if compiles else 'by formulas'}"
-            raise wrong(
-                name,
-                f"none for {what}{'' if solve else ', without solve'}",
-                value,
-                "it is not used there",
-            )
+    if solve in ("batch", "slots") and step is not None and step % unit_rows:
+        raise wrong("step", f"a multiple of the {parts} parts that {sizes} cuts rows in", step)
+    if chunk_size not in (_CHUNK, min(chunk_size, round_up(tokens, page_size))) and (
+        solve != "context"
+    ):
+        raise wrong("chunk_size", f"at most the {tokens:,} tokens of a row", chunk_size)
     if chip == HERE and not compiles:
         raise wrong("chip", "one by name, where nothing is compiled", chip, "say which")
-    name, config, own, longest = _config_of(model, config_overrides)
-    given = own if policy is None else load_policy(policy)
+    name, config, chosen, longest = _config_of(model, policy, config_overrides)
     first = Program(
         config=config,
-        policy=given.to_dict(),
+        policy=chosen.to_dict(),
         chip=chip,
         mesh=sizes,
         kind=WORK[work][0],
-        context=context,
+        context=tokens,
         batch=rows,
         lora_rank=lora_rank,
         remat=remat,
         chunk_size=chunk_size,
+        page_size=page_size,
         effort=effort,
     )
     looked = measure or (
@@ -155,18 +179,27 @@ def plan(
 
     def programs(context: int, rows: int) -> list[Program]:
         return [
-            dataclasses.replace(first, kind=kind, context=context, batch=rows)
+            dataclasses.replace(
+                first,
+                kind=kind,
+                context=context,
+                batch=rows,
+                chunk_size=min(chunk_size, round_up(context, page_size)),
+            )
             for kind in WORK[work]
         ]
 
     tried: list[tuple[int, bool]] = []
     unit = None
     if solve is not None:
-        unit = step or (_CONTEXT_STEP if solve == "context" else parts if work != "serve" else 1)
-        most = (_MOST_CONTEXT if solve == "context" else _MOST_ROWS) // unit
+        unit = step or (_CONTEXT_STEP if solve == "context" else unit_rows)
+        limit = MAX_POSITIONS if solve == "context" else max(_MOST_ROWS, unit_rows)
+        if unit > limit:
+            raise wrong("step", f"at most {limit:,}, the most that is looked at", unit)
+        most = limit // unit
 
         def at(count: int) -> tuple[int, int]:
-            return (count * unit, rows) if solve == "context" else (context, count * unit)
+            return (count * unit, rows) if solve == "context" else (tokens, count * unit)
 
         def fits(count: int, look: Measure) -> bool:
             return all(_fits(one, look(one)) for one in programs(*at(count)))
@@ -179,22 +212,35 @@ def plan(
         if measure is None and compiles:
             guess = largest(lambda count: fits(count, closed_form), guess=guess, most=most)
         best = largest(looked_at, guess=guess, most=most)
-        context, rows = at(best) if best else at(1)
-    figures = tuple(_figures(one, looked(one)) for one in programs(context, rows))
+        tokens, rows = at(max(best, 1))
+    planned = programs(tokens, rows)
+    figures = tuple(_figures(one, looked(one)) for one in planned)
     return Plan(
         work=work,
         model=name,
-        policy=str(given),
+        policy=str(chosen),
         chip=chip,
         mesh=sizes,
-        context=context,
+        context=tokens,
         batch=rows,
         figures=figures,
         solved=solve,
         step=unit,
         tried=tuple(sorted(dict(tried).items())),
-        notes=(*_notes(context, longest), *_taken(figures)),
+        notes=notes_of(planned[0], figures, longest=longest),
     )
+
+
+def _check_used(what: str, **options: tuple[bool, object, bool, str]) -> None:
+    """Refuses what is given and has no effect.
+
+    Args:
+        what: is planned, in words.
+        options: by name: whether it is left out, its value, whether it is used, and who uses it.
+    """
+    for name, (is_left_out, value, is_used, user) in options.items():
+        if not is_left_out and not is_used:
+            raise wrong(name, f"none for {what}", value, f"{user}; leave it out")
 
 
 def _look(program: Program, *, seconds: float, progress: ProgressLike) -> dict[str, Any]:
@@ -209,40 +255,38 @@ def _look(program: Program, *, seconds: float, progress: ProgressLike) -> dict[s
 
 
 def _config_of(
-    model: Any, overrides: Mapping[str, Any] | None
-) -> tuple[str, dict[str, Any], Any, int]:
-    """A model's name, its config as `config.json` has it, its own policy and longest context."""
-    name = str(model)
+    model: Any, policy: Any, overrides: Mapping[str, Any] | None
+) -> tuple[str, dict[str, Any], AttentionPolicy, int]:
+    """A model's name, its config as `config.json` has it, its policy and longest context.
+
+    The policy is chosen as `load_model` does.
+    """
+    name = path("model", model)
+    overrides = mapping("config_overrides", overrides or {})
     if name in SHAPES:
-        config = dict(SHAPES[name])
+        hf_config = dict(SHAPES[name])
+        config = checked_config(hf_config, overrides)
+        chosen = config.own if policy is None else load_policy(policy)
     else:
-        config = checkpoint.read_config(checkpoint.open_checkpoint(name, weights=False))
-    family = str(config.get("model_type"))
-    if family not in FAMILIES:
-        raise wrong("model", f"a family among {', '.join(FAMILIES)}", family)
-    read = FAMILIES[family].config_class.from_hf(config, overrides)
-    config = dict(read.to_hf()) if overrides else config
-    return name, config, read.own, read.max_position_embeddings
+        place = _open(name)
+        hf_config = checkpoint.read_config(place)
+        read = read_blueprint(
+            place, policy=policy, dtype=jnp.dtype("bfloat16"), config_overrides=overrides
+        )
+        config, chosen = read.model.config, read.model.policy
+    hf_config = dict(config.to_hf()) if overrides else hf_config
+    return name, hf_config, chosen, config.max_position_embeddings
 
 
-def _taken(figures: Sequence[Figures]) -> tuple[str, ...]:
-    """What the compiler takes, though its analysis adds up to more than there is."""
-    return tuple(
-        f"{one.kind}: the compiler takes it; not all that its analysis lists is there at a time"
-        for one in figures
-        if one.fits and one.has is not None and one.peak > one.has
-    )
-
-
-def _notes(context: int, longest: int) -> tuple[str, ...]:
-    if context <= longest:
-        return ()
-    note = (
-        f"context: expected at most {longest:,}, the model's max_position_embeddings, got "
-        f"{context:,}; runs refuse such texts: take a model that knows them, or extend this one "
-        "(rope_scaling in --config-override or config_overrides)"
-    )
-    return (note,)
+def _open(name: str) -> Any:
+    """Where a model's config is."""
+    try:
+        return checkpoint.open_checkpoint(name, weights=False)
+    except ValueError as error:
+        near = nearest(name.rpartition("/")[2], SHAPES)
+        if os.path.exists(name) or not near:
+            raise
+        raise ValueError(f"{error}{near}") from error
 
 
 def _fits(program: Program, row: Mapping[str, Any]) -> bool:
@@ -278,6 +322,7 @@ def _figures(program: Program, row: Mapping[str, Any]) -> Figures:
         host=row.get("host"),
         fits=fits,
         compile_s=row.get("compile_s"),
+        run=run_in_words(program),
         flops=flops,
         layers=layer_work(program, model),
         exchanged=row.get("exchanged"),

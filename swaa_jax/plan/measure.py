@@ -64,7 +64,7 @@ def compile_apart(
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"took more than {seconds:g} s"}
+        return {"error": f"a compile that takes more than {seconds:g} s (--seconds)"}
     try:
         return json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
@@ -120,7 +120,9 @@ def _read(path: pathlib.Path) -> dict[str, Any] | None:
         return None
     if not isinstance(found, dict):
         return None
-    is_row = isinstance(found.get("peak"), int) and isinstance(found.get("parts"), dict)
+    parts, fits = found.get("parts"), found.get("fits", True)
+    counts = [found.get("peak"), *(parts.values() if isinstance(parts, dict) else [None])]
+    is_row = all(type(count) is int and count >= 0 for count in counts) and type(fits) is bool
     return found if is_row and isinstance(found.get("found_by"), str) else None
 
 
@@ -131,8 +133,9 @@ def _write(path: pathlib.Path, row: dict[str, Any]) -> None:
         with tempfile.NamedTemporaryFile(
             "w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8"
         ) as file:
-            file.write(json.dumps(row, indent=1))
+            pass
         try:
+            pathlib.Path(file.name).write_text(json.dumps(row, indent=1), encoding="utf-8")
             os.replace(file.name, path)
         finally:
             pathlib.Path(file.name).unlink(missing_ok=True)

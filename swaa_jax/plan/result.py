@@ -21,7 +21,9 @@ def _size(count: int) -> str:
     """
     for power, name in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
         if count >= 1 << (power - (4 if power == 30 else 0)):
-            return f"{count / (1 << power):.3g} {name}"
+            size = count / (1 << power)
+            # As many digits as tell 15.7 of 15.75 GiB.
+            return f"{size:.2f} {name}" if 10 <= size < 1000 else f"{size:.3g} {name}"
     return f"{count} bytes"
 
 
@@ -32,8 +34,21 @@ def _time(one: TimeEstimate) -> str:
     return f"{one.low:.3g} to {one.high:.3g} s a run, estimated ({one.basis}); {least}"
 
 
+def _share(share: float) -> str:
+    """In percent; finer near the whole, where it decides.
+
+    >>> _share(0.5), _share(0.998), _share(1.004)
+    ('50%', '99.8%', '100.4%')
+    """
+    return f"{share:.1%}" if 0.99 < share < 1.01 else f"{share:.0%}"
+
+
 def _verdict(one: "Figures") -> str:
-    return "fits" if one.fits else "does not fit"
+    verdict = "fits" if one.fits else "does not fit"
+    error = 0.06 if one.kind == "train" else 0.04
+    if one.found_by == "closed form" and one.has and abs(one.peak - one.has) < error * one.has:
+        return f"{verdict}, by less than an estimate's error"
+    return verdict
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +64,7 @@ class Figures:
         host: bytes of its host's memory a device, in addition (remat "offload"); None: not known.
         fits: whether it does.
         compile_s: seconds of the compile; None: nothing was compiled.
+        run: what one run of the program does, in words: operations and seconds are of that.
         flops: operations of a run on all devices together, as MFU counts them.
         layers: those of a layer, by what layers see.
         exchanged: bytes that a device is sent in a run, by kind of exchange; None: not known.
@@ -71,6 +87,7 @@ class Figures:
     host: int | None
     fits: bool
     compile_s: float | None
+    run: str
     flops: float
     layers: tuple[LayerWork, ...]
     exchanged: Mapping[str, int] | None
@@ -94,7 +111,8 @@ class Plan(Tabular):
         work, model, policy, chip, mesh, context, batch: what was asked, or found by `solve`.
         figures: of each program that the work runs.
         solved: which of them was solved for; None: none.
-        step: the solution is a multiple of it, and one step more does not fit.
+        step: the solution is a multiple of it, and one step more does not fit, unless `tried` has
+            nothing larger: then it is the most that is looked at.
         tried: sizes that were looked at, and whether they fit.
         notes: what stands in the way of a run, by name.
 
@@ -140,7 +158,7 @@ class Plan(Tabular):
             line = {"program": one.kind, "found_by": one.found_by, "fits": one.fits}
             line |= {"peak_bytes": one.peak, "device_bytes": one.has, "host_bytes": one.host}
             line |= {f"{name.replace(' ', '_')}_bytes": size for name, size in one.parts.items()}
-            line |= {"compile_s": one.compile_s, "flops": one.flops}
+            line |= {"compile_s": one.compile_s, "run": one.run, "flops": one.flops}
             line |= {"exchanged_bytes_a_layer": one.exchanged_a_layer}
             if one.time is not None:
                 line |= {"least_s": one.time.least, "bound_by": one.time.bound}
@@ -164,7 +182,7 @@ class Plan(Tabular):
     def __str__(self) -> str:
         lines = [self.title]
         for one in self.figures:
-            of = "" if one.has is None else f" of {_size(one.has)}, {one.peak / one.has:.0%}"
+            of = "" if one.has is None else f" of {_size(one.has)}, {_share(one.peak / one.has)}"
             lines.append(
                 f"  {one.kind}: {_verdict(one)}, {_size(one.peak)} a device"
                 f"{of} ({one.found_by}{f': {one.why}' if one.why else ''})"
@@ -176,7 +194,8 @@ class Plan(Tabular):
             if one.host:
                 lines.append(f"    host      {_size(one.host)} of the host's memory a device, more")
             flops = ", ".join(f"{each.layers} {each.flops:.3g}" for each in one.layers)
-            lines.append(f"    FLOPs     {one.flops:.3g} a run; a layer: {flops}")
+            lines.append(f"    a run     is {one.run}")
+            lines.append(f"    FLOPs     {one.flops:.3g} a run, on all devices; a layer: {flops}")
             if any(each.exchanged for each in one.layers):
                 sent = ", ".join(
                     f"{each.layers} {_size(each.exchanged or 0)}" for each in one.layers
@@ -205,4 +224,6 @@ class Plan(Tabular):
         value = self.context if self.solved == "context" else self.batch
         if not self.fits:
             return f"{self.solved}: not even {value:,} fits"
+        if not any(size > value for size, _ in self.tried):
+            return f"{self.solved}: {value:,} fits, and no more was looked at"
         return f"{self.solved}: {value:,} is the largest that fits, in steps of {self.step:,}"
