@@ -72,8 +72,9 @@ def test_a_solution_fits_by_what_was_measured_and_one_step_more_does_not(solve, 
             "compile_s": 1.0,
         }
 
+    context = None if solve == "context" else 2048
     found = plan(
-        "serve", "Qwen3-0.6B", chip="v5e", solve=solve, step=step, context=2048, measure=fake
+        "serve", "Qwen3-0.6B", chip="v5e", solve=solve, step=step, context=context, measure=fake
     )
     value = found.context if solve == "context" else found.batch
     assert found.fits and value % step == 0
@@ -381,7 +382,9 @@ def test_a_compile_that_takes_too_long_is_ended(monkeypatch):
         raise subprocess.TimeoutExpired("child", timeout)
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert measuring.compile_apart(program(), seconds=3) == {"error": "took more than 3 s"}
+    assert measuring.compile_apart(program(), seconds=3) == {
+        "error": "a compile that takes more than 3 s (--seconds)"
+    }
 
 
 def test_a_chip_that_is_not_here_is_told(monkeypatch, tmp_path):
@@ -403,7 +406,7 @@ def test_the_command(capsys):
         ("plan train Qwen3-4B --chip v6", "--chip: expected one of v4, v5e"),
         ("plan train Qwen3-4B --closed-form", "--chip: expected one by name"),
         ("plan train Qwen3-4B --chip v5e --mesh fsdp=8 --batch 3", "--batch: expected a multiple"),
-        ("plan train Qwen3-4B --chip v5e --context 1k,2k", "--context: expected one length"),
+        ("plan train Qwen3-4B --chip v5e --context 1k,2k", "--context: expected one number"),
         ("plan serve Qwen3-4B --chip v5e --batch 1 --slots 2", "--slots: expected none with"),
     ):
         assert main(typed.split()) == 2
