@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from kernels_pallas.layout import pad_end
+from kernels_pallas.layout import pad_end, running_max, running_sum
 
 # One int for all rows (traced or not), or an int32 array [B]: a policy per batch row.
 IntOrPerRow = int | Int[Array, ""] | Int[Array, " B"]
@@ -93,7 +93,7 @@ def segment_starts(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """
     index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
     begins_BT = segment_begins(segment_ids_BT)
-    return lax.cummax(jnp.where(begins_BT, index_T, 0), axis=1)
+    return running_max(jnp.where(begins_BT, index_T, 0))
 
 
 def segment_positions(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -158,7 +158,7 @@ def row_info(
     q_start, q_segment, k_start, k_segment = jnp.zeros_like(q_index), None, None, None
     if segment_ids is not None:
         k_start = segment_starts(segment_ids)
-        k_segment = jnp.cumsum(segment_begins(segment_ids), axis=1, dtype=jnp.int32) - 1
+        k_segment = running_sum(segment_begins(segment_ids)) - 1
         q_start = rows_at(k_start, offset_B, num_queries)
         q_segment = rows_at(k_segment, offset_B, num_queries)
     return RowInfo(

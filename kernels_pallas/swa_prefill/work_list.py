@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from kernels_pallas.chips import TPUS
+from kernels_pallas.layout import running_sum
 from kernels_pallas.mask import BlockMap
 
 MASKED, FIRST, LAST = 1, 2, 4
@@ -92,11 +93,11 @@ def _spread(
     >>> print(block[:5], place[:5], count)
     [0 0 2 2 2] [0 1 0 1 2] 5
     """
-    ends = jnp.cumsum(counts, dtype=jnp.int32)
+    ends = running_sum(counts)
     starts = ends - counts
     # How many blocks start at or before item i. Empty ones share a start.
     begun = jnp.zeros((most_items,), jnp.int32).at[starts].add(1, mode="drop")
-    block = jnp.cumsum(begun, dtype=jnp.int32) - 1
+    block = running_sum(begun) - 1
     return block, jnp.arange(most_items, dtype=jnp.int32) - starts[block], ends[-1]
 
 
@@ -144,7 +145,7 @@ def build_work_list_by_key(
     of_row = jax.tree.map(lambda x: x[:, None, :], blocks)
     is_sink = (of_row.sink_first <= kv) & (kv < of_row.sink_end)
     needed = is_sink | ((of_row.first <= kv) & (kv < of_row.end))  # [B, key, query]
-    counted = jnp.cumsum(needed.reshape(-1, num_q_blocks), axis=1, dtype=jnp.int32)
+    counted = running_sum(needed.reshape(-1, num_q_blocks))
     column, place, count = _spread(counted[:, -1], most_items)
 
     def halve(i: Any, row: Array) -> Array:

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from kernels_pallas import SAVED
-from kernels_pallas.layout import LANES, round_up
+from kernels_pallas.layout import LANES, round_up, running_max
 from swaa_jax.attention.ring import attend_ring
 from swaa_jax.attention.shards import Shards
 
@@ -143,7 +143,7 @@ def _segment_starts(segment_ids: Int[Array, "b C"], shards: Shards) -> Int[Array
     is_first = jnp.arange(shards.size) + shards.first == 0
     begins = segment_ids != jnp.concatenate([before, segment_ids[:, :-1]], axis=1)
     own = jnp.arange(shards.size, dtype=jnp.int32) + shards.first
-    starts = jax.lax.cummax(jnp.where(begins | is_first, own, -1), axis=1)
+    starts = running_max(jnp.where(begins | is_first, own + 1, 0)) - 1
     last = shards.gather(starts[:, -1:])  # [b, shards]; -1 where none begins
     earlier = jnp.where(jnp.arange(shards.count) < shards.index, last, -1)
     return jnp.maximum(starts, jnp.max(earlier, axis=1, keepdims=True))
