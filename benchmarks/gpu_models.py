@@ -71,15 +71,15 @@ def step_bytes(model: Any, *, rows: int, tokens: int) -> float:
 
 
 def ours(
-    config: dict[str, Any], policy: str, *, rows: int, prompt: int, new: int
+    config: dict[str, Any], policy: str, *, rows: int, prompt: int, new: int, mesh: Any = None
 ) -> dict[str, Any]:
-    """Figures of `generate`, its programs compiled and run once before."""
+    """Figures of `generate`, its programs compiled and run once before; `mesh`: None is one GPU."""
     import jax
 
     import swaa_jax as swaa
     from swaa_jax.models import model_from_config
 
-    model = model_from_config(config, dtype="bfloat16", policy=policy)
+    model = model_from_config(config, dtype="bfloat16", policy=policy, mesh=mesh)
     timings = swaa.generate(
         model,
         None,

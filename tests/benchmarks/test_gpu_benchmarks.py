@@ -419,3 +419,31 @@ def test_serving_of_recorded_rows(load, tmp_path, monkeypatch, capsys):
     assert kept["command"] == "python benchmarks/serving.py --cases mixed"
     assert kept["mixed_ratio"] == 9 and kept["device"] == "a card" and kept["rows"] == rows
     assert output.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_several_gpus_are_compared_with_one(load, tmp_path, capsys):
+    many = load("many_gpus")
+    about = {"devices": 2, "device_kind": "card", "peak_gib": 1.0, "mfu": None, "rows": 1}
+    rows = [
+        {"part": "one_32k", **vars(many.TRAINING["one_32k"]), **about, "devices": 1}
+        | {"seconds": 2.0, "flops": 10.0, "tokens_per_s_and_gpu": 100.0, "loss": 6.0},
+        {"part": "context_32k", **vars(many.TRAINING["context_32k"]), **about}
+        | {"seconds": 2.0, "flops": 16.0, "tokens_per_s_and_gpu": 60.0, "loss": 6.02},
+        {"part": "windows_512k", "reason": "it did not fit"},
+    ]
+    many.finish({}, rows)
+    assert rows[1]["rate_over"] == pytest.approx(0.6)
+    assert rows[1]["adjusted_rate_over"] == pytest.approx(0.8)  # 4 operations a second beside 5
+    assert rows[1]["loss_difference"] == pytest.approx(0.02)
+    assert load("gpu_timing").differ([{"side": "swaa_jax", **rows[1]}])
+    many.report(rows)
+    many.plot({"rows": rows}, tmp_path / "plot.png")
+    assert "0.80 x the operations/s of one_32k" in capsys.readouterr().out
+    assert (tmp_path / "plot.png").stat().st_size
+
+
+def test_a_plan_that_is_too_far_off_is_told(load):
+    off = load("plan_gpu").off
+    rows = [{"part": "near", "planned_over_measured": 1.06}, {"part": "failed", "reason": "memory"}]
+    rows += [{"part": "far", "planned_over_measured": 0.9}]
+    assert off(rows) == {"far": pytest.approx(-0.1)}
