@@ -11,10 +11,10 @@ import math
 import re
 from collections.abc import Iterator
 
+from swaa_jax.plan.compiled import called_by, computations
+
 _OP = re.compile(r"^\s*(?:ROOT )?%(\S+) = (\(?\w+\[.*?) ([\w-]+)\((.*)$")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%([\w.-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _MATMUL = re.compile(r"tpu\.matmul\b.*: \(?vector<(\S+)>, vector<(\S+)>, vector<(\S+?)>")
 _BOUNDS = re.compile(r"iteration_bounds = array<i64: ([-\d, ]+)>")
@@ -53,16 +53,13 @@ def count_products(
     Raises:
       ValueError: a kernel or a loop around a product whose steps the text does not give.
     """
-    computations, entry = _computations(hlo)
+    bodies, entry = computations(hlo)
     shapes = {
-        match[1]: match[2]
-        for lines in computations.values()
-        for match in map(_OP.match, lines)
-        if match
+        match[1]: match[2] for lines in bodies.values() for match in map(_OP.match, lines) if match
     }
 
     def walk(name: str, times: int, in_loop: bool) -> Iterator[Product]:
-        for line in computations[name]:
+        for line in bodies[name]:
             match = _OP.match(line)
             if match is None:
                 continue
@@ -77,9 +74,7 @@ def count_products(
                 kind = "kernel"
             if flops:
                 yield Product(name=op, kind=kind, flops=flops * times, in_loop=in_loop)
-            called = _CALLED.findall(line)
-            for branches in _BRANCHES.findall(line):
-                called += re.findall(r"%([\w.-]+)", branches)
+            called = called_by(line)
             if kind == "while":
                 inner = [p for body in called for p in walk(body, times, True)]
                 trips = _TRIPS.search(line)
@@ -93,20 +88,6 @@ def count_products(
                     yield from walk(body, times, in_loop)
 
     return list(walk(entry, 1, False))
-
-
-def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """Lines of each computation, and which one is the program."""
-    found: dict[str, list[str]] = {}
-    entry, lines = "", []
-    for line in hlo.splitlines():
-        header = re.match(r"^(ENTRY )?%([\w.-]+) \(.*\{\s*$", line)
-        if header:
-            lines = found[header[2]] = []
-            entry = header[2] if header[1] else entry
-        else:
-            lines.append(line)
-    return found, entry
 
 
 def _dims(shape: str) -> list[int]:

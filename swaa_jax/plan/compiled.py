@@ -7,7 +7,16 @@ from typing import Any
 
 import jax
 
-__all__ = ["cache_copies", "collectives", "exchanged_bytes", "instructions", "memory", "too_much"]
+__all__ = [
+    "cache_copies",
+    "called_by",
+    "collectives",
+    "computations",
+    "exchanged_bytes",
+    "instructions",
+    "memory",
+    "too_much",
+]
 
 _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -88,7 +97,7 @@ def exchanged_bytes(text: str) -> dict[str, int]:
         >>> exchanged_bytes(text)
         {'all-gather': 192}
     """
-    bodies, entry = _computations(text)
+    bodies, entry = computations(text)
     found: dict[str, int] = {}
     for name, size in _walk(bodies, entry, 1):
         found[name] = found.get(name, 0) + size
@@ -104,11 +113,8 @@ def _walk(bodies: dict[str, list[str]], name: str, times: int) -> Iterator[tuple
         if kind in _COLLECTIVES:
             yield kind, times * _sent(kind, result[1], line)
             continue
-        called = _CALLED.findall(line)
-        for branches in _BRANCHES.findall(line):
-            called += re.findall(r"%?([\w.-]+)", branches)
         trips = _trips(bodies, line) if kind == "while" else 1
-        for body in called:
+        for body in called_by(line):
             yield from _walk(bodies, body, times * trips)
 
 
@@ -158,8 +164,8 @@ def _bytes_of(letters: str, bits: str, sizes: str) -> int:
     return math.prod(int(size) for size in sizes.split(",") if size) * int(bits) // 8
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Lines of each computation, and which one is the program."""
+def computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """Lines of each computation of a program's text, and which one is the program."""
     found: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in text.splitlines():
@@ -170,6 +176,18 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
         else:
             lines.append(line)
     return found, entry
+
+
+def called_by(line: str) -> list[str]:
+    """Computations that an operation runs; of a condition all branches.
+
+    >>> called_by("%w = f32[] while(%p), condition=%cond.1, body=%body.2")
+    ['body.2']
+    """
+    called = _CALLED.findall(line)
+    for branches in _BRANCHES.findall(line):
+        called += re.findall(r"%?([\w.-]+)", branches)
+    return called
 
 
 def cache_copies(text: str, caches: Any) -> int | None:
