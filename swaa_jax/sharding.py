@@ -139,11 +139,11 @@ def mesh_sizes(name: str, text: str, *, or_auto: bool = True) -> dict[str, int]:
             words = (*MESH_AXES, "auto") if or_auto else MESH_AXES
             advice = nearest(axis, words) if axis not in words else ""
             advice = f"; give {axis} once" if axis in sizes else advice
-            auto, axes = "'auto', or " if or_auto else "", ", ".join(MESH_AXES)
-            raise ValueError(
-                f"{name}: expected {auto}sizes such as fsdp=4,tensor=2 of some of {axes}, "
-                f"got {show(text)}{advice}"
-            )
+            wanted = "expected sizes such as fsdp=4,tensor=2"
+            if or_auto:
+                wanted = "expected 'auto', or sizes such as fsdp=4,tensor=2"
+            axes = ", ".join(MESH_AXES)
+            raise ValueError(f"{name}: {wanted} of some of {axes}, got {show(text)}{advice}")
         sizes[axis] = int(size)
     return sizes
 
