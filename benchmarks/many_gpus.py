@@ -34,7 +34,7 @@ MOST_LOSS = 0.01
 
 EPILOG = """\
 examples:
-  # all parts; half an hour on two H200; writes benchmarks/results/many_gpus.json and .png
+  # all parts; writes benchmarks/results/many_gpus.json and .png
   python benchmarks/many_gpus.py
 
   # some of them; parts that they are compared with are named, too

@@ -59,8 +59,8 @@ def running_max(x: Int[Array, "*batch n"]) -> Int[Array, "*batch n"]:
 def _running(fold: Callable[..., Array], both: Callable[[Array, Array], Array], x: Array) -> Array:
     """Of each row of lanes by itself, and then of the rows before.
 
-    What ``jnp.cumsum`` and ``lax.cummax`` become on a TPU takes its compiler a second or two for
-    each one, and a training step has a dozen.
+    What ``jnp.cumsum`` and ``lax.cummax`` become on a TPU takes its compiler long, and a training
+    step has many.
     """
     batch, size = x.shape[:-1], x.shape[-1]
     whole = round_up(size, LANES)

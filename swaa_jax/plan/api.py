@@ -47,8 +47,8 @@ SOLVED = ("context", "batch", "slots")
 Measure = Callable[[Program], dict[str, Any]]
 """What says what a program needs, as `measure` does."""
 
-_CONTEXT, _CHUNK, _LORA_RANK = 32768, 1024, 16
-_MOST_ROWS, _CONTEXT_STEP, _PAGE = 1 << 16, 4096, 256
+_CHUNK, _LORA_RANK = Program.chunk_size, Program.lora_rank
+_CONTEXT, _CONTEXT_STEP, _MOST_ROWS = 32768, 4096, 1 << 16
 _MOST_SECONDS = 10_000_000  # a third of a year; a system's clock takes no number at all
 
 
@@ -128,7 +128,7 @@ def plan(
     batch = or_none(integer(least=1))("batch", batch)
     chunk_size = integer(least=1, most=MAX_POSITIONS)("chunk_size", chunk_size)
     step = or_none(integer(least=1, most=MAX_POSITIONS))("step", step)
-    page_size = math.gcd(chunk_size, _PAGE)  # as the engine's
+    page_size = math.gcd(chunk_size, Program.page_size)  # as the engine's
     _check_used(
         f"{work} on {chip}, {'compiled' if compiles else 'by formulas'}",
         lora_rank=(lora_rank == _LORA_RANK, lora_rank, work == "train", "it is for train"),
@@ -152,9 +152,8 @@ def plan(
         raise wrong("batch", f"a multiple of the {parts} parts that {sizes} cuts rows in", rows)
     if solve in ("batch", "slots") and step is not None and step % unit_rows:
         raise wrong("step", f"a multiple of the {parts} parts that {sizes} cuts rows in", step)
-    if chunk_size not in (_CHUNK, min(chunk_size, round_up(tokens, page_size))) and (
-        solve != "context"
-    ):
+    is_known = solve != "context"
+    if chunk_size != _CHUNK and is_known and chunk_size > round_up(tokens, page_size):
         raise wrong("chunk_size", f"at most the {tokens:,} tokens of a row", chunk_size)
     if chip == HERE and not compiles:
         raise wrong("chip", "one by name, where nothing is compiled", chip, "say which")
