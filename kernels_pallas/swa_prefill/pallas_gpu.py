@@ -212,7 +212,10 @@ def _attend_forward(call: _Call, q: Array, k: Array, v: Array, traced: dict[str,
     arguments = call.arguments(q, k, v, traced)
     other = _other_gradient(call, arguments)
     if other is None:
-        result: Any = checkpoint_name(_attend(call, q, k, v, traced), SAVED)
+        # Where a loop stacks what is saved, XLA has the kernel write into the stack; what is read
+        # elsewhere it then computes a second time, unless a barrier keeps the two uses together.
+        result: Any = lax.optimization_barrier(_attend(call, q, k, v, traced))
+        result = checkpoint_name(result, SAVED)
         return result, (q, k, v, traced, *result)
 
     def elsewhere(q: Array, k: Array, v: Array) -> tuple[Array, Array]:

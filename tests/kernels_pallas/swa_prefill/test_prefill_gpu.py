@@ -96,6 +96,21 @@ def test_many_tiles_of_each_block_of_threads(tokens):
     assert_close(got, want)
 
 
+def test_what_a_loop_saves_is_computed_once():
+    """Outputs that are stacked for a backward pass, and read in the forward one."""
+
+    def attend(x, factor):
+        out = swa_prefill(x * factor, x, x, window=300, num_sink_tokens=4, backend="pallas_gpu")
+        return x + out, None
+
+    def loss(x):
+        return jnp.sum(jax.lax.scan(attend, x, jnp.arange(3, dtype=x.dtype))[0])
+
+    x = jax.ShapeDtypeStruct((1, 1024, 2, 128), jnp.bfloat16)
+    text = jax.jit(jax.grad(loss)).lower(x).compile().as_text()
+    assert text.count('custom_call_target="mosaic_gpu') == 3  # forward, dq, dk and dv
+
+
 def assert_equals_the_reference(
     backend, *, num_keys, head_dim=128, heads=(4, 2), dtype="bfloat16", **keywords
 ):
