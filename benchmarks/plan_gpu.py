@@ -27,6 +27,15 @@ import gpu_timing
 import gpu_turns
 
 POLICY = "window=2048,sinks=10,full_layers=1::2"
+UNNAMED = {"prefill": {"[1]": "tokens", "[2]": "lengths"}}
+"""By kind of program: what it calls arguments that have no name in it."""
+
+ZERO = (
+    *("step", "count", "slot", "segment_ids", "stage_ids", "number", "seed", "suppressed", "ends"),
+    *("top_k", "no_repeat_ngram_size"),
+)
+"""Whole numbers that are 0: nothing is asked for, or done, or packed."""
+
 MOST_OFF = 0.07
 """Of the measured peak, that a plan may be off."""
 RUNS = 3
@@ -170,6 +179,11 @@ def measure(arguments: argparse.Namespace) -> None:
     peak = _peak(devices[0])
     seconds = statistics.median(times[1:])
     floor = planned.time
+    if floor is not None and seconds < floor.least:
+        raise SystemExit(
+            f"{seconds:.4f} s are less than the chip's peaks allow, {floor.least:.4f}: this run "
+            "has not done its work"
+        )
     gpu_turns.tell(
         {
             "side": "swaa_jax",
@@ -228,10 +242,12 @@ def _arrays(shapes: Any, program: Any) -> Any:
         if name in ("positions", "slot_positions"):
             first = seen - sizes[-1] if name == "slot_positions" else 0
             return np.broadcast_to(first + np.arange(sizes[-1]), sizes)
-        named = {"pos_B": seen, "position": seen, "tokens_left": 1 << 20}
+        named = {"pos_B": seen, "position": seen, "tokens_left": 1 << 20, **dict.fromkeys(ZERO, 0)}
         named |= dict.fromkeys(("lengths", "prompt_length", "prompt_lengths"), program.context)
         named |= dict.fromkeys(("length", "max_new_tokens"), program.chunk_size)
-        return np.full(sizes, named.get(name, 0))
+        if name not in named:
+            raise SystemExit(f"{name}: no value is known for this argument of {program.kind}")
+        return np.full(sizes, named[name])
 
     @functools.cache
     def weights(sizes: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
@@ -242,7 +258,7 @@ def _arrays(shapes: Any, program: Any) -> Any:
 
     def fill(path: Any, shape: Any) -> Any:
         full = jax.tree_util.keystr(path)
-        name = re.sub(r"\W+", " ", full).split()[-1]
+        name = UNNAMED.get(program.kind, {}).get(full) or re.sub(r"\W+", " ", full).split()[-1]
         if jnp.issubdtype(shape.dtype, jnp.floating):
             if len(shape.shape) >= 2 and name != "loss_weights":
                 return weights(shape.shape, shape.dtype, shape.sharding)(jax.random.key(0))

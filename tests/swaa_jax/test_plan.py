@@ -227,6 +227,11 @@ def test_shares_of_peaks_are_those_of_measured_runs():
         read = 2 * 4_022_468_096 + measured["cache_bytes"]  # weights, and 8 slots
         least = details["decode_steps"] * read / chip.hbm_bandwidth
         shares["steps"].append(least / details["decode_s"])
+    planned = json.loads((results / "plan_gpu.json").read_text())["rows"]
+    for row in planned:
+        if row["mesh"] == "fsdp=1" and row["kind"] in shares:
+            shares[row["kind"]].append(row["least_seconds"] / row["seconds"])
+    assert max(abs(row["planned_over_measured"] - 1) for row in planned) < 0.07
     for kind, found in shares.items():
         kept = [share for share, _ in MEASURED["h200", kind]]
         assert kept == pytest.approx(found, abs=1e-3), kind
