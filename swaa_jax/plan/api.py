@@ -326,7 +326,12 @@ def _figures(program: Program, row: Mapping[str, Any]) -> Figures:
         layers=layer_work(program, model),
         exchanged=row.get("exchanged"),
         time=estimate_time(
-            program, flops=flops, parts=row["parts"], exchanged=row.get("exchanged"), chip=chip
+            program,
+            model,
+            flops=flops,
+            parts=row["parts"],
+            exchanged=row.get("exchanged"),
+            chip=chip,
         ),
         why=row.get("why", ""),
         is_kept=bool(row.get("is_kept")),

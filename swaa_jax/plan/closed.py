@@ -16,7 +16,7 @@ from swaa_jax.plan.shapes import abstract_model, step_config
 from swaa_jax.sharding import batch_parts, heads_of_device, sharding_for, width_of_device
 from swaa_jax.train.dry_run import estimate_memory
 
-__all__ = ["BY_FORMULA", "closed_form"]
+__all__ = ["BY_FORMULA", "bytes_of_device", "closed_form"]
 
 BY_FORMULA = "closed form"
 
@@ -55,7 +55,7 @@ def _training(program: Program, model: Any, mesh: AbstractMesh) -> tuple[dict[st
 
 def _reading(program: Program, model: Any, mesh: AbstractMesh) -> dict[str, int]:
     variables = [variable for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))]
-    weights = sum(_bytes_of(variable, mesh) for variable in variables)
+    weights = sum(bytes_of_device(variable, mesh) for variable in variables)
     shards = mesh.shape["context"]
     whole = ModelSize.of(model, name="model", weight_bytes=weights)
     num_heads, num_kv_heads = heads_of_device(
@@ -90,7 +90,8 @@ def _reading(program: Program, model: Any, mesh: AbstractMesh) -> dict[str, int]
     return parts | {"activations": total - kept}
 
 
-def _bytes_of(variable: Any, mesh: AbstractMesh) -> int:
+def bytes_of_device(variable: nnx.Variable, mesh: AbstractMesh) -> int:
+    """Of a parameter, by the table of logical axes."""
     shape = tuple(variable.shape)
     sharding = sharding_for(variable, mesh)
     shape = shape if sharding is None else sharding.shard_shape(shape)

@@ -6,11 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from flax import nnx
 
 from kernels_pallas.chips import GPUS, TPUS, Chip, find_chip
 from swaa_jax.costs import ModelFlops, Runs, exchanged_bytes
 from swaa_jax.engine import EngineOptions
 from swaa_jax.models import CausalLM
+from swaa_jax.plan.closed import bytes_of_device
 from swaa_jax.plan.program import Program, mesh_of
 from swaa_jax.policy import LayerAttention
 from swaa_jax.sharding import RULES, heads_of_device
@@ -168,8 +170,22 @@ def tokens_of_run(program: Program) -> int:
     return program.context if count is None else min(count, program.context)
 
 
+def _unread(program: Program, model: CausalLM) -> float:
+    """Bytes of a device's weights that no token of a run has to read: experts beyond one token's,
+    since all may choose the same, and a table of embeddings that is not the head, too.
+    """
+    mesh, share, found = mesh_of(program), model.config.expert_share, 0.0
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if "experts" in (variable.get_metadata().get("axes") or ()) and len(variable.shape) == 3:
+            found += (1 - share) * bytes_of_device(variable, mesh)
+        elif path[0] == "embed_tokens" and model.lm_head is not None:
+            found += bytes_of_device(variable, mesh)
+    return found
+
+
 def estimate_time(
     program: Program,
+    model: CausalLM,
     *,
     flops: float,
     parts: Mapping[str, int],
@@ -179,10 +195,11 @@ def estimate_time(
     """How long a run takes: at least, from the chip's peaks, and by runs that were measured.
 
     The least is the longest of: operations at the chip's peak; weights, and caches of steps, read
-    once from memory; bytes that a device is sent, over its links.
+    once from memory, of experts those of one token; bytes that a device is sent, over its links.
 
     Args:
         program: what is run.
+        model: of the program, with shapes.
         flops: of all devices together.
         parts: bytes of a device, by what they are for.
         exchanged: bytes that a device is sent; None: not known, and left out.
@@ -191,7 +208,8 @@ def estimate_time(
     if chip is None:
         return None
     # Weights that fsdp splits are gathered, and read whole.
-    read = program.mesh.get("fsdp", 1) * parts.get("parameters", 0)
+    weights = max(0, parts.get("parameters", 0) - _unread(program, model))
+    read = program.mesh.get("fsdp", 1) * weights
     if program.kind in ("steps", "decode"):
         read = tokens_of_run(program) * (read + parts.get("caches", 0))
     bounds = {
@@ -203,10 +221,15 @@ def estimate_time(
     least = bounds[bound]
     name = next(name for name, one in {**TPUS, **GPUS}.items() if one is chip)
     rows = MEASURED.get((name, program.kind), ())
-    if program.devices > 1 or not rows:
-        what = "several devices of it" if rows else "one"
-        basis = f"no run of this program on {what} was measured"
-        return TimeEstimate(least=least, bound=bound, low=None, high=None, basis=basis)
+    why_not = ""
+    if not rows:
+        why_not = "no run of this program on one was measured"
+    elif model.config.num_stored_experts:
+        why_not = f"none of the runs measured on one {name} was of a model with experts"
+    elif program.devices > 1:
+        why_not = f"estimates rest on runs on one {name}"
+    if why_not:
+        return TimeEstimate(least=least, bound=bound, low=None, high=None, basis=why_not)
     shares = [share for share, _ in rows]
     files = ", ".join(dict.fromkeys(file for _, file in rows))
     return TimeEstimate(

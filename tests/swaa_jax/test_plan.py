@@ -252,6 +252,25 @@ def test_time_is_at_least_what_peaks_allow_and_an_estimate_only_where_runs_were_
     assert "at least" in str(found) and "no estimate: " in str(found)
 
 
+def test_a_step_need_not_read_all_experts_nor_the_rows_of_a_table():
+    def time(model, **others):
+        given = {"chip": "h200", "context": 32768, "compiles": False, **others}
+        (found,) = plan("decode", model, policy="window=2048,sinks=10", **given).figures
+        return found.parts, found.time
+
+    rows = json.loads(pathlib.Path("benchmarks/results/moe_gpu.json").read_text())["rows"]
+    (measured,) = (row["ms_per_token"] for row in rows if row["part"] == "model_32k:swaa_jax")
+    parts, one = time("Qwen3-30B-A3B")
+    assert 16 * 1e-3 * measured > one.least  # 16 steps a run
+    assert one.low is None and "experts" in one.basis  # what was measured had none
+    shared = time("Qwen3-30B-A3B", mesh={"expert": 2})[1].least
+    assert one.least / 2 < shared < one.least
+    parts, untied = time("Llama-3.1-8B")
+    table = 2 * SHAPES["Llama-3.1-8B"]["vocab_size"] * SHAPES["Llama-3.1-8B"]["hidden_size"]
+    read = parts["parameters"] - table + parts["caches"]
+    assert untied.least == pytest.approx(16 * read / GPUS["h200"].hbm_bandwidth)
+
+
 def test_context_splits_rows_and_a_windowed_layer_is_sent_the_same_whatever_the_length():
     def one(work, context, shards):
         mesh = {"context": shards}
