@@ -42,13 +42,13 @@ RUNS = 3
 GIB = 1 << 30
 EPILOG = """\
 examples:
-  # all cases that the devices here suffice for; writes benchmarks/results/plan_gpu.json
+  # all cases, four of them on two GPUs; writes benchmarks/results/plan_gpu.json
   python benchmarks/plan_gpu.py
 
   # some of them
   python benchmarks/plan_gpu.py --cases train_8k steps_128k --output plan.json
 
-  # the scripts alone, on the shipped model, with or without a GPU
+  # the scripts alone, on the shipped model; without a GPU, on two simulated devices
   python benchmarks/plan_gpu.py --smoke
 """
 
@@ -129,6 +129,8 @@ def measure(arguments: argparse.Namespace) -> None:
     """One case, in this process: its plan, and its run."""
     gpu_timing.share_card()
     case = CASES[arguments.part]
+    if arguments.smoke:  # of the process that compiles, too
+        os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
     import jax
 
     from swaa_jax.plan import measure as measuring
@@ -139,6 +141,9 @@ def measure(arguments: argparse.Namespace) -> None:
     if arguments.smoke:
         case = dataclasses.replace(case, model="tiny-retriever", context=1024)
     sizes = mesh_sizes("mesh", case.mesh)
+    needed, here = math.prod(sizes.values()), len(jax.devices())
+    if here < needed:
+        raise SystemExit(f"devices: expected {needed} GPUs, got {here}")
     found: list[Any] = []
 
     def look(program: Any) -> dict[str, Any]:
