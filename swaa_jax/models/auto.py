@@ -250,7 +250,7 @@ def model_from_config(
     _check_range(family, check_dtype(dtype))
     mesh = resolve_mesh(mesh)
     _check_backend(backend, mesh)
-    model = family.model_class(
+    return family.model_class(
         family.config_class.from_hf(hf_config),
         policy=None if policy is None else load_policy(policy),
         dtype=check_dtype(dtype),
@@ -259,12 +259,6 @@ def model_from_config(
         initializer_range=hf_config.get("initializer_range", 0.02),
         rngs=nnx.Rngs(seed),
     )
-    if mesh is not None:
-        for param in jax.tree.leaves(
-            nnx.state(model, nnx.Param), is_leaf=lambda leaf: isinstance(leaf, nnx.Param)
-        ):
-            param.set_value(jax.device_put(param.get_value(), sharding_for(param, mesh)))
-    return model
 
 
 @told_keywords({"path": "directory", "tok": "tokenizer"})

@@ -32,7 +32,14 @@ from swaa_jax.lora.adapters import LoraAdapter
 from swaa_jax.models.config import DecoderConfig
 from swaa_jax.models.rope import RopeConfig, rotate, rotation
 from swaa_jax.products import lookup, product
-from swaa_jax.sharding import constrain_batch, kv_head_copies, spec_for, split_over, target_of
+from swaa_jax.sharding import (
+    constrain_batch,
+    kv_head_copies,
+    sharding_for,
+    spec_for,
+    split_over,
+    target_of,
+)
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -55,11 +62,13 @@ class Initial:
         dtype: of all of them.
         std: of the normal ones.
         rngs: draws those; None: parameters are shapes, and nothing is computed or allocated.
+        mesh: over which they lie; None: on the default device.
     """
 
     dtype: jnp.dtype
     std: float = 0.02
     rngs: nnx.Rngs | None = None
+    mesh: Mesh | None = None
 
     def normal(self, shape: tuple[int, ...]) -> Any:
         """Values around zero."""
@@ -73,6 +82,12 @@ class Initial:
         if self.rngs is None:
             return jax.ShapeDtypeStruct(shape, self.dtype)
         return jnp.full(shape, value, self.dtype)
+
+    def placed(self, param: nnx.Param) -> nnx.Param:
+        """The parameter, where the mesh has it: none waits whole while the others are drawn."""
+        if self.rngs is not None and self.mesh is not None:
+            param.set_value(jax.device_put(param.get_value(), sharding_for(param, self.mesh)))
+        return param
 
 
 class Linear(nnx.Module):
@@ -91,9 +106,9 @@ class Linear(nnx.Module):
         initial: Initial,
         units: tuple[int, int] = (1, 1),
     ):
-        self.kernel = nnx.Param(initial.normal(shape), axes=axes, units=units)
+        self.kernel = initial.placed(nnx.Param(initial.normal(shape), axes=axes, units=units))
         bias = nnx.Param(initial.full(shape[1:], 0), axes=axes[1:], units=units[1:])
-        self.bias = bias if use_bias else None
+        self.bias = initial.placed(bias) if use_bias else None
         self.adapter: LoraAdapter | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
@@ -111,7 +126,8 @@ class RMSNorm(nnx.Module):
     """
 
     def __init__(self, size: int, *, eps: float, initial: Initial, one_centred: bool = False):
-        self.scale = nnx.Param(initial.full((size,), 0 if one_centred else 1), axes=("norm",))
+        scale = nnx.Param(initial.full((size,), 0 if one_centred else 1), axes=("norm",))
+        self.scale = initial.placed(scale)
         self.eps = eps
         self.one_centred = one_centred
 
@@ -145,7 +161,8 @@ class Embedding(nnx.Module):
     """A table of token vectors, `[V, D]`, times `scale` when looked up (not in a tied head)."""
 
     def __init__(self, vocab: int, size: int, *, initial: Initial, scale: float = 1.0):
-        self.embedding = nnx.Param(initial.normal((vocab, size)), axes=("vocab", "embed"))
+        table = nnx.Param(initial.normal((vocab, size)), axes=("vocab", "embed"))
+        self.embedding = initial.placed(table)
         self.scale = scale
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:

@@ -136,7 +136,7 @@ class CausalLM(Described, nnx.Module):
     ):
         policy = config.own if policy is None else load_policy(policy)
         dtype = jnp.dtype(dtype)
-        initial = Initial(dtype=dtype, std=initializer_range, rngs=rngs)
+        initial = Initial(dtype=dtype, std=initializer_range, rngs=rngs, mesh=mesh)
         self.config = config
         self.policy = policy
         self.layer_attention = policy.resolve(config.num_layers, num_kv_heads=config.num_kv_heads)

@@ -1,5 +1,7 @@
 """The rule table, and sharded models against one device."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 import swaa_jax as swaa
 from swaa_jax import sharding
+from swaa_jax.models.blocks import Initial
 from tests.support.random_models import HF_CONFIG, random_model
 
 POLICY = swaa.AttentionPolicy(
@@ -51,6 +54,24 @@ def test_every_parameter_names_its_axes():
     for path, param in nnx.to_flat_state(nnx.state(random_model(), nnx.Param)):
         assert len(param.axes) == len(param.shape), path
         assert all(axis in sharding.RULES for axis in param.axes), path
+
+
+def test_random_weights_are_not_all_whole_on_one_device_while_they_are_drawn(monkeypatch):
+    normal, held = Initial.normal, []
+
+    def held_by_the_first():
+        first, arrays = jax.devices()[0], jax.live_arrays()
+        shards = [x.sharding.shard_shape(x.shape) for x in arrays if first in x.sharding.device_set]
+        return sum(map(math.prod, shards))
+
+    def counted(self, shape):
+        held.append(held_by_the_first())
+        return normal(self, shape)
+
+    monkeypatch.setattr(Initial, "normal", counted)
+    model = random_model(mesh=sharding.make_mesh(fsdp=8))
+    whole = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    assert held[-1] - held[0] < whole / 4
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
