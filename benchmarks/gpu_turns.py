@@ -179,11 +179,13 @@ class _Part:
         timer.start()
         lines: list[str] = []
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if until is not None and line.strip() == until:
-                break
-            lines.append(line)
-        timer.cancel()
+        try:
+            for line in self._process.stdout:
+                if until is not None and line.strip() == until:
+                    break
+                lines.append(line)
+        finally:  # a run that is ended does not wait for it
+            timer.cancel()
         return lines
 
     def end(self) -> None:
