@@ -449,3 +449,30 @@ def test_a_plan_that_is_too_far_off_is_told(load):
     rows = [{"part": "near", "planned_over_measured": 1.06}, {"part": "failed", "reason": "memory"}]
     rows += [{"part": "far", "planned_over_measured": 0.9}]
     assert off(rows) == {"far": pytest.approx(-0.1)}
+
+
+def test_the_docs_have_the_figures_of_several_gpus():
+    told = (BENCHMARKS.parent / "docs" / "many-devices.md").read_text()
+    results = BENCHMARKS / "results"
+    rows = json.loads((results / "many_gpus.json").read_text())["rows"]
+    experts = json.loads((results / "moe_gpu.json").read_text())["rows"]
+    lines = {
+        f"| {row['devices']} | {row['tokens_per_s_and_gpu']:,.0f} | {row['mfu']:.0%} | "
+        f"{row['peak_gib']:.1f} |"
+        for row in rows
+        if "mfu" in row
+    }
+    for row in (*rows, *experts):
+        if row["part"] in ("experts_shared", "model_32k:swaa_jax"):
+            speeds = f"{row['prefill_tokens_per_s']:,.0f} | {row['ms_per_token']:.1f} |"
+            lines.add(f"| {row.get('devices', 1)} | {speeds}")
+    assert len(lines) == 8
+    assert [line for line in lines if line not in told] == []
+    (apart,) = (row["loss_difference"] for row in rows if "loss_difference" in row)
+    assert apart < 0.0003 and f"{rows[0]['loss']:.4f}" in told
+
+
+def test_a_part_comes_after_the_one_that_it_is_compared_with(load):
+    many = load("many_gpus")
+    for name, case in many.TRAINING.items():
+        assert case.over is None or many.CASES.index(case.over) < many.CASES.index(name)
