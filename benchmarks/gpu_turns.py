@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, jobs: int) -> None:
     add = parser.add_argument
     count, limit = gpu_arguments.count, gpu_arguments.seconds
     add("--jobs", type=count, default=jobs, help=f"parts that compile side by side; default {jobs}")
-    add("--limit", type=limit, default=240, help="seconds for a part to compile, and to be timed")
+    told = "seconds for a part to compile, and again to be timed; default %(default)g"
+    add("--limit", type=limit, default=240, help=told)
     gpu_arguments.add_results(parser)
     add("--part", help=argparse.SUPPRESS)  # in a process of its own
 

@@ -3,9 +3,10 @@
 LoRA steps of a Qwen3-4B-shaped model with random weights, in bfloat16: rows side by side (`fsdp`),
 and one row over all GPUs (`context`), whose windowed layers pass on the end of each part alone and
 whose full layers gather keys. The loss of a row of 32k tokens must be one GPU's. Rates are tokens a
-second and GPU; MFU counts visible pairs and no recomputation, so that a long row's more operations
-a token are allowed for. Then prompts and new tokens of a Qwen3-30B-A3B-shaped model, its experts
-shared out (`expert`). Each part compiles and runs in a process of its own.
+second and GPU; MFU is the model's own operations (pairs that queries see, nothing computed again)
+over the GPUs' peak, and compares rows of different lengths. Then prompts and new tokens of a
+Qwen3-30B-A3B-shaped model, its experts shared out (`expert`). Each part compiles and runs in a
+process of its own.
 """
 
 import argparse
@@ -77,7 +78,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    told = f"of {', '.join(CASES)}; default: all"
+    add("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=told)
     add("--layers", type=gpu_arguments.count, help="fewer than the models have")
     gpu_turns.add_arguments(parser, jobs=1)
     parser.set_defaults(limit=600)  # each part compiles when its turn has come; rows are long

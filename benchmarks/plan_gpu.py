@@ -87,7 +87,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    told = f"of {', '.join(CASES)}; default: all"
+    add("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=told)
     gpu_turns.add_arguments(parser, jobs=len(CASES))
     return gpu_arguments.parse(parser, argv, name="plan_gpu", smoke={"jobs": 2})
 

@@ -57,10 +57,10 @@ def running_max(x: Int[Array, "*batch n"]) -> Int[Array, "*batch n"]:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _running(fold: Callable[..., Array], both: Callable[[Array, Array], Array], x: Array) -> Array:
-    """Of each row of lanes by itself, and then of the rows before.
+    """Each entry with those before it: of its row of lanes, and then of the rows before.
 
     What ``jnp.cumsum`` and ``lax.cummax`` become on a TPU takes its compiler long, and a training
-    step has many.
+    step has many. The price is paid on a CPU, which does not fuse this: LANES numbers an entry.
     """
     batch, size = x.shape[:-1], x.shape[-1]
     whole = round_up(size, LANES)

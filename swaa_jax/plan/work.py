@@ -41,8 +41,8 @@ MEASURED: Mapping[tuple[str, str], tuple[tuple[float, str], ...]] = {
         *((0.612, _PLAN), (0.551, _PLAN)),
     ),
 }
-"""By chip and program: least time over measured time of runs on one device, and the file of
-`benchmarks/results/` that has the run. A test computes them anew."""
+"""By chip and program: least time over measured time of runs on one device, of models without
+experts, and the file of `benchmarks/results/` that has the run. A test computes them anew."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
