@@ -43,7 +43,9 @@ def running_sum(x: Array) -> Int[Array, "*batch n"]:
     >>> print(running_sum(jnp.array([True, False, True])))
     [1 1 2]
     """
-    return _running(jnp.sum, jnp.add, x.astype(jnp.int32))
+    by_rows = functools.partial(_running, jnp.sum, jnp.add)
+    plain = functools.partial(lax.cumsum, axis=x.ndim - 1)
+    return lax.platform_dependent(x.astype(jnp.int32), tpu=by_rows, default=plain)
 
 
 def running_max(x: Int[Array, "*batch n"]) -> Int[Array, "*batch n"]:
@@ -52,15 +54,17 @@ def running_max(x: Int[Array, "*batch n"]) -> Int[Array, "*batch n"]:
     >>> print(running_max(jnp.array([0, 2, 0, 1])))
     [0 2 2 2]
     """
-    return _running(jnp.max, jnp.maximum, x)
+    by_rows = functools.partial(_running, jnp.max, jnp.maximum)
+    plain = functools.partial(lax.cummax, axis=x.ndim - 1)
+    return lax.platform_dependent(x, tpu=by_rows, default=plain)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _running(fold: Callable[..., Array], both: Callable[[Array, Array], Array], x: Array) -> Array:
     """Each entry with those before it: of its row of lanes, and then of the rows before.
 
-    What ``jnp.cumsum`` and ``lax.cummax`` become on a TPU takes its compiler long, and a training
-    step has many. The price is paid on a CPU, which does not fuse this: LANES numbers an entry.
+    For TPUs: what ``lax.cumsum`` and ``lax.cummax`` become there takes their compiler long, and a
+    training step has many. Others may not fuse this, which writes LANES numbers an entry then.
     """
     batch, size = x.shape[:-1], x.shape[-1]
     whole = round_up(size, LANES)

@@ -1,10 +1,19 @@
 """Running sums and maxima, against NumPy's."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kernels_pallas.layout import LANES, running_max, running_sum
+
+
+@pytest.fixture(autouse=True, params=["tpu", "default"])
+def computed_as_on(request, monkeypatch):
+    """What a TPU computes, and what others do."""
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *given, **ways: ways[request.param](*given)
+    )
 
 
 @pytest.mark.parametrize("size", [0, 1, LANES - 1, LANES, LANES + 1, LANES**2, LANES**2 + 1])
