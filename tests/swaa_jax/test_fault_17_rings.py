@@ -29,7 +29,9 @@ def answered():
     return model, swaa.generate(model, None, [[5, 6, 7]], max_new_tokens=4)
 
 
-@pytest.mark.parametrize("policy", WIDE, ids=str)
+@pytest.mark.parametrize(
+    "policy", [WIDE[0], pytest.param(WIDE[1], marks=pytest.mark.slow), WIDE[2]], ids=str
+)
 def test_fault_17_no_cache_is_larger_than_full_attentions(answered, policy):
     model, full = answered
     wide = swaa.generate(model.with_policy(policy), None, [[5, 6, 7]], max_new_tokens=4)
