@@ -14,6 +14,7 @@ A frozen dataclass checks its fields with `check_fields` and is read from a mapp
 import contextlib
 import dataclasses
 import difflib
+import functools
 import itertools
 import json
 import math
@@ -201,22 +202,21 @@ def integer(*, least: int | None = None, most: int | None = None) -> Check[int]:
     >>> integer(least=1)("window", 64), or_none(integer(least=1))("window", None)
     (64, None)
     """
-    limits = [f"of at least {least}"] if least is not None else []
-    limits += [f"of at most {most}"] if most is not None else []
-    expected = " ".join(["an integer", " and ".join(limits)]).strip()
+    return functools.partial(_integer, least=least, most=most)
 
-    def check(name: str, value: Any) -> int:
-        try:
-            found = None if isinstance(value, bool) else operator.index(value)
-        except TypeError:
-            found = None
-        if found is None or not (least is None or found >= least):
-            raise wrong(name, expected, value, _as_number(value, int))
-        if most is not None and found > most:
-            raise wrong(name, expected, value)
-        return found
 
-    return check
+def _integer(name: str, value: Any, *, least: int | None, most: int | None) -> int:
+    try:
+        found = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        found = None
+    is_enough = found is not None and (least is None or found >= least)
+    if found is None or not is_enough or (most is not None and found > most):
+        limits = [f"of at least {least}"] if least is not None else []
+        limits += [f"of at most {most}"] if most is not None else []
+        expected = " ".join(["an integer", " and ".join(limits)]).strip()
+        raise wrong(name, expected, value, "" if is_enough else _as_number(value, int))
+    return found
 
 
 def number(

@@ -46,6 +46,12 @@ def no_type_checks(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
+def pytest_collection_finish():
+    """What imports made stays: later searches for garbage, fewer of them, leave it out."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 def pytest_runtest_teardown(item, nextitem):
     """Between files, a process that has grown lets its compiled programs go."""
     if nextitem is not None and nextitem.path != item.path and programs.resident_gib() > 5:

@@ -5,6 +5,7 @@ which is exact: numpy's arrays and the bytes that safetensors hands out are amon
 """
 
 import gc
+import itertools
 import tracemalloc
 
 import jax
@@ -71,9 +72,17 @@ def test_pieces_add_up(tmp_path, monkeypatch, read_bytes, turn_rows, dtype, size
         np.testing.assert_array_equal(loaded[name], value.astype(dtype), err_msg=name)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("transform", Transform, ids=str)
-@pytest.mark.parametrize("sizes", [None, {"fsdp": 8}, {"data": 8}], ids=str)
+# To be turned in pieces for eight devices takes longest; of the two dtypes float32 is cast, too.
+LONGEST = ({"fsdp": 8}, Transform.TRANSPOSE, "bfloat16")
+COSTS = [
+    pytest.param(*case, marks=[pytest.mark.slow] * (case == LONGEST))
+    for case in itertools.product(
+        (None, {"fsdp": 8}, {"data": 8}), Transform, ("bfloat16", "float32")
+    )
+]
+
+
+@pytest.mark.parametrize("sizes, transform, dtype", COSTS, ids=str)
 def test_one_tensor_costs_little_more_than_itself(tmp_path, monkeypatch, dtype, transform, sizes):
     """Not a second copy: neither whole as read, nor turned, nor cast, nor one for each replica."""
     monkeypatch.setattr(keymap, "_READ_BYTES", 1 << 20)

@@ -81,7 +81,11 @@ POLICIES = {
 }
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+# Of "1::2", half the layers are full.
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "full")) for name in POLICIES],
+)
 def test_pages_equal_full_caches_in_a_model(policy):
     """Chunks of 16 and steps of one token; the oracle is the contiguous cache."""
     lengths = np.array([23, 40, 1])

@@ -52,7 +52,10 @@ def nll_alone(model, one):
     return -log_softmax(logits[at - 1], axis=-1)[np.arange(len(at)), one.tokens[at]].mean()
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "window decode")) for name in POLICIES],
+)
 def test_rows_equal_separate_runs_and_are_traced_once(name):
     model, policy = random_model(), POLICIES[name]
     scorer = RowScorer(model, SAMPLES, policy=policy, rows_at_once=4)

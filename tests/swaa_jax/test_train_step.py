@@ -122,7 +122,14 @@ def assert_five_steps_equal(sizes, **kind):
 @pytest.mark.parametrize(
     "per_row", [2, pytest.param(1, marks=pytest.mark.slow)], ids=["packed", "one a row"]
 )
-@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param({"fsdp": 8}, marks=pytest.mark.slow),
+        {"data": 2, "fsdp": 2, "tensor": 2},
+    ],
+    ids=str,
+)
 def test_five_sharded_steps_equal_those_of_one_device(sizes, per_row):
     assert_five_steps_equal(sizes, per_row=per_row, scan_layers=False)
 
