@@ -91,7 +91,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--cases", nargs="+", choices=cases(), default=list(cases()))
+    gpu_arguments.add_cases(parser, cases())
     lengths = [8192, 32768, 131072]
     add("--lengths", nargs="+", type=gpu_arguments.count, default=lengths, metavar="TOKENS")
     sides = [side for side in SIDES if side != "xla"]

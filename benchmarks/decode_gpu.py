@@ -133,7 +133,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--cases", nargs="+", choices=cases(), default=list(cases()))
+    gpu_arguments.add_cases(parser, cases())
     add("--backends", nargs="+", choices=BACKENDS, default=BACKENDS, help="of the kernels")
     add("--sides", nargs="+", choices=gpu_models.SIDES, default=["swaa_jax"], help="of the models")
     add("--layers", type=gpu_arguments.count, help="of the models; default: all 36")

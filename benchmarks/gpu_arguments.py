@@ -7,7 +7,7 @@ run's: one of some cases or sides, or of other sizes, names its own.
 import argparse
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,15 @@ def json_path(text: str) -> Path:
     if not text.endswith(".json"):
         raise argparse.ArgumentTypeError(f"expected a file that ends in .json, got {text!r}")
     return Path(text)
+
+
+def add_cases(parser: argparse.ArgumentParser, cases: Iterable[str]) -> None:
+    """What is measured: some of these, by default all."""
+    known = list(cases)
+    told = f"of {', '.join(known)}; default: all"
+    parser.add_argument(
+        "--cases", nargs="+", choices=known, default=known, metavar="CASE", help=told
+    )
 
 
 def add_results(parser: argparse.ArgumentParser) -> None:

@@ -78,8 +78,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    told = f"of {', '.join(CASES)}; default: all"
-    add("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=told)
+    gpu_arguments.add_cases(parser, CASES)
     add("--layers", type=gpu_arguments.count, help="fewer than the models have")
     gpu_turns.add_arguments(parser, jobs=1)
     parser.set_defaults(limit=600)  # each part compiles when its turn has come; rows are long

@@ -95,8 +95,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    choices = ("products", "model_32k")
-    add("--cases", nargs="+", choices=choices, default=choices)
+    gpu_arguments.add_cases(parser, ("products", "model_32k"))
     add("--products", nargs="+", choices=PRODUCTS, default=PRODUCTS)
     add("--tokens", nargs="+", type=gpu_arguments.count, default=[1, 8, 32, 64, 32768])
     add("--kernels", nargs="+", choices=KERNELS, default=KERNELS, help="sides of the products")

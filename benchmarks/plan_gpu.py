@@ -86,9 +86,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    told = f"of {', '.join(CASES)}; default: all"
-    add("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=told)
+    gpu_arguments.add_cases(parser, CASES)
     gpu_turns.add_arguments(parser, jobs=len(CASES))
     return gpu_arguments.parse(parser, argv, name="plan_gpu", smoke={"jobs": 2})
 

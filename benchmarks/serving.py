@@ -56,7 +56,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--cases", nargs="+", choices=TITLES, default=list(TITLES))
+    gpu_arguments.add_cases(parser, TITLES)
     add("--sides", nargs="+", choices=SIDES, default=SIDES, help="Transformers runs mixed alone")
     count, limit = gpu_arguments.count, gpu_arguments.seconds
     add("--chunk-size", type=count, help="of our side; default: the engine's, the server's 1,024")

@@ -70,22 +70,22 @@ class Initial:
     rngs: nnx.Rngs | None = None
     mesh: Mesh | None = None
 
-    def normal(self, shape: tuple[int, ...]) -> Any:
-        """Values around zero."""
+    def normal(self, shape: tuple[int, ...], **metadata: Any) -> nnx.Param[Any]:
+        """A parameter of values around zero, whose axes the metadata names."""
         if self.rngs is None:
-            return jax.ShapeDtypeStruct(shape, self.dtype)
+            return nnx.Param(jax.ShapeDtypeStruct(shape, self.dtype), **metadata)
         drawn = self.std * jax.random.normal(self.rngs.params(), shape, jnp.float32)
-        return drawn.astype(self.dtype)
+        return self._placed(nnx.Param(drawn.astype(self.dtype), **metadata))
 
-    def full(self, shape: tuple[int, ...], value: float) -> Any:
-        """One value everywhere."""
+    def full(self, shape: tuple[int, ...], value: float, **metadata: Any) -> nnx.Param[Any]:
+        """One of one value everywhere."""
         if self.rngs is None:
-            return jax.ShapeDtypeStruct(shape, self.dtype)
-        return jnp.full(shape, value, self.dtype)
+            return nnx.Param(jax.ShapeDtypeStruct(shape, self.dtype), **metadata)
+        return self._placed(nnx.Param(jnp.full(shape, value, self.dtype), **metadata))
 
-    def placed(self, param: nnx.Param) -> nnx.Param:
+    def _placed(self, param: nnx.Param[Any]) -> nnx.Param[Any]:
         """The parameter, where the mesh has it: none waits whole while the others are drawn."""
-        if self.rngs is not None and self.mesh is not None:
+        if self.mesh is not None:
             param.set_value(jax.device_put(param.get_value(), sharding_for(param, self.mesh)))
         return param
 
@@ -106,9 +106,9 @@ class Linear(nnx.Module):
         initial: Initial,
         units: tuple[int, int] = (1, 1),
     ):
-        self.kernel = initial.placed(nnx.Param(initial.normal(shape), axes=axes, units=units))
-        bias = nnx.Param(initial.full(shape[1:], 0), axes=axes[1:], units=units[1:])
-        self.bias = initial.placed(bias) if use_bias else None
+        self.kernel = initial.normal(shape, axes=axes, units=units)
+        bias = initial.full(shape[1:], 0, axes=axes[1:], units=units[1:]) if use_bias else None
+        self.bias = bias
         self.adapter: LoraAdapter | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
@@ -126,8 +126,7 @@ class RMSNorm(nnx.Module):
     """
 
     def __init__(self, size: int, *, eps: float, initial: Initial, one_centred: bool = False):
-        scale = nnx.Param(initial.full((size,), 0 if one_centred else 1), axes=("norm",))
-        self.scale = initial.placed(scale)
+        self.scale = initial.full((size,), 0 if one_centred else 1, axes=("norm",))
         self.eps = eps
         self.one_centred = one_centred
 
@@ -161,8 +160,7 @@ class Embedding(nnx.Module):
     """A table of token vectors, `[V, D]`, times `scale` when looked up (not in a tied head)."""
 
     def __init__(self, vocab: int, size: int, *, initial: Initial, scale: float = 1.0):
-        table = nnx.Param(initial.normal((vocab, size)), axes=("vocab", "embed"))
-        self.embedding = initial.placed(table)
+        self.embedding = initial.normal((vocab, size), axes=("vocab", "embed"))
         self.scale = scale
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:

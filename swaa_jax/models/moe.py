@@ -88,7 +88,7 @@ class StackedLinear(nnx.Module):
         *,
         initial: Initial,
     ):
-        self.kernel = initial.placed(nnx.Param(initial.normal(shape), axes=axes))
+        self.kernel = initial.normal(shape, axes=axes)
 
 
 class Experts(nnx.Module):

@@ -29,20 +29,22 @@ __all__ = [
     "tokens_of_run",
 ]
 
-_TRAIN, _BENCH, _PLAN = "train_step.json", "bench_qwen3_4b.json", "plan_gpu.json"
-MEASURED: Mapping[tuple[str, str], tuple[tuple[float, str], ...]] = {
-    ("h200", "train"): (
-        *((0.299, _TRAIN), (0.273, _TRAIN)),
-        *((0.287, _PLAN), (0.356, _PLAN), (0.418, _PLAN)),
-    ),
-    ("h200", "chunk"): ((0.471, _BENCH), (0.493, _BENCH), (0.478, _BENCH), (0.548, _PLAN)),
-    ("h200", "steps"): (
-        *((0.644, _BENCH), (0.371, _BENCH), (0.624, _BENCH)),
-        *((0.612, _PLAN), (0.551, _PLAN)),
-    ),
+MEASURED: Mapping[tuple[str, str], Mapping[str, tuple[float, ...]]] = {
+    ("h200", "train"): {
+        "train_step.json": (0.299, 0.273),
+        "plan_gpu.json": (0.287, 0.356, 0.418),
+    },
+    ("h200", "chunk"): {
+        "bench_qwen3_4b.json": (0.471, 0.493, 0.478),
+        "plan_gpu.json": (0.548,),
+    },
+    ("h200", "steps"): {
+        "bench_qwen3_4b.json": (0.644, 0.371, 0.624),
+        "plan_gpu.json": (0.612, 0.551),
+    },
 }
 """By chip and program: least time over measured time of runs on one device, of models without
-experts, and the file of `benchmarks/results/` that has the run. A test computes them anew."""
+experts, under the file of `benchmarks/results/` that has them. A test computes them anew."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,23 +222,22 @@ def estimate_time(
     bound = max(bounds, key=lambda name: bounds[name])
     least = bounds[bound]
     name = next(name for name, one in {**TPUS, **GPUS}.items() if one is chip)
-    rows = MEASURED.get((name, program.kind), ())
+    files = MEASURED.get((name, program.kind), {})
     why_not = ""
-    if not rows:
-        why_not = "no run of this program on one was measured"
+    if not files:
+        why_not = f"no run of this program on {name} was measured"
     elif model.config.num_stored_experts:
         why_not = f"none of the runs measured on one {name} was of a model with experts"
     elif program.devices > 1:
         why_not = f"estimates rest on runs on one {name}"
     if why_not:
         return TimeEstimate(least=least, bound=bound, low=None, high=None, basis=why_not)
-    shares = [share for share, _ in rows]
-    files = ", ".join(dict.fromkeys(file for _, file in rows))
+    shares = [share for found in files.values() for share in found]
     return TimeEstimate(
         least=least,
         bound=bound,
         low=least / max(shares),
         high=least / min(shares),
-        basis=f"{len(rows)} runs on one {name} reached {min(shares):.0%} to {max(shares):.0%} of "
-        f"the least time's speed: {files}",
+        basis=f"{len(shares)} runs on one {name} reached {min(shares):.0%} to {max(shares):.0%} of "
+        f"the least time's speed: {', '.join(files)}",
     )

@@ -5,8 +5,10 @@ import json
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -476,3 +478,15 @@ def test_a_part_comes_after_the_one_that_it_is_compared_with(load):
     many = load("many_gpus")
     for name, case in many.TRAINING.items():
         assert case.over is None or many.CASES.index(case.over) < many.CASES.index(name)
+
+
+def test_a_planned_program_is_given_what_it_works_on(load):
+    plan_gpu = load("plan_gpu")
+    program = types.SimpleNamespace(
+        kind="prefill", context=8, chunk_size=4, config={"vocab_size": 99}
+    )
+    tokens, lengths = (jax.ShapeDtypeStruct(shape, "int32") for shape in ((1, 8), (1,)))
+    _, tokens, lengths = plan_gpu._arrays(({}, tokens, lengths), program)
+    assert lengths.tolist() == [8] and tokens.min() >= 10
+    with pytest.raises(SystemExit, match="colour: no value is known"):
+        plan_gpu._arrays(({"colour": lengths},), program)

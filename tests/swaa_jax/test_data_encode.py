@@ -11,8 +11,8 @@ from swaa_jax.data import DataConfig, DataError, Encoder, prepare_samples
 from swaa_jax.infer.prompts import encode_prompts
 from swaa_jax.records import Record
 from tests.support import byte_tokenizer, chat_templates
+from tests.support.sample_data import REPLY, USER
 
-USER, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
 THOUGHT = {"role": "assistant", "content": "<think>\nHm\n</think>\n\nYo"}
 TWO_TURNS = [USER, THOUGHT, {"role": "user", "content": "And?"}, THOUGHT]
 
