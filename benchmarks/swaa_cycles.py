@@ -1,8 +1,8 @@
 """Static cycles of this library's prefill kernels, from its own work list.
 
 What a step runs is written in the flags of the item that it begins and of the item before, which it
-finishes (kernels_pallas/swa_prefill/pallas_tpu_kernels.py). The table `BODIES` says which flags
-run what.
+finishes (`pallas_tpu_kernels.py`, `pallas_tpu_gradient.py` in `kernels_pallas/swa_prefill/`). The
+table `BODIES` says which flags run what.
 """
 
 import dataclasses

@@ -209,7 +209,7 @@ def _forward_saving(static: "KernelStatic", q: Array, kv: Array, *rest: Any):
 
 def _backward(static: "KernelStatic", saved: tuple[Any, ...], cotangents: tuple[Array, Array]):
     """dq, dk, dv. With ``p = exp(s - lse)``: ``ds = p (do.v - delta)``, ``delta = do.o - dlse``."""
-    from kernels_pallas.swa_prefill import pallas_tpu_kernels
+    from kernels_pallas.swa_prefill import pallas_tpu_gradient
 
     q, kv, q_info, k_info, blocks, out, lse = saved
     do, dlse = cotangents
@@ -217,7 +217,7 @@ def _backward(static: "KernelStatic", saved: tuple[Any, ...], cotangents: tuple[
     by_key, visited = build_work_list_by_key(
         blocks, num_kv_blocks=static.num_kv_blocks, most_items=static.most_items
     )
-    dq, dkv = pallas_tpu_kernels.backward(
+    dq, dkv = pallas_tpu_gradient.backward(
         static,
         q,
         kv,

@@ -1,4 +1,4 @@
-"""Pallas TPU kernels over a work list: forward, dq, and dk with dv.
+"""Pallas TPU kernels over a work list: what they share, and the forward one.
 
 An item is one block of query rows against one block of keys, for a few KV heads (``heads``). All
 G query heads of a KV head are stacked, ``R = G * block_q`` rows, and share its keys and values.
@@ -72,8 +72,8 @@ _LOG2_E = math.log2(math.e)
 _MASK = float(np.finfo(np.float32).min)
 _LOW = _MASK / 2
 
-_NT = (((1,), (1,)), ((), ()))  # x y^T
-_NN = (((1,), (0,)), ((), ()))  # x y
+NT = (((1,), (1,)), ((), ()))  # x y^T
+NN = (((1,), (0,)), ((), ()))  # x y
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,22 +92,23 @@ class KernelStatic:
     interpret: Any  # bool or pltpu.InterpretParams
 
 
-def _dot(x: Array, y: Array, dimensions: Any) -> Array:
+def dot(x: Array, y: Array, dimensions: Any) -> Array:
+    """The product, summed in float32."""
     return lax.dot_general(
         x, y, dimensions, precision=precision_of(x), preferred_element_type=jnp.float32
     )
 
 
-def _scores(static: KernelStatic, x: Array, y: Array) -> tuple[Array, Array | None]:
+def scores(static: KernelStatic, x: Array, y: Array) -> tuple[Array, Array | None]:
     """``x y^T`` scaled and capped, in base 2, and the cap's derivative."""
-    s = _dot(x, y, _NT)
+    s = dot(x, y, NT)
     if static.softcap is None:
         return s * (static.scale * _LOG2_E), None
     capped = jnp.tanh(s * (static.scale / static.softcap))
     return capped * (static.softcap * _LOG2_E), 1.0 - capped * capped
 
 
-def _write_mask(
+def write_mask(
     static: KernelStatic, column: Any, q_info_ref: Any, k_info_ref: Any, mask_ref: Any
 ) -> None:
     """``mask_ref [block_kv, block_q]``: ``_MASK`` where the query does not see the key, else 0."""
@@ -134,7 +135,7 @@ def _write_mask(
     mask_ref[...] = jnp.where(seen, 0.0, _MASK)
 
 
-def _add_mask(s: Array, mask_ref: Any, first_row: int) -> Array:
+def add_mask(s: Array, mask_ref: Any, first_row: int) -> Array:
     """Scores of a chunk, some rows of one head or whole heads: those share one mask."""
     width = min(s.shape[1], mask_ref.shape[1])
     begin = first_row % mask_ref.shape[1]
@@ -142,7 +143,7 @@ def _add_mask(s: Array, mask_ref: Any, first_row: int) -> Array:
     return s + jnp.concatenate([mask] * (s.shape[1] // width), axis=1)
 
 
-def _chunks(shape: tuple[int, ...], block_q: int, chunk: int) -> list[tuple[int, slice]]:
+def chunks(shape: tuple[int, ...], block_q: int, chunk: int) -> list[tuple[int, slice]]:
     """KV head and rows of each chunk of ``[heads, R, H]``: whole heads, or equal parts of one."""
     num_heads, num_rows, _ = shape
     size = block_q
@@ -154,13 +155,13 @@ def _chunks(shape: tuple[int, ...], block_q: int, chunk: int) -> list[tuple[int,
     return [(head, at) for head in range(num_heads) for at in rows]
 
 
-def _items_of_step(items_ref: Any) -> tuple[Any, Any]:
+def items_of_step(items_ref: Any) -> tuple[Any, Any]:
     """The item that the step finishes, and the one that it begins."""
     step = pl.program_id(1)
     return items_ref[step], items_ref[step + 1]
 
 
-def _on_step(
+def on_step(
     items_ref: Any,
     *,
     start: Callable[[], None],
@@ -177,7 +178,7 @@ def _on_step(
       work: ``work(masked)`` finishes the item before and begins the step's, masked or not.
       last: after the last item of a block is finished.
     """
-    before, item = _items_of_step(items_ref)
+    before, item = items_of_step(items_ref)
     pl.when(pl.program_id(1) == 0)(start)
     if first is not None:
         pl.when((before & FIRST) != 0)(first)
@@ -186,7 +187,8 @@ def _on_step(
     pl.when((before & LAST) != 0)(last)
 
 
-def _clear(*refs: Any) -> None:
+def clear(*refs: Any) -> None:
+    """Zeros in all of them."""
     for ref in refs:
         ref[...] = jnp.zeros_like(ref)
 
@@ -216,7 +218,7 @@ def _forward_kernel(
     static: KernelStatic,
     column_of: Callable[[Any], Any],
 ):
-    before, item = _items_of_step(items_ref)
+    before, item = items_of_step(items_ref)
     before_is_first = (before & FIRST) != 0
 
     def finish(head: int, at: slice) -> None:
@@ -228,15 +230,15 @@ def _forward_kernel(
         keep = jnp.exp2(m_before - m)
         m_ref[head, :, at] = m
         l_ref[head, :, at] = keep * l_ref[head, :, at] + jnp.sum(p, axis=0, keepdims=True)
-        acc_ref[head, :, at] = keep * acc_ref[head, :, at] + _dot(v, p.astype(v.dtype), _NN)
+        acc_ref[head, :, at] = keep * acc_ref[head, :, at] + dot(v, p.astype(v.dtype), NN)
 
     def work(masked: bool) -> None:
         if masked:
-            _write_mask(static, column_of(item), q_info_ref, k_info_ref, mask_ref)
-        for head, at in _chunks(q_ref.shape[1:], q_info_ref.shape[2], static.chunk):
-            s, _ = _scores(static, kv_ref[0, head, 0], q_ref[0, head, at])  # [block_kv, chunk]
+            write_mask(static, column_of(item), q_info_ref, k_info_ref, mask_ref)
+        for head, at in chunks(q_ref.shape[1:], q_info_ref.shape[2], static.chunk):
+            s, _ = scores(static, kv_ref[0, head, 0], q_ref[0, head, at])  # [block_kv, chunk]
             if masked:
-                s = _add_mask(s, mask_ref, at.start)
+                s = add_mask(s, mask_ref, at.start)
             finish(head, at)
             s_ref[head, :, at] = s
             top_ref[head, :, at] = jnp.max(s, axis=0, keepdims=True)
@@ -250,153 +252,11 @@ def _forward_kernel(
             out_ref[0, head] = jnp.transpose(acc_ref[head] * (1.0 / l)).astype(out_ref.dtype)
             lse_ref[0, head] = (m_ref[head] + jnp.log2(l)) * (1 / _LOG2_E)
 
-    start = functools.partial(_clear, v_ref, s_ref, top_ref, m_ref, l_ref, acc_ref)
-    _on_step(items_ref, start=start, work=work, last=last)
+    start = functools.partial(clear, v_ref, s_ref, top_ref, m_ref, l_ref, acc_ref)
+    on_step(items_ref, start=start, work=work, last=last)
 
 
-def _gradients_of_step(
-    static: KernelStatic,
-    item: Any,
-    refs: tuple[Any, ...],
-    mask_ref: Any,
-    saved: tuple[Any, Any],
-    *,
-    masked: bool,
-    add: Callable[[int, slice, Array, Array], None],
-    column_of: Callable[[Any], Any],
-) -> None:
-    """``add(head, rows, p, ds)`` for each chunk of the item before, then that chunk of the item.
-
-    ``p = exp2(s - lse)`` and ``ds = p (do.v - delta)``, ``[block_kv, chunk]`` float32; ds lacks the
-    scale. ``saved`` holds the exponent and the second factor from one step to the next.
-    """
-    q_info_ref, k_info_ref, q_ref, kv_ref, do_ref, statistics_ref = refs
-    exponent_ref, slope_ref = saved
-    if masked:
-        _write_mask(static, column_of(item), q_info_ref, k_info_ref, mask_ref)
-    for head, at in _chunks(q_ref.shape[1:], q_info_ref.shape[2], static.chunk):
-        s, derivative = _scores(static, kv_ref[0, head, 0], q_ref[0, head, at])
-        if masked:
-            s = _add_mask(s, mask_ref, at.start)
-        slope = _dot(kv_ref[0, head, 1], do_ref[0, head, at], _NT)
-        slope -= statistics_ref[0, head, 1:2, at]
-        p = jnp.exp2(exponent_ref[head, :, at])
-        add(head, at, p, p * slope_ref[head, :, at])
-        exponent_ref[head, :, at] = s - statistics_ref[0, head, 0:1, at]
-        slope_ref[head, :, at] = slope if derivative is None else slope * derivative
-
-
-def _dq_kernel(
-    # prefetched
-    items_ref,  # [M + 2]
-    # in, of the step's item
-    q_info_ref,  # [1, 8, block_q]
-    k_info_ref,  # [1, 8, block_kv], or None
-    q_ref,  # [1, heads, R, H]
-    kv_ref,  # [1, heads, 2, block_kv, H]
-    do_ref,  # [1, heads, R, H]
-    statistics_ref,  # [1, heads, 2, R] log-sum-exp in base 2, and delta
-    # out, of the item before
-    dq_ref,  # [1, heads, R, H]
-    # scratch
-    mask_ref,  # [block_kv, block_q] of the step's item
-    # scratch, of the item before
-    k_ref,  # [heads, H, block_kv]
-    exponent_ref,  # [heads, block_kv, R]
-    slope_ref,  # [heads, block_kv, R]
-    # scratch, of its query block
-    acc_ref,  # [heads, H, R]
-    *,
-    static: KernelStatic,
-    column_of: Callable[[Any], Any],
-):
-    _, item = _items_of_step(items_ref)
-
-    def add(head: int, at: slice, _: Array, ds: Array) -> None:
-        k = k_ref[head]
-        acc_ref[head, :, at] += _dot(k, ds.astype(k.dtype), _NN)
-
-    def work(masked: bool) -> None:
-        _gradients_of_step(
-            static,
-            item,
-            (q_info_ref, k_info_ref, q_ref, kv_ref, do_ref, statistics_ref),
-            mask_ref,
-            (exponent_ref, slope_ref),
-            masked=masked,
-            add=add,
-            column_of=column_of,
-        )
-        for head in range(q_ref.shape[1]):
-            k_ref[head] = jnp.transpose(kv_ref[0, head, 0])
-
-    def last() -> None:
-        for head in range(q_ref.shape[1]):
-            dq_ref[0, head] = jnp.transpose(acc_ref[head] * static.scale).astype(dq_ref.dtype)
-
-    start = functools.partial(_clear, k_ref, exponent_ref, slope_ref, acc_ref)
-    first = functools.partial(_clear, acc_ref)
-    _on_step(items_ref, start=start, first=first, work=work, last=last)
-
-
-def _dkv_kernel(
-    # prefetched
-    items_ref,  # [M + 2] by key block
-    # in, of the step's item
-    q_info_ref,  # [1, 8, block_q]
-    k_info_ref,  # [1, 8, block_kv], or None
-    q_ref,  # [1, heads, R, H]
-    kv_ref,  # [1, heads, 2, block_kv, H]
-    do_ref,  # [1, heads, R, H]
-    statistics_ref,  # [1, heads, 2, R] log-sum-exp in base 2, and delta
-    # out, of the item before
-    dkv_ref,  # [1, heads, 2, block_kv, H]
-    # scratch
-    mask_ref,  # [block_kv, block_q] of the step's item
-    # scratch, of the item before
-    q_before_ref,  # [heads, R, H]
-    do_before_ref,  # [heads, R, H]
-    exponent_ref,  # [heads, block_kv, R]
-    slope_ref,  # [heads, block_kv, R]
-    # scratch, of its key block
-    dk_ref,  # [heads, block_kv, H]
-    dv_ref,  # [heads, block_kv, H]
-    *,
-    static: KernelStatic,
-    column_of: Callable[[Any], Any],
-):
-    _, item = _items_of_step(items_ref)
-
-    def add(head: int, at: slice, p: Array, ds: Array) -> None:
-        q, do = q_before_ref[head, at], do_before_ref[head, at]
-        dv_ref[head] += _dot(p.astype(do.dtype), do, _NN)
-        dk_ref[head] += _dot(ds.astype(q.dtype), q, _NN)
-
-    def work(masked: bool) -> None:
-        _gradients_of_step(
-            static,
-            item,
-            (q_info_ref, k_info_ref, q_ref, kv_ref, do_ref, statistics_ref),
-            mask_ref,
-            (exponent_ref, slope_ref),
-            masked=masked,
-            add=add,
-            column_of=column_of,
-        )
-        q_before_ref[...] = q_ref[0]
-        do_before_ref[...] = do_ref[0]
-
-    def last() -> None:
-        dkv_ref[0, :, 0] = (dk_ref[...] * static.scale).astype(dkv_ref.dtype)
-        dkv_ref[0, :, 1] = dv_ref[...].astype(dkv_ref.dtype)
-
-    scratch = (q_before_ref, do_before_ref, exponent_ref, slope_ref, dk_ref, dv_ref)
-    start = functools.partial(_clear, *scratch)
-    first = functools.partial(_clear, dk_ref, dv_ref)
-    _on_step(items_ref, start=start, first=first, work=work, last=last)
-
-
-def _call(
+def call_over_list(
     kernel: Any,
     static: KernelStatic,
     work: WorkList,
@@ -482,7 +342,7 @@ def forward(
     """
     num_rows, num_kv_heads, rows_R, head_dim = q.shape
     block_kv, f32 = kv.shape[3], jnp.float32
-    out, lse = _call(
+    out, lse = call_over_list(
         _forward_kernel,
         static,
         work,
@@ -503,69 +363,3 @@ def forward(
         name="swa_prefill_forward",
     )
     return out, lse
-
-
-def backward(
-    static: KernelStatic,
-    q: Array,
-    kv: Array,
-    q_info: Array,
-    k_info: Array | None,
-    do: Array,
-    statistics: Array,
-    work: WorkList,
-    work_by_key: WorkList,
-) -> tuple[Array, Array]:
-    """The gradients dq, and dk with dv, in the inputs' dtypes and layouts.
-
-    Blocks outside the lists are never written.
-
-    Args:
-      static, q, kv, q_info, k_info, work: as in :func:`forward`.
-      do: cotangent of the output, like ``q``.
-      statistics: ``[rows, K, 2, R]`` float32: the log-sum-exp in base 2, and ``do . out`` less the
-        log-sum-exp's cotangent.
-      work_by_key: the same pairs by key block.
-    """
-    rows_R, head_dim = q.shape[2:]
-    block_kv, f32 = kv.shape[3], jnp.float32
-    inputs = {
-        "q_info": q_info,
-        "k_info": k_info,
-        "q": q,
-        "kv": kv,
-        "do": do,
-        "statistics": statistics,
-    }
-    factors = {"exponent": ((block_kv, rows_R), f32), "slope": ((block_kv, rows_R), f32)}
-    (dq,) = _call(
-        _dq_kernel,
-        static,
-        work,
-        inputs,
-        {"dq": jax.ShapeDtypeStruct(q.shape, q.dtype)},
-        scratch={
-            "k": ((head_dim, block_kv), kv.dtype),
-            **factors,
-            "acc": ((head_dim, rows_R), f32),
-        },
-        by_key=False,
-        name="swa_prefill_dq",
-    )
-    (dkv,) = _call(
-        _dkv_kernel,
-        static,
-        work_by_key,
-        inputs,
-        {"dkv": jax.ShapeDtypeStruct(kv.shape, kv.dtype)},
-        scratch={
-            "q_before": ((rows_R, head_dim), q.dtype),
-            "do_before": ((rows_R, head_dim), do.dtype),
-            **factors,
-            "dk": ((block_kv, head_dim), f32),
-            "dv": ((block_kv, head_dim), f32),
-        },
-        by_key=True,
-        name="swa_prefill_dkv",
-    )
-    return dq, dkv
